@@ -1,0 +1,1 @@
+"""Speculative cascades: a drafter writes, an expert judges, a rule decides whose law a token follows."""

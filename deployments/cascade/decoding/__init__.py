@@ -1,0 +1,1 @@
+"""The mathematics: rules, targets, verification and coins, as pure functions."""

@@ -1,0 +1,1 @@
+"""The pair that ships, and how it is trained."""

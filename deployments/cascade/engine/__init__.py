@@ -1,0 +1,1 @@
+"""One language model on one device: cache, batching, and the loop that steps it."""

@@ -1,0 +1,1 @@
+"""The public doors: OpenAI over HTTP, and gRPC."""

@@ -1,0 +1,1 @@
+"""Values between processes: codec, streams and status."""

@@ -1,0 +1,125 @@
+"""What crosses between router and tiers, as values; `codec` turns them into protobuf and back.
+
+Every item names its session, its epoch (grows when a session moves to another replica) and a position
+(committed tokens after the prompt). `digest` is the digest of prompt and committed tokens up to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from cascade.decoding.session import Block, Session, SessionId, TokenLogprob, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Begin or resume a session on this replica; `lease` is the capability the lease gave."""
+
+    session: Session
+    epoch: int
+    lease: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Propose:
+    """Draft up to `count` tokens after `position`; `tokens` are the last committed before it."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    count: int
+    tokens: tuple[int, ...] = ()
+    until_deferral: bool = False  # stop before the first token that a drafter-only rule defers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """Judge a block at `position`; then write `ahead` more tokens alone, one judgement each."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    block: Block = field(default_factory=Block)
+    tokens: tuple[int, ...] = ()
+    ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Return the log-probability of each of `tokens` but the first, with `top` alternatives."""
+
+    session_id: SessionId
+    epoch: int
+    lease: str
+    tokens: tuple[int, ...]
+    top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """Free the session."""
+
+    session_id: SessionId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The drafted block. `deferred`: it ends where the drafter's own rule defers the next token."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    block: Block
+    deferred: bool = False
+    passes: int = 0
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The verdict on the block at `position`."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    verdict: Verdict
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The answer to `Score`."""
+
+    session_id: SessionId
+    epoch: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """The replica lacks the committed tokens from `position` on; send the item again with them."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """This session, and no other on the stream, cannot go on here; `code` is a gRPC status name."""
+
+    session_id: SessionId
+    epoch: int
+    code: str
+    reason: str
+    message: str
+
+
+ToDrafter: TypeAlias = Open | Propose | Close
+ToExpert: TypeAlias = Open | Judge | Score | Close
+FromDrafter: TypeAlias = Proposal | Need | Refusal
+FromExpert: TypeAlias = Judgement | Scores | Need | Refusal
