@@ -5,6 +5,7 @@ Runs on `pip install .`, on `pip install -e .` and by hand as `poe protos`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PROTOS = Path(__file__).resolve().parent
 TARGET = PROTOS.parent / "deployments"
+PACKAGE = TARGET / "cascade" / "v1"
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+OUTPUTS = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
 
 
 def generate() -> None:
@@ -21,16 +25,32 @@ def generate() -> None:
 
     files = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("cascade/v1/*.proto"))
     well_known = Path(protoc.__file__).parent / "_proto"
-    outputs = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
-    package = TARGET / "cascade" / "v1"
-    package.mkdir(parents=True, exist_ok=True)
+    PACKAGE.mkdir(parents=True, exist_ok=True)
     code = protoc.main(
-        ["protoc", f"-I{PROTOS}", f"-I{well_known}", *(f"--{out}={TARGET}" for out in outputs)]
+        ["protoc", f"-I{PROTOS}", f"-I{well_known}"]
+        + [f"--plugin={name}={_program(name)}" for name in PLUGINS]
+        + [f"--{output}={TARGET}" for output in OUTPUTS]
         + files
     )
     if code != 0:
         raise RuntimeError(f"protoc ended with {code}; its message stands above")
-    (package / "__init__.py").write_text('"""Generated from protos/cascade/v1; see protos/README.md."""\n')
+    _forget_stale({Path(file).stem for file in files})
+    (PACKAGE / "__init__.py").write_text('"""Generated from protos/cascade/v1; see its README."""\n')
+
+
+def _program(name: str) -> str:
+    """Return the path of a protoc plugin, which an unactivated environment has off the PATH."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise RuntimeError(f"{name} is not installed; `pip install mypy-protobuf` brings it")
+    return found
+
+
+def _forget_stale(stems: set[str]) -> None:
+    """Remove what was generated from .proto files that are gone."""
+    for path in PACKAGE.glob("*_pb2*.py*"):
+        if path.name.partition("_pb2")[0] not in stems:
+            path.unlink()
 
 
 class BuildHook(BuildHookInterface[Any]):
@@ -44,4 +64,4 @@ class BuildHook(BuildHookInterface[Any]):
 
 if __name__ == "__main__":
     generate()
-    print(f"generated {TARGET / 'cascade' / 'v1'}", file=sys.stderr)
+    print(f"generated {PACKAGE}", file=sys.stderr)
