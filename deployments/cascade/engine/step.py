@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from cascade.decoding.session import SessionId
@@ -17,7 +18,8 @@ class Step:
     """One session's wish: keep `base` tokens, append `tokens`, return logits of the last `rows`.
 
     The engine remembers the tokens of every session, so an evicted cache is filled again unseen.
-    A step whose uncached tokens exceed the step budget runs in chunks. `rows` 0 only fills the cache.
+    A step whose uncached tokens exceed the step budget runs in chunks. `rows` 0 only fills the
+    cache.
     """
 
     session: SessionId

@@ -1,0 +1,334 @@
+"""The engine: one model, one cache, one thread that turns waiting steps into forward passes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from cascade.engine import selfcheck, threads
+from cascade.engine.batch import Segment
+from cascade.engine.cache import SequenceStore
+from cascade.engine.capacity import capacity_tokens
+from cascade.engine.scheduler import Job, Scheduler, Slice
+from cascade.engine.settings import EngineSettings, step_tokens
+from cascade.engine.stats import BusyMeter, EngineStats
+from cascade.engine.step import Head, Ready, Step
+from cascade.errors import (
+    CascadeError,
+    ContextTooLong,
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from cascade.decoding.session import SessionId
+    from cascade.engine.cache import CachedSequence
+    from cascade.engine.weights import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Release:
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stop:
+    pass
+
+
+_Message: TypeAlias = Step | _Release | _Stop
+
+
+class Engine:
+    """Runs steps of many sessions through one model.
+
+    `submit`, `release`, `cached_tokens` and `stats` may be called from any thread and never wait.
+    The head is called on the engine's own thread.
+
+    Raises:
+        UnsupportedModel: if the model cannot be served exactly.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        head: Head,
+        settings: EngineSettings | None = None,
+        after_step: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        settings = settings or EngineSettings()
+        self._head = head
+        self._settings = settings
+        self._after_step = after_step
+        self._runner = selfcheck.choose(model.model, settings=settings)
+        self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
+        device = model.model.device
+        capacity = capacity_tokens(
+            settings,
+            device=device,
+            bytes_per_token=self._runner.pool.bytes_per_token,
+            context_length=model.context_length,
+        )
+        self._runner.resize(rows=capacity)
+        self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
+        self.limit_tokens = min(capacity, model.context_length or capacity)
+        self._store = SequenceStore(
+            pool=self._runner.pool,
+            capacity=capacity,
+            prefix_reuse=settings.prefix_reuse,
+            max_idle=settings.max_sessions,
+        )
+        self._scheduler = Scheduler(budget=step_tokens(settings, device=device.type))
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._meter = BusyMeter(clock=clock)
+        self._passes = 0
+        self._tokens = 0
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        threads.apply(threads=self._settings.threads)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the pass it is in; waiting steps fail with `Unavailable`."""
+        self._inbox.put(_Stop())
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, step: Step) -> None:
+        """Queue a step. A session has at most one that is not finished."""
+        self._inbox.put(step)
+
+    def release(self, session: SessionId) -> None:
+        """End a session: its waiting step is dropped unheard, its cache becomes reusable."""
+        self._inbox.put(_Release(session=session))
+
+    def cached_tokens(self, session: SessionId) -> int:
+        """Return how many tokens were found in the cache when `session` began."""
+        sequence = self._store.find(session)
+        return sequence.reused if sequence else 0
+
+    def stats(self) -> EngineStats:
+        """Return the present figures."""
+        return EngineStats(
+            busy=self._meter.share(),
+            passes=self._passes,
+            tokens=self._tokens,
+            waiting=len(self._scheduler) + self._inbox.qsize(),
+            sessions=len(self._store),
+            cache_tokens_used=self._store.used,
+            cache_tokens_capacity=self._store.capacity,
+            prefix_hits=self._store.prefix_hits,
+            prefix_tokens=self._store.prefix_tokens,
+            preemptions=self._store.preemptions,
+        )
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._receive():
+                self._cycle()
+        for job in list(self._scheduler):
+            self._fail(job.step, Unavailable("The engine has stopped"))
+
+    def _receive(self) -> bool:
+        """Take in messages, waiting for one where there is nothing to run; False to stop."""
+        for message in self._messages():
+            match message:
+                case _Stop():
+                    return False
+                case _Release(session=session):
+                    self._scheduler.remove(session)
+                    self._store.release(session)
+                case Step():
+                    self._accept(message)
+        return True
+
+    def _messages(self) -> Iterator[_Message]:
+        if not len(self._scheduler):
+            message = self._inbox.get()
+            self._meter.note(busy=False)
+            yield message
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except Empty:
+                return
+
+    def _accept(self, step: Step) -> None:
+        """Put a step's tokens into its sequence and the step in the queue, or fail it."""
+        try:
+            sequence = self._admit(step)
+        except CascadeError as error:
+            self._fail(step, error)
+            return
+        # Logits are not kept: wanted rows run again even where their tokens are cached.
+        sequence.cached = min(sequence.cached, len(sequence.tokens) - step.rows)
+        sequence.reused = min(sequence.reused, sequence.cached)
+        whole = self._runner.regimes.dynamic and sequence.regime > 0
+        job = self._scheduler.add(step, sequence=sequence, whole=whole)
+        if not job.remaining:
+            self._deliver([(job, 0)], self._empty_0V)
+
+    def _admit(self, step: Step) -> CachedSequence:
+        sequence = self._store.find(step.session)
+        known = len(sequence.tokens) if sequence else 0
+        self._check(step, known=known)
+        regime = self._runner.regimes.of(step.base + len(step.tokens))
+        if sequence is None:
+            return self._store.open(step.session, tokens=step.tokens, regime=regime)
+        sequence.rewrite(base=step.base, tokens=step.tokens, regime=regime)
+        self._store.touch(sequence)
+        return sequence
+
+    def _check(self, step: Step, *, known: int) -> None:
+        length = step.base + len(step.tokens)
+        if self._scheduler.find(step.session):
+            raise Internal(f"Session {step.session} has a step in flight; wait until it is done")
+        if not 0 <= step.base <= known:
+            raise InvalidRequest(
+                f"Session {step.session} has {known} tokens here, so {step.base} cannot be kept; "
+                "send it from the start"
+            )
+        if not 0 <= step.rows <= length or not length:
+            raise InvalidRequest(f"A step of {length} tokens cannot give {step.rows} rows")
+        if length > self.limit_tokens:
+            raise ContextTooLong(
+                f"The session would have {length} tokens; this model's cache and context hold "
+                f"{self.limit_tokens}"
+            )
+        if not known and len(self._store) >= self._settings.max_sessions:
+            raise Overloaded(f"All {self._settings.max_sessions} sessions of this replica are open")
+
+    def _cycle(self) -> None:
+        """Run what the scheduler plans, pass by pass, and let the owner publish."""
+        if not len(self._scheduler):
+            return
+        slices = self._plan()
+        for places in self._runner.split([_segment(piece) for piece in slices]):
+            self._pass([slices[place] for place in places])
+        self._meter.note(busy=True)
+        if self._after_step is not None:
+            self._after_step()
+
+    def _plan(self) -> list[Slice]:
+        reserved: set[CachedSequence] = set()
+
+        def reserve(job: Job) -> bool:
+            victims = self._victims(job, spared=reserved)
+            if not self._store.reserve(job.sequence, tokens=job.end, victims=victims):
+                return False
+            reserved.add(job.sequence)
+            return True
+
+        slices = self._scheduler.plan(reserve=reserve)
+        # Neighbours in the pool are read together, so passes follow the pool's order.
+        return sorted(slices, key=_row)
+
+    def _victims(self, job: Job, *, spared: set[CachedSequence]) -> Iterator[CachedSequence]:
+        """Yield sequences that may lose their rows for `job`: resting ones, then younger steps'."""
+        for sequence in self._store.least_recent():
+            waiting = self._scheduler.find(sequence.session)
+            if waiting is None and sequence not in spared:
+                yield sequence
+        for other in sorted(self._scheduler, key=_number, reverse=True):
+            if other.number > job.number and other.sequence not in spared:
+                yield other.sequence
+
+    def _pass(self, slices: list[Slice]) -> None:
+        """Run one forward pass; what goes wrong in it concerns its own steps alone."""
+        segments = [_segment(piece) for piece in slices]
+        try:
+            logits_NV = self._runner.forward(segments)[:, : self._columns]
+        # A pass may fail in the model or on the device in any way; the others' passes go on.
+        except Exception as error:
+            log.exception("A forward pass of %d sessions failed", len(slices))
+            for piece in slices:
+                self._abandon(piece.job, error)
+            return
+        self._passes += 1
+        self._tokens += sum(piece.count for piece in slices)
+        for piece in slices:
+            piece.job.sequence.cached += piece.count
+        done = [(p.job, s.rows) for p, s in zip(slices, segments, strict=True)]
+        self._deliver([(job, rows) for job, rows in done if rows or not job.remaining], logits_NV)
+
+    def _deliver(self, done: Sequence[tuple[Job, int]], logits_NV: Tensor) -> None:
+        """Give the head its rows and queue the steps that follow."""
+        ready = [_ready(job, rows) for job, rows in done]
+        for job, rows in done:
+            job.delivered += rows
+            if not job.remaining:
+                self._scheduler.remove(job.step.session)
+        if not ready:
+            return
+        try:
+            follow = self._head.finish(ready, logits_NV)
+        # The head is another part's code; its defect must not end every session of the replica.
+        except Exception as error:
+            log.exception("The head failed on %d steps", len(ready))
+            for job, _ in done:
+                self._abandon(job, error)
+            return
+        for step in follow:
+            self._accept(step)
+
+    def _abandon(self, job: Job, error: Exception) -> None:
+        self._scheduler.remove(job.step.session)
+        self._fail(job.step, error)
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        try:
+            self._head.fail(step, error)
+        # As in `_deliver`.
+        except Exception:
+            log.exception("The head failed to hear of a failure")
+
+
+def _segment(piece: Slice) -> Segment:
+    sequence = piece.job.sequence
+    assert sequence.extent is not None, "a planned step has its rows reserved"
+    first, last = sequence.cached, sequence.cached + piece.count
+    wanted = piece.job.end - piece.job.step.rows + piece.job.delivered
+    return Segment(
+        start=sequence.extent.start,
+        past=first,
+        tokens=sequence.tokens[first:last],
+        rows=max(0, last - max(first, wanted)),
+        regime=sequence.regime,
+    )
+
+
+def _ready(job: Job, rows: int) -> Ready:
+    return Ready(
+        step=job.step,
+        first=job.delivered,
+        count=rows,
+        index=job.end - job.step.rows + job.delivered,
+        last=not job.remaining,
+    )
+
+
+def _row(piece: Slice) -> int:
+    extent = piece.job.sequence.extent
+    return extent.start if extent else 0
+
+
+def _number(job: Job) -> int:
+    return job.number

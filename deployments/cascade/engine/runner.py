@@ -1,0 +1,155 @@
+"""One forward pass over segments of many sessions: the flat path and the padded one."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from cascade.engine import probe, rope
+from cascade.engine.attention import FLAT, Pass, running
+from cascade.engine.batch import FlatBatch, Segment, partition
+from cascade.engine.extents import SMALLEST
+from cascade.engine.padded import PaddedBatch, PaddedCache
+from cascade.engine.pool import KVPool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class Runner(Protocol):
+    """A model with a pool of rows."""
+
+    regimes: rope.Regimes
+    pool: KVPool
+
+    def resize(self, *, rows: int) -> None:
+        """Replace the pool by an empty one of `rows` rows, and some scratch."""
+        ...
+
+    def split(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Return the places of segments that run together, pass by pass."""
+        ...
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
+        ...
+
+
+class _Base:
+    """What both paths share."""
+
+    by_size = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        self.regimes = rope.find(model)
+        self.pool = KVPool(rows=0)
+        self._scratch = 0
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def resize(self, *, rows: int) -> None:
+        """Replace the pool by an empty one of `rows` rows, and some scratch."""
+        self.pool = KVPool(rows=rows + SMALLEST)
+        self._scratch = rows
+
+    def split(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Return the places of segments that run together, pass by pass."""
+        return list(partition(segments, by_size=self.by_size))
+
+    def _ballasted(self, segments: Sequence[Segment]) -> list[Segment]:
+        regime = segments[0].regime
+        if self.regimes.dynamic:
+            rope.forget(self.model)
+        if all(segment.length < regime for segment in segments):
+            ballast = Segment(
+                start=self._scratch, past=0, tokens=(0,), regime=regime, place=regime - 1
+            )
+            return [*segments, ballast]
+        return list(segments)
+
+
+class FlatRunner(_Base):
+    """Tokens of all sessions in one row; attention reads each session's rows where they are.
+
+    Raises:
+        Unsuited: if the model's attention is not ours to replace.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, deterministic: bool = False) -> None:
+        super().__init__(model)
+        self._windows = probe.windows(model)
+        self._deterministic = deterministic
+        model.set_attn_implementation(FLAT)
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
+        segments = self._ballasted(segments)
+        batch = FlatBatch(segments, device=self.device, rows=self.pool.rows)
+        wanted_N = batch.wanted()
+        current = Pass(
+            batch=batch,
+            pool=self.pool,
+            windows=self._windows,
+            deterministic=self._deterministic,
+        )
+        # Some models cannot slice to nothing.
+        kept = wanted_N if len(wanted_N) else torch.zeros_like(batch.ids_T[:1])
+        narrowed = {"logits_to_keep": kept} if self._slices_logits else {}
+        with running(current):
+            logits: Tensor = self.model(
+                input_ids=batch.ids_T[None],
+                position_ids=batch.positions_T[None],
+                use_cache=False,
+                **narrowed,
+            ).logits[0]
+        if not self._slices_logits:
+            return logits[wanted_N]
+        return logits[: len(wanted_N)]
+
+
+class PaddedRunner(_Base):
+    """Left-padded rows and the model's own attention, over columns gathered from the pool."""
+
+    by_size = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in parameters:
+            raise probe.Unsuited("its forward pass takes no past_key_values")
+        self._takes_positions = "position_ids" in parameters
+        config: Any = model.config.get_text_config(decoder=True)
+        self._layers = int(config.num_hidden_layers)
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
+        batch = PaddedBatch(self._ballasted(segments), device=self.device)
+        extra: dict[str, Any] = {}
+        if self._takes_positions:
+            extra["position_ids"] = batch.positions_BQ
+        kept = batch.queries
+        if self._slices_logits:
+            kept = max(1, *(segment.rows for segment in segments))
+            extra["logits_to_keep"] = torch.arange(
+                batch.queries - kept, batch.queries, device=self.device
+            )
+        logits_BQV: Tensor = self.model(
+            input_ids=batch.ids_BQ,
+            attention_mask=batch.mask_BK,
+            past_key_values=PaddedCache(batch, pool=self.pool, layers=self._layers),
+            use_cache=True,
+            **extra,
+        ).logits
+        return logits_BQV.flatten(0, 1)[self._kept(batch, kept)]
+
+    @staticmethod
+    def _kept(batch: PaddedBatch, kept: int) -> Tensor:
+        places_N = batch.wanted()
+        rows_N = places_N // batch.queries
+        return places_N - (rows_N + 1) * (batch.queries - kept)

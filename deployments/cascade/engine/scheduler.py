@@ -1,0 +1,136 @@
+"""Which waiting steps the next forward pass runs, and how much of each.
+
+Blocks to decode or verify go first; what is left of the token budget is shared by long prefills, so
+neither stalls the other. A step that got nothing for some passes goes before all, so none starves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cascade.decoding.session import SessionId
+    from cascade.engine.cache import CachedSequence
+    from cascade.engine.step import Step
+
+_SHORT = 64  # tokens up to which a step is a block rather than a prefill
+_PATIENCE = 4  # passes without a token after which a step goes first
+_LEAST_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """A step on its way; its sequence already has the step's tokens."""
+
+    step: Step
+    sequence: CachedSequence
+    number: int  # order of arrival
+    whole: bool = False  # must run in one pass from the first token
+    delivered: int = 0  # rows that the head has had
+    passed_over: int = 0
+
+    @property
+    def end(self) -> int:
+        """Return the length of the sequence when the step is done."""
+        return len(self.sequence.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Return the tokens that are still to run."""
+        return self.end - self.sequence.cached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """The next `count` tokens of a job."""
+
+    job: Job
+    count: int
+
+
+class Scheduler:
+    """The waiting steps, at most one per session."""
+
+    def __init__(self, *, budget: int) -> None:
+        self._budget = budget
+        self._jobs: dict[SessionId, Job] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs.values())
+
+    def find(self, session: SessionId | None) -> Job | None:
+        """Return the waiting step of `session`."""
+        return None if session is None else self._jobs.get(session)
+
+    def add(self, step: Step, *, sequence: CachedSequence, whole: bool = False) -> Job:
+        """Queue a step whose tokens are already in `sequence`."""
+        assert step.session not in self._jobs, "a session has one step at a time"
+        self._number += 1
+        job = Job(step=step, sequence=sequence, number=self._number, whole=whole)
+        self._jobs[step.session] = job
+        return job
+
+    def remove(self, session: SessionId) -> Job | None:
+        """Forget the step of `session`, done or not."""
+        return self._jobs.pop(session, None)
+
+    def plan(self, *, reserve: Callable[[Job], bool]) -> list[Slice]:
+        """Return what the next pass runs: at most the budget, unless one whole step exceeds it.
+
+        Args:
+            reserve: gives a job room in the cache; where it cannot, the job waits.
+        """
+        slices: list[Slice] = []
+        room = self._budget
+        for job in self._order():
+            count = self._take(job, room=room, share=self._share(room, slices))
+            if count and reserve(job):
+                # Making room may have dropped the job's own rows.
+                count = self._take(job, room=room, share=self._share(room, slices))
+            else:
+                count = 0
+            if count:
+                slices.append(Slice(job=job, count=count))
+                room = max(0, room - count)
+        self._age({s.job.number for s in slices})
+        return slices
+
+    def _order(self) -> list[Job]:
+        return sorted(self._jobs.values(), key=_urgency)
+
+    def _share(self, room: int, slices: list[Slice]) -> int:
+        """Return what one prefill may take of `room`: its part among those that still wait."""
+        taken = {piece.job.number for piece in slices}
+        waiting = sum(
+            job.remaining > _SHORT and job.number not in taken for job in self._jobs.values()
+        )
+        return max(_LEAST_SHARE, room // max(waiting, 1))
+
+    def _take(self, job: Job, *, room: int, share: int) -> int:
+        """Return how many tokens of `job` run; rows that fit a pass are not split."""
+        most = min(room, share)
+        if job.whole:
+            return job.remaining if room == self._budget or job.remaining <= room else 0
+        if job.remaining <= min(room, max(share, _SHORT)):
+            return job.remaining
+        fill = job.remaining - job.step.rows
+        if job.sequence.cached < job.end - job.step.rows:
+            return min(fill, most)
+        if job.step.rows > self._budget:
+            return min(job.remaining, most)
+        return job.remaining if job.remaining <= room else 0
+
+    def _age(self, served: set[int]) -> None:
+        for job in self._jobs.values():
+            job.passed_over = 0 if job.number in served else job.passed_over + 1
+
+
+def _urgency(job: Job) -> tuple[bool, bool, int]:
+    return (job.passed_over < _PATIENCE, job.remaining > _SHORT, job.number)

@@ -1,0 +1,48 @@
+"""What an engine says of itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine is doing and has done since it began."""
+
+    busy: float  # share of the last ten seconds or so spent in passes
+    passes: int
+    tokens: int  # run through the model
+    waiting: int  # steps not finished
+    sessions: int  # open
+    cache_tokens_used: int
+    cache_tokens_capacity: int
+    prefix_hits: int  # sessions that began with cached tokens
+    prefix_tokens: int  # tokens so found
+    preemptions: int  # caches of open sessions dropped to make room
+
+
+class BusyMeter:
+    """The share of time spent busy; old times count less and less."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._share = 0.0
+        self._at_s = clock()
+
+    def note(self, *, busy: bool) -> None:
+        """Say what the time since the last note was spent on."""
+        now_s = self._clock()
+        kept = math.exp((self._at_s - now_s) / _WINDOW_S)
+        self._share = self._share * kept + busy * (1 - kept)
+        self._at_s = now_s
+
+    def share(self) -> float:
+        """Return the share, as if the time since the last note were idle."""
+        return self._share * math.exp((self._at_s - self._clock()) / _WINDOW_S)
