@@ -1,0 +1,12 @@
+"""Where the pair lies: two complete Hugging Face folders, loadable by path with any tool."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+# The package is always unpacked on disk: a wheel is, and Ray ships folders.
+_HERE = Path(str(files("cascade.demo")))
+
+DRAFTER: Path = _HERE / "drafter"
+EXPERT: Path = _HERE / "expert"

@@ -1,0 +1,18 @@
+"""Six families of small tasks with right answers, made by seeded code."""
+
+from cascade.demo.tasks.generate import FAMILIES, held_out, split_of, stream
+from cascade.demo.tasks.item import Family, Item, Level, Scorer, Split
+from cascade.demo.tasks.scoring import score
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Item",
+    "Level",
+    "Scorer",
+    "Split",
+    "held_out",
+    "score",
+    "split_of",
+    "stream",
+]

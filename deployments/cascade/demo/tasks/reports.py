@@ -1,0 +1,76 @@
+"""Reports of an event and their one-line summaries, in the manner of XSum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.words import CITIES, DAYS, SMALL_NUMBERS
+
+if TYPE_CHECKING:
+    from random import Random
+
+PLACES = ("bakery", "school", "hotel", "museum", "factory", "station", "theatre", "market")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Event:
+    """Templates with the slots city, day, place and count."""
+
+    told: str
+    short: str
+    formal: str
+
+
+_EVENTS = (
+    _Event(
+        told="A fire broke out in a {place} in {city} on {day}. {Count} people were hurt.",
+        short="{City} {place} fire hurts {count}.",
+        formal="A fire in a {place} in {city} injured {count} people on {day}.",
+    ),
+    _Event(
+        told="Workers of a {place} in {city} went on strike on {day}. "
+        "They ask for {count} more days of leave.",
+        short="{City} {place} workers strike for {count} days of leave.",
+        formal="Workers of a {place} in {city} went on strike on {day} for {count} days of leave.",
+    ),
+    _Event(
+        told="The mayor of {city} opened a new {place} on {day}. It cost {count} million euros.",
+        short="{City} opens {count} million euro {place}.",
+        formal="A new {place} in {city} was opened on {day} for {count} million euros.",
+    ),
+    _Event(
+        told="Thieves entered a {place} in {city} on {day} and took {count} paintings.",
+        short="{Count} paintings stolen in {city} {place}.",
+        formal="Thieves stole {count} paintings from a {place} in {city} on {day}.",
+    ),
+)
+_ASIDES = (
+    "The police were there within {other} minutes.",
+    "Neighbours said that they had never seen so many people.",
+    "A visitor from {elsewhere} said that it was a strange day.",
+    "The street was closed for {other} hours.",
+)
+
+
+def draw(random: Random, level: Level) -> Item:
+    """Return a report with `level` - 1 sentences that do not matter."""
+    city, elsewhere = random.sample(CITIES, 2)
+    count, other = random.sample(SMALL_NUMBERS[2:], 2)
+    event = random.choice(_EVENTS)
+    slots = {
+        "city": city, "City": city, "day": random.choice(DAYS), "place": random.choice(PLACES),
+        "count": count, "Count": count.capitalize(), "other": other, "elsewhere": elsewhere,
+    }  # fmt: skip
+    told = [event.told, *random.sample(_ASIDES, level - 1)]
+    short, formal = event.short.format(**slots), event.formal.format(**slots)
+    return Item(
+        family=Family.REPORTS,
+        level=level,
+        prompt="Summarize: " + " ".join(told).format(**slots),
+        short=short,
+        formal=formal,
+        references=(short, formal),
+        scorer=Scorer.BIGRAMS,
+    )
