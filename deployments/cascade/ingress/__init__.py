@@ -1,1 +1,1 @@
-"""The public doors: OpenAI over HTTP, and gRPC."""
+"""The public doors: OpenAI's HTTP shapes and the gRPC service. Start at `http.create_app`."""

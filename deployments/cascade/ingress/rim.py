@@ -1,0 +1,121 @@
+"""The outermost layer of the HTTP door: a name for each request, and one shape for every error."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import secrets
+from typing import TYPE_CHECKING
+
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from cascade.errors import (
+    CascadeError,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    Unauthenticated,
+)
+from cascade.ingress import shapes
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+_SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Rim:
+    """ASGI middleware: every answer has an `x-request-id`, and no exception ends without a body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = _request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = name
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except ClientDisconnect:
+            return
+        except Exception:
+            logger.exception("Request %s failed", name)
+            if not started:
+                await response(defect(name))(scope, receive, named)
+
+
+def defect(request_id: str) -> Internal:
+    """Return what a client is told of a defect of ours: where to look, and nothing else."""
+    return Internal(f"Something broke in the server; its log has more under request {request_id}")
+
+
+def response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
+    """Return an error as OpenAI's clients expect it, with what their retries need to know."""
+    return JSONResponse(
+        shapes.error(error), status_code=status or error.http, headers=_retry_headers(error)
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Give every error of the app its shape and its name."""
+    app.add_exception_handler(CascadeError, _ours)
+    app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_middleware(Rim)
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the caller's name of a request if it is a sane one, else a new one."""
+    given = headers.get(REQUEST_ID, "")
+    return given if _SANE_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _retry_headers(error: CascadeError) -> dict[str, str]:
+    if error.retry_after_s is not None:
+        return {
+            "retry-after": str(math.ceil(error.retry_after_s)),
+            "retry-after-ms": str(math.ceil(error.retry_after_s * 1000)),
+        }
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    # Work was done: to repeat it unasked, as clients do after any 5xx, would do it again.
+    return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
+
+
+async def _ours(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, CascadeError)
+    return response(error)
+
+
+async def _routing(request: Request, error: Exception) -> JSONResponse:
+    """Answer an unknown route or a wrong method, which Starlette finds before our code runs."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists the routes"
+    answer = response(InvalidRequest(what), status=error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _validation(_request: Request, error: Exception) -> JSONResponse:
+    return response(InvalidRequest(str(error)))

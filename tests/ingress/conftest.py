@@ -1,0 +1,174 @@
+"""A tiny byte-level vocabulary, a scripted generator, and the real client over both."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import pytest
+from openai import AsyncOpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cascade.ingress.http import create_app
+from cascade.ingress.scripted import ScriptedGenerator
+from cascade.ingress.service import Limits, Service
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from cascade.decoding.generation import Request
+
+END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+WORDS = [
+    "Buzz",
+    "Aldrin",
+    "walked",
+    "on",
+    "the",
+    "Moon",
+    "with",
+    "naïve",
+    "café",
+    "🌙",
+    "Ärger",
+    "日本語",
+    "and",
+    "🧑\u200d🚀",
+    "zażółć",
+]
+CORPUS = [" ".join(WORDS[at:] + WORDS[:at]) for at in range(len(WORDS))] * 3
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """Holds text back while it ends in an unfinished character."""
+
+    words: Words
+    tokens: list[int] = field(default_factory=list)
+    sent: int = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        self.tokens += tokens
+        text = self.words.decode(self.tokens)
+        return "" if text.endswith("\ufffd") else self._send(text)
+
+    def flush(self) -> str:
+        return self._send(self.words.decode(self.tokens))
+
+    def _send(self, text: str) -> str:
+        news, self.sent = text[self.sent :], len(text)
+        return news
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """The `Tokenizer` of a door, over a trained one."""
+
+    trained: Tokenizer
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.trained.get_vocab_size()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return tuple(self.trained.encode(END).ids)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self.trained.encode(text, add_special_tokens=special).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.trained.decode(list(tokens))
+
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last turn is the assistant's own")
+        turns = [f"{USER}{turn['role']}: {turn['content']}{END}" for turn in messages]
+        return self.encode("".join([*turns, ASSISTANT]))
+
+    def stream(self) -> Held:
+        return Held(words=self)
+
+
+@pytest.fixture(scope="session")
+def words() -> Words:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[END, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(CORPUS, trainer)
+    return Words(trained=trained)
+
+
+@pytest.fixture
+def say(words: Words) -> Callable[[Request], list[int]]:
+    """The words, in an order that prompt and seed decide, as what the generator answers."""
+
+    def script(request: Request) -> list[int]:
+        key = f"{request.prompt} {request.policy.seed}"
+        order = sorted(WORDS, key=lambda word: hashlib.sha256((key + word).encode()).digest())
+        return [*words.encode(" ".join(order)), *words.eos_ids]
+
+    return script
+
+
+@pytest.fixture
+def generator(say: Callable[[Request], list[int]]) -> ScriptedGenerator:
+    return ScriptedGenerator(script=say)
+
+
+@pytest.fixture
+def service(words: Words, generator: ScriptedGenerator) -> Service:
+    numbers = iter(range(1, 1_000_000))
+    return Service(
+        generator=generator,
+        tokenizer=words,
+        models=("pair", "org/pair"),
+        limits=Limits(context_tokens=512, body_bytes=200_000),
+        keep_alive_s=60.0,
+        created=1_700_000_000,
+        clock=lambda: 1_800_000_000.5,
+        draw_seed=numbers.__next__,
+    )
+
+
+@pytest.fixture
+async def connect(service: Service) -> AsyncIterator[Callable[..., AsyncOpenAI]]:
+    """Return OpenAI's own client of a service with some parts changed."""
+    clients: list[AsyncOpenAI] = []
+
+    def client(*, strict: bool = True, **changes: Any) -> AsyncOpenAI:
+        app = create_app(replace(service, **changes))
+        transport = httpx2.ASGITransport(app=app)
+        clients.append(
+            AsyncOpenAI(
+                api_key="any",
+                base_url="http://door/v1",
+                http_client=httpx2.AsyncClient(transport=transport),
+                max_retries=0,
+                _strict_response_validation=strict,
+            )
+        )
+        return clients[-1]
+
+    yield client
+    for one in clients:
+        await one.close()
+
+
+@pytest.fixture
+async def client(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
+    return connect()
+
+
+@pytest.fixture
+async def loose(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
+    """The client without strict types: its own are stricter than OpenAI's service in two places."""
+    return connect(strict=False)
