@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.session import Mode, Origin, Policy, TokenLogprob
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
 
 
 class FinishReason(StrEnum):
@@ -83,7 +85,9 @@ class Statistics:
     sent_bytes: int = 0
     received_bytes: int = 0
     failovers: int = 0
-    accepted_lengths: list[int] = field(default_factory=list)  # histogram: index = accepted, value = rounds
+    accepted_lengths: list[int] = field(
+        default_factory=list
+    )  # histogram: index = accepted, value = rounds
     draft_length_reason: str = ""
     trace: list[Round] = field(default_factory=list)
 

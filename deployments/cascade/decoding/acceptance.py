@@ -1,0 +1,337 @@
+"""Which drafted tokens stand and what is emitted after them: three procedures, one target.
+
+`tokenwise` is GenSpecSample (Narasimhan et al., Alg. 4), `blockwise` is block verification
+(arXiv 2403.10444) and `gumbel` the drafter-invariant coupling (arXiv 2408.07978).
+
+Shapes: `M` judged rows, `E` emissions, `K` tokens of the drafter's support, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cascade.decoding import coins
+from cascade.decoding.coins import Purpose
+from cascade.decoding.needs import is_blockwise, is_fresh
+from cascade.decoding.rules import Ensemble, Lossless
+from cascade.decoding.sampling import invert
+from cascade.decoding.session import Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cascade.decoding.bench import Bench
+    from cascade.decoding.distribution import Law
+    from cascade.decoding.rows import Support
+    from cascade.decoding.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one block."""
+
+    accepted: int
+    origins: tuple[Origin, ...]  # of the accepted tokens
+    judged: int
+    deferred: int
+    emitted: int | None  # correction or bonus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emission:
+    """One token to draw: from p, from pi of a judged row, or from what pi has over q there."""
+
+    owner: int
+    row: int  # of logits
+    position: int
+    judged: int | None = None  # None draws from p
+    factor: float = 1.0  # pi is scaled by this before q is taken off
+    residual: bool = False
+
+
+def tokenwise(bench: Bench) -> list[Outcome]:
+    """Return the outcome of verification token by token.
+
+    A draft stands with probability min(1, pi / q), or, in the form without rows, iff it is acceptable.
+    """
+    coins_M = _coins(bench, Purpose.ACCEPT)
+    stands_M = coins_M < accept_probabilities(bench)
+    marks = _marks(bench, stands_M, shared_M=_shared(bench, coins_M))
+    accepted = [
+        _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
+    ]
+    emissions = [_following(bench, i, count) for i, count in enumerate(accepted)]
+    return _outcomes(bench, accepted, marks, _emit(bench, emissions))
+
+
+def blockwise(bench: Bench) -> list[Outcome]:
+    """Return the outcome of block verification: the longest prefix i with coin_i < h_i stands."""
+    coins_M = _coins(bench, Purpose.ACCEPT)
+    standing = standing_probabilities(bench)
+    tossed = coins_M.tolist()
+    accepted = [
+        max([0, *(i + 1 for i, h in enumerate(hs) if tossed[head + i] < h)])
+        for head, hs in zip(bench.heads, standing.prefixes, strict=True)
+    ]
+    marks = _marks(bench, torch.ones_like(coins_M, dtype=torch.bool), _shared(bench, coins_M))
+    emissions = [
+        _following(bench, i, count, factor=standing.factors[i][count])
+        for i, count in enumerate(accepted)
+    ]
+    return _outcomes(bench, accepted, marks, _emit(bench, emissions))
+
+
+def gumbel(bench: Bench) -> list[Outcome]:
+    """Return the outcome under shared noise: a draft stands iff it is argmax(log pi + g)."""
+    seeds, positions = _counters(bench)
+    log_NV = bench.law.log_dense()
+    noise_NV = coins.noise(seeds, positions, log_NV.shape[1], log_NV.device).to(log_NV.dtype)
+    expert_N = (log_NV + noise_NV).argmax(dim=1)
+    rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=log_NV.device)
+    chosen_N = expert_N
+    if not isinstance(bench.policy.rule, Lossless):
+        log_MV = spread(bench.law.rows(rows_M), bench.support, bench.target).log_()
+        chosen_N = expert_N.index_copy(0, rows_M, (log_MV + noise_NV[rows_M]).argmax(dim=1))
+    token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=log_NV.device)
+    stands_M, shared_M = chosen_N[rows_M] == token_M, expert_N[rows_M] == token_M
+    marks = _marks(bench, stands_M, shared_M)
+    accepted = [
+        _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
+    ]
+    chosen = chosen_N.tolist()
+    emissions = [_following(bench, i, count) for i, count in enumerate(accepted)]
+    return _outcomes(bench, accepted, marks, {e.owner: chosen[e.row] for e in emissions if e})
+
+
+def accept_probabilities(bench: Bench) -> Tensor:
+    """Return the probability with which each drafted token stands on its own, float64 [M]."""
+    if is_fresh(bench.policy):
+        deferred_MK = bench.target.deferred_NK
+        assert deferred_MK is not None, "token rules say which tokens they defer"
+        return 1.0 - deferred_MK[:, 0].double()
+    return _ratio(bench, bench.target.on_NK).clamp_max(1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Block verification of each task: for prefixes 1 .. L, and the factors p_0 .. p_L."""
+
+    prefixes: list[list[float]]  # h_i: the chance that prefix i stands if no longer one does
+    factors: list[list[float]]
+
+
+def standing_probabilities(bench: Bench) -> Standing:
+    """Return h_i and p_i of arXiv 2403.10444 (rules.md section 9), for any target."""
+    ratio_M, tail_M = _ratio(bench, bench.target.on_NK), bench.target.tail_N.double()
+    q_MK, pi_MK = bench.evidence.q_NK.double(), bench.target.on_NK.double()
+    outside_M = bench.evidence.outside().double() * tail_M
+    head_B = torch.tensor(bench.heads, device=ratio_M.device)
+    factor_B = torch.ones(len(bench.tasks), dtype=torch.float64, device=ratio_M.device)
+    factors, prefixes = [factor_B], list[Tensor]()
+    for j in range(max(bench.lengths)):
+        row_B = (head_B + j).clamp_max(len(ratio_M) - 1)
+        over_BK = (factor_B[:, None] * pi_MK[row_B] - q_MK[row_B]).clamp_min(0)
+        gain_B = over_BK.sum(dim=1) + factor_B * outside_M[row_B]
+        # A certain prefix stands: 0 / 0 where nothing is gained by stopping at it.
+        prefixes.append(torch.where(factor_B < 1, gain_B / (gain_B + 1 - factor_B), 1.0))
+        factor_B = (factor_B * ratio_M[row_B]).clamp_max(1)
+        factors.append(factor_B)
+    h = torch.stack(prefixes or [factor_B]).T.tolist()
+    p = torch.stack(factors).T.tolist()
+    return Standing(
+        prefixes=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(bench.lengths)],
+        factors=[p[i][: n + 1] for i, n in enumerate(bench.lengths)],
+    )
+
+
+def spread(law: Law, support: Support, target: Target) -> Tensor:
+    """Return pi over the whole vocabulary, [M, V]."""
+    weights_MV = law.dense() * target.tail_N[:, None]
+    return _written(weights_MV, support.ids_NK, support.valid_NK, target.on_NK)
+
+
+def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
+    """Return the laws that tokens are drawn from, unnormalised, [E, V].
+
+    A residual that rounding left empty is replaced by pi.
+    """
+    device = bench.logits_NV.device
+    rows_E = torch.tensor([e.row for e in emissions], device=device)
+    p_EV = bench.law.rows(rows_E).dense()
+    judged = [k for k, e in enumerate(emissions) if e.judged is not None]
+    if not judged:
+        return p_EV
+    some = [emissions[k] for k in judged]
+    p_JV, place_J = p_EV[judged], torch.tensor(judged, device=device)
+    weights_JV = _over(bench, p_JV, some)
+    empty_J = weights_JV.sum(dim=1) <= 0
+    if bool(empty_J.any()):
+        whole = [
+            Emission(owner=e.owner, row=e.row, position=e.position, judged=e.judged) for e in some
+        ]
+        weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
+    return p_EV.index_copy(0, place_J, weights_JV)
+
+
+def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
+    """Return (factor pi - q)+ for residuals and pi for others, over the whole vocabulary."""
+    index_E = torch.tensor([e.judged for e in emissions], device=p_EV.device)
+    factor_E = p_EV.new_tensor([e.factor for e in emissions])
+    less_E = p_EV.new_tensor([float(e.residual) for e in emissions])
+    scaled_EK = factor_E[:, None] * bench.target.on_NK[index_E]
+    on_EK = (scaled_EK - less_E[:, None] * bench.evidence.q_NK[index_E]).clamp_min(0)
+    weights_EV = p_EV * (factor_E * bench.target.tail_N[index_E])[:, None]
+    support = bench.support
+    return _written(weights_EV, support.ids_NK[index_E], support.valid_NK[index_E], on_EK)
+
+
+def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
+    """Return the weights with the values of the support written over them."""
+    row_X, column_X = valid_EK.nonzero(as_tuple=True)
+    weights_EV[row_X, ids_EK[row_X, column_X]] = values_EK[row_X, column_X]
+    return weights_EV
+
+
+def _ratio(bench: Bench, pi_MK: Tensor) -> Tensor:
+    """Return pi / q at each drafted token, float64 [M]; 0 where the row lacks its own token."""
+    q_M, pi_M = bench.on_token(bench.evidence.q_NK).double(), bench.on_token(pi_MK).double()
+    return torch.where(q_M > 0, pi_M / torch.where(q_M > 0, q_M, 1.0), 0.0)
+
+
+def _shared(bench: Bench, coins_M: Tensor) -> Tensor:
+    """Return which drafted tokens lossless verification with the same coins would let stand."""
+    return coins_M < _ratio(bench, bench.evidence.p_NK)
+
+
+def _coins(bench: Bench, purpose: Purpose) -> Tensor:
+    """Return a coin for each judged row, float64 [M] on the device of the logits."""
+    if _is_certain(bench):
+        return torch.zeros(len(bench.owner_M), dtype=torch.float64, device=bench.logits_NV.device)
+    owners = [bench.tasks[i] for i in bench.owner_M]
+    tossed = coins.uniforms(
+        [task.policy.seed for task in owners],
+        [task.position + j for task, j in zip(owners, bench.place_M, strict=True)],
+        purpose,
+        starts_N=[task.position for task in owners] if is_blockwise(bench.policy) else None,
+    )
+    return tossed.to(bench.logits_NV.device)
+
+
+def _is_certain(bench: Bench) -> bool:
+    """Whether no coin matters: one-hots, unless the rule mixes them."""
+    return bench.policy.sampling.greedy and not isinstance(bench.policy.rule, Ensemble)
+
+
+def _counters(bench: Bench) -> tuple[list[int], list[int]]:
+    """Return seed and position of each row of logits."""
+    ends = [*bench.firsts[1:], bench.logits_NV.shape[0]]
+    pairs = [
+        (task.policy.seed, task.position + j)
+        for task, first, end in zip(bench.tasks, bench.firsts, ends, strict=True)
+        for j in range(end - first)
+    ]
+    return [seed for seed, _ in pairs], [position for _, position in pairs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Marks:
+    """What is known of each judged row."""
+
+    stands: list[bool]
+    shared: list[bool]
+    deferred: list[bool] | None  # None: a refusal is what deferring is
+
+
+def _marks(bench: Bench, stands_M: Tensor, shared_M: Tensor) -> _Marks:
+    """Return the marks, brought from the device in one piece."""
+    if isinstance(bench.policy.rule, Lossless):
+        stands, shared = torch.stack([stands_M, stands_M]).tolist()
+        return _Marks(stands=stands, shared=shared, deferred=None)
+    deferred_MK = bench.target.deferred_NK
+    if deferred_MK is None:
+        stands, shared = torch.stack([stands_M, shared_M]).tolist()
+        return _Marks(stands=stands, shared=shared, deferred=None)
+    deferred_M = bench.on_token(deferred_MK.expand(bench.support.ids_NK.shape).double()) > 0
+    stands, shared, deferred = torch.stack([stands_M, shared_M, deferred_M]).tolist()
+    return _Marks(stands=stands, shared=shared, deferred=deferred)
+
+
+def _leading(flags: Sequence[bool]) -> int:
+    """Return how many flags are set before the first that is not."""
+    return next((i for i, flag in enumerate(flags) if not flag), len(flags))
+
+
+def _following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -> Emission | None:
+    """Return what is emitted after the accepted tokens: a correction, a bonus or nothing."""
+    refused = accepted < bench.lengths[owner]
+    if not refused and not bench.bonuses[owner]:
+        return None
+    index = None if refused and is_fresh(bench.policy) else bench.judged(owner, accepted)
+    return Emission(
+        owner=owner,
+        row=bench.firsts[owner] + accepted,
+        position=bench.tasks[owner].position + accepted,
+        judged=index,
+        factor=factor if refused else 1.0,
+        residual=refused,
+    )
+
+
+def _emit(bench: Bench, emissions: Sequence[Emission | None]) -> dict[int, int]:
+    """Return the token that each owner's emission draws."""
+    wanted = [e for e in emissions if e is not None]
+    if not wanted:
+        return {}
+    if _is_certain(bench):
+        return _emit_certain(bench, wanted)
+    weights_EV = emission_weights(bench, wanted)
+    tasks = [bench.tasks[e.owner] for e in wanted]
+    tossed_E = coins.uniforms(
+        [task.policy.seed for task in tasks],
+        [e.position for e in wanted],
+        Purpose.EMIT,
+        starts_N=[task.position for task in tasks] if is_blockwise(bench.policy) else None,
+    )
+    tokens = invert(weights_EV, tossed_E).tolist()
+    return dict(zip((e.owner for e in wanted), tokens, strict=True))
+
+
+def _emit_certain(bench: Bench, emissions: Sequence[Emission]) -> dict[int, int]:
+    """Return the favourites of one-hot laws: p's, or the drafter's where pi keeps it."""
+    favourite = bench.law.favourites().tolist()
+    tokens = {e.owner: favourite[e.row] for e in emissions}
+    for e in emissions:
+        if e.judged is not None and not e.residual and bench.target.tail_N[e.judged] < 1:
+            kept_K = bench.target.on_NK[e.judged]
+            tokens[e.owner] = int(bench.support.ids_NK[e.judged, kept_K.argmax()])
+    return tokens
+
+
+def _outcomes(
+    bench: Bench, accepted: Sequence[int], marks: _Marks, emitted: dict[int, int]
+) -> list[Outcome]:
+    """Return the outcome of each task."""
+    return [
+        Outcome(
+            accepted=count,
+            origins=tuple(
+                Origin.DRAFTER if shared else Origin.KEPT
+                for shared in marks.shared[bench.heads[i] : bench.heads[i] + count]
+            ),
+            judged=(judged := min(count + 1, bench.lengths[i])),
+            deferred=_deferred(marks, bench.heads[i], judged, refused=count < bench.lengths[i]),
+            emitted=emitted.get(i),
+        )
+        for i, count in enumerate(accepted)
+    ]
+
+
+def _deferred(marks: _Marks, head: int, judged: int, *, refused: bool) -> int:
+    """Return how many of the judged tokens the rule gave to the expert."""
+    if marks.deferred is None:
+        return int(refused)
+    return sum(marks.deferred[head : head + judged])

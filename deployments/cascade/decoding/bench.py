@@ -1,0 +1,241 @@
+"""Blocks of one kind laid out flat: which row of logits speaks of which drafted token.
+
+Shapes: `N` rows of logits, `M` judged rows, `K` tokens of the drafter's support, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled, widen
+from cascade.decoding.needs import is_fresh, wants_target
+from cascade.decoding.rows import Support, one_token, overlay
+from cascade.decoding.rules import (
+    Bild,
+    Diff,
+    DiffLog,
+    Opt,
+    OptLog,
+    TokenV1,
+    TokenV2,
+    TokenV3,
+    Typical,
+)
+from cascade.decoding.session import Block, Bonus, Gates, Policy, Row
+from cascade.decoding.target import Evidence, Target, target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# No token: the row after a block, where bonus `target` needs pi and nothing was drafted.
+NOTHING = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One block to judge at a position; an empty block asks for the next token."""
+
+    policy: Policy
+    position: int
+    block: Block = field(default_factory=Block)
+    prompt: Sequence[int] = ()  # read if the sampling counts tokens
+    answer: Sequence[int] = ()  # committed tokens, likewise
+
+
+def live_length(policy: Policy, tokens: Sequence[int]) -> int:
+    """Return how many drafted tokens matter: those up to the first that ends the answer."""
+    for i, token in enumerate(tokens):
+        if token in policy.stop_ids:
+            return i + 1
+    return len(tokens)
+
+
+def rows_needed(policy: Policy, tokens: Sequence[int]) -> int:
+    """Return how many rows of logits judge these tokens.
+
+    The expert reads the last committed token and the first `rows_needed - 1` drafted ones.
+    """
+    length = live_length(policy, tokens)
+    return max(1, length + (1 if _has_bonus(policy, tokens[:length]) else 0))
+
+
+def _has_bonus(policy: Policy, tokens: Sequence[int]) -> bool:
+    """Return whether a token follows when all of these stand."""
+    if not tokens:
+        return True
+    return policy.bonus is not Bonus.NONE and tokens[-1] not in policy.stop_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Tasks of one kind, flat. What is costly and not always read is computed when it is."""
+
+    tasks: Sequence[Task]
+    logits_NV: Tensor
+    lengths: list[int]  # live drafted tokens of each task
+    bonuses: list[bool]  # whether a token follows when all stand
+    firsts: list[int]  # first row of logits of each task
+    owner_M: list[int]  # task of each judged row
+    place_M: list[int]  # place in the block of each judged row
+    token_M: list[int]  # drafted token, or NOTHING
+    heads: list[int]  # first judged row of each task
+
+    @property
+    def policy(self) -> Policy:
+        """What the tasks share: rule, bonus, coupling, verification, greedy or not."""
+        return self.tasks[0].policy
+
+    @property
+    def rows(self) -> list[int]:
+        """Row of logits of each judged row."""
+        return [self.firsts[i] + j for i, j in zip(self.owner_M, self.place_M, strict=True)]
+
+    def judged(self, owner: int, place: int) -> int | None:
+        """Return the judged row at a place of a task, None where there is none."""
+        index = self.heads[owner] + place
+        if index < len(self.owner_M) and self.owner_M[index] == owner:
+            return index
+        return None
+
+    @cached_property
+    def law(self) -> Law:
+        """The expert's processed rows, one for each row of logits."""
+        samplings, contexts = [], []
+        for i, task in enumerate(self.tasks):
+            for j in range(self._count(i)):
+                samplings.append(task.policy.sampling)
+                contexts.append(_context(task, j))
+        return process(self.logits_NV, samplings, contexts)
+
+    @cached_property
+    def unscaled(self) -> Soft:
+        """The expert's unscaled rows, one for each row of logits."""
+        plain = all(is_plain(task.policy.sampling) for task in self.tasks)
+        return self.law if plain and isinstance(self.law, Soft) else unscaled(self.logits_NV)
+
+    def _count(self, owner: int) -> int:
+        """Return how many rows of logits a task owns."""
+        ends = [*self.firsts[1:], self.logits_NV.shape[0]]
+        return ends[owner] - self.firsts[owner]
+
+    @cached_property
+    def support(self) -> Support:
+        """The drafter's judged rows."""
+        found = [_drafted(self.tasks[i].block, j) for i, j in self._places()]
+        like = widen(self.logits_NV[:0])
+        tokens, likelihoods = self.token_M, [f.likelihood for f in found]
+        support = one_token(tokens, likelihoods, [f.unscaled for f in found], like=like)
+        if is_fresh(self.policy):
+            return support
+        return overlay(support, [f.row for f in found])
+
+    def _places(self) -> list[tuple[int, int]]:
+        return list(zip(self.owner_M, self.place_M, strict=True))
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What the rule reads of both models."""
+        rule, support = self.policy.rule, self.support
+        rows_M = torch.tensor(self.rows, dtype=torch.int64, device=self.logits_NV.device)
+        p_MK = self.law.rows(rows_M).at(support.ids_NK) * support.valid_NK
+        by_token = isinstance(rule, TokenV1 | TokenV2 | TokenV3 | Typical)
+        if not (by_token or isinstance(rule, Diff | Opt | DiffLog | OptLog | Bild)):
+            return Evidence(q_NK=support.q_NK, p_NK=p_MK, gates_N=self._gates())
+        raw = self.unscaled.rows(rows_M)
+        entropic = isinstance(rule, DiffLog | OptLog | Typical)
+        return Evidence(
+            q_NK=support.q_NK,
+            p_NK=p_MK,
+            gates_N=self._gates(),
+            q0_NK=support.q0_NK,
+            p0_NK=raw.at(support.ids_NK) if by_token else None,
+            p0_peak_N=raw.peaks(),
+            p0_entropy_N=raw.entropies() if entropic else None,
+            p0_favourite_N=self._favourite(raw) if isinstance(rule, Bild) else None,
+        )
+
+    def _gates(self) -> tuple[Gates | None, ...]:
+        """Return the drafter's gates of each judged row."""
+        blocks = [(self.tasks[i].block.gates, j) for i, j in self._places()]
+        return tuple(gates[j] if j < len(gates) else None for gates, j in blocks)
+
+    def _favourite(self, raw: Soft) -> Tensor:
+        """Return p0 of the drafter's favourite; without gates the drafted token speaks for it."""
+        pairs = zip(self._gates(), self.token_M, strict=True)
+        ids = [gates.favourite if gates else max(token, 0) for gates, token in pairs]
+        return raw.at(torch.tensor(ids, device=raw.norm_N1.device)[:, None]).squeeze(1)
+
+    @cached_property
+    def target(self) -> Target:
+        """The law pi of each judged row."""
+        return target(self.policy.rule, self.evidence)
+
+    def on_token(self, values_MK: Tensor) -> Tensor:
+        """Return the value at each judged row's drafted token, 0 where the row lacks it."""
+        token_M1 = torch.tensor(self.token_M, device=values_MK.device)[:, None]
+        hit_MK = (self.support.ids_NK == token_M1) & self.support.valid_NK
+        return torch.where(hit_MK, values_MK, 0).sum(dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drafted:
+    """What a block says of one of its positions."""
+
+    row: Row | None
+    likelihood: float
+    unscaled: float
+
+
+def _drafted(block: Block, place: int) -> _Drafted:
+    """Return what the block says of a position; what it does not say is certainty of its token."""
+    return _Drafted(
+        row=block.rows[place] if place < len(block.rows) else None,
+        likelihood=block.likelihoods[place] if place < len(block.likelihoods) else 1.0,
+        unscaled=block.unscaled[place] if place < len(block.unscaled) else -math.inf,
+    )
+
+
+def _context(task: Task, place: int) -> Context:
+    """Return what penalties count before a place of the block."""
+    if not task.policy.sampling.counts_tokens:
+        return Context()
+    return Context(prompt=task.prompt, answer=[*task.answer, *task.block.tokens[:place]])
+
+
+def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:
+    """Return the tasks of one kind as a bench; the rows of logits are theirs in order."""
+    lengths = [live_length(t.policy, t.block.tokens) for t in tasks]
+    counts = [rows_needed(t.policy, t.block.tokens) for t in tasks]
+    places = [range(n + _asks_target(t, n)) for t, n in zip(tasks, lengths, strict=True)]
+    return Bench(
+        tasks=tasks,
+        logits_NV=logits_NV,
+        lengths=lengths,
+        bonuses=[
+            _has_bonus(t.policy, t.block.tokens[:n]) for t, n in zip(tasks, lengths, strict=True)
+        ],
+        firsts=[0, *accumulate(counts)][:-1],
+        owner_M=[i for i, here in enumerate(places) for _ in here],
+        place_M=[j for here in places for j in here],
+        token_M=[
+            tasks[i].block.tokens[j] if j < lengths[i] else NOTHING
+            for i, here in enumerate(places)
+            for j in here
+        ],
+        heads=[0, *accumulate(len(here) for here in places)][:-1],
+    )
+
+
+def _asks_target(task: Task, length: int) -> bool:
+    """Return whether the block came with the drafter's row after it, and pi there is wanted."""
+    whole = length == task.block.length and len(task.block.rows) > length
+    return (
+        whole and wants_target(task.policy) and _has_bonus(task.policy, task.block.tokens[:length])
+    )

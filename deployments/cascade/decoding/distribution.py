@@ -1,0 +1,252 @@
+"""From logits to the rows q and p that tokens follow, and to the rows q0 and p0 that rules read.
+
+A row is never stored as probabilities: it stays logits and a normaliser, so that a few tokens of many
+rows cost a gather and only a row that is sampled from is computed whole. Arithmetic is float32, or
+float64 for float64 logits.
+
+Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `D` likeliest tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from cascade.decoding.session import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# A temperature under this is greedy but for ties; its inverse still times zero is zero.
+_LEAST_TEMPERATURE = 1e-30
+# Nuclei deeper than this are found by a full sort.
+_NUCLEUS_DEPTH = 1024
+_PLAIN = Sampling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The tokens before a row: what penalties count."""
+
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soft:
+    """Rows softmax(logits / temperature) over the tokens whose logits reach the cut."""
+
+    logits_NV: Tensor
+    inverse_N1: Tensor  # 1 / temperature
+    peak_N1: Tensor  # largest logit
+    norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
+    cut_N1: Tensor | None  # least logit kept; None keeps all
+
+    def at(self, ids_NK: Tensor) -> Tensor:
+        """Return the probabilities of the tokens `ids_NK`, row by row."""
+        return self.log_at(ids_NK).exp()
+
+    def log_at(self, ids_NK: Tensor) -> Tensor:
+        """Return the log-probabilities of the tokens `ids_NK`, row by row."""
+        logits_NK = self.logits_NV.gather(1, ids_NK)
+        log_NK = (logits_NK - self.peak_N1) * self.inverse_N1 - self.norm_N1
+        return (
+            log_NK
+            if self.cut_N1 is None
+            else log_NK.masked_fill(logits_NK < self.cut_N1, -math.inf)
+        )
+
+    def rows(self, rows_E: Tensor) -> Soft:
+        """Return a selection of the rows."""
+        return Soft(
+            logits_NV=self.logits_NV[rows_E],
+            inverse_N1=self.inverse_N1[rows_E],
+            peak_N1=self.peak_N1[rows_E],
+            norm_N1=self.norm_N1[rows_E],
+            cut_N1=None if self.cut_N1 is None else self.cut_N1[rows_E],
+        )
+
+    def log_dense(self) -> Tensor:
+        """Return the log-probabilities of every token, [N, V], -inf where impossible."""
+        log_NV = (self.logits_NV - self.peak_N1).mul_(self.inverse_N1).sub_(self.norm_N1)
+        if self.cut_N1 is None:
+            return log_NV
+        return log_NV.masked_fill_(self.logits_NV < self.cut_N1, -math.inf)
+
+    def dense(self) -> Tensor:
+        """Return the probabilities of every token, [N, V]."""
+        return self.log_dense().exp_()
+
+    def peaks(self) -> Tensor:
+        """Return the largest probability of each row."""
+        return (-self.norm_N1).exp().squeeze(1)
+
+    def favourites(self) -> Tensor:
+        """Return the likeliest token of each row, the lowest of equals."""
+        return self.logits_NV.argmax(dim=1)
+
+    def entropies(self) -> Tensor:
+        """Return the entropy of each row in nats."""
+        return torch.special.entr(self.dense()).sum(dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hard:
+    """Rows at temperature 0: all mass on the likeliest token."""
+
+    best_N: Tensor
+    vocab: int
+    dtype: torch.dtype
+
+    def at(self, ids_NK: Tensor) -> Tensor:
+        """Return the probabilities, 0 or 1, of the tokens `ids_NK`."""
+        return (ids_NK == self.best_N[:, None]).to(self.dtype)
+
+    def rows(self, rows_E: Tensor) -> Hard:
+        """Return a selection of the rows."""
+        return Hard(best_N=self.best_N[rows_E], vocab=self.vocab, dtype=self.dtype)
+
+    def log_dense(self) -> Tensor:
+        """Return the log-probabilities of every token, [N, V]: 0, or -inf where impossible."""
+        return self.dense().log_()
+
+    def dense(self) -> Tensor:
+        """Return the probabilities of every token, [N, V]."""
+        shape = (len(self.best_N), self.vocab)
+        empty_NV = torch.zeros(shape, dtype=self.dtype, device=self.best_N.device)
+        return empty_NV.scatter_(1, self.best_N[:, None], 1.0)
+
+    def favourites(self) -> Tensor:
+        """Return the only possible token of each row."""
+        return self.best_N
+
+
+Law: TypeAlias = Soft | Hard
+
+
+def process(
+    logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
+) -> Law:
+    """Return the processed rows; either all samplings are greedy or none is.
+
+    The order is that of `Sampling`. Top-k keeps every token that ties with the last kept. Top-p keeps
+    the fewest tokens whose mass reaches it, relative to what top-k left, and what ties with the last.
+    """
+    logits_NV = _adjust(widen(logits_NV), samplings_N, contexts_N)
+    if samplings_N and samplings_N[0].greedy:
+        vocab = logits_NV.shape[1]
+        return Hard(best_N=logits_NV.argmax(dim=1), vocab=vocab, dtype=logits_NV.dtype)
+    inverse = [1.0 / max(s.temperature, _LEAST_TEMPERATURE) for s in samplings_N]
+    inverse_N1 = logits_NV.new_tensor(inverse)[:, None]
+    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
+    weights_NV = (logits_NV - peak_N1).mul_(inverse_N1).exp_()
+    cut_N1 = _cut(logits_NV, weights_NV, peak_N1, samplings_N)
+    if cut_N1 is not None:
+        weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
+    return Soft(
+        logits_NV=logits_NV,
+        inverse_N1=inverse_N1,
+        peak_N1=peak_N1,
+        norm_N1=weights_NV.sum(dim=1, keepdim=True).log_(),
+        cut_N1=cut_N1,
+    )
+
+
+def unscaled(logits_NV: Tensor) -> Soft:
+    """Return the rows at temperature 1, untruncated, without penalties or bias: what gates read."""
+    law = process(logits_NV, [_PLAIN] * logits_NV.shape[0], [])
+    assert isinstance(law, Soft), "temperature 1 is not greedy"
+    return law
+
+
+def is_plain(sampling: Sampling) -> bool:
+    """Whether the processed row is the unscaled row."""
+    return sampling == _PLAIN
+
+
+def widen(logits_NV: Tensor) -> Tensor:
+    """Return the logits in float32, or as they are in float64."""
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+def _adjust(
+    logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
+) -> Tensor:
+    """Return logits with bias and penalties; the input itself where no row has any."""
+    touched = [i for i, s in enumerate(samplings_N) if s.logit_bias or s.counts_tokens]
+    if not touched:
+        return logits_NV
+    logits_NV = logits_NV.clone()
+    for i in touched:
+        _bias(logits_NV[i], samplings_N[i])
+        _penalise(logits_NV[i], samplings_N[i], contexts_N[i])
+    return logits_NV
+
+
+def _bias(logits_V: Tensor, sampling: Sampling) -> None:
+    """Add the logit bias in place; tokens outside the vocabulary have no logit to bias."""
+    for token, bias in sampling.logit_bias:
+        if token < len(logits_V):
+            logits_V[token] += bias
+
+
+def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
+    """Apply repetition, presence and frequency penalties in place."""
+    if sampling.repetition_penalty != 1 and (context.prompt or context.answer):
+        seen_K = torch.tensor(sorted({*context.prompt, *context.answer}), device=logits_V.device)
+        values_K = logits_V[seen_K]
+        factor = sampling.repetition_penalty
+        logits_V[seen_K] = torch.where(values_K > 0, values_K / factor, values_K * factor)
+    if context.answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(context.answer)
+        answer_K = torch.tensor(list(counts), device=logits_V.device)
+        count_K = logits_V.new_tensor(list(counts.values()))
+        penalty_K = sampling.presence_penalty + sampling.frequency_penalty * count_K
+        logits_V[answer_K] -= penalty_K
+
+
+def _cut(
+    logits_NV: Tensor, weights_NV: Tensor, peak_N1: Tensor, samplings_N: Sequence[Sampling]
+) -> Tensor | None:
+    """Return the least logit that top-k, top-p and min-p keep, [N, 1], or None if all keep all."""
+    if not any(s.top_k or s.top_p < 1 or s.min_p for s in samplings_N):
+        return None
+    cut_N1 = torch.full_like(peak_N1, -math.inf)
+    if any(s.top_k for s in samplings_N):
+        cut_N1 = _top_k(logits_NV, [s.top_k for s in samplings_N])
+    if any(s.top_p < 1 for s in samplings_N):
+        kept_NV = weights_NV.masked_fill(logits_NV < cut_N1, 0.0)
+        cut_N1 = torch.maximum(cut_N1, _top_p(logits_NV, kept_NV, [s.top_p for s in samplings_N]))
+    if any(s.min_p for s in samplings_N):
+        # p >= min_p max p, in logits.
+        drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
+        cut_N1 = torch.maximum(cut_N1, peak_N1 + peak_N1.new_tensor(drop)[:, None])
+    return cut_N1
+
+
+def _top_k(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
+    """Return the k-th largest logit of each row, -inf where k is 0 or exceeds the vocabulary."""
+    vocab = logits_NV.shape[1]
+    top_ND = logits_NV.topk(min(max(counts_N), vocab)).values
+    index_N1 = torch.tensor([[min(max(k, 1), vocab) - 1] for k in counts_N], device=top_ND.device)
+    off_N1 = torch.tensor([[k == 0 or k >= vocab] for k in counts_N], device=top_ND.device)
+    return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
+
+
+def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> Tensor:
+    """Return the logit at which the mass of the likeliest tokens reaches top-p, -inf where it is 1."""
+    vocab = logits_NV.shape[1]
+    mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
+    wanted_N1 = mass_N1 * weights_NV.sum(dim=1, keepdim=True)
+    for depth in (min(_NUCLEUS_DEPTH, vocab), vocab):
+        top_ND, ids_ND = logits_NV.topk(depth)
+        short_N1 = (weights_NV.gather(1, ids_ND).cumsum(1) < wanted_N1).sum(dim=1, keepdim=True)
+        if depth == vocab or not bool(((short_N1 == depth) & (mass_N1 < 1)).any()):
+            break
+    cut_N1 = top_ND.gather(1, short_N1.clamp_max(top_ND.shape[1] - 1))
+    return cut_N1.masked_fill(mass_N1 >= 1, -math.inf)

@@ -1,0 +1,153 @@
+"""Sparse rows: what the drafter samples from, ships, and the expert reads back.
+
+Shapes: `N` rows, `K` entries of a row, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.decoding.session import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+# Stands for a row that nobody needs, at a position where the drafter's own rule keeps.
+ABSENT = Row(ids=np.empty(0, np.uint32), weights=np.empty(0, np.float16))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse:
+    """N laws on K tokens each, padded with tokens of probability 0."""
+
+    ids_NK: Tensor  # int64, ascending
+    weights_NK: Tensor  # float16, the largest of a row is 1
+
+    def law(self, dtype: torch.dtype) -> Tensor:
+        """Return the probabilities [N, K]: the weights, renormalised."""
+        return normalised(self.weights_NK.to(dtype))
+
+    def row(self, index: int, *, full: bool = False, unscaled_K: Tensor | None = None) -> Row:
+        """Return one law as a value, without its padding unless it is a full row."""
+        weights_K = self.weights_NK[index].numpy()
+        q0_K = None if unscaled_K is None else unscaled_K.half().numpy()
+        if full:
+            return Row(ids=np.empty(0, np.uint32), weights=weights_K, unscaled=q0_K)
+        kept_K = weights_K > 0
+        ids_K = self.ids_NK[index].numpy().astype(np.uint32)[kept_K]
+        q0_kept_K = None if q0_K is None else q0_K[kept_K]
+        return Row(ids=ids_K, weights=weights_K[kept_K], unscaled=q0_kept_K)
+
+
+def normalised(weights_NK: Tensor) -> Tensor:
+    """Return weights divided by their sum; rows of zeros stay."""
+    total_N1 = weights_NK.sum(dim=1, keepdim=True)
+    return weights_NK / torch.where(total_N1 > 0, total_N1, 1.0)
+
+
+def sparsify(q_NV: Tensor, entries: int) -> Sparse:
+    """Return the likeliest `entries` tokens of each row, as float16 weights scaled by the largest.
+
+    Entries under 2**-25 of the largest round to 0 and leave the law.
+    """
+    if entries >= q_NV.shape[1]:
+        ids_V = torch.arange(q_NV.shape[1], device=q_NV.device)
+        return Sparse(ids_NK=ids_V.expand(q_NV.shape), weights_NK=quantised(q_NV))
+    ids_NK = q_NV.topk(entries).indices.sort(dim=1).values
+    return Sparse(ids_NK=ids_NK, weights_NK=quantised(q_NV.gather(1, ids_NK)))
+
+
+def quantised(q_NK: Tensor) -> Tensor:
+    """Return float16 weights proportional to the rows, the largest of each 1."""
+    return (q_NK / q_NK.amax(dim=1, keepdim=True)).half()
+
+
+def one_hot(token: int) -> Row:
+    """Return the law that is certain of one token."""
+    return Row(ids=np.array([token], np.uint32), weights=np.ones(1, np.float16))
+
+
+def size(row: Row) -> int:
+    """Return the number of entries; 0 for `ABSENT`."""
+    return len(row.weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """The drafter's rows on the tokens that matter: the expert's side of `Sparse`."""
+
+    ids_NK: Tensor  # int64, padded with 0
+    valid_NK: Tensor  # bool, False on the padding
+    q_NK: Tensor  # probabilities, 0 on the padding
+    q0_NK: Tensor  # unscaled probabilities, -inf where unknown
+
+
+def one_token(
+    tokens_N: Sequence[int],
+    likelihoods_N: Sequence[float],
+    unscaled_N: Sequence[float],
+    *,
+    like: Tensor,
+) -> Support:
+    """Return rows that are known at their drafted token alone; token -1 stands for none."""
+    ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=like.device)[:, None]
+    return Support(
+        ids_NK=ids_N1.clamp_min(0),
+        valid_NK=ids_N1 >= 0,
+        q_NK=like.new_tensor(likelihoods_N)[:, None],
+        q0_NK=like.new_tensor(unscaled_N)[:, None],
+    )
+
+
+def overlay(support: Support, rows_N: Sequence[Row | None]) -> Support:
+    """Return the support with each shipped row in place of the token it stood on."""
+    sizes_N = [0 if row is None else size(row) for row in rows_N]
+    width = max(sizes_N, default=0)
+    if not width:
+        return support
+    ids_NK, weights_NK, q0_NK = _padded(rows_N, width)
+    device = support.ids_NK.device
+    sizes_N1 = torch.tensor(sizes_N, device=device)[:, None]
+    shipped_N1, here_1K = sizes_N1 > 0, torch.arange(width, device=device)[None, :]
+    wide = [_widened(t, width) for t in (support.ids_NK, support.valid_NK, support.q_NK)]
+    dtype = support.q_NK.dtype
+    law_NK = normalised(torch.from_numpy(weights_NK).to(device, dtype))
+    inside_NK = (here_1K < sizes_N1) & (law_NK > 0)
+    return Support(
+        ids_NK=torch.where(shipped_N1, torch.from_numpy(ids_NK).to(device), wide[0]),
+        valid_NK=torch.where(shipped_N1, inside_NK, wide[1]),
+        q_NK=torch.where(shipped_N1, law_NK, wide[2]),
+        q0_NK=torch.where(
+            shipped_N1, torch.from_numpy(q0_NK).to(device, dtype), _widened(support.q0_NK, width)
+        ),
+    )
+
+
+def _padded(
+    rows_N: Sequence[Row | None], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Return ids, weights and unscaled probabilities of the rows, padded to `width`."""
+    ids_NK = np.zeros((len(rows_N), width), np.int64)
+    weights_NK = np.zeros((len(rows_N), width), np.float32)
+    q0_NK = np.full((len(rows_N), width), -np.inf, np.float32)
+    for i, row in enumerate(rows_N):
+        if row is None:
+            continue
+        count = size(row)
+        ids_NK[i, :count] = row.ids if len(row.ids) else np.arange(count)
+        weights_NK[i, :count] = row.weights
+        if row.unscaled is not None:
+            q0_NK[i, :count] = row.unscaled
+    return ids_NK, weights_NK, q0_NK
+
+
+def _widened(tensor_N1: Tensor, width: int) -> Tensor:
+    """Return the column with zeros to its right."""
+    return torch.nn.functional.pad(tensor_N1, (0, width - tensor_N1.shape[1]))
