@@ -35,7 +35,9 @@ def generate() -> None:
     if code != 0:
         raise RuntimeError(f"protoc ended with {code}; its message stands above")
     _forget_stale({Path(file).stem for file in files})
-    (PACKAGE / "__init__.py").write_text('"""Generated from protos/cascade/v1; see its README."""\n')
+    (PACKAGE / "__init__.py").write_text(
+        '"""Generated from protos/cascade/v1; see its README."""\n'
+    )
 
 
 def _program(name: str) -> str:

@@ -1,7 +1,8 @@
 """What crosses between router and tiers, as values; `codec` turns them into protobuf and back.
 
-Every item names its session, its epoch (grows when a session moves to another replica) and a position
-(committed tokens after the prompt). `digest` is the digest of prompt and committed tokens up to it.
+Every item names its session, its epoch (grows when a session moves to another replica) and a
+position (committed tokens after the prompt). `digest` is that of prompt and committed tokens up to
+the position.
 """
 
 from __future__ import annotations

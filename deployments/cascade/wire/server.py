@@ -1,0 +1,278 @@
+"""The gRPC server of a tier: frames in, items to the tier, answers out as few frames as can be.
+
+A stream ends for the tier when the client half-closes, cancels or vanishes: `grpc.aio` ends the
+request iterator alike. A frame that cannot be read aborts its stream; an item that cannot be read,
+or names no open session, refuses its session alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cascade.errors import CascadeError, Internal, InvalidRequest, Overloaded, StartupError
+from cascade.wire import status
+from cascade.wire.codec import decode_question, encode, owner, parse
+from cascade.wire.frames import Close, Judge, Open, Propose, Refusal, Score
+from cascade.wire.limits import check
+from cascade.wire.outbox import Outbox
+from cascade.wire.tiers import FRAME_LIMIT_BYTES, Description, Kind, encode_description
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from cascade.decoding.session import SessionId
+    from cascade.wire.codec import Answer, Message, Question
+
+    Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = (
+    # The framing of a frame of the largest size needs a few bytes more.
+    ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
+    ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
+    # A second server on a port must fail, not share its connections.
+    ("grpc.so_reuseport", 0),
+    # A client that is cut off is noticed by its silence.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class Tier(Protocol):
+    """What a server serves. Called on the event loop; nothing here may block."""
+
+    def receive(self, connection: Connection, item: Question) -> None:
+        """Take an item of an open session; a CascadeError refuses that session."""
+        ...
+
+    def disconnected(self, connection: Connection) -> None:
+        """Free all sessions of a stream that ended."""
+        ...
+
+    def describe(self) -> Description:
+        """Return what is served, and the limits that the server enforces."""
+        ...
+
+
+class Connection:
+    """One client's stream. Equal only to itself."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.epochs: dict[SessionId, int] = {}  # of the open sessions
+        self.outbox = Outbox()
+        self._closed = False
+        self._overload: Overloaded | None = None
+        self._ended = asyncio.Event()
+
+    def send(self, item: Answer) -> None:
+        """Send an answer with all others of this tick; on the event loop, never blocks.
+
+        What is sent to a client that has gone is dropped.
+        """
+        if self._closed:
+            return
+        if isinstance(item, Refusal) and self.epochs.get(item.session_id) == item.epoch:
+            del self.epochs[item.session_id]
+        try:
+            self.outbox.put(encode(item, self.kind.response))
+        except InvalidRequest as error:
+            self._refuse(item, error)
+        except Overloaded as error:
+            self._overload = error
+            self.close()
+
+    def close(self) -> None:
+        """Accept nothing more; what was sent before still leaves."""
+        self._closed = True
+        self.outbox.close()
+        self._ended.set()
+
+    async def watch(self) -> None:
+        """Wait until the connection is closed; raises Overloaded if the client does not read."""
+        await self._ended.wait()
+        if self._overload is not None:
+            raise self._overload
+
+    def _refuse(self, item: Answer, error: InvalidRequest) -> None:
+        assert not isinstance(item, Refusal), "a refusal fits any frame"
+        defect = Internal(f"an answer could not be sent: {error.message}")
+        self.send(status.refusal(item.session_id, item.epoch, defect))
+
+
+class TierServer:
+    """Serves a tier on one address, with `grpc.health.v1` and reflection."""
+
+    def __init__(self, tier: Tier, kind: Kind) -> None:
+        self.tier = tier
+        self.kind = kind
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - absent from the stubs
+        self._server: grpc.aio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._limits: Description | None = None
+
+    async def start(self, address: str) -> str:
+        """Serve on `host:port`, where port 0 picks a free one, and return the address bound.
+
+        Raises:
+            StartupError: the address cannot be bound.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._limits = self.tier.describe()
+        self._server = server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (self.kind.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        bound = _bind(server, address)
+        await server.start()
+        await self.set_serving(serving=True)
+        return bound
+
+    async def set_serving(self, *, serving: bool) -> None:
+        """Say SERVING or NOT_SERVING to health checks; open streams go on either way."""
+        state = health_pb2.HealthCheckResponse.SERVING
+        if not serving:
+            state = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", self.kind.service):
+            await self._health.set(name, state)
+
+    async def stop(self, *, grace_s: float = 0.0) -> None:
+        """Say NOT_SERVING, take no new streams, and cut the open ones after `grace_s` seconds."""
+        if self._server is None:
+            return
+        await self.set_serving(serving=False)
+        await self._server.stop(grace_s)
+        self._server = None
+
+    def post(self, answers: Iterable[tuple[Connection, Answer]]) -> None:
+        """Send the answers of a whole pass; from any thread, wakes the event loop once."""
+        assert self._loop is not None, "start the server first"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_send_all, answers)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        # Bytes pass through: a frame that cannot be read is ours to answer, not grpc's.
+        return grpc.method_handlers_generic_handler(
+            self.kind.service,
+            {
+                self.kind.stream: grpc.stream_stream_rpc_method_handler(self._stream),
+                self.kind.question: grpc.unary_unary_rpc_method_handler(self._describe),
+            },
+        )
+
+    async def _describe(self, request: bytes, context: Context) -> bytes:
+        del request, context
+        return encode_description(self.tier.describe(), self.kind)
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        connection = Connection(self.kind)
+        error: CascadeError | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(connection, requests))
+                group.create_task(_write(connection, context))
+                group.create_task(connection.watch())
+        except* CascadeError as failed:
+            error = next(leaf for leaf in failed.exceptions if isinstance(leaf, CascadeError))
+        except* grpc.aio.BaseError:
+            logger.debug("a client of the %s left while it was written to", self.kind.name)
+        if error is not None:
+            metadata = status.trailing_metadata(error)
+            await context.abort(status.code(error), error.message, metadata)
+
+    async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
+        try:
+            async for data in requests:
+                self._receive(connection, data)
+        finally:
+            connection.close()
+            self.tier.disconnected(connection)
+
+    def _receive(self, connection: Connection, data: bytes) -> None:
+        assert self._limits is not None, "start the server first"
+        messages = parse(data, self.kind.request)
+        if len(messages) > self._limits.item_limit:
+            raise InvalidRequest(
+                f"a frame has {len(messages)} items; the limit is {self._limits.item_limit}"
+            )
+        for message in messages:
+            self._take(connection, message, self._limits)
+
+    def _take(self, connection: Connection, message: Message, limits: Description) -> None:
+        try:
+            item = decode_question(message)
+            check(item, limits)
+            if _admit(connection, item, limits):
+                self.tier.receive(connection, item)
+        except CascadeError as error:
+            culprit = owner(message)
+            if culprit is None:
+                raise
+            self._refuse(connection, *culprit, error)
+
+    def _refuse(
+        self, connection: Connection, session_id: SessionId, epoch: int, error: CascadeError
+    ) -> None:
+        if connection.epochs.get(session_id) == epoch:
+            self.tier.receive(connection, Close(session_id=session_id, epoch=epoch))
+        connection.send(status.refusal(session_id, epoch, error))
+
+
+async def _write(connection: Connection, context: Context) -> None:
+    while (frame := await connection.outbox.take()) is not None:
+        await context.write(frame)
+
+
+def _send_all(answers: Iterable[tuple[Connection, Answer]]) -> None:
+    for connection, item in answers:
+        connection.send(item)
+
+
+def _admit(connection: Connection, item: Question, limits: Description) -> bool:
+    """Keep account of the open sessions; return whether the tier should see the item."""
+    match item:
+        case Score():
+            return True
+        case Open():
+            return _admit_open(connection, item, limits)
+        case Close():
+            known = connection.epochs.get(item.session_id) == item.epoch
+            return known and connection.epochs.pop(item.session_id) == item.epoch
+        case Propose() | Judge():
+            return _admit_step(connection, item)
+
+
+def _admit_open(connection: Connection, item: Open, limits: Description) -> bool:
+    known = connection.epochs.get(item.session.id)
+    if known is not None and item.epoch < known:
+        return False
+    if known is None and len(connection.epochs) >= limits.session_limit:
+        raise Overloaded(f"{limits.session_limit} sessions are open on this stream; close one")
+    connection.epochs[item.session.id] = item.epoch
+    return True
+
+
+def _admit_step(connection: Connection, item: Propose | Judge) -> bool:
+    known = connection.epochs.get(item.session_id)
+    if known is None or item.epoch > known:
+        connection.send(status.unknown_session(item.session_id, item.epoch))
+        return False
+    return item.epoch == known
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartupError(f"{address} cannot be bound: {error}; is it in use?") from error
+    return f"{address.rpartition(':')[0]}:{port}"
