@@ -56,7 +56,7 @@ class Emission:
 def tokenwise(bench: Bench) -> list[Outcome]:
     """Return the outcome of verification token by token.
 
-    A draft stands with probability min(1, pi / q), or, in the form without rows, iff it is acceptable.
+    A draft stands with probability min(1, pi / q); in the form without rows iff it is acceptable.
     """
     coins_M = _coins(bench, Purpose.ACCEPT)
     stands_M = coins_M < accept_probabilities(bench)

@@ -1,15 +1,15 @@
 """Coins from a counter: the same (seed, position, purpose) gives the same coin in every process.
 
-The generator is Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+The generator is Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 11).
 The seed is its key; its counter holds the token's block of four, the position, the start of the
 drafted block and the purpose.
 
 With token by token verification a coin belongs to a position alone. What is emitted at a position
-depends on the coins of that position and of earlier ones only, so a later round may toss the coins of
-a dropped position again. Block verification is different: whether a prefix stands depends on the
-tokens drafted after it, so by the time they are dropped their coins are known to have been unlucky.
-Tossing them again in the next round would draw from a conditioned law. There a coin belongs to
-the pair (position, start of the block), and no two blocks share one.
+depends on the coins of that position and of earlier ones only, so a later round may toss the coins
+of a dropped position again. Block verification is different: whether a prefix stands depends on the
+tokens drafted after it, so by the time they are dropped their coins are known to be unlucky.
+Tossing them again in the next round would draw from a conditioned law. There a coin belongs to the
+pair (position, start of the block), and no two blocks share one.
 
 Shapes: `N` coins or rows, `K` chosen tokens, `V` vocabulary.
 """

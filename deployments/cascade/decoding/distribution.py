@@ -1,8 +1,8 @@
 """From logits to the rows q and p that tokens follow, and to the rows q0 and p0 that rules read.
 
-A row is never stored as probabilities: it stays logits and a normaliser, so that a few tokens of many
-rows cost a gather and only a row that is sampled from is computed whole. Arithmetic is float32, or
-float64 for float64 logits.
+A row is never stored as probabilities: it stays logits and a normaliser, so that a few tokens of
+many rows cost a gather, and only a row that is sampled from is computed whole. Arithmetic is
+float32, or float64 for float64 logits.
 
 Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `D` likeliest tokens, `V` vocabulary.
 """
@@ -134,8 +134,9 @@ def process(
 ) -> Law:
     """Return the processed rows; either all samplings are greedy or none is.
 
-    The order is that of `Sampling`. Top-k keeps every token that ties with the last kept. Top-p keeps
-    the fewest tokens whose mass reaches it, relative to what top-k left, and what ties with the last.
+    The order is that of `Sampling`. Top-k keeps every token that ties with the last kept. Top-p
+    keeps the fewest tokens whose mass reaches it, relative to what top-k left, and what ties with
+    the last.
     """
     logits_NV = _adjust(widen(logits_NV), samplings_N, contexts_N)
     if samplings_N and samplings_N[0].greedy:
@@ -239,7 +240,7 @@ def _top_k(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
 
 
 def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> Tensor:
-    """Return the logit at which the mass of the likeliest tokens reaches top-p, -inf where it is 1."""
+    """Return the logit at which the likeliest tokens' mass reaches top-p, -inf where that is 1."""
     vocab = logits_NV.shape[1]
     mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
     wanted_N1 = mass_N1 * weights_NV.sum(dim=1, keepdim=True)

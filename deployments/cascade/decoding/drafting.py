@@ -74,7 +74,7 @@ def draft_step(
 
 
 def block_of(drafts: Sequence[Draft], *, length: int | None = None) -> Block:
-    """Return the drafts as a block of `length` tokens; one draft more is the row after the block."""
+    """Return the drafts as a block of `length` tokens; one draft more is the row after it."""
     length = len(drafts) if length is None else length
     inside = drafts[:length]
     return Block(
@@ -88,7 +88,7 @@ def block_of(drafts: Sequence[Draft], *, length: int | None = None) -> Block:
 
 
 def defers_alone(policy: Policy, draft: Draft) -> bool:
-    """Return whether the policy's rule reads the drafter alone, and gives this token to the expert."""
+    """Return whether the rule reads the drafter alone and gives this token to the expert."""
     if not isinstance(policy.rule, Chow | ChowLog):
         return False
     assert draft.gates is not None, "the rule's gates are part of every draft"

@@ -29,7 +29,7 @@ class Confidence(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """When a sequence cascade keeps the drafter's answer: confidence (nats per token) >= threshold."""
+    """When a sequence cascade keeps the drafter's answer: confidence >= threshold (nats a token)."""
 
     confidence: Confidence = Confidence.MEAN
     threshold: float = -0.5
@@ -111,5 +111,5 @@ class Generator(Protocol):
         ...
 
     async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
-        """Return the expert's log-probability of each token but the first, given those before it."""
+        """Return the expert's log-probability of each token but the first, given its past."""
         ...

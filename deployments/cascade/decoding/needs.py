@@ -69,7 +69,7 @@ def is_blockwise(policy: Policy) -> bool:
 
 
 def is_fresh(policy: Policy) -> bool:
-    """Whether a token rule runs on token ids: same law, more refusals than with rows (section 4)."""
+    """Whether a token rule runs on token ids: same law, more refusals than with rows."""
     return (
         isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
         and policy.rows is RowFormat.AUTO

@@ -31,7 +31,7 @@ class Lossless:
 class Lossy:
     """Lenient speculative decoding: accept with min(1, p / ((1 - alpha) q)) (rules.md section 5).
 
-    `beta` "one" refuses into norm((p - q)+); "solved" into the mentored residual, beta by bisection.
+    `beta` "one" refuses into norm((p - q)+); "solved" into the mentored residual, beta bisected.
     """
 
     __pydantic_config__: ClassVar = _FORBID

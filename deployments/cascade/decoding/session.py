@@ -24,7 +24,7 @@ class Mode(StrEnum):
     EXPERT_ONLY = "expert_only"
     DRAFTER_ONLY = "drafter_only"
     SEQUENCE_CASCADE = "sequence_cascade"
-    TOKEN_CASCADE = "token_cascade"
+    TOKEN_CASCADE = "token_cascade"  # noqa: S105 - no password
     SPECULATIVE = "speculative"
     CASCADE = "cascade"
 
@@ -47,7 +47,7 @@ class Bonus(StrEnum):
 class Verification(StrEnum):
     """How many drafted tokens stand: token by token, or the longest prefix of the block."""
 
-    TOKEN = "token"
+    TOKEN = "token"  # noqa: S105 - no password
     BLOCK = "block"
 
 
@@ -138,7 +138,7 @@ class Gates:
 class Block:
     """What the drafter proposes at a position: L tokens, and what the rule needs to judge them.
 
-    With bonus `target` the last of L + 1 `rows` and `gates` belongs to the position after the block.
+    With bonus `target` the last of L + 1 `rows` and `gates` belongs to the place after the block.
     """
 
     tokens: tuple[int, ...] = ()
@@ -167,8 +167,8 @@ class TokenLogprob:
 class Verdict:
     """What becomes of a block: the tokens to commit and who wrote each.
 
-    `tokens` are the first `accepted` of the block and then, unless the block ended the answer or the
-    bonus policy is `none`, one correction or bonus.
+    `tokens` are the first `accepted` of the block and then, unless the block ended the answer or
+    the bonus policy is `none`, one correction or bonus.
     """
 
     accepted: int

@@ -1,8 +1,8 @@
 """The target law pi = T(q, p) of every rule, on few tokens (rules.md sections 3 to 5).
 
-Off the support S of the drafter's row, where q is 0, every rule's law is a multiple of the expert's:
-pi(v) = tail * p(v). So pi on S and one number per row are all of it, whether S is the top of a sparse
-row or the whole vocabulary.
+Off the support S of the drafter's row, where q is 0, every rule's law is a multiple of the
+expert's: pi(v) = tail * p(v). So pi on S and one number a row are all of it, whether S is the top of
+a sparse row or the whole vocabulary.
 
 Shapes: `N` rows, `K` tokens of the support.
 """
@@ -81,8 +81,8 @@ class Target:
 def target(rule: Rule, evidence: Evidence) -> Target:
     """Return the law that the rule implies.
 
-    Example: q = [.5, .3, .15, .05], p = [.2, .45, .3, .05], both unscaled, `TokenV3(alpha=.4)` gives
-    pi = [.11, .5475, .315, .0275].
+    Example: q = [.5, .3, .15, .05] and p = [.2, .45, .3, .05], both unscaled, under
+    `TokenV3(alpha=.4)` give pi = [.11, .5475, .315, .0275].
     """
     match rule:
         case Lossless():
@@ -126,33 +126,34 @@ def token_defers(rule: TokenRule, evidence: Evidence) -> Tensor:
 def position_defers(rule: PositionRule, evidence: Evidence) -> Tensor:
     """Return which rows are deferred, bool [N].
 
-    Rows without gates defer under rules that read them: a draft that came without the drafter's law,
-    as a client's prediction does, has no confidence to be kept for.
+    Rows without gates defer under rules that read them: a draft that came without the drafter's
+    law, as a client's prediction does, has no confidence to be kept for.
     """
-    like = evidence.p_NK
     match rule:
         case Chow() | ChowLog():
             decisions = [gates is None or defers(rule, gates) for gates in evidence.gates_N]
-            return torch.tensor(decisions, dtype=torch.bool, device=like.device)
+            deferred_N = torch.tensor(decisions, dtype=torch.bool, device=evidence.p_NK.device)
         case Diff(alpha=alpha):
-            return _peaks(evidence) < _known(evidence.p0_peak_N) - alpha
+            deferred_N = _peaks(evidence) < _known(evidence.p0_peak_N) - alpha
         case Opt(alpha=alpha):
-            return _peaks(evidence) < _known(evidence.p0_peak_N) - alpha * evidence.distance()
+            slack_N = alpha * evidence.distance()
+            deferred_N = _peaks(evidence) < _known(evidence.p0_peak_N) - slack_N
         case DiffLog(alpha=alpha):
-            return _entropies(evidence) > _known(evidence.p0_entropy_N) + alpha
+            deferred_N = _entropies(evidence) > _known(evidence.p0_entropy_N) + alpha
         case OptLog(alpha=alpha):
-            bound_N = _known(evidence.p0_entropy_N) + alpha * evidence.distance()
-            return _entropies(evidence) > bound_N
+            slack_N = alpha * evidence.distance()
+            deferred_N = _entropies(evidence) > _known(evidence.p0_entropy_N) + slack_N
         case Bild(alpha=alpha):
-            return -_known(evidence.p0_favourite_N).log() > alpha
+            deferred_N = -_known(evidence.p0_favourite_N).log() > alpha
         case Fuzzy(alpha=alpha):
-            return jensen_shannon(evidence) > alpha
+            deferred_N = jensen_shannon(evidence) > alpha
         case _:
             assert_never(rule)
+    return deferred_N
 
 
 def defers(rule: Chow | ChowLog, gates: Gates) -> bool:
-    """Return whether a rule that reads the drafter alone defers: drafter and expert ask this both."""
+    """Return whether a rule that reads the drafter alone defers; both tiers ask here."""
     match rule:
         case Chow(alpha=alpha):
             return gates.peak < 1 - alpha
@@ -163,7 +164,7 @@ def defers(rule: Chow | ChowLog, gates: Gates) -> bool:
 
 
 def jensen_shannon(evidence: Evidence) -> Tensor:
-    """Return the Jensen-Shannon divergence of p and q in nats, [N], with p's mass off the support."""
+    """Return the Jensen-Shannon divergence of p and q in nats, p off the support included, [N]."""
     q_NK, p_NK = evidence.q_NK, evidence.p_NK
     entropy = torch.special.entr
     # JS = H(m) - (H(q) + H(p)) / 2; off the support m = p / 2, where the terms leave p log 2 / 2.
@@ -198,7 +199,7 @@ def _lossy_one(alpha: float, evidence: Evidence) -> Target:
 
 
 def _lossy_solved(alpha: float, evidence: Evidence) -> Target:
-    """Return pi = max(min(q, p / (1 - alpha)), p / beta), with the beta that makes it sum to one."""
+    """Return pi = max(min(q, p / (1 - alpha)), p / beta) with the beta that makes it sum to 1."""
     p_NK, outside_N = evidence.p_NK, evidence.outside()
     lenient_NK = torch.minimum(evidence.q_NK, p_NK / (1 - alpha))
     low_N, high_N = torch.zeros_like(outside_N), torch.full_like(outside_N, 1 / (1 - alpha))

@@ -1,10 +1,9 @@
 """What the expert does with its logits: the verdicts on the blocks of many sessions at once.
 
-A task with L drafted tokens owns `rows_needed` consecutive rows of logits: row j is the expert's law of
-the token at position + j. An empty block has one row and is plain decoding.
+A task with L drafted tokens owns `rows_needed` consecutive rows of logits: row j is the expert's law
+of the token at position + j. An empty block has one row and is plain decoding.
 
-Shapes: `N` rows of logits, `M` rows that are judged (drafted tokens, and what bonus `target` needs),
-`E` rows a token is emitted from, `K` tokens of the drafter's support, `V` vocabulary.
+Shapes: `N` rows of logits, `E` committed tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from cascade.decoding.acceptance import Outcome
-    from cascade.decoding.distribution import Soft
 
 __all__ = ["Task", "judge", "live_length", "rows_needed"]
 
@@ -35,8 +33,8 @@ def judge(
     """Return the verdict on each task's block.
 
     Args:
-        logits_NV: The expert's raw logits, any float type, any device; the rows of the first task, then
-            those of the second, and so on.
+        logits_NV: The expert's raw logits, any float type, any device; the rows of the first task,
+            then those of the second, and so on.
         tasks: Blocks with their policies, `rows_needed` rows each.
         vocab_limit: Tokens from here on are padding of the vocabulary and impossible.
     """
