@@ -29,7 +29,7 @@ class Confidence(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """When a sequence cascade keeps the drafter's answer: confidence >= threshold (nats a token)."""
+    """When a sequence cascade keeps the drafter's answer: confidence (nats) >= threshold."""
 
     confidence: Confidence = Confidence.MEAN
     threshold: float = -0.5

@@ -1,8 +1,8 @@
 """The target law pi = T(q, p) of every rule, on few tokens (rules.md sections 3 to 5).
 
 Off the support S of the drafter's row, where q is 0, every rule's law is a multiple of the
-expert's: pi(v) = tail * p(v). So pi on S and one number a row are all of it, whether S is the top of
-a sparse row or the whole vocabulary.
+expert's: pi(v) = tail * p(v). So pi on S and one number a row are all of it, whether S is the top
+of a sparse row or the whole vocabulary.
 
 Shapes: `N` rows, `K` tokens of the support.
 """

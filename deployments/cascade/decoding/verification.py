@@ -1,7 +1,7 @@
 """What the expert does with its logits: the verdicts on the blocks of many sessions at once.
 
-A task with L drafted tokens owns `rows_needed` consecutive rows of logits: row j is the expert's law
-of the token at position + j. An empty block has one row and is plain decoding.
+A task with L drafted tokens owns `rows_needed` consecutive rows of logits: row j is the expert's
+law of the token at position + j. An empty block has one row and is plain decoding.
 
 Shapes: `N` rows of logits, `E` committed tokens, `V` vocabulary.
 """
