@@ -1,0 +1,208 @@
+"""Leases: the right to open one session on one replica, for the length of a generation.
+
+A tier's `LeaseBook` grants them; the router takes them through a `LeaseSource`. On Ray Serve a lease
+is a streaming call held open, so that Serve counts, drains and bounds sessions by itself; without Ray
+the addresses are given and a shared token stands for the lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+from cascade.errors import (
+    DrafterUnavailable,
+    ExpertUnavailable,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
+
+
+class Ticket(TypedDict):
+    """The first and only answer of a lease call."""
+
+    address: str
+    token: str
+
+
+@dataclass(slots=True)
+class Grant:
+    """One lease on this replica, from the grant to the end of its session."""
+
+    token: str
+    used_s: float
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class LeaseBook:
+    """The leases of one replica. `standing` is a token that is always good (tiers without Ray)."""
+
+    def __init__(
+        self,
+        *,
+        connect_timeout_s: float,
+        idle_timeout_s: float,
+        standing: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._standing = standing
+        self._clock = clock
+        self._grants: dict[str, Grant] = {}
+
+    def __len__(self) -> int:
+        return len(self._grants)
+
+    def claim(self, token: str) -> None:
+        """Accept a session that carries the token; raises Unauthenticated for an unknown one."""
+        if self._standing is not None and secrets.compare_digest(token, self._standing):
+            return
+        grant = self._grants.get(token)
+        if grant is None:
+            raise Unauthenticated("the session carries no valid lease; take a lease and open again")
+        grant.used_s = self._clock()
+        grant.opened.set()
+
+    def touch(self, token: str) -> None:
+        """Note that the session of this lease is alive."""
+        if grant := self._grants.get(token):
+            grant.used_s = self._clock()
+
+    def end(self, token: str) -> None:
+        """End the lease, if there is one; its session is over."""
+        if grant := self._grants.pop(token, None):
+            grant.ended.set()
+
+    async def hold(self, address: str, drop: Callable[[str], None]) -> AsyncGenerator[Ticket]:
+        """Yield one ticket, then stay until its session ends, idles too long or the caller leaves.
+
+        `drop(token)` is called last, whatever the reason, to free what the session still holds.
+        """
+        grant = Grant(secrets.token_urlsafe(24), self._clock())
+        self._grants[grant.token] = grant
+        try:
+            yield {"address": address, "token": grant.token}
+            if await _within(grant.opened, self._connect_timeout_s):
+                await self._until_ended(grant)
+        finally:
+            self.end(grant.token)
+            drop(grant.token)
+
+    async def _until_ended(self, grant: Grant) -> None:
+        while (left_s := grant.used_s + self._idle_timeout_s - self._clock()) > 0:
+            if await _within(grant.ended, left_s):
+                return
+
+
+async def _within(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True
+
+
+class Lease(Protocol):
+    """A lease as its holder sees it."""
+
+    address: str
+    token: str
+
+    def close(self) -> None:
+        """Give the lease back; safe to repeat."""
+        ...
+
+
+class LeaseSource(Protocol):
+    """Where the router takes leases on replicas of one tier."""
+
+    async def take(self) -> Lease:
+        """Return a lease; raises Overloaded, DrafterUnavailable or ExpertUnavailable."""
+        ...
+
+
+@dataclass(slots=True)
+class FixedLease:
+    """A place on a tier that was started by hand."""
+
+    address: str
+    token: str
+
+    def close(self) -> None:
+        """Do nothing: the tier frees the session when its stream says so."""
+
+
+class FixedLeases:
+    """Takes turns over given addresses, all with one shared token."""
+
+    def __init__(self, addresses: Sequence[str], *, token: str) -> None:
+        self._addresses = itertools.cycle(addresses)
+        self._token = token
+
+    async def take(self) -> FixedLease:
+        """Return the next address; never waits."""
+        return FixedLease(next(self._addresses), self._token)
+
+
+class ServeLease:
+    """A lease call of Serve, held open until `close`."""
+
+    def __init__(self, call: Any, ticket: Ticket) -> None:
+        self.address = ticket["address"]
+        self.token = ticket["token"]
+        self._call = call
+
+    def close(self) -> None:
+        """Cancel the call: dropping it would leave the slot held."""
+        self._call.cancel()
+
+
+class ServeLeases:
+    """Takes leases on the replicas of a Serve deployment, through its handle."""
+
+    def __init__(self, handle: Any, *, tier: str, timeout_s: float) -> None:
+        # Serve's gRPC transport ends the call when its caller is killed; actor calls leak then.
+        self._handle = handle.options(stream=True, _by_reference=False)
+        self._tier = tier
+        self._timeout_s = timeout_s
+
+    async def take(self) -> ServeLease:
+        """Ask Serve for a replica; raises Overloaded when its queue is full or nothing is free."""
+        from ray.exceptions import RayError  # noqa: PLC0415 - tiers run without Ray
+        from ray.serve.exceptions import (  # noqa: PLC0415
+            BackPressureError,
+            DeploymentUnavailableError,
+        )
+
+        call = self._handle.lease.remote()
+        try:
+            ticket: Ticket = await asyncio.wait_for(anext(aiter(call)), self._timeout_s)
+        except BackPressureError as error:
+            raise Overloaded(
+                f"every {self._tier} replica is taken and the queue is full"
+            ) from error
+        except TimeoutError as error:
+            call.cancel()
+            raise Overloaded(
+                f"no {self._tier} replica came free within {self._timeout_s:g} s"
+            ) from error
+        except (DeploymentUnavailableError, RayError, StopAsyncIteration) as error:
+            call.cancel()
+            raise self._unavailable(f"no {self._tier} replica answers") from error
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        return ServeLease(call, ticket)
+
+    def _unavailable(self, message: str) -> Unavailable:
+        if self._tier == "drafter":
+            return DrafterUnavailable(message)
+        return ExpertUnavailable(message)

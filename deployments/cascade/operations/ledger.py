@@ -1,0 +1,97 @@
+"""What an answer cost, written down round by round."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cascade.decoding.generation import Round, Statistics
+from cascade.decoding.session import Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cascade.decoding.session import Session, Verdict
+    from cascade.wire.frames import Proposal
+
+
+class Ledger:
+    """Fills one `Statistics`; `trace` keeps a `Round` for each block."""
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        *,
+        trace: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.statistics = statistics
+        self._trace = trace
+        self._clock = clock
+        self._draft_s = 0.0
+        self._judge_s = 0.0
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Time the wait for a proposal."""
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            self._draft_s = self._clock() - began_s
+            self.statistics.drafter_s += self._draft_s
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Time the wait for a verdict."""
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            self._judge_s = self._clock() - began_s
+            self.statistics.expert_s += self._judge_s
+
+    def note(
+        self,
+        before: Session,
+        after: Session,
+        proposal: Proposal,
+        verdict: Verdict,
+        *,
+        reason: str,
+    ) -> None:
+        """Write down one round: from session `before` to session `after`."""
+        entry = self.statistics
+        length = proposal.block.length
+        fresh = after.origins[before.position :]
+        accepted = min(verdict.accepted, len(fresh))
+        entry.rounds += 1
+        entry.draft_length_reason = reason
+        entry.drafted += length
+        entry.accepted += accepted
+        entry.judged += verdict.judged
+        entry.deferred += verdict.deferred
+        entry.drafter_passes += proposal.passes
+        entry.drafter_tokens += fresh.count(Origin.DRAFTER)
+        entry.kept_tokens += fresh.count(Origin.KEPT)
+        entry.expert_tokens += fresh.count(Origin.EXPERT)
+        if length:
+            _count(entry.accepted_lengths, accepted, upto=length)
+        if self._trace:
+            entry.trace.append(
+                Round(
+                    position=before.position,
+                    drafted=length,
+                    accepted=accepted,
+                    deferred=verdict.deferred,
+                    tokens=len(fresh),
+                    draft_ms=1e3 * self._draft_s,
+                    judge_ms=1e3 * self._judge_s,
+                )
+            )
+
+
+def _count(histogram: list[int], value: int, *, upto: int) -> None:
+    histogram.extend([0] * (upto + 1 - len(histogram)))
+    histogram[value] += 1

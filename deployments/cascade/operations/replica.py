@@ -1,0 +1,302 @@
+"""What drafter and expert share: seats between a gRPC server and an engine.
+
+The event loop owns every seat; the engine's thread sees only steps and their tasks. A seat has at most
+one step in flight; an item that arrives meanwhile is parked and served next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+
+from cascade.decoding.session import SessionId
+from cascade.engine.loop import Engine
+from cascade.engine.settings import EngineSettings
+from cascade.engine.tokenizer import load as load_tokenizer
+from cascade.engine.weights import load
+from cascade.errors import (
+    CascadeError,
+    ContextTooLong,
+    Internal,
+    InvalidRequest,
+    Unauthenticated,
+)
+from cascade.operations.leases import LeaseBook
+from cascade.operations.seat import Seat
+from cascade.wire.frames import Close, Judge, Need, Open, Propose, Score
+from cascade.wire.server import TierServer
+from cascade.wire.status import refusal
+from cascade.wire.tiers import Description
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from cascade.engine.step import Step
+    from cascade.engine.tokenizer import Tokenizer
+    from cascade.engine.weights import LoadedModel
+    from cascade.operations.leases import Ticket
+    from cascade.wire.frames import FromDrafter, FromExpert, ToDrafter, ToExpert
+    from cascade.wire.server import Connection
+    from cascade.wire.tiers import Kind
+
+Item = TypeVar("Item", Propose, Judge)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOptions:
+    """What a replica serves, and how patient it is."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    connect_timeout_s: float = 10.0  # from a lease to its session
+    idle_timeout_s: float = 120.0  # of a session without items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the engine's thread hands to the event loop for one seat after a pass."""
+
+    seat: Seat
+    item: FromDrafter | FromExpert | None = None
+    committed: tuple[int, ...] = ()  # by this replica itself
+    done: bool = True  # the seat is free for its next item
+
+
+class Replica(ABC, Generic[Item]):
+    """One model behind one gRPC server; `Drafter` and `Expert` say what an item means.
+
+    Made by `start`, inside a running event loop.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        options: ReplicaOptions,
+        *,
+        token: str | None,
+    ) -> None:
+        self.address = ""
+        self.leases = LeaseBook(
+            connect_timeout_s=options.connect_timeout_s,
+            idle_timeout_s=options.idle_timeout_s,
+            standing=token,
+        )
+        settings = replace(options.engine, vocabulary=min(tokenizer.size, model.vocabulary))
+        self.engine = Engine(model, head=self, settings=settings)
+        self._description = Description(
+            model=options.model,
+            vocab_size=settings.vocabulary,
+            context_length=self.engine.limit_tokens,
+            tokenizer_fingerprint=fingerprint(tokenizer),
+        )
+        self._server = TierServer(self, self.kind)
+        self._loop = asyncio.get_running_loop()
+        self._seats: dict[tuple[Connection, SessionId], Seat] = {}
+        self._keys = itertools.count()
+
+    @classmethod
+    async def start(
+        cls,
+        options: ReplicaOptions,
+        *,
+        address: str,
+        advertised_host: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Load the model and serve it on `address` (port 0 picks a free one).
+
+        Args:
+            options: What to serve.
+            address: `host:port` to bind.
+            advertised_host: Host in the address that leases give; the bound one if absent.
+            token: A lease token that is always good, for tiers without Ray.
+
+        Raises:
+            StartupError: The model cannot be served exactly, or the address not bound.
+        """
+        model = await asyncio.to_thread(
+            load,
+            options.model,
+            device=options.engine.device,
+            dtype=options.engine.dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer,
+            options.model,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+        replica = cls(model, tokenizer, options, token=token)
+        replica.engine.start()
+        bound = await replica._server.start(address)
+        port = bound.rpartition(":")[2]
+        replica.address = bound if advertised_host is None else f"{advertised_host}:{port}"
+        return replica
+
+    async def stop(self, *, grace_s: float = 0.0) -> None:
+        """Take no new streams, cut the open ones after `grace_s` seconds, end the engine."""
+        await self._server.stop(grace_s=grace_s)
+        await asyncio.to_thread(self.engine.stop)
+
+    @abstractmethod
+    def begin(self, seat: Seat, item: Item) -> Step:
+        """Return the step that serves the item; the seat is free and caught up."""
+
+    @abstractmethod
+    def seat_of(self, step: Step) -> Seat | None:
+        """Return the seat that a step belongs to."""
+
+    def score(self, connection: Connection, item: Score) -> None:
+        """Answer a `Score`; only the expert does."""
+        del connection, item
+        raise InvalidRequest("a drafter does not score; send Score to an expert")
+
+    @property
+    def sessions(self) -> int:
+        """Return the number of open sessions."""
+        return len(self._seats)
+
+    def describe(self) -> Description:
+        """Return what is served here."""
+        return self._description
+
+    async def lease(self) -> AsyncGenerator[Ticket]:
+        """Hold a lease for the caller (a streaming Serve method)."""
+        async for ticket in self.leases.hold(self.address, self._drop):
+            yield ticket
+
+    def receive(self, connection: Connection, item: ToDrafter | ToExpert) -> None:
+        """Serve one item of a stream; a CascadeError refuses its session."""
+        match item:
+            case Open():
+                self._open(connection, item)
+            case Score():
+                self.leases.claim(item.lease)
+                self.score(connection, item)
+            case Close():
+                if seat := self._seats.get((connection, item.session_id)):
+                    self._leave(seat)
+            case Propose() | Judge():
+                self._take(self._seats[connection, item.session_id], item)
+
+    def disconnected(self, connection: Connection) -> None:
+        """Free every session of a stream that ended."""
+        for seat in [seat for seat in self._seats.values() if seat.connection is connection]:
+            self._leave(seat)
+
+    def publish(self, results: Sequence[Result]) -> None:
+        """Hand the results of one pass to the event loop; called on the engine's thread."""
+        if results:
+            self._loop.call_soon_threadsafe(self._deliver, results)
+
+    def fail(self, step: Step, error: Exception) -> None:
+        """Refuse the session whose step cannot run; called on the engine's thread."""
+        known = error if isinstance(error, CascadeError) else Internal(f"a pass failed: {error}")
+        if seat := self.seat_of(step):
+            self._loop.call_soon_threadsafe(self._refuse, seat, known)
+
+    def check_room(self, held: int, more: int) -> None:
+        """Raise ContextTooLong unless `more` tokens fit after `held`."""
+        room = self._description.context_length - held
+        if more > room:
+            raise ContextTooLong(
+                f"{held} tokens and {more} more do not fit the context of "
+                f"{self._description.context_length}"
+            )
+
+    def _open(self, connection: Connection, item: Open) -> None:
+        self.leases.claim(item.lease)
+        session = item.session
+        if not session.prompt:
+            raise InvalidRequest("the prompt is empty; a session needs at least one token")
+        self.check_room(len(session.prompt) + session.position, 0)
+        place = (connection, session.id)
+        if old := self._seats.get(place):
+            self._leave(old)
+        seat = Seat(
+            connection=connection,
+            session=session,
+            epoch=item.epoch,
+            token=item.lease,
+            key=SessionId(f"{session.id}/{next(self._keys)}"),
+            answer=list(session.tokens),
+        )
+        self._seats[place] = seat
+        if seat.length > 1:
+            seat.busy = True
+            self.engine.submit(seat.prefill(seat))
+
+    def _take(self, seat: Seat, item: Propose | Judge) -> None:
+        self.leases.touch(seat.token)
+        if seat.busy:
+            seat.parked = item
+        else:
+            self._serve(seat, item)
+
+    def _serve(self, seat: Seat, item: Propose | Judge) -> None:
+        lacking = seat.catch_up(position=item.position, tokens=item.tokens, digest=item.digest)
+        if lacking is None:
+            step = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
+            seat.busy = True
+            self.engine.submit(step)
+        elif len(item.tokens) == item.position:
+            raise InvalidRequest(
+                "the digest does not match the tokens sent; open the session again"
+            )
+        else:
+            seat.connection.send(
+                Need(session_id=item.session_id, epoch=seat.epoch, position=lacking)
+            )
+
+    def _deliver(self, results: Sequence[Result]) -> None:
+        for result in results:
+            if not result.seat.closed:
+                self._settle(result)
+
+    def _settle(self, result: Result) -> None:
+        seat = result.seat
+        seat.commit(result.committed)
+        if result.item is not None:
+            seat.connection.send(result.item)
+        if not result.done:
+            return
+        seat.busy = False
+        item, seat.parked = seat.parked, None
+        if item is None:
+            return
+        try:
+            self._serve(seat, item)
+        except CascadeError as error:
+            self._refuse(seat, error)
+
+    def _refuse(self, seat: Seat, error: CascadeError) -> None:
+        if not seat.closed:
+            self._leave(seat)
+            seat.connection.send(refusal(seat.session.id, seat.epoch, error))
+
+    def _leave(self, seat: Seat) -> None:
+        seat.closed = True
+        del self._seats[seat.connection, seat.session.id]
+        self.engine.release(seat.key)
+        self.leases.end(seat.token)
+
+    def _drop(self, token: str) -> None:
+        for seat in [seat for seat in self._seats.values() if seat.token == token]:
+            self._refuse(seat, Unauthenticated("the lease has ended; take another"))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a digest of which token each id means; equal for tokenizers that share a vocabulary."""
+    text = "\0".join(f"{id_}\0{token}" for id_, token in sorted(tokenizer.tokens.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

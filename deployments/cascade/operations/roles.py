@@ -1,0 +1,232 @@
+"""Who drafts and who judges. A mode of the server is one choice of each over the router's loop.
+
+| mode | drafter | expert |
+|---|---|---|
+| expert_only | Silent | Judging, streaming ahead |
+| drafter_only | Drafting | Absent |
+| token_cascade | Drafting until the first deferral | Late |
+| speculative, cascade | Drafting, given up when late | Judging |
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from cascade.decoding.session import Block, Origin, Session, Verdict, advance
+from cascade.errors import Overloaded, Unavailable
+from cascade.wire.frames import Judge, Judgement, Proposal, Propose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cascade.operations.places import Place
+
+ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
+
+
+class Drafter(Protocol):
+    """Proposes blocks."""
+
+    async def propose(self, session: Session, count: int) -> Proposal:
+        """Return a block of at most `count` tokens for the session's position; none is an answer."""
+        ...
+
+
+class Expert(Protocol):
+    """Judges blocks."""
+
+    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+        """Return the verdict; at most `room` tokens of it will be committed."""
+        ...
+
+
+def nothing(session: Session) -> Proposal:
+    """Return the empty proposal: the expert then writes the next token itself."""
+    return Proposal(session_id=session.id, epoch=0, position=session.position, block=Block())
+
+
+class Silent:
+    """Never drafts."""
+
+    async def propose(self, session: Session, count: int) -> Proposal:
+        """Return the empty proposal."""
+        del count
+        return nothing(session)
+
+
+class Drafting:
+    """Drafts on a replica of the drafter tier."""
+
+    def __init__(self, place: Place, *, until_deferral: bool = False) -> None:
+        self._place = place
+        self._until_deferral = until_deferral
+
+    async def propose(self, session: Session, count: int) -> Proposal:
+        """Return the replica's block; raises DrafterUnavailable when none is left."""
+        if count == 0:
+            return nothing(session)
+
+        def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
+            return Propose(
+                session_id=session.id,
+                epoch=epoch,
+                position=session.position,
+                digest=digest,
+                count=count,
+                tokens=lacking,
+                until_deferral=self._until_deferral,
+            )
+
+        answer = await self._place.ask(session, item)
+        assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
+        return answer
+
+
+class Hurried:
+    """Gives a late or lost drafter up, so that the expert goes on alone, and tries again later."""
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        deadline_s: float,
+        pause_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._drafting = Drafting(place)
+        self._place = place
+        self._deadline_s = deadline_s
+        self._pause_s = pause_s
+        self._clock = clock
+        self._resume_s = 0.0
+
+    async def propose(self, session: Session, count: int) -> Proposal:
+        """Return a block, or nothing where the drafter does not answer in time."""
+        if self._clock() < self._resume_s:
+            return nothing(session)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._drafting.propose(session, count)
+        except (Unavailable, Overloaded, TimeoutError):
+            self._place.leave()
+            self._resume_s = self._clock() + self._pause_s
+            return nothing(session)
+
+
+class Predicted:
+    """Proposes from a prediction that the client supplied, and asks `other` where it does not fit."""
+
+    def __init__(self, prediction: Sequence[int], other: Drafter) -> None:
+        self._prediction = tuple(prediction)
+        self._other = other
+        self._next = 0  # place in the prediction of the session's next token
+        self._seen = 0  # committed tokens looked at
+
+    async def propose(self, session: Session, count: int) -> Proposal:
+        """Return the prediction's next tokens while the answer follows it."""
+        self._follow(session.tokens)
+        tokens = self._prediction[self._next : self._next + count]
+        if not tokens:
+            return await self._other.propose(session, count)
+        return Proposal(
+            session_id=session.id, epoch=0, position=session.position, block=Block(tokens=tokens)
+        )
+
+    def _follow(self, committed: tuple[int, ...]) -> None:
+        fresh = committed[self._seen :]
+        self._seen = len(committed)
+        if fresh == self._prediction[self._next : self._next + len(fresh)]:
+            self._next += len(fresh)
+            return
+        tail = committed[-ALIGNMENT:]
+        for start in range(len(self._prediction) - ALIGNMENT + 1):
+            if self._prediction[start : start + ALIGNMENT] == tail:
+                self._next = start + ALIGNMENT
+                return
+        self._next = len(self._prediction)
+
+
+class Judging:
+    """Judges on a replica of the expert tier; `ahead` tokens are streamed after an empty block."""
+
+    def __init__(self, place: Place, *, ahead: int) -> None:
+        self._place = place
+        self._ahead = ahead
+        self._coming = 0  # verdicts the replica sends without being asked
+
+    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+        """Return the replica's verdict; raises ExpertUnavailable when none is left."""
+        block = proposal.block
+        if self._coming and not block.length and self._place.entered:
+            verdict = await self._next(session)
+            if verdict is not None:
+                return verdict
+        self._coming = 0 if block.length else max(0, min(self._ahead, room - 1))
+
+        def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Judge:
+            return Judge(
+                session_id=session.id,
+                epoch=epoch,
+                position=session.position,
+                digest=digest,
+                block=block,
+                tokens=lacking,
+                ahead=self._coming,
+            )
+
+        answer = await self._place.ask(session, item)
+        return self._take(answer)
+
+    async def _next(self, session: Session) -> Verdict | None:
+        try:
+            answer = await self._place.answer(session)
+        except Unavailable:
+            self._place.leave()
+            return None
+        self._coming -= 1
+        return self._take(answer)
+
+    def _take(self, answer: object) -> Verdict:
+        assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"
+        self._place.commits(len(answer.verdict.tokens))
+        return answer.verdict
+
+
+class Absent:
+    """Keeps whatever was drafted: no expert is asked."""
+
+    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+        """Return the whole block, kept."""
+        del session, room
+        block = proposal.block
+        return Verdict(
+            accepted=block.length,
+            tokens=block.tokens,
+            origins=(Origin.KEPT,) * block.length,
+            logprobs=block.logprobs,
+        )
+
+
+class Late:
+    """Keeps what was drafted, and asks the expert for one token where the drafter defers."""
+
+    def __init__(self, expert: Expert) -> None:
+        self._absent = Absent()
+        self._expert = expert
+
+    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+        """Return the kept tokens, and the expert's next one after a deferral."""
+        kept = await self._absent.judge(session, proposal, room=room)
+        if room <= kept.accepted or (kept.accepted and not proposal.deferred):
+            return kept
+        ahead = advance(session, kept, limit=session.position + room)
+        verdict = await self._expert.judge(ahead, nothing(ahead), room=1)
+        return Verdict(
+            accepted=kept.accepted,
+            tokens=kept.tokens + verdict.tokens,
+            origins=kept.origins + verdict.origins,
+            judged=kept.accepted + 1,
+            deferred=1,
+            logprobs=kept.logprobs + verdict.logprobs,
+        )

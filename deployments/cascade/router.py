@@ -1,0 +1,233 @@
+"""The loop: a drafter proposes, an expert judges, the session advances, until the answer ends.
+
+The router owns every request's `Session`; caches elsewhere are a convenience. Each mode of the server
+is a choice of who drafts and who judges over the one loop (`operations.roles`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import uuid
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cascade.decoding.draft_length import DraftLength, Fixed
+from cascade.decoding.generation import (
+    Confidence,
+    FinishReason,
+    Patience,
+    Piece,
+    Request,
+    Statistics,
+)
+from cascade.decoding.session import Bonus, Mode, Session, SessionId, advance
+from cascade.errors import DeadlineExceeded
+from cascade.operations.ledger import Ledger
+from cascade.operations.places import Place, Tier, score
+from cascade.operations.roles import (
+    Absent,
+    Drafter,
+    Drafting,
+    Expert,
+    Hurried,
+    Judging,
+    Late,
+    Predicted,
+    Silent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+
+    from cascade.decoding.session import TokenLogprob, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    """How the loop runs."""
+
+    max_generation_s: float = 600.0
+    draft_deadline_s: float = (
+        2.0  # a proposal later than this is given up: the expert goes on alone
+    )
+    draft_pause_s: float = 1.0  # before a drafter that was given up is tried again
+    chunk_tokens: int = 16  # drafted at a time where no expert judges
+    ahead_tokens: int = 8  # the expert writes at a time where no drafter is
+    moves: int = 5  # of a session to another replica, before it fails
+
+
+class Router:
+    """Generates answers with one drafter tier and one expert tier."""
+
+    def __init__(
+        self,
+        *,
+        drafters: Tier,
+        experts: Tier,
+        automatic: Callable[[], DraftLength],
+        options: RouterOptions,
+    ) -> None:
+        self._drafters = drafters
+        self._experts = experts
+        self._automatic = automatic
+        self._options = options
+
+    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+        """Yield the pieces of one answer; the last has a finish reason and the statistics.
+
+        Closing the iterator frees both tiers. Raises the CascadeError that ended the answer early.
+        """
+        if request.mode is Mode.SEQUENCE_CASCADE:
+            pieces = self._sequence_cascade(request)
+        else:
+            pieces = self._loop(request, Statistics())
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+        """Return the expert's log-probability of each token but the first."""
+        return await score(self._experts, tuple(tokens), top=top)
+
+    async def _loop(self, request: Request, entry: Statistics) -> AsyncGenerator[Piece]:
+        session = Session(
+            id=SessionId(uuid.uuid4().hex), prompt=request.prompt, policy=request.policy
+        )
+        ledger = Ledger(entry, trace=request.trace)
+        deadline_s = self._deadline_s(request)
+        length = self._draft_length(request)
+        async with self._cast(request, session, entry) as (drafter, expert):
+            finish = None
+            while finish is None:
+                room = request.max_tokens - session.position
+                async with _until(deadline_s):
+                    wanted = length.next(room=room - _reserved(request))
+                    with ledger.drafting():
+                        proposal = await drafter.propose(session, wanted.tokens)
+                    with ledger.judging():
+                        verdict = await expert.judge(session, proposal, room=room)
+                before, session = session, advance(session, verdict, limit=request.max_tokens)
+                ledger.note(before, session, proposal, verdict, reason=wanted.reason)
+                finish = _finish(session, request)
+                yield _piece(before, session, verdict, finish, entry)
+
+    async def _sequence_cascade(self, request: Request) -> AsyncGenerator[Piece]:
+        """Yield the drafter's whole answer where it is sure, else the expert's from scratch."""
+        entry = Statistics()
+        policy = replace(request.policy, logprobs=request.policy.logprobs or 0)
+        draft = replace(request, mode=Mode.DRAFTER_ONLY, policy=policy)
+        pieces = [piece async for piece in self._loop(draft, entry)]
+        if _confidence(pieces, request.patience) >= request.patience.threshold:
+            for piece in pieces:
+                yield piece if request.policy.logprobs is not None else replace(piece, logprobs=())
+            return
+        drafted = sum(len(piece.tokens) for piece in pieces)
+        entry.kept_tokens -= drafted
+        entry.accepted -= drafted
+        entry.judged, entry.deferred = drafted, drafted
+        async for piece in self._loop(replace(request, mode=Mode.EXPERT_ONLY), entry):
+            yield piece
+
+    @asynccontextmanager
+    async def _cast(
+        self, request: Request, session: Session, entry: Statistics
+    ) -> AsyncIterator[tuple[Drafter, Expert]]:
+        """Choose who drafts and who judges, start both on the prompt, and free both at the end."""
+        drafters = Place(self._drafters, entry, moves=self._options.moves)
+        experts = Place(self._experts, entry, moves=self._options.moves)
+        drafting, judging = Drafting(drafters), Judging(experts, ahead=self._options.ahead_tokens)
+        drafter: Drafter
+        expert: Expert
+        match request.mode:
+            case Mode.EXPERT_ONLY:
+                drafter, expert = Silent(), Judging(experts, ahead=request.max_tokens)
+                needed = (experts,)
+            case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
+                drafter, expert, needed = drafting, Absent(), (drafters,)
+            case Mode.TOKEN_CASCADE:
+                drafter, expert = Drafting(drafters, until_deferral=True), Late(judging)
+                needed = (drafters,)
+            case Mode.SPECULATIVE | Mode.CASCADE:
+                drafters = Place(self._drafters, entry, moves=0)
+                drafter, expert, needed = self._hurried(drafters), judging, (experts,)
+        if request.prediction:
+            drafter = Predicted(request.prediction, drafter)
+        try:
+            await asyncio.gather(*(place.enter(session) for place in needed))
+            yield drafter, expert
+        finally:
+            drafters.leave()
+            experts.leave()
+
+    def _hurried(self, place: Place) -> Hurried:
+        return Hurried(
+            place,
+            deadline_s=self._options.draft_deadline_s,
+            pause_s=self._options.draft_pause_s,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    def _draft_length(self, request: Request) -> DraftLength:
+        if request.mode in {Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE, Mode.TOKEN_CASCADE}:
+            return Fixed(tokens=self._options.chunk_tokens, reason="no expert waits")
+        if request.draft_tokens is not None:
+            return Fixed(tokens=request.draft_tokens, reason="requested")
+        return self._automatic()
+
+    def _deadline_s(self, request: Request) -> float:
+        longest_s = min(request.deadline_s or math.inf, self._options.max_generation_s)
+        return asyncio.get_running_loop().time() + longest_s
+
+
+@asynccontextmanager
+async def _until(deadline_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("the answer took longer than its deadline") from error
+
+
+def _reserved(request: Request) -> int:
+    """Return how many tokens of a round's room are the expert's: drafting them would be in vain."""
+    judged = request.mode in {Mode.SPECULATIVE, Mode.CASCADE, Mode.EXPERT_ONLY}
+    return int(judged and request.policy.bonus is not Bonus.NONE)
+
+
+def _finish(session: Session, request: Request) -> FinishReason | None:
+    if session.finished:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if session.position >= request.max_tokens else None
+
+
+def _piece(
+    before: Session,
+    after: Session,
+    verdict: Verdict,
+    finish: FinishReason | None,
+    entry: Statistics,
+) -> Piece:
+    return Piece(
+        tokens=after.tokens[before.position :],
+        origins=after.origins[before.position :],
+        logprobs=verdict.logprobs[: after.position - before.position],
+        finish=finish,
+        statistics=entry if finish else None,
+    )
+
+
+def _confidence(pieces: Sequence[Piece], patience: Patience) -> float:
+    """Return how sure the drafter was of its answer, in nats per token."""
+    logprobs = sorted(entry.logprob for piece in pieces for entry in piece.logprobs)
+    match patience.confidence:
+        case Confidence.MEAN:
+            return statistics.fmean(logprobs)
+        case Confidence.MINIMUM:
+            return logprobs[0]
+        case Confidence.QUANTILE:
+            return logprobs[len(logprobs) // 10]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cascade.errors import Unauthenticated
+from cascade.operations.leases import FixedLeases, LeaseBook
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def book(*, connect_s: float = 60.0, idle_s: float = 60.0, clock: Clock | None = None) -> LeaseBook:
+    return LeaseBook(connect_timeout_s=connect_s, idle_timeout_s=idle_s, clock=clock or Clock())
+
+
+async def test_a_lease_lasts_until_its_session_ends() -> None:
+    leases, dropped = book(), list[str]()
+    call = leases.hold("here:1", dropped.append)
+    ticket = await anext(call)
+    assert ticket["address"] == "here:1"
+    leases.claim(ticket["token"])
+    rest = asyncio.ensure_future(anext(call, None))
+    assert len(leases) == 1
+    leases.end(ticket["token"])
+    assert await rest is None
+    assert (dropped, len(leases)) == ([ticket["token"]], 0)
+
+
+async def test_a_session_without_a_lease_is_refused() -> None:
+    with pytest.raises(Unauthenticated, match="take a lease"):
+        book().claim("guess")
+
+
+async def test_a_lease_that_nobody_uses_ends() -> None:
+    leases, dropped = book(connect_s=0.0), list[str]()
+    tickets = [ticket async for ticket in leases.hold("here:1", dropped.append)]
+    assert dropped == [tickets[0]["token"]]
+    with pytest.raises(Unauthenticated):
+        leases.claim(dropped[0])
+
+
+async def test_an_idle_session_loses_its_lease() -> None:
+    clock, dropped = Clock(), list[str]()
+    leases = book(idle_s=5.0, clock=clock)
+    call = leases.hold("here:1", dropped.append)
+    ticket = await anext(call)
+    leases.claim(ticket["token"])
+    clock.now_s = 6.0
+    assert await anext(call, None) is None
+    assert dropped == [ticket["token"]]
+
+
+async def test_a_caller_that_leaves_frees_the_session() -> None:
+    leases, dropped = book(), list[str]()
+    call = leases.hold("here:1", dropped.append)
+    await anext(call)
+    await call.aclose()
+    assert (len(dropped), len(leases)) == (1, 0)
+
+
+async def test_a_standing_token_is_good_without_a_lease() -> None:
+    leases = LeaseBook(connect_timeout_s=1, idle_timeout_s=1, standing="shared")
+    leases.claim("shared")
+    with pytest.raises(Unauthenticated):
+        leases.claim("other")
+
+
+async def test_fixed_leases_take_turns() -> None:
+    leases = FixedLeases(["a:1", "b:1"], token="shared")  # noqa: S106 - not a password
+    taken = [await leases.take() for _ in range(3)]
+    assert [lease.address for lease in taken] == ["a:1", "b:1", "a:1"]
