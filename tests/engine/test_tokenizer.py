@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cascade.engine import tokenizer as tokenizers
+from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
+
+from .conftest import byte_level, wrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cascade.engine.tokenizer import Tokenizer
+
+
+def test_decoding_undoes_encoding(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("the cat 你好")) == "the cat 你好"
+
+
+def test_a_text_over_the_limit_is_refused(byte_tokenizer: Tokenizer) -> None:
+    assert byte_tokenizer.encode("cat", limit=3)
+    with pytest.raises(ContextTooLong, match="tokens; 2 fit"):
+        byte_tokenizer.encode("xyz", limit=2)
+
+
+def test_a_text_no_tokenisation_could_fit_is_refused_unread(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ContextTooLong, match="characters"):
+        byte_tokenizer.encode("x" * 10_000_000, limit=100)
+
+
+def test_a_token_without_logits_is_refused(byte_tokenizer: Tokenizer) -> None:
+    narrow = byte_tokenizer.narrowed(1)
+
+    with pytest.raises(InvalidRequest, match="'</s>'"):
+        narrow.encode("</s>")
+
+
+def test_the_template_writes_the_prompt(byte_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+
+    ids = byte_tokenizer.chat(messages)
+
+    assert byte_tokenizer.decode(ids, skip_special=False) == "<s>user: hello<s>assistant:"
+
+
+def test_the_last_message_can_be_continued(byte_tokenizer: Tokenizer) -> None:
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "the cat"},
+    ]
+
+    ids = byte_tokenizer.chat(messages, continue_last=True)
+
+    text = byte_tokenizer.decode(ids, skip_special=False)
+    assert text == "<s>user: hello<s>assistant: the cat"
+
+
+def test_what_the_template_refuses_is_an_invalid_request(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="no tools") as refused:
+        byte_tokenizer.chat([{"role": "tool", "content": "4"}])
+    assert refused.value.param == "messages"
+
+
+def test_a_model_without_a_template_does_not_chat(space_tokenizer: Tokenizer) -> None:
+    assert not space_tokenizer.has_chat_template
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        space_tokenizer.chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_conversation_over_the_limit_is_refused(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ContextTooLong):
+        byte_tokenizer.chat([{"role": "user", "content": "hello"}], limit=3)
+
+
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
+    text = "the cat 你好 🙂"
+    ids = tokenizer.encode(text, add_special=False)
+
+    joined = b"".join(tokenizer.bytes_of(id_) for id_ in ids)
+
+    assert joined.strip(b" ") == text.encode()
+    assert not tokenizer.bytes_of(10**6)
+
+
+def test_a_part_of_a_character_shows_as_broken(byte_tokenizer: Tokenizer) -> None:
+    first, *_ = byte_tokenizer.encode("你", add_special=False)
+
+    assert byte_tokenizer.text_of(first) == "\ufffd"
+
+
+def test_special_tokens_are_known(byte_tokenizer: Tokenizer) -> None:
+    assert byte_tokenizer.special_ids == {0, 1}
+    assert byte_tokenizer.stop_ids == (1,)
+    assert byte_tokenizer.size == 280
+
+
+def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="No tokenizer"):
+        tokenizers.load(str(tmp_path))
+
+
+def test_a_saved_tokenizer_is_loaded(tmp_path: Path) -> None:
+    backend = byte_level()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+
+    loaded = tokenizers.load(str(tmp_path))
+
+    assert loaded.tokens == wrap(backend).tokens
