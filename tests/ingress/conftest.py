@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 from openai import AsyncOpenAI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Trained
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from cascade.engine.tokenizer import Tokenizer
 from cascade.ingress.http import create_app
 from cascade.ingress.scripted import ScriptedGenerator
 from cascade.ingress.service import Limits, Service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable
 
     from cascade.decoding.generation import Request
 
@@ -38,63 +41,19 @@ WORDS = [
     "🧑\u200d🚀",
     "zażółć",
 ]
+TEMPLATE = (
+    "{% for turn in messages %}"
+    "{% if loop.last and turn.role == 'assistant' %}"
+    "{{ raise_exception('the last turn is the assistant\\'s own') }}{% endif %}"
+    f"{USER}{{{{ turn.role }}}}: {{{{ turn.content }}}}{END}"
+    f"{{% endfor %}}{ASSISTANT}"
+)
 CORPUS = [" ".join(WORDS[at:] + WORDS[:at]) for at in range(len(WORDS))] * 3
 
 
-@dataclass(slots=True, kw_only=True)
-class Held:
-    """Holds text back while it ends in an unfinished character."""
-
-    words: Words
-    tokens: list[int] = field(default_factory=list)
-    sent: int = 0
-
-    def push(self, tokens: Sequence[int]) -> str:
-        self.tokens += tokens
-        text = self.words.decode(self.tokens)
-        return "" if text.endswith("\ufffd") else self._send(text)
-
-    def flush(self) -> str:
-        return self._send(self.words.decode(self.tokens))
-
-    def _send(self, text: str) -> str:
-        news, self.sent = text[self.sent :], len(text)
-        return news
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Words:
-    """The `Tokenizer` of a door, over a trained one."""
-
-    trained: Tokenizer
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self.trained.get_vocab_size()
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return tuple(self.trained.encode(END).ids)
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return self.trained.encode(text, add_special_tokens=special).ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.trained.decode(list(tokens))
-
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the last turn is the assistant's own")
-        turns = [f"{USER}{turn['role']}: {turn['content']}{END}" for turn in messages]
-        return self.encode("".join([*turns, ASSISTANT]))
-
-    def stream(self) -> Held:
-        return Held(words=self)
-
-
 @pytest.fixture(scope="session")
-def words() -> Words:
-    trained = Tokenizer(models.BPE())
+def words() -> Tokenizer:
+    trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -104,17 +63,23 @@ def words() -> Words:
         show_progress=False,
     )
     trained.train_from_iterator(CORPUS, trainer)
-    return Words(trained=trained)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=TEMPLATE,
+    )
+    return Tokenizer(fast)
 
 
 @pytest.fixture
-def say(words: Words) -> Callable[[Request], list[int]]:
+def say(words: Tokenizer) -> Callable[[Request], list[int]]:
     """The words, in an order that prompt and seed decide, as what the generator answers."""
 
     def script(request: Request) -> list[int]:
         key = f"{request.prompt} {request.policy.seed}"
         order = sorted(WORDS, key=lambda word: hashlib.sha256((key + word).encode()).digest())
-        return [*words.encode(" ".join(order)), *words.eos_ids]
+        return [*words.encode(" ".join(order)), *words.stop_ids]
 
     return script
 
@@ -125,7 +90,7 @@ def generator(say: Callable[[Request], list[int]]) -> ScriptedGenerator:
 
 
 @pytest.fixture
-def service(words: Words, generator: ScriptedGenerator) -> Service:
+def service(words: Tokenizer, generator: ScriptedGenerator) -> Service:
     numbers = iter(range(1, 1_000_000))
     return Service(
         generator=generator,

@@ -94,7 +94,7 @@ class Answer:
         """Return the prompt as entries, with its log-probabilities if the request asks for some."""
         prompt, top = self.request.prompt, self.request.policy.logprobs
         known = () if top is None else await self._service.generator.score(prompt, top=top)
-        words = self._service.tokenizer.stream()
+        words = self._service.tokenizer.detokenizer()
         texts = [words.push([token]) for token in prompt]
         texts[-1] += words.flush()
         return tuple(

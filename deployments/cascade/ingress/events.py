@@ -33,7 +33,7 @@ class Delta:
 
     entries: tuple[Entry, ...] = ()
     finish: FinishReason | None = None
-    stop: str | int | None = None  # the string or id that ended it, unless the model's own
+    stop: str | int | None = None  # the stop string or stop id that ended it
 
     @property
     def text(self) -> str:
@@ -52,10 +52,9 @@ class Scribe:
     def __init__(
         self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), stop_ids: Iterable[int] = ()
     ) -> None:
-        self._words = tokenizer.stream()
+        self._words = tokenizer.detokenizer()
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
-        self._ends = frozenset(tokenizer.eos_ids)
         self._waiting: deque[Entry] = deque()
         self._free = 0  # characters of the waiting entries that may go out
 
@@ -70,7 +69,7 @@ class Scribe:
             if stop is not None:
                 return self._end(FinishReason.STOP, stop)
             if ends:
-                return self._finish(FinishReason.STOP, None if token in self._ends else token)
+                return self._finish(FinishReason.STOP, token)
         if piece.finish is not None:
             return self._finish(piece.finish, None)
         return Delta(entries=tuple(self._certain()))

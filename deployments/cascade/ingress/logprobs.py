@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from cascade.ingress.service import Tokenizer
 
 _IMPOSSIBLE = -9999.0  # JavaScript cannot read -Infinity; OpenAI documents this number
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def text_logprobs(
@@ -32,7 +31,7 @@ def text_logprobs(
 def chat_logprobs(entries: Sequence[Entry], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the `logprobs` of a chat completion; the bytes of all tokens decode to the text."""
     content = [
-        _chat_token(entry.text, _own(entry))
+        _chat_token(entry.text.encode(), _own(entry))
         | {"top_logprobs": [_chat_token(*one) for one in _tops(entry, tokenizer)]}
         for entry in entries
     ]
@@ -47,27 +46,30 @@ def _alternatives(entry: Entry, tokenizer: Tokenizer) -> dict[str, float] | None
     """Return the likeliest texts, and the token itself among them whether it is likely or not."""
     if entry.logprob is None:
         return None
-    return dict(_tops(entry, tokenizer)) | {entry.text: _finite(entry.logprob.logprob)}
+    tops = {_name(data): logprob for data, logprob in _tops(entry, tokenizer)}
+    return tops | {entry.text: _finite(entry.logprob.logprob)}
 
 
-def _tops(entry: Entry, tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """Return the likeliest tokens as texts; the token itself is called as in the text."""
+def _tops(entry: Entry, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
+    """Return the likeliest tokens as bytes; the token itself has those it has in the text."""
     if entry.logprob is None:
         return []
     return [
-        (entry.text if token == entry.token else _name(token, tokenizer), _finite(logprob))
-        for token, logprob in entry.logprob.top
+        (entry.text.encode() if token == entry.token else tokenizer.bytes_of(token), _finite(value))
+        for token, value in entry.logprob.top
     ]
 
 
-def _name(token: int, tokenizer: Tokenizer) -> str:
-    """Return the text of a token, or its id where it has none of its own."""
-    text = tokenizer.decode([token])
-    return f"token_id:{token}" if not text or _UNFINISHED in text else text
+def _name(data: bytes) -> str:
+    """Return a token's text; where it is part of a character, its bytes as OpenAI writes them."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": _name(data), "logprob": logprob, "bytes": list(data)}
 
 
 def _finite(logprob: float) -> float:

@@ -12,7 +12,7 @@ from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from cascade.decoding.generation import Generator
 
@@ -20,9 +20,9 @@ MAX_SEED = 2**63
 
 
 class Detokenizer(Protocol):
-    """Turns tokens into text as they come."""
+    """Turns the tokens of one answer into text as they come."""
 
-    def push(self, tokens: Sequence[int]) -> str:
+    def push(self, tokens: Iterable[int]) -> str:
         """Return the text that is now certain; an unfinished character waits for the rest."""
         ...
 
@@ -32,36 +32,40 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The words of a pair."""
+    """The words of a pair. `engine.tokenizer.Tokenizer` is one."""
 
     @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids; every id is smaller."""
+    def vocabulary(self) -> int:
+        """Ids are smaller than this."""
         ...
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer."""
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
         ...
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of `text`, with the ids that open a sequence if `special`."""
+    def encode(
+        self, text: str, *, add_special: bool = True, limit: int | None = None
+    ) -> tuple[int, ...]:
+        """Return the ids of `text`; an `InvalidRequest` if it has none, or more than `limit`."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, limit: int | None = None
+    ) -> tuple[int, ...]:
+        """Return the ids of a conversation; an `InvalidRequest` if the template refuses it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         ...
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the ids of a conversation, ready for the assistant's turn.
-
-        Raises:
-            ValueError: The chat template refuses the messages, or there is none.
-        """
+    def detokenizer(self) -> Detokenizer:
+        """Return a decoder for one answer, without special tokens."""
         ...
 
-    def stream(self) -> Detokenizer:
-        """Return an empty detokenizer."""
+    def bytes_of(self, id_: int) -> bytes:
+        """Return the bytes that one token stands for."""
         ...
 
 
@@ -88,7 +92,7 @@ class Defaults:
     mode: Mode = Mode.CASCADE
     rule: Rule = field(default_factory=Lossless)
     draft_tokens: int | None = None  # None lets the router choose
-    coupling: Coupling = Coupling.MAXIMAL
+    coupling: Coupling | None = None  # None: gumbel where the request has a seed, else maximal
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
@@ -97,6 +101,9 @@ class Defaults:
     chat_tokens: int | None = (
         None  # a chat's `max_completion_tokens`; None: what the context leaves
     )
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     deadline_s: float | None = None
 
 
@@ -110,6 +117,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
     ready: Callable[[], bool] = lambda: True
+    stop_ids: tuple[int, ...] = ()  # end an answer, besides the tokenizer's own
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
     keep_alive_s: float = 10.0  # silence after which a stream says that it lives
     created: int = 0  # Unix seconds, of the models

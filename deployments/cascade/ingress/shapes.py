@@ -138,7 +138,7 @@ def _extensions(answer: Answer, delta: Delta) -> Json:
     if delta.finish and answer.request.trace:
         cascade["trace"] = [asdict(row) for row in answer.statistics.trace]
     extensions: Json = {"cascade": cascade}
-    if delta.stop is not None:
+    if isinstance(delta.stop, str) or delta.stop in answer.call.stop_ids:
         extensions["stop_reason"] = delta.stop
     if answer.call.token_ids:
         extensions["token_ids"] = [entry.token for entry in own]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from cascade.ingress.openai import ChatBody, CompletionBody, Generated, Message,
 from cascade.ingress.service import MAX_SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from cascade.ingress.service import Defaults, Service
 
@@ -31,6 +32,7 @@ class Call:
     requests: tuple[Request, ...]  # answer `i` belongs to prompt `i // n`
     n: int = 1
     stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # the caller's own, which it is told about
     echo: bool = False
     stream: bool = False
     usage_chunk: bool = False
@@ -133,7 +135,7 @@ def _check_stops(stops: Sequence[str], service: Service) -> None:
 
 
 def _check_ids(ids: Sequence[int], param: str, service: Service) -> None:
-    size = service.tokenizer.vocabulary_size
+    size = service.tokenizer.vocabulary
     bad = next((token for token in ids if not 0 <= token < size), None)
     if bad is not None:
         raise InvalidRequest(f"`{param}` has token id {bad}; ids are 0 to {size - 1}", param=param)
@@ -154,6 +156,7 @@ def _call(wish: _Wish, service: Service, *, echo: bool = False) -> Call:
         ),
         n=n,
         stops=_stops(body),
+        stop_ids=tuple(body.stop_token_ids or ()),
         echo=echo,
         stream=bool(body.stream),
         usage_chunk=options is not None and bool(options.include_usage),
@@ -185,7 +188,7 @@ def _policy(wish: _Wish, service: Service, *, mode: Mode, seed: int) -> Policy:
     options, defaults = wish.options, service.defaults
     coupling = _coupling(wish.body, options, defaults)
     return Policy(
-        sampling=_sampling(wish.body),
+        sampling=_sampling(wish.body, defaults),
         rule=_rule(options, defaults, mode),
         coupling=coupling,
         bonus=options.bonus or defaults.bonus,
@@ -198,13 +201,14 @@ def _policy(wish: _Wish, service: Service, *, mode: Mode, seed: int) -> Policy:
     )
 
 
-def _sampling(body: Generated) -> Sampling:
-    temperature = 1.0 if body.temperature is None else body.temperature
-    likeliest = body.top_p == 0.0
+def _sampling(body: Generated, defaults: Defaults) -> Sampling:
+    temperature = defaults.temperature if body.temperature is None else body.temperature
+    top_p = defaults.top_p if body.top_p is None else body.top_p
+    top_k = defaults.top_k if body.top_k is None else max(body.top_k, 0)
     return Sampling(
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-        top_k=1 if likeliest else max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None or likeliest else body.top_p,
+        top_k=top_k if top_p > 0 else 1,
+        top_p=top_p if top_p > 0 else 1.0,
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
@@ -250,7 +254,9 @@ def _rule_among(
 def _coupling(body: Generated, options: Options, defaults: Defaults) -> Coupling:
     if options.coupling is not None:
         return options.coupling
-    return defaults.coupling if body.seed is None else Coupling.GUMBEL
+    if defaults.coupling is not None:
+        return defaults.coupling
+    return Coupling.MAXIMAL if body.seed is None else Coupling.GUMBEL
 
 
 def _verification(options: Options, defaults: Defaults, coupling: Coupling) -> Verification:
@@ -283,7 +289,7 @@ def _draft_tokens(options: Options, service: Service) -> int | None:
 def _prediction(body: Generated, service: Service) -> tuple[int, ...]:
     if body.prediction is None:
         return ()
-    return tuple(service.tokenizer.encode(plain(body.prediction.content), special=False))
+    return tuple(service.tokenizer.encode(plain(body.prediction.content), add_special=False))
 
 
 def _stops(body: Generated) -> tuple[str, ...]:
@@ -291,19 +297,18 @@ def _stops(body: Generated) -> tuple[str, ...]:
 
 
 def _stop_ids(body: Generated, service: Service) -> tuple[int, ...]:
-    ends = () if body.ignore_eos else service.tokenizer.eos_ids
+    ends = () if body.ignore_eos else (*service.tokenizer.stop_ids, *service.stop_ids)
     return tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
 
 
 def _max_tokens(wish: _Wish, service: Service, prompt: tuple[int, ...]) -> int:
     """Return how long the answer may be; prompt and answer fit the context together."""
-    limits, param = service.limits, wish.max_param
-    most = limits.prompt_tokens or limits.context_tokens
+    limits, param, most = service.limits, wish.max_param, _most(service)
     room = limits.context_tokens - len(prompt)
     if len(prompt) > most or (room < 1 and wish.max_tokens != 0):
         raise ContextTooLong(
-            f"The prompt has {len(prompt)} tokens; this server takes"
-            f" {min(most, limits.context_tokens - 1)} of a context of {limits.context_tokens}",
+            f"The prompt has {len(prompt)} tokens; this server takes {most} and an answer,"
+            f" {limits.context_tokens} in all",
             param=wish.prompt_param,
         )
     if wish.max_tokens is None:
@@ -355,7 +360,8 @@ def _tokens(prompt: str | list[int], service: Service) -> tuple[int, ...]:
     if isinstance(prompt, list):
         _check_ids(prompt, "prompt", service)
         return tuple(prompt)
-    return _nonempty(service.tokenizer.encode(prompt), "prompt")
+    with _about("prompt"):
+        return _nonempty(service.tokenizer.encode(prompt, limit=_most(service)), "prompt")
 
 
 def _nonempty(tokens: Sequence[int], param: str) -> tuple[int, ...]:
@@ -366,12 +372,24 @@ def _nonempty(tokens: Sequence[int], param: str) -> tuple[int, ...]:
 
 def _conversation(messages: Sequence[Message], service: Service) -> tuple[int, ...]:
     turns = [_turn(message, number) for number, message in enumerate(messages)]
+    with _about("messages"):
+        return _nonempty(service.tokenizer.chat(turns, limit=_most(service)), "messages")
+
+
+@contextmanager
+def _about(param: str) -> Generator[None]:
+    """Name the field in errors of the tokenizer, which knows of texts alone."""
     try:
-        return _nonempty(service.tokenizer.apply_chat(turns), "messages")
-    except ValueError as error:
-        raise InvalidRequest(
-            f"The chat template refuses `messages`: {error}", param="messages"
-        ) from error
+        yield
+    except InvalidRequest as error:
+        error.param = error.param or param
+        raise
+
+
+def _most(service: Service) -> int:
+    """Return how many tokens a prompt may have."""
+    limits = service.limits
+    return min(limits.prompt_tokens or limits.context_tokens, limits.context_tokens)
 
 
 def _turn(message: Message, number: int) -> dict[str, Any]:
