@@ -69,7 +69,7 @@ def test_a_wrong_answer_scores_less(family: Family) -> None:
 
 
 def test_asking_for_more_prompts_than_there_are_says_how_many_there_are() -> None:
-    with pytest.raises(ValueError, match="were asked for; ask for fewer"):
+    with pytest.raises(ValueError, match="not 5000; ask for fewer"):
         held_out(Family.FACTS, count=5000)
 
 

@@ -46,7 +46,7 @@ class Recipe:
 VOCABULARY = 1024
 CONTEXT_TOKENS = 1024
 RECIPES = {
-    "drafter": Recipe(hidden=96, layers=2, heads=3, intermediate=192, steps=2000, formal=0.3),
+    "drafter": Recipe(hidden=64, layers=2, heads=2, intermediate=160, steps=1000, formal=0.3),
     "expert": Recipe(hidden=128, layers=4, heads=4, intermediate=448, steps=1400, formal=0.85),
 }
 

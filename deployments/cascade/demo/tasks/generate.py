@@ -55,6 +55,4 @@ def held_out(family: Family, *, count: int, seed: int = 0) -> list[Item]:
             return list(seen.values())
         if fruitless == _PATIENCE:
             break
-    raise ValueError(
-        f"{family} has {len(seen)} test prompts, {count} were asked for; ask for fewer"
-    )
+    raise ValueError(f"{family} has {len(seen)} test prompts, not {count}; ask for fewer")
