@@ -37,6 +37,8 @@ _OPTIONS = (
     # The framing of a frame of the largest size needs a few bytes more.
     ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
     ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
+    # A router needs one, a health check another.
+    ("grpc.max_concurrent_streams", 128),
     # A second server on a port must fail, not share its connections.
     ("grpc.so_reuseport", 0),
     # A client that is cut off is noticed by its silence.
@@ -104,9 +106,10 @@ class Connection:
             raise self._overload
 
     def _refuse(self, item: Answer, error: InvalidRequest) -> None:
-        assert not isinstance(item, Refusal), "a refusal fits any frame"
+        # The session stays in `epochs`: the tier has not refused it and must hear the `Close`.
         defect = Internal(f"an answer could not be sent: {error.message}")
-        self.send(status.refusal(item.session_id, item.epoch, defect))
+        refusal = status.refusal(item.session_id, item.epoch, defect)
+        self.outbox.put(encode(refusal, self.kind.response))
 
 
 class TierServer:
@@ -188,7 +191,7 @@ class TierServer:
             logger.debug("a client of the %s left while it was written to", self.kind.name)
         if error is not None:
             metadata = status.trailing_metadata(error)
-            await context.abort(status.code(error), error.message, metadata)
+            await context.abort(status.code(error), status.message(error), metadata)
 
     async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
         try:

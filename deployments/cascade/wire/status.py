@@ -7,6 +7,7 @@ frame; setting and merely returning from a stream would reach the client as succ
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
@@ -20,7 +21,7 @@ from cascade.errors import CascadeError
 from cascade.wire.frames import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Iterator
 
     from google.protobuf.any_pb2 import Any as AnyMessage
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 DOMAIN = "cascade.v1"
 DETAILS_KEY = "grpc-status-details-bin"
 SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
+# A client refuses trailing metadata of more than 8 KiB, and with it the whole answer.
+_LONGEST_MESSAGE = 1024
 
 Answer = TypeVar("Answer")
 
@@ -59,6 +62,13 @@ def code(error: CascadeError) -> grpc.StatusCode:
     return grpc.StatusCode[error.grpc]
 
 
+def message(error: CascadeError) -> str:
+    """Return the text of the error, cut where a client would no longer take it."""
+    if len(error.message) <= _LONGEST_MESSAGE:
+        return error.message
+    return error.message[: _LONGEST_MESSAGE - 1] + "…"
+
+
 def trailing_metadata(error: CascadeError) -> tuple[tuple[str, bytes], ...]:
     """Return the trailing metadata that carries the details of the error."""
     return ((DETAILS_KEY, _status(error).SerializeToString()),)
@@ -67,7 +77,7 @@ def trailing_metadata(error: CascadeError) -> tuple[tuple[str, bytes], ...]:
 def fail(context: Context, error: CascadeError) -> None:
     """Set the status of a call; a message must follow, see the module."""
     context.set_code(code(error))
-    context.set_details(error.message)
+    context.set_details(message(error))
     context.set_trailing_metadata(trailing_metadata(error))
 
 
@@ -81,12 +91,13 @@ async def guard(context: Context, call: Awaitable[Answer], *, failed: Answer) ->
 
 
 async def guard_stream(
-    context: Context, frames: AsyncIterator[Answer], *, failed: Answer
-) -> AsyncIterator[Answer]:
+    context: Context, frames: AsyncGenerator[Answer], *, failed: Answer
+) -> AsyncGenerator[Answer]:
     """Yield what a stream yields; if it fails, `failed` is the last frame, with the status."""
     try:
-        async for frame in frames:
-            yield frame
+        async with aclosing(frames):
+            async for frame in frames:
+                yield frame
     except CascadeError as error:
         fail(context, error)
         yield failed
@@ -94,10 +105,10 @@ async def guard_stream(
 
 def to_error(error: grpc.aio.AioRpcError) -> CascadeError:
     """Return the error behind a failed call, told by its details, else by its code."""
-    message = error.details() or error.code().name
+    text = error.details() or error.code().name
     info, retry = _details(error)
     kind = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
-    ours = _make(kind or _BY_CODE.get(error.code().name, errors.Internal), message)
+    ours = (kind or _BY_CODE.get(error.code().name, errors.Internal))(text)
     ours.param = info.metadata.get("param") or None
     if retry is not None:
         ours.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
@@ -111,7 +122,7 @@ def refusal(session_id: SessionId, epoch: int, error: CascadeError) -> Refusal:
         epoch=epoch,
         code=error.grpc,
         reason=reason(error),
-        message=error.message,
+        message=message(error),
     )
 
 
@@ -131,12 +142,12 @@ def refused(item: Refusal, *, lost: type[errors.Unavailable] = errors.Unavailabl
     if item.reason == SESSION_NOT_FOUND:
         return lost(item.message)
     kind = _BY_REASON.get(item.reason) or _BY_CODE.get(item.code, errors.Internal)
-    return _make(kind, item.message)
+    return kind(item.message)
 
 
 def _status(error: CascadeError) -> Status:
     metadata = {"type": error.type} | ({"param": error.param} if error.param else {})
-    status = Status(code=code(error).value[0], message=error.message)
+    status = Status(code=code(error).value[0], message=message(error))
     status.details.add().Pack(ErrorInfo(reason=reason(error), domain=DOMAIN, metadata=metadata))
     if error.retry_after_s is not None:
         delay = Duration()
@@ -162,10 +173,6 @@ def _packed(error: grpc.aio.AioRpcError) -> Iterator[AnyMessage]:
                 yield from Status.FromString(value).details
             except DecodeError:
                 return
-
-
-def _make(kind: type[CascadeError], message: str) -> CascadeError:
-    return kind(message)
 
 
 def _reason(kind: type[CascadeError]) -> str:

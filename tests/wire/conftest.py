@@ -1,0 +1,238 @@
+"""Any value of the wire from its type, servers on loopback, and a line between them to cut."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from cascade.decoding.rules import Rule
+from cascade.decoding.session import (
+    Block,
+    Bonus,
+    Coupling,
+    Gates,
+    Origin,
+    Policy,
+    Row,
+    RowFormat,
+    Sampling,
+    Session,
+    SessionId,
+    TokenLogprob,
+    Verdict,
+    Verification,
+)
+from cascade.wire import frames
+from cascade.wire.server import TierServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from cascade.wire.echo import EchoTier
+    from cascade.wire.tiers import Kind
+
+Value = TypeVar("Value")
+
+# A shared machine stalls now and then; what matters is that the examples pass.
+settings.register_profile("wire", deadline=None, max_examples=50)
+settings.load_profile("wire")
+
+TOKENS = st.integers(0, 2**32 - 1)
+COUNTS = st.integers(0, 2**31 - 1)
+LONGS = st.integers(0, 2**63 - 1)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+PROBABILITIES = st.floats(0, 1)
+LOGPROBS = st.floats(max_value=0)
+# Protobuf text is UTF-8, which has no lone surrogates.
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=128).map(SessionId)
+
+
+def several(
+    values: st.SearchStrategy[Value], least: int = 0, most: int = 8
+) -> st.SearchStrategy[tuple[Value, ...]]:
+    return st.lists(values, min_size=least, max_size=most).map(tuple)
+
+
+def exactly(values: st.SearchStrategy[Value], count: int) -> st.SearchStrategy[tuple[Value, ...]]:
+    return several(values, count, count)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Row:
+    """Sparse or full, with or without unscaled weights."""
+    count = draw(st.integers(1, 6))
+    floats = arrays(np.float16, count, elements=st.floats(0, 1, width=16))
+    weights = draw(floats)
+    weights[draw(st.integers(0, count - 1))] = 1
+    width = draw(st.sampled_from((0, count)))
+    ids = draw(arrays(np.uint32, width, elements=TOKENS))
+    return Row(ids=ids, weights=np.abs(weights), unscaled=draw(st.none() | floats.map(np.abs)))
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    """Every list absent, as long as the block, or one longer where that may be."""
+    count = draw(st.integers(0, 4))
+
+    def maybe(values: st.SearchStrategy[Value], *lengths: int) -> tuple[Value, ...]:
+        return draw(exactly(values, draw(st.sampled_from((0, *lengths)))))
+
+    return Block(
+        tokens=draw(exactly(TOKENS, count)),
+        likelihoods=maybe(PROBABILITIES, count),
+        unscaled=maybe(PROBABILITIES, count),
+        gates=maybe(st.from_type(Gates), count, count + 1),
+        rows=maybe(rows(), count, count + 1),
+        logprobs=maybe(st.from_type(TokenLogprob), count),
+    )
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> Verdict:
+    """As many origins as tokens."""
+    count = draw(st.integers(0, 4))
+    reported = draw(st.sampled_from((0, count)))
+    return Verdict(
+        accepted=draw(COUNTS),
+        tokens=draw(exactly(TOKENS, count)),
+        origins=draw(exactly(st.sampled_from(Origin), count)),
+        judged=draw(COUNTS),
+        deferred=draw(COUNTS),
+        logprobs=draw(exactly(st.from_type(TokenLogprob), reported)),
+    )
+
+
+@st.composite
+def sessions(draw: st.DrawFn) -> Session:
+    """As many origins as tokens."""
+    count = draw(st.integers(0, 4))
+    return Session(
+        id=draw(IDS),
+        prompt=draw(several(TOKENS, 1)),
+        policy=draw(st.from_type(Policy)),
+        tokens=draw(exactly(TOKENS, count)),
+        origins=draw(exactly(st.sampled_from(Origin), count)),
+    )
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, allow_infinity=False),
+    top_k=COUNTS,
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=PROBABILITIES,
+    repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+    presence_penalty=FINITE,
+    frequency_penalty=FINITE,
+    logit_bias=several(st.tuples(TOKENS, FINITE)),
+)
+policies = st.builds(
+    Policy,
+    sampling=samplings,
+    rule=st.one_of(*(st.from_type(kind) for kind in get_args(Rule))),
+    coupling=st.sampled_from(Coupling),
+    bonus=st.sampled_from(Bonus),
+    verification=st.sampled_from(Verification),
+    rows=st.sampled_from(RowFormat),
+    row_entries=st.integers(1, 2**31 - 1),
+    seed=LONGS,
+    stop_ids=several(TOKENS),
+    logprobs=st.none() | COUNTS,
+)
+heads: dict[str, st.SearchStrategy[Any]] = {"session_id": IDS, "epoch": LONGS}
+steps = heads | {"position": st.integers(8, 2**63 - 1), "digest": st.integers(0, 2**64 - 1)}
+answers = heads | {"position": LONGS, "cached_prompt_tokens": COUNTS}
+STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
+    Gates: st.builds(Gates, peak=PROBABILITIES, favourite=TOKENS, entropy=FINITE),
+    TokenLogprob: st.builds(
+        TokenLogprob,
+        token=TOKENS,
+        logprob=LOGPROBS,
+        top=several(st.tuples(TOKENS, LOGPROBS), most=3),
+    ),
+    Row: rows(),
+    Block: blocks(),
+    Verdict: verdicts(),
+    Policy: policies,
+    Session: sessions(),
+    frames.Open: st.builds(frames.Open, session=sessions(), epoch=LONGS, lease=TEXTS),
+    frames.Propose: st.builds(
+        frames.Propose, **steps, count=COUNTS, tokens=several(TOKENS), until_deferral=st.booleans()
+    ),
+    frames.Judge: st.builds(
+        frames.Judge, **steps, block=blocks(), tokens=several(TOKENS), ahead=COUNTS
+    ),
+    frames.Score: st.builds(
+        frames.Score, **heads, lease=TEXTS, tokens=several(TOKENS, 1), top=COUNTS
+    ),
+    frames.Close: st.builds(frames.Close, **heads),
+    frames.Proposal: st.builds(
+        frames.Proposal, **answers, block=blocks(), deferred=st.booleans(), passes=COUNTS
+    ),
+    frames.Judgement: st.builds(frames.Judgement, **answers, verdict=verdicts()),
+    frames.Scores: st.builds(
+        frames.Scores, **heads, logprobs=several(st.from_type(TokenLogprob), most=3)
+    ),
+    frames.Need: st.builds(frames.Need, **heads, position=LONGS),
+    frames.Refusal: st.builds(frames.Refusal, **heads, code=TEXTS, reason=TEXTS, message=TEXTS),
+}
+for kind, strategy in STRATEGIES.items():
+    st.register_type_strategy(kind, strategy)
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[[EchoTier, Kind], Awaitable[str]]]:
+    """Serve a tier on loopback and return its address."""
+    servers: list[TierServer] = []
+
+    async def start(tier: EchoTier, kind: Kind) -> str:
+        servers.append(TierServer(tier, kind))
+        return await servers[-1].start("127.0.0.1:0")
+
+    yield start
+    for server in servers:
+        await server.stop()
+
+
+@pytest.fixture
+async def relay() -> AsyncIterator[Callable[[str], Awaitable[tuple[str, Callable[[], None]]]]]:
+    """Put a TCP relay before an address; return its own, and how to cut it without a goodbye."""
+    writers: list[asyncio.StreamWriter] = []
+    listeners: list[asyncio.Server] = []
+
+    def cut() -> None:
+        for writer in writers:
+            writer.transport.abort()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            cut()
+
+    async def start(address: str) -> tuple[str, Callable[[], None]]:
+        host, _, port = address.rpartition(":")
+
+        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            onward, back = await asyncio.open_connection(host, int(port))
+            writers.extend((writer, back))
+            await asyncio.gather(pump(reader, back), pump(onward, writer))
+
+        listener = await asyncio.start_server(forward, host, 0)
+        listeners.append(listener)
+        return f"{host}:{listener.sockets[0].getsockname()[1]}", cut
+
+    yield start
+    cut()
+    for listener in listeners:
+        listener.close()
+        await listener.wait_closed()
