@@ -1,19 +1,31 @@
 """What an operator may write under `args:` in the YAML; defaults live here, once.
 
-Durations are seconds, sizes tokens unless the name says otherwise. Unknown keys are refused.
+Durations are seconds, sizes tokens unless the name says otherwise. Unknown keys are refused. Each
+branch turns itself into the frozen value that its part takes.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from cascade.decoding.generation import Confidence
+from cascade import demo
+from cascade.decoding.generation import Confidence, Generator, Patience
 from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
+from cascade.engine import outline, threads
+from cascade.engine.settings import EngineSettings
+from cascade.ingress.service import Defaults as DoorDefaults
+from cascade.ingress.service import Limits as DoorLimits
+from cascade.ingress.service import Service
+from cascade.operations.replica import ReplicaOptions
+from cascade.router import RouterOptions
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+
+UNBOUNDED_CONTEXT = 4096  # of a pair whose configurations name no bound
 
 
 class Settings(BaseModel):
@@ -45,6 +57,7 @@ class Deployment(Settings):
     max_ongoing_requests: Positive = 64
     max_queued_requests: int = Field(256, ge=-1)
     graceful_shutdown_timeout_s: Seconds = 660.0
+    graceful_shutdown_wait_loop_s: Seconds = 0.5
     health_check_period_s: Seconds = 5.0
 
     @model_validator(mode="after")
@@ -53,13 +66,22 @@ class Deployment(Settings):
             raise ValueError("set num_replicas or autoscaling_config, not both")
         return self
 
+    def options(self, *, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return the keywords of `serve.deployment(...).options`; the environment is the process's."""
+        chosen = self.model_dump(exclude_none=True)
+        if self.autoscaling_config is not None:
+            del chosen["num_replicas"]
+        actor = chosen["ray_actor_options"]
+        runtime = actor.get("runtime_env", {})
+        variables = (environment or {}) | runtime.get("env_vars", {})
+        chosen["ray_actor_options"] = actor | {"runtime_env": runtime | {"env_vars": variables}}
+        return chosen
+
 
 class Tier(Settings):
     """The drafter tier or the expert tier."""
 
-    model: str = Field(
-        description="A Hugging Face hub id, a local folder, or demo for the own pair"
-    )
+    model: str = Field(description="Hugging Face hub id, local folder, or demo for the own pair")
     revision: str | None = None
     trust_remote_code: bool = False
     engine: Engine = Engine()
@@ -67,6 +89,29 @@ class Tier(Settings):
     bind_host: str = "0.0.0.0"  # noqa: S104 - routers on other nodes reach it; a lease guards it
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
+
+    def source(self) -> outline.Source:
+        """Return where the model comes from."""
+        return outline.Source(
+            name=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def options(self) -> ReplicaOptions:
+        """Return what a replica takes."""
+        return ReplicaOptions(
+            model=self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            engine=EngineSettings(
+                **self.engine.model_dump(), max_sessions=2 * self.deployment.max_ongoing_requests
+            ),
+            connect_timeout_s=self.connect_timeout_s,
+            idle_timeout_s=self.idle_timeout_s,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that a replica's process must start with."""
+        return threads.environment(threads=self.engine.threads)
 
 
 class Router(Settings):
@@ -77,7 +122,15 @@ class Router(Settings):
     draft_deadline_s: Seconds = 2.0
     draft_pause_s: Seconds = 1.0
     lease_timeout_s: Seconds = 10.0
-    draft_tokens: Positive = 5
+    draft_tokens: Positive = 5  # of `auto`
+
+    def options(self) -> RouterOptions:
+        """Return what the loop takes."""
+        return RouterOptions(
+            max_generation_s=self.max_generation_s,
+            draft_deadline_s=self.draft_deadline_s,
+            draft_pause_s=self.draft_pause_s,
+        )
 
 
 class Defaults(Settings):
@@ -90,31 +143,80 @@ class Defaults(Settings):
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
+    row_entries: Positive = 64
     confidence: Confidence = Confidence.MEAN
     confidence_threshold: float = -0.5
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: Natural = 0
 
+    def for_doors(self) -> DoorDefaults:
+        """Return what the doors take."""
+        chosen = {name: getattr(self, name) for name in type(self).model_fields}
+        patience = Patience(
+            confidence=chosen.pop("confidence"), threshold=chosen.pop("confidence_threshold")
+        )
+        if self.draft_tokens == "auto":
+            chosen["draft_tokens"] = None
+        return DoorDefaults(**chosen, patience=patience)
+
 
 class Limits(Settings):
     """What a request may ask for."""
 
     context_tokens: Positive | None = None  # the pair's own, unless less is wanted
-    max_tokens: Positive = 4096
-    n: Positive = 8
-    batch: Positive = 64
+    max_tokens: Positive | None = None  # what the context leaves
+    choices: Positive = 16
+    prompts: Positive = 64
     draft_tokens: Positive = 32
     body_bytes: Positive = 2_000_000
+
+    def for_doors(self, *, context_tokens: int) -> DoorLimits:
+        """Return what the doors take, for a pair with this context."""
+        chosen = self.model_dump()
+        chosen["context_tokens"] = min(context_tokens, self.context_tokens or context_tokens)
+        return DoorLimits(**chosen)
 
 
 class Application(Settings):
     """The whole tree: `cascade.app:build` takes it."""
 
-    name: str = "cascade"
+    name: str = "cascade"  # of the model, as clients call it
     drafter: Tier = Tier(model="demo")
     expert: Tier = Tier(model="demo")
     router: Router = Router()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     api_keys: tuple[SecretStr, ...] = ()
+    api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, comma separated
+
+    @model_validator(mode="after")
+    def _own_pair(self) -> "Application":
+        """Put the folders of the pair that ships where `demo` stands."""
+        update = {
+            name: tier.model_copy(update={"model": str(folder)})
+            for name, tier, folder in (
+                ("drafter", self.drafter, demo.DRAFTER),
+                ("expert", self.expert, demo.EXPERT),
+            )
+            if tier.model == "demo"
+        }
+        return self.model_copy(update=update) if update else self
+
+    def pair(self) -> outline.Outline:
+        """Return what the pair shares; raises StartupError for one that cannot be served."""
+        return outline.of_pair(self.drafter.source(), self.expert.source())
+
+    def service(self, generator: Generator, pair: outline.Outline) -> Service:
+        """Return what the doors stand on."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        keys += os.environ.get(self.api_key_variable, "").split(",")
+        return Service(
+            generator=generator,
+            tokenizer=pair.tokenizer,
+            models=(self.name,),
+            limits=self.limits.for_doors(context_tokens=pair.context_tokens or UNBOUNDED_CONTEXT),
+            defaults=self.defaults.for_doors(),
+            stop_ids=pair.stop_ids,
+            api_keys=frozenset(key for key in keys if key),
+        )

@@ -11,17 +11,15 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from cascade.errors import (
-    DrafterUnavailable,
-    ExpertUnavailable,
-    Overloaded,
-    Unauthenticated,
-    Unavailable,
-)
+from cascade.errors import Overloaded, Unauthenticated
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from cascade.wire.tiers import Kind
 
 
 class Ticket(TypedDict):
@@ -168,10 +166,10 @@ class ServeLease:
 class ServeLeases:
     """Takes leases on the replicas of a Serve deployment, through its handle."""
 
-    def __init__(self, handle: Any, *, tier: str, timeout_s: float) -> None:
+    def __init__(self, handle: Any, *, kind: Kind, timeout_s: float) -> None:
         # Serve's gRPC transport ends the call when its caller is killed; actor calls leak then.
         self._handle = handle.options(stream=True, _by_reference=False)
-        self._tier = tier
+        self._kind = kind
         self._timeout_s = timeout_s
 
     async def take(self) -> ServeLease:
@@ -187,22 +185,17 @@ class ServeLeases:
             ticket: Ticket = await asyncio.wait_for(anext(aiter(call)), self._timeout_s)
         except BackPressureError as error:
             raise Overloaded(
-                f"every {self._tier} replica is taken and the queue is full"
+                f"every {self._kind.name} replica is taken and the queue is full"
             ) from error
         except TimeoutError as error:
             call.cancel()
             raise Overloaded(
-                f"no {self._tier} replica came free within {self._timeout_s:g} s"
+                f"no {self._kind.name} replica came free within {self._timeout_s:g} s"
             ) from error
         except (DeploymentUnavailableError, RayError, StopAsyncIteration) as error:
             call.cancel()
-            raise self._unavailable(f"no {self._tier} replica answers") from error
+            raise self._kind.unavailable(f"no {self._kind.name} replica answers") from error
         except asyncio.CancelledError:
             call.cancel()
             raise
         return ServeLease(call, ticket)
-
-    def _unavailable(self, message: str) -> Unavailable:
-        if self._tier == "drafter":
-            return DrafterUnavailable(message)
-        return ExpertUnavailable(message)

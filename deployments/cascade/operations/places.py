@@ -127,9 +127,10 @@ class Place:
                 case _:
                     continue
 
-    def commits(self, count: int) -> None:
-        """Note that the replica itself committed `count` tokens more."""
-        self._known += count
+    def judged(self, committed: int) -> None:
+        """Note that the expert made a pass, and itself committed so many tokens more."""
+        self._statistics.expert_passes += 1
+        self._known += committed
 
     async def _ask(
         self, session: Session, make: Callable[[int, int, Lacking], Propose | Judge]

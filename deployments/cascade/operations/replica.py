@@ -167,6 +167,11 @@ class Replica(ABC, Generic[Item]):
         """Return the number of open sessions."""
         return len(self._seats)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still runs."""
+        return self.engine.alive
+
     def describe(self) -> Description:
         """Return what is served here."""
         return self._description

@@ -189,7 +189,7 @@ class Judging:
 
     def _take(self, answer: object) -> Verdict:
         assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"
-        self._place.commits(len(answer.verdict.tokens))
+        self._place.judged(len(answer.verdict.tokens))
         return answer.verdict
 
 

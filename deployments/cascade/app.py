@@ -1,0 +1,118 @@
+"""Start here: the Ray Serve application, three deployments from one tree of settings.
+
+`serve run cluster/local.yaml` calls `build`. Each deployment is a thin coat around a part that runs
+without Ray too (`cascade tier`, tests, benchmarks).
+"""
+
+# No postponed annotations: Serve reads `build`'s at run time, and must find a class.
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import ray.util
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+
+from cascade.decoding.draft_length import Fixed
+from cascade.drafter import Drafter
+from cascade.errors import Unavailable
+from cascade.expert import Expert
+from cascade.ingress.http import create_app
+from cascade.operations.leases import ServeLeases, Ticket
+from cascade.operations.places import Tier
+from cascade.operations.replica import Replica, ReplicaOptions
+from cascade.router import Router
+from cascade.settings import Application
+from cascade.settings import Tier as TierSettings
+from cascade.wire import tiers
+from cascade.wire.channel import Peers
+
+
+class _TierDeployment:
+    """A replica of a tier under Serve: leases are its only Serve method."""
+
+    part: type[Replica[Any]]
+
+    async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
+        self._replica = await self.part.start(
+            options, address=f"{bind_host}:0", advertised_host=ray.util.get_node_ip_address()
+        )
+
+    async def lease(self) -> AsyncGenerator[Ticket]:
+        """Grant one session, and stay until it is over."""
+        async for ticket in self._replica.lease():
+            yield ticket
+
+    def check_health(self) -> None:
+        """Raise if the engine's thread has ended; Serve then replaces the replica."""
+        if not self._replica.alive:
+            raise Unavailable(f"the engine of this {self._replica.kind.name} has stopped")
+
+    async def __del__(self) -> None:
+        """End the server and the engine after Serve has drained the replica."""
+        await self._replica.stop()
+
+
+class DrafterDeployment(_TierDeployment):
+    """The drafter tier."""
+
+    part = Drafter
+
+
+class ExpertDeployment(_TierDeployment):
+    """The expert tier."""
+
+    part = Expert
+
+
+class RouterDeployment:
+    """The doors, and the loop behind them."""
+
+    async def __init__(
+        self, settings: Application, drafters: DeploymentHandle, experts: DeploymentHandle
+    ) -> None:
+        timeout_s = settings.router.lease_timeout_s
+        self._peers = Peers(tiers.DRAFTER), Peers(tiers.EXPERT)
+        drafting, judging = self._peers
+        router = Router(
+            drafters=Tier(
+                leases=ServeLeases(drafters, kind=tiers.DRAFTER, timeout_s=timeout_s),
+                peers=drafting,
+            ),
+            experts=Tier(
+                leases=ServeLeases(experts, kind=tiers.EXPERT, timeout_s=timeout_s), peers=judging
+            ),
+            automatic=lambda: Fixed(tokens=settings.router.draft_tokens),
+            options=settings.router.options(),
+        )
+        self._service = settings.service(router, settings.pair())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name
+        """Return the HTTP door."""
+        return create_app(self._service)
+
+    async def __del__(self) -> None:
+        """Cut the streams to the tiers."""
+        for peers in self._peers:
+            await peers.close()
+
+
+def build(args: Application) -> serve.Application:
+    """Return the application; raises StartupError for a pair that cannot be served."""
+    args.pair()
+    drafters = _tier(DrafterDeployment, "Drafter", args.drafter)
+    experts = _tier(ExpertDeployment, "Expert", args.expert)
+    options = args.router.deployment.options(environment={"GRPC_VERBOSITY": "NONE"})
+    router = serve.deployment(name="Router")(serve.ingress()(RouterDeployment))
+    return router.options(**options).bind(args, drafters, experts)
+
+
+def _tier(kind: type[_TierDeployment], name: str, settings: TierSettings) -> serve.Application:
+    options = settings.deployment.options(
+        environment=settings.environment() | {"GRPC_VERBOSITY": "NONE"}
+    )
+    full = BackpressureConfig(status_code=429, retry_after_s=1)
+    deployment = serve.deployment(name=name, backpressure_config=full)(kind)
+    return deployment.options(**options).bind(settings.options(), settings.bind_host)
