@@ -98,7 +98,7 @@ class FlatBatch:
         self.rows_T = self._tensor([row for s in segments for row in s.new_rows])
         self._groups: dict[int | None, list[Group]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
-        self._gathers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gathers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._ragged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
     @property
@@ -127,9 +127,10 @@ class FlatBatch:
 
     def gather(self, group: Group) -> tuple[Tensor, Tensor]:
         """Return `[N * Q]`, the group's tokens padded to Q queries each, and the way back."""
-        if group.first not in self._gathers:
-            self._gathers[group.first] = self._gather(group)
-        return self._gathers[group.first]
+        key = (group.first, group.last)
+        if key not in self._gathers:
+            self._gathers[key] = self._gather(group)
+        return self._gathers[key]
 
     def ragged(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Return query offsets, key starts and key counts as int32, and the longest of each."""

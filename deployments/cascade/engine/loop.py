@@ -76,20 +76,20 @@ class Engine:
         self._head = head
         self._settings = settings
         self._after_step = after_step
-        self._runner = selfcheck.choose(model.model, settings=settings)
+        self.runner = selfcheck.choose(model.model, settings=settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
         capacity = capacity_tokens(
             settings,
             device=device,
-            bytes_per_token=self._runner.pool.bytes_per_token,
+            bytes_per_token=self.runner.pool.bytes_per_token,
             context_length=model.context_length,
         )
-        self._runner.resize(rows=capacity)
+        self.runner.resize(rows=capacity)
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._store = SequenceStore(
-            pool=self._runner.pool,
+            pool=self.runner.pool,
             capacity=capacity,
             prefix_reuse=settings.prefix_reuse,
             max_idle=settings.max_sessions,
@@ -111,6 +111,11 @@ class Engine:
         self._inbox.put(_Stop())
         if self._thread.ident is not None:
             self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs steps."""
+        return self._thread.is_alive()
 
     def submit(self, step: Step) -> None:
         """Queue a step. A session has at most one that is not finished."""
@@ -140,10 +145,21 @@ class Engine:
             preemptions=self._store.preemptions,
         )
 
-    def _run(self) -> None:
+    def turn(self) -> bool:
+        """Take in what was submitted and run one plan; the thread repeats this until it is False.
+
+        Waits for a message where there is nothing to run. Without `start`, a caller may turn the
+        engine itself.
+        """
         with torch.inference_mode():
-            while self._receive():
-                self._cycle()
+            if not self._receive():
+                return False
+            self._cycle()
+        return True
+
+    def _run(self) -> None:
+        while self.turn():
+            pass
         for job in list(self._scheduler):
             self._fail(job.step, Unavailable("The engine has stopped"))
 
@@ -181,7 +197,7 @@ class Engine:
         # Logits are not kept: wanted rows run again even where their tokens are cached.
         sequence.cached = min(sequence.cached, len(sequence.tokens) - step.rows)
         sequence.reused = min(sequence.reused, sequence.cached)
-        whole = self._runner.regimes.dynamic and sequence.regime > 0
+        whole = self.runner.regimes.dynamic and sequence.regime > 0
         job = self._scheduler.add(step, sequence=sequence, whole=whole)
         if not job.remaining:
             self._deliver([(job, 0)], self._empty_0V)
@@ -190,7 +206,7 @@ class Engine:
         sequence = self._store.find(step.session)
         known = len(sequence.tokens) if sequence else 0
         self._check(step, known=known)
-        regime = self._runner.regimes.of(step.base + len(step.tokens))
+        regime = self.runner.regimes.of(step.base + len(step.tokens))
         if sequence is None:
             return self._store.open(step.session, tokens=step.tokens, regime=regime)
         sequence.rewrite(base=step.base, tokens=step.tokens, regime=regime)
@@ -221,7 +237,7 @@ class Engine:
         if not len(self._scheduler):
             return
         slices = self._plan()
-        for places in self._runner.split([_segment(piece) for piece in slices]):
+        for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
         self._meter.note(busy=True)
         if self._after_step is not None:
@@ -255,7 +271,7 @@ class Engine:
         """Run one forward pass; what goes wrong in it concerns its own steps alone."""
         segments = [_segment(piece) for piece in slices]
         try:
-            logits_NV = self._runner.forward(segments)[:, : self._columns]
+            logits_NV = self.runner.forward(segments)[:, : self._columns]
         # A pass may fail in the model or on the device in any way; the others' passes go on.
         except Exception as error:
             log.exception("A forward pass of %d sessions failed", len(slices))

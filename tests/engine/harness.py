@@ -1,0 +1,114 @@
+"""An engine turned by hand, beside the same model's plain forward pass."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from cascade.decoding.session import SessionId
+from cascade.engine.loop import Engine
+from cascade.engine.settings import EngineSettings
+from cascade.engine.step import Ready, Step
+from cascade.engine.weights import adopt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What became of a step: the whole sequence then, and its rows as they came."""
+
+    context: list[int]
+    rows: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    ended: bool = False
+    error: Exception | None = None
+
+
+class Recorder:
+    """A head that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.passes: list[list[str]] = []
+
+    def expect(self, step: Step, *, context: list[int]) -> Answer:
+        answer = Answer(context=context)
+        self.answers[id(step)] = answer
+        return answer
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        assert logits_NV.shape[0] == sum(one.count for one in ready)
+        self.passes.append([one.step.session for one in ready])
+        for one, rows in zip(ready, logits_NV.split([one.count for one in ready]), strict=True):
+            answer = self.answers[id(one.step)]
+            assert not answer.ended
+            assert one.first == len(answer.places)
+            answer.rows.extend(rows.clone())
+            answer.places.extend(range(one.index, one.index + one.count))
+            answer.ended = one.last
+        return []
+
+    def fail(self, step: Step, error: Exception) -> None:
+        answer = self.answers[id(step)]
+        assert not answer.ended
+        answer.error, answer.ended = error, True
+
+
+class Bench:
+    """Runs steps of named sessions and compares every row with the plain forward pass."""
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
+        self._plain = copy.deepcopy(model)
+        self.head = Recorder()
+        self.engine = Engine(adopt(model, name="tiny"), head=self.head, settings=settings)
+        self.tokens: dict[str, list[int]] = {}
+        self._steps: list[Step] = []  # alive, so that no two share an id
+        self.worst = 0.0
+
+    def submit(self, session: str, tokens: Sequence[int], *, drop: int = 0, rows: int) -> Answer:
+        """Queue a step that rolls back `drop` tokens and appends `tokens`."""
+        known = self.tokens.get(session, [])
+        base = len(known) - drop
+        self.tokens[session] = [*known[:base], *tokens]
+        step = Step(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
+        self._steps.append(step)
+        answer = self.head.expect(step, context=self.tokens[session])
+        self.engine.submit(step)
+        return answer
+
+    def release(self, session: str) -> None:
+        self.tokens.pop(session)
+        self.engine.release(SessionId(session))
+
+    def settle(self, *answers: Answer) -> None:
+        """Turn the engine until the answers are there, and check them."""
+        for _ in range(1000):
+            if all(answer.ended for answer in answers):
+                break
+            self.engine.turn()
+        for answer in answers:
+            self.check(answer)
+
+    def check(self, answer: Answer) -> None:
+        assert answer.ended
+        assert answer.error is None, answer.error
+        if not answer.rows:
+            return
+        length, count = len(answer.context), len(answer.rows)
+        assert answer.places == list(range(length - count, length))
+        error = (torch.stack(answer.rows) - self.plain(answer.context)[-count:]).abs().max()
+        self.worst = max(self.worst, float(error))
+
+    def plain(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits of a forward pass without a cache, of a model that saw no other."""
+        with torch.inference_mode():
+            fresh = copy.deepcopy(self._plain)
+            return fresh(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]

@@ -1,0 +1,132 @@
+"""Every row the engine gives is the row of the model's plain forward pass."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cascade.engine.runner import FlatRunner, PaddedRunner
+from cascade.engine.settings import EngineSettings, Path
+from cascade.errors import UnsupportedModel
+
+from .architectures import FLAT, MORE, PADDED, REFUSED, ROPE, VOCABULARY, build
+from .harness import Bench
+
+TOLERANCE = 1e-4
+
+
+def draw(chance: random.Random, count: int) -> list[int]:
+    return [chance.randrange(3, VOCABULARY) for _ in range(count)]
+
+
+def ragged_story(bench: Bench) -> None:
+    """Prefills, blocks and rollbacks of several sessions, mixed; growth, eviction, reuse."""
+    chance = random.Random(7)
+
+    def run(*steps: tuple[str, int, int]) -> None:
+        answers = [
+            bench.submit(session, draw(chance, count), drop=drop, rows=count)
+            for session, drop, count in steps
+        ]
+        bench.settle(*answers)
+
+    run(("a", 0, 37), ("b", 0, 5))
+    run(("a", 0, 4), ("b", 0, 1), ("c", 0, 23))
+    run(("a", 3, 6), ("c", 0, 16), ("b", 0, 2), ("d", 0, 70))
+    run(("c", 9, 1), ("d", 30, 1), ("a", 0, 1), ("b", 0, 1))
+    run(("a", 0, 3), ("b", 1, 8), ("c", 2, 1), ("d", 0, 30))
+    prefix = bench.tokens["a"][:30]
+    reused = bench.submit("e", [*prefix, *draw(chance, 9)], rows=9)
+    bench.settle(reused, bench.submit("d", draw(chance, 60), rows=5))
+    run(("d", 1, 2), ("a", 0, 5), ("e", 0, 5))
+    bench.release("a")
+    again = bench.submit("f", [*prefix, *draw(chance, 3)], rows=33)
+    bench.settle(again)
+    run(("f", 0, 5), ("e", 4, 5), ("b", 0, 40))
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_rows_are_the_plain_rows(name: str) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024))
+
+    ragged_story(bench)
+
+    assert isinstance(bench.engine.runner, FlatRunner)
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_rows_are_the_plain_rows(name: str) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024))
+
+    ragged_story(bench)
+
+    assert isinstance(bench.engine.runner, PaddedRunner)
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROPE)
+@pytest.mark.parametrize("path", [Path.FLAT, Path.PADDED])
+def test_a_long_session_does_not_bend_a_short_ones_rope(name: str, path: Path) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, max_step_tokens=48, path=path))
+
+    ragged_story(bench)
+
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral sliding", "deepseek-v3"])
+def test_deterministic_attention_is_exact_too(name: str) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, deterministic=True))
+
+    ragged_story(bench)
+
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_small_passes_and_a_crowded_cache_change_nothing(name: str) -> None:
+    settings = EngineSettings(cache_tokens=512, max_step_tokens=16)
+    bench = Bench(build(name), settings)
+
+    ragged_story(bench)
+
+    assert bench.worst < TOLERANCE
+    assert bench.engine.stats().preemptions
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_rolled_back_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match="recurrent state|cannot be served exactly"):
+        Bench(build(name))
+
+
+def test_mamba_is_told_why() -> None:
+    with pytest.raises(UnsupportedModel, match="recurrent state, which cannot be rolled back"):
+        Bench(build("mamba"))
+
+
+def test_diffllama_on_the_flat_path_is_refused_not_wrong() -> None:
+    with pytest.raises(UnsupportedModel, match="differ from the plain forward pass"):
+        Bench(build("diffllama"), EngineSettings(path=Path.FLAT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_architectures_too(name: str) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024))
+
+    ragged_story(bench)
+
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLAT)
+def test_the_fallback_is_exact_where_it_is_not_needed(name: str) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, path=Path.PADDED))
+
+    ragged_story(bench)
+
+    assert bench.worst < TOLERANCE
