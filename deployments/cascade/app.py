@@ -7,18 +7,22 @@ without Ray too (`cascade tier`, tests, benchmarks).
 # No postponed annotations: Serve reads `build`'s at run time, and must find a class.
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import ray.util
 from fastapi import FastAPI
+from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cascade.decoding.draft_length import Fixed
 from cascade.drafter import Drafter
 from cascade.errors import Unavailable
 from cascade.expert import Expert
+from cascade.ingress.grpc import GrpcDoor
 from cascade.ingress.http import create_app
 from cascade.operations.leases import ServeLeases, Ticket
 from cascade.operations.places import Tier
@@ -26,6 +30,7 @@ from cascade.operations.replica import Replica, ReplicaOptions
 from cascade.router import Router
 from cascade.settings import Application
 from cascade.settings import Tier as TierSettings
+from cascade.v1 import cascade_pb2
 from cascade.wire import tiers
 from cascade.wire.channel import Peers
 
@@ -88,10 +93,37 @@ class RouterDeployment:
             options=settings.router.options(),
         )
         self._service = settings.service(router, settings.pair())
+        self._door = GrpcDoor(lambda: self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name
         """Return the HTTP door."""
         return create_app(self._service)
+
+    async def Generate(  # noqa: N802 - Serve calls the RPC's name
+        self, request: cascade_pb2.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> cascade_pb2.GenerateResponse:
+        """Answer a unary call."""
+        return await self._door.Generate(request, grpc_context)
+
+    async def GenerateStream(  # noqa: N802
+        self, request: cascade_pb2.GenerateStreamRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[cascade_pb2.GenerateStreamResponse]:
+        """Answer a streaming call."""
+        async with aclosing(self._door.GenerateStream(request, grpc_context)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def ListModels(  # noqa: N802
+        self, request: cascade_pb2.ListModelsRequest, grpc_context: RayServegRPCContext
+    ) -> cascade_pb2.ListModelsResponse:
+        """List the models."""
+        return await self._door.ListModels(request, grpc_context)
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        """Answer `grpc.health.v1`."""
+        return await self._door.Check(request, grpc_context)
 
     async def __del__(self) -> None:
         """Cut the streams to the tiers."""

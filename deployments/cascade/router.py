@@ -23,6 +23,7 @@ from cascade.decoding.generation import (
     Request,
     Statistics,
 )
+from cascade.decoding.modes import policy_in
 from cascade.decoding.session import Bonus, Mode, Session, SessionId, advance
 from cascade.errors import DeadlineExceeded
 from cascade.operations.ledger import Ledger
@@ -96,7 +97,9 @@ class Router:
 
     async def _loop(self, request: Request, entry: Statistics) -> AsyncGenerator[Piece]:
         session = Session(
-            id=SessionId(uuid.uuid4().hex), prompt=request.prompt, policy=request.policy
+            id=SessionId(uuid.uuid4().hex),
+            prompt=request.prompt,
+            policy=policy_in(request.mode, request.policy),
         )
         ledger = Ledger(entry, trace=request.trace)
         deadline_s = self._deadline_s(request)
@@ -106,7 +109,7 @@ class Router:
             while finish is None:
                 room = request.max_tokens - session.position
                 async with _until(deadline_s):
-                    wanted = length.next(room=room - _reserved(request))
+                    wanted = length.next(room=room - _reserved(session))
                     with ledger.drafting():
                         proposal = await drafter.propose(session, wanted.tokens)
                     with ledger.judging():
@@ -193,10 +196,9 @@ async def _until(deadline_s: float) -> AsyncIterator[None]:
         raise DeadlineExceeded("the answer took longer than its deadline") from error
 
 
-def _reserved(request: Request) -> int:
-    """Return how many tokens of a round's room are the expert's: drafting them would be in vain."""
-    judged = request.mode in {Mode.SPECULATIVE, Mode.CASCADE, Mode.EXPERT_ONLY}
-    return int(judged and request.policy.bonus is not Bonus.NONE)
+def _reserved(session: Session) -> int:
+    """Return how many tokens of a round are the expert's own: drafting them would be in vain."""
+    return int(session.policy.bonus is not Bonus.NONE)
 
 
 def _finish(session: Session, request: Request) -> FinishReason | None:

@@ -27,7 +27,10 @@ def encode_row(row: Row, to: tokens_pb2.Row) -> None:
 
 
 def decode_row(message: tokens_pb2.Row) -> Row:
-    """Return the row, its arrays read-only; raises InvalidRequest if it is no law."""
+    """Return the row, its arrays read-only; raises InvalidRequest if it is no law.
+
+    A row without entries says that the position ships none.
+    """
     row = Row(
         ids=_ids(message.token_ids),
         weights=_weights(message.weights, "weights"),
@@ -61,5 +64,5 @@ def _check(row: Row) -> None:
         raise InvalidRequest(
             f"a row has {row.weights.size} weights and {row.unscaled.size} unscaled ones"
         )
-    if not row.weights.any():
+    if row.weights.size and not row.weights.any():
         raise InvalidRequest("a row has no positive weight; a law needs one")
