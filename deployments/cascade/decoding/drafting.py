@@ -120,7 +120,7 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
     if isinstance(law, Soft):
         sample = _sample(law, raw, tasks, shipped_B=_shipped(policy, need, gates))
     else:
-        sample = _greedy(law.best_N.tolist(), shipped=need.rows is Rows.ALL)
+        sample = _greedy(law.best_N.tolist(), raw, need=need)
     unscaled_B = _unscaled_at(raw, sample.tokens_B) if need.unscaled else [None] * len(tasks)
     logprobs_B = _logprobs(raw, sample.tokens_B, tasks)
     return [
@@ -171,12 +171,13 @@ def _shipped(policy: Policy, need: Needs, gates: Sequence[Gates | None]) -> list
     return [defers(policy.rule, g) for g in gates if g is not None]
 
 
-def _greedy(tokens_B: list[int], *, shipped: bool) -> _Sample:
+def _greedy(tokens_B: list[int], raw: Soft | None, *, need: Needs) -> _Sample:
     """Return the favourites, each certain."""
+    q0_B = _unscaled_at(raw, tokens_B) if need.row_unscaled else [None] * len(tokens_B)
     return _Sample(
         tokens_B=tokens_B,
         likelihoods_B=[1.0] * len(tokens_B),
-        row=lambda i: one_hot(tokens_B[i]) if shipped else None,
+        row=lambda i: one_hot(tokens_B[i], unscaled=q0_B[i]) if need.rows is Rows.ALL else None,
     )
 
 

@@ -91,7 +91,10 @@ def _rows(policy: Policy) -> Rows:
         return Rows.ALL if wants_target(policy) else Rows.NONE
     if is_fresh(policy) or (is_gumbel(policy) and isinstance(policy.rule, Lossless)):
         return Rows.NONE
-    sparing = policy.rows is RowFormat.AUTO and not is_gumbel(policy) and not is_blockwise(policy)
-    if isinstance(policy.rule, Chow | ChowLog) and sparing and not wants_target(policy):
-        return Rows.DEFERRED
-    return Rows.ALL
+    if policy.rows is not RowFormat.AUTO or is_blockwise(policy) or wants_target(policy):
+        return Rows.ALL
+    if is_gumbel(policy) and isinstance(policy.rule, Chow | ChowLog | Diff | DiffLog | Bild):
+        # Kept, a draft is argmax(log q + g) already; deferred, only p matters.
+        return Rows.NONE
+    decided = isinstance(policy.rule, Chow | ChowLog) and not is_gumbel(policy)
+    return Rows.DEFERRED if decided else Rows.ALL

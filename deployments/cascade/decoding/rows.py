@@ -69,9 +69,10 @@ def quantised(q_NK: Tensor) -> Tensor:
     return (q_NK / q_NK.amax(dim=1, keepdim=True)).half()
 
 
-def one_hot(token: int) -> Row:
+def one_hot(token: int, *, unscaled: float | None = None) -> Row:
     """Return the law that is certain of one token."""
-    return Row(ids=np.array([token], np.uint32), weights=np.ones(1, np.float16))
+    q0_K = None if unscaled is None else np.array([unscaled], np.float16)
+    return Row(ids=np.array([token], np.uint32), weights=np.ones(1, np.float16), unscaled=q0_K)
 
 
 def size(row: Row) -> int:
