@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from cascade.wire.server import Connection
 
 DESCRIPTION = Description(
-    model="echo", vocab_size=2**31 - 1, context_length=2**31 - 1, tokenizer_fingerprint="none"
+    model="echo",
+    vocab_size=2**31 - 1,
+    context_length=2**31 - 1,
+    tokenizer_fingerprint="none",
+    draft_limit=2**31 - 1,
 )
 
 

@@ -21,6 +21,11 @@ class Enumeration(Generic[Member]):
         self._values = {member: int(theirs.Value(f"{prefix}_{member.name}")) for member in ours}
         self._members = {value: member for member, value in self._values.items()}
 
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Return all members."""
+        return tuple(self._values)
+
     def encode(self, member: Member) -> Any:
         """Return the proto's value."""
         return self._values[member]

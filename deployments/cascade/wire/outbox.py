@@ -9,7 +9,7 @@ from cascade.errors import InvalidRequest, Overloaded
 from cascade.wire.tiers import FRAME_LIMIT_BYTES, ITEM_LIMIT
 
 # What a peer that has stopped reading may cost us.
-_BACKLOG_LIMIT_BYTES = 4 * FRAME_LIMIT_BYTES
+BACKLOG_LIMIT_BYTES = 4 * FRAME_LIMIT_BYTES
 
 
 class Outbox:
@@ -32,11 +32,18 @@ class Outbox:
             raise InvalidRequest(
                 f"an item of {len(frame)} bytes is too large; the limit is {FRAME_LIMIT_BYTES}"
             )
-        if self._bytes + len(frame) > _BACKLOG_LIMIT_BYTES:
+        if self._bytes + len(frame) > BACKLOG_LIMIT_BYTES:
             raise Overloaded(f"{self._bytes} bytes wait for a peer that does not read them")
         self._frames.append(frame)
         self._bytes += len(frame)
         self._ready.set()
+
+    def discard(self) -> None:
+        """Forget what waits."""
+        self._frames.clear()
+        self._bytes = 0
+        if not self._closed:
+            self._ready.clear()
 
     def close(self) -> None:
         """Let `take` return None once everything has been taken."""

@@ -72,16 +72,15 @@ class Connection:
         self.kind = kind
         self.epochs: dict[SessionId, int] = {}  # of the open sessions
         self.outbox = Outbox()
-        self._closed = False
-        self._overload: Overloaded | None = None
-        self._ended = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.failure: CascadeError | None = None
 
     def send(self, item: Answer) -> None:
         """Send an answer with all others of this tick; on the event loop, never blocks.
 
         What is sent to a client that has gone is dropped.
         """
-        if self._closed:
+        if self.ended.is_set():
             return
         if isinstance(item, Refusal) and self.epochs.get(item.session_id) == item.epoch:
             del self.epochs[item.session_id]
@@ -90,20 +89,18 @@ class Connection:
         except InvalidRequest as error:
             self._refuse(item, error)
         except Overloaded as error:
-            self._overload = error
-            self.close()
+            self.fail(error)
 
     def close(self) -> None:
         """Accept nothing more; what was sent before still leaves."""
-        self._closed = True
         self.outbox.close()
-        self._ended.set()
+        self.ended.set()
 
-    async def watch(self) -> None:
-        """Wait until the connection is closed; raises Overloaded if the client does not read."""
-        await self._ended.wait()
-        if self._overload is not None:
-            raise self._overload
+    def fail(self, error: CascadeError) -> None:
+        """End the stream with an error, without what still waits to leave."""
+        self.failure = error
+        self.outbox.discard()
+        self.close()
 
     def _refuse(self, item: Answer, error: InvalidRequest) -> None:
         # The session stays in `epochs`: the tier has not refused it and must hear the `Close`.
@@ -179,27 +176,35 @@ class TierServer:
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         connection = Connection(self.kind)
-        error: CascadeError | None = None
+        reader = asyncio.create_task(self._read(connection, requests))
+        writer = asyncio.create_task(_write(connection, context))
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(connection, requests))
-                group.create_task(_write(connection, context))
-                group.create_task(connection.watch())
-        except* CascadeError as failed:
-            error = next(leaf for leaf in failed.exceptions if isinstance(leaf, CascadeError))
-        except* grpc.aio.BaseError:
-            logger.debug("a client of the %s left while it was written to", self.kind.name)
-        if error is not None:
-            metadata = status.trailing_metadata(error)
-            await context.abort(status.code(error), status.message(error), metadata)
+            await self._attend(connection, reader)
+            # Core takes no status while a write is under way, so the writer is waited for.
+            await asyncio.wait((reader, writer))
+        finally:
+            writer.cancel()
+        if connection.failure is not None:
+            await _abort(context, connection.failure)
+        if not reader.cancelled():
+            reader.result()
+
+    async def _attend(self, connection: Connection, reader: asyncio.Task[None]) -> None:
+        try:
+            await connection.ended.wait()
+        finally:
+            reader.cancel()
+            connection.close()
+            self.tier.disconnected(connection)
 
     async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
         try:
             async for data in requests:
                 self._receive(connection, data)
+        except CascadeError as error:
+            connection.fail(error)
         finally:
             connection.close()
-            self.tier.disconnected(connection)
 
     def _receive(self, connection: Connection, data: bytes) -> None:
         assert self._limits is not None, "start the server first"
@@ -232,8 +237,16 @@ class TierServer:
 
 
 async def _write(connection: Connection, context: Context) -> None:
-    while (frame := await connection.outbox.take()) is not None:
-        await context.write(frame)
+    try:
+        while (frame := await connection.outbox.take()) is not None:
+            await context.write(frame)
+    except grpc.aio.BaseError:
+        logger.debug("a client of the %s left while it was written to", connection.kind.name)
+
+
+async def _abort(context: Context, error: CascadeError) -> None:
+    metadata = status.trailing_metadata(error)
+    await context.abort(status.code(error), status.message(error), metadata)
 
 
 def _send_all(answers: Iterable[tuple[Connection, Answer]]) -> None:
