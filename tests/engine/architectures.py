@@ -168,7 +168,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "glm": ("glm", {"head_dim": 16, "partial_rotary_factor": 0.5}),
     "glm4": ("glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}),
-    "exaone4": ("exaone4", {"sliding_window": _WINDOW, "sliding_window_pattern": "LLLG"}),
+    "exaone4": ("exaone4", {"sliding_window": _WINDOW, "sliding_window_pattern": 4}),
     "smollm3": ("smollm3", {}),
     "gpt-bigcode": ("gpt_bigcode", _GPT),
     "nemotron": ("nemotron", {}),
@@ -264,7 +264,12 @@ ROPE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}),
+    "jamba": (
+        "jamba",
+        {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    ),
     "minimax": ("minimax", {"num_local_experts": 4}),
+    "bert": ("bert", {}),
 }
 ALL = FLAT | PADDED | MORE | ROPE | REFUSED
 _OWN_NAMES = {"gpt2", "gptj", "codegen", "gpt_bigcode", "bloom", "gpt_neo", "mpt", "xglm", "mamba"}

@@ -10,7 +10,6 @@ import torch
 
 from cascade.decoding.session import SessionId
 from cascade.engine.loop import Engine
-from cascade.engine.settings import EngineSettings
 from cascade.engine.step import Ready, Step
 from cascade.engine.weights import adopt
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from cascade.engine.settings import EngineSettings
 
 
 @dataclass(kw_only=True)
@@ -72,6 +73,7 @@ class Bench:
         self.tokens: dict[str, list[int]] = {}
         self._steps: list[Step] = []  # alive, so that no two share an id
         self.worst = 0.0
+        self.largest = 0.0
 
     def submit(self, session: str, tokens: Sequence[int], *, drop: int = 0, rows: int) -> Answer:
         """Queue a step that rolls back `drop` tokens and appends `tokens`."""
@@ -104,8 +106,11 @@ class Bench:
             return
         length, count = len(answer.context), len(answer.rows)
         assert answer.places == list(range(length - count, length))
-        error = (torch.stack(answer.rows) - self.plain(answer.context)[-count:]).abs().max()
+        expected = self.plain(answer.context)[-count:]
+        error = (torch.stack(answer.rows) - expected).abs().max()
+        assert not error.isnan()
         self.worst = max(self.worst, float(error))
+        self.largest = max(self.largest, float(expected.abs().max()))
 
     def plain(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits of a forward pass without a cache, of a model that saw no other."""

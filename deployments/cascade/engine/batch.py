@@ -88,10 +88,18 @@ class Group:
 class FlatBatch:
     """Segments laid end to end in one row, with all that attention needs, built once a pass."""
 
-    def __init__(self, segments: Sequence[Segment], *, device: torch.device, rows: int) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        device: torch.device,
+        rows: int,
+        deterministic: bool = False,
+    ) -> None:
         self.segments = segments
         self.device = device
         self._rows = rows
+        self._alone = deterministic  # every session is read as if it ran by itself
         self._offsets = [0, *accumulate(segment.count for segment in segments)]
         self.ids_T = self._tensor([token for s in segments for token in s.tokens])
         self.positions_T = self._tensor([place for s in segments for place in s.positions])
@@ -159,6 +167,8 @@ class FlatBatch:
 
     def _joins(self, run: range, window: int | None) -> bool:
         segments = self.segments[run.start : run.stop]
+        if self._alone:
+            return False
         last = segments[-1]
         stride = segments[1].start - segments[0].start
         keys = [segment.length for segment in segments]
@@ -173,7 +183,7 @@ class FlatBatch:
     def _group(self, run: range, window: int | None) -> Group:
         segments = self.segments[run.start : run.stop]
         skipped = 0
-        if len(segments) == 1 and window is not None:
+        if len(segments) == 1 and window is not None and not self._alone:
             skipped = max(0, segments[0].past - window + 1)
         return Group(
             first=self._offsets[run.start],

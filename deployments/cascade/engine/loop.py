@@ -75,7 +75,8 @@ class Engine:
         settings = settings or EngineSettings()
         self._head = head
         self._settings = settings
-        self._after_step = after_step
+        self._after_step = after_step or _nothing
+        self._told = False  # the head something, since the owner last published
         self.runner = selfcheck.choose(model.model, settings=settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
@@ -86,6 +87,7 @@ class Engine:
             context_length=model.context_length,
         )
         self.runner.resize(rows=capacity)
+        self.runner.warm()
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._store = SequenceStore(
@@ -114,7 +116,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine runs steps."""
+        """Whether the thread runs; it ends by `stop` alone, unless the engine has a defect."""
         return self._thread.is_alive()
 
     def submit(self, step: Step) -> None:
@@ -155,13 +157,26 @@ class Engine:
             if not self._receive():
                 return False
             self._cycle()
+        self._publish()
         return True
 
     def _run(self) -> None:
-        while self.turn():
-            pass
+        try:
+            while self.turn():
+                pass
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Fail all that waits, so that nobody waits for a thread that has ended."""
+        stopped = Unavailable("The engine has stopped")
         for job in list(self._scheduler):
-            self._fail(job.step, Unavailable("The engine has stopped"))
+            self._abandon(job, stopped)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Step):
+                self._fail(message, stopped)
+        self._publish()
 
     def _receive(self) -> bool:
         """Take in messages, waiting for one where there is nothing to run; False to stop."""
@@ -240,8 +255,17 @@ class Engine:
         for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
         self._meter.note(busy=True)
-        if self._after_step is not None:
+
+    def _publish(self) -> None:
+        """Let the owner send what its head has heard since the last time."""
+        if not self._told:
+            return
+        self._told = False
+        try:
             self._after_step()
+        # The owner's code, as the head's.
+        except Exception:
+            log.exception("What follows a pass failed")
 
     def _plan(self) -> list[Slice]:
         reserved: set[CachedSequence] = set()
@@ -294,6 +318,7 @@ class Engine:
                 self._scheduler.remove(job.step.session)
         if not ready:
             return
+        self._told = True
         try:
             follow = self._head.finish(ready, logits_NV)
         # The head is another part's code; its defect must not end every session of the replica.
@@ -310,11 +335,16 @@ class Engine:
         self._fail(job.step, error)
 
     def _fail(self, step: Step, error: Exception) -> None:
+        self._told = True
         try:
             self._head.fail(step, error)
         # As in `_deliver`.
         except Exception:
             log.exception("The head failed to hear of a failure")
+
+
+def _nothing() -> None:
+    """Stand in for an owner with nothing to publish."""
 
 
 def _segment(piece: Slice) -> Segment:

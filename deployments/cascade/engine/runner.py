@@ -31,6 +31,10 @@ class Runner(Protocol):
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
         ...
 
+    def warm(self) -> None:
+        """Run one token, so that the pool takes its memory now."""
+        ...
+
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Return the places of segments that run together, pass by pass."""
         ...
@@ -57,6 +61,15 @@ class _Base:
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
         self.pool = KVPool(rows=rows + SMALLEST)
         self._scratch = rows
+
+    def warm(self) -> None:
+        """Run one token, so that the pool takes its memory now."""
+        with torch.inference_mode():
+            self.forward([Segment(start=self._scratch, past=0, tokens=(0,))])
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
+        raise NotImplementedError
 
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Return the places of segments that run together, pass by pass."""
@@ -90,7 +103,12 @@ class FlatRunner(_Base):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
         segments = self._ballasted(segments)
-        batch = FlatBatch(segments, device=self.device, rows=self.pool.rows)
+        batch = FlatBatch(
+            segments,
+            device=self.device,
+            rows=self.pool.rows,
+            deterministic=self._deterministic,
+        )
         wanted_N = batch.wanted()
         current = Pass(
             batch=batch,

@@ -59,7 +59,7 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
         )
     usual = attention_name(model)
     scenario = _scenario(model)
-    expected = _expected(model, scenario)
+    expected = _plainly(model, scenario)
     reasons: list[str] = []
     for path, build in _paths(model, settings):
         model.set_attn_implementation(usual)
@@ -141,6 +141,17 @@ def _run(runner: Runner, blocks: list[_Block]) -> list[Tensor]:
             counts = [segments[place].rows for place in places]
             rows.update(zip(places, logits_NV.split(counts), strict=True))
     return [rows[place] for place in range(len(segments))]
+
+
+def _plainly(model: PreTrainedModel, scenario: list[list[_Block]]) -> list[list[Tensor]]:
+    try:
+        return _expected(model, scenario)
+    # As in `_proved`: any failure means that tokens alone do not make this model speak.
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run on token ids alone ({type(error).__name__}: "
+            f"{str(error)[:200]}); serve a decoder-only language model"
+        ) from error
 
 
 def _expected(model: PreTrainedModel, scenario: list[list[_Block]]) -> list[list[Tensor]]:
