@@ -1,0 +1,23 @@
+"""The command line: `cascade ask`, `cascade doctor`."""
+
+from __future__ import annotations
+
+import typer
+
+from cascade.cli.ask import ask
+from cascade.cli.doctor import doctor
+
+app = typer.Typer(
+    name="cascade",
+    help="Serve a pair of language models as a speculative cascade, and talk to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(ask)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
