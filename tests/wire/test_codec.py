@@ -166,7 +166,7 @@ HOSTILE = {
     "`rows.weights` has a weight that is negative, infinite": row(weights=b"\0\x7c"),
     "`rows.weights` has a weight that is negative, infinite or no number": row(weights=b"\1\x7c"),
     "a row has 2 ids and 1 weights": row(token_ids=bytes(8), weights=b"\0\x3c"),
-    "a row has 1 weights and 2 unscaled": row(weights=b"\0\x3c", unscaled_weights=bytes(4)),
+    "a row has 1 weights and 2 unscaled": row(weights=b"\0\x3c", unscaled_weights=b"\0\x3c\0\0"),
     "a row has no positive weight": row(weights=bytes(4)),
     "`prompt_token_ids` is empty": empty_prompt(),
     "`origins` has 0 entries; it must have 1": session(token_ids=[1]),

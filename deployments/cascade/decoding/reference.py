@@ -111,7 +111,7 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
 def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[Token]:
     """Return the answer: round after round until it ends."""
     text: list[Token] = []
-    reserved = int(pair.policy.bonus is Bonus.EXPERT)
+    reserved = int(pair.policy.bonus is not Bonus.NONE)
     while len(text) < max_tokens and not pair.ended([token for token, _ in text]):
         answer = [token for token, _ in text]
         room = max_tokens - len(text)

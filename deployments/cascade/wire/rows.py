@@ -29,17 +29,20 @@ def encode_row(row: Row, to: tokens_pb2.Row) -> None:
 def decode_row(message: tokens_pb2.Row) -> Row:
     """Return the row, its arrays read-only; raises InvalidRequest if it is no law.
 
-    A row without entries says that the position ships none.
+    A row without any entry is `decoding.rows.ABSENT`: at its position the drafter alone decides.
     """
-    row = Row(
-        ids=_ids(message.token_ids),
-        weights=_weights(message.weights, "weights"),
-        unscaled=_weights(message.unscaled_weights, "unscaled_weights")
-        if message.HasField("unscaled_weights")
-        else None,
-    )
-    _check(row)
-    return row
+    ids = _ids(message.token_ids)
+    weights = _weights(message.weights, "weights")
+    if weights.size and not weights.any():
+        raise InvalidRequest("a row has no positive weight; a law needs one")
+    if ids.size not in (0, weights.size):
+        raise InvalidRequest(f"a row has {ids.size} ids and {weights.size} weights")
+    if not message.HasField("unscaled_weights"):
+        return Row(ids=ids, weights=weights)
+    unscaled = _weights(message.unscaled_weights, "unscaled_weights")
+    if unscaled.size != weights.size:
+        raise InvalidRequest(f"a row has {weights.size} weights and {unscaled.size} unscaled ones")
+    return Row(ids=ids, weights=weights, unscaled=unscaled)
 
 
 def _ids(data: bytes) -> NDArray[np.uint32]:
@@ -52,17 +55,6 @@ def _weights(data: bytes, name: str) -> NDArray[np.float16]:
     if len(data) % 2:
         raise InvalidRequest(f"`rows.{name}` has {len(data)} bytes; a float16 has two")
     bits = np.frombuffer(data, dtype="<u2")
-    if bits.size and bits.max() >= _INFINITY_BITS:
+    if bits.max(initial=0) >= _INFINITY_BITS:
         raise InvalidRequest(f"`rows.{name}` has a weight that is negative, infinite or no number")
     return bits.view("<f2")
-
-
-def _check(row: Row) -> None:
-    if row.ids.size and row.ids.size != row.weights.size:
-        raise InvalidRequest(f"a row has {row.ids.size} ids and {row.weights.size} weights")
-    if row.unscaled is not None and row.unscaled.size != row.weights.size:
-        raise InvalidRequest(
-            f"a row has {row.weights.size} weights and {row.unscaled.size} unscaled ones"
-        )
-    if row.weights.size and not row.weights.any():
-        raise InvalidRequest("a row has no positive weight; a law needs one")
