@@ -449,3 +449,33 @@ async def test_stopping_ends_streams_and_frees_their_sessions() -> None:
         assert set((await tier.ended.get()).epochs) == {"s"}
         assert (await failure(call))[0] is grpc.StatusCode.UNAVAILABLE
     server.post([])
+
+
+async def test_bytes_that_are_not_even_http_harm_nobody(serve: Serve) -> None:
+    address = await serve(EchoTier(), EXPERT)
+    async with dialled(address) as call:
+        await tell(call, opened())
+        host, _, port = address.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64)
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+        await tell(call, judge())
+        assert isinstance((await hear(call))[0], Judgement)
+
+
+async def test_a_defect_of_the_tier_ends_the_stream_and_frees_its_sessions(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(EchoTier):
+        def receive(self, connection: Connection, item: Question) -> None:
+            super().receive(connection, item)
+            raise ZeroDivisionError
+
+    tier = Broken()
+    async with dialled(await serve(tier, EXPERT)) as call:
+        await tell(call, opened())
+        assert (await failure(call))[0] is grpc.StatusCode.UNKNOWN
+        assert set((await tier.ended.get()).epochs) == {"s"}
+    assert "ZeroDivisionError" in caplog.text
