@@ -117,3 +117,11 @@ class Bench:
         with torch.inference_mode():
             fresh = copy.deepcopy(self._plain)
             return fresh(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+
+    def forget(self) -> None:
+        """Release every session and forget every answer."""
+        self._steps.clear()
+        self.head.answers.clear()
+        for session in list(self.tokens):
+            self.release(session)
+            self.engine.turn()
