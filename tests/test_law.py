@@ -34,7 +34,9 @@ def law(pair: Pair, rule: Rule) -> dict[tuple[int, ...], float]:
     for position in range(LENGTH):
         longer = dict[tuple[int, ...], float]()
         for answer, probability in answers.items():
-            rows = [model.logits((*PROMPT, *answer)).double() for model in (pair.drafter, pair.expert)]
+            rows = [
+                model.logits((*PROMPT, *answer)).double() for model in (pair.drafter, pair.expert)
+            ]
             q, p = ((row / TEMPERATURE).softmax(0) for row in rows)
             q0, p0 = (row.softmax(0) for row in rows)
             pi, _ = target(rule, Place(position=position, q=q, p=p, q0=q0, p0=p0))
@@ -111,7 +113,9 @@ async def test_couplings_and_block_verification_change_no_law(
 
 async def test_the_laws_are_far_enough_apart_to_tell(toy: Pair, toy_stack: Stack) -> None:
     """The same samples refute every other rule's law."""
-    policy = Policy(rule=TokenV3(alpha=0.6), bonus=Bonus.NONE, sampling=Sampling(temperature=TEMPERATURE))
+    policy = Policy(
+        rule=TokenV3(alpha=0.6), bonus=Bonus.NONE, sampling=Sampling(temperature=TEMPERATURE)
+    )
     seen = await sample(toy_stack, policy, SAMPLES)
     for name, other in RULES.items():
         if name != "token_v3":

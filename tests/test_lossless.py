@@ -86,7 +86,10 @@ def few() -> Work:
 async def server() -> AsyncIterator[Stack]:
     engine = {"threads": 1}
     settings = Application.model_validate(
-        {"drafter": {"model": "demo", "engine": engine}, "expert": {"model": "demo", "engine": engine}}
+        {
+            "drafter": {"model": "demo", "engine": engine},
+            "expert": {"model": "demo", "engine": engine},
+        }
     )
     async with stack(settings) as running:
         yield running
@@ -162,9 +165,7 @@ async def guessing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
         yield running
 
 
-async def test_a_random_drafter_changes_no_token(
-    few: Work, server: Stack, guessing: Stack
-) -> None:
+async def test_a_random_drafter_changes_no_token(few: Work, server: Stack, guessing: Stack) -> None:
     """Nor does the expert's reuse of prefixes, which is off there."""
     for policy in (GREEDY, SEEDED):
         requests = [few.request(i, policy, draft_tokens=4) for i in range(len(few.prompts))]

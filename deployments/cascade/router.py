@@ -7,7 +7,6 @@ is a choice of who drafts and who judges over the one loop (`operations.roles`).
 from __future__ import annotations
 
 import asyncio
-import math
 import statistics
 import uuid
 from contextlib import asynccontextmanager
@@ -51,9 +50,7 @@ class RouterOptions:
     """How the loop runs."""
 
     max_generation_s: float = 600.0
-    draft_deadline_s: float = (
-        2.0  # a proposal later than this is given up: the expert goes on alone
-    )
+    draft_deadline_s: float = 2.0  # a block later than this is given up: the expert goes on alone
     draft_pause_s: float = 1.0  # before a drafter that was given up is tried again
     chunk_tokens: int = 16  # drafted at a time where no expert judges
     ahead_tokens: int = 8  # the expert writes at a time where no drafter is
@@ -111,11 +108,11 @@ class Router:
                 async with _until(deadline_s):
                     wanted = length.next(room=room - _reserved(session))
                     with ledger.drafting():
-                        proposal = await drafter.propose(session, wanted.tokens)
+                        offer = await drafter.propose(session, wanted.tokens)
                     with ledger.judging():
-                        verdict = await expert.judge(session, proposal, room=room)
+                        verdict = await expert.judge(session, offer, room=room)
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
-                ledger.note(before, session, proposal, verdict, reason=wanted.reason)
+                ledger.note(before, session, offer, verdict, reason=wanted.reason)
                 finish = _finish(session, request)
                 yield _piece(before, session, verdict, finish, entry)
 
@@ -183,7 +180,9 @@ class Router:
         return self._automatic()
 
     def _deadline_s(self, request: Request) -> float:
-        longest_s = min(request.deadline_s or math.inf, self._options.max_generation_s)
+        longest_s = self._options.max_generation_s
+        if request.deadline_s is not None:
+            longest_s = min(longest_s, request.deadline_s)
         return asyncio.get_running_loop().time() + longest_s
 
 

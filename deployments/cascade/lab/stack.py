@@ -33,6 +33,7 @@ class Stack:
     expert: Expert
     router: Router
     service: Service
+    token: str  # of both tiers' leases
 
 
 @asynccontextmanager
@@ -69,5 +70,9 @@ async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncIterator
             options=settings.router.options(),
         )
         yield Stack(
-            drafter=drafter, expert=expert, router=router, service=settings.service(router, pair)
+            drafter=drafter,
+            expert=expert,
+            router=router,
+            service=settings.service(router, pair),
+            token=token,
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cascade.decoding.session import Session, Verdict
-    from cascade.wire.frames import Proposal
+    from cascade.operations.roles import Offer
 
 
 class Ledger:
@@ -34,7 +34,7 @@ class Ledger:
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Time the wait for a proposal."""
+        """Time the wait for a offer."""
         began_s = self._clock()
         try:
             yield
@@ -56,14 +56,14 @@ class Ledger:
         self,
         before: Session,
         after: Session,
-        proposal: Proposal,
+        offer: Offer,
         verdict: Verdict,
         *,
         reason: str,
     ) -> None:
         """Write down one round: from session `before` to session `after`."""
         entry = self.statistics
-        length = proposal.block.length
+        length = offer.block.length
         fresh = after.origins[before.position :]
         accepted = min(verdict.accepted, len(fresh))
         entry.rounds += 1
@@ -72,10 +72,13 @@ class Ledger:
         entry.accepted += accepted
         entry.judged += verdict.judged
         entry.deferred += verdict.deferred
-        entry.drafter_passes += proposal.passes
+        entry.drafter_passes += offer.passes
         entry.drafter_tokens += fresh.count(Origin.DRAFTER)
         entry.kept_tokens += fresh.count(Origin.KEPT)
         entry.expert_tokens += fresh.count(Origin.EXPERT)
+        if offer.predicted:
+            entry.predicted_accepted += accepted
+            entry.predicted_rejected += length - accepted
         if length:
             _count(entry.accepted_lengths, accepted, upto=length)
         if self._trace:

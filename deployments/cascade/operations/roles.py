@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
@@ -25,10 +26,24 @@ if TYPE_CHECKING:
 ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A block on its way to whoever judges."""
+
+    block: Block = Block()
+    deferred: bool = False  # the drafter's own rule gives the next token to the expert
+    passes: int = 0  # of the drafter
+    predicted: bool = False  # the client's own words
+
+
+NOTHING = Offer()
+"""The expert writes the next token itself."""
+
+
 class Drafter(Protocol):
     """Proposes blocks."""
 
-    async def propose(self, session: Session, count: int) -> Proposal:
+    async def propose(self, session: Session, count: int) -> Offer:
         """Return a block of at most `count` tokens for the session's position; none is an answer."""
         ...
 
@@ -36,23 +51,18 @@ class Drafter(Protocol):
 class Expert(Protocol):
     """Judges blocks."""
 
-    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
         """Return the verdict; at most `room` tokens of it will be committed."""
         ...
-
-
-def nothing(session: Session) -> Proposal:
-    """Return the empty proposal: the expert then writes the next token itself."""
-    return Proposal(session_id=session.id, epoch=0, position=session.position, block=Block())
 
 
 class Silent:
     """Never drafts."""
 
-    async def propose(self, session: Session, count: int) -> Proposal:
-        """Return the empty proposal."""
-        del count
-        return nothing(session)
+    async def propose(self, session: Session, count: int) -> Offer:
+        """Return nothing."""
+        del session, count
+        return NOTHING
 
 
 class Drafting:
@@ -62,10 +72,10 @@ class Drafting:
         self._place = place
         self._until_deferral = until_deferral
 
-    async def propose(self, session: Session, count: int) -> Proposal:
+    async def propose(self, session: Session, count: int) -> Offer:
         """Return the replica's block; raises DrafterUnavailable when none is left."""
         if count == 0:
-            return nothing(session)
+            return NOTHING
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
             return Propose(
@@ -80,7 +90,7 @@ class Drafting:
 
         answer = await self._place.ask(session, item)
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
-        return answer
+        return Offer(block=answer.block, deferred=answer.deferred, passes=answer.passes)
 
 
 class Hurried:
@@ -101,17 +111,17 @@ class Hurried:
         self._clock = clock
         self._resume_s = 0.0
 
-    async def propose(self, session: Session, count: int) -> Proposal:
+    async def propose(self, session: Session, count: int) -> Offer:
         """Return a block, or nothing where the drafter does not answer in time."""
         if self._clock() < self._resume_s:
-            return nothing(session)
+            return NOTHING
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await self._drafting.propose(session, count)
         except (Unavailable, Overloaded, TimeoutError):
             self._place.leave()
             self._resume_s = self._clock() + self._pause_s
-            return nothing(session)
+            return NOTHING
 
 
 class Predicted:
@@ -123,15 +133,13 @@ class Predicted:
         self._next = 0  # place in the prediction of the session's next token
         self._seen = 0  # committed tokens looked at
 
-    async def propose(self, session: Session, count: int) -> Proposal:
+    async def propose(self, session: Session, count: int) -> Offer:
         """Return the prediction's next tokens while the answer follows it."""
         self._follow(session.tokens)
         tokens = self._prediction[self._next : self._next + count]
         if not tokens:
             return await self._other.propose(session, count)
-        return Proposal(
-            session_id=session.id, epoch=0, position=session.position, block=Block(tokens=tokens)
-        )
+        return Offer(block=Block(tokens=tokens), predicted=True)
 
     def _follow(self, committed: tuple[int, ...]) -> None:
         fresh = committed[self._seen :]
@@ -155,9 +163,9 @@ class Judging:
         self._ahead = ahead
         self._coming = 0  # verdicts the replica sends without being asked
 
-    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
         """Return the replica's verdict; raises ExpertUnavailable when none is left."""
-        block = proposal.block
+        block = offer.block
         if self._coming and not block.length and self._place.entered:
             verdict = await self._next(session)
             if verdict is not None:
@@ -196,10 +204,10 @@ class Judging:
 class Absent:
     """Keeps whatever was drafted: no expert is asked."""
 
-    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
         """Return the whole block, kept."""
         del session, room
-        block = proposal.block
+        block = offer.block
         return Verdict(
             accepted=block.length,
             tokens=block.tokens,
@@ -215,13 +223,13 @@ class Late:
         self._absent = Absent()
         self._expert = expert
 
-    async def judge(self, session: Session, proposal: Proposal, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
         """Return the kept tokens, and the expert's next one after a deferral."""
-        kept = await self._absent.judge(session, proposal, room=room)
-        if room <= kept.accepted or (kept.accepted and not proposal.deferred):
+        kept = await self._absent.judge(session, offer, room=room)
+        if room <= kept.accepted or (kept.accepted and not offer.deferred):
             return kept
         ahead = advance(session, kept, limit=session.position + room)
-        verdict = await self._expert.judge(ahead, nothing(ahead), room=1)
+        verdict = await self._expert.judge(ahead, NOTHING, room=1)
         return Verdict(
             accepted=kept.accepted,
             tokens=kept.tokens + verdict.tokens,
