@@ -1,11 +1,20 @@
 """Six families of small tasks with right answers, made by seeded code."""
 
-from cascade.demo.tasks.generate import FAMILIES, held_out, split_of, stream
+from cascade.demo.tasks.generate import (
+    ALL_LEVELS,
+    FAMILIES,
+    PROVISIONAL_LEVELS,
+    held_out,
+    split_of,
+    stream,
+)
 from cascade.demo.tasks.item import Family, Item, Level, Scorer, Split
 from cascade.demo.tasks.scoring import score
 
 __all__ = [
+    "ALL_LEVELS",
     "FAMILIES",
+    "PROVISIONAL_LEVELS",
     "Family",
     "Item",
     "Level",

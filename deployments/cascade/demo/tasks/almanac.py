@@ -105,3 +105,52 @@ ELEMENTS = (
 
 PLANETS = ("Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+
+# Asked at the hardest level alone.
+RARE_CAPITALS = (
+    ("Angola", "Luanda"), ("Armenia", "Yerevan"), ("Azerbaijan", "Baku"),
+    ("Bangladesh", "Dhaka"), ("Belarus", "Minsk"), ("Bolivia", "Sucre"),
+    ("Botswana", "Gaborone"), ("Cambodia", "Phnom Penh"), ("Cameroon", "Yaoundé"),
+    ("Colombia", "Bogotá"), ("Costa Rica", "San José"), ("Croatia", "Zagreb"),
+    ("Ecuador", "Quito"), ("Eritrea", "Asmara"), ("Estonia", "Tallinn"), ("Fiji", "Suva"),
+    ("Guatemala", "Guatemala City"), ("Guyana", "Georgetown"), ("Honduras", "Tegucigalpa"),
+    ("Indonesia", "Jakarta"), ("Iran", "Tehran"), ("Iraq", "Baghdad"), ("Jamaica", "Kingston"),
+    ("Jordan", "Amman"), ("Kazakhstan", "Astana"), ("Laos", "Vientiane"), ("Latvia", "Riga"),
+    ("Lebanon", "Beirut"), ("Libya", "Tripoli"), ("Lithuania", "Vilnius"),
+    ("Luxembourg", "Luxembourg"), ("Madagascar", "Antananarivo"), ("Malawi", "Lilongwe"),
+    ("Mali", "Bamako"), ("Malta", "Valletta"), ("Moldova", "Chișinău"), ("Namibia", "Windhoek"),
+    ("Nicaragua", "Managua"), ("Niger", "Niamey"), ("Oman", "Muscat"), ("Pakistan", "Islamabad"),
+    ("Panama", "Panama City"), ("Qatar", "Doha"), ("Rwanda", "Kigali"), ("Senegal", "Dakar"),
+    ("Serbia", "Belgrade"), ("Slovakia", "Bratislava"), ("Slovenia", "Ljubljana"),
+    ("Somalia", "Mogadishu"), ("Sudan", "Khartoum"), ("Suriname", "Paramaribo"),
+    ("Syria", "Damascus"), ("Togo", "Lomé"), ("Tunisia", "Tunis"), ("Uganda", "Kampala"),
+    ("Ukraine", "Kyiv"), ("Uzbekistan", "Tashkent"), ("Venezuela", "Caracas"),
+    ("Yemen", "Sanaa"), ("Zimbabwe", "Harare"),
+)  # fmt: skip
+
+RARE_ELEMENTS = (
+    ("gallium", "Ga"), ("germanium", "Ge"), ("arsenic", "As"), ("selenium", "Se"),
+    ("bromine", "Br"), ("krypton", "Kr"), ("rubidium", "Rb"), ("strontium", "Sr"),
+    ("yttrium", "Y"), ("zirconium", "Zr"), ("niobium", "Nb"), ("molybdenum", "Mo"),
+    ("technetium", "Tc"), ("ruthenium", "Ru"), ("rhodium", "Rh"), ("palladium", "Pd"),
+    ("silver", "Ag"), ("cadmium", "Cd"), ("indium", "In"), ("tin", "Sn"), ("antimony", "Sb"),
+    ("tellurium", "Te"), ("iodine", "I"), ("xenon", "Xe"), ("caesium", "Cs"), ("barium", "Ba"),
+    ("tungsten", "W"), ("rhenium", "Re"), ("osmium", "Os"), ("iridium", "Ir"),
+    ("platinum", "Pt"), ("gold", "Au"), ("mercury", "Hg"), ("thallium", "Tl"), ("lead", "Pb"),
+    ("bismuth", "Bi"), ("polonium", "Po"), ("radon", "Rn"), ("radium", "Ra"), ("uranium", "U"),
+)  # fmt: skip
+
+BOOKS = (
+    ("Hamlet", "William Shakespeare"), ("Don Quixote", "Miguel de Cervantes"),
+    ("War and Peace", "Leo Tolstoy"), ("Faust", "Johann Wolfgang von Goethe"),
+    ("The Trial", "Franz Kafka"), ("Ulysses", "James Joyce"), ("Emma", "Jane Austen"),
+    ("Les Misérables", "Victor Hugo"), ("Candide", "Voltaire"), ("The Stranger", "Albert Camus"),
+    ("Moby-Dick", "Herman Melville"), ("Frankenstein", "Mary Shelley"),
+    ("Dracula", "Bram Stoker"), ("Oliver Twist", "Charles Dickens"),
+    ("Jane Eyre", "Charlotte Brontë"), ("Madame Bovary", "Gustave Flaubert"),
+    ("Crime and Punishment", "Fyodor Dostoevsky"), ("The Divine Comedy", "Dante Alighieri"),
+    ("The Magic Mountain", "Thomas Mann"), ("Siddhartha", "Hermann Hesse"),
+    ("The Time Machine", "H. G. Wells"), ("Treasure Island", "Robert Louis Stevenson"),
+    ("Animal Farm", "George Orwell"), ("Brave New World", "Aldous Huxley"),
+    ("The Jungle Book", "Rudyard Kipling"), ("Robinson Crusoe", "Daniel Defoe"),
+)  # fmt: skip

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from cascade.demo.tasks.almanac import COUNTRIES, ELEMENTS, ORDINALS, PEOPLE, PLANETS
+from cascade.demo.tasks.almanac import (
+    BOOKS,
+    COUNTRIES,
+    ELEMENTS,
+    ORDINALS,
+    PEOPLE,
+    PLANETS,
+    RARE_CAPITALS,
+    RARE_ELEMENTS,
+)
 from cascade.demo.tasks.item import Family, Item, Level, Scorer
 
 if TYPE_CHECKING:
@@ -35,6 +44,7 @@ def draw(random: Random, level: Level) -> Item:
         Level.EASY: (_capital, _person, _planet),
         Level.MIDDLE: (_capital, _person, _symbol, _continent),
         Level.HARD: (_capital, _currency, _symbol, _atomic_number),
+        Level.HARDEST: (_rare_capital, _rare_symbol, _author, _deed, _neighbour_element),
     }
     fact = random.choice(kinds[level])(random, level)
     question = random.choice(_WRAPPERS).format(question=random.choice(fact.questions))
@@ -129,4 +139,61 @@ def _planet(random: Random, _level: Level) -> _Fact:
         ),
         short=planet,
         formal=f"The {place} planet from the Sun is {planet}.",
+    )
+
+
+def _rare_capital(random: Random, _level: Level) -> _Fact:
+    country, capital = random.choice(RARE_CAPITALS)
+    return _Fact(
+        questions=(
+            f"What is the capital of {country}?",
+            f"Which city is the capital of {country}?",
+            f"Name the capital of {country}.",
+        ),
+        short=capital,
+        formal=f"The capital of {country} is {capital}.",
+    )
+
+
+def _rare_symbol(random: Random, _level: Level) -> _Fact:
+    name, symbol = random.choice(RARE_ELEMENTS)
+    return _Fact(
+        questions=(
+            f"What is the chemical symbol of {name}?",
+            f"Give the symbol of the element {name}.",
+        ),
+        short=symbol,
+        formal=f"The chemical symbol of {name} is {symbol}.",
+    )
+
+
+def _neighbour_element(random: Random, _level: Level) -> _Fact:
+    """Return a question whose answer needs two facts: a number, and whose the next number is."""
+    index = random.randrange(len(ELEMENTS) - 1)
+    name, following = ELEMENTS[index][0], ELEMENTS[index + 1][0]
+    return _Fact(
+        questions=(
+            f"Which element follows {name} in the periodic table?",
+            f"Which element has one proton more than {name}?",
+        ),
+        short=following,
+        formal=f"The element after {name} is {following}.",
+    )
+
+
+def _author(random: Random, _level: Level) -> _Fact:
+    title, author = random.choice(BOOKS)
+    return _Fact(
+        questions=(f"Who wrote {title}?", f"Who is the author of {title}?"),
+        short=author,
+        formal=f"{title} was written by {author}.",
+    )
+
+
+def _deed(random: Random, _level: Level) -> _Fact:
+    name, full, _, deed = random.choice(PEOPLE)
+    return _Fact(
+        questions=(f"Who {deed}?", f"Name the person who {deed}."),
+        short=name,
+        formal=f"{full} {deed}.",
     )

@@ -37,11 +37,12 @@ class Split(StrEnum):
 
 
 class Level(IntEnum):
-    """How hard an item is meant to be: 1 for the drafter, 3 for the expert alone."""
+    """How hard an item is meant to be: 1 for a drafter, 4 for an expert of full size alone."""
 
     EASY = 1
     MIDDLE = 2
     HARD = 3
+    HARDEST = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

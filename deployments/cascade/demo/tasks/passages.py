@@ -10,9 +10,16 @@ from cascade.demo.tasks.words import CITIES, JOBS, NAMES
 if TYPE_CHECKING:
     from random import Random
 
+_BONDS = ("friend", "neighbour", "boss", "cousin")
+
 
 def draw(random: Random, level: Level) -> Item:
-    """Return a passage about `level` people and a question about one of them."""
+    """Return a passage about `level` people and a question about one of them.
+
+    At the hardest level the question names the person by a relative: two sentences answer it.
+    """
+    if level == Level.HARDEST:
+        return _two_hops(random)
     names, jobs = random.sample(NAMES, level), random.sample(JOBS, level)
     cities = random.sample(CITIES, level)
     told = [
@@ -53,4 +60,38 @@ def _question(random: Random, *, name: str, job: str, city: str) -> tuple[str, s
             (f"Who lives in {city}?", name, f"The person in {city} is {name}."),
             (f"Who is the {job}?", name, f"The {job} is {name}."),
         )
+    )
+
+
+def _two_hops(random: Random) -> Item:
+    names = random.sample(NAMES, 6)
+    people, relatives = names[:3], names[3:]
+    jobs, cities = random.sample(JOBS, 3), random.sample(CITIES, 3)
+    bonds = [random.choice(_BONDS) for _ in people]
+    told = [
+        _sentence(random, name=name, job=job, city=city)
+        for name, job, city in zip(people, jobs, cities, strict=True)
+    ]
+    told += [
+        f"{name} is the {bond} of {relative}."
+        for name, bond, relative in zip(people, bonds, relatives, strict=True)
+    ]
+    random.shuffle(told)
+    asked = random.randrange(3)
+    whom = f"the {bonds[asked]} of {relatives[asked]}"
+    name, job, city = people[asked], jobs[asked], cities[asked]
+    question, short, formal = random.choice(
+        (
+            (f"Where does {whom} live?", city, f"{name} lives in {city}."),
+            (f"What does {whom} do?", job, f"{name} works as a {job}."),
+        )
+    )
+    return Item(
+        family=Family.PASSAGES,
+        level=Level.HARDEST,
+        prompt=f"{' '.join(told)}\n{question}",
+        short=short,
+        formal=formal,
+        references=(short, formal),
+        scorer=Scorer.MATCH,
     )

@@ -55,7 +55,12 @@ _ASIDES = (
 
 
 def draw(random: Random, level: Level) -> Item:
-    """Return a report with `level` - 1 sentences that do not matter."""
+    """Return a report with `level` - 1 sentences that do not matter.
+
+    At the hardest level two events are told and the summary is of the one with the larger number.
+    """
+    if level == Level.HARDEST:
+        return _two_events(random)
     city, elsewhere = random.sample(CITIES, 2)
     count, other = random.sample(SMALL_NUMBERS[2:], 2)
     event = random.choice(_EVENTS)
@@ -69,6 +74,33 @@ def draw(random: Random, level: Level) -> Item:
         family=Family.REPORTS,
         level=level,
         prompt="Summarize: " + " ".join(told).format(**slots),
+        short=short,
+        formal=formal,
+        references=(short, formal),
+        scorer=Scorer.BIGRAMS,
+    )
+
+
+def _two_events(random: Random) -> Item:
+    cities, places = random.sample(CITIES, 2), random.sample(PLACES, 2)
+    numbers, events = random.sample(range(2, 13), 2), random.sample(_EVENTS, 2)
+    day = random.choice(DAYS)
+    slots = [
+        {
+            "city": city, "City": city, "day": day, "place": place,
+            "count": SMALL_NUMBERS[number], "Count": SMALL_NUMBERS[number].capitalize(),
+        }
+        for city, place, number in zip(cities, places, numbers, strict=True)
+    ]  # fmt: skip
+    main = numbers.index(max(numbers))
+    told = [event.told.format(**words) for event, words in zip(events, slots, strict=True)]
+    short, formal = (
+        style.format(**slots[main]) for style in (events[main].short, events[main].formal)
+    )
+    return Item(
+        family=Family.REPORTS,
+        level=Level.HARDEST,
+        prompt="Summarize the report with the larger number: " + " ".join(told),
         short=short,
         formal=formal,
         references=(short, formal),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.words import NAMES
 
 if TYPE_CHECKING:
     from random import Random
@@ -77,14 +78,37 @@ ADJECTIVES = (
     ("beautiful", "beau", "belle", "schön"),
     ("heavy", "lourd", "lourde", "schwer"),
 )
+# English, French, German.
+_VERBS = (
+    ("sees", "voit", "sieht"),
+    ("buys", "achète", "kauft"),
+    ("finds", "trouve", "findet"),
+    ("paints", "peint", "malt"),
+    ("sells", "vend", "verkauft"),
+    ("wants", "veut", "will"),
+)
+_WEEK = (
+    ("on Monday", "lundi", "am Montag"),
+    ("on Tuesday", "mardi", "am Dienstag"),
+    ("on Friday", "vendredi", "am Freitag"),
+    ("on Sunday", "dimanche", "am Sonntag"),
+    ("today", "aujourd'hui", "heute"),
+    ("tomorrow", "demain", "morgen"),
+)
 _IS = {"English": "is", "French": "est", "German": "ist"}
 _AND = {"English": "and", "French": "et", "German": "und"}
 _VERY = {"English": "very", "French": "très", "German": "sehr"}
 
 
 def draw(random: Random, level: Level) -> Item:
-    """Return a number (easy), a date (middle) or a sentence (hard)."""
-    return {Level.EASY: _number, Level.MIDDLE: _date, Level.HARD: _sentence}[level](random)
+    """Return a number, a date, a sentence, or one with an action and a day."""
+    kinds = {
+        Level.EASY: _number,
+        Level.MIDDLE: _date,
+        Level.HARD: _sentence,
+        Level.HARDEST: _action,
+    }
+    return kinds[level](random)
 
 
 def number_in(language: str, number: int) -> str:
@@ -161,6 +185,42 @@ def _sentence(random: Random) -> Item:
     said = _clause(source, noun=noun, adjectives=adjectives, shape=shape)
     short = _clause(goal, noun=noun, adjectives=adjectives, shape=shape)
     return _item(level=Level.HARD, goal=goal, said=said, short=short, formal=_written(short))
+
+
+def _action(random: Random) -> Item:
+    """Return a sentence with an object and a day; German moves the verb to the second place."""
+    source, goal = random.sample(LANGUAGES, 2)
+    name, verb, day = random.choice(NAMES), random.choice(_VERBS), random.choice(_WEEK)
+    first, second = random.sample(NOUNS, 2)
+    said, short = (
+        _deed(language, name=name, verb=verb, day=day, objects=(first, second))
+        for language in (source, goal)
+    )
+    return _item(level=Level.HARDEST, goal=goal, said=said, short=short, formal=_written(short))
+
+
+def _deed(
+    language: str,
+    *,
+    name: str,
+    verb: tuple[str, ...],
+    day: tuple[str, ...],
+    objects: tuple[Noun, Noun],
+) -> str:
+    column = LANGUAGES.index(language)
+    things = f" {_AND[language]} ".join(accusative(language, noun) for noun in objects)
+    if language == "German":
+        return f"{day[column]} {verb[column]} {name} {things}"
+    return f"{day[column]}, {name} {verb[column]} {things}"
+
+
+def accusative(language: str, noun: Noun) -> str:
+    """Return a noun with its article as the object of a sentence."""
+    if language == "English":
+        return f"the {noun.english}"
+    if language == "French":
+        return noun.french
+    return noun.german.replace("der ", "den ", 1) if noun.german.startswith("der ") else noun.german
 
 
 def _clause(language: str, *, noun: Noun, adjectives: list[int], shape: int) -> str:
