@@ -64,7 +64,7 @@ def tokenwise(bench: Bench) -> list[Outcome]:
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
-    emissions = [_following(bench, i, count) for i, count in enumerate(accepted)]
+    emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
     return _outcomes(bench, accepted, marks, _emit(bench, emissions))
 
 
@@ -79,7 +79,7 @@ def blockwise(bench: Bench) -> list[Outcome]:
     ]
     marks = _marks(bench, torch.ones_like(coins_M, dtype=torch.bool), _shared(bench, coins_M))
     emissions = [
-        _following(bench, i, count, factor=standing.factors[i][count])
+        following(bench, i, count, factor=standing.factors[i][count])
         for i, count in enumerate(accepted)
     ]
     return _outcomes(bench, accepted, marks, _emit(bench, emissions))
@@ -103,7 +103,7 @@ def gumbel(bench: Bench) -> list[Outcome]:
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
     chosen = chosen_N.tolist()
-    emissions = [_following(bench, i, count) for i, count in enumerate(accepted)]
+    emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
     return _outcomes(bench, accepted, marks, {e.owner: chosen[e.row] for e in emissions if e})
 
 
@@ -265,7 +265,7 @@ def _leading(flags: Sequence[bool]) -> int:
     return next((i for i, flag in enumerate(flags) if not flag), len(flags))
 
 
-def _following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -> Emission | None:
+def following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -> Emission | None:
     """Return what is emitted after the accepted tokens: a correction, a bonus or nothing."""
     refused = accepted < bench.lengths[owner]
     if not refused and not bench.bonuses[owner]:

@@ -102,7 +102,7 @@ def one_token(
     return Support(
         ids_NK=ids_N1.clamp_min(0),
         valid_NK=ids_N1 >= 0,
-        q_NK=like.new_tensor(likelihoods_N)[:, None],
+        q_NK=like.new_tensor(likelihoods_N)[:, None] * (ids_N1 >= 0),
         q0_NK=like.new_tensor(unscaled_N)[:, None],
     )
 
