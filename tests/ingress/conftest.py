@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+import uvicorn
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -19,7 +23,7 @@ from cascade.ingress.scripted import ScriptedGenerator
 from cascade.ingress.service import Limits, Service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from cascade.decoding.generation import Request
 
@@ -137,3 +141,55 @@ async def client(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
 async def loose(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
     """The client without strict types: its own are stricter than OpenAI's service in two places."""
     return connect(strict=False)
+
+
+@pytest.fixture
+async def raw(service: Service) -> AsyncIterator[Callable[..., httpx2.AsyncClient]]:
+    """Return a plain HTTP client of a service with some parts changed."""
+    clients: list[httpx2.AsyncClient] = []
+
+    def client(**changes: Any) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(app=create_app(replace(service, **changes)))
+        clients.append(httpx2.AsyncClient(transport=transport, base_url="http://door"))
+        return clients[-1]
+
+    yield client
+    for one in clients:
+        await one.aclose()
+
+
+@pytest.fixture
+async def http(raw: Callable[..., httpx2.AsyncClient]) -> httpx2.AsyncClient:
+    return raw()
+
+
+@pytest.fixture
+async def listen(service: Service) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Return what serves on loopback, for what needs real connections, and says where."""
+    servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+
+    async def serve(**changes: Any) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        app = create_app(replace(service, **changes))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield serve
+    for server, task in servers:
+        server.should_exit = True
+        await task
+
+
+def told(text: str) -> list[Any]:
+    """Return what the events of a stream say, in order; comments too."""
+    parts = [part for part in text.split("\n\n") if part]
+    return [
+        json.loads(part[6:]) if part.startswith("data: {") else part.removeprefix("data: ")
+        for part in parts
+    ]
+
+
+@pytest.fixture
+def events() -> Callable[[str], list[Any]]:
+    return told

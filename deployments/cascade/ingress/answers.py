@@ -125,7 +125,7 @@ class Answers:
             for index, request in enumerate(call.requests)
         )
 
-    def write(self, *, tick_s: float) -> AsyncGenerator[tuple[Answer, Delta] | None]:
+    def write(self, *, tick_s: float | None = None) -> AsyncGenerator[tuple[Answer, Delta] | None]:
         """Yield deltas as they come, and `None` after each `tick_s` seconds of silence."""
         return self._write(merge([answer.write() for answer in self.all], tick_s=tick_s))
 
@@ -136,9 +136,9 @@ class Answers:
             async for item in merged:
                 yield None if item is None else (self.all[item[0]], item[1])
 
-    async def finish(self, *, tick_s: float) -> None:
+    async def finish(self) -> None:
         """Write all answers to their end."""
-        async with aclosing(self.write(tick_s=tick_s)) as deltas:
+        async with aclosing(self.write()) as deltas:
             async for _ in deltas:
                 pass
 
@@ -181,7 +181,7 @@ def add(parts: Sequence[Statistics]) -> Statistics:
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[T]], *, tick_s: float
+    streams: Sequence[AsyncGenerator[T]], *, tick_s: float | None
 ) -> AsyncGenerator[tuple[int, T] | None]:
     """Yield the items of all streams as they come, each with its stream's number.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -12,10 +11,10 @@ from fastapi.responses import JSONResponse, Response
 from cascade.errors import (
     InvalidRequest,
     ModelNotFound,
-    Unauthenticated,
     Unavailable,
 )
 from cascade.ingress import rim, shapes, translate
+from cascade.ingress.access import authenticate
 from cascade.ingress.answers import Answers
 from cascade.ingress.openai import ChatBody, CompletionBody
 from cascade.ingress.parse import parse
@@ -97,12 +96,11 @@ async def chat_completions(request: Request) -> Response:
 async def _answer(request: Request, service: Service, call: Call, shape: Shape) -> Response:
     name, created = request.state.request_id, int(service.clock())
     answers = Answers(call, service)
-    tick_s = service.keep_alive_s
     if not call.stream:
-        await while_connected(request.receive, answers.finish(tick_s=tick_s))
+        await while_connected(request.receive, answers.finish())
         id_ = f"{shape.prefix}-{name}"
         return JSONResponse(shapes.completion(answers, shape, id_=id_, created=created))
-    stream = Stream(answers, shape, request_id=name, created=created, tick_s=tick_s)
+    stream = Stream(answers, shape, request_id=name, created=created, tick_s=service.keep_alive_s)
     await while_connected(request.receive, stream.begin())
     return EventResponse(stream.events())
 
@@ -141,8 +139,4 @@ async def _authenticate(
     request: Request, authorization: Annotated[str | None, Header()] = None
 ) -> None:
     """Refuse a caller without one of the service's keys, if it has any."""
-    keys = _service(request).api_keys
-    given = (authorization or "").removeprefix("Bearer ").encode()
-    known = [hmac.compare_digest(given, key.encode()) for key in keys]
-    if keys and not any(known):
-        raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
+    authenticate(_service(request), authorization)

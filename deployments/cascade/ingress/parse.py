@@ -49,11 +49,16 @@ def refusal(error: ValidationError) -> InvalidRequest:
     if not details[0]["loc"]:
         return InvalidRequest(f"The body is not what it should be: {details[0]['msg']}")
     detail = _deepest(details)
-    param = _param(detail)
+    field = str(detail["loc"][0])
+    if field in openai.UNSUPPORTED:
+        return UnsupportedParameter(f"`{field}` is not supported here; leave it out", param=field)
     if detail["type"] in _UNKNOWN and len(detail["loc"]) == 1:
-        return UnsupportedParameter(f"`{param}` is unknown here; leave it out", param=param)
-    if (param := str(detail["loc"][0])) in openai.UNSUPPORTED:
-        return UnsupportedParameter(f"`{param}` is not supported here; leave it out", param=param)
+        return UnsupportedParameter(f"`{field}` is unknown here; leave it out", param=field)
+    return _invalid(detail, details)
+
+
+def _invalid(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> InvalidRequest:
+    param = _param(detail)
     if detail["type"] == "missing":
         return InvalidRequest(f"`{param}` is missing", param=param)
     reasons = dict.fromkeys(other["msg"] for other in details if _param(other) == param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -32,17 +33,21 @@ class ScriptedGenerator:
     blocks: tuple[int, ...] = (3, 1, 4, 2)
     pause: Callable[[Request, int], Awaitable[None]] = _at_once
     open: int = 0  # generations that run now
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last of them ends
     heard: list[Request] = field(default_factory=list)
 
     async def generate(self, request: Request) -> AsyncGenerator[Piece]:
         """Yield the script in blocks, up to the request's limit or its first stop token."""
         self.open += 1
+        self.idle.clear()
         self.heard.append(request)
         try:
             async for piece in self._pieces(request):
                 yield piece
         finally:
             self.open -= 1
+            if not self.open:
+                self.idle.set()
 
     async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
         """Return a made-up log-probability for each token but the first."""

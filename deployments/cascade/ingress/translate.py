@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from cascade.decoding.generation import Patience, Request
@@ -245,7 +245,8 @@ def _rule_among(
         return rule
     if options.rule is None:
         return otherwise
-    allowed = " or ".join(f"`{kind.kind}`" for kind in kinds) or "no rule at all"
+    names = (field.default for kind in kinds for field in fields(kind) if field.name == "kind")
+    allowed = " or ".join(f"`{name}`" for name in names) or "no rule at all"
     raise InvalidRequest(
         f"`cascade.rule` is `{rule.kind}`, but mode `{mode}` takes {allowed}", param="cascade.rule"
     )
