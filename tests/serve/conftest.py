@@ -1,0 +1,96 @@
+"""`serve run` as a user types it, on ports of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+READY_S = 180.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A running `serve run`."""
+
+    http: str
+    grpc: str
+    dashboard: str
+    process: subprocess.Popen[bytes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when the server answers; the process's own word if it ends first."""
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            pytest.fail(f"serve run ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+        try:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"not ready within {READY_S} s:\n{log.read_text()[-4000:]}")
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern} is not in:\n{text[-2000:]}"
+    return match[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`serve run cluster/local.yaml`, but for its ports."""
+    config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
+    http, grpc = free_port(), free_port()
+    config["http_options"]["port"] = http
+    config["grpc_options"]["port"] = grpc
+    folder = tmp_path_factory.mktemp("serve")
+    path, log = folder / "local.yaml", folder / "serve.log"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "NO_COLOR": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    with log.open("wb") as out:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{http}"
+        wait_ready(url, process, log)
+        text = log.read_text()
+        yield Server(
+            http=url,
+            grpc=f"127.0.0.1:{grpc}",
+            dashboard=found(r"dashboard at .*?(http://[\d.:]+)", text),
+            process=process,
+        )
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,189 @@
+"""The server as its users meet it: `serve run cluster/local.yaml`, real clients, real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import httpx
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from openai import AsyncOpenAI, BadRequestError
+
+from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from .conftest import Server
+
+QUESTION = "Who is Buzz Aldrin?"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+async def client(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(server.grpc) as made:
+        yield made
+
+
+def replica(name: str) -> psutil.Process:
+    """Return the process of a deployment's only replica."""
+    wanted = f"ray::ServeReplica:cascade:{name}"
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(word.startswith(wanted) for word in process.info["cmdline"] or [])
+    ]
+    assert len(found) == 1, f"{len(found)} processes of {name}"
+    return found[0]
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """Freeze a process for a while."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def greedy(**cascade: Any) -> dict[str, Any]:
+    return {
+        "model": "cascade",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_completion_tokens": 48,
+        "extra_body": {"cascade": cascade},
+    }
+
+
+async def text_of(client: AsyncOpenAI, **cascade: Any) -> tuple[str, dict[str, Any]]:
+    """Return an answer and its `usage.cascade`."""
+    answer = await client.chat.completions.create(**greedy(**cascade))
+    assert answer.usage is not None
+    assert answer.usage.model_extra is not None
+    return answer.choices[0].message.content or "", answer.usage.model_extra["cascade"]
+
+
+async def test_speculation_writes_what_the_expert_writes(client: AsyncOpenAI) -> None:
+    expert, _ = await text_of(client, mode="expert_only")
+    fast, cost = await text_of(client, mode="speculative", draft_tokens=4)
+    assert fast == expert != ""
+    assert cost["drafted"] > 0
+    assert cost["drafter_tokens"] > 0
+
+
+async def test_a_stream_is_the_same_text(client: AsyncOpenAI) -> None:
+    whole, _ = await text_of(client)
+    stream = await client.chat.completions.create(**greedy(), stream=True)
+    parts = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+    assert "".join(parts) == whole
+
+
+async def test_http_and_grpc_give_the_same_tokens(
+    client: AsyncOpenAI, channel: grpc.aio.Channel
+) -> None:
+    door = cascade_pb2_grpc.GenerationServiceStub(channel)
+    generation = cascade_pb2.Generation(
+        chat=cascade_pb2.Chat(
+            messages=[cascade_pb2.ChatMessage(role="user", content=QUESTION)]
+        ),
+        sampling=tokens_pb2.Sampling(temperature=0),
+        max_tokens=48,
+    )
+    whole, cost = await text_of(client)
+    unary = await door.Generate(cascade_pb2.GenerateRequest(generation=generation))
+    frames = door.GenerateStream(cascade_pb2.GenerateStreamRequest(generation=generation))
+    streamed = [frame async for frame in frames]
+    assert unary.choices[0].text == whole
+    assert "".join(choice.text for frame in streamed for choice in frame.choices) == whole
+    assert streamed[-1].usage.drafted_count == unary.usage.drafted_count == cost["drafted"]
+
+
+async def test_a_bad_request_is_a_bad_request_through_every_door(
+    client: AsyncOpenAI, channel: grpc.aio.Channel
+) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        await text_of(client, rule={"kind": "chow", "alpha": 2})
+    assert refused.value.type == "invalid_request_error"
+    assert refused.value.param == "cascade.rule.alpha"
+    door = cascade_pb2_grpc.GenerationServiceStub(channel)
+    generation = cascade_pb2.Generation(
+        text="x", rule=tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=2))
+    )
+    for call in (
+        door.Generate(cascade_pb2.GenerateRequest(generation=generation)),
+        door.GenerateStream(cascade_pb2.GenerateStreamRequest(generation=generation)).read(),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    answer = await health.Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
+    ask = reflection_pb2.ServerReflectionRequest(list_services="")
+    call = reflected.ServerReflectionInfo(iter([ask]))
+    services = [one.name async for reply in call for one in reply.list_services_response.service]
+    assert "cascade.v1.GenerationService" in services
+
+
+def test_status_shows_three_deployments(server: Server) -> None:
+    command = [str(Path(sys.executable).with_name("serve")), "status", "-a", server.dashboard]
+    run = subprocess.run(  # noqa: S603 - our own command
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    text = ANSI.sub("", run.stdout)
+    for name in ("Router", "Drafter", "Expert"):
+        assert re.search(rf"{name}:\n\s+status: HEALTHY", text)
+
+
+def test_tiers_are_processes_of_their_own() -> None:
+    assert len({replica(name).pid for name in ("Router", "Drafter", "Expert")}) == 3
+
+
+async def test_without_the_drafter_the_expert_goes_on_alone(client: AsyncOpenAI) -> None:
+    """Speculation is real: it stops with the drafter's process, and only speculation does."""
+    before, _ = await text_of(client, mode="speculative", draft_tokens=4)
+    with stopped(replica("Drafter")):
+        frozen, cost = await text_of(client, mode="speculative", draft_tokens=4)
+    assert frozen == before
+    assert cost["drafted"] == cost["drafter_tokens"] == 0
+    assert cost["expert_tokens"] > 0
+    after, cost = await text_of(client, mode="speculative", draft_tokens=4)
+    assert after == before
+    assert cost["drafted"] > 0
+
+
+async def test_errors_of_serves_own_proxy_are_known(server: Server) -> None:
+    """What our code never sees is answered in Serve's words: recorded here, not chosen."""
+    async with httpx.AsyncClient(base_url=server.http) as plain:
+        routed = await plain.get("/-/routes")
+        assert routed.status_code == 200
+        missing = await plain.get("/nowhere")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["type"] == "invalid_request_error"
