@@ -13,8 +13,10 @@ A, B, C = SessionId("a"), SessionId("b"), SessionId("c")
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
 
-def store(*, capacity: int = 1024, prefix_reuse: bool = True) -> SequenceStore:
-    pool = KVPool(rows=capacity)
+def store(
+    *, capacity: int = 1024, prefix_reuse: bool = True, pool: KVPool | None = None
+) -> SequenceStore:
+    pool = pool or KVPool(rows=capacity)
     return SequenceStore(pool=pool, capacity=capacity, prefix_reuse=prefix_reuse, max_idle=4)
 
 
@@ -67,8 +69,8 @@ def test_a_prompt_takes_over_the_rows_of_a_released_one() -> None:
 
 
 def test_a_prompt_copies_the_rows_of_a_live_one() -> None:
-    held = store()
-    pool = held._pool
+    pool = KVPool(rows=1024)
+    held = store(pool=pool)
     first = filled(held, A, list(range(100)))
     rows = torch.arange(100)
     states = torch.rand(2, 100, 4)
@@ -163,19 +165,18 @@ def test_a_sequence_that_fits_nowhere_else_is_computed_again() -> None:
 
 
 def test_growing_moves_the_rows_along() -> None:
-    held = store()
+    pool = KVPool(rows=1024)
+    held = store(pool=pool)
     first = filled(held, A, [1] * 100)
     filled(held, B, [2] * 100)
     states = torch.rand(1, 100, 4)
-    held._pool.write(0, key_HTD=states, value_HTD=states, rows_T=torch.arange(100))
+    pool.write(0, key_HTD=states, value_HTD=states, rows_T=torch.arange(100))
 
     assert held.reserve(first, tokens=200, victims=())
 
     assert first.extent
     assert first.extent.start == 256
-    key, _ = held._pool.write(
-        0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=torch.arange(0)
-    )
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=torch.arange(0))
     assert torch.equal(key[:, 256:356], states)
 
 

@@ -1,4 +1,4 @@
-"""What can be known of a model without its weights: enough to open the doors and to check a pair."""
+"""What is known of a model without its weights: enough for the doors and to check a pair."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _tokenizer(source: Source) -> Tokenizer:
     )
 
 
-def _config(source: Source) -> Any:  # noqa: ANN401 - every architecture has its own class
+def _config(source: Source) -> Any:
     try:
         found = AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -78,7 +78,7 @@ def _config(source: Source) -> Any:  # noqa: ANN401 - every architecture has its
 def _stop_ids(source: Source) -> tuple[int, ...]:
     try:
         stated: Any = GenerationConfig.from_pretrained(
-            source.name, revision=source.revision
+            source.name, revision=source.revision or "main"
         ).eos_token_id
     except OSError:
         return ()

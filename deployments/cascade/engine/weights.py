@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -104,7 +106,7 @@ def _config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreT
             f"No model at {name!r}: neither a directory with a config.json nor a repository that "
             f"can be reached ({_first_line(error)})"
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"The configuration of {name!r} is not one transformers can read: {_first_line(error)}"
         ) from error
@@ -153,7 +155,7 @@ def _weights(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnsupportedModel(
             f"The weights of {name!r} cannot be loaded: {_first_line(error)}"
         ) from error

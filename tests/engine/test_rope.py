@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from cascade.engine import rope
+from cascade.engine.rope import Regimes
+
+from .architectures import build
+
+
+@pytest.mark.parametrize("name", ["llama", "yarn", "llama3 rope", "gpt2", "bloom"])
+def test_most_models_have_one_regime(name: str) -> None:
+    regimes = rope.find(build(name))
+
+    assert {regimes.of(length) for length in (1, 64, 65, 500)} == {0}
+
+
+def test_longrope_changes_once() -> None:
+    regimes = rope.find(build("longrope"))
+
+    assert [regimes.of(length) for length in (1, 64, 65, 500)] == [0, 0, 65, 65]
+
+
+def test_dynamic_rope_changes_with_every_length() -> None:
+    regimes = rope.find(build("dynamic"))
+
+    assert regimes == Regimes(original=64, dynamic=True)
+    assert [regimes.of(length) for length in (1, 64, 65, 500)] == [0, 0, 65, 500]

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from cascade.engine import threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def test_a_replica_waits_passively_and_has_its_own_number_of_threads() -> None:
+    assert threads.environment(threads=1) == {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    assert "OMP_NUM_THREADS" not in threads.environment()
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    count, interval_s = torch.get_num_threads(), sys.getswitchinterval()
+    yield
+    torch.set_num_threads(count)
+    sys.setswitchinterval(interval_s)
+
+
+@pytest.mark.usefixtures("usual")
+def test_a_running_process_takes_what_it_still_can() -> None:
+    threads.apply(threads=1)
+
+    assert torch.get_num_threads() == 1
+    assert sys.getswitchinterval() == pytest.approx(0.0005)
+
+
+@pytest.mark.usefixtures("usual")
+def test_no_number_leaves_torch_its_own() -> None:
+    torch.set_num_threads(2)
+
+    threads.apply()
+
+    assert torch.get_num_threads() == 2
