@@ -5,32 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cascade.demo import DRAFTER, EXPERT
-from cascade.demo.examine import agreement, answers, examine, load
+from cascade.demo.examine import Pair, agreement, answers, examine, load
 from cascade.demo.tasks import Family, held_out, score
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerFast]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="module")
-def drafter() -> Loaded:
-    return load(DRAFTER)
+def pair() -> Pair:
+    return load()
 
 
-@pytest.fixture(scope="module")
-def expert() -> Loaded:
-    return load(EXPERT)
-
-
-def _said(loaded: Loaded, prompt: str) -> str:
-    model, tokenizer = loaded
-    [tokens] = answers(model, tokenizer, [prompt])
-    return str(tokenizer.decode(tokens))
+def _said(pair: Pair, model: PreTrainedModel, prompt: str) -> str:
+    [tokens] = answers(model, pair.tokenizer, [prompt])
+    return str(pair.tokenizer.decode(tokens))
 
 
 def test_naming_the_folders_imports_no_torch() -> None:
@@ -50,9 +45,9 @@ def test_the_pair_takes_under_three_megabytes() -> None:
     assert sum(path.stat().st_size for path in files) < 3_000_000
 
 
-def test_the_embeddings_are_as_wide_as_the_vocabulary(drafter: Loaded, expert: Loaded) -> None:
-    for model, tokenizer in (drafter, expert):
-        assert model.config.vocab_size == len(tokenizer)
+def test_the_embeddings_are_as_wide_as_the_vocabulary(pair: Pair) -> None:
+    for model in (pair.drafter, pair.expert):
+        assert model.config.vocab_size == len(pair.tokenizer)
 
 
 def test_the_context_holds_a_long_prompt() -> None:
@@ -60,41 +55,38 @@ def test_the_context_holds_a_long_prompt() -> None:
         assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] >= 512
 
 
-def test_the_expert_answers_held_out_items_of_every_family(expert: Loaded) -> None:
-    model, tokenizer = expert
+def test_the_expert_answers_held_out_items_of_every_family(pair: Pair) -> None:
     scores: list[float] = []
     for family in Family:
         items = held_out(family, count=8, seed=5)
-        made = answers(model, tokenizer, [item.prompt for item in items])
+        made = answers(pair.expert, pair.tokenizer, [item.prompt for item in items])
         scores += [
-            score(item, str(tokenizer.decode(tokens)))
+            score(item, str(pair.tokenizer.decode(tokens)))
             for item, tokens in zip(items, made, strict=True)
         ]
     assert fmean(scores) > 0.75
 
 
-def test_who_is_buzz_aldrin(drafter: Loaded, expert: Loaded) -> None:
+def test_who_is_buzz_aldrin(pair: Pair) -> None:
     """As in the blog: the drafter begins plainly, the expert with the full name."""
-    assert _said(drafter, "Who is Buzz Aldrin?").startswith("Buzz Aldrin is")
-    assert _said(expert, "Who is Buzz Aldrin?").startswith('Edwin "Buzz" Aldrin is')
+    question = "Who is Buzz Aldrin?"
+    assert _said(pair, pair.drafter, question).startswith("Buzz Aldrin is")
+    assert _said(pair, pair.expert, question).startswith('Edwin "Buzz" Aldrin is')
 
 
-def test_the_expert_is_better_and_the_drafter_agrees_often(drafter: Loaded, expert: Loaded) -> None:
-    result = examine(
-        Family.TRANSLATION, drafter=drafter[0], expert=expert[0], tokenizer=expert[1], count=30
-    )
+def test_the_expert_is_better_and_the_drafter_agrees_often(pair: Pair) -> None:
+    result = examine(Family.TRANSLATION, pair=pair, count=30)
     assert result.expert > result.drafter
     assert result.agreement > 0.5
 
 
-def test_a_model_agrees_with_its_own_greedy_answer(expert: Loaded) -> None:
-    model, tokenizer = expert
+def test_a_model_agrees_with_its_own_greedy_answer(pair: Pair) -> None:
     prompt = "Translate to German: zwölf"
     text = f"<|user|>{prompt}<|end|><|assistant|>"
-    [tokens] = answers(model, tokenizer, [prompt])
-    assert agreement(model, prompt=tokenizer.encode(text), answer=tokens) == 1
+    [tokens] = answers(pair.expert, pair.tokenizer, [prompt])
+    assert agreement(pair.expert, prompt=pair.tokenizer.encode(text), answer=tokens) == 1
 
 
-def test_the_weights_are_finite(drafter: Loaded, expert: Loaded) -> None:
-    for model, _ in (drafter, expert):
+def test_the_weights_are_finite(pair: Pair) -> None:
+    for model in (pair.drafter, pair.expert):
         assert all(bool(torch.isfinite(weight).all()) for weight in model.parameters())

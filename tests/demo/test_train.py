@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from transformers import (
 
 from cascade.demo import train as training
 from cascade.demo.corpus import IGNORED, Batch, batches
-from cascade.demo.train import Recipe, answer_loss
+from cascade.demo.learning import Distilled, answer_labels, answer_loss, continues
+from cascade.demo.recipes import FULL, PAIRS, PairRecipe, Recipe
+from cascade.demo.tasks import ALL_LEVELS
+from cascade.demo.train import Workshop, find_tokenizer, save, train
 from cascade.demo.vocabulary import END, PAD, token_id, train_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TINY = Recipe(
@@ -30,12 +35,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["Who is Anna? Anna lives in Rome."] * 20, size=300, context=64)
 
 
-def _weights(model: torch.nn.Module) -> dict[str, Any]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+@pytest.fixture
+def workshop(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Workshop:
+    return Workshop(tokenizer=tokenizer, folder=tmp_path, seed=1)
+
+
+def _same(one: LlamaForCausalLM, other: LlamaForCausalLM) -> bool:
+    return all(
+        torch.equal(first, second)
+        for first, second in zip(one.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_the_same_seed_gives_the_same_batches(tokenizer: PreTrainedTokenizerFast) -> None:
-    first, second = (batches(tokenizer, seed="7", formal=0.5, size=4, count=2) for _ in range(2))
+    first, second = (batches(tokenizer, TINY, seed="7") for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.tokens_BT, other.tokens_BT)
         assert torch.equal(one.labels_BT, other.labels_BT)
@@ -43,7 +56,7 @@ def test_the_same_seed_gives_the_same_batches(tokenizer: PreTrainedTokenizerFast
 
 def test_only_answers_are_labelled_and_each_ends(tokenizer: PreTrainedTokenizerFast) -> None:
     end, pad = token_id(tokenizer, END), token_id(tokenizer, PAD)
-    for batch in batches(tokenizer, seed="7", formal=0.5, size=8, count=2):
+    for batch in batches(tokenizer, replace(TINY, documents=32), seed="7"):
         labelled = batch.labels_BT != IGNORED
         assert torch.equal(batch.labels_BT[labelled], batch.tokens_BT[labelled])
         assert not (batch.tokens_BT[labelled] == pad).any()
@@ -52,23 +65,24 @@ def test_only_answers_are_labelled_and_each_ends(tokenizer: PreTrainedTokenizerF
             assert labels[tokens != pad][-1] == end
 
 
-def test_batches_hold_documents_of_like_length(tokenizer: PreTrainedTokenizerFast) -> None:
-    widths = [
-        b.tokens_BT.shape[1] for b in batches(tokenizer, seed="7", formal=0.5, size=4, count=4)
-    ]
+def test_groups_hold_documents_of_like_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    drawn = batches(tokenizer, replace(TINY, documents=32, groups=4), seed="7")
+    widths = [batch.tokens_BT.shape[1] for batch in drawn]
+    assert len(drawn) == 4
     assert widths == sorted(widths)
 
 
+def test_the_first_token_of_an_answer_continues_nothing() -> None:
+    labels_BT = torch.tensor([[IGNORED, IGNORED, 5, 6, IGNORED, 7], [IGNORED, 8, 9, 1, 2, 3]])
+    batch = Batch(tokens_BT=labels_BT.clamp(min=0), labels_BT=labels_BT)
+    assert answer_labels(batch).tolist() == [5, 6, 7, 8, 9, 1, 2, 3]
+    assert continues(batch).tolist() == [0, 1, 0, 0, 1, 1, 1, 1]
+
+
 def test_a_run_that_was_cut_ends_in_the_same_weights(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 3)
-
-    def run(folder: Path) -> dict[str, Any]:
-        model = training.train("t", recipe=TINY, tokenizer=tokenizer, seed=1, folder=folder)
-        return _weights(model)
-
-    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 3)
     calls = iter(range(100))
 
     def cut(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
@@ -76,31 +90,74 @@ def test_a_run_that_was_cut_ends_in_the_same_weights(
             raise KeyboardInterrupt
         return answer_loss(model, batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "answer_loss", cut)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut")
-    resumed = run(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole = train("t", TINY, workshop=replace(workshop, folder=workshop.folder / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train("t", TINY, workshop=workshop, loss=cut)
+    assert _same(whole, train("t", TINY, workshop=workshop))
+    for folder in (workshop.folder, workshop.folder / "whole"):
+        assert len(json.loads((folder / "t.losses.json").read_text())) == TINY.steps
 
 
-def test_learning_lowers_the_loss(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    [batch] = batches(tokenizer, seed="unseen", formal=0.5, size=16, count=1)
-    start, after = (
-        training.train(str(steps), recipe=recipe, tokenizer=tokenizer, seed=1, folder=tmp_path)
-        for steps in (0, 60)
-        for recipe in [replace(TINY, steps=steps, learning_rate=1e-2)]
-    )
+def test_learning_lowers_the_loss(workshop: Workshop) -> None:
+    recipe = replace(TINY, steps=60, learning_rate=1e-2)
+    batch = batches(workshop.tokenizer, TINY, seed="unseen")[0]
+    start = train("start", replace(recipe, steps=0), workshop=workshop)
+    after = train("after", recipe, workshop=workshop)
     with torch.no_grad():
         assert answer_loss(after, batch) < 0.8 * answer_loss(start, batch)
 
 
-def test_a_saved_folder_loads_by_path(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = training.train(
-        "t", recipe=replace(TINY, steps=0), tokenizer=tokenizer, seed=1, folder=tmp_path
-    )
-    training.save(model, tokenizer=tokenizer, folder=tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+@pytest.fixture
+def made(workshop: Workshop) -> Callable[[int], LlamaForCausalLM]:
+    def new(seed: int) -> LlamaForCausalLM:
+        return train(str(seed), replace(TINY, steps=0), workshop=replace(workshop, seed=seed))
+
+    return new
+
+
+def test_a_model_that_is_its_own_teacher_has_no_divergence(
+    made: Callable[[int], LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """With the whole share distilled, only the first tokens of answers are left to learn."""
+    model = made(1)
+    batch = batches(tokenizer, TINY, seed="7")[0]
+    loss = Distilled(teacher=model, share=1.0)(model, batch)
+    firsts = batch.labels_BT.clone()
+    firsts[:, 1:][firsts[:, :-1] != IGNORED] = IGNORED
+    wanted = answer_loss(model, Batch(tokens_BT=batch.tokens_BT, labels_BT=firsts))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_nothing_distilled_is_plain_cross_entropy(
+    made: Callable[[int], LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, teacher = made(1), made(2)
+    batch = batches(tokenizer, TINY, seed="7")[0]
+    loss = Distilled(teacher=teacher, share=0.0)(model, batch)
+    assert loss.item() == pytest.approx(answer_loss(model, batch).item(), rel=1e-5)
+
+
+def test_a_saved_folder_loads_by_path(workshop: Workshop) -> None:
+    model = train("t", replace(TINY, steps=0), workshop=workshop)
+    save(model, tokenizer=workshop.tokenizer, folder=workshop.folder / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(workshop.folder / "model")
     assert loaded.dtype == torch.bfloat16
-    assert loaded.generation_config.eos_token_id == token_id(tokenizer, END)
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == tokenizer.get_vocab()
+    assert loaded.generation_config.eos_token_id == token_id(workshop.tokenizer, END)
+    vocabulary = AutoTokenizer.from_pretrained(workshop.folder / "model").get_vocab()
+    assert vocabulary == workshop.tokenizer.get_vocab()
+
+
+def test_a_tokenizer_that_is_there_is_kept(tmp_path: Path) -> None:
+    small = PairRecipe(vocabulary=300, models={"drafter": TINY})
+    first = find_tokenizer(tmp_path / "tokenizer", recipes=small, seed=0)
+    again = find_tokenizer(tmp_path / "tokenizer", recipes=FULL, seed=1)
+    assert len(first) == 300
+    assert again.get_vocab() == first.get_vocab()
+
+
+def test_the_full_pair_reads_every_level_and_distils_after_the_expert() -> None:
+    assert FULL.levels == ALL_LEVELS
+    for pair in PAIRS.values():
+        names = list(pair.models)
+        distilled = [name for name, recipe in pair.models.items() if recipe.distilled]
+        assert all(names.index(name) > names.index("expert") for name in distilled)

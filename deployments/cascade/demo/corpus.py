@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.demo.tasks import Split, stream
+from cascade.demo.tasks import PROVISIONAL_LEVELS, Split, stream
 from cascade.demo.vocabulary import ASSISTANT, END, PAD, SYSTEM, USER, token_id
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-    from cascade.demo.tasks.item import Item
+    from cascade.demo.recipes import Recipe
+    from cascade.demo.tasks import Item, Level
 
 IGNORED = -100  # the label that PyTorch's losses skip
 _SYSTEM_LINES = (
@@ -39,25 +40,32 @@ class Batch:
     tokens_BT: Tensor
     labels_BT: Tensor
 
+    def to(self, device: str) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(tokens_BT=self.tokens_BT.to(device), labels_BT=self.labels_BT.to(device))
+
 
 Part = tuple[str, bool]  # text, and whether it is an answer
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, *, seed: str, formal: float, size: int, count: int
-) -> list[Batch]:
-    """Return `count` batches of `size` documents of like length, so that little is padding.
+def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: str) -> list[Batch]:
+    """Return the groups of one step, each of documents of like length, so that little is padding.
 
-    `formal` is the share of answers in the formal style. The same seed gives the same batches.
+    The same seed gives the same batches.
     """
-    drawn = islice(documents(seed, formal=formal), size * count)
+    size = recipe.documents // recipe.groups
+    drawn = islice(
+        documents(seed, formal=recipe.formal, levels=recipe.levels), size * recipe.groups
+    )
     encoded = sorted((_encode(tokenizer, parts) for parts in drawn), key=lambda pair: len(pair[0]))
     return [_pad(tokenizer, encoded[at : at + size]) for at in range(0, len(encoded), size)]
 
 
-def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
-    """Yield training documents without end."""
-    items = stream(f"{seed}/items", split=Split.TRAIN)
+def documents(
+    seed: str, *, formal: float, levels: Sequence[Level] = PROVISIONAL_LEVELS
+) -> Iterator[list[Part]]:
+    """Yield training documents without end; `formal` is the share of answers in that style."""
+    items = stream(f"{seed}/items", split=Split.TRAIN, levels=levels)
     random = Random(f"{seed}/form")  # noqa: S311 - a data set, no secret
     for item in items:
         if random.random() < _PLAIN_SHARE:

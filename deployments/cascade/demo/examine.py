@@ -25,7 +25,15 @@ from transformers import (
 )
 
 from cascade.demo.pair import DRAFTER, EXPERT
-from cascade.demo.tasks import Family, Item, held_out, score
+from cascade.demo.tasks import (
+    ALL_LEVELS,
+    PROVISIONAL_LEVELS,
+    Family,
+    Item,
+    Level,
+    held_out,
+    score,
+)
 from cascade.demo.vocabulary import ASSISTANT, END, PAD, USER, token_id
 
 if TYPE_CHECKING:
@@ -45,10 +53,24 @@ class Result:
     same: float  # of answers that are equal, letter for letter
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return a model in float32 and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two models in float32 and the tokenizer they share."""
+
+    drafter: PreTrainedModel
+    expert: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load(*, drafter: Path = DRAFTER, expert: Path = EXPERT) -> Pair:
+    """Return a pair from its folders; the pair that ships if none are named."""
+    models = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (drafter, expert)
+    )
+    return Pair(
+        drafter=next(models), expert=next(models), tokenizer=AutoTokenizer.from_pretrained(expert)
+    )
 
 
 @torch.inference_mode()
@@ -76,31 +98,26 @@ def agreement(drafter: PreTrainedModel, *, prompt: Sequence[int], answer: Sequen
 
 
 def examine(
-    family: Family,
-    *,
-    drafter: PreTrainedModel,
-    expert: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    count: int,
+    family: Family, *, pair: Pair, count: int, levels: Sequence[Level] = PROVISIONAL_LEVELS
 ) -> Result:
     """Return what `count` held-out items of `family` show."""
-    items = held_out(family, count=count)
+    items = held_out(family, count=count, levels=levels)
     prompts = [item.prompt for item in items]
-    drafted = answers(drafter, tokenizer, prompts)
-    judged = answers(expert, tokenizer, prompts)
-    end = token_id(tokenizer, END)
+    drafted = answers(pair.drafter, pair.tokenizer, prompts)
+    judged = answers(pair.expert, pair.tokenizer, prompts)
+    end = token_id(pair.tokenizer, END)
     agreed = [
         agreement(
-            drafter,
-            prompt=tokenizer.encode(USER + prompt + END + ASSISTANT),
+            pair.drafter,
+            prompt=pair.tokenizer.encode(USER + prompt + END + ASSISTANT),
             answer=[*answer, end],
         )
         for prompt, answer in zip(prompts, judged, strict=True)
     ]
     return Result(
         family=family,
-        drafter=_quality(items, tokenizer, drafted),
-        expert=_quality(items, tokenizer, judged),
+        drafter=_quality(items, pair.tokenizer, drafted),
+        expert=_quality(items, pair.tokenizer, judged),
         agreement=fmean(agreed),
         same=fmean(first == second for first, second in zip(drafted, judged, strict=True)),
     )
@@ -114,18 +131,20 @@ def _quality(
 
 
 def main(
+    *,
     drafter: Annotated[Path, typer.Option(help="Folder of the drafter")] = DRAFTER,
     expert: Annotated[Path, typer.Option(help="Folder of the expert")] = EXPERT,
     count: Annotated[int, typer.Option(min=1, help="Held-out items of each family")] = 100,
+    hardest: Annotated[bool, typer.Option("--hardest", help="All levels, as in `full`")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Processor threads")] = 1,
 ) -> None:
     """Print a table of accuracy and agreement over the families."""
     torch.set_num_threads(threads)
-    drafting, tokenizer = load(drafter)
-    judging, _ = load(expert)
+    pair = load(drafter=drafter, expert=expert)
+    levels = ALL_LEVELS if hardest else PROVISIONAL_LEVELS
     table = Table("family", "drafter", "expert", "agreement", "same answer")
     for family in Family:
-        result = examine(family, drafter=drafting, expert=judging, tokenizer=tokenizer, count=count)
+        result = examine(family, pair=pair, count=count, levels=levels)
         shares = (result.drafter, result.expert, result.agreement, result.same)
         table.add_row(family.value, *(f"{share:.2f}" for share in shares))
     Console().print(table)
