@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -134,12 +135,23 @@ def test_a_chat_asks_in_vain_for_what_is_not_there(name: str, value: str) -> Non
 
 def test_what_asks_for_nothing_is_let_through() -> None:
     """Clients and frameworks send these whether they mean something or not."""
-    idle = (
-        '"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": [],'
-        '"modalities": ["text"], "audio": null, "user": "me", "metadata": {"a": "b"},'
-        '"store": true, "service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "y", "stop": null'
-    )
-    assert parse(f'{{"messages": [{TURN}], {idle}}}'.encode(), ChatBody).stop is None
+    idle: dict[str, Any] = {
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "functions": [],
+        "modalities": ["text"],
+        "audio": None,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "stop": None,
+    }
+    body = {"messages": [{"role": "user", "content": "hi"}]} | idle
+    assert parse(json.dumps(body).encode(), ChatBody).stop is None
     trivial = b'{"prompt": "x", "best_of": 1, "suffix": "", "logit_bias": null, "n": null}'
     assert parse(trivial, CompletionBody).n is None
 
