@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled, widen
 from cascade.decoding.needs import is_fresh, wants_target
-from cascade.decoding.rows import Support, one_token, overlay
+from cascade.decoding.rows import Support, one_token, overlay, size
 from cascade.decoding.rules import (
     Bild,
     Diff,
@@ -235,7 +235,7 @@ def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:
 
 def _asks_target(task: Task, length: int) -> bool:
     """Return whether the block came with the drafter's row after it, and pi there is wanted."""
-    whole = length == task.block.length and len(task.block.rows) > length
-    return (
-        whole and wants_target(task.policy) and _has_bonus(task.policy, task.block.tokens[:length])
-    )
+    rows, tokens = task.block.rows, task.block.tokens[:length]
+    if length < task.block.length or len(rows) <= length or not size(rows[length]):
+        return False
+    return wants_target(task.policy) and _has_bonus(task.policy, tokens)
