@@ -166,7 +166,7 @@ def _print_report(report: Report) -> None:
 def _statistics(statistics: dict[str, Any]) -> Table:
     """Return what the answer cost. The rows of tokens are the legend too."""
     table = Table(box=None, show_header=False)
-    table.add_column(style="dim")
+    table.add_column()
     table.add_column(justify="right")
     counts = [statistics.get(f"{name}_tokens", 0) for name in ("drafter", "kept", "expert")]
     total = sum(counts)
