@@ -134,9 +134,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path, kind: str) -> None:
 def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
 
-    with pytest.raises(
-        UnsupportedModel, match=r"no causal .* head \(it is a LlamaModel\)"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"no causal .* head \(it is a LlamaModel\)"):
         load(str(tmp_path))
 
 

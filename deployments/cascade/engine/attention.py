@@ -91,7 +91,7 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
         s_aux: sinks `[H]`.
     """
     current = _current.value
-    assert current is not None, "flat attention runs inside a pass"
+    assert current is not None, "an engine runs this model; use another copy"
     assert attention_mask is None, "flat attention makes its own masks"
     assert query.shape[2] == current.batch.tokens, "every token of the pass has a query"
     layer: Any = module.layer_idx

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface
@@ -81,10 +82,15 @@ def windows(model: PreTrainedModel) -> dict[int, int | None]:
     return {layer: _window(layer, mask) for layer, mask in found.items()}
 
 
-def attention_name(model: PreTrainedModel) -> str:
-    """Return the name of the attention function `model` uses now."""
-    config: Any = model.config
-    return config._attn_implementation  # noqa: SLF001 - transformers has no public reader
+_own: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def own_attention(model: PreTrainedModel) -> str:
+    """Return the name of the attention function `model` came with, whatever it uses now."""
+    if model not in _own:
+        config: Any = model.config
+        _own[model] = config._attn_implementation  # noqa: SLF001 - transformers has no public reader
+    return _own[model]
 
 
 def _run(model: PreTrainedModel) -> None:
@@ -96,7 +102,7 @@ def _run(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _probing(model: PreTrainedModel) -> Generator[None]:
-    usual = attention_name(model)
+    usual = own_attention(model)
     model.set_attn_implementation(_PROBE)
     try:
         yield

@@ -14,7 +14,7 @@ import torch
 
 from cascade.engine.batch import Segment
 from cascade.engine.extents import SMALLEST
-from cascade.engine.probe import Unsuited, attention_name
+from cascade.engine.probe import Unsuited, own_attention
 from cascade.engine.runner import FlatRunner, PaddedRunner, Runner
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -57,7 +57,8 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
             f"{type(model).__name__} keeps a recurrent state, which cannot be rolled back when "
             "drafted tokens are refused; serve a model whose layers all use attention"
         )
-    usual = attention_name(model)
+    usual = own_attention(model)
+    model.set_attn_implementation(usual)
     scenario = _scenario(model)
     expected = _plainly(model, scenario)
     reasons: list[str] = []
