@@ -33,34 +33,35 @@ _LEGEND = (
 _PRINTED_CONTROLS = "\n\t"
 
 
+Url = Annotated[str, typer.Option(envvar="CASCADE_URL", help="The server")]
+Key = Annotated[str | None, typer.Option(envvar="CASCADE_API_KEY", help="If the server wants one")]
+RuleText = Annotated[
+    str | None, typer.Option(help="A rule's kind, such as token_v3, or a JSON object")
+]
+Length = Annotated[str | None, typer.Option(help="Tokens the drafter writes ahead, or auto")]
+Chat = Annotated[
+    bool, typer.Option("--chat/--completion", help="Ask, or let the text be continued")
+]
+
+
 def ask(  # noqa: PLR0913 - one parameter an option
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input")],
     *,
-    url: Annotated[
-        str, typer.Option(envvar="CASCADE_URL", help="The server")
-    ] = "http://127.0.0.1:8000",
+    url: Url = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="A served model; the first if absent")] = None,
     mode: Annotated[Mode | None, typer.Option(help="Who writes")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="A rule's kind, such as token_v3, or a JSON object")
-    ] = None,
+    rule: RuleText = None,
     alpha: Annotated[float | None, typer.Option(help="The rule's dial; needs --rule")] = None,
-    draft_tokens: Annotated[
-        str | None, typer.Option(help="Tokens the drafter writes ahead, or auto")
-    ] = None,
+    draft_tokens: Length = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same text")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--completion", help="Ask, or let the text be continued")
-    ] = True,
+    chat: Chat = True,
     trace: Annotated[bool, typer.Option("--trace", help="Show every round")] = False,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="CASCADE_API_KEY", help="If the server wants one")
-    ] = None,
+    api_key: Key = None,
 ) -> None:
     """Ask a running server, and see which model wrote each token of the answer."""
-    options = {
+    cascade = {
         "mode": mode and mode.value,
         "rule": rule_object(rule, alpha),
         "draft_tokens": draft_length(draft_tokens),
@@ -71,19 +72,29 @@ def ask(  # noqa: PLR0913 - one parameter an option
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
-        "cascade": _given(options) or None,
+        "cascade": _given(cascade) or None,
     }
-    text = sys.stdin.read() if prompt == "-" else prompt
-    words = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-    path = "/v1/chat/completions" if chat else "/v1/completions"
+    path, words = _question(sys.stdin.read() if prompt == "-" else prompt, chat=chat)
     try:
         with _client(url, api_key) as client:
             report = _print_answer(complete(client, path, words | _given(body)))
     except AskError as error:
-        line = Text.assemble(("error ", "bold red"), str(error))
-        Console(stderr=True).print(line, soft_wrap=True)
-        raise typer.Exit(error.status) from error
+        raise _failed(error) from error
     _print_report(report)
+
+
+def _question(text: str, *, chat: bool) -> tuple[str, dict[str, Any]]:
+    """Return the path that `text` goes to, and its part of the body."""
+    if chat:
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}
+    return "/v1/completions", {"prompt": text}
+
+
+def _failed(error: AskError) -> typer.Exit:
+    """Print an error in one line and return what ends the program."""
+    line = Text.assemble(("error ", "bold red"), str(error))
+    Console(stderr=True).print(line, soft_wrap=True)
+    return typer.Exit(error.status)
 
 
 def rule_object(rule: str | None, alpha: float | None) -> dict[str, Any] | None:
