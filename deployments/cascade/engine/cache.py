@@ -190,13 +190,15 @@ class SequenceStore:
         return self._fork(best, length=length, room=len(tokens))
 
     def _longest(self, tokens: Sequence[int], *, regime: int) -> tuple[CachedSequence | None, int]:
-        best, longest = None, _LEAST_REUSE - 1
+        best, longest, known = None, _LEAST_REUSE - 1, list(tokens)
         if not self._prefix_reuse:
             return None, 0
         for sequence in chain(self._idle, self._live.values()):
             if sequence.regime != regime or sequence.cached <= longest:
                 continue
-            length = common_prefix(sequence.tokens[: sequence.cached], tokens)
+            if sequence.tokens[: longest + 1] != known[: longest + 1]:
+                continue
+            length = common_prefix(sequence.tokens[: sequence.cached], known)
             if length > longest:
                 best, longest = sequence, length
         return best, longest

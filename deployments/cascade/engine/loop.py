@@ -156,8 +156,8 @@ class Engine:
         with torch.inference_mode():
             if not self._receive():
                 return False
+            self._publish()
             self._cycle()
-        self._publish()
         return True
 
     def _run(self) -> None:
@@ -254,6 +254,7 @@ class Engine:
         slices = self._plan()
         for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
+            self._publish()
         self._meter.note(busy=True)
 
     def _publish(self) -> None:

@@ -89,29 +89,24 @@ class Scheduler:
         """
         slices: list[Slice] = []
         room = self._budget
-        for job in self._order():
-            count = self._take(job, room=room, share=self._share(room, slices))
-            if count and reserve(job):
-                # Making room may have dropped the job's own rows.
-                count = self._take(job, room=room, share=self._share(room, slices))
-            else:
-                count = 0
+        jobs = self._order()
+        prefills = sum(job.remaining > _SHORT for job in jobs)
+        for job in jobs:
+            share = max(_LEAST_SHARE, room // max(prefills, 1))
+            prefills -= job.remaining > _SHORT
+            count = self._take(job, room=room, share=share)
+            if not count or not reserve(job):
+                continue
+            # Making room may have dropped the job's own rows.
+            count = self._take(job, room=room, share=share)
             if count:
                 slices.append(Slice(job=job, count=count))
                 room = max(0, room - count)
-        self._age({s.job.number for s in slices})
+        self._age({piece.job.number for piece in slices})
         return slices
 
     def _order(self) -> list[Job]:
         return sorted(self._jobs.values(), key=_urgency)
-
-    def _share(self, room: int, slices: list[Slice]) -> int:
-        """Return what one prefill may take of `room`: its part among those that still wait."""
-        taken = {piece.job.number for piece in slices}
-        waiting = sum(
-            job.remaining > _SHORT and job.number not in taken for job in self._jobs.values()
-        )
-        return max(_LEAST_SHARE, room // max(waiting, 1))
 
     def _take(self, job: Job, *, room: int, share: int) -> int:
         """Return how many tokens of `job` run; rows that fit a pass are not split."""
