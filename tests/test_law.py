@@ -16,10 +16,10 @@ from cascade.decoding.rules import Chow, Lossless, Opt, TokenV3
 from cascade.decoding.session import Bonus, Coupling, Mode, Policy, Sampling, Verification
 
 if TYPE_CHECKING:
-    from .conftest import Pair
-
     from cascade.decoding.rules import Rule
     from cascade.lab.stack import Stack
+
+    from .conftest import Pair
 
 PROMPT = (3, 1, 4, 1, 5)
 DRAFTED, LENGTH = 2, 3  # an answer is longer than a block: what follows one is judged too

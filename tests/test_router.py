@@ -1,4 +1,4 @@
-"""The loop, on real tiers over gRPC: every mode against the slow twin, and what happens at faults."""
+"""The loop on real tiers over gRPC: every mode against its slow twin, and faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from cascade.decoding.rules import (
     ChowLog,
     Diff,
     Ensemble,
-    Lossless,
     Lossy,
     Opt,
     TokenV1,
@@ -43,7 +42,8 @@ if TYPE_CHECKING:
 
     from .conftest import Pair
 
-PROMPT = (3, 1, 4, 1, 5)
+PROMPT: tuple[int, ...] = (3, 1, 4, 1, 5)
+DEFAULTS: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "draft_tokens": 3}
 
 MODES: dict[str, dict[str, Any]] = {
     "expert_only": {"mode": Mode.EXPERT_ONLY},
@@ -105,9 +105,7 @@ async def test_every_mode_writes_what_its_slow_twin_writes(
     """No cache, batch or wire changes a token, nor who wrote it."""
     for seed in (7,):
         policy = replace(how.get("policy", Policy()), **variant, seed=seed)
-        request = Request(
-            **({"prompt": PROMPT, "max_tokens": 10, "draft_tokens": 3} | how | {"policy": policy})
-        )
+        request = Request(**(DEFAULTS | how | {"policy": policy}))
         twin = reference.decode(
             PROMPT,
             drafter=toy.drafter.logits,
@@ -248,7 +246,7 @@ async def test_a_caller_that_leaves_frees_both_tiers(fragile: Stack, mode: Mode)
         async for _ in pieces:
             break
     async with asyncio.timeout(10):
-        while fragile.drafter.sessions or fragile.expert.sessions:
+        while fragile.drafter.sessions or fragile.expert.sessions:  # noqa: ASYNC110 - untold
             await asyncio.sleep(0)
     assert len(fragile.expert.leases) == 0
 

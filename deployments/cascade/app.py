@@ -6,9 +6,10 @@ without Ray too (`cascade tier`, tests, benchmarks).
 
 # No postponed annotations: Serve reads `build`'s at run time, and must find a class.
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.util
 from fastapi import FastAPI
@@ -19,14 +20,12 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cascade.decoding.draft_length import Fixed
-from cascade.drafter import Drafter
 from cascade.errors import Unavailable
-from cascade.expert import Expert
 from cascade.ingress.grpc import GrpcDoor
 from cascade.ingress.http import create_app
 from cascade.operations.leases import ServeLeases, Ticket
+from cascade.operations.options import ReplicaOptions
 from cascade.operations.places import Tier
-from cascade.operations.replica import Replica, ReplicaOptions
 from cascade.router import Router
 from cascade.settings import Application
 from cascade.settings import Tier as TierSettings
@@ -34,16 +33,22 @@ from cascade.v1 import cascade_pb2
 from cascade.wire import tiers
 from cascade.wire.channel import Peers
 
+if TYPE_CHECKING:
+    from cascade.operations.replica import Replica
 
-class _TierDeployment:
+
+class _TierDeployment(ABC):
     """A replica of a tier under Serve: leases are its only Serve method."""
 
-    part: type[Replica[Any]]
-
     async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
-        self._replica = await self.part.start(
+        self._replica: Replica[Any] = await self.part().start(
             options, address=f"{bind_host}:0", advertised_host=ray.util.get_node_ip_address()
         )
+
+    @staticmethod
+    @abstractmethod
+    def part() -> "type[Replica[Any]]":
+        """Return what runs here; imported late, so that the router's process has no torch."""
 
     async def lease(self) -> AsyncGenerator[Ticket]:
         """Grant one session, and stay until it is over."""
@@ -63,20 +68,30 @@ class _TierDeployment:
 class DrafterDeployment(_TierDeployment):
     """The drafter tier."""
 
-    part = Drafter
+    @staticmethod
+    def part() -> "type[Replica[Any]]":
+        """Return the drafter."""
+        from cascade.drafter import Drafter  # noqa: PLC0415 - see `_TierDeployment.part`
+
+        return Drafter
 
 
 class ExpertDeployment(_TierDeployment):
     """The expert tier."""
 
-    part = Expert
+    @staticmethod
+    def part() -> "type[Replica[Any]]":
+        """Return the expert."""
+        from cascade.expert import Expert  # noqa: PLC0415 - see `_TierDeployment.part`
+
+        return Expert
 
 
 class RouterDeployment:
     """The doors, and the loop behind them."""
 
     async def __init__(
-        self, settings: Application, drafters: DeploymentHandle, experts: DeploymentHandle
+        self, settings: Application, drafters: DeploymentHandle[Any], experts: DeploymentHandle[Any]
     ) -> None:
         timeout_s = settings.router.lease_timeout_s
         self._peers = Peers(tiers.DRAFTER), Peers(tiers.EXPERT)
@@ -95,7 +110,7 @@ class RouterDeployment:
         self._service = settings.service(router, settings.pair())
         self._door = GrpcDoor(lambda: self._service)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's name
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""
         return create_app(self._service)
 

@@ -1,7 +1,7 @@
 """The drafter: writes the next few tokens of a session, one forward pass a token.
 
-All sessions of a replica are drafted together: a pass takes whatever waits, and the tokens it yields
-are the next pass's input without leaving the engine's thread.
+All sessions of a replica are drafted together: a pass takes whatever waits, and the tokens it
+yields are the next pass's input without leaving the engine's thread.
 """
 
 from __future__ import annotations

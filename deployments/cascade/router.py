@@ -1,7 +1,7 @@
 """The loop: a drafter proposes, an expert judges, the session advances, until the answer ends.
 
-The router owns every request's `Session`; caches elsewhere are a convenience. Each mode of the server
-is a choice of who drafts and who judges over the one loop (`operations.roles`).
+The router owns every request's `Session`; caches elsewhere are a convenience. Each mode of the
+server is a choice of who drafts and who judges over the one loop (`operations.roles`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cascade.operations.roles import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from cascade.decoding.session import TokenLogprob, Verdict
 
@@ -136,7 +136,7 @@ class Router:
     @asynccontextmanager
     async def _cast(
         self, request: Request, session: Session, entry: Statistics
-    ) -> AsyncIterator[tuple[Drafter, Expert]]:
+    ) -> AsyncGenerator[tuple[Drafter, Expert]]:
         """Choose who drafts and who judges, start both on the prompt, and free both at the end."""
         drafters = Place(self._drafters, entry, moves=self._options.moves)
         experts = Place(self._experts, entry, moves=self._options.moves)
@@ -187,7 +187,7 @@ class Router:
 
 
 @asynccontextmanager
-async def _until(deadline_s: float) -> AsyncIterator[None]:
+async def _until(deadline_s: float) -> AsyncGenerator[None]:
     try:
         async with asyncio.timeout_at(deadline_s):
             yield

@@ -5,7 +5,8 @@ branch turns itself into the frozen value that its part takes.
 """
 
 import os
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -18,7 +19,7 @@ from cascade.engine.settings import EngineSettings
 from cascade.ingress.service import Defaults as DoorDefaults
 from cascade.ingress.service import Limits as DoorLimits
 from cascade.ingress.service import Service
-from cascade.operations.replica import ReplicaOptions
+from cascade.operations.options import ReplicaOptions
 from cascade.router import RouterOptions
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,7 +56,7 @@ class Deployment(Settings):
     placement_group_bundles: list[dict[str, float]] | None = None
     placement_group_strategy: str | None = None
     max_ongoing_requests: Positive = 64
-    max_queued_requests: int = Field(256, ge=-1)
+    max_queued_requests: Annotated[int, Field(ge=-1)] = 256
     graceful_shutdown_timeout_s: Seconds = 660.0
     graceful_shutdown_wait_loop_s: Seconds = 0.5
     health_check_period_s: Seconds = 5.0
@@ -67,7 +68,7 @@ class Deployment(Settings):
         return self
 
     def options(self, *, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        """Return the keywords of `serve.deployment(...).options`; the environment is the process's."""
+        """Return the keywords of `Deployment.options`; `environment` is of the process."""
         chosen = self.model_dump(exclude_none=True)
         if self.autoscaling_config is not None:
             del chosen["num_replicas"]
@@ -79,9 +80,11 @@ class Deployment(Settings):
 
 
 class Tier(Settings):
-    """The drafter tier or the expert tier."""
+    """A tier: which model, run how, on what."""
 
-    model: str = Field(description="Hugging Face hub id, local folder, or demo for the own pair")
+    own: ClassVar[Path]
+
+    model: str = "demo"  # Hugging Face hub id, local folder, or demo for the pair that ships
     revision: str | None = None
     trust_remote_code: bool = False
     engine: Engine = Engine()
@@ -90,16 +93,21 @@ class Tier(Settings):
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
 
+    @property
+    def place(self) -> str:
+        """Return the hub id or the folder."""
+        return str(self.own) if self.model == "demo" else self.model
+
     def source(self) -> outline.Source:
         """Return where the model comes from."""
         return outline.Source(
-            name=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            name=self.place, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
     def options(self) -> ReplicaOptions:
         """Return what a replica takes."""
         return ReplicaOptions(
-            model=self.model,
+            model=self.place,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             engine=EngineSettings(
@@ -112,6 +120,18 @@ class Tier(Settings):
     def environment(self) -> dict[str, str]:
         """Return the variables that a replica's process must start with."""
         return threads.environment(threads=self.engine.threads)
+
+
+class Drafter(Tier):
+    """The drafter tier."""
+
+    own = demo.DRAFTER
+
+
+class Expert(Tier):
+    """The expert tier."""
+
+    own = demo.EXPERT
 
 
 class Router(Settings):
@@ -146,8 +166,8 @@ class Defaults(Settings):
     row_entries: Positive = 64
     confidence: Confidence = Confidence.MEAN
     confidence_threshold: float = -0.5
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Natural = 0
 
     def for_doors(self) -> DoorDefaults:
@@ -182,26 +202,13 @@ class Application(Settings):
     """The whole tree: `cascade.app:build` takes it."""
 
     name: str = "cascade"  # of the model, as clients call it
-    drafter: Tier = Tier(model="demo")
-    expert: Tier = Tier(model="demo")
+    drafter: Drafter = Drafter()
+    expert: Expert = Expert()
     router: Router = Router()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     api_keys: tuple[SecretStr, ...] = ()
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, comma separated
-
-    @model_validator(mode="after")
-    def _own_pair(self) -> "Application":
-        """Put the folders of the pair that ships where `demo` stands."""
-        update = {
-            name: tier.model_copy(update={"model": str(folder)})
-            for name, tier, folder in (
-                ("drafter", self.drafter, demo.DRAFTER),
-                ("expert", self.expert, demo.EXPERT),
-            )
-            if tier.model == "demo"
-        }
-        return self.model_copy(update=update) if update else self
 
     def pair(self) -> outline.Outline:
         """Return what the pair shares; raises StartupError for one that cannot be served."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import httpx
@@ -22,7 +22,7 @@ from openai import AsyncOpenAI, BadRequestError
 from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Generator
 
     from .conftest import Server
 
@@ -55,7 +55,7 @@ def replica(name: str) -> psutil.Process:
 
 
 @contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
+def stopped(process: psutil.Process) -> Generator[None]:
     """Freeze a process for a while."""
     process.send_signal(signal.SIGSTOP)
     try:
@@ -102,9 +102,7 @@ async def test_http_and_grpc_give_the_same_tokens(
 ) -> None:
     door = cascade_pb2_grpc.GenerationServiceStub(channel)
     generation = cascade_pb2.Generation(
-        chat=cascade_pb2.Chat(
-            messages=[cascade_pb2.ChatMessage(role="user", content=QUESTION)]
-        ),
+        chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(role="user", content=QUESTION)]),
         sampling=tokens_pb2.Sampling(temperature=0),
         max_tokens=48,
     )
@@ -138,10 +136,10 @@ async def test_a_bad_request_is_a_bad_request_through_every_door(
 
 
 async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     answer = await health.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    reflected = reflection_pb2_grpc.ServerReflectionStub(channel)
+    reflected: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     call = reflected.ServerReflectionInfo(iter([ask]))
     services = [one.name async for reply in call for one in reply.list_services_response.service]

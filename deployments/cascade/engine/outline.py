@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, GenerationConfig
 
 from cascade.engine import pair, tokenizer
-from cascade.engine.weights import context_length
+from cascade.engine.context import context_length
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:

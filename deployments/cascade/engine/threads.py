@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 # The default of 5 ms lets a Python thread hold up the engine's for longer than a decode step.
 _SWITCH_INTERVAL_S = 0.0005
 
@@ -28,6 +26,8 @@ def environment(*, threads: int = 0) -> dict[str, str]:
 
 def apply(*, threads: int = 0) -> None:
     """Set what can still be set in a running process."""
+    import torch  # noqa: PLC0415 - `environment` is asked for by processes without torch
+
     if threads:
         torch.set_num_threads(threads)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cascade.engine.context import context_length
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -81,19 +82,6 @@ def pick_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the tokens a model was made for, or None where its configuration names no bound."""
-    text: Any = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = next((v for v in (getattr(text, n, None) for n in names) if isinstance(v, int)), None)
-    if not found or found <= 0:
-        return None
-    rope: Any = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        return int(found * rope.get("factor", 1.0))
-    return found
 
 
 def _config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

@@ -17,7 +17,7 @@ from cascade.wire import tiers
 from cascade.wire.channel import Peers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from cascade.ingress.service import Service
     from cascade.settings import Application
@@ -37,7 +37,7 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncIterator[Stack]:
+async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncGenerator[Stack]:
     """Start one replica of each tier and a router over them; stop all at the end.
 
     Args:

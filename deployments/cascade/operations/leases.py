@@ -1,8 +1,8 @@
 """Leases: the right to open one session on one replica, for the length of a generation.
 
-A tier's `LeaseBook` grants them; the router takes them through a `LeaseSource`. On Ray Serve a lease
-is a streaming call held open, so that Serve counts, drains and bounds sessions by itself; without Ray
-the addresses are given and a shared token stands for the lease.
+A tier's `LeaseBook` grants them; the router takes them through a `LeaseSource`. On Ray Serve a
+lease is a streaming call held open, so that Serve counts, drains and bounds sessions by itself;
+without Ray the addresses are given and a shared token stands for the lease.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from cascade.decoding.generation import Round, Statistics
 from cascade.decoding.session import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from cascade.decoding.session import Session, Verdict
     from cascade.operations.roles import Offer
@@ -33,7 +33,7 @@ class Ledger:
         self._judge_s = 0.0
 
     @contextmanager
-    def drafting(self) -> Iterator[None]:
+    def drafting(self) -> Generator[None]:
         """Time the wait for a offer."""
         began_s = self._clock()
         try:
@@ -43,7 +43,7 @@ class Ledger:
             self.statistics.drafter_s += self._draft_s
 
     @contextmanager
-    def judging(self) -> Iterator[None]:
+    def judging(self) -> Generator[None]:
         """Time the wait for a verdict."""
         began_s = self._clock()
         try:

@@ -7,7 +7,6 @@ another lease and opens the whole `Session` there under the next epoch.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -28,6 +27,8 @@ from cascade.wire.frames import (
 from cascade.wire.status import refused
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cascade.decoding.generation import Statistics
     from cascade.decoding.session import Session, TokenLogprob
     from cascade.operations.leases import Lease, LeaseSource

@@ -1,7 +1,7 @@
 """What drafter and expert share: seats between a gRPC server and an engine.
 
-The event loop owns every seat; the engine's thread sees only steps and their tasks. A seat has at most
-one step in flight; an item that arrives meanwhile is parked and served next.
+The event loop owns every seat; the engine's thread sees only steps and their tasks. A seat has at
+most one step in flight; an item that arrives meanwhile is parked and served next.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import asyncio
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from cascade.decoding.session import SessionId
 from cascade.engine.loop import Engine
-from cascade.engine.settings import EngineSettings
 from cascade.engine.tokenizer import load as load_tokenizer
 from cascade.engine.weights import load
 from cascade.errors import (
@@ -35,27 +34,18 @@ from cascade.wire.tiers import Description
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from cascade.engine.step import Step
+    from torch import Tensor
+
+    from cascade.engine.step import Ready, Step
     from cascade.engine.tokenizer import Tokenizer
     from cascade.engine.weights import LoadedModel
     from cascade.operations.leases import Ticket
+    from cascade.operations.options import ReplicaOptions
     from cascade.wire.frames import FromDrafter, FromExpert, ToDrafter, ToExpert
     from cascade.wire.server import Connection
     from cascade.wire.tiers import Kind
 
 Item = TypeVar("Item", Propose, Judge)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaOptions:
-    """What a replica serves, and how patient it is."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    connect_timeout_s: float = 10.0  # from a lease to its session
-    idle_timeout_s: float = 120.0  # of a session without items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +142,10 @@ class Replica(ABC, Generic[Item]):
     @abstractmethod
     def begin(self, seat: Seat, item: Item) -> Step:
         """Return the step that serves the item; the seat is free and caught up."""
+
+    @abstractmethod
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        """Consume a pass's logits on the engine's thread; return the steps that follow at once."""
 
     @abstractmethod
     def seat_of(self, step: Step) -> Seat | None:
@@ -302,6 +296,6 @@ class Replica(ABC, Generic[Item]):
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a digest of which token each id means; equal for tokenizers that share a vocabulary."""
+    """Return a digest of which token each id means; pairs that share a vocabulary share it."""
     text = "\0".join(f"{id_}\0{token}" for id_, token in sorted(tokenizer.tokens.items()))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
@@ -30,7 +30,7 @@ ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up 
 class Offer:
     """A block on its way to whoever judges."""
 
-    block: Block = Block()
+    block: Block = field(default_factory=Block)
     deferred: bool = False  # the drafter's own rule gives the next token to the expert
     passes: int = 0  # of the drafter
     predicted: bool = False  # the client's own words
@@ -44,7 +44,7 @@ class Drafter(Protocol):
     """Proposes blocks."""
 
     async def propose(self, session: Session, count: int) -> Offer:
-        """Return a block of at most `count` tokens for the session's position; none is an answer."""
+        """Return a block of at most `count` tokens after the session's; none is an answer."""
         ...
 
 
@@ -125,7 +125,7 @@ class Hurried:
 
 
 class Predicted:
-    """Proposes from a prediction that the client supplied, and asks `other` where it does not fit."""
+    """Proposes from the client's prediction, and asks `other` where that does not fit."""
 
     def __init__(self, prediction: Sequence[int], other: Drafter) -> None:
         self._prediction = tuple(prediction)

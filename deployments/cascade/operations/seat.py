@@ -71,11 +71,9 @@ class Seat:
             self.agreed += 1
         # The last committed token runs again if need be: its row is the first that is wanted.
         keep = min(self.agreed, len(self.answer) - 1)
-        if keep < 0:
-            tokens = (self.session.prompt[-1], *draft)
-        else:
-            tokens = (*self.answer[keep:], *draft)
-        self.fed[max(keep, 0) :] = tokens if keep >= 0 else draft
+        fresh = (*self.answer[max(keep, 0) :], *draft)
+        self.fed[max(keep, 0) :] = fresh
+        tokens = fresh if keep >= 0 else (self.session.prompt[-1], *fresh)
         return Step(
             session=self.key,
             base=len(self.session.prompt) + keep,
