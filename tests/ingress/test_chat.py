@@ -18,9 +18,8 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 
 async def ask(client: AsyncOpenAI, **fields: Any) -> ChatCompletion:
-    return await client.chat.completions.create(
-        **({"model": "pair", "messages": HI, "seed": 7} | fields)
-    )
+    told: dict[str, Any] = {"model": "pair", "messages": HI, "seed": 7} | fields
+    return await client.chat.completions.create(**told)
 
 
 async def refused(client: AsyncOpenAI, **fields: Any) -> str | None:

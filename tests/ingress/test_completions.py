@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 async def ask(client: AsyncOpenAI, **fields: Any) -> Completion:
-    return await client.completions.create(
-        **({"model": "pair", "prompt": "Buzz", "seed": 7} | fields)
-    )
+    told: dict[str, Any] = {"model": "pair", "prompt": "Buzz", "seed": 7} | fields
+    return await client.completions.create(**told)
 
 
 def texts(answer: Completion) -> list[str]:
@@ -68,7 +67,7 @@ async def test_nothing_at_all_can_be_asked_for(client: AsyncOpenAI) -> None:
 async def test_an_echo_has_the_log_probabilities_of_the_prompt(
     loose: AsyncOpenAI, service: Service, max_tokens: int
 ) -> None:
-    """Conformance 3: the first token has none, which OpenAI's types rule out and its service does."""
+    """Conformance 3: the first token has none; OpenAI's types rule that out, its service does."""
     prompt = "Buzz \N{CRESCENT MOON} Moon"
     answer = await ask(loose, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)
     logprobs = answer.choices[0].logprobs

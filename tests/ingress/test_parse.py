@@ -25,6 +25,11 @@ TURN = '{"role": "user", "content": "hi"}'
     [
         ('"prompt": [1, "a"]', "prompt"),
         ('"prompt": {"a": 1}', "prompt"),
+        ('"prompt": ""', "prompt"),
+        ('"prompt": []', "prompt"),
+        ('"prompt": ["a", ""]', "prompt"),
+        ('"prompt": [[]]', "prompt"),
+        ('"prompt": [[1], []]', "prompt"),
         ('"prompt": [1.5]', "prompt"),
         ('"prompt": [true]', "prompt"),
         ('"prompt": null', "prompt"),

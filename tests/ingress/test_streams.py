@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from cascade.ingress.service import Service
 
 HI: Any = [{"role": "user", "content": "hi"}]
-CHAT = {"messages": HI, "seed": 7, "stream": True}
-TEXT = {"prompt": "Buzz", "seed": 7, "stream": True, "max_tokens": 30}
+CHAT: dict[str, Any] = {"messages": HI, "seed": 7, "stream": True}
+TEXT: dict[str, Any] = {"prompt": "Buzz", "seed": 7, "stream": True, "max_tokens": 30}
 
 
 async def hear(
@@ -140,7 +140,8 @@ async def test_a_character_waits_for_all_of_its_tokens(
 ) -> None:
     """Conformance 23: one token a block, so that characters are cut."""
     generator.blocks = (1,)
-    stream = await loose.completions.create(**{"model": "pair", "prompt": "x", **TEXT})
+    told: dict[str, Any] = TEXT | {"model": "pair"}
+    stream = await loose.completions.create(**told)
     parts = [chunk.choices[0].text async for chunk in stream]
     assert not any("\ufffd" in part for part in parts)
     assert any("\N{ROCKET}" in part for part in parts)

@@ -211,11 +211,6 @@ def test_prompts_come_as_text_or_tokens_alone_or_many(service: Service) -> None:
     assert complete(service, prompt=[list(one), list(two)]).prompts == (one, two)
 
 
-@pytest.mark.parametrize("prompt", ["", [], [""], ["a", ""], [[]], [[1], []]])
-def test_an_empty_prompt_is_refused(service: Service, prompt: Any) -> None:
-    assert refused(service, prompt=prompt) == "prompt"
-
-
 @pytest.mark.parametrize("prompt", [[10**6], [[1], [330]], [2**32 - 1]])
 def test_tokens_outside_the_vocabulary_are_refused(service: Service, prompt: Any) -> None:
     assert refused(service, prompt=prompt) == "prompt"

@@ -7,7 +7,7 @@ see `UNSUPPORTED`. Everything unknown is refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -38,8 +38,10 @@ UNSUPPORTED = frozenset(
 )
 """Declared fields whose only accepted values are those that ask for nothing."""
 
+L = TypeVar("L", bound=list[Any])
 Text: TypeAlias = Annotated[str, Len(min_length=1)]
 TokenId: TypeAlias = Annotated[int, Interval(ge=0, lt=2**32)]
+Some: TypeAlias = Annotated[L, Len(min_length=1)]
 Nothing: TypeAlias = Annotated[list[JsonValue], Len(max_length=0)]
 
 
@@ -195,7 +197,7 @@ class Generated(Ignored):
 class CompletionBody(Generated):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Some[list[Text]] | Some[list[TokenId]] | Some[list[Some[list[TokenId]]]]
     """Text, token ids, or a list of either."""
     max_tokens: Annotated[int, Ge(0)] | None = None
     """The longest answer in tokens; 16 if absent."""
@@ -210,7 +212,7 @@ class CompletionBody(Generated):
 class ChatBody(Generated):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Len(min_length=1)]
+    messages: Some[list[Message]]
     max_completion_tokens: Annotated[int, Ge(1)] | None = None
     """The longest answer in tokens; what the context leaves if absent."""
     max_tokens: Annotated[int, Ge(1)] | None = None

@@ -23,7 +23,8 @@ _NAMES = openai.fields() | {
 }
 _UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
 _WANTED = {
-    "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists"
+    "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists,"
+    " and nothing of it empty"
 }
 _SHOWN_CHARACTERS = 80
 _SHOWN_REASONS = 4

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody)
 _NULLABLE = ["string", "null"]
+_EVENTS = {
+    "schema": {"type": "string", "description": "Where `stream` is true: one chunk an event"}
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -59,8 +62,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     )
     schema["components"] = {"schemas": definitions["$defs"] | {"Error": _ERROR}}
     content = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
-    for path in schema["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-            operation["responses"]["default"] = {"description": "An error", "content": content}
+    for operation in (one for path in schema["paths"].values() for one in path.values()):
+        operation["responses"].pop("422", None)
+        operation["responses"]["default"] = {"description": "An error", "content": content}
+        if "requestBody" in operation:
+            operation["responses"]["200"]["content"]["text/event-stream"] = _EVENTS
     return schema

@@ -344,8 +344,6 @@ def _prompts(body: CompletionBody, service: Service) -> tuple[tuple[int, ...], .
             f"`prompt` has {len(prompts)} prompts; the most is {service.limits.prompts}",
             param="prompt",
         )
-    if not prompts or not all(prompts):
-        raise InvalidRequest("`prompt` is empty; give at least one token", param="prompt")
     return tuple(_tokens(prompt, service) for prompt in prompts)
 
 
