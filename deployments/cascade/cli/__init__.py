@@ -1,4 +1,4 @@
-"""The command line: `cascade ask`, `cascade doctor`."""
+"""The command line: `cascade ask`, `doctor`, `tier` and `router`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import typer
 
 from cascade.cli.ask import ask
 from cascade.cli.doctor import doctor
+from cascade.cli.router import router
+from cascade.cli.tier import tier
 
 app = typer.Typer(
     name="cascade",
@@ -16,6 +18,8 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(doctor)
+app.command()(tier)
+app.command()(router)
 
 
 def main() -> None:

@@ -1,0 +1,78 @@
+"""`cascade tier` and `cascade router`: the parts as plain processes, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from cascade.settings import Application
+
+if TYPE_CHECKING:
+    from cascade.operations.replica import Replica
+
+TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
+Token = Annotated[
+    str, typer.Option(envvar=TOKEN_VARIABLE, help="What callers of a tier must know")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="A cluster/*.yaml whose args to take; defaults if absent")
+]
+
+
+class TierName(StrEnum):
+    """Which tier."""
+
+    DRAFTER = "drafter"
+    EXPERT = "expert"
+
+
+def tier(
+    name: Annotated[TierName, typer.Argument(help="Which tier")],
+    *,
+    address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
+    token: Token,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
+    config: Config = None,
+) -> None:
+    """Serve one replica of a tier on its gRPC address until interrupted."""
+    settings = getattr(application(config), name.value)
+    if model is not None:
+        settings = settings.model_copy(update={"model": model})
+    os.environ.update(settings.environment())
+    asyncio.run(_serve(name, settings.options(), address=address, token=token))
+
+
+def application(config: Path | None) -> Application:
+    """Return the settings of the first application of a Serve YAML, or the defaults."""
+    if config is None:
+        return Application()
+    document: Any = yaml.safe_load(config.read_text())
+    return Application.model_validate(document["applications"][0].get("args", {}))
+
+
+async def _serve(name: TierName, options: Any, *, address: str, token: str) -> None:
+    replica: Replica[Any] = await _part(name).start(options, address=address, token=token)
+    typer.echo(f"{name.value} serves {options.model} on {replica.address}")
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+    await replica.stop()
+
+
+def _part(name: TierName) -> type[Replica[Any]]:
+    # Imported late: torch reads the environment when it is imported.
+    if name is TierName.DRAFTER:
+        from cascade.drafter import Drafter  # noqa: PLC0415
+
+        return Drafter
+    from cascade.expert import Expert  # noqa: PLC0415
+
+    return Expert

@@ -1,0 +1,75 @@
+"""The parts as plain processes: a server without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from cascade.cli.tier import TOKEN_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+COMMAND = str(Path(sys.executable).with_name("cascade"))
+ENVIRONMENT = {TOKEN_VARIABLE: "between us", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+
+@asynccontextmanager
+async def running(*words: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run a command of ours until the block ends; it must then end cleanly."""
+    process = await asyncio.create_subprocess_exec(
+        COMMAND, *words, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        await process.communicate()
+
+
+async def address(process: asyncio.subprocess.Process) -> str:
+    """Return the address that a tier says it serves on."""
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    assert " serves " in line, line
+    return line.split()[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def answers(url: str, process: asyncio.subprocess.Process) -> None:
+    """Return once the server takes connections."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        while process.returncode is None:
+            try:
+                if (await client.get("/health")).is_success:
+                    return
+            except httpx.TransportError:
+                await asyncio.sleep(0.2)
+    raise AssertionError(f"the router ended with {process.returncode}")
+
+
+async def test_three_processes_without_ray_answer() -> None:
+    port = free_port()
+    bind = ("--address", "127.0.0.1:0")
+    async with running("tier", "drafter", *bind) as left, running("tier", "expert", *bind) as right:
+        drafter, expert = await asyncio.gather(address(left), address(right))
+        words = ("router", "--drafter", drafter, "--expert", expert, "--port", str(port))
+        async with running(*words) as router:
+            url = f"http://127.0.0.1:{port}"
+            await answers(url, router)
+            body = {"prompt": "The capital", "max_tokens": 12, "temperature": 0}
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                answer = (await client.post("/v1/completions", json=body)).json()
+    assert answer["usage"]["completion_tokens"] == 12
+    assert answer["usage"]["cascade"]["drafted"] > 0
