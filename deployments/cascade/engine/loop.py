@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from cascade.engine import selfcheck, threads
+from cascade.engine import packing, selfcheck, threads
 from cascade.engine.batch import Segment
 from cascade.engine.cache import SequenceStore
 from cascade.engine.capacity import capacity_tokens
@@ -77,6 +77,8 @@ class Engine:
         self._settings = settings
         self._after_step = after_step or _nothing
         self._told = False  # the head something, since the owner last published
+        if settings.packed:
+            packing.pack(model.model)
         self.runner = selfcheck.choose(model.model, settings=settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device

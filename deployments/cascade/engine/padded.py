@@ -111,7 +111,8 @@ class _PaddedLayer(CacheLayerMixin):
     def _gathered(self, states_JRD: Tensor) -> Tensor:
         columns = states_JRD.index_select(1, self._batch.columns_BK)
         shape = (len(self._batch.segments), self._batch.keys)
-        return columns.unflatten(1, shape).transpose(0, 1)
+        # Models view what a cache returns, which must then be laid out as if it were new.
+        return columns.unflatten(1, shape).transpose(0, 1).contiguous()
 
 
 class PaddedCache(Cache):

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from cascade.decoding.session import SessionId
+from cascade.engine.loop import Engine
+from cascade.engine.packing import pack
+from cascade.engine.settings import EngineSettings
+from cascade.engine.step import Step
+from cascade.engine.weights import adopt
+
+from .harness import Recorder
+
+TOKENS = [3 + 7 * place % 200 for place in range(40)]
+
+
+def llama(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, dtype)
+    return model.eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=4))
+    nn.Module.to(model, torch.bfloat16)
+    return model.eval()
+
+
+packs = pytest.mark.skipif(not pack(llama()), reason="this CPU has no bfloat16 kernels")
+
+
+@packs
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_packed_model_computes_what_it_did(build: type) -> None:
+    plain, packed = build(), build()
+    assert pack(packed)
+    tokens = torch.tensor([TOKENS])
+
+    with torch.inference_mode():
+        difference = (plain(tokens).logits - packed(tokens).logits).abs().max()
+        assert difference < 0.05 * plain(tokens).logits.abs().max()
+
+
+def test_other_precisions_stay_as_they_are() -> None:
+    assert pack(llama(torch.float32)) == 0
+
+
+def rows(engine: Engine, head: Recorder, session: str, *, first: int, count: int) -> torch.Tensor:
+    tokens = TOKENS[first : first + count]
+    step = Step(session=SessionId(session), base=first, tokens=tokens, rows=count)
+    answer = head.expect(step, context=[])
+    engine.submit(step)
+    while not answer.ended:
+        engine.turn()
+    return torch.stack(answer.rows)
+
+
+@packs
+def test_blocks_beside_others_give_the_very_bits_of_tokens_alone() -> None:
+    """Packed and deterministic, greedy text is the same to the bit at every block length."""
+    head = Recorder()
+    settings = EngineSettings(
+        cache_tokens=2048, packed=True, deterministic=True, prefix_reuse=False
+    )
+    engine = Engine(adopt(llama(), name="tiny"), head=head, settings=settings)
+    rows(engine, head, "alone", first=0, count=20)
+    alone = torch.cat(
+        [rows(engine, head, "alone", first=place, count=1) for place in range(20, 40)]
+    )
+
+    for other in range(9):
+        rows(engine, head, f"other {other}", first=0, count=11 + other)
+    rows(engine, head, "block", first=0, count=20)
+    blocks: list[torch.Tensor] = []
+    for place in range(20, 40, 5):
+        for other in range(9):
+            step = Step(session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], rows=6)
+            head.expect(step, context=[])
+            engine.submit(step)
+        blocks.append(rows(engine, head, "block", first=place, count=5))
+
+    assert torch.equal(torch.cat(blocks), alone)
+    assert max(map(len, head.passes)) == 10
