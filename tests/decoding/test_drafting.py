@@ -78,9 +78,10 @@ def test_a_batch_of_all_policies_is_each_alone() -> None:
             Policy(rule=rule, coupling=coupling, row_entries=6, seed=i, logprobs=i % 3 or None),
             sampling=Sampling(temperature=(0.0, 1.0, 0.6)[i % 3], top_p=0.9),
             bonus=tuple(Bonus)[i % 3],
+            verification=tuple(Verification)[i % 2],
         )
         for i, (rule, coupling) in enumerate(
-            (rule, coupling) for rule in exact.RULES for coupling in Coupling
+            (rule, coupling) for rule in exact.RULES for coupling in (*Coupling, Coupling.MAXIMAL)
         )
     ]
     tasks = [task(policy, position=i) for i, policy in enumerate(policies)]

@@ -141,10 +141,15 @@ def test_an_answer_is_the_product_of_pi(
 @PROOF
 @given(world=worlds)
 def test_token_rules_need_no_rows(rule: Rule, world: World) -> None:
-    """Keeping what is acceptable and else emitting a fresh sample of p is the same law."""
+    """Judged as one-hots, drafts give the same law, and it refuses sum r q (1 - p)."""
     policy = Policy(rule=rule, bonus=Bonus.NONE)
     assert is_fresh(policy)
     assert_same(texts(world, policy), exact.product(world.tree(rule), LENGTH))
+    q, p = world.q(()), world.p(())
+    deferred = exact.unacceptable(rule, q, p)
+    wanted = sum(float(a * (1 - b)) for a, b, r in zip(q, p, deferred, strict=True) if r)
+    refused = sum(m for text, m in fast_round(world, policy, ()).items() if len(text) == 1)
+    assert refused == pytest.approx(wanted, abs=CLOSE)
 
 
 @PROOF

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
 from cascade.decoding import acceptance
+from cascade.decoding.draft_length import reserved
 from cascade.decoding.drafting import Draft, DraftTask, block_of, draft_step
 from cascade.decoding.needs import is_blockwise, wants_target
-from cascade.decoding.session import Block, Bonus, Gates, Origin, Policy, Row
+from cascade.decoding.session import Block, Gates, Origin, Policy, Row
 from cascade.decoding.verification import Task, judge, rows_needed
 
 if TYPE_CHECKING:
@@ -46,48 +47,106 @@ class Bigrams:
     def expert(self, tokens: Sequence[int]) -> Tensor:
         return self.expert_VV[tokens[-1]]
 
-    def block(
-        self, policy: Policy, prompt: Sequence[int], answer: Sequence[int], *, count: int
-    ) -> Block:
-        """Return a block drafted by the fast path, with the row after it if the bonus needs one."""
-        drafts: list[Draft] = []
-        tokens = list(answer)
-        wanted = count + wants_target(policy) if count else 0
-        while len(drafts) < wanted and not (drafts and drafts[-1].token in policy.stop_ids):
-            task = DraftTask(
-                policy=policy,
-                position=len(tokens),
-                start=len(answer),
-                prompt=prompt,
-                answer=list(tokens),
-            )
-            logits_BV = self.drafter([*prompt, *tokens])[None, :]
-            drafts += draft_step(logits_BV, [task])
-            tokens.append(drafts[-1].token)
-        return block_of(drafts, length=min(count, len(drafts)))
+    def blocks(self, writings: Sequence[Writing], *, counts: Sequence[int]) -> list[Block]:
+        """Return blocks drafted by the fast path, each with the row after it if the bonus asks."""
+        drafts: list[list[Draft]] = [[] for _ in writings]
+        wanted = [
+            n + wants_target(w.policy) if n else 0 for w, n in zip(writings, counts, strict=True)
+        ]
+        while True:
+            open_ = [
+                i
+                for i, w in enumerate(writings)
+                if len(drafts[i]) < wanted[i]
+                and not (drafts[i] and drafts[i][-1].token in w.policy.stop_ids)
+            ]
+            if not open_:
+                break
+            tasks = [writings[i].draft_task(drafts[i]) for i in open_]
+            texts = [
+                [*writings[i].prompt, *task.answer] for i, task in zip(open_, tasks, strict=True)
+            ]
+            logits_BV = torch.stack([self.drafter(text) for text in texts])
+            for i, draft in zip(open_, draft_step(logits_BV, tasks), strict=True):
+                drafts[i].append(draft)
+        return [
+            block_of(ds, length=min(count, len(ds)))
+            for ds, count in zip(drafts, counts, strict=True)
+        ]
 
-    def rows(self, policy: Policy, before: Sequence[int], block: Block) -> Tensor:
-        """Return the expert's rows that judge a block."""
-        fed = [*before, *block.tokens][: len(before) + rows_needed(policy, block.tokens) - 1]
+    def rows(self, policy: Policy, before: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Return the expert's rows that judge drafted tokens."""
+        fed = [*before, *tokens][: len(before) + rows_needed(policy, tokens) - 1]
         return torch.stack([self.expert(fed[:n]) for n in range(len(before), len(fed) + 1)])
 
     def decode(
-        self, policy: Policy, prompt: Sequence[int], *, draft_tokens: int, max_tokens: int
-    ) -> list[tuple[int, Origin]]:
-        """Return an answer written by the fast path."""
-        text: list[tuple[int, Origin]] = []
-        reserved = int(policy.bonus is Bonus.EXPERT)
-        while len(text) < max_tokens and not (text and text[-1][0] in policy.stop_ids):
-            answer = [token for token, _ in text]
-            count = min(draft_tokens, max_tokens - len(text) - reserved)
-            block = self.block(policy, prompt, answer, count=count)
-            rows_NV = self.rows(policy, [*prompt, *answer], block)
-            task = Task(
-                policy=policy, position=len(answer), block=block, prompt=prompt, answer=answer
-            )
-            verdict = judge(rows_NV, [task])[0]
-            text += zip(verdict.tokens, verdict.origins, strict=True)
-        return text[:max_tokens]
+        self,
+        policies: Sequence[Policy],
+        prompts: Sequence[Sequence[int]],
+        *,
+        draft_tokens: Sequence[int],
+        max_tokens: int,
+    ) -> list[list[tuple[int, Origin]]]:
+        """Return answers written by the fast path, all sessions in the same batches."""
+        writings = [
+            Writing(policy=policy, prompt=tuple(prompt))
+            for policy, prompt in zip(policies, prompts, strict=True)
+        ]
+        while open_ := [i for i, w in enumerate(writings) if not w.done(max_tokens)]:
+            here = [writings[i] for i in open_]
+            counts = [
+                w.count(draft_tokens[i], max_tokens) for i, w in zip(open_, here, strict=True)
+            ]
+            blocks = self.blocks(here, counts=counts)
+            tasks = [w.task(block) for w, block in zip(here, blocks, strict=True)]
+            rows = [
+                self.rows(w.policy, [*w.prompt, *w.answer], block.tokens)
+                for w, block in zip(here, blocks, strict=True)
+            ]
+            for writing, verdict in zip(here, judge(torch.cat(rows), tasks), strict=True):
+                writing.text += zip(verdict.tokens, verdict.origins, strict=True)
+        return [w.text[:max_tokens] for w in writings]
+
+
+@dataclass(slots=True, kw_only=True)
+class Writing:
+    """One answer in the making."""
+
+    policy: Policy
+    prompt: tuple[int, ...]
+    text: list[tuple[int, Origin]] = field(default_factory=list[tuple[int, Origin]])
+
+    @property
+    def answer(self) -> list[int]:
+        return [token for token, _ in self.text]
+
+    def done(self, max_tokens: int) -> bool:
+        return len(self.text) >= max_tokens or (
+            bool(self.text) and self.text[-1][0] in self.policy.stop_ids
+        )
+
+    def count(self, wanted: int, max_tokens: int) -> int:
+        return min(wanted, max_tokens - len(self.text) - reserved(self.policy))
+
+    def draft_task(self, drafts: Sequence[Draft]) -> DraftTask:
+        answer = [*self.answer, *(draft.token for draft in drafts)]
+        start = len(self.text)
+        return DraftTask(
+            policy=self.policy,
+            position=len(answer),
+            start=start,
+            prompt=self.prompt,
+            answer=answer,
+        )
+
+    def task(self, block: Block) -> Task:
+        return Task(
+            policy=self.policy,
+            position=len(self.text),
+            block=block,
+            prompt=self.prompt,
+            answer=self.answer,
+        )
 
 
 def wire_row(weights: Sequence[Fraction], *, unscaled: bool = False) -> Row:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cascade.decoding import coins
+from cascade.decoding.bench import quotient
 from cascade.decoding.coins import Purpose
-from cascade.decoding.needs import is_blockwise, is_fresh
+from cascade.decoding.needs import is_blockwise
 from cascade.decoding.rules import Ensemble, Lossless
 from cascade.decoding.sampling import invert
 from cascade.decoding.session import Origin
@@ -56,7 +57,9 @@ class Emission:
 def tokenwise(bench: Bench) -> list[Outcome]:
     """Return the outcome of verification token by token.
 
-    A draft stands with probability min(1, pi / q); in the form without rows iff it is acceptable.
+    A draft stands with probability min(1, pi / q), and norm((pi - q)+) follows a refusal. In the
+    form without rows q is a one-hot at the draft: an acceptable token stands, any other stands if a
+    fresh sample of p would have been it, and else gives way to that sample.
     """
     coins_M = _coins(bench, Purpose.ACCEPT)
     stands_M = coins_M < accept_probabilities(bench)
@@ -109,11 +112,7 @@ def gumbel(bench: Bench) -> list[Outcome]:
 
 def accept_probabilities(bench: Bench) -> Tensor:
     """Return the probability with which each drafted token stands on its own, float64 [M]."""
-    if is_fresh(bench.policy):
-        deferred_MK = bench.target.deferred_NK
-        assert deferred_MK is not None, "token rules say which tokens they defer"
-        return 1.0 - deferred_MK[:, 0].double()
-    return _ratio(bench, bench.target.on_NK).clamp_max(1.0)
+    return _ratios(bench).clamp_max(1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +125,7 @@ class Standing:
 
 def standing_probabilities(bench: Bench) -> Standing:
     """Return h_i and p_i of arXiv 2403.10444 (rules.md section 9), for any target."""
-    ratio_M, tail_M = _ratio(bench, bench.target.on_NK), bench.target.tail_N.double()
+    ratio_M, tail_M = _ratios(bench), bench.target.tail_N.double()
     q_MK, pi_MK = bench.evidence.q_NK.double(), bench.target.on_NK.double()
     outside_M = bench.evidence.outside().double() * tail_M
     head_B = torch.tensor(bench.heads, device=ratio_M.device)
@@ -196,15 +195,15 @@ def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Te
     return weights_EV
 
 
-def _ratio(bench: Bench, pi_MK: Tensor) -> Tensor:
+def _ratios(bench: Bench) -> Tensor:
     """Return pi / q at each drafted token, float64 [M]; 0 where the row lacks its own token."""
-    q_M, pi_M = bench.on_token(bench.evidence.q_NK).double(), bench.on_token(pi_MK).double()
-    return torch.where(q_M > 0, pi_M / torch.where(q_M > 0, q_M, 1.0), 0.0)
+    pi_M, q_M = bench.on_token(bench.target.on_NK), bench.on_token(bench.evidence.q_NK)
+    return quotient(pi_M.double(), q_M.double())
 
 
 def _shared(bench: Bench, coins_M: Tensor) -> Tensor:
     """Return which drafted tokens lossless verification with the same coins would let stand."""
-    return coins_M < _ratio(bench, bench.evidence.p_NK)
+    return coins_M < bench.lossless_ratios()
 
 
 def _coins(bench: Bench, purpose: Purpose) -> Tensor:
@@ -270,12 +269,11 @@ def following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -
     refused = accepted < bench.lengths[owner]
     if not refused and not bench.bonuses[owner]:
         return None
-    index = None if refused and is_fresh(bench.policy) else bench.judged(owner, accepted)
     return Emission(
         owner=owner,
         row=bench.firsts[owner] + accepted,
         position=bench.tasks[owner].position + accepted,
-        judged=index,
+        judged=bench.judged(owner, accepted),
         factor=factor if refused else 1.0,
         residual=refused,
     )

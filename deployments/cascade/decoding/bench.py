@@ -130,11 +130,18 @@ class Bench:
         """The drafter's judged rows."""
         found = [_drafted(self.tasks[i].block, j) for i, j in self._places()]
         like = widen(self.logits_NV[:0])
-        tokens, likelihoods = self.token_M, [f.likelihood for f in found]
-        support = one_token(tokens, likelihoods, [f.unscaled for f in found], like=like)
-        if is_fresh(self.policy):
-            return support
-        return overlay(support, [f.row for f in found])
+        fresh = is_fresh(self.policy)
+        likelihoods = [1.0 if fresh else f.likelihood for f in found]
+        support = one_token(self.token_M, likelihoods, [f.unscaled for f in found], like=like)
+        return support if fresh else overlay(support, [f.row for f in found])
+
+    def lossless_ratios(self) -> Tensor:
+        """Return p / q at each drafted token, float64 [M], where q is what it was drafted from."""
+        p_M = self.on_token(self.evidence.p_NK).double()
+        if not is_fresh(self.policy):
+            return quotient(p_M, self.on_token(self.evidence.q_NK).double())
+        told = [_drafted(self.tasks[i].block, j).likelihood for i, j in self._places()]
+        return p_M / torch.tensor(told, dtype=torch.float64, device=p_M.device)
 
     def _places(self) -> list[tuple[int, int]]:
         return list(zip(self.owner_M, self.place_M, strict=True))
@@ -182,6 +189,11 @@ class Bench:
         token_M1 = torch.tensor(self.token_M, device=values_MK.device)[:, None]
         hit_MK = (self.support.ids_NK == token_M1) & self.support.valid_NK
         return torch.where(hit_MK, values_MK, 0).sum(dim=1)
+
+
+def quotient(above_M: Tensor, below_M: Tensor) -> Tensor:
+    """Return above / below, and 0 where below is."""
+    return torch.where(below_M > 0, above_M / torch.where(below_M > 0, below_M, 1.0), 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

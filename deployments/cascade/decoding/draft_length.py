@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from cascade.decoding.session import Bonus
+
+if TYPE_CHECKING:
+    from cascade.decoding.session import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +17,11 @@ class Length:
 
     tokens: int  # 0: the expert decodes alone
     reason: str
+
+
+def reserved(policy: Policy) -> int:
+    """Return how many tokens of a round's room are the expert's: drafting them would be in vain."""
+    return int(policy.bonus is not Bonus.NONE)
 
 
 class DraftLength(Protocol):

@@ -99,7 +99,8 @@ def _kind(policy: Policy) -> Hashable:
     """Return what two policies must share to be drafted in one batch."""
     rule = policy.rule if isinstance(policy.rule, Chow | ChowLog) else None
     form = (policy.rows is RowFormat.FULL, policy.row_entries)
-    return policy.sampling.greedy, is_gumbel(policy), needs(policy), form, rule
+    procedure = policy.sampling.greedy, is_gumbel(policy), is_blockwise(policy)
+    return procedure, needs(policy), form, rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

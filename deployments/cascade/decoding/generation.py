@@ -100,7 +100,7 @@ class Piece:
     origins: tuple[Origin, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    statistics: Statistics | None = None  # on the last piece
+    statistics: Statistics | None = None  # so far, and it grows: a door may end an answer early
 
 
 class Generator(Protocol):

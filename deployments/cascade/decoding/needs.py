@@ -40,7 +40,7 @@ class Needs:
     entropy: bool  # the gates' entropy is read; else it is 0
     likelihoods: bool  # q(x)
     unscaled: bool  # q0(x)
-    fresh: bool  # judged by the form without rows: an unacceptable token gives way to a sample of p
+    fresh: bool  # judged by the form without rows
 
 
 def needs(policy: Policy) -> Needs:
@@ -69,7 +69,11 @@ def is_blockwise(policy: Policy) -> bool:
 
 
 def is_fresh(policy: Policy) -> bool:
-    """Whether a token rule runs on token ids: same law, more refusals than with rows."""
+    """Whether a token rule runs on token ids: each draft is judged as a one-hot q.
+
+    A token rule's pi is linear in q while its decisions do not read q, so the law of judging
+    one-hots, averaged over the drafts, is pi. It refuses sum r q (1 - p), no less than with rows.
+    """
     return (
         isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
         and policy.rows is RowFormat.AUTO

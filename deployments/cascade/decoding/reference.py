@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from cascade.decoding import coins
 from cascade.decoding.coins import Purpose
+from cascade.decoding.draft_length import reserved
 from cascade.decoding.generation import Confidence, Patience
 from cascade.decoding.modes import policy_in
 from cascade.decoding.needs import Rows, is_blockwise, is_fresh, is_gumbel, needs
@@ -111,7 +113,6 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
 def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[Token]:
     """Return the answer: round after round until it ends."""
     text: list[Token] = []
-    reserved = int(pair.policy.bonus is not Bonus.NONE)
     while len(text) < max_tokens and not pair.ended([token for token, _ in text]):
         answer = [token for token, _ in text]
         room = max_tokens - len(text)
@@ -125,7 +126,7 @@ def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[T
                     [alone(pair, answer)] if keeps(pair, answer) else judged(pair, answer, length=0)
                 )
             case Mode.SPECULATIVE | Mode.CASCADE:
-                text += judged(pair, answer, length=min(draft_tokens, room - reserved))
+                text += judged(pair, answer, length=min(draft_tokens, room - reserved(pair.policy)))
     return text[:max_tokens]
 
 
@@ -165,8 +166,9 @@ def tokenwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tup
         pi, deferred = target(pair.policy.rule, place)
         coin = pair.coin(Purpose.ACCEPT, position=place.position, start=places[0].position)
         if is_fresh(pair.policy):
-            if bool(deferred[token]):
-                return i, place.p
+            if bool(deferred[token]) and coin >= place.p[token]:
+                rest = place.p.clone().index_fill_(0, torch.tensor(token), 0.0)
+                return i, rest if rest.sum() > 0 else place.p
         elif coin >= pi[token] / place.q[token]:
             return i, _residual(pi, place.q, instead=pi)
     return len(tokens), _bonus_law(pair, tokens, places[-1])
