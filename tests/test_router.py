@@ -157,7 +157,7 @@ async def test_an_answer_reports_what_it_cost(toy_stack: Stack) -> None:
     assert sum(entry.accepted_lengths) == sum(bool(one.drafted) for one in entry.trace)
     assert sum(one.tokens for one in entry.trace) == 20
     assert min(entry.sent_bytes, entry.received_bytes) > 0
-    assert all(piece.statistics is None for piece in pieces[:-1])
+    assert all(piece.statistics is pieces[-1].statistics for piece in pieces)
 
 
 async def test_a_stop_token_ends_the_answer(toy: Pair, toy_stack: Stack) -> None:

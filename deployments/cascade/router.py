@@ -218,7 +218,7 @@ def _piece(
         origins=after.origins[before.position :],
         logprobs=verdict.logprobs[: after.position - before.position],
         finish=finish,
-        statistics=entry if finish else None,
+        statistics=entry,
     )
 
 
