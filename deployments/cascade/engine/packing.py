@@ -54,8 +54,9 @@ def _fits(layer: nn.Module) -> bool:
 
 
 def _replace(layer: Any, layouts: dict[int, Any]) -> None:
+    kind: type = type(layer)
     weight: Tensor = layer.weight.detach()
-    matrix = weight.t() if type(layer) is Conv1D else weight
+    matrix = weight.t() if kind is Conv1D else weight
     # Tied weights share one layout.
     packed = layouts.get(weight.data_ptr())
     if packed is None:
