@@ -201,38 +201,57 @@ async def serve() -> AsyncIterator[Callable[[EchoTier, Kind], Awaitable[str]]]:
         await server.stop()
 
 
-@pytest.fixture
-async def relay() -> AsyncIterator[Callable[[str], Awaitable[tuple[str, Callable[[], None]]]]]:
-    """Put a TCP relay before an address; return its own, and how to cut it without a goodbye."""
-    writers: list[asyncio.StreamWriter] = []
-    listeners: list[asyncio.Server] = []
+class Line:
+    """A TCP relay before an address, to be cut without a goodbye or to fall silent."""
 
-    def cut() -> None:
-        for writer in writers:
+    def __init__(self, host: str, port: int) -> None:
+        self.target = host, port
+        self.address = ""
+        self.silent = False
+        self._writers: list[asyncio.StreamWriter] = []
+        self._listener: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self._listener = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        host, port = self._listener.sockets[0].getsockname()
+        self.address = f"{host}:{port}"
+
+    def cut(self) -> None:
+        for writer in self._writers:
             writer.transport.abort()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def close(self) -> None:
+        self.cut()
+        if self._listener is not None:
+            self._listener.close()
+            await self._listener.wait_closed()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward, back = await asyncio.open_connection(*self.target)
+        self._writers += (writer, back)
+        await asyncio.gather(self._pump(reader, back), self._pump(onward, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
+                if not self.silent:
+                    writer.write(data)
+                    await writer.drain()
         except OSError:
-            cut()
+            self.cut()
 
-    async def start(address: str) -> tuple[str, Callable[[], None]]:
+
+@pytest.fixture
+async def relay() -> AsyncIterator[Callable[[str], Awaitable[Line]]]:
+    """Put a line before an address."""
+    lines: list[Line] = []
+
+    async def start(address: str) -> Line:
         host, _, port = address.rpartition(":")
-
-        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            onward, back = await asyncio.open_connection(host, int(port))
-            writers.extend((writer, back))
-            await asyncio.gather(pump(reader, back), pump(onward, writer))
-
-        listener = await asyncio.start_server(forward, host, 0)
-        listeners.append(listener)
-        return f"{host}:{listener.sockets[0].getsockname()[1]}", cut
+        lines.append(Line(host, int(port)))
+        await lines[-1].open()
+        return lines[-1]
 
     yield start
-    cut()
-    for listener in listeners:
-        listener.close()
-        await listener.wait_closed()
+    for line in lines:
+        await line.close()

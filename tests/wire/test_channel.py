@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import pytest
@@ -16,6 +16,16 @@ from cascade.wire.frames import Close, Judge, Judgement, Need, Open, Propose, Re
 from cascade.wire.server import TierServer
 from cascade.wire.tiers import DRAFTER, EXPERT, Kind
 
+
+class Line(Protocol):
+    """A TCP relay, as `conftest` makes them."""
+
+    address: str
+    silent: bool
+
+    def cut(self) -> None: ...
+
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from typing import TypeAlias
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from cascade.wire.codec import Question
 
     Serve: TypeAlias = Callable[[EchoTier, Kind], Awaitable[str]]
-    Relay: TypeAlias = Callable[[str], Awaitable[tuple[str, Callable[[], None]]]]
+    Relay: TypeAlias = Callable[[str], Awaitable[Line]]
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
     Handler: TypeAlias = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
     Dial: TypeAlias = Callable[[str], Peer]
@@ -207,23 +217,23 @@ async def test_answers_before_the_end_are_still_received(dial: Dial) -> None:
 async def test_a_link_waits_for_no_replica_that_is_cut_off(
     serve: Serve, relay: Relay, dial: Dial
 ) -> None:
-    address, cut = await relay(await serve(EchoTier(), EXPERT))
-    link = join(dial(address))
+    line = await relay(await serve(EchoTier(), EXPERT))
+    link = join(dial(line.address))
     await ask(link)
     waiting = asyncio.ensure_future(link.receive())
-    cut()
+    line.cut()
     with pytest.raises(ExpertUnavailable, match="UNAVAILABLE"):
         await waiting
 
 
 async def test_the_next_link_opens_another_stream(serve: Serve, relay: Relay, dial: Dial) -> None:
     tier = EchoTier()
-    address, cut = await relay(await serve(tier, EXPERT))
-    peer = dial(address)
+    line = await relay(await serve(tier, EXPERT))
+    peer = dial(line.address)
     link = join(peer)
     for epoch in (2, 3):
         await ask(link)
-        cut()
+        line.cut()
         await tier.ended.get()
         with pytest.raises(ExpertUnavailable):
             await link.receive()
@@ -324,3 +334,29 @@ async def test_a_delay_keeps_the_order(serve: Serve) -> None:
     answers = [await link.receive() for _ in range(50)]
     assert [item.position for item in answers if isinstance(item, Judgement)] == list(range(50))
     await peer.close()
+
+
+@pytest.mark.slow
+async def test_a_line_that_falls_silent_is_noticed_at_both_ends(
+    serve: Serve, relay: Relay, dial: Dial
+) -> None:
+    """No packet says so: pings go unanswered for 10 s."""
+    tier = EchoTier()
+    line = await relay(await serve(tier, EXPERT))
+    link = join(dial(line.address))
+    await ask(link)
+    line.silent = True
+    with pytest.raises(ExpertUnavailable, match="UNAVAILABLE"):
+        await link.receive()
+    assert set((await tier.ended.get()).epochs) == {"s"}
+
+
+@pytest.mark.slow
+async def test_a_replica_that_never_answers_is_given_up(
+    serve: Serve, relay: Relay, dial: Dial
+) -> None:
+    line = await relay(await serve(EchoTier(), EXPERT))
+    line.silent = True
+    link = join(dial(line.address))
+    with pytest.raises(ExpertUnavailable, match="timed out"):
+        await link.receive()

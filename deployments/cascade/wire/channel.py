@@ -16,7 +16,7 @@ from cascade.errors import CascadeError, Overloaded, Unavailable
 from cascade.wire.codec import decode_answer, encode, parse
 from cascade.wire.frames import Close
 from cascade.wire.outbox import Outbox
-from cascade.wire.tiers import FRAME_LIMIT_BYTES, Description, Kind, decode_description
+from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, decode_description
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 Arguments = TypeVarTuple("Arguments")
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
-    ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
-    # A replica that is cut off is noticed by its silence.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    *STREAM_OPTIONS,
     ("grpc.http2.max_pings_without_data", 0),
+    # One that never answers is given up after 3 s; core waits 20 s by default.
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     # Replicas are neighbours: a proxy from the environment would only be in the way.
     ("grpc.enable_http_proxy", 0),
     # A new stream is a new connection, without the back-off of the one before.

@@ -21,7 +21,7 @@ from cascade.wire.codec import decode_question, encode, owner, parse
 from cascade.wire.frames import Close, Judge, Open, Propose, Refusal, Score
 from cascade.wire.limits import check
 from cascade.wire.outbox import Outbox
-from cascade.wire.tiers import FRAME_LIMIT_BYTES, Description, Kind, encode_description
+from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, encode_description
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -34,18 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OPTIONS = (
-    # The framing of a frame of the largest size needs a few bytes more.
-    ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
-    ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
+    *STREAM_OPTIONS,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
     # A router needs one, a health check another.
     ("grpc.max_concurrent_streams", 128),
     # A second server on a port must fail, not share its connections.
     ("grpc.so_reuseport", 0),
-    # A client that is cut off is noticed by its silence.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 
 
