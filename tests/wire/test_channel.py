@@ -360,3 +360,15 @@ async def test_a_replica_that_never_answers_is_given_up(
     link = join(dial(line.address))
     with pytest.raises(ExpertUnavailable, match="timed out"):
         await link.receive()
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0]])
+async def test_a_stream_that_fails_with_any_status_is_lost(
+    raw: Raw, dial: Dial, code: grpc.StatusCode
+) -> None:
+    async def fail(requests: AsyncIterator[bytes], context: Context) -> None:
+        await anext(requests)
+        await context.abort(code, "why")
+
+    with pytest.raises(ExpertUnavailable, match=code.name):
+        await join(dial(await raw(fail))).receive()
