@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve.grpc_util import RayServegRPCContext
 
 from cascade.decoding.generation import Confidence, Patience
 from cascade.decoding.rules import Lossy
@@ -338,6 +339,37 @@ class Call:
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         del trailing_metadata
+
+
+class Proxied:
+    """What Ray Serve's proxy builds its own context from."""
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    def code(self) -> int:
+        return 0
+
+    def details(self) -> str:
+        return ""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("request_id", "by-serve"),)
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("request_id", "by-serve"),)
+
+    peer = peer_identities = peer_identity_key = details
+
+
+async def test_errors_go_through_the_context_of_ray_serve(service: Service) -> None:
+    context: Any = RayServegRPCContext(cast("Any", Proxied()))
+    answer = await GrpcDoor(lambda: service).Generate(whole(model="other"), context)
+    told = dict(context.trailing_metadata())
+    assert answer == pb.GenerateResponse()
+    assert context.code() is grpc.StatusCode.NOT_FOUND
+    assert told["request_id"] == "by-serve"
+    assert status_pb2.Status.FromString(told["grpc-status-details-bin"]).details
 
 
 async def test_keys_are_asked_for_where_there_are_some(service: Service) -> None:

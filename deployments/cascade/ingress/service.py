@@ -120,6 +120,6 @@ class Service:
     stop_ids: tuple[int, ...] = ()  # end an answer, besides the tokenizer's own
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
     keep_alive_s: float = 10.0  # silence after which a stream says that it lives
-    created: int = 0  # Unix seconds, of the models
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, of the models
     clock: Callable[[], float] = time.time
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)

@@ -78,7 +78,8 @@ def fail(context: Context, error: CascadeError) -> None:
     """Set the status of a call; a message must follow, see the module."""
     context.set_code(code(error))
     context.set_details(message(error))
-    context.set_trailing_metadata(trailing_metadata(error))
+    # Ray Serve's context adds this to a list of its own.
+    context.set_trailing_metadata(list(trailing_metadata(error)))
 
 
 async def guard(context: Context, call: Awaitable[Answer], *, failed: Answer) -> Answer:
