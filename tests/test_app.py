@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cascade.app import build
+from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.lab.stack import stack
+from cascade.settings import Application
+
+from .conftest import Pair, words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_pair_that_shares_no_vocabulary_is_refused_by_name(toy: Pair, tmp_path: Path) -> None:
+    """Before anything is deployed, and with the tokens that differ."""
+    other = tmp_path / "other"
+    shutil.copytree(toy.expert.path, other)
+    tokenizer: Any = words(8)
+    vocabulary = tokenizer.get_vocab() | {"C": 3, "D": 2}
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
+        vocabulary, unk_token="A"  # noqa: S106 - a word
+    )
+    tokenizer.save_pretrained(other)
+    settings = toy.settings(expert={"model": str(other)})
+    with pytest.raises(MismatchedPair, match=r"id 2 is 'C' to the drafter and 'D' to the expert"):
+        build(settings)
+
+
+async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
+    """Logits without a token are never written, however likely."""
+    padded = tmp_path / "padded"
+    config = LlamaConfig(**(toy.drafter.model.config.to_dict() | {"vocab_size": 13}))
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(padded)
+    words(8).save_pretrained(padded)
+    async with stack(toy.settings(drafter={"model": str(padded)})) as running:
+        assert running.drafter.describe().vocab_size == running.expert.describe().vocab_size == 8
+
+
+def test_a_model_that_is_nowhere_is_refused(toy: Pair, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="nowhere"):
+        build(toy.settings(expert={"model": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"drafter": {"modle": "x"}}, "drafter.modle"),
+        ({"defaults": {"rule": {"kind": "chow", "alpha": 2}}}, "defaults.rule.chow.alpha"),
+        ({"router": {"draft_tokens": 0}}, "router.draft_tokens"),
+        (
+            {"expert": {"deployment": {"num_replicas": 2, "autoscaling_config": {}}}},
+            "num_replicas or autoscaling_config",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Application.model_validate(wrong)
+    places = [".".join(map(str, one["loc"])) + one["msg"] for one in refused.value.errors()]
+    assert any(named in place for place in places)
