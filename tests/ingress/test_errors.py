@@ -175,10 +175,14 @@ async def test_work_that_was_done_is_not_done_again(
     assert len(generator.heard) == 1
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, errors.Internal])
 async def test_a_defect_is_logged_and_keeps_its_secrets(
-    http: httpx2.AsyncClient, generator: ScriptedGenerator, caplog: pytest.LogCaptureFixture
+    http: httpx2.AsyncClient,
+    generator: ScriptedGenerator,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
 ) -> None:
-    generator.pause = failing(ZeroDivisionError("a secret of the server"))
+    generator.pause = failing(kind("a secret of the server"))
     answer = await http.post(
         "/v1/completions", json={"prompt": "x"}, headers={"x-request-id": "me"}
     )
@@ -186,6 +190,7 @@ async def test_a_defect_is_logged_and_keeps_its_secrets(
     assert "secret" not in answer.text
     assert "under request me" in answer.text
     assert "Request me failed" in caplog.text
+    assert "a secret of the server" in caplog.text
 
 
 @pytest.mark.parametrize("given", [None, "mine-1", "no spaces please", "\u00e9", "x" * 129])

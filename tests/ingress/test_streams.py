@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from cascade.errors import ExpertUnavailable, Overloaded
+from cascade.errors import ExpertUnavailable, Internal, Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -173,10 +173,14 @@ async def test_a_failure_on_the_way_is_an_error_event_and_no_end(
     assert generator.open == 0
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Internal])
 async def test_a_defect_on_the_way_keeps_its_secrets(
-    client: AsyncOpenAI, generator: ScriptedGenerator, caplog: pytest.LogCaptureFixture
+    client: AsyncOpenAI,
+    generator: ScriptedGenerator,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
 ) -> None:
-    generator.pause = after(3, ZeroDivisionError("a secret"))
+    generator.pause = after(3, kind("a secret"))
     stream = await client.chat.completions.create(model="pair", messages=HI, stream=True)
     with pytest.raises(openai.APIError) as caught:
         assert [chunk async for chunk in stream]

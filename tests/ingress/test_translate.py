@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cascade.ingress.translate import Call
 
 
+DEEP = "[" * 100_000
+
+
 def complete(service: Service, **fields: Any) -> Call:
     return translate.completion(CompletionBody.model_validate({"prompt": "Buzz"} | fields), service)
 
@@ -229,6 +232,7 @@ def test_so_are_they_elsewhere(service: Service, name: str) -> None:
     [
         ({"n": 3}, Limits(choices=2), "n"),
         ({"prompt": ["a", "b", "c"]}, Limits(prompts=2), "prompt"),
+        ({"prompt": ["a", "b"], "n": 2}, Limits(answers=3), "n"),
         ({"stop": ["a", "b", "c"]}, Limits(stop_strings=2), "stop"),
         ({"stop": "abc"}, Limits(stop_characters=2), "stop"),
         ({"logit_bias": {1: 1.0, 2: 1.0}}, Limits(biased_tokens=1), "logit_bias"),
@@ -321,6 +325,12 @@ def test_a_conversation_that_the_template_refuses_is_refused(service: Service) -
             "role": "assistant",
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+            ],
+        },
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": DEEP}}
             ],
         },
     ],

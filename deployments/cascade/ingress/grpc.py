@@ -17,7 +17,7 @@ from cascade.errors import CascadeError, ModelNotFound, Unavailable
 from cascade.ingress import messages
 from cascade.ingress.access import authenticate
 from cascade.ingress.answers import Answers
-from cascade.ingress.rim import REQUEST_ID, defect
+from cascade.ingress.rim import REQUEST_ID, defect, told
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc
 from cascade.wire import status
@@ -163,8 +163,8 @@ def _sealed(request_id: str) -> Generator[None]:
     """Let no exception of another kind than ours out."""
     try:
         yield
-    except CascadeError:
-        raise
+    except CascadeError as error:
+        raise told(error, request_id) from None
     except Exception as error:
         logger.exception("Request %s failed", request_id)
         raise defect(request_id) from error

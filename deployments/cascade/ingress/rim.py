@@ -70,6 +70,14 @@ def defect(request_id: str) -> Internal:
     return Internal(f"Something broke in the server; its log has more under request {request_id}")
 
 
+def told(error: CascadeError, request_id: str) -> CascadeError:
+    """Return what a client hears of an error; of a defect of ours, the log hears the rest."""
+    if not isinstance(error, Internal):
+        return error
+    logger.error("Request %s failed: %s", request_id, error.message, exc_info=error)
+    return defect(request_id)
+
+
 def response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
     """Return an error as OpenAI's clients expect it, with what their retries need to know."""
     return JSONResponse(
@@ -103,9 +111,9 @@ def _retry_headers(error: CascadeError) -> dict[str, str]:
     return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
 
 
-async def _ours(_request: Request, error: Exception) -> JSONResponse:
+async def _ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, CascadeError)
-    return response(error)
+    return response(told(error, request.state.request_id))
 
 
 async def _routing(request: Request, error: Exception) -> JSONResponse:

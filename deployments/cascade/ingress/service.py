@@ -78,6 +78,7 @@ class Limits:
     max_tokens: int | None = None  # of one answer; None: what the context leaves
     choices: int = 16  # `n`
     prompts: int = 64  # in one call
+    answers: int = 128  # in one call, all prompts and choices together
     stop_strings: int = 4
     stop_characters: int = 1024
     biased_tokens: int = 1024

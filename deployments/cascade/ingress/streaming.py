@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cascade.errors import CascadeError
 from cascade.ingress import shapes
-from cascade.ingress.rim import defect
+from cascade.ingress.rim import defect, told
 from cascade.ingress.sse import DONE, KEEP_ALIVE, event
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Stream:
                 for data in self._end():
                     yield data
             except CascadeError as error:
-                yield event(shapes.error(error))
+                yield event(shapes.error(told(error, self._request_id)))
             except Exception:
                 logger.exception("Request %s failed while it streamed", self._request_id)
                 yield event(shapes.error(defect(self._request_id)))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cascade.decoding.generation import Patience, Request
 from cascade.decoding.rules import Chow, ChowLog, Lossless, Lossy, Rule
 from cascade.decoding.session import Coupling, Mode, Policy, Sampling, Verification
-from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedParameter
-from cascade.ingress.openai import ChatBody, CompletionBody, Generated, Message, Options, plain
+from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from cascade.ingress.openai import ChatBody, CompletionBody, Generated, Options, plain
+from cascade.ingress.prompts import check_ids, conversation, most_tokens, prompts
 from cascade.ingress.service import MAX_SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from cascade.ingress.service import Defaults, Service
 
@@ -69,7 +68,7 @@ def completion(body: CompletionBody, service: Service) -> Call:
     _check(body, service)
     wish = _Wish(
         body=body,
-        prompts=_prompts(body, service),
+        prompts=prompts(body, service),
         prompt_param="prompt",
         max_tokens=body.max_tokens,
         usual_tokens=_COMPLETION_TOKENS,
@@ -87,7 +86,7 @@ def chat(body: ChatBody, service: Service) -> Call:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     wish = _Wish(
         body=body,
-        prompts=(_conversation(body.messages, service),),
+        prompts=(conversation(body.messages, service),),
         prompt_param="messages",
         max_tokens=_chat_tokens(body),
         usual_tokens=service.defaults.chat_tokens,
@@ -112,8 +111,8 @@ def _check(body: Generated, service: Service) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     _check_stops(_stops(body), service)
-    _check_ids(body.stop_token_ids or (), "stop_token_ids", service)
-    _check_ids(tuple(body.logit_bias or ()), "logit_bias", service)
+    check_ids(body.stop_token_ids or (), "stop_token_ids", service)
+    check_ids(tuple(body.logit_bias or ()), "logit_bias", service)
     if len(body.logit_bias or ()) > limits.biased_tokens:
         raise InvalidRequest(
             f"`logit_bias` has {len(body.logit_bias or ())} tokens;"
@@ -134,16 +133,15 @@ def _check_stops(stops: Sequence[str], service: Service) -> None:
         )
 
 
-def _check_ids(ids: Sequence[int], param: str, service: Service) -> None:
-    size = service.tokenizer.vocabulary
-    bad = next((token for token in ids if not 0 <= token < size), None)
-    if bad is not None:
-        raise InvalidRequest(f"`{param}` has token id {bad}; ids are 0 to {size - 1}", param=param)
-
-
 def _call(wish: _Wish, service: Service, *, echo: bool = False) -> Call:
     body = wish.body
     n = body.n or 1
+    if n * len(wish.prompts) > service.limits.answers:
+        raise InvalidRequest(
+            f"`n` times the prompts is {n * len(wish.prompts)} answers;"
+            f" this server gives {service.limits.answers} at once",
+            param="n",
+        )
     seed = service.draw_seed() if body.seed is None else body.seed
     seeds = [(seed + number) % MAX_SEED for number in range(n)]
     options = body.stream_options
@@ -304,7 +302,7 @@ def _stop_ids(body: Generated, service: Service) -> tuple[int, ...]:
 
 def _max_tokens(wish: _Wish, service: Service, prompt: tuple[int, ...]) -> int:
     """Return how long the answer may be; prompt and answer fit the context together."""
-    limits, param, most = service.limits, wish.max_param, _most(service)
+    limits, param, most = service.limits, wish.max_param, most_tokens(service)
     room = limits.context_tokens - len(prompt)
     if len(prompt) > most or (room < 1 and wish.max_tokens != 0):
         raise ContextTooLong(
@@ -335,85 +333,3 @@ def _chat_tokens(body: ChatBody) -> int | None:
             param="max_tokens",
         )
     return old if new is None else new
-
-
-def _prompts(body: CompletionBody, service: Service) -> tuple[tuple[int, ...], ...]:
-    prompts = _listed(body.prompt)
-    if len(prompts) > service.limits.prompts:
-        raise InvalidRequest(
-            f"`prompt` has {len(prompts)} prompts; the most is {service.limits.prompts}",
-            param="prompt",
-        )
-    return tuple(_tokens(prompt, service) for prompt in prompts)
-
-
-def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    """Return the prompts of one call, each text or token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
-
-
-def _tokens(prompt: str | list[int], service: Service) -> tuple[int, ...]:
-    if isinstance(prompt, list):
-        _check_ids(prompt, "prompt", service)
-        return tuple(prompt)
-    with _about("prompt"):
-        return _nonempty(service.tokenizer.encode(prompt, limit=_most(service)), "prompt")
-
-
-def _nonempty(tokens: Sequence[int], param: str) -> tuple[int, ...]:
-    if not tokens:
-        raise InvalidRequest(f"`{param}` has no tokens; give at least one", param=param)
-    return tuple(tokens)
-
-
-def _conversation(messages: Sequence[Message], service: Service) -> tuple[int, ...]:
-    turns = [_turn(message, number) for number, message in enumerate(messages)]
-    with _about("messages"):
-        return _nonempty(service.tokenizer.chat(turns, limit=_most(service)), "messages")
-
-
-@contextmanager
-def _about(param: str) -> Generator[None]:
-    """Name the field in errors of the tokenizer, which knows of texts alone."""
-    try:
-        yield
-    except InvalidRequest as error:
-        error.param = error.param or param
-        raise
-
-
-def _most(service: Service) -> int:
-    """Return how many tokens a prompt may have."""
-    limits = service.limits
-    return min(limits.prompt_tokens or limits.context_tokens, limits.context_tokens)
-
-
-def _turn(message: Message, number: int) -> dict[str, Any]:
-    """Return a message in the form that chat templates read."""
-    if message.content is None and not message.tool_calls:
-        param = f"messages[{number}].content"
-        raise InvalidRequest(f"`{param}` is missing; give text", param=param)
-    turn: dict[str, Any] = {
-        # Templates that know `developer` are few, and it is the newer name of `system`.
-        "role": "system" if message.role == "developer" else message.role,
-        "content": plain(message.content),
-    }
-    if message.tool_calls:
-        turn["tool_calls"] = [_tool_call(call.model_dump()) for call in message.tool_calls]
-    named = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return turn | {key: value for key, value in named.items() if value is not None}
-
-
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object, as chat templates read them."""
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"])
-    except json.JSONDecodeError as error:
-        raise UnsupportedParameter(
-            f"The arguments of a tool call are no JSON: {error}", param="messages"
-        ) from error
-    return call | {"function": function | {"arguments": arguments}}
