@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.decoding.session import SessionId
@@ -27,6 +27,7 @@ def filled(held: SequenceStore, session: SessionId, tokens: list[int]) -> Cached
     return sequence
 
 
+@settings(deadline=None)
 @given(TOKENS, TOKENS)
 def test_the_common_prefix_is_the_longest(left: list[int], right: list[int]) -> None:
     length = common_prefix(left, right)
@@ -35,6 +36,7 @@ def test_the_common_prefix_is_the_longest(left: list[int], right: list[int]) -> 
     assert length == min(len(left), len(right)) or left[length] != right[length]
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(0, 40), TOKENS)
 def test_rewriting_keeps_the_rows_of_tokens_that_stay(
     old: list[int], base: int, new: list[int]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.engine.extents import SMALLEST, Extent, ExtentAllocator, size_class
@@ -8,6 +8,7 @@ from cascade.engine.extents import SMALLEST, Extent, ExtentAllocator, size_class
 TOKENS = st.integers(1, 3000)
 
 
+@settings(deadline=None)
 @given(TOKENS)
 def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
     size = size_class(tokens)
@@ -17,6 +18,7 @@ def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
     assert size < max(2 * tokens, SMALLEST + 1) or size - tokens < 1024
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "give", "grow"]), TOKENS), max_size=60))
 def test_extents_never_overlap_and_nothing_leaks(acts: list[tuple[str, int]]) -> None:
     allocator = ExtentAllocator(capacity=8192)

@@ -192,6 +192,65 @@ def test_steps_that_follow_run_in_the_very_next_passes() -> None:
     assert head.written == expected[0, 7:].tolist()
 
 
+@dataclass
+class Chains:
+    """A head that writes `length` tokens for each session."""
+
+    length: int
+    prompt: int
+    written: dict[str, list[int]] = field(default_factory=dict)
+    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        steps = [
+            self._next(one, int(row.argmax())) for one, row in zip(ready, logits_NV, strict=True)
+        ]
+        return [step for step in steps if step]
+
+    def fail(self, step: Step, error: Exception) -> None:
+        raise AssertionError(step) from error
+
+    def _next(self, one: Ready, token: int) -> Step | None:
+        written = self.written.setdefault(one.step.session, [])
+        written.append(token)
+        if len(written) == self.length:
+            self.ended.release()
+            return None
+        base = self.prompt + len(written) - 1
+        return Step(session=one.step.session, base=base, tokens=[token], rows=1)
+
+
+def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
+    model = build("gemma3")
+    prompts = [numbers(7, start=place) for place in range(6)]
+    expected = [
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )  # pyright: ignore[reportCallIssue] - mixed into the class at run time
+        for prompt in prompts
+    ]
+    head = Chains(length=20, prompt=7)
+    engine = Engine(
+        adopt(model, name="tiny"), head=head, settings=EngineSettings(cache_tokens=1024)
+    )
+    steps = [
+        Step(session=SessionId(str(place)), base=0, tokens=prompt, rows=1)
+        for place, prompt in enumerate(prompts)
+    ]
+    callers = [threading.Thread(target=engine.submit, args=(step,)) for step in steps]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    engine.start()
+    assert all(head.ended.acquire(timeout=60) for _ in prompts)
+    engine.stop()
+
+    for place, text in enumerate(expected):
+        assert head.written[str(place)] == text[0, 7:].tolist()
+    assert engine.stats().passes == 20
+
+
 def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
     head = Chain(length=5)
     heard: list[int] = []

@@ -46,7 +46,12 @@ class _Form:
     window: int | None
     cap: float | None  # scores become cap * tanh(score / cap)
     sinks_H: Tensor | None  # a score per head that takes weight and gives no value
-    manual: bool
+    deterministic: bool
+
+    @property
+    def manual(self) -> bool:
+        """Whether the fused kernels cannot do it."""
+        return self.deterministic or self.cap is not None or self.sinks_H is not None
 
 
 class _Current(threading.local):
@@ -85,14 +90,14 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
         query: `[1, H, T, D]`.
         key: `[1, J, T, D]`.
         value: `[1, J, T, D']`.
-        attention_mask: None; masks follow from the batch.
+        attention_mask: None.
         scaling: factor of the scores; None is D ** -0.5.
         softcap: bound of the scores.
         s_aux: sinks `[H]`.
     """
     current = _current.value
     assert current is not None, "an engine runs this model; use another copy"
-    assert attention_mask is None, "flat attention makes its own masks"
+    assert attention_mask is None, "masks follow from the batch"
     assert query.shape[2] == current.batch.tokens, "every token of the pass has a query"
     layer: Any = module.layer_idx
     form = _Form(
@@ -100,15 +105,13 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
         window=current.windows[layer],
         cap=softcap,
         sinks_H=s_aux,
-        manual=current.deterministic or softcap is not None or s_aux is not None,
+        deterministic=current.deterministic,
     )
-    keys_JRD, values_JRD = current.pool.write(
-        layer, key_HTD=key[0], value_HTD=value[0], rows_T=current.batch.rows_T
-    )
+    batch = current.batch
+    states = current.pool.write(layer, key_HTD=key[0], value_HTD=value[0], rows_T=batch.rows_T)
     query_THD = query[0].transpose(0, 1)
-    if _flash_serves(query_THD, values_JRD, form):
-        return _flash(current.batch, query_THD, keys_JRD, values_JRD, form)[None], None
-    return _grouped(current.batch, query_THD, keys_JRD, values_JRD, form)[None], None
+    attend = _flash if _flash_serves(query_THD, states[1], form) else _grouped
+    return attend(batch, query_THD, *states, form)[None], None
 
 
 def _grouped(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from cascade.decoding.session import SessionId
     from cascade.engine.cache import CachedSequence
+    from cascade.engine.runner import Runner
     from cascade.engine.weights import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -77,19 +78,9 @@ class Engine:
         self._settings = settings
         self._after_step = after_step or _nothing
         self._told = False  # the head something, since the owner last published
-        if settings.packed:
-            packing.pack(model.model)
-        self.runner = selfcheck.choose(model.model, settings=settings)
+        self.runner, capacity = _prepare(model, settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
-        capacity = capacity_tokens(
-            settings,
-            device=device,
-            bytes_per_token=self.runner.pool.bytes_per_token,
-            context_length=model.context_length,
-        )
-        self.runner.resize(rows=capacity)
-        self.runner.warm()
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._store = SequenceStore(
@@ -344,6 +335,22 @@ class Engine:
         # As in `_deliver`.
         except Exception:
             log.exception("The head failed to hear of a failure")
+
+
+def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]:
+    """Return the model's runner, warm, and how many tokens its cache holds."""
+    if settings.packed:
+        packing.pack(model.model)
+    runner = selfcheck.choose(model.model, settings=settings)
+    capacity = capacity_tokens(
+        settings,
+        device=model.model.device,
+        bytes_per_token=runner.pool.bytes_per_token,
+        context_length=model.context_length,
+    )
+    runner.resize(rows=capacity)
+    runner.warm()
+    return runner, capacity
 
 
 def _nothing() -> None:
