@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.decoding.distribution import Context, process
@@ -297,6 +297,7 @@ def test_token_v3_is_not_monotone() -> None:
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+@settings(max_examples=30)
 @given(q=weights, p=weights)
 def test_every_target_is_a_law(rule: Rule, q: list[float], p: list[float]) -> None:
     """pi is not negative, sums to one, and lies where q or p do."""
@@ -306,6 +307,7 @@ def test_every_target_is_a_law(rule: Rule, q: list[float], p: list[float]) -> No
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+@settings(max_examples=30)
 @given(q=weights, p=weights)
 def test_a_sparse_support_says_what_the_whole_vocabulary_says(
     rule: Rule, q: list[float], p: list[float]
@@ -326,6 +328,7 @@ def test_a_sparse_support_says_what_the_whole_vocabulary_says(
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+@settings(max_examples=30)
 @given(
     q=st.lists(st.sampled_from([0.0, 1e-38, 1e-30, 1e-7, 0.5, 1.0]), min_size=5, max_size=5),
     p=st.lists(st.sampled_from([0.0, 1e-38, 1e-30, 1e-7, 0.5, 1.0]), min_size=5, max_size=5),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cascade.decoding import reference
+from cascade.decoding import coins, reference
 from cascade.decoding.reference_rows import Place, target
 from cascade.decoding.rules import (
     Bild,
@@ -201,7 +201,6 @@ def test_sampled_answers_follow_the_product_of_pi(
     rule: Rule, verification: Verification, coupling: Coupling
 ) -> None:
     """A chi-square test of whole answers over many rounds: coins of dropped tokens do no harm."""
-    samples, length, pair = 3000, 4, Bigrams.random(vocab=3, seed=4, apart=1.5)
     policy = Policy(
         rule=rule,
         coupling=coupling,
@@ -209,22 +208,53 @@ def test_sampled_answers_follow_the_product_of_pi(
         verification=verification,
         rows=RowFormat.FULL,
     )
-    policies = [replace(policy, seed=seed) for seed in range(samples)]
-    texts = pair.decode(policies, [(0,)] * samples, draft_tokens=[3] * samples, max_tokens=length)
+    assert p_value(policy, samples=3000) > 1e-4
+
+
+@pytest.mark.slow
+def test_coins_of_dropped_blocks_must_not_be_tossed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong variant: block verification with coins of positions alone has another law."""
+    policy = Policy(bonus=Bonus.NONE, verification=Verification.BLOCK, rows=RowFormat.FULL)
+    assert p_value(policy, samples=20_000) > 1e-4
+    uniforms = coins.uniforms
+
+    def forgetful(
+        seeds_N: Sequence[int],
+        positions_N: Sequence[int],
+        purpose: coins.Purpose,
+        *,
+        starts_N: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        del starts_N
+        return uniforms(seeds_N, positions_N, purpose)
+
+    monkeypatch.setattr(coins, "uniforms", forgetful)
+    assert p_value(policy, samples=20_000) < 1e-4
+
+
+def p_value(policy: Policy, *, samples: int) -> float:
+    """Return how well answers of several rounds fit the product of pi."""
+    length, pair = 4, Bigrams.random(vocab=3, seed=4, apart=1.5)
+    texts = pair.decode(
+        [replace(policy, seed=seed) for seed in range(samples)],
+        [(0,)] * samples,
+        draft_tokens=[3] * samples,
+        max_tokens=length,
+    )
     counts = Counter(tuple(token for token, _ in text) for text in texts)
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for position in range(length):
         longer: dict[tuple[int, ...], float] = {}
         for text, mass in law.items():
             q, p = (m((0, *text)).double().softmax(0) for m in (pair.drafter, pair.expert))
-            pi, _ = target(rule, Place(position=position, q=q, p=p, q0=q, p0=p))
+            pi, _ = target(policy.rule, Place(position=position, q=q, p=p, q0=q, p0=p))
             longer |= {(*text, v): mass * float(pi[v]) for v in range(3)}
         law = longer
     likely = [text for text, mass in law.items() if mass * samples >= 5]
     found = [counts[text] for text in likely]
     wanted = [law[text] * samples for text in likely]
     found, wanted = [*found, samples - sum(found)], [*wanted, samples - sum(wanted)]
-    assert stats.chisquare(found, wanted).pvalue > 1e-4
+    return float(stats.chisquare(found, wanted).pvalue)
 
 
 def test_shared_noise_makes_text_a_function_of_the_expert() -> None:
@@ -373,7 +403,8 @@ def test_buzz_aldrin() -> None:
     assert quoted not in kind.tokens
 
 
-rows = st.lists(st.lists(st.floats(-6, 6), min_size=5, max_size=5), min_size=3, max_size=3)
+halves = st.integers(-12, 12).map(lambda x: x / 2)
+rows = st.lists(st.lists(halves, min_size=5, max_size=5), min_size=3, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)

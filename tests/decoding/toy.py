@@ -12,6 +12,7 @@ import torch
 from cascade.decoding import acceptance
 from cascade.decoding.draft_length import reserved
 from cascade.decoding.drafting import Draft, DraftTask, block_of, draft_step
+from cascade.decoding.emission import emission_weights
 from cascade.decoding.needs import is_blockwise, wants_target
 from cascade.decoding.session import Block, Gates, Origin, Policy, Row
 from cascade.decoding.verification import Task, judge, rows_needed
@@ -177,7 +178,7 @@ def round_law(bench: Bench, chances: Sequence[float]) -> Floats:
         acceptance.following(bench, i, count, factor=factor) for i, count, factor, _ in endings
     ]
     wanted = [e for e in emissions if e is not None]
-    laws = acceptance.emission_weights(bench, wanted) if wanted else torch.empty(0, 1)
+    laws = emission_weights(bench, wanted) if wanted else torch.empty(0, 1)
     laws = (laws / laws.sum(dim=1, keepdim=True)).tolist()
     for (i, count, _, chance), emission in zip(endings, emissions, strict=True):
         tokens = bench.tasks[i].block.tokens[:count]

@@ -17,7 +17,9 @@ from torch import Tensor
 from cascade.decoding import coins
 from cascade.decoding.bench import quotient
 from cascade.decoding.coins import Purpose
+from cascade.decoding.emission import Emission, emission_weights
 from cascade.decoding.needs import is_blockwise
+from cascade.decoding.races import races
 from cascade.decoding.rules import Ensemble, Lossless
 from cascade.decoding.sampling import invert
 from cascade.decoding.session import Origin
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.decoding.bench import Bench
-    from cascade.decoding.distribution import Law
-    from cascade.decoding.rows import Support
-    from cascade.decoding.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +39,6 @@ class Outcome:
     judged: int
     deferred: int
     emitted: int | None  # correction or bonus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emission:
-    """One token to draw: from p, from pi of a judged row, or from what pi has over q there."""
-
-    owner: int
-    row: int  # of logits
-    position: int
-    judged: int | None = None  # None draws from p
-    factor: float = 1.0  # pi is scaled by this before q is taken off
-    residual: bool = False
 
 
 def tokenwise(bench: Bench) -> list[Outcome]:
@@ -90,16 +77,9 @@ def blockwise(bench: Bench) -> list[Outcome]:
 
 def gumbel(bench: Bench) -> list[Outcome]:
     """Return the outcome under shared noise: a draft stands iff it is argmax(log pi + g)."""
-    seeds, positions = _counters(bench)
-    log_NV = bench.law.log_dense()
-    noise_NV = coins.noise(seeds, positions, log_NV.shape[1], log_NV.device).to(log_NV.dtype)
-    expert_N = (log_NV + noise_NV).argmax(dim=1)
-    rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=log_NV.device)
-    chosen_N = expert_N
-    if not isinstance(bench.policy.rule, Lossless):
-        log_MV = spread(bench.law.rows(rows_M), bench.support, bench.target).log_()
-        chosen_N = expert_N.index_copy(0, rows_M, (log_MV + noise_NV[rows_M]).argmax(dim=1))
-    token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=log_NV.device)
+    expert_N, chosen_N = races(bench)
+    rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=expert_N.device)
+    token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=expert_N.device)
     stands_M, shared_M = chosen_N[rows_M] == token_M, expert_N[rows_M] == token_M
     marks = _marks(bench, stands_M, shared_M)
     accepted = [
@@ -147,54 +127,6 @@ def standing_probabilities(bench: Bench) -> Standing:
     )
 
 
-def spread(law: Law, support: Support, target: Target) -> Tensor:
-    """Return pi over the whole vocabulary, [M, V]."""
-    weights_MV = law.dense() * target.tail_N[:, None]
-    return _written(weights_MV, support.ids_NK, support.valid_NK, target.on_NK)
-
-
-def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
-    """Return the laws that tokens are drawn from, unnormalised, [E, V].
-
-    A residual that rounding left empty is replaced by pi.
-    """
-    device = bench.logits_NV.device
-    rows_E = torch.tensor([e.row for e in emissions], device=device)
-    p_EV = bench.law.rows(rows_E).dense()
-    judged = [k for k, e in enumerate(emissions) if e.judged is not None]
-    if not judged:
-        return p_EV
-    some = [emissions[k] for k in judged]
-    p_JV, place_J = p_EV[judged], torch.tensor(judged, device=device)
-    weights_JV = _over(bench, p_JV, some)
-    empty_J = weights_JV.sum(dim=1) <= 0
-    if bool(empty_J.any()):
-        whole = [
-            Emission(owner=e.owner, row=e.row, position=e.position, judged=e.judged) for e in some
-        ]
-        weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
-    return p_EV.index_copy(0, place_J, weights_JV)
-
-
-def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
-    """Return (factor pi - q)+ for residuals and pi for others, over the whole vocabulary."""
-    index_E = torch.tensor([e.judged for e in emissions], device=p_EV.device)
-    factor_E = p_EV.new_tensor([e.factor for e in emissions])
-    less_E = p_EV.new_tensor([float(e.residual) for e in emissions])
-    scaled_EK = factor_E[:, None] * bench.target.on_NK[index_E]
-    on_EK = (scaled_EK - less_E[:, None] * bench.evidence.q_NK[index_E]).clamp_min(0)
-    weights_EV = p_EV * (factor_E * bench.target.tail_N[index_E])[:, None]
-    support = bench.support
-    return _written(weights_EV, support.ids_NK[index_E], support.valid_NK[index_E], on_EK)
-
-
-def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
-    """Return the weights with the values of the support written over them."""
-    row_X, column_X = valid_EK.nonzero(as_tuple=True)
-    weights_EV[row_X, ids_EK[row_X, column_X]] = values_EK[row_X, column_X]
-    return weights_EV
-
-
 def _ratios(bench: Bench) -> Tensor:
     """Return pi / q at each drafted token, float64 [M]; 0 where the row lacks its own token."""
     pi_M, q_M = bench.on_token(bench.target.on_NK), bench.on_token(bench.evidence.q_NK)
@@ -223,17 +155,6 @@ def _coins(bench: Bench, purpose: Purpose) -> Tensor:
 def _is_certain(bench: Bench) -> bool:
     """Whether no coin matters: one-hots, unless the rule mixes them."""
     return bench.policy.sampling.greedy and not isinstance(bench.policy.rule, Ensemble)
-
-
-def _counters(bench: Bench) -> tuple[list[int], list[int]]:
-    """Return seed and position of each row of logits."""
-    ends = [*bench.firsts[1:], bench.logits_NV.shape[0]]
-    pairs = [
-        (task.policy.seed, task.position + j)
-        for task, first, end in zip(bench.tasks, bench.firsts, ends, strict=True)
-        for j in range(end - first)
-    ]
-    return [seed for seed, _ in pairs], [position for _, position in pairs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

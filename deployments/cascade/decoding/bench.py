@@ -151,21 +151,21 @@ class Bench:
         """What the rule reads of both models."""
         rule, support = self.policy.rule, self.support
         rows_M = torch.tensor(self.rows, dtype=torch.int64, device=self.logits_NV.device)
-        p_MK = self.law.rows(rows_M).at(support.ids_NK) * support.valid_NK
+        p_MK = self.law.at(support.ids_NK, rows_E=rows_M) * support.valid_NK
         by_token = isinstance(rule, TokenV1 | TokenV2 | TokenV3 | Typical)
         if not (by_token or isinstance(rule, Diff | Opt | DiffLog | OptLog | Bild)):
             return Evidence(q_NK=support.q_NK, p_NK=p_MK, gates_N=self._gates())
-        raw = self.unscaled.rows(rows_M)
+        raw = self.unscaled
         entropic = isinstance(rule, DiffLog | OptLog | Typical)
         return Evidence(
             q_NK=support.q_NK,
             p_NK=p_MK,
             gates_N=self._gates(),
             q0_NK=support.q0_NK,
-            p0_NK=raw.at(support.ids_NK) if by_token else None,
-            p0_peak_N=raw.peaks(),
-            p0_entropy_N=raw.entropies() if entropic else None,
-            p0_favourite_N=self._favourite(raw) if isinstance(rule, Bild) else None,
+            p0_NK=raw.at(support.ids_NK, rows_E=rows_M) if by_token else None,
+            p0_peak_N=raw.peaks()[rows_M],
+            p0_entropy_N=raw.entropies()[rows_M] if entropic else None,
+            p0_favourite_N=self._favourites(rows_M) if isinstance(rule, Bild) else None,
         )
 
     def _gates(self) -> tuple[Gates | None, ...]:
@@ -173,11 +173,12 @@ class Bench:
         blocks = [(self.tasks[i].block.gates, j) for i, j in self._places()]
         return tuple(gates[j] if j < len(gates) else None for gates, j in blocks)
 
-    def _favourite(self, raw: Soft) -> Tensor:
+    def _favourites(self, rows_M: Tensor) -> Tensor:
         """Return p0 of the drafter's favourite; without gates the drafted token speaks for it."""
         pairs = zip(self._gates(), self.token_M, strict=True)
         ids = [gates.favourite if gates else max(token, 0) for gates, token in pairs]
-        return raw.at(torch.tensor(ids, device=raw.norm_N1.device)[:, None]).squeeze(1)
+        ids_M1 = torch.tensor(ids, dtype=torch.int64, device=rows_M.device)[:, None]
+        return self.unscaled.at(ids_M1, rows_E=rows_M).squeeze(1)
 
     @cached_property
     def target(self) -> Target:

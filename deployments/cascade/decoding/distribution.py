@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # A temperature under this is greedy but for ties; its inverse still times zero is zero.
 _LEAST_TEMPERATURE = 1e-30
-# Nuclei deeper than this are found by a full sort.
-_NUCLEUS_DEPTH = 1024
+# A nucleus is looked for among so many of the likeliest tokens, and then among all.
+_NUCLEUS_DEPTHS = (64, 1024)
 _PLAIN = Sampling()
 
 
@@ -47,19 +47,19 @@ class Soft:
     norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
     cut_N1: Tensor | None  # least logit kept; None keeps all
 
-    def at(self, ids_NK: Tensor) -> Tensor:
-        """Return the probabilities of the tokens `ids_NK`, row by row."""
-        return self.log_at(ids_NK).exp()
+    def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
+        """Return the probabilities of the tokens `ids_EK` of chosen rows, by default of all."""
+        return self.log_at(ids_EK, rows_E=rows_E).exp()
 
-    def log_at(self, ids_NK: Tensor) -> Tensor:
-        """Return the log-probabilities of the tokens `ids_NK`, row by row."""
-        logits_NK = self.logits_NV.gather(1, ids_NK)
-        log_NK = (logits_NK - self.peak_N1) * self.inverse_N1 - self.norm_N1
-        return (
-            log_NK
-            if self.cut_N1 is None
-            else log_NK.masked_fill(logits_NK < self.cut_N1, -math.inf)
-        )
+    def log_at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
+        """Return the log-probabilities of the tokens `ids_EK` of chosen rows."""
+        if rows_E is None:
+            rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
+        logits_EK = self.logits_NV[rows_E[:, None], ids_EK]
+        log_EK = (logits_EK - self.peak_N1[rows_E]) * self.inverse_N1[rows_E] - self.norm_N1[rows_E]
+        if self.cut_N1 is None:
+            return log_EK
+        return log_EK.masked_fill(logits_EK < self.cut_N1[rows_E], -math.inf)
 
     def rows(self, rows_E: Tensor) -> Soft:
         """Return a selection of the rows."""
@@ -103,9 +103,10 @@ class Hard:
     vocab: int
     dtype: torch.dtype
 
-    def at(self, ids_NK: Tensor) -> Tensor:
-        """Return the probabilities, 0 or 1, of the tokens `ids_NK`."""
-        return (ids_NK == self.best_N[:, None]).to(self.dtype)
+    def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
+        """Return the probabilities, 0 or 1, of the tokens `ids_EK` of chosen rows."""
+        best_E = self.best_N if rows_E is None else self.best_N[rows_E]
+        return (ids_EK == best_E[:, None]).to(self.dtype)
 
     def rows(self, rows_E: Tensor) -> Hard:
         """Return a selection of the rows."""
@@ -145,7 +146,10 @@ def process(
     inverse = [1.0 / max(s.temperature, _LEAST_TEMPERATURE) for s in samplings_N]
     inverse_N1 = logits_NV.new_tensor(inverse)[:, None]
     peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-    weights_NV = (logits_NV - peak_N1).mul_(inverse_N1).exp_()
+    weights_NV = logits_NV - peak_N1
+    if any(s.temperature != 1 for s in samplings_N):
+        weights_NV.mul_(inverse_N1)
+    weights_NV.exp_()
     cut_N1 = _cut(logits_NV, weights_NV, peak_N1, samplings_N)
     if cut_N1 is not None:
         weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
@@ -244,10 +248,14 @@ def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> 
     vocab = logits_NV.shape[1]
     mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
     wanted_N1 = mass_N1 * weights_NV.sum(dim=1, keepdim=True)
-    for depth in (min(_NUCLEUS_DEPTH, vocab), vocab):
-        top_ND, ids_ND = logits_NV.topk(depth)
-        short_N1 = (weights_NV.gather(1, ids_ND).cumsum(1) < wanted_N1).sum(dim=1, keepdim=True)
-        if depth == vocab or not bool(((short_N1 == depth) & (mass_N1 < 1)).any()):
+    cut_N1 = torch.full_like(wanted_N1, -math.inf)
+    open_E = (mass_N1 < 1).squeeze(1).nonzero().squeeze(1)
+    for depth in (*(d for d in _NUCLEUS_DEPTHS if d < vocab), vocab):
+        top_ED, ids_ED = logits_NV[open_E].topk(depth)
+        mass_ED = weights_NV[open_E].gather(1, ids_ED).cumsum(1)
+        short_E1 = (mass_ED < wanted_N1[open_E]).sum(dim=1, keepdim=True)
+        cut_N1[open_E] = top_ED.gather(1, short_E1.clamp_max(depth - 1))
+        open_E = open_E[(short_E1 == depth).squeeze(1)]
+        if not len(open_E):
             break
-    cut_N1 = top_ND.gather(1, short_N1.clamp_max(top_ND.shape[1] - 1))
-    return cut_N1.masked_fill(mass_N1 >= 1, -math.inf)
+    return cut_N1

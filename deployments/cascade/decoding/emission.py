@@ -1,0 +1,87 @@
+"""The laws that a correction or a bonus is drawn from, over the whole vocabulary.
+
+Only here are rows as long as the vocabulary, one for each token that is emitted.
+
+Shapes: `M` judged rows, `E` emissions, `J` emissions that the target decides, `K` tokens of the
+drafter's support, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cascade.decoding.bench import Bench
+    from cascade.decoding.distribution import Law
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emission:
+    """One token to draw: from p, from pi of a judged row, or from what pi has over q there."""
+
+    owner: int
+    row: int  # of logits
+    position: int
+    judged: int | None = None  # None draws from p
+    factor: float = 1.0  # pi is scaled by this before q is taken off
+    residual: bool = False
+
+
+def spread(bench: Bench, law: Law, index_E: Tensor) -> Tensor:
+    """Return pi of chosen judged rows over the whole vocabulary, [E, V].
+
+    Args:
+        bench: The judged rows.
+        law: The expert's processed rows at the chosen places, [E, V].
+        index_E: Which judged rows.
+    """
+    target, support = bench.target, bench.support
+    weights_EV = law.dense() * target.tail_N[index_E][:, None]
+    ids_EK, valid_EK = support.ids_NK[index_E], support.valid_NK[index_E]
+    return _written(weights_EV, ids_EK, valid_EK, target.on_NK[index_E])
+
+
+def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
+    """Return the laws that tokens are drawn from, unnormalised, [E, V].
+
+    A residual that rounding left empty is replaced by pi.
+    """
+    device = bench.logits_NV.device
+    rows_E = torch.tensor([e.row for e in emissions], device=device)
+    p_EV = bench.law.rows(rows_E).dense()
+    judged = [k for k, e in enumerate(emissions) if e.judged is not None]
+    if not judged:
+        return p_EV
+    some, place_J = [emissions[k] for k in judged], torch.tensor(judged, device=device)
+    p_JV = p_EV if len(judged) == len(emissions) else p_EV[place_J]
+    weights_JV = _over(bench, p_JV, some)
+    empty_J = weights_JV.sum(dim=1) <= 0
+    if bool(empty_J.any()):
+        whole = [replace(e, factor=1.0, residual=False) for e in some]
+        weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
+    return weights_JV if p_JV is p_EV else p_EV.index_copy(0, place_J, weights_JV)
+
+
+def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
+    """Return (factor pi - q)+ for residuals and pi for others, over the whole vocabulary."""
+    index_E = torch.tensor([e.judged for e in emissions], device=p_EV.device)
+    factor_E = p_EV.new_tensor([e.factor for e in emissions])
+    less_E = p_EV.new_tensor([float(e.residual) for e in emissions])
+    scaled_EK = factor_E[:, None] * bench.target.on_NK[index_E]
+    on_EK = (scaled_EK - less_E[:, None] * bench.evidence.q_NK[index_E]).clamp_min(0)
+    weights_EV = p_EV * (factor_E * bench.target.tail_N[index_E])[:, None]
+    support = bench.support
+    return _written(weights_EV, support.ids_NK[index_E], support.valid_NK[index_E], on_EK)
+
+
+def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
+    """Return the weights with the values of the support written over them."""
+    row_X, column_X = valid_EK.nonzero(as_tuple=True)
+    weights_EV[row_X, ids_EK[row_X, column_X]] = values_EK[row_X, column_X]
+    return weights_EV

@@ -1,0 +1,53 @@
+"""From a law and a coin to a token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.decoding.distribution import unscaled
+from cascade.decoding.sampling import invert, logprobs
+
+LAST = 1 - 2**-53
+
+
+def test_a_coin_falls_where_the_weights_say() -> None:
+    """The first index whose cumulated weight exceeds the coin; zeros are never hit."""
+    weights_NK = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).expand(5, -1)
+    coins_N = torch.tensor([0.0, 0.49, 0.5, 0.75, LAST], dtype=torch.float64)
+    assert invert(weights_NK, coins_N).tolist() == [1, 1, 3, 4, 4]
+
+
+@given(
+    weights=st.lists(
+        st.sampled_from([0.0, 1e-38, 1e-30, 1e-7, 0.3, 1.0, 1e30]), min_size=1, max_size=30
+    ).filter(any),
+    coin=st.one_of(st.just(LAST), st.just(0.0), st.floats(0, LAST)),
+)
+def test_a_token_of_weight_0_is_never_chosen(weights: list[float], coin: float) -> None:
+    """At no coin, however small or large the weights."""
+    index = int(invert(torch.tensor([weights]), torch.tensor([coin], dtype=torch.float64)))
+    assert weights[index] > 0
+
+
+def test_light_tokens_of_a_long_vocabulary_are_reached() -> None:
+    """Cumulated in float64, the last of a quarter of a million tokens keeps its share."""
+    weights_1V = torch.full((1, 1 << 18), 1e-9)
+    weights_1V[0, 0] = 1.0
+    spot = (1.0 + 1e-9 * ((1 << 18) - 2)) / float(weights_1V.double().sum())
+    index = int(invert(weights_1V, torch.tensor([spot], dtype=torch.float64)))
+    assert abs(index - ((1 << 18) - 2)) <= 1
+
+
+def test_log_probabilities_come_with_as_many_others_as_asked() -> None:
+    """Each row its own count, best first; more than the vocabulary has is all of it."""
+    logits_NV = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 5.0]])
+    first, second = logprobs(unscaled(logits_NV), [2, 0], [0, 9])
+    log_NV = logits_NV.log_softmax(1)
+    assert (first.token, first.top) == (2, ())
+    assert first.logprob == pytest.approx(float(log_NV[0, 2]))
+    assert next(token for token, _ in second.top) == 2
+    assert len(second.top) == 3
+    assert second.top[0][1] == pytest.approx(float(log_NV[1, 2]))
