@@ -25,7 +25,8 @@ def test_a_pair_that_shares_no_vocabulary_is_refused_by_name(toy: Pair, tmp_path
     tokenizer: Any = words(8)
     vocabulary = tokenizer.get_vocab() | {"C": 3, "D": 2}
     tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
-        vocabulary, unk_token="A"  # noqa: S106 - a word
+        vocabulary,
+        unk_token="A",  # noqa: S106 - a word
     )
     tokenizer.save_pretrained(other)
     settings = toy.settings(expert={"model": str(other)})
@@ -36,7 +37,8 @@ def test_a_pair_that_shares_no_vocabulary_is_refused_by_name(toy: Pair, tmp_path
 async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
     """Logits without a token are never written, however likely."""
     padded = tmp_path / "padded"
-    config = LlamaConfig(**(toy.drafter.model.config.to_dict() | {"vocab_size": 13}))
+    known: dict[str, Any] = toy.drafter.model.config.to_dict()
+    config = LlamaConfig(**(known | {"vocab_size": 13}))
     model = LlamaForCausalLM(config)
     model.save_pretrained(padded)
     words(8).save_pretrained(padded)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from cascade.lab.stack import Stack
     from cascade.wire.channel import Link
 
-PROMPT = (3, 1, 4, 1, 5)
+PROMPT: tuple[int, ...] = (3, 1, 4, 1, 5)
 GREEDY = Policy(sampling=Sampling(temperature=0.0))
 NAME = SessionId("mine")
 
@@ -78,14 +78,14 @@ async def drafter(toy_stack: Stack) -> AsyncIterator[Peer]:
 
 def opened(stack: Stack, peer: Peer, **session: Any) -> Link:
     link = peer.link(NAME, 1)
-    known = Session(**({"id": NAME, "prompt": PROMPT, "policy": GREEDY} | session))
+    known = replace(Session(id=NAME, prompt=PROMPT, policy=GREEDY), **session)
     link.send(Open(session=known, epoch=1, lease=stack.token))
     return link
 
 
 def judge(**changes: Any) -> Judge:
-    plain: dict[str, Any] = {"session_id": NAME, "epoch": 1, "position": 0}
-    return Judge(**(plain | {"digest": extend(0, PROMPT)} | changes))
+    plain = Judge(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT))
+    return replace(plain, **changes)
 
 
 async def refusal(link: Link) -> Refusal:
@@ -104,7 +104,7 @@ async def still_serves(stack: Stack) -> None:
 @pytest.mark.parametrize("kind", [tiers.DRAFTER, tiers.EXPERT], ids=["drafter", "expert"])
 async def test_garbage_ends_its_own_stream_alone(toy_stack: Stack, kind: tiers.Kind) -> None:
     replica = toy_stack.drafter if kind is tiers.DRAFTER else toy_stack.expert
-    chance = random.Random(5)
+    chance = random.Random(5)  # noqa: S311 - reproducible garbage, no secret
     request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=60)
     running = toy_stack.router.generate(request)
     await anext(running)
@@ -131,7 +131,7 @@ async def test_a_session_that_was_never_opened_is_refused(
 
 
 async def test_without_a_lease_nothing_opens(toy_stack: Stack, expert: Peer) -> None:
-    stranger = replace(toy_stack, token="guess")
+    stranger = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
     assert (await refusal(opened(stranger, expert))).code == "UNAUTHENTICATED"
     link = expert.link(SessionId("score"), 1)
     link.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
-def router(
+def router(  # noqa: PLR0913 - one parameter an option
     *,
     drafter: Annotated[list[str], typer.Option(help="Address of a drafter; repeat for more")],
     expert: Annotated[list[str], typer.Option(help="Address of an expert; repeat for more")],
