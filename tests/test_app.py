@@ -38,7 +38,7 @@ async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
     """Logits without a token are never written, however likely."""
     padded = tmp_path / "padded"
     known: dict[str, Any] = toy.drafter.model.config.to_dict()
-    config = LlamaConfig(**(known | {"vocab_size": 13}))
+    config = LlamaConfig.from_dict(known | {"vocab_size": 13})
     model = LlamaForCausalLM(config)
     model.save_pretrained(padded)
     words(8).save_pretrained(padded)
@@ -54,7 +54,7 @@ def test_a_model_that_is_nowhere_is_refused(toy: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"drafter": {"modle": "x"}}, "drafter.modle"),
+        ({"drafter": {"colour": "x"}}, "drafter.colour"),
         ({"defaults": {"rule": {"kind": "chow", "alpha": 2}}}, "defaults.rule.chow.alpha"),
         ({"router": {"draft_tokens": 0}}, "router.draft_tokens"),
         (
