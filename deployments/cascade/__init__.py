@@ -1,1 +1,1 @@
-"""Speculative cascades: a drafter writes, an expert judges, a rule decides whose law a token follows."""
+"""A drafter writes, an expert judges, and a rule decides whose law each token follows."""

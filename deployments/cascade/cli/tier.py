@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from cascade.operations.replica import Replica
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
-Token = Annotated[
-    str, typer.Option(envvar=TOKEN_VARIABLE, help="What callers of a tier must know")
-]
+Token = Annotated[str, typer.Option(envvar=TOKEN_VARIABLE, help="What callers of a tier must know")]
 Config = Annotated[
     Path | None, typer.Option(help="A cluster/*.yaml whose args to take; defaults if absent")
 ]

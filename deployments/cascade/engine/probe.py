@@ -26,7 +26,7 @@ _PROBE = "cascade_probe"
 _QUERY = 8191  # a position that no sliding window of the day covers from the start
 
 
-class Unsuited(Exception):  # noqa: N818 - not an error of the program: the next path is tried
+class Unsuited(Exception):
     """This path cannot serve the model; the message says why."""
 
 
