@@ -54,6 +54,16 @@ async def test_a_door_without_its_service_says_that_it_is_starting(service: Serv
     assert late.status_code == 200
 
 
+async def test_a_layer_in_front_may_name_the_answers_instead(service: Service) -> None:
+    """The name that the layer gave the request is the one in the answer's id."""
+    transport = httpx2.ASGITransport(app=create_app(service, names_answers=False))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://door") as http:
+        headers = {"x-request-id": "by-serve"}
+        answer = await http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert "x-request-id" not in answer.headers
+    assert answer.json()["id"] == "cmpl-by-serve"
+
+
 async def test_keys_are_asked_for_where_there_are_some(
     connect: Callable[..., AsyncOpenAI],
 ) -> None:

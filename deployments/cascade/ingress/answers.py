@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cascade.decoding.generation import FinishReason, Statistics
 from cascade.decoding.session import Origin
@@ -15,7 +15,7 @@ from cascade.errors import Internal
 from cascade.ingress.events import Delta, Entry, Scribe
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Sequence
 
     from cascade.decoding.generation import Piece, Request
     from cascade.ingress.service import Service
@@ -189,7 +189,10 @@ async def merge(
     closing this closes every stream at once.
     """
     nexts = {asyncio.ensure_future(_next(stream)): at for at, stream in enumerate(streams)}
-    try:
+    async with AsyncExitStack() as cleanup:
+        for stream in streams:
+            cleanup.push_async_callback(stream.aclose)
+        cleanup.push_async_callback(_cancel, nexts)
         while nexts:
             done, _ = await asyncio.wait(nexts, timeout=tick_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
@@ -200,12 +203,13 @@ async def merge(
                     yield at, item
                     nexts[asyncio.ensure_future(_next(streams[at]))] = at
                 del nexts[task]
-    finally:
-        for task in nexts:
-            task.cancel()
-        await asyncio.gather(*nexts, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    tasks = tuple(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _next(stream: AsyncGenerator[T]) -> tuple[T, ...]:

@@ -33,8 +33,14 @@ _DRAINED_BODIES = 16  # a body this many times too large is not even read to its
 _THREAD_BYTES = 2**16  # from this size on, tokenizing would hold other streams up
 
 
-def create_app(service: Service | None = None) -> FastAPI:
-    """Return the door. Without a service it answers 503 until `app.state.service` is set."""
+def create_app(service: Service | None = None, *, names_answers: bool = True) -> FastAPI:
+    """Return the door.
+
+    Args:
+        service: What to serve; without it the answer is 503 until `app.state.service` is set.
+        names_answers: Whether answers get an `x-request-id` here. Ray Serve's own layer in front
+            adds one to every answer: two would reach clients as one name, `a, a`.
+    """
     app = FastAPI(title="Speculative Cascades", version="1")
     app.state.service = service
     guarded = [Depends(_authenticate)]
@@ -48,7 +54,7 @@ def create_app(service: Service | None = None) -> FastAPI:
     ):
         extra = request_body(kind)
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
-    rim.install(app)
+    rim.install(app, names_answers=names_answers)
     describe(app)
     return app
 

@@ -34,10 +34,11 @@ _SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Rim:
-    """ASGI middleware: every answer has an `x-request-id`, and no exception ends without a body."""
+    """ASGI middleware: every request has a name, and no exception ends without a body."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, names_answers: bool) -> None:
         self._app = app
+        self._names_answers = names_answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -52,7 +53,8 @@ class Rim:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = name
+                if self._names_answers:
+                    MutableHeaders(scope=message)[REQUEST_ID] = name
             await send(message)
 
         try:
@@ -85,12 +87,12 @@ def response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Give every error of the app its shape and its name."""
+def install(app: FastAPI, *, names_answers: bool) -> None:
+    """Give every error of the app its shape, and answers the header with their request's name."""
     app.add_exception_handler(CascadeError, _ours)
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(RequestValidationError, _validation)
-    app.add_middleware(Rim)
+    app.add_middleware(Rim, names_answers=names_answers)
 
 
 def _request_id(headers: Headers) -> str:
