@@ -146,19 +146,19 @@ class Router:
         match request.mode:
             case Mode.EXPERT_ONLY:
                 drafter, expert = Silent(), Judging(experts, ahead=request.max_tokens)
-                needed = (experts,)
+                needed = experts
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-                drafter, expert, needed = drafting, Absent(), (drafters,)
+                drafter, expert, needed = drafting, Absent(), drafters
             case Mode.TOKEN_CASCADE:
                 drafter, expert = Drafting(drafters, until_deferral=True), Late(judging)
-                needed = (drafters,)
+                needed = drafters
             case Mode.SPECULATIVE | Mode.CASCADE:
                 drafters = Place(self._drafters, entry, moves=0)
-                drafter, expert, needed = self._hurried(drafters), judging, (experts,)
+                drafter, expert, needed = self._hurried(drafters), judging, experts
         if request.prediction:
             drafter = Predicted(request.prediction, drafter)
         try:
-            await asyncio.gather(*(place.enter(session) for place in needed))
+            await needed.enter(session)
             yield drafter, expert
         finally:
             drafters.leave()

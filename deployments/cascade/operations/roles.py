@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cascade.operations.places import Place
 
+LONGEST_PAUSE_S = 30.0
 ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
 
 
@@ -94,7 +95,11 @@ class Drafting:
 
 
 class Hurried:
-    """Gives a late or lost drafter up, so that the expert goes on alone, and tries again later."""
+    """Goes on without a drafter that is late or lost, and asks again after a pause.
+
+    A late one keeps the session: it may only have a long prompt to read. Pauses grow while it is
+    asked in vain, so that a drafter which hangs does not hold up every round.
+    """
 
     def __init__(
         self,
@@ -107,7 +112,7 @@ class Hurried:
         self._drafting = Drafting(place)
         self._place = place
         self._deadline_s = deadline_s
-        self._pause_s = pause_s
+        self._first_pause_s = self._pause_s = pause_s
         self._clock = clock
         self._resume_s = 0.0
 
@@ -117,11 +122,19 @@ class Hurried:
             return NOTHING
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await self._drafting.propose(session, count)
-        except (Unavailable, Overloaded, TimeoutError):
+                offer = await self._drafting.propose(session, count)
+        except TimeoutError:
+            return self._without()
+        except (Unavailable, Overloaded):
             self._place.leave()
-            self._resume_s = self._clock() + self._pause_s
-            return NOTHING
+            return self._without()
+        self._pause_s = self._first_pause_s
+        return offer
+
+    def _without(self) -> Offer:
+        self._resume_s = self._clock() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return NOTHING
 
 
 class Predicted:
