@@ -112,7 +112,7 @@ class RouterDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""
-        return create_app(self._service)
+        return create_app(self._service, names_answers=False)
 
     async def Generate(  # noqa: N802 - Serve calls the RPC's name
         self, request: cascade_pb2.GenerateRequest, grpc_context: RayServegRPCContext
