@@ -251,8 +251,9 @@ def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> 
     cut_N1 = torch.full_like(wanted_N1, -math.inf)
     open_E = (mass_N1 < 1).squeeze(1).nonzero().squeeze(1)
     for depth in (*(d for d in _NUCLEUS_DEPTHS if d < vocab), vocab):
-        top_ED, ids_ED = logits_NV[open_E].topk(depth)
-        mass_ED = weights_NV[open_E].gather(1, ids_ED).cumsum(1)
+        every = len(open_E) == len(logits_NV)
+        top_ED, ids_ED = (logits_NV if every else logits_NV[open_E]).topk(depth)
+        mass_ED = weights_NV[open_E[:, None], ids_ED].cumsum(1)
         short_E1 = (mass_ED < wanted_N1[open_E]).sum(dim=1, keepdim=True)
         cut_N1[open_E] = top_ED.gather(1, short_E1.clamp_max(depth - 1))
         open_E = open_E[(short_E1 == depth).squeeze(1)]
