@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import ValidationError
+from ray import serve
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cascade.app import build
@@ -49,6 +50,34 @@ async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
 def test_a_model_that_is_nowhere_is_refused(toy: Pair, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="nowhere"):
         build(toy.settings(expert={"model": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        {"num_replicas": 3},
+        {
+            "autoscaling_config": {
+                "min_replicas": 1,
+                "max_replicas": 4,
+                "target_ongoing_requests": 8,
+            }
+        },
+    ],
+)
+def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None:
+    resources = {"num_cpus": 2, "num_gpus": 0.5, "resources": {"tier": 1}}
+    settings = Application.model_validate(
+        {"drafter": {"deployment": {**count, "ray_actor_options": resources}}}
+    )
+    tier = settings.drafter
+    options = tier.deployment.options(environment=tier.environment())
+    deployed: Any = serve.deployment(name="Drafter")(type("Tier", (), {})).options(**options)
+    given = deployed.ray_actor_options
+    assert {key: given[key] for key in resources} == resources
+    assert given["runtime_env"]["env_vars"]["OMP_WAIT_POLICY"] == "PASSIVE"
+    config = deployed._deployment_config.autoscaling_config
+    assert (config is None) == ("num_replicas" in count)
 
 
 @pytest.mark.parametrize(

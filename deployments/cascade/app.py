@@ -41,8 +41,11 @@ class _TierDeployment(ABC):
     """A replica of a tier under Serve: leases are its only Serve method."""
 
     async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
+        anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
         self._replica: Replica[Any] = await self.part().start(
-            options, address=f"{bind_host}:0", advertised_host=ray.util.get_node_ip_address()
+            options,
+            address=f"{bind_host}:0",
+            advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
         )
 
     @staticmethod
