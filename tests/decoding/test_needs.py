@@ -1,4 +1,4 @@
-"""What crosses the wire under each policy: the table of rules.md section 11."""
+"""What crosses the wire under each policy, rule by rule."""
 
 from __future__ import annotations
 

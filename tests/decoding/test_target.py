@@ -47,7 +47,7 @@ GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "golden.json").read_text(encoding="utf-8")
 )
 A_Q, A_P = (0.5, 0.3, 0.15, 0.05), (0.2, 0.45, 0.3, 0.05)
-# rules.md section 12: rule, pi, accept, residual, P(refuse). The printed numbers have four places.
+# Example A by hand: rule, pi, accept, residual, P(refuse). The printed numbers have four places.
 WORKED: list[tuple[Rule, Sequence[float], Sequence[float], Sequence[float], float]] = [
     (Lossless(), A_P, (0.4, 1, 1, 1), (0, 0.5, 0.5, 0), 0.3),
     (

@@ -184,6 +184,25 @@ def test_an_empty_block_is_plain_decoding() -> None:
         assert all(v.origins == (Origin.EXPERT,) for v in verdicts)
 
 
+@pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+def test_batches_of_empty_blocks_are_judged_under_every_policy(rule: Rule) -> None:
+    """No rule, coupling, bonus, verification or temperature minds that nothing was drafted."""
+    assert judge(torch.empty(0, VOCAB), []) == []
+    for coupling, bonus, verification, temperature in itertools.product(
+        Coupling, Bonus, Verification, (0.0, 1.0)
+    ):
+        policy = Policy(
+            rule=rule,
+            coupling=coupling,
+            bonus=bonus,
+            verification=verification,
+            sampling=Sampling(temperature=temperature),
+        )
+        tasks = [Task(policy=policy, position=3)] * 2
+        verdicts = judge(PAIR.expert_VV[:2], tasks)
+        assert [len(verdict.tokens) for verdict in verdicts] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("verification", "coupling"),
     [
@@ -372,9 +391,6 @@ def test_log_probabilities_are_those_of_p0() -> None:
         best = log_NV[j].topk(2)
         assert [t for t, _ in entry.top] == best.indices.tolist()
     assert judged(replace(policy, logprobs=None), block, rows_NV).logprobs == ()
-
-
-# Section 7: temperature 0.
 
 
 def test_buzz_aldrin() -> None:

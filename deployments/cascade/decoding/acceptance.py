@@ -104,7 +104,7 @@ class Standing:
 
 
 def standing_probabilities(bench: Bench) -> Standing:
-    """Return h_i and p_i of arXiv 2403.10444 (rules.md section 9), for any target."""
+    """Return h_i and p_i of arXiv 2403.10444, for any target."""
     ratio_M, tail_M = _ratios(bench), bench.target.tail_N.double()
     q_MK, pi_MK = bench.evidence.q_NK.double(), bench.target.on_NK.double()
     outside_M = bench.evidence.outside().double() * tail_M

@@ -1,4 +1,4 @@
-"""The policy that each mode really follows (rules.md section 6).
+"""The policy that each mode really follows.
 
 A tier samples from what the policy's rule makes it ship; where no expert judges, nothing is shipped
 and nothing truncated, so a mode without judgement is a rule that never asks for one.

@@ -1,4 +1,4 @@
-"""What the expert must be told of a draft to judge it exactly (rules.md section 11)."""
+"""What the expert must be told of a draft to judge it exactly."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def tokenwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tup
 
 
 def blockwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tuple[int, Tensor]:
-    """Return how long a prefix of the block stands, and the law of what follows (section 9)."""
+    """Return how long a prefix of the block stands, and the law of what follows (2403.10444)."""
     laws = [target(pair.policy.rule, place)[0] for place in places]
     factors = [1.0]
     for token, place, pi in zip(tokens, places[:-1], laws[:-1], strict=True):

@@ -129,7 +129,7 @@ def _mentored(lenient: Tensor, p: Tensor, *, high: float) -> Tensor:
 
 
 def unacceptable(rule: TokenV1 | TokenV2 | TokenV3 | Typical, q0: Tensor, p0: Tensor) -> Tensor:
-    """Return r(v) of the token rules (rules.md section 4)."""
+    """Return r(v) of the token rules: which tokens are not acceptable."""
     match rule:
         case TokenV1(alpha=alpha):
             return q0 < p0.max() - alpha
@@ -142,7 +142,7 @@ def unacceptable(rule: TokenV1 | TokenV2 | TokenV3 | Typical, q0: Tensor, p0: Te
 
 
 def defers(rule: Rule, q: Tensor, p: Tensor, q0: Tensor, p0: Tensor) -> bool:
-    """Return r of the position rules (rules.md section 3)."""
+    """Return r of the position rules: whether the expert writes here."""
     sure_q, sure_p, distance = float(q0.max()), float(p0.max()), float((p - q).clamp_min(0).sum())
     match rule:
         case Chow(alpha=alpha):

@@ -1,4 +1,4 @@
-"""The deferral rules: closed set, one frozen dataclass each (rules.md sections 3 to 5).
+"""The deferral rules: closed set, one frozen dataclass each.
 
 Field bounds are `annotated_types` constraints, so that pydantic refuses a bad one at the door.
 Source unless said: Narasimhan et al., Faster Cascades via Speculative Decoding, ICLR 2025
@@ -29,7 +29,7 @@ class Lossless:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lossy:
-    """Lenient speculative decoding: accept with min(1, p / ((1 - alpha) q)) (rules.md section 5).
+    """Lenient speculative decoding: accept with min(1, p / ((1 - alpha) q)).
 
     `beta` "one" refuses into norm((p - q)+); "solved" into the mentored residual, beta bisected.
     """

@@ -19,7 +19,7 @@ SessionId = NewType("SessionId", str)
 
 
 class Mode(StrEnum):
-    """How a request is answered (rules.md section 6); one server offers them all."""
+    """How a request is answered; one server offers them all."""
 
     EXPERT_ONLY = "expert_only"
     DRAFTER_ONLY = "drafter_only"

@@ -1,4 +1,4 @@
-"""The target law pi = T(q, p) of every rule, on few tokens (rules.md sections 3 to 5).
+"""The target law pi = T(q, p) of every rule, on few tokens.
 
 Off the support S of the drafter's row, where q is 0, every rule's law is a multiple of the
 expert's: pi(v) = tail * p(v). So pi on S and one number a row are all of it, whether S is the top
