@@ -28,10 +28,10 @@ TEMPERATURE = 1.5  # gates must read the unscaled rows
 UNLIKELY = 1e-4
 
 
-def law(pair: Pair, rule: Rule) -> dict[tuple[int, ...], float]:
+def law(pair: Pair, rule: Rule, *, length: int = LENGTH) -> dict[tuple[int, ...], float]:
     """Return the probability of each answer: the product of pi along it, from plain forwards."""
     answers = {(): 1.0}
-    for position in range(LENGTH):
+    for position in range(length):
         longer = dict[tuple[int, ...], float]()
         for answer, probability in answers.items():
             rows = [
@@ -45,7 +45,9 @@ def law(pair: Pair, rule: Rule) -> dict[tuple[int, ...], float]:
     return answers
 
 
-async def sample(server: Stack, policy: Policy, count: int) -> Counter[tuple[int, ...]]:
+async def sample(
+    server: Stack, policy: Policy, count: int, *, length: int = LENGTH
+) -> Counter[tuple[int, ...]]:
     """Return how often each answer came."""
     turn = asyncio.Semaphore(AT_ONCE)
 
@@ -55,7 +57,7 @@ async def sample(server: Stack, policy: Policy, count: int) -> Counter[tuple[int
             prompt=PROMPT,
             policy=replace(policy, seed=seed),
             mode=Mode.CASCADE,
-            max_tokens=LENGTH,
+            max_tokens=length,
             draft_tokens=DRAFTED,
         )
         async with turn:
@@ -93,6 +95,18 @@ async def test_answers_follow_the_product_of_targets(
     expected = law(toy, rule)
     assert sum(expected.values()) == pytest.approx(1)
     assert p_value(await sample(toy_stack, policy, SAMPLES), expected) > UNLIKELY
+
+
+@pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
+async def test_the_last_token_follows_its_target_too(
+    toy: Pair, toy_stack: Stack, bonus: Bonus
+) -> None:
+    """An answer of one token leaves room for a draft, not for the expert's own choice."""
+    rule = RULES["token_v3"]
+    policy = Policy(rule=rule, bonus=bonus, sampling=Sampling(temperature=TEMPERATURE))
+    seen = await sample(toy_stack, policy, SAMPLES, length=1)
+    assert p_value(seen, law(toy, rule, length=1)) > UNLIKELY
+    assert p_value(seen, law(toy, RULES["lossless"], length=1)) < UNLIKELY
 
 
 VARIANTS = {

@@ -6,6 +6,7 @@ without Ray too (`cascade tier`, tests, benchmarks).
 
 # No postponed annotations: Serve reads `build`'s at run time, and must find a class.
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -97,21 +98,25 @@ class RouterDeployment:
         self, settings: Application, drafters: DeploymentHandle[Any], experts: DeploymentHandle[Any]
     ) -> None:
         timeout_s = settings.router.lease_timeout_s
-        self._peers = Peers(tiers.DRAFTER), Peers(tiers.EXPERT)
-        drafting, judging = self._peers
+        self._tiers = [
+            Tier(leases=ServeLeases(handle, kind=kind, timeout_s=timeout_s), peers=Peers(kind))
+            for handle, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
+        ]
+        drafting, judging = self._tiers
         router = Router(
-            drafters=Tier(
-                leases=ServeLeases(drafters, kind=tiers.DRAFTER, timeout_s=timeout_s),
-                peers=drafting,
-            ),
-            experts=Tier(
-                leases=ServeLeases(experts, kind=tiers.EXPERT, timeout_s=timeout_s), peers=judging
-            ),
+            drafters=drafting,
+            experts=judging,
             automatic=lambda: Fixed(tokens=settings.router.draft_tokens),
             options=settings.router.options(),
         )
-        self._service = settings.service(router, settings.pair())
+        wanted = self._tiers if settings.drafter.deployment.always_there else [judging]
+        self._greetings = [asyncio.create_task(tier.greet()) for tier in wanted]
+        self._service = settings.service(router, settings.pair(), ready=self._ready)
         self._door = GrpcDoor(lambda: self._service)
+
+    def _ready(self) -> bool:
+        """Whether each tier has once answered; raises what it said if it does not fit."""
+        return all(task.done() and task.result() is None for task in self._greetings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""
@@ -145,8 +150,10 @@ class RouterDeployment:
 
     async def __del__(self) -> None:
         """Cut the streams to the tiers."""
-        for peers in self._peers:
-            await peers.close()
+        for task in self._greetings:
+            task.cancel()
+        for tier in self._tiers:
+            await tier.peers.close()
 
 
 def build(args: Application) -> serve.Application:

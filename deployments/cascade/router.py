@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cascade.decoding.draft_length import DraftLength, Fixed
+from cascade.decoding.draft_length import DraftLength, Fixed, reserved
 from cascade.decoding.generation import (
     Confidence,
     FinishReason,
@@ -23,7 +23,7 @@ from cascade.decoding.generation import (
     Statistics,
 )
 from cascade.decoding.modes import policy_in
-from cascade.decoding.session import Bonus, Mode, Session, SessionId, advance
+from cascade.decoding.session import Mode, Session, SessionId, advance
 from cascade.errors import DeadlineExceeded
 from cascade.operations.ledger import Ledger
 from cascade.operations.places import Place, Tier, score
@@ -106,7 +106,7 @@ class Router:
             while finish is None:
                 room = request.max_tokens - session.position
                 async with _until(deadline_s):
-                    wanted = length.next(room=room - _reserved(session))
+                    wanted = length.next(room=room - reserved(session.policy))
                     with ledger.drafting():
                         offer = await drafter.propose(session, wanted.tokens)
                     with ledger.judging():
@@ -193,11 +193,6 @@ async def _until(deadline_s: float) -> AsyncGenerator[None]:
             yield
     except TimeoutError as error:
         raise DeadlineExceeded("the answer took longer than its deadline") from error
-
-
-def _reserved(session: Session) -> int:
-    """Return how many tokens of a round are the expert's own: drafting them would be in vain."""
-    return int(session.policy.bonus is not Bonus.NONE)
 
 
 def _finish(session: Session, request: Request) -> FinishReason | None:

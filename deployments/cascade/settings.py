@@ -5,6 +5,7 @@ branch turns itself into the frozen value that its part takes.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -66,6 +67,11 @@ class Deployment(Settings):
         if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
             raise ValueError("set num_replicas or autoscaling_config, not both")
         return self
+
+    @property
+    def always_there(self) -> bool:
+        """Whether at least one replica runs at all times."""
+        return self.autoscaling_config is None or self.autoscaling_config.get("min_replicas", 1) > 0
 
     def options(self, *, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Return the keywords of `Deployment.options`; `environment` is of the process."""
@@ -214,8 +220,14 @@ class Application(Settings):
         """Return what the pair shares; raises StartupError for one that cannot be served."""
         return outline.of_pair(self.drafter.source(), self.expert.source())
 
-    def service(self, generator: Generator, pair: outline.Outline) -> Service:
-        """Return what the doors stand on."""
+    def service(
+        self,
+        generator: Generator,
+        pair: outline.Outline,
+        *,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> Service:
+        """Return what the doors stand on; `ready` says whether the tiers are there."""
         keys = [key.get_secret_value() for key in self.api_keys]
         keys += os.environ.get(self.api_key_variable, "").split(",")
         return Service(
@@ -225,5 +237,6 @@ class Application(Settings):
             limits=self.limits.for_doors(context_tokens=pair.context_tokens or UNBOUNDED_CONTEXT),
             defaults=self.defaults.for_doors(),
             stop_ids=pair.stop_ids,
+            ready=ready,
             api_keys=frozenset(key for key in keys if key),
         )

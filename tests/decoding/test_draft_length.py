@@ -23,5 +23,6 @@ def test_a_fixed_length_learns_nothing() -> None:
 
 
 def test_the_bonus_takes_its_room() -> None:
-    """A round that may end in a bonus drafts one token less than the answer lacks."""
-    assert [reserved(Policy(bonus=bonus)) for bonus in Bonus] == [0, 1, 1]
+    """A round that may end in the expert's bonus drafts one token less than the answer lacks."""
+    rooms = {bonus: reserved(Policy(bonus=bonus)) for bonus in Bonus}
+    assert rooms == {Bonus.NONE: 0, Bonus.EXPERT: 1, Bonus.TARGET: 0}

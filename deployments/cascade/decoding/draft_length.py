@@ -20,8 +20,11 @@ class Length:
 
 
 def reserved(policy: Policy) -> int:
-    """Return how many tokens of a round's room are the expert's: drafting them would be in vain."""
-    return int(policy.bonus is not Bonus.NONE)
+    """Return how many tokens of a round's room are the expert's: drafting them would be in vain.
+
+    Under bonus `target` none is: a last token decoded alone would follow p, not the target.
+    """
+    return int(policy.bonus is Bonus.EXPERT)
 
 
 class DraftLength(Protocol):

@@ -6,12 +6,19 @@ another lease and opens the whole `Session` there under the next epoch.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from cascade.decoding.session import SessionId
-from cascade.errors import CascadeError, Internal, Unauthenticated, Unavailable
+from cascade.errors import (
+    CascadeError,
+    Internal,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
 from cascade.wire.digest import extend
 from cascade.wire.frames import (
     Judge,
@@ -25,6 +32,7 @@ from cascade.wire.frames import (
     Scores,
 )
 from cascade.wire.status import refused
+from cascade.wire.tiers import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
     from cascade.decoding.session import Session, TokenLogprob
     from cascade.operations.leases import Lease, LeaseSource
     from cascade.wire.channel import Link, Peers
+
+GREETING_PAUSE_S = 0.5
 
 Lacking: TypeAlias = tuple[int, ...]
 
@@ -48,6 +58,32 @@ class Tier:
     def name(self) -> str:
         """Return drafter or expert."""
         return self.peers.kind.name
+
+    async def greet(self) -> None:
+        """Wait until a replica grants a lease and says what it serves.
+
+        Raises:
+            Internal: It speaks another version of the protocol.
+        """
+        while True:
+            try:
+                lease = await self.leases.take()
+            except (Overloaded, Unavailable):
+                await asyncio.sleep(GREETING_PAUSE_S)
+                continue
+            try:
+                described = await self.peers[lease.address].describe()
+            except Unavailable:
+                continue
+            finally:
+                lease.close()
+            if described.protocol_version != PROTOCOL_VERSION:
+                raise Internal(
+                    f"the {self.name} at {lease.address} speaks protocol version "
+                    f"{described.protocol_version} and this router {PROTOCOL_VERSION}; deploy both "
+                    "from one release"
+                )
+            return
 
     def error(self, refusal: Refusal) -> CascadeError:
         """Return what a refusal means to the router; a lost lease is a lost replica."""
