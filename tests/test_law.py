@@ -73,8 +73,9 @@ def p_value(seen: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], floa
     common = [answer for answer, probability in expected.items() if probability * count >= 5]
     observed = [seen[answer] for answer in common]
     wanted = [expected[answer] * count for answer in common]
-    observed.append(count - sum(observed))
-    wanted.append(count - sum(wanted))
+    if len(common) < len(expected):
+        observed.append(count - sum(observed))
+        wanted.append(count - sum(wanted))
     return float(stats.chisquare(observed, wanted).pvalue)
 
 
