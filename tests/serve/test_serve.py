@@ -126,13 +126,15 @@ async def test_a_bad_request_is_a_bad_request_through_every_door(
     generation = cascade_pb2.Generation(
         text="x", rule=tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=2))
     )
-    for call in (
-        door.Generate(cascade_pb2.GenerateRequest(generation=generation)),
-        door.GenerateStream(cascade_pb2.GenerateStreamRequest(generation=generation)).read(),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call
+    with pytest.raises(grpc.aio.AioRpcError) as unary:
+        await door.Generate(cascade_pb2.GenerateRequest(generation=generation))
+    frames = door.GenerateStream(cascade_pb2.GenerateStreamRequest(generation=generation))
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        async for frame in frames:
+            assert frame.choices[0].finish_reason == cascade_pb2.FINISH_REASON_ERROR
+    for error in (unary, streamed):
         assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "alpha" in (error.value.details() or "")
 
 
 async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:

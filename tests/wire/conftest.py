@@ -76,6 +76,15 @@ def rows(draw: st.DrawFn) -> Row:
     return Row(ids=ids, weights=np.abs(weights), unscaled=draw(st.none() | floats.map(np.abs)))
 
 
+gates = st.builds(Gates, peak=PROBABILITIES, favourite=TOKENS, entropy=FINITE)
+logprobs = st.builds(
+    TokenLogprob,
+    token=TOKENS,
+    logprob=LOGPROBS,
+    top=several(st.tuples(TOKENS, LOGPROBS), most=3),
+)
+
+
 @st.composite
 def blocks(draw: st.DrawFn) -> Block:
     """Every list absent, as long as the block, or one longer where that may be."""
@@ -88,9 +97,9 @@ def blocks(draw: st.DrawFn) -> Block:
         tokens=draw(exactly(TOKENS, count)),
         likelihoods=maybe(PROBABILITIES, count),
         unscaled=maybe(PROBABILITIES, count),
-        gates=maybe(st.from_type(Gates), count, count + 1),
+        gates=maybe(gates, count, count + 1),
         rows=maybe(rows(), count, count + 1),
-        logprobs=maybe(st.from_type(TokenLogprob), count),
+        logprobs=maybe(logprobs, count),
     )
 
 
@@ -105,7 +114,7 @@ def verdicts(draw: st.DrawFn) -> Verdict:
         origins=draw(exactly(st.sampled_from(Origin), count)),
         judged=draw(COUNTS),
         deferred=draw(COUNTS),
-        logprobs=draw(exactly(st.from_type(TokenLogprob), reported)),
+        logprobs=draw(exactly(logprobs, reported)),
     )
 
 
@@ -116,7 +125,7 @@ def sessions(draw: st.DrawFn) -> Session:
     return Session(
         id=draw(IDS),
         prompt=draw(several(TOKENS, 1)),
-        policy=draw(st.from_type(Policy)),
+        policy=draw(policies),
         tokens=draw(exactly(TOKENS, count)),
         origins=draw(exactly(st.sampled_from(Origin), count)),
     )
@@ -150,13 +159,8 @@ heads: dict[str, st.SearchStrategy[Any]] = {"session_id": IDS, "epoch": LONGS}
 steps = heads | {"position": st.integers(8, 2**63 - 1), "digest": st.integers(0, 2**64 - 1)}
 answers = heads | {"position": LONGS, "cached_prompt_tokens": COUNTS}
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
-    Gates: st.builds(Gates, peak=PROBABILITIES, favourite=TOKENS, entropy=FINITE),
-    TokenLogprob: st.builds(
-        TokenLogprob,
-        token=TOKENS,
-        logprob=LOGPROBS,
-        top=several(st.tuples(TOKENS, LOGPROBS), most=3),
-    ),
+    Gates: gates,
+    TokenLogprob: logprobs,
     Row: rows(),
     Block: blocks(),
     Verdict: verdicts(),
@@ -177,9 +181,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         frames.Proposal, **answers, block=blocks(), deferred=st.booleans(), passes=COUNTS
     ),
     frames.Judgement: st.builds(frames.Judgement, **answers, verdict=verdicts()),
-    frames.Scores: st.builds(
-        frames.Scores, **heads, logprobs=several(st.from_type(TokenLogprob), most=3)
-    ),
+    frames.Scores: st.builds(frames.Scores, **heads, logprobs=several(logprobs, most=3)),
     frames.Need: st.builds(frames.Need, **heads, position=LONGS),
     frames.Refusal: st.builds(frames.Refusal, **heads, code=TEXTS, reason=TEXTS, message=TEXTS),
 }
