@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -34,6 +36,9 @@ def check_cluster(dashboard: str, *, plan: Plan) -> list[Finding]:
     """Hold the plan against the cluster's resources, or against this machine if there is none."""
     try:
         told = _get(dashboard, "/api/cluster_status")
+    except httpx.HTTPStatusError as error:
+        refused = f"the Ray cluster at {dashboard} answers {error.response.status_code}"
+        return [warn(refused, "it may want its token; put it in RAY_AUTH_TOKEN")]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         advice = "`serve run` starts one here; name another with --dashboard"
         here = {"CPU": float(usable_cores()), "GPU": float(num_gpus())}
@@ -75,6 +80,18 @@ def resources_of(told: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def ray_token() -> str | None:
+    """Return the token that guards a Ray cluster, from where Ray itself looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    default = Path.home() / ".ray" / "auth_token"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
 def _applications(dashboard: str) -> list[Finding]:
     try:
         told = _get(dashboard, "/api/serve/applications/")
@@ -101,5 +118,6 @@ def _application(name: str, told: dict[str, Any]) -> Finding:
 
 
 def _get(dashboard: str, path: str) -> dict[str, Any]:
-    response = httpx.get(dashboard + path, timeout=_TIMEOUT_S).raise_for_status()
+    headers = {"authorization": f"Bearer {token}"} if (token := ray_token()) else {}
+    response = httpx.get(dashboard + path, timeout=_TIMEOUT_S, headers=headers).raise_for_status()
     return response.json()
