@@ -20,14 +20,12 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cascade.decoding.draft_length import Fixed
 from cascade.errors import Unavailable
 from cascade.ingress.grpc import GrpcDoor
 from cascade.ingress.http import create_app
 from cascade.operations.leases import ServeLeases, Ticket
 from cascade.operations.options import ReplicaOptions
 from cascade.operations.places import Tier
-from cascade.router import Router
 from cascade.settings import Application
 from cascade.settings import Tier as TierSettings
 from cascade.v1 import cascade_pb2
@@ -103,12 +101,7 @@ class RouterDeployment:
             for handle, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
         ]
         drafting, judging = self._tiers
-        router = Router(
-            drafters=drafting,
-            experts=judging,
-            automatic=lambda: Fixed(tokens=settings.router.draft_tokens),
-            options=settings.router.options(),
-        )
+        router = settings.router.loop(drafters=drafting, experts=judging)
         wanted = self._tiers if settings.drafter.deployment.always_there else [judging]
         self._greetings = [asyncio.create_task(tier.greet()) for tier in wanted]
         self._service = settings.service(router, settings.pair(), ready=self._ready)

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from cascade import demo
+from cascade import demo, router
+from cascade.decoding.draft_length import Fixed
 from cascade.decoding.generation import Confidence, Generator, Patience
 from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
@@ -20,8 +21,8 @@ from cascade.engine.settings import EngineSettings
 from cascade.ingress.service import Defaults as DoorDefaults
 from cascade.ingress.service import Limits as DoorLimits
 from cascade.ingress.service import Service
+from cascade.operations import places
 from cascade.operations.options import ReplicaOptions
-from cascade.router import RouterOptions
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -150,12 +151,17 @@ class Router(Settings):
     lease_timeout_s: Seconds = 10.0
     draft_tokens: Positive = 5  # of `auto`
 
-    def options(self) -> RouterOptions:
-        """Return what the loop takes."""
-        return RouterOptions(
-            max_generation_s=self.max_generation_s,
-            draft_deadline_s=self.draft_deadline_s,
-            draft_pause_s=self.draft_pause_s,
+    def loop(self, *, drafters: places.Tier, experts: places.Tier) -> router.Router:
+        """Return the loop over two tiers."""
+        return router.Router(
+            drafters=drafters,
+            experts=experts,
+            automatic=lambda: Fixed(tokens=self.draft_tokens),
+            options=router.RouterOptions(
+                max_generation_s=self.max_generation_s,
+                draft_deadline_s=self.draft_deadline_s,
+                draft_pause_s=self.draft_pause_s,
+            ),
         )
 
 

@@ -6,21 +6,15 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import uvicorn
 
 from cascade.cli.tier import Config, Token, application
-from cascade.decoding.draft_length import Fixed
-from cascade.ingress.http import create_app
-from cascade.operations.leases import FixedLeases
-from cascade.operations.places import Tier
-from cascade.router import Router
-from cascade.wire import tiers
-from cascade.wire.channel import Peers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from fastapi import FastAPI
+
+    from cascade.settings import Application
 
 
 def router(  # noqa: PLR0913 - one parameter an option
@@ -33,23 +27,34 @@ def router(  # noqa: PLR0913 - one parameter an option
     config: Config = None,
 ) -> None:
     """Serve HTTP over tiers that were started with `cascade tier`."""
+    import uvicorn  # noqa: PLC0415 - `cascade ask` need not wait for a server's libraries
+
     settings = application(config)
+    door = _door(settings, drafters=drafter, experts=expert, token=token)
+    uvicorn.run(door, host=host, port=port, log_level="warning")
+
+
+def _door(settings: Application, *, drafters: list[str], experts: list[str], token: str) -> FastAPI:
+    from cascade.ingress.http import create_app  # noqa: PLC0415 - as above
+    from cascade.operations.leases import FixedLeases  # noqa: PLC0415
+    from cascade.operations.places import Tier  # noqa: PLC0415
+    from cascade.wire import tiers  # noqa: PLC0415
+    from cascade.wire.channel import Peers  # noqa: PLC0415
+
     pair = settings.pair()
 
     @asynccontextmanager
     async def serving(app: FastAPI) -> AsyncGenerator[None]:
-        drafting, judging = Peers(tiers.DRAFTER), Peers(tiers.EXPERT)
-        loop = Router(
-            drafters=Tier(leases=FixedLeases(drafter, token=token), peers=drafting),
-            experts=Tier(leases=FixedLeases(expert, token=token), peers=judging),
-            automatic=lambda: Fixed(tokens=settings.router.draft_tokens),
-            options=settings.router.options(),
+        drafting, judging = (
+            Tier(leases=FixedLeases(addresses, token=token), peers=Peers(kind))
+            for addresses, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
         )
+        loop = settings.router.loop(drafters=drafting, experts=judging)
         app.state.service = settings.service(loop, pair)
         yield
-        await drafting.close()
-        await judging.close()
+        await drafting.peers.close()
+        await judging.peers.close()
 
     door = create_app()
     door.router.lifespan_context = serving
-    uvicorn.run(door, host=host, port=port, log_level="warning")
+    return door

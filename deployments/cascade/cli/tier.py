@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from cascade.settings import Application
-
 if TYPE_CHECKING:
     from cascade.operations.replica import Replica
+    from cascade.settings import Application
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
 Token = Annotated[str, typer.Option(envvar=TOKEN_VARIABLE, help="What callers of a tier must know")]
@@ -49,6 +48,8 @@ def tier(
 
 def application(config: Path | None) -> Application:
     """Return the settings of the first application of a Serve YAML, or the defaults."""
+    from cascade.settings import Application  # noqa: PLC0415 - brings torch along
+
     if config is None:
         return Application()
     document: Any = yaml.safe_load(config.read_text())

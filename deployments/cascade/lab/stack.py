@@ -7,12 +7,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.decoding.draft_length import Fixed
 from cascade.drafter import Drafter
 from cascade.expert import Expert
 from cascade.operations.leases import FixedLeases
 from cascade.operations.places import Tier
-from cascade.router import Router
 from cascade.wire import tiers
 from cascade.wire.channel import Peers
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from cascade.ingress.service import Service
+    from cascade.router import Router
     from cascade.settings import Application
 
 ANY_PORT = "127.0.0.1:0"
@@ -63,12 +62,7 @@ async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncGenerato
         }
         for tier in reached.values():
             cleanup.push_async_callback(tier.peers.close)
-        router = Router(
-            drafters=reached["drafter"],
-            experts=reached["expert"],
-            automatic=lambda: Fixed(tokens=settings.router.draft_tokens),
-            options=settings.router.options(),
-        )
+        router = settings.router.loop(drafters=reached["drafter"], experts=reached["expert"])
         yield Stack(
             drafter=drafter,
             expert=expert,
