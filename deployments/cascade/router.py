@@ -113,6 +113,12 @@ class Router:
                         verdict = await expert.judge(session, offer, room=room)
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
                 ledger.note(before, session, offer, verdict, reason=wanted.reason)
+                length.learn(
+                    drafted=offer.block.length,
+                    accepted=verdict.accepted,
+                    draft_s=ledger.draft_s,
+                    judge_s=ledger.judge_s,
+                )
                 finish = _finish(session, request)
                 yield _piece(before, session, verdict, finish, entry)
 

@@ -32,6 +32,7 @@ class Server:
     grpc: str
     dashboard: str
     process: subprocess.Popen[bytes]
+    early: list[httpx.Response]  # what was answered before the application was there
 
 
 def free_port() -> int:
@@ -40,15 +41,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the server answers; the process's own word if it ends first."""
+def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> list[httpx.Response]:
+    """Return when the server is well, with its answers until then."""
+    early: list[httpx.Response] = []
     deadline_s = time.monotonic() + READY_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
             pytest.fail(f"serve run ended with {process.returncode}:\n{log.read_text()[-4000:]}")
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
+            early.append(httpx.get(f"{url}/health", timeout=2))
+            if early[-1].is_success:
+                return early[:-1]
         except httpx.TransportError:
             pass
         time.sleep(0.5)
@@ -80,13 +83,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
     try:
         url = f"http://127.0.0.1:{http}"
-        wait_ready(url, process, log)
+        early = wait_ready(url, process, log)
         text = log.read_text()
         yield Server(
             http=url,
             grpc=f"127.0.0.1:{grpc}",
             dashboard=found(r"dashboard at .*?(http://[\d.:]+)", text),
             process=process,
+            early=early,
         )
     finally:
         process.send_signal(signal.SIGINT)

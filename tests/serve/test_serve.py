@@ -193,11 +193,15 @@ def test_the_doctor_finds_nothing_wrong(server: Server) -> None:
     assert re.search(r"application cascade runs", run.stdout), run.stdout
 
 
-async def test_errors_of_serves_own_proxy_are_known(server: Server) -> None:
-    """What our code never sees is answered in Serve's words: recorded here, not chosen."""
+async def test_what_serves_own_proxy_answers_is_known(server: Server) -> None:
+    """Our code never sees these: recorded, not chosen. Ours have OpenAI's shape."""
+    for answer in server.early:
+        ours = answer.headers["content-type"].startswith("application/json")
+        assert answer.status_code == (503 if ours else 404)
+        assert ours or "not found" in answer.text
     async with httpx.AsyncClient(base_url=server.http) as plain:
-        routed = await plain.get("/-/routes")
-        assert routed.status_code == 200
+        assert (await plain.get("/-/routes")).json() == {"/": "cascade"}
+        assert (await plain.get("/-/healthz")).text == "success"
         missing = await plain.get("/nowhere")
         assert missing.status_code == 404
         assert missing.json()["error"]["type"] == "invalid_request_error"

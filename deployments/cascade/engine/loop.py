@@ -70,14 +70,11 @@ class Engine:
         *,
         head: Head,
         settings: EngineSettings | None = None,
-        after_step: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or EngineSettings()
         self._head = head
         self._settings = settings
-        self._after_step = after_step or _nothing
-        self._told = False  # the head something, since the owner last published
         self.runner, capacity = _prepare(model, settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
@@ -149,7 +146,6 @@ class Engine:
         with torch.inference_mode():
             if not self._receive():
                 return False
-            self._publish()
             self._cycle()
         return True
 
@@ -169,7 +165,6 @@ class Engine:
             message = self._inbox.get()
             if isinstance(message, Step):
                 self._fail(message, stopped)
-        self._publish()
 
     def _receive(self) -> bool:
         """Take in messages, waiting for one where there is nothing to run; False to stop."""
@@ -247,19 +242,7 @@ class Engine:
         slices = self._plan()
         for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
-            self._publish()
         self._meter.note(busy=True)
-
-    def _publish(self) -> None:
-        """Let the owner send what its head has heard since the last time."""
-        if not self._told:
-            return
-        self._told = False
-        try:
-            self._after_step()
-        # The owner's code, as the head's.
-        except Exception:
-            log.exception("What follows a pass failed")
 
     def _plan(self) -> list[Slice]:
         reserved: set[CachedSequence] = set()
@@ -312,7 +295,6 @@ class Engine:
                 self._scheduler.remove(job.step.session)
         if not ready:
             return
-        self._told = True
         try:
             follow = self._head.finish(ready, logits_NV)
         # The head is another part's code; its defect must not end every session of the replica.
@@ -329,7 +311,6 @@ class Engine:
         self._fail(job.step, error)
 
     def _fail(self, step: Step, error: Exception) -> None:
-        self._told = True
         try:
             self._head.fail(step, error)
         # As in `_deliver`.
@@ -351,10 +332,6 @@ def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]
     runner.resize(rows=capacity)
     runner.warm()
     return runner, capacity
-
-
-def _nothing() -> None:
-    """Stand in for an owner with nothing to publish."""
 
 
 def _segment(piece: Slice) -> Segment:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Fills one `Statistics`; `trace` keeps a `Round` for each block."""
+    """Fills one `Statistics`; `trace` keeps a `Round` for each block.
+
+    `draft_s` and `judge_s` are the last round's waits, in seconds.
+    """
 
     def __init__(
         self,
@@ -29,18 +32,18 @@ class Ledger:
         self.statistics = statistics
         self._trace = trace
         self._clock = clock
-        self._draft_s = 0.0
-        self._judge_s = 0.0
+        self.draft_s = 0.0
+        self.judge_s = 0.0
 
     @contextmanager
     def drafting(self) -> Generator[None]:
-        """Time the wait for a offer."""
+        """Time the wait for a block."""
         began_s = self._clock()
         try:
             yield
         finally:
-            self._draft_s = self._clock() - began_s
-            self.statistics.drafter_s += self._draft_s
+            self.draft_s = self._clock() - began_s
+            self.statistics.drafter_s += self.draft_s
 
     @contextmanager
     def judging(self) -> Generator[None]:
@@ -49,8 +52,8 @@ class Ledger:
         try:
             yield
         finally:
-            self._judge_s = self._clock() - began_s
-            self.statistics.expert_s += self._judge_s
+            self.judge_s = self._clock() - began_s
+            self.statistics.expert_s += self.judge_s
 
     def note(
         self,
@@ -89,8 +92,8 @@ class Ledger:
                     accepted=accepted,
                     deferred=verdict.deferred,
                     tokens=len(fresh),
-                    draft_ms=1e3 * self._draft_s,
-                    judge_ms=1e3 * self._judge_s,
+                    draft_ms=1e3 * self.draft_s,
+                    judge_ms=1e3 * self.judge_s,
                 )
             )
 
