@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 from ray import serve
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from cascade.app import build
 from cascade.errors import MismatchedPair, UnsupportedModel
@@ -97,3 +97,14 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
         Application.model_validate(wrong)
     places = [".".join(map(str, one["loc"])) + one["msg"] for one in refused.value.errors()]
     assert any(named in place for place in places)
+
+
+def test_a_recurrent_model_is_refused_before_anything_is_deployed(
+    toy: Pair, tmp_path: Path
+) -> None:
+    """Its state cannot be rolled back, and its configuration says so."""
+    folder = tmp_path / "mamba"
+    MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1).save_pretrained(folder)
+    words(8).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="recurrent state"):
+        build(toy.settings(expert={"model": str(folder)}))

@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 class _TierDeployment(ABC):
     """A replica of a tier under Serve: leases are its only Serve method."""
 
+    _replica: "Replica[Any] | None" = None  # until it has started
+
     async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
         anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
-        self._replica: Replica[Any] = await self.part().start(
+        self._replica = await self.part().start(
             options,
             address=f"{bind_host}:0",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
@@ -54,17 +56,19 @@ class _TierDeployment(ABC):
 
     async def lease(self) -> AsyncGenerator[Ticket]:
         """Grant one session, and stay until it is over."""
+        assert self._replica is not None, "Serve calls replicas that have started"
         async for ticket in self._replica.lease():
             yield ticket
 
     def check_health(self) -> None:
         """Raise if the engine's thread has ended; Serve then replaces the replica."""
-        if not self._replica.alive:
+        if self._replica is not None and not self._replica.alive:
             raise Unavailable(f"the engine of this {self._replica.kind.name} has stopped")
 
     async def __del__(self) -> None:
         """End the server and the engine after Serve has drained the replica."""
-        await self._replica.stop()
+        if self._replica is not None:
+            await self._replica.stop()
 
 
 class DrafterDeployment(_TierDeployment):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cascade.engine import pair, tokenizer
 from cascade.engine.context import context_length
+from cascade.engine.weights import check_kind, check_state
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def of_pair(drafter: Source, expert: Source) -> Outline:
 
     Raises:
         MismatchedPair: They do not share a vocabulary.
-        UnsupportedModel: One of them cannot be read.
+        UnsupportedModel: One of them cannot be read, or cannot be served as far as that tells.
     """
     left, right = _config(drafter), _config(expert)
     words = _tokenizer(expert)
@@ -72,6 +74,9 @@ def _config(source: Source) -> Any:
             f"No model at {source.name!r} whose configuration can be read: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
+    check_kind(source.name, found)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    check_state(kind)
     return found.get_text_config(decoder=True)
 
 

@@ -17,6 +17,7 @@ from cascade.engine.extents import SMALLEST
 from cascade.engine.probe import Unsuited, own_attention
 from cascade.engine.runner import FlatRunner, PaddedRunner, Runner
 from cascade.engine.settings import EngineSettings, Path
+from cascade.engine.weights import check_state
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -52,11 +53,7 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
     Raises:
         UnsupportedModel: if none is; the message says why.
     """
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps a recurrent state, which cannot be rolled back when "
-            "drafted tokens are refused; serve a model whose layers all use attention"
-        )
+    check_state(type(model))
     usual = own_attention(model)
     model.set_attn_implementation(usual)
     scenario = _scenario(model)

@@ -54,7 +54,7 @@ def load(
     """
     place = torch.device(pick_device(device))
     config = _config(name, revision=revision, trust_remote_code=trust_remote_code)
-    _check_kind(name, config)
+    check_kind(name, config)
     _check_files(name)
     model = _weights(
         name,
@@ -100,7 +100,8 @@ def _config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreT
         ) from error
 
 
-def _check_kind(name: str, config: PreTrainedConfig) -> None:
+def check_kind(name: str, config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel for what a configuration alone says cannot be served."""
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{name!r} is an encoder-decoder ({config.model_type}); this server runs decoder-only "
@@ -117,6 +118,15 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
         f"{', '.join(sorted(stated)) or config.model_type}); serve a checkpoint of "
         f"{', '.join(sorted(heads)) or 'a decoder-only language model'}"
     )
+
+
+def check_state(kind: type[PreTrainedModel] | None) -> None:
+    """Raise UnsupportedModel for a model class whose layers are not all attention."""
+    if kind is not None and getattr(kind, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{kind.__name__} keeps a recurrent state, which cannot be rolled back when drafted "
+            "tokens are refused; serve a model whose layers all use attention"
+        )
 
 
 def _check_files(name: str) -> None:
