@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cascade.wire.channel import Link, Peers
 
 GREETING_PAUSE_S = 0.5
+MOVE_PAUSE_S = 0.2
 
 Lacking: TypeAlias = tuple[int, ...]
 
@@ -135,17 +136,17 @@ class Place:
     ) -> Proposal | Judgement:
         """Send the item that `make(epoch, digest, lacking tokens)` builds; return its answer.
 
-        Moves to another replica when this one is lost; raises what says that none is left.
+        Moves to another replica when this one is lost or full; raises what says that none is left.
         """
-        for attempt in range(self._moves + 1):
+        for move in range(self._moves):
             try:
                 return await self._ask(session, make)
-            except Unavailable:
+            except (Unavailable, Overloaded):
                 self.leave()
-                if attempt == self._moves:
-                    raise
                 self._statistics.failovers += 1
-        raise AssertionError("the last attempt returns or raises")
+            # The first move is free: others need the time in which a death becomes known.
+            await asyncio.sleep(move * MOVE_PAUSE_S)
+        return await self._ask(session, make)
 
     async def answer(self, session: Session) -> Proposal | Judgement | Need:
         """Return the next answer for the session's position; others are late and mean nothing."""
