@@ -59,6 +59,22 @@ async def test_an_idle_session_loses_its_lease() -> None:
     assert dropped == [ticket["token"]]
 
 
+async def test_a_session_that_is_used_keeps_its_lease() -> None:
+    clock, dropped = Clock(), list[str]()
+    leases = book(idle_s=5.0, clock=clock)
+    call = leases.hold("here:1", dropped.append)
+    token = (await anext(call))["token"]
+    leases.claim(token)
+    clock.now_s = 4.0
+    leases.touch(token)
+    clock.now_s = 6.0
+    rest = asyncio.ensure_future(anext(call, None))
+    await asyncio.sleep(0)
+    assert not dropped
+    leases.end(token)
+    assert await rest is None
+
+
 async def test_a_caller_that_leaves_frees_the_session() -> None:
     leases, dropped = book(), list[str]()
     call = leases.hold("here:1", dropped.append)

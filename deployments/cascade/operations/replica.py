@@ -265,6 +265,7 @@ class Replica(ABC, Generic[Item]):
 
     def _settle(self, result: Result) -> None:
         seat = result.seat
+        self.leases.touch(seat.token)
         seat.commit(result.committed)
         if result.item is not None:
             seat.connection.send(result.item)
