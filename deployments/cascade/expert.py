@@ -110,7 +110,7 @@ class Expert(Replica[Judge]):
     def score(self, connection: Connection, item: Score) -> None:
         """Begin to score a text."""
         self.check_room(len(item.tokens), 0)
-        key = SessionId(f"score/{item.session_id}/{item.epoch}")
+        key = SessionId(f"score/{next(self._keys)}")
         task = _Scoring(connection=connection, item=item, key=key)
         fed = item.tokens[:-1]
         if fed:
