@@ -140,7 +140,7 @@ def alone(pair: Pair, length: int = 60) -> tuple[int, ...]:
 @pytest.fixture
 async def fragile(toy: Pair) -> AsyncIterator[Stack]:
     """A server of one's own, to be broken; a lost drafter is tried again at once."""
-    settings = toy.settings(router={"draft_pause_s": 1e-9, "draft_deadline_s": 5.0})
+    settings = toy.settings(router={"draft_pause_s": 1e-9, "draft_deadline_s": 60})
     async with stack(settings) as running:
         yield running
 
