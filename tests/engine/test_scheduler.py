@@ -97,6 +97,20 @@ def test_a_stream_of_blocks_starves_no_prefill(many: list[Wish], blocks: int) ->
     assert not any(job.remaining for job in prefills)
 
 
+def test_crumbs_do_not_count_as_a_turn() -> None:
+    """Blocks that leave two tokens of each pass do not keep a prefill at two tokens a pass."""
+    scheduler = Scheduler(budget=BUDGET)
+    prefill = add(scheduler, "prefill", Wish(tokens=591, rows=0))
+    passes = 0
+    while prefill.remaining:
+        passes += 1
+        for number in range(50):
+            if scheduler.find(SessionId(f"block {number}")) is None:
+                add(scheduler, f"block {number}", Wish(tokens=3, rows=3))
+        run(scheduler)
+    assert passes < 30
+
+
 def test_blocks_go_before_prefills_and_share_their_pass() -> None:
     scheduler = Scheduler(budget=BUDGET)
     prefill = add(scheduler, "prefill", Wish(tokens=600, rows=1))

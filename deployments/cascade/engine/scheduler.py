@@ -102,7 +102,11 @@ class Scheduler:
             if count:
                 slices.append(Slice(job=job, count=count))
                 room = max(0, room - count)
-        self._age({piece.job.number for piece in slices})
+        # A crumb left over by blocks does not count: prefills would live on crumbs under load.
+        least = min(_LEAST_SHARE, self._budget)
+        self._age(
+            {piece.job.number for piece in slices if piece.count >= min(least, piece.job.remaining)}
+        )
         return slices
 
     def _order(self) -> list[Job]:
