@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -167,7 +166,7 @@ async def test_answers_of_one_tick_leave_as_one_frame(serve: Serve) -> None:
         assert len(await hear(call)) == 3
 
 
-async def test_a_pass_is_published_from_another_thread_as_one_frame_a_stream() -> None:
+async def test_a_pass_is_sent_as_one_frame_a_stream() -> None:
     tier = EchoTier()
     server = TierServer(tier, EXPERT)
     address = await server.start("127.0.0.1:0")
@@ -184,11 +183,10 @@ async def test_a_pass_is_published_from_another_thread_as_one_frame_a_stream() -
             for position in range(50)
             for name in (SessionId("a"), SessionId("b"), SessionId("c"))
         ]
-        thread = Thread(target=server.post, args=(answers,))
-        thread.start()
+        for client, answer in answers:
+            client.send(answer)
         assert len(await hear(one)) == 100
         assert len(await hear(two)) == 50
-        thread.join()
     await server.stop()
 
 
@@ -459,7 +457,6 @@ async def test_stopping_ends_streams_and_frees_their_sessions() -> None:
         await asyncio.gather(server.stop(), server.stop())
         assert set((await tier.ended.get()).epochs) == {"s"}
         assert (await failure(call))[0] is grpc.StatusCode.UNAVAILABLE
-    server.post([])
 
 
 async def test_bytes_that_are_not_even_http_harm_nobody(serve: Serve) -> None:

@@ -196,7 +196,7 @@ class Replica(ABC, Generic[Item]):
 
     def publish(self, results: Sequence[Result]) -> None:
         """Hand the results of one pass to the event loop; called on the engine's thread."""
-        if results:
+        if results and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, results)
 
     def fail(self, step: Step, error: Exception) -> None:

@@ -24,7 +24,7 @@ from cascade.wire.outbox import Outbox
 from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, encode_description
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator
 
     from cascade.decoding.session import SessionId
     from cascade.wire.codec import Answer, Message, Question
@@ -112,7 +112,6 @@ class TierServer:
         self.kind = kind
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - absent from the stubs
         self._server: grpc.aio.Server | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: Description | None = None
 
     async def start(self, address: str) -> str:
@@ -121,7 +120,6 @@ class TierServer:
         Raises:
             StartupError: the address cannot be bound.
         """
-        self._loop = asyncio.get_running_loop()
         self._limits = self.tier.describe()
         self._server = server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers((self._handlers(),))
@@ -148,12 +146,6 @@ class TierServer:
         await self.set_serving(serving=False)
         await self._server.stop(grace_s)
         self._server = None
-
-    def post(self, answers: Iterable[tuple[Connection, Answer]]) -> None:
-        """Send the answers of a whole pass; from any thread, wakes the event loop once."""
-        assert self._loop is not None, "start the server first"
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_send_all, answers)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         # Bytes pass through: a frame that cannot be read is ours to answer, not grpc's.
@@ -242,11 +234,6 @@ async def _write(connection: Connection, context: Context) -> None:
 async def _abort(context: Context, error: CascadeError) -> None:
     metadata = status.trailing_metadata(error)
     await context.abort(status.code(error), status.message(error), metadata)
-
-
-def _send_all(answers: Iterable[tuple[Connection, Answer]]) -> None:
-    for connection, item in answers:
-        connection.send(item)
 
 
 def _admit(connection: Connection, item: Question, limits: Description) -> bool:
