@@ -125,7 +125,7 @@ class RouterDeployment:
         """Answer a unary call."""
         return await self._door.Generate(request, grpc_context)
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(  # noqa: N802 - as above
         self, request: cascade_pb2.GenerateStreamRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[cascade_pb2.GenerateStreamResponse]:
         """Answer a streaming call."""
@@ -133,13 +133,13 @@ class RouterDeployment:
             async for frame in frames:
                 yield frame
 
-    async def ListModels(  # noqa: N802
+    async def ListModels(  # noqa: N802 - as above
         self, request: cascade_pb2.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> cascade_pb2.ListModelsResponse:
         """List the models."""
         return await self._door.ListModels(request, grpc_context)
 
-    async def Check(  # noqa: N802
+    async def Check(  # noqa: N802 - as above
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """Answer `grpc.health.v1`."""

@@ -36,10 +36,10 @@ def router(  # noqa: PLR0913 - one parameter an option
 
 def _door(settings: Application, *, drafters: list[str], experts: list[str], token: str) -> FastAPI:
     from cascade.ingress.http import create_app  # noqa: PLC0415 - as above
-    from cascade.operations.leases import FixedLeases  # noqa: PLC0415
-    from cascade.operations.places import Tier  # noqa: PLC0415
-    from cascade.wire import tiers  # noqa: PLC0415
-    from cascade.wire.channel import Peers  # noqa: PLC0415
+    from cascade.operations.leases import FixedLeases  # noqa: PLC0415 - as above
+    from cascade.operations.places import Tier  # noqa: PLC0415 - as above
+    from cascade.wire import tiers  # noqa: PLC0415 - as above
+    from cascade.wire.channel import Peers  # noqa: PLC0415 - as above
 
     pair = settings.pair()
 

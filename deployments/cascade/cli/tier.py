@@ -69,9 +69,9 @@ async def _serve(name: TierName, options: Any, *, address: str, token: str) -> N
 def _part(name: TierName) -> type[Replica[Any]]:
     # Imported late: torch reads the environment when it is imported.
     if name is TierName.DRAFTER:
-        from cascade.drafter import Drafter  # noqa: PLC0415
+        from cascade.drafter import Drafter  # noqa: PLC0415 - as above
 
         return Drafter
-    from cascade.expert import Expert  # noqa: PLC0415
+    from cascade.expert import Expert  # noqa: PLC0415 - as above
 
     return Expert

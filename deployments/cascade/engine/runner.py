@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -44,7 +45,7 @@ class Runner(Protocol):
         ...
 
 
-class _Base:
+class _Base(ABC):
     """What both paths share."""
 
     by_size = False
@@ -67,9 +68,9 @@ class _Base:
         with torch.inference_mode():
             self.forward([Segment(start=self._scratch, past=0, tokens=(0,))])
 
+    @abstractmethod
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        raise NotImplementedError
 
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Return the places of segments that run together, pass by pass."""

@@ -175,7 +175,7 @@ class ServeLeases:
     async def take(self) -> ServeLease:
         """Ask Serve for a replica; raises Overloaded when its queue is full or nothing is free."""
         from ray.exceptions import RayError  # noqa: PLC0415 - tiers run without Ray
-        from ray.serve.exceptions import (  # noqa: PLC0415
+        from ray.serve.exceptions import (  # noqa: PLC0415 - as above
             BackPressureError,
             DeploymentUnavailableError,
         )
