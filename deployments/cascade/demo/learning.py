@@ -98,7 +98,7 @@ class Run:
         total = 0.0
         for batch in groups:
             device = batch.tokens_BT.device.type
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16):
                 part = loss(self.model, batch) / tokens
             part.backward()
             total += part.item()

@@ -64,12 +64,12 @@ FULL = PairRecipe(
     models=MappingProxyType(
         {
             "expert": Recipe(
-                hidden=320, layers=8, heads=5, intermediate=864, steps=6000, formal=0.85,
-                levels=ALL_LEVELS, documents=128, groups=8, learning_rate=3e-3,
+                hidden=320, layers=6, heads=5, intermediate=1024, steps=1800, formal=0.85,
+                levels=ALL_LEVELS, documents=96, groups=6, learning_rate=3e-3,
             ),
             "drafter": Recipe(
-                hidden=192, layers=2, heads=3, intermediate=512, steps=6000, formal=0.3,
-                levels=ALL_LEVELS, documents=128, groups=8, distilled=0.5,
+                hidden=192, layers=2, heads=3, intermediate=512, steps=1800, formal=0.3,
+                levels=ALL_LEVELS, documents=96, groups=6, distilled=0.5,
             ),
         }
     ),

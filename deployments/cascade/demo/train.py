@@ -24,7 +24,7 @@ from cascade.demo.learning import Distilled, Loss, Run, answer_loss, optimizers
 from cascade.demo.recipes import CONTEXT_TOKENS, PAIRS, PairRecipe, Recipe
 from cascade.demo.vocabulary import END, PAD, token_id, train_tokenizer
 
-CHECKPOINT_STEPS = 200
+CHECKPOINT_STEPS = 50
 Name: TypeAlias = Literal["provisional", "full"]
 
 
