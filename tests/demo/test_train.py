@@ -15,9 +15,9 @@ from transformers import (
 
 from cascade.demo import train as training
 from cascade.demo.corpus import IGNORED, Batch, batches
+from cascade.demo.curves import draw_curves, write_losses
 from cascade.demo.learning import Distilled, answer_labels, answer_loss, continues
-from cascade.demo.recipes import FULL, PAIRS, PairRecipe, Recipe
-from cascade.demo.tasks import ALL_LEVELS
+from cascade.demo.recipes import PAIR, PairRecipe, Recipe
 from cascade.demo.train import Workshop, find_tokenizer, save, train
 from cascade.demo.vocabulary import END, PAD, token_id, train_tokenizer
 
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TINY = Recipe(
-    hidden=32, layers=1, heads=1, intermediate=32, steps=6, formal=0.5, documents=8, groups=2
+    hidden=32,
+    layers=1,
+    heads=1,
+    intermediate=32,
+    steps=6,
+    formal=0.5,
+    documents=8,
+    groups=2,
+    learning_rate=4e-3,
 )
 
 
@@ -150,14 +158,19 @@ def test_a_saved_folder_loads_by_path(workshop: Workshop) -> None:
 def test_a_tokenizer_that_is_there_is_kept(tmp_path: Path) -> None:
     small = PairRecipe(vocabulary=300, models={"drafter": TINY})
     first = find_tokenizer(tmp_path / "tokenizer", recipes=small, seed=0)
-    again = find_tokenizer(tmp_path / "tokenizer", recipes=FULL, seed=1)
+    again = find_tokenizer(tmp_path / "tokenizer", recipes=PAIR, seed=1)
     assert len(first) == 300
     assert again.get_vocab() == first.get_vocab()
 
 
-def test_the_full_pair_reads_every_level_and_distils_after_the_expert() -> None:
-    assert FULL.levels == ALL_LEVELS
-    for pair in PAIRS.values():
-        names = list(pair.models)
-        distilled = [name for name, recipe in pair.models.items() if recipe.distilled]
-        assert all(names.index(name) > names.index("expert") for name in distilled)
+def test_what_learns_from_the_expert_is_made_after_it() -> None:
+    names = list(PAIR.models)
+    distilled = [name for name, recipe in PAIR.models.items() if recipe.distilled]
+    assert all(names.index(name) > names.index("expert") for name in distilled)
+
+
+def test_the_curves_of_all_models_are_drawn(tmp_path: Path) -> None:
+    for name in ("drafter", "expert"):
+        write_losses(tmp_path, name=name, losses=[3 / (1 + step) for step in range(60)])
+    picture = draw_curves(tmp_path).read_bytes()
+    assert picture.startswith(b"\x89PNG")

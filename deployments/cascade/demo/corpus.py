@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.demo.tasks import PROVISIONAL_LEVELS, Split, stream
+from cascade.demo.tasks import Split, stream
 from cascade.demo.vocabulary import ASSISTANT, END, PAD, SYSTEM, USER, token_id
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from cascade.demo.recipes import Recipe
-    from cascade.demo.tasks import Item, Level
+    from cascade.demo.tasks import Item
 
 IGNORED = -100  # the label that PyTorch's losses skip
 _SYSTEM_LINES = (
@@ -54,18 +54,14 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: str) ->
     The same seed gives the same batches.
     """
     size = recipe.documents // recipe.groups
-    drawn = islice(
-        documents(seed, formal=recipe.formal, levels=recipe.levels), size * recipe.groups
-    )
+    drawn = islice(documents(seed, formal=recipe.formal), size * recipe.groups)
     encoded = sorted((_encode(tokenizer, parts) for parts in drawn), key=lambda pair: len(pair[0]))
     return [_pad(tokenizer, encoded[at : at + size]) for at in range(0, len(encoded), size)]
 
 
-def documents(
-    seed: str, *, formal: float, levels: Sequence[Level] = PROVISIONAL_LEVELS
-) -> Iterator[list[Part]]:
+def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
     """Yield training documents without end; `formal` is the share of answers in that style."""
-    items = stream(f"{seed}/items", split=Split.TRAIN, levels=levels)
+    items = stream(f"{seed}/items", split=Split.TRAIN)
     random = Random(f"{seed}/form")  # noqa: S311 - a data set, no secret
     for item in items:
         if random.random() < _PLAIN_SHARE:

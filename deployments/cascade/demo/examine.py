@@ -25,15 +25,7 @@ from transformers import (
 )
 
 from cascade.demo.pair import DRAFTER, EXPERT
-from cascade.demo.tasks import (
-    ALL_LEVELS,
-    PROVISIONAL_LEVELS,
-    Family,
-    Item,
-    Level,
-    held_out,
-    score,
-)
+from cascade.demo.tasks import Family, Item, held_out, score
 from cascade.demo.vocabulary import ASSISTANT, END, PAD, USER, token_id
 
 if TYPE_CHECKING:
@@ -97,11 +89,9 @@ def agreement(drafter: PreTrainedModel, *, prompt: Sequence[int], answer: Sequen
     return float((guesses_T == torch.tensor(answer)).float().mean())
 
 
-def examine(
-    family: Family, *, pair: Pair, count: int, levels: Sequence[Level] = PROVISIONAL_LEVELS
-) -> Result:
+def examine(family: Family, *, pair: Pair, count: int) -> Result:
     """Return what `count` held-out items of `family` show."""
-    items = held_out(family, count=count, levels=levels)
+    items = held_out(family, count=count)
     prompts = [item.prompt for item in items]
     drafted = answers(pair.drafter, pair.tokenizer, prompts)
     judged = answers(pair.expert, pair.tokenizer, prompts)
@@ -134,17 +124,15 @@ def main(
     *,
     drafter: Annotated[Path, typer.Option(help="Folder of the drafter")] = DRAFTER,
     expert: Annotated[Path, typer.Option(help="Folder of the expert")] = EXPERT,
-    count: Annotated[int, typer.Option(min=1, help="Held-out items of each family")] = 100,
-    hardest: Annotated[bool, typer.Option("--hardest", help="All levels, as in `full`")] = False,
+    count: Annotated[int, typer.Option(min=1, help="Held-out items of each family")] = 300,
     threads: Annotated[int, typer.Option(min=1, help="Processor threads")] = 1,
 ) -> None:
     """Print a table of accuracy and agreement over the families."""
     torch.set_num_threads(threads)
     pair = load(drafter=drafter, expert=expert)
-    levels = ALL_LEVELS if hardest else PROVISIONAL_LEVELS
     table = Table("family", "drafter", "expert", "agreement", "same answer")
     for family in Family:
-        result = examine(family, pair=pair, count=count, levels=levels)
+        result = examine(family, pair=pair, count=count)
         shares = (result.drafter, result.expert, result.agreement, result.same)
         table.add_row(family.value, *(f"{share:.2f}" for share in shares))
     Console().print(table)

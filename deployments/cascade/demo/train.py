@@ -7,12 +7,11 @@ same step, so a run that was cut goes on where its last checkpoint stands.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 import torch
 import typer
@@ -20,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cascade.demo.corpus import batches, documents
+from cascade.demo.curves import draw_curves, write_losses
 from cascade.demo.learning import Distilled, Loss, Run, answer_loss, optimizers
-from cascade.demo.recipes import CONTEXT_TOKENS, PAIRS, PairRecipe, Recipe
+from cascade.demo.recipes import CONTEXT_TOKENS, PAIR, PairRecipe, Recipe
 from cascade.demo.vocabulary import END, PAD, token_id, train_tokenizer
 
 CHECKPOINT_STEPS = 50
-Name: TypeAlias = Literal["provisional", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,33 +37,32 @@ class Workshop:
     device: str = "cpu"
 
 
-def main(  # noqa: PLR0913 - one parameter an option
+def main(
     *,
     out: Annotated[Path, typer.Option(help="Folder of models, checkpoints and losses")] = Path(
         "pair"
     ),
-    pair: Annotated[Name, typer.Option(help="Sizes and length")] = "provisional",
     only: Annotated[str, typer.Option(help="drafter or expert; both if empty")] = "",
     seed: Annotated[int, typer.Option(help="Of documents and first weights")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Processor threads")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, or cuda; bfloat16 there")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Train the tokenizer and both models and write them as Hugging Face folders."""
     torch.set_num_threads(threads)
-    recipes = PAIRS[pair]
-    tokenizer = find_tokenizer(out / "tokenizer", recipes=recipes, seed=seed)
+    tokenizer = find_tokenizer(out / "tokenizer", recipes=PAIR, seed=seed)
     workshop = Workshop(tokenizer=tokenizer, folder=out, seed=seed, device=device)
-    for name, recipe in recipes.models.items():
+    for name, recipe in PAIR.models.items():
         if only in ("", name):
             model = train(name, recipe, workshop=workshop, loss=_loss(recipe, workshop))
             save(model, tokenizer=tokenizer, folder=out / name)
+    draw_curves(out)
 
 
 def find_tokenizer(folder: Path, *, recipes: PairRecipe, seed: int) -> PreTrainedTokenizerFast:
     """Return the tokenizer in `folder`, trained and written there if there is none."""
     if not folder.exists():
         # Both styles in equal parts: the two models share one vocabulary.
-        drawn = islice(documents(f"{seed}/tokenizer", formal=0.5, levels=recipes.levels), 20_000)
+        drawn = islice(documents(f"{seed}/tokenizer", formal=0.5), 20_000)
         texts = (text for parts in drawn for text, _ in parts)
         tokenizer = train_tokenizer(texts, size=recipes.vocabulary, context=CONTEXT_TOKENS)
         tokenizer.save_pretrained(folder)
@@ -92,7 +90,7 @@ def train(
             if run.step % CHECKPOINT_STEPS == 0:
                 run.store(checkpoint)
                 progress.console.log(f"{name} step {run.step} loss {last:.3f}")
-    _write_losses(workshop.folder / f"{name}.losses.json", run.losses)
+    write_losses(workshop.folder, name=name, losses=run.losses)
     return model.eval()
 
 
@@ -129,11 +127,6 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=token_id(tokenizer, END),
         pad_token_id=token_id(tokenizer, PAD),
     )
-
-
-def _write_losses(path: Path, losses: list[float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([round(loss, 4) for loss in losses]))
 
 
 def _progress() -> Progress:

@@ -3,7 +3,6 @@
 from cascade.demo.tasks.generate import (
     ALL_LEVELS,
     FAMILIES,
-    PROVISIONAL_LEVELS,
     held_out,
     split_of,
     stream,
@@ -14,7 +13,6 @@ from cascade.demo.tasks.scoring import score
 __all__ = [
     "ALL_LEVELS",
     "FAMILIES",
-    "PROVISIONAL_LEVELS",
     "Family",
     "Item",
     "Level",

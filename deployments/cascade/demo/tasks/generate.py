@@ -20,8 +20,6 @@ FAMILIES: Mapping[Family, Draw] = {
     Family.FACTS: facts.draw,
     Family.FUNCTIONS: functions.draw,
 }
-# What the pair that ships was trained on; the hardest level waits for a pair of full size.
-PROVISIONAL_LEVELS = (Level.EASY, Level.MIDDLE, Level.HARD)
 ALL_LEVELS = tuple(Level)
 _TEST_EVERY = 10
 _PATIENCE = 2000  # draws without a new prompt, after which a family counts as exhausted
@@ -41,7 +39,7 @@ def stream(
     *,
     split: Split,
     family: Family | None = None,
-    levels: Sequence[Level] = PROVISIONAL_LEVELS,
+    levels: Sequence[Level] = ALL_LEVELS,
 ) -> Iterator[Item]:
     """Yield items of `split` without end, of all families unless one is named."""
     families = list(FAMILIES) if family is None else [family]
@@ -58,7 +56,7 @@ def held_out(
     *,
     count: int,
     seed: int = 0,
-    levels: Sequence[Level] = PROVISIONAL_LEVELS,
+    levels: Sequence[Level] = ALL_LEVELS,
 ) -> list[Item]:
     """Return `count` test items of `family`, no prompt twice, the same ones for the same seed."""
     seen: dict[str, Item] = {}

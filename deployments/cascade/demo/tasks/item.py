@@ -37,7 +37,7 @@ class Split(StrEnum):
 
 
 class Level(IntEnum):
-    """How hard an item is meant to be: 1 for a drafter, 4 for an expert of full size alone."""
+    """How hard an item is meant to be: 1 for a drafter, 4 for an expert alone."""
 
     EASY = 1
     MIDDLE = 2
