@@ -1,8 +1,22 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
+from cascade.decoding.session import SessionId
+from cascade.engine.loop import Engine
+from cascade.engine.settings import EngineSettings
 from cascade.engine.stats import BusyMeter
+from cascade.engine.step import Ready, Step
+from cascade.engine.weights import adopt
+
+from .architectures import build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 class Clock:
@@ -36,3 +50,34 @@ def test_time_without_a_note_is_idle() -> None:
     clock.now_s += 100
 
     assert meter.share() < 0.01
+
+
+class Deaf:
+    """A head that wants nothing more."""
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        del ready, logits_NV
+        return []
+
+    def fail(self, step: Step, error: Exception) -> None:
+        raise AssertionError(step) from error
+
+
+def test_waits_and_queues_are_summed_over_what_ran() -> None:
+    clock = Clock()
+    settings = EngineSettings(cache_tokens=1024, max_step_tokens=64)
+    engine = Engine(adopt(build("llama"), name="tiny"), head=Deaf(), settings=settings, clock=clock)
+    for session, count in (("a", 10), ("b", 60)):
+        tokens = [3] * count
+        engine.submit(Step(session=SessionId(session), base=0, tokens=tokens, rows=1))
+        clock.now_s += 2
+
+    engine.turn()
+    clock.now_s += 5
+    engine.turn()
+
+    stats = engine.stats()
+    assert (stats.passes, stats.turns, stats.tokens) == (2, 3, 70)
+    assert stats.queued_tokens == 70 + 70 - 64
+    assert (stats.waits, stats.waited_s) == (2, 4 + 2)
+    assert stats.budget_tokens == 64

@@ -86,12 +86,19 @@ class Engine:
             prefix_reuse=settings.prefix_reuse,
             max_idle=settings.max_sessions,
         )
-        self._scheduler = Scheduler(budget=step_tokens(settings, device=device.type))
+        self._budget = step_tokens(settings, device=device.type)
+        self._scheduler = Scheduler(budget=self._budget)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._clock = clock
         self._meter = BusyMeter(clock=clock)
         self._passes = 0
         self._tokens = 0
+        self._turns = 0
+        self._backlog = 0
+        self._queued_tokens = 0
+        self._waits = 0
+        self._waited_s = 0.0
 
     def start(self) -> None:
         """Begin to run steps."""
@@ -111,6 +118,7 @@ class Engine:
 
     def submit(self, step: Step) -> None:
         """Queue a step. A session has at most one that is not finished."""
+        step.submitted_s = self._clock()
         self._inbox.put(step)
 
     def release(self, session: SessionId) -> None:
@@ -128,6 +136,11 @@ class Engine:
             busy=self._meter.share(),
             passes=self._passes,
             tokens=self._tokens,
+            turns=self._turns,
+            budget_tokens=self._budget,
+            queued_tokens=self._queued_tokens,
+            waits=self._waits,
+            waited_s=self._waited_s,
             waiting=len(self._scheduler) + self._inbox.qsize(),
             sessions=len(self._store),
             cache_tokens_used=self._store.used,
@@ -239,10 +252,21 @@ class Engine:
         """Run what the scheduler plans, pass by pass, and let the owner publish."""
         if not len(self._scheduler):
             return
+        self._backlog = sum(job.remaining for job in self._scheduler)
         slices = self._plan()
+        self._begin(slices)
         for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
         self._meter.note(busy=True)
+
+    def _begin(self, slices: Sequence[Slice]) -> None:
+        """Count the wait of the steps that run for the first time."""
+        now_s = self._clock()
+        for step in (piece.job.step for piece in slices):
+            if step.submitted_s is not None:
+                self._waits += 1
+                self._waited_s += now_s - step.submitted_s
+                step.submitted_s = None
 
     def _plan(self) -> list[Slice]:
         reserved: set[CachedSequence] = set()
@@ -281,6 +305,8 @@ class Engine:
             return
         self._passes += 1
         self._tokens += sum(piece.count for piece in slices)
+        self._turns += len(slices)
+        self._queued_tokens += self._backlog
         for piece in slices:
             piece.job.sequence.cached += piece.count
         done = [(p.job, s.rows) for p, s in zip(slices, segments, strict=True)]

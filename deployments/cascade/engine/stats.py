@@ -19,6 +19,11 @@ class EngineStats:
     busy: float  # share of the last ten seconds or so spent in passes
     passes: int
     tokens: int  # run through the model
+    turns: int  # sessions in those passes, summed: turns / passes is the mean batch
+    budget_tokens: int  # most that a pass runs
+    queued_tokens: int  # summed over passes: the tokens that waited when each was planned
+    waits: int  # submitted steps that have begun to run
+    waited_s: float  # summed over them: seconds from `submit` to the first pass
     waiting: int  # steps not finished
     sessions: int  # open
     cache_tokens_used: int

@@ -27,6 +27,7 @@ class Step:
     tokens: Sequence[int]
     rows: int
     task: Any = None  # the head's own
+    submitted_s: float | None = None  # the engine's: when, until its first pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
