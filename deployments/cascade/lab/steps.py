@@ -1,0 +1,194 @@
+"""What one step of a tier costs: passes of an engine turned by hand, without router or wire.
+
+A drafter's step runs one token a session and draws the next; an expert's step runs a block a
+session and judges it. Sessions keep their length, so every step costs the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import median
+from typing import TYPE_CHECKING
+
+from cascade.decoding.drafting import DraftTask, draft_step
+from cascade.decoding.session import Block, Policy, SessionId
+from cascade.decoding.verification import Task, judge, rows_needed
+from cascade.engine import threads
+from cascade.engine.loop import Engine
+from cascade.engine.settings import EngineSettings
+from cascade.engine.step import Step
+from cascade.engine.weights import load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from cascade.engine.step import Ready
+    from cascade.engine.weights import LoadedModel
+
+
+class Work(StrEnum):
+    """What a step does."""
+
+    DRAFT = "draft"
+    JUDGE = "judge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Steps of one kind, timed."""
+
+    model: str
+    work: Work
+    sessions: int
+    context_tokens: int  # of each session, before the step
+    step_tokens: int  # of each session
+    step_ms: float  # median: scheduling, forward pass and head
+    least_ms: float  # of the quickest step: what a machine of one's own would give
+    head_ms: float  # median of drawing or judging alone
+
+    @property
+    def head_share(self) -> float:
+        """Return the share of a step that is spent on drawing or judging."""
+        return self.head_ms / self.step_ms if self.step_ms else 0.0
+
+
+def measure(  # noqa: PLR0913 - each is an axis of the table, and all have defaults
+    model: LoadedModel | str,
+    *,
+    work: Work = Work.DRAFT,
+    sessions: Sequence[int] = (1, 16),
+    context_tokens: int = 128,
+    block_tokens: int = 5,
+    passes: int = 40,
+    policy: Policy | None = None,
+    settings: EngineSettings | None = None,
+) -> list[StepTime]:
+    """Return what a step costs with each number of sessions.
+
+    Args:
+        model: A folder, a repository id or a model in memory.
+        work: Whether the model drafts or judges.
+        sessions: Numbers of sessions that step together.
+        context_tokens: Tokens of each session before the step.
+        block_tokens: Drafted tokens of each block that is judged.
+        passes: Timed steps of each number of sessions.
+        policy: Of every session; sampling at temperature 1, lossless, by default.
+        settings: Of the engine.
+
+    Raises:
+        UnsupportedModel: There is no such model, or it cannot be served.
+    """
+    settings = settings or EngineSettings()
+    if isinstance(model, str):
+        model = load(model, device=settings.device, dtype=settings.dtype)
+    head = _Head(model=model.name, work=work, policy=policy or Policy(), block_tokens=block_tokens)
+    engine = Engine(model, head=head, settings=settings)
+    threads.apply(threads=settings.threads)
+    return [
+        _time(engine, head, count, context_tokens=context_tokens, passes=passes)
+        for count in sessions
+    ]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Head:
+    """Draws or judges, and takes the time of it."""
+
+    model: str
+    work: Work
+    policy: Policy
+    block_tokens: int
+    seconds: list[float] = field(default_factory=list[float])
+    running: bool = True  # whether another step follows
+
+    def step(self, number: int, *, context_tokens: int) -> Step:
+        """Return one session's step; always the same, so that contexts keep their length."""
+        block = tuple((7 * place + number) % 50 for place in range(self._drafted))
+        rows = rows_needed(self.policy, block) if self.work is Work.JUDGE else 1
+        return Step(
+            session=SessionId(str(number)),
+            base=context_tokens - 1,
+            tokens=(number % 50, *block[: rows - 1]),
+            rows=rows,
+            task=Block(tokens=block, likelihoods=(0.5,) * len(block)),
+        )
+
+    @property
+    def _drafted(self) -> int:
+        return self.block_tokens if self.work is Work.JUDGE else 0
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        """Draw or judge, and ask for the same step again."""
+        steps = [one.step for one in ready if one.step.task is not None]
+        if not steps:
+            return []
+        began_s = time.perf_counter()
+        if self.work is Work.JUDGE:
+            judge(
+                logits_NV,
+                [Task(policy=self.policy, position=step.base, block=step.task) for step in steps],
+            )
+        else:
+            draft_step(
+                logits_NV,
+                [DraftTask(policy=self.policy, position=s.base, start=s.base) for s in steps],
+            )
+        self.seconds.append(time.perf_counter() - began_s)
+        return steps if self.running else []
+
+    def fail(self, step: Step, error: Exception) -> None:
+        """Raise what went wrong."""
+        del step
+        raise error
+
+
+_WARM = 3  # first steps, that allocate
+
+
+def _time(
+    engine: Engine, head: _Head, sessions: int, *, context_tokens: int, passes: int
+) -> StepTime:
+    _fill(engine, sessions, context_tokens=context_tokens)
+    steps = [head.step(number, context_tokens=context_tokens) for number in range(sessions)]
+    for step in steps:
+        engine.submit(step)
+    head.running = True
+    for _ in range(_WARM):
+        engine.turn()
+    head.seconds.clear()
+    taken_s = [_turn(engine) for _ in range(passes)]
+    head_s = list(head.seconds)
+    head.running = False
+    engine.turn()
+    for step in steps:
+        engine.release(step.session)
+    return StepTime(
+        model=head.model,
+        work=head.work,
+        sessions=sessions,
+        context_tokens=context_tokens,
+        step_tokens=len(steps[0].tokens),
+        step_ms=median(taken_s) * 1e3,
+        least_ms=min(taken_s) * 1e3,
+        head_ms=median(head_s) * 1e3,
+    )
+
+
+def _fill(engine: Engine, sessions: int, *, context_tokens: int) -> None:
+    """Put every session's context into the cache."""
+    for number in range(sessions):
+        tokens = [(3 * place + number) % 50 for place in range(context_tokens)]
+        engine.submit(Step(session=SessionId(str(number)), base=0, tokens=tokens, rows=0))
+    engine.turn()
+    while engine.stats().waiting:
+        engine.turn()
+
+
+def _turn(engine: Engine) -> float:
+    began_s = time.perf_counter()
+    engine.turn()
+    return time.perf_counter() - began_s
