@@ -41,7 +41,7 @@ PAIR = PairRecipe(
     models=MappingProxyType(
         {
             "expert": Recipe(
-                hidden=320, layers=6, heads=5, intermediate=1024, steps=1800, formal=0.85,
+                hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
                 learning_rate=3e-3,
             ),
             "drafter": Recipe(
