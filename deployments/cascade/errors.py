@@ -16,7 +16,8 @@
     └── StartupError              what stops a server before it serves
         ├── InvalidSettings
         ├── UnsupportedModel
-        └── MismatchedPair
+        ├── MismatchedPair
+        └── InvalidMeasurement
 
 `grpc` is the name of a `grpc.StatusCode`, `http` a status, `type` and `code` the words of OpenAI's
 error object.
@@ -137,3 +138,7 @@ class UnsupportedModel(StartupError):
 
 class MismatchedPair(StartupError):
     """Drafter and expert do not share a vocabulary."""
+
+
+class InvalidMeasurement(StartupError):
+    """A workload, grid, target or results that cannot be measured or read as they stand."""
