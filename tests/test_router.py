@@ -185,6 +185,7 @@ async def test_a_drafter_that_dies_costs_no_token(toy: Pair, fragile: Stack) -> 
     drafted = [one.drafted for one in entry.trace]
     assert all(drafted[:3])
     assert not any(drafted[4:])
+    assert set(entry.failover_causes) == {"drafter lost"}
 
 
 async def test_speculation_comes_back_with_the_drafter(toy: Pair, fragile: Stack) -> None:
@@ -231,6 +232,7 @@ async def test_an_expert_that_dies_is_replaced_mid_answer(toy: Pair, fragile: St
     assert tokens(pieces) == alone(toy)
     assert entry is not None
     assert entry.failovers >= 1
+    assert entry.failover_causes.get("expert lost", 0) == entry.failovers
 
 
 async def test_no_expert_at_all_is_a_clean_error(fragile: Stack) -> None:

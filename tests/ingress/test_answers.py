@@ -90,11 +90,14 @@ async def test_silence_ticks_and_changes_nothing() -> None:
 
 
 def test_statistics_add_up() -> None:
+    causes = {"drafter late": 2}
     one = Statistics(rounds=2, drafter_s=0.5, accepted_lengths=[1, 0, 1], trace=[ROUND])
     two = Statistics(rounds=1, drafter_s=0.25, accepted_lengths=[1], draft_length_reason="fixed")
+    one.failover_causes, two.failover_causes = causes, causes | {"expert lost": 1}
     both = add([one, two])
     assert (both.rounds, both.drafter_s, both.accepted_lengths) == (3, 0.75, [2, 0, 1])
     assert (both.draft_length_reason, both.trace) == ("fixed", [ROUND])
+    assert both.failover_causes == {"drafter late": 4, "expert lost": 1}
     assert add([one]) == one
 
 
@@ -118,3 +121,9 @@ async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: Service
     call = translate.completion(CompletionBody(prompt="x"), service)
     with pytest.raises(Internal):
         await Answers(call, replace(service, generator=Mute())).finish()
+
+
+async def test_the_generator_hears_what_the_client_calls_the_request(service: Service) -> None:
+    call = translate.completion(CompletionBody(prompt="x", n=2), service)
+    named = Answers(call, service, name="abc")
+    assert [answer.request.name for answer in named.all] == ["abc", "abc"]

@@ -48,6 +48,7 @@ class Request:
     prediction: tuple[int, ...] = ()  # a draft the client supplies for the start of the answer
     deadline_s: float | None = None
     trace: bool = False  # report every round
+    name: str = ""  # what the client calls it, for logs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class Statistics:
     sent_bytes: int = 0
     received_bytes: int = 0
     failovers: int = 0
+    failover_causes: dict[str, int] = field(default_factory=dict)  # "drafter late": 2
     accepted_lengths: list[int] = field(
         default_factory=list
     )  # histogram: index = accepted, value = rounds

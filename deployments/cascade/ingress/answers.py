@@ -118,10 +118,10 @@ class Usage:
 class Answers:
     """All answers of a call, written side by side."""
 
-    def __init__(self, call: Call, service: Service) -> None:
+    def __init__(self, call: Call, service: Service, *, name: str = "") -> None:
         self.call = call
         self.all = tuple(
-            Answer(request, service, index=index, call=call)
+            Answer(replace(request, name=name), service, index=index, call=call)
             for index, request in enumerate(call.requests)
         )
 
@@ -175,6 +175,8 @@ def add(parts: Sequence[Statistics]) -> Statistics:
                 setattr(total, name, [row for value in values for row in value])
             case list():
                 setattr(total, name, [sum(row) for row in zip_longest(*values, fillvalue=0)])
+            case dict():
+                setattr(total, name, dict(sum(map(Counter, values), Counter[str]())))
             case _:
                 setattr(total, name, sum(values))
     return total

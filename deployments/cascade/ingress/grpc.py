@@ -81,7 +81,8 @@ class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.Healt
         name = _request_id(context)
         with _sealed(name):
             service = self._service(context)
-            answers = Answers(messages.call(request.generation, service), service)
+            call = messages.call(request.generation, service)
+            answers = Answers(call, service, name=name)
             created = messages.timestamp(service.clock())
             await answers.finish()
             return pb.GenerateResponse(
@@ -98,7 +99,8 @@ class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.Healt
         name = _request_id(context)
         with _sealed(name):
             service = self._service(context)
-            answers = Answers(messages.call(request.generation, service), service)
+            call = messages.call(request.generation, service)
+            answers = Answers(call, service, name=name)
             frame = pb.GenerateStreamResponse(
                 request_id=name,
                 create_time=messages.timestamp(service.clock()),

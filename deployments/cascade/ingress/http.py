@@ -101,7 +101,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def _answer(request: Request, service: Service, call: Call, shape: Shape) -> Response:
     name, created = request.state.request_id, int(service.clock())
-    answers = Answers(call, service)
+    answers = Answers(call, service, name=name)
     if not call.stream:
         await while_connected(request.receive, answers.finish())
         id_ = f"{shape.prefix}-{name}"

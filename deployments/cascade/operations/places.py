@@ -141,8 +141,9 @@ class Place:
         for move in range(self._moves):
             try:
                 return await self._ask(session, make)
-            except (Unavailable, Overloaded):
+            except (Unavailable, Overloaded) as error:
                 self.leave()
+                self.failed("full" if isinstance(error, Overloaded) else "lost")
                 self._statistics.failovers += 1
             # The first move is free: others need the time in which a death becomes known.
             await asyncio.sleep(move * MOVE_PAUSE_S)
@@ -164,6 +165,11 @@ class Place:
                     return item
                 case _:
                     continue
+
+    def failed(self, cause: str) -> None:
+        """Note why the session goes on elsewhere, or without this tier: lost, full or late."""
+        causes, name = self._statistics.failover_causes, f"{self.tier.name} {cause}"
+        causes[name] = causes.get(name, 0) + 1
 
     def judged(self, committed: int) -> None:
         """Note that the expert made a pass, and itself committed so many tokens more."""

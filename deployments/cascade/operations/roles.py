@@ -124,14 +124,15 @@ class Hurried:
             async with asyncio.timeout(self._deadline_s):
                 offer = await self._drafting.propose(session, count)
         except TimeoutError:
-            return self._without()
-        except (Unavailable, Overloaded):
+            return self._without("late")
+        except (Unavailable, Overloaded) as error:
             self._place.leave()
-            return self._without()
+            return self._without("full" if isinstance(error, Overloaded) else "lost")
         self._pause_s = self._first_pause_s
         return offer
 
-    def _without(self) -> Offer:
+    def _without(self, cause: str) -> Offer:
+        self._place.failed(cause)
         self._resume_s = self._clock() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return NOTHING
