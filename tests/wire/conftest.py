@@ -166,7 +166,9 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Verdict: verdicts(),
     Policy: policies,
     Session: sessions(),
-    frames.Open: st.builds(frames.Open, session=sessions(), epoch=LONGS, lease=TEXTS),
+    frames.Open: st.builds(
+        frames.Open, session=sessions(), epoch=LONGS, lease=TEXTS, traceparent=TEXTS
+    ),
     frames.Propose: st.builds(
         frames.Propose, **steps, count=COUNTS, tokens=several(TOKENS), until_deferral=st.booleans()
     ),

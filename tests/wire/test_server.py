@@ -134,6 +134,17 @@ async def test_an_expert_judges_and_scores(serve: Serve) -> None:
     assert (scores.session_id, scores.epoch, len(scores.logprobs)) == ("q", 4, 1)
 
 
+async def test_who_watches_a_connection_hears_what_leaves() -> None:
+    connection = Connection(EXPERT)
+    heard: list[Answer] = []
+    connection.watch = heard.append
+    need = Need(session_id=SessionId("s"), epoch=1, position=0)
+    connection.send(need)
+    connection.close()
+    connection.send(need)
+    assert heard == [need]
+
+
 async def test_a_drafter_proposes(serve: Serve) -> None:
     async with dialled(await serve(EchoTier(), DRAFTER), DRAFTER) as call:
         ask = Propose(session_id=SessionId("s"), epoch=1, position=2, digest=0, count=3)

@@ -121,6 +121,7 @@ def _encode_open(item: frames.Open, to: tokens_pb2.Open) -> None:
     encode_session(item.session, to.session)
     to.epoch = item.epoch
     to.lease = item.lease
+    to.traceparent = item.traceparent
 
 
 def _decode_open(message: tokens_pb2.Open) -> frames.Open:
@@ -128,6 +129,7 @@ def _decode_open(message: tokens_pb2.Open) -> frames.Open:
         session=decode_session(message.session),
         epoch=whole(message.epoch, "epoch"),
         lease=message.lease,
+        traceparent=message.traceparent,
     )
 
 

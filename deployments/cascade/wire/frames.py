@@ -20,6 +20,7 @@ class Open:
     session: Session
     epoch: int
     lease: str
+    traceparent: str = ""  # W3C trace context; empty where nobody traces the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from cascade.wire.outbox import Outbox
 from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, encode_description
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from cascade.decoding.session import SessionId
     from cascade.wire.codec import Answer, Message, Question
@@ -69,6 +69,7 @@ class Connection:
         self.outbox = Outbox()
         self.ended = asyncio.Event()
         self.failure: CascadeError | None = None
+        self.watch: Callable[[Answer], None] = lambda _: None  # hears of every answer
 
     def send(self, item: Answer) -> None:
         """Send an answer with all others of this tick; on the event loop, never blocks.
@@ -77,6 +78,7 @@ class Connection:
         """
         if self.ended.is_set():
             return
+        self.watch(item)
         if isinstance(item, Refusal) and self.epochs.get(item.session_id) == item.epoch:
             del self.epochs[item.session_id]
         try:
