@@ -38,6 +38,7 @@ def test_the_share_follows_what_time_is_spent_on() -> None:
         meter.note(busy=False)
 
     assert meter.share() == pytest.approx(0.25, abs=0.02)
+    assert meter.busy_s == pytest.approx(100)
 
 
 def test_time_without_a_note_is_idle() -> None:

@@ -134,6 +134,7 @@ class Engine:
         """Return the present figures."""
         return EngineStats(
             busy=self._meter.share(),
+            busy_s=self._meter.busy_s,
             passes=self._passes,
             tokens=self._tokens,
             turns=self._turns,

@@ -17,6 +17,7 @@ class EngineStats:
     """What an engine is doing and has done since it began."""
 
     busy: float  # share of the last ten seconds or so spent in passes
+    busy_s: float  # seconds spent in passes since the beginning
     passes: int
     tokens: int  # run through the model
     turns: int  # sessions in those passes, summed: turns / passes is the mean batch
@@ -38,12 +39,14 @@ class BusyMeter:
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self.busy_s = 0.0
         self._share = 0.0
         self._at_s = clock()
 
     def note(self, *, busy: bool) -> None:
         """Say what the time since the last note was spent on."""
         now_s = self._clock()
+        self.busy_s += busy * (now_s - self._at_s)
         kept = math.exp((self._at_s - now_s) / _WINDOW_S)
         self._share = self._share * kept + busy * (1 - kept)
         self._at_s = now_s
