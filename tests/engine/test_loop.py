@@ -102,6 +102,11 @@ def test_release_drops_the_waiting_step_unheard(bench: Bench) -> None:
 
     bench.release("a")
     bench.settle(bench.submit("b", numbers(5), rows=1))
+    assert 42 <= stats.cache_tokens_live <= stats.cache_tokens_used
+    bench.release("b")
+    bench.engine.turn()
+    stats = bench.engine.stats()
+    assert stats.cache_tokens_live == 0 < stats.cache_tokens_used
 
     assert not answer.ended
     assert bench.engine.stats().waiting == 0

@@ -82,6 +82,12 @@ class SequenceStore:
         """Return the tokens that extents are given out for."""
         return self._allocator.used
 
+    @property
+    def live(self) -> int:
+        """Return the tokens of open sessions among them; any thread may ask."""
+        extents = [sequence.extent for sequence in list(self._live.values())]
+        return sum(extent.size for extent in extents if extent is not None)
+
     def find(self, session: SessionId) -> CachedSequence | None:
         """Return the live sequence of `session`."""
         return self._live.get(session)

@@ -146,6 +146,7 @@ class Engine:
             sessions=len(self._store),
             cache_tokens_used=self._store.used,
             cache_tokens_capacity=self._store.capacity,
+            cache_tokens_live=self._store.live,
             prefix_hits=self._store.prefix_hits,
             prefix_tokens=self._store.prefix_tokens,
             preemptions=self._store.preemptions,

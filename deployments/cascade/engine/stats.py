@@ -28,6 +28,7 @@ class EngineStats:
     waiting: int  # steps not finished
     sessions: int  # open
     cache_tokens_used: int
+    cache_tokens_live: int  # of open sessions among them; the rest waits for like prompts
     cache_tokens_capacity: int
     prefix_hits: int  # sessions that began with cached tokens
     prefix_tokens: int  # tokens so found
