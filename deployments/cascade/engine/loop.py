@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from cascade.engine import packing, selfcheck, threads
+from cascade.engine import selfcheck, threads
 from cascade.engine.batch import Segment
 from cascade.engine.cache import SequenceStore
 from cascade.engine.capacity import capacity_tokens
 from cascade.engine.scheduler import Job, Scheduler, Slice
 from cascade.engine.settings import EngineSettings, step_tokens
-from cascade.engine.stats import BusyMeter, EngineStats
+from cascade.engine.stats import BusyMeter, EngineStats, Pass
 from cascade.engine.step import Head, Ready, Step
 from cascade.errors import (
     CascadeError,
@@ -92,6 +92,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
+        self.current = Pass()  # the pass whose rows the head has; read on the engine's thread
         self._passes = 0
         self._tokens = 0
         self._turns = 0
@@ -145,8 +146,8 @@ class Engine:
             waiting=len(self._scheduler) + self._inbox.qsize(),
             sessions=len(self._store),
             cache_tokens_used=self._store.used,
-            cache_tokens_capacity=self._store.capacity,
             cache_tokens_live=self._store.live,
+            cache_tokens_capacity=self._store.capacity,
             prefix_hits=self._store.prefix_hits,
             prefix_tokens=self._store.prefix_tokens,
             preemptions=self._store.preemptions,
@@ -297,6 +298,8 @@ class Engine:
     def _pass(self, slices: list[Slice]) -> None:
         """Run one forward pass; what goes wrong in it concerns its own steps alone."""
         segments = [_segment(piece) for piece in slices]
+        tokens = sum(piece.count for piece in slices)
+        self.current = Pass(began_s=self._clock(), tokens=tokens, sessions=len(slices))
         try:
             logits_NV = self.runner.forward(segments)[:, : self._columns]
         # A pass may fail in the model or on the device in any way; the others' passes go on.
@@ -306,7 +309,7 @@ class Engine:
                 self._abandon(piece.job, error)
             return
         self._passes += 1
-        self._tokens += sum(piece.count for piece in slices)
+        self._tokens += tokens
         self._turns += len(slices)
         self._queued_tokens += self._backlog
         for piece in slices:
@@ -348,8 +351,6 @@ class Engine:
 
 def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]:
     """Return the model's runner, warm, and how many tokens its cache holds."""
-    if settings.packed:
-        packing.pack(model.model)
     runner = selfcheck.choose(model.model, settings=settings)
     capacity = capacity_tokens(
         settings,
@@ -359,6 +360,7 @@ def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]
     )
     runner.resize(rows=capacity)
     runner.warm()
+    runner.take_over()
     return runner, capacity
 
 

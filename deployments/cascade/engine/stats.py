@@ -35,6 +35,15 @@ class EngineStats:
     preemptions: int  # caches of open sessions dropped to make room
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A forward pass: when it began, by the engine's clock, and what it ran."""
+
+    began_s: float = 0.0
+    tokens: int = 0
+    sessions: int = 0
+
+
 class BusyMeter:
     """The share of time spent busy; old times count less and less."""
 
