@@ -1,0 +1,165 @@
+"""Tiers as processes of this machine, and a router over them in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import sys
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from cascade.engine import threads
+from cascade.errors import StartupError
+from cascade.operations.leases import FixedLeases
+from cascade.operations.places import Tier
+from cascade.wire import tiers
+from cascade.wire.channel import Peers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Collection, Mapping
+
+    from cascade.ingress.service import Service
+    from cascade.router import Router
+    from cascade.settings import Application
+
+TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name, as `cascade tier` reads it
+_ANY_PORT = "127.0.0.1:0"
+_START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 20.0
+_TIERS = ("drafter", "expert")
+_PROGRAM = "from cascade.cli import main; main()"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierProcess:
+    """A replica in a process of its own."""
+
+    name: str
+    address: str
+    pid: int
+
+    @property
+    def cpu_s(self) -> float:
+        """Return the seconds of processor time that it has used, of all its threads."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        user, system = int(fields[11]), int(fields[12])
+        return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disaggregated:
+    """Three processes: this one routes, and the tiers have one each."""
+
+    drafter: TierProcess
+    expert: TierProcess
+    router: Router
+    service: Service
+
+
+@asynccontextmanager
+async def disaggregated(
+    settings: Application,
+    *,
+    delay_s: float = 0.0,
+    cores: Mapping[str, Collection[int]] | None = None,
+) -> AsyncGenerator[Disaggregated]:
+    """Start `cascade tier` twice and route over both; end all at the end.
+
+    Args:
+        settings: What `cascade.app:build` takes.
+        delay_s: Added to every item between router and tiers each way, to emulate a network.
+        cores: Which cores each tier may use, by its name; all of this process's if absent.
+
+    Raises:
+        StartupError: A tier did not start.
+    """
+    token = secrets.token_urlsafe()
+    async with AsyncExitStack() as cleanup:
+        config = Path(cleanup.enter_context(TemporaryDirectory())) / "settings.yaml"
+        told = {"applications": [{"args": settings.model_dump(mode="json", exclude={"api_keys"})}]}
+        config.write_text(json.dumps(told))
+        variables = {TOKEN_VARIABLE: token}
+        processes = {
+            name: await cleanup.enter_async_context(
+                _process(name, settings, config=config, variables=variables, cores=cores or {})
+            )
+            for name in _TIERS
+        }
+        addresses = await asyncio.gather(*(_address(processes[name], name) for name in _TIERS))
+        started = [
+            TierProcess(name=name, address=address, pid=processes[name].pid)
+            for name, address in zip(_TIERS, addresses, strict=True)
+        ]
+        reached = [
+            Tier(
+                leases=FixedLeases([process.address], token=token),
+                peers=Peers(kind, delay_s=delay_s),
+            )
+            for kind, process in zip((tiers.DRAFTER, tiers.EXPERT), started, strict=True)
+        ]
+        for tier in reached:
+            cleanup.push_async_callback(tier.peers.close)
+        router = settings.router.loop(drafters=reached[0], experts=reached[1])
+        yield Disaggregated(
+            drafter=started[0],
+            expert=started[1],
+            router=router,
+            service=settings.service(router, settings.pair()),
+        )
+
+
+@asynccontextmanager
+async def _process(
+    name: str,
+    settings: Application,
+    *,
+    config: Path,
+    variables: dict[str, str],
+    cores: Mapping[str, Collection[int]],
+) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run `cascade tier` until the block ends."""
+    words = ("tier", name, "--address", _ANY_PORT, "--config", str(config))
+    own = threads.environment(threads=getattr(settings, name).engine.threads)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _PROGRAM, *words,
+        stdout=asyncio.subprocess.PIPE, env=os.environ | own | variables,
+    )  # fmt: skip
+    try:
+        if name in cores:
+            os.sched_setaffinity(process.pid, cores[name])
+        yield process
+    finally:
+        await _end(process)
+
+
+async def _address(process: asyncio.subprocess.Process, name: str) -> str:
+    """Return the address that a tier says it serves on."""
+    assert process.stdout is not None, "piped"
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while line := (await process.stdout.readline()).decode():
+                if " serves " in line:
+                    return line.split()[-1]
+    except TimeoutError as error:
+        raise StartupError(
+            f"the {name} did not serve within {_START_TIMEOUT_S:g} s; start it alone with"
+            f" `cascade tier {name}` to see why"
+        ) from error
+    raise StartupError(f"the {name} ended before it served; its own words are above")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.communicate()
