@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from cascade.engine import threads
+
 if TYPE_CHECKING:
     from cascade.operations.replica import Replica
     from cascade.settings import Application
@@ -39,10 +41,11 @@ def tier(
     config: Config = None,
 ) -> None:
     """Serve one replica of a tier on its gRPC address until interrupted."""
+    # The settings bring torch along, which reads these as it is imported.
+    os.environ.update(threads.environment())
     settings = getattr(application(config), name.value)
     if model is not None:
         settings = settings.model_copy(update={"model": model})
-    os.environ.update(settings.environment())
     asyncio.run(_serve(name, settings.options(), address=address, token=token))
 
 
