@@ -1,21 +1,21 @@
 """The drafter: writes the next few tokens of a session, one forward pass a token.
 
 All sessions of a replica are drafted together: a pass takes whatever waits, and the tokens it
-yields are the next pass's input without leaving the engine's thread.
+yields are the next pass's input without leaving the engine's thread. What it writes of a session,
+asked and unasked, is a `Line`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cascade.decoding.drafting import Draft, DraftTask, block_of, defers_alone, draft_step
-from cascade.decoding.needs import wants_target
-from cascade.engine.step import Step
+from cascade.decoding.drafting import draft_step
 from cascade.errors import InvalidRequest
+from cascade.operations.line import Line
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
-from cascade.wire.frames import Proposal, Propose
+from cascade.wire.frames import Propose, Timing
 from cascade.wire.tiers import DRAFTER
 
 if TYPE_CHECKING:
@@ -23,57 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.engine.step import Ready
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Drafting:
-    """A block in the making."""
-
-    seat: Seat
-    item: Propose
-    answer: list[int]  # committed and drafted tokens
-    drafts: list[Draft] = field(default_factory=list[Draft])
-    deferred: bool = False
-
-    @property
-    def task(self) -> DraftTask:
-        session = self.seat.session
-        return DraftTask(
-            policy=session.policy,
-            position=len(self.answer),
-            start=self.item.position,
-            prompt=session.prompt,
-            answer=self.answer,
-        )
-
-    def take(self, draft: Draft) -> Step | None:
-        """Add a draft; return the step that leads to the next one, or None at the block's end."""
-        policy = self.seat.session.policy
-        if self.item.until_deferral and defers_alone(policy, draft):
-            self.deferred = True
-            return None
-        self.drafts.append(draft)
-        wanted = self.item.count + wants_target(policy)
-        if len(self.drafts) == wanted or draft.token in policy.stop_ids:
-            return None
-        base = len(self.seat.session.prompt) + len(self.answer)
-        self.answer.append(draft.token)
-        self.seat.fed.append(draft.token)
-        return Step(session=self.seat.key, base=base, tokens=(draft.token,), rows=1, task=self)
-
-    def proposal(self, *, cached_prompt_tokens: int) -> Proposal:
-        """Return the block, and the row after it if the bonus is drawn from there."""
-        length = min(len(self.drafts), self.item.count)
-        return Proposal(
-            session_id=self.item.session_id,
-            epoch=self.item.epoch,
-            position=self.item.position,
-            block=block_of(self.drafts, length=length),
-            deferred=self.deferred,
-            passes=len(self.drafts) + self.deferred,
-            cached_prompt_tokens=cached_prompt_tokens,
-        )
+    from cascade.engine.step import Ready, Step
+    from cascade.wire.frames import Proposal
 
 
 class Drafter(Replica[Propose]):
@@ -81,34 +32,50 @@ class Drafter(Replica[Propose]):
 
     kind = DRAFTER
 
-    def begin(self, seat: Seat, item: Propose) -> Step:
-        """Return the step whose row yields the first drafted token."""
+    def begin(self, seat: Seat, item: Propose) -> Step | None:
+        """Return the step whose row yields the next token, unless the block was sent already."""
         if item.count < 1:
             raise InvalidRequest(
                 f"a proposal of {item.count} tokens was asked for; ask for at least 1"
             )
         self.check_room(seat.length, item.count)
-        return seat.step((), rows=1, task=_Drafting(seat=seat, item=item, answer=list(seat.answer)))
+        line = seat.line
+        if line is not None and line.follow(item):
+            return line.resume()
+        limit = self.describe().context_length
+        seat.line = Line(seat=seat, asked=item, answer=list(seat.answer), limit=limit)
+        return seat.step((), rows=1, task=seat.line)
 
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
-        """Draft one token of every block in the making."""
-        blocks = [one.step.task for one in ready if isinstance(one.step.task, _Drafting)]
+        """Draft one token of every line."""
+        lines = [one.step.task for one in ready if isinstance(one.step.task, Line)]
         results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
         follow: list[Step] = []
-        drafts = draft_step(logits_NV, [block.task for block in blocks])
-        for block, draft in zip(blocks, drafts, strict=True):
-            step = None if block.seat.closed else block.take(draft)
+        drafts = draft_step(logits_NV, [line.task for line in lines])
+        for line, draft in zip(lines, drafts, strict=True):
+            proposal, step = line.take(draft) if line.wanted else (None, None)
             if step is not None:
                 follow.append(step)
-                continue
-            cached = self.engine.cached_tokens(block.seat.key)
-            results.append(
-                Result(seat=block.seat, item=block.proposal(cached_prompt_tokens=cached))
-            )
+            if step is None or proposal is not None:
+                results.append(self._result(line, proposal, done=step is None))
         self.publish(results)
         return follow
 
     def seat_of(self, step: Step) -> Seat | None:
         """Return the seat a step belongs to."""
         task = step.task
-        return task.seat if isinstance(task, _Drafting) else task
+        return task.seat if isinstance(task, Line) else task
+
+    def _result(self, line: Line, proposal: Proposal | None, *, done: bool) -> Result:
+        if proposal is None:
+            return Result(seat=line.seat, done=done)
+        now_s, current = self.clock(), self.engine.current
+        timing = Timing(
+            service_s=now_s - line.seat.asked_s if line.is_asked(proposal) else 0.0,
+            step_s=now_s - current.began_s,
+            tokens=current.tokens,
+            sessions=current.sessions,
+        )
+        cached = self.engine.cached_tokens(line.seat.key)
+        item = replace(proposal, timing=timing, cached_prompt_tokens=cached)
+        return Result(seat=line.seat, item=item, done=done)

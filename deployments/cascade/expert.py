@@ -19,7 +19,7 @@ from cascade.engine.step import Step
 from cascade.errors import CascadeError, Internal
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
-from cascade.wire.frames import Judge, Judgement, Score, Scores
+from cascade.wire.frames import Judge, Judgement, Score, Scores, Timing
 from cascade.wire.status import refusal
 from cascade.wire.tiers import EXPERT
 
@@ -42,6 +42,7 @@ class _Judging:
     block: Block
     answer: list[int]  # committed
     ahead: int
+    since_s: float  # when the item came, or the verdict before
 
     @property
     def task(self) -> Task:
@@ -59,7 +60,7 @@ class _Judging:
         kept = len(self.answer) + verdict.accepted
         self.answer.extend(verdict.tokens)
         done = not verdict.tokens or verdict.tokens[-1] in self.seat.session.policy.stop_ids
-        if done or self.ahead == 0 or self.seat.closed or self.seat.parked is not None:
+        if done or self.ahead == 0 or self.seat.closed or self.seat.parked:
             return None
         self.ahead -= 1
         self.block = Block()
@@ -103,6 +104,7 @@ class Expert(Replica[Judge]):
             block=item.block,
             answer=list(seat.answer),
             ahead=max(0, min(item.ahead, room)),
+            since_s=seat.asked_s,
         )
         rows = rows_needed(seat.session.policy, item.block.tokens)
         return seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)
@@ -159,22 +161,33 @@ class Expert(Replica[Judge]):
         logits_NV = torch.cat([rows_NV for _, rows_NV in blocks])
         follow: list[Step] = []
         verdicts = judge(logits_NV, [block.task for block, _ in blocks])
+        now_s = self.clock()
         for (block, _), verdict in zip(blocks, verdicts, strict=True):
-            position = len(block.answer)
+            item = self._judgement(block, verdict, now_s=now_s)
             step = block.take(verdict)
             if step is not None:
                 follow.append(step)
-            item = Judgement(
-                session_id=block.item.session_id,
-                epoch=block.item.epoch,
-                position=position,
-                verdict=verdict,
-                cached_prompt_tokens=self.engine.cached_tokens(block.seat.key),
-            )
             results.append(
                 Result(seat=block.seat, item=item, committed=verdict.tokens, done=step is None)
             )
         return follow
+
+    def _judgement(self, block: _Judging, verdict: Verdict, *, now_s: float) -> Judgement:
+        current = self.engine.current
+        service_s, block.since_s = now_s - block.since_s, now_s
+        return Judgement(
+            session_id=block.item.session_id,
+            epoch=block.item.epoch,
+            position=len(block.answer),
+            verdict=verdict,
+            cached_prompt_tokens=self.engine.cached_tokens(block.seat.key),
+            timing=Timing(
+                service_s=service_s,
+                step_s=now_s - current.began_s,
+                tokens=current.tokens,
+                sessions=current.sessions,
+            ),
+        )
 
     def _score(self, scoring: _Scoring, rows_NV: Tensor, one: Ready) -> None:
         scoring.take(rows_NV, index=one.index)

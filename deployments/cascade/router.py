@@ -54,6 +54,7 @@ class RouterOptions:
     draft_pause_s: float = 1.0  # before a drafter that was given up is tried again
     chunk_tokens: int = 16  # drafted at a time where no expert judges
     ahead_tokens: int = 8  # the expert writes at a time where no drafter is
+    overlap_blocks: int = 1  # the drafter is ahead of the expert
     moves: int = 5  # of a session to another replica, before it fails
 
 
@@ -173,6 +174,7 @@ class Router:
     def _hurried(self, place: Place) -> Hurried:
         return Hurried(
             place,
+            ahead=self._options.overlap_blocks,
             deadline_s=self._options.draft_deadline_s,
             pause_s=self._options.draft_pause_s,
             clock=asyncio.get_running_loop().time,

@@ -156,7 +156,13 @@ policies = st.builds(
     logprobs=st.none() | COUNTS,
 )
 heads: dict[str, st.SearchStrategy[Any]] = {"session_id": IDS, "epoch": LONGS}
-steps = heads | {"position": st.integers(8, 2**63 - 1), "digest": st.integers(0, 2**64 - 1)}
+DIGESTS = st.integers(0, 2**64 - 1)
+# The wire has whole microseconds.
+DURATIONS = st.integers(0, 10**12).map(lambda microseconds: microseconds / 1e6)
+timings = st.builds(
+    frames.Timing, service_s=DURATIONS, step_s=DURATIONS, tokens=COUNTS, sessions=COUNTS
+)
+steps = heads | {"position": st.integers(8, 2**63 - 1), "digest": DIGESTS}
 answers = heads | {"position": LONGS, "cached_prompt_tokens": COUNTS}
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Gates: gates,
@@ -170,7 +176,12 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         frames.Open, session=sessions(), epoch=LONGS, lease=TEXTS, traceparent=TEXTS
     ),
     frames.Propose: st.builds(
-        frames.Propose, **steps, count=COUNTS, tokens=several(TOKENS), until_deferral=st.booleans()
+        frames.Propose,
+        **steps,
+        count=COUNTS,
+        tokens=several(TOKENS),
+        until_deferral=st.booleans(),
+        ahead=COUNTS,
     ),
     frames.Judge: st.builds(
         frames.Judge, **steps, block=blocks(), tokens=several(TOKENS), ahead=COUNTS
@@ -180,9 +191,15 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     ),
     frames.Close: st.builds(frames.Close, **heads),
     frames.Proposal: st.builds(
-        frames.Proposal, **answers, block=blocks(), deferred=st.booleans(), passes=COUNTS
+        frames.Proposal,
+        **answers,
+        digest=DIGESTS,
+        block=blocks(),
+        deferred=st.booleans(),
+        passes=COUNTS,
+        timing=timings,
     ),
-    frames.Judgement: st.builds(frames.Judgement, **answers, verdict=verdicts()),
+    frames.Judgement: st.builds(frames.Judgement, **answers, verdict=verdicts(), timing=timings),
     frames.Scores: st.builds(frames.Scores, **heads, logprobs=several(logprobs, most=3)),
     frames.Need: st.builds(frames.Need, **heads, position=LONGS),
     frames.Refusal: st.builds(frames.Refusal, **heads, code=TEXTS, reason=TEXTS, message=TEXTS),

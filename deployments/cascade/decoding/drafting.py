@@ -34,6 +34,7 @@ class DraftTask:
     start: int  # position at which the block began
     prompt: Sequence[int] = ()  # read if the sampling counts tokens
     answer: Sequence[int] = ()  # committed and drafted tokens, likewise
+    purpose: Purpose = Purpose.DRAFT  # EMIT guesses what the expert's coin will choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ def draft_step(
     logits_BV = logits_BV[:, :vocab_limit]
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
-        groups.setdefault(_kind(task.policy), []).append(i)
+        groups.setdefault(_kind(task), []).append(i)
     drafts: dict[int, Draft] = {}
     for members in groups.values():
         rows_BV = logits_BV if len(members) == len(tasks) else logits_BV[members]
@@ -95,12 +96,14 @@ def defers_alone(policy: Policy, draft: Draft) -> bool:
     return defers(policy.rule, draft.gates)
 
 
-def _kind(policy: Policy) -> Hashable:
-    """Return what two policies must share to be drafted in one batch."""
+def _kind(task: DraftTask) -> Hashable:
+    """Return what two tasks must share to be drafted in one batch."""
+    policy = task.policy
     rule = policy.rule if isinstance(policy.rule, Chow | ChowLog) else None
     form = (policy.rows is RowFormat.FULL, policy.row_entries)
     procedure = policy.sampling.greedy, is_gumbel(policy), is_blockwise(policy)
-    return procedure, needs(policy), form, rule
+    tossed = not policy.sampling.greedy and not is_gumbel(policy)
+    return procedure, needs(policy), form, rule, tossed and task.purpose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +258,7 @@ def _draft_coins(tasks: Sequence[DraftTask]) -> Tensor:
     return coins.uniforms(
         [t.policy.seed for t in tasks],
         [t.position for t in tasks],
-        Purpose.DRAFT,
+        tasks[0].purpose,
         starts_N=[t.start for t in tasks] if is_blockwise(tasks[0].policy) else None,
     )
 

@@ -153,6 +153,23 @@ class Block:
         """Return L."""
         return len(self.tokens)
 
+    def cut(self, length: int) -> Block:
+        """Return the block's first `length` tokens.
+
+        Exact where the length is chosen without regard to the tokens that are cut off.
+        """
+        if length >= self.length:
+            return self
+        after = length + (max(len(self.gates), len(self.rows)) > self.length)
+        return Block(
+            tokens=self.tokens[:length],
+            likelihoods=self.likelihoods[:length],
+            unscaled=self.unscaled[:length],
+            gates=self.gates[:after],
+            rows=self.rows[:after],
+            logprobs=self.logprobs[:length],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:

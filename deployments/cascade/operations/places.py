@@ -150,7 +150,7 @@ class Place:
         return await self._ask(session, make)
 
     async def answer(self, session: Session) -> Proposal | Judgement | Need:
-        """Return the next answer for the session's position; others are late and mean nothing."""
+        """Return the next answer that stands after the session; others came late."""
         assert self._link is not None, "enter first"
         while True:
             match await self._link.receive():
@@ -158,6 +158,8 @@ class Place:
                     raise self.tier.error(refusal)
                 case Need() as need:
                     return need
+                case Proposal() as item if not self._continues(item, session):
+                    self._statistics.drafter_passes += item.passes
                 case Proposal() | Judgement() as item if item.position == session.position:
                     self._statistics.cached_prompt_tokens = max(
                         self._statistics.cached_prompt_tokens, item.cached_prompt_tokens
@@ -191,6 +193,10 @@ class Place:
                 case item:
                     self._known = session.position
                     return item
+
+    def _continues(self, item: Proposal, session: Session) -> bool:
+        """Return whether the block was drafted after just these tokens."""
+        return item.position == session.position and item.digest == self._digest_of(session)
 
     def _digest_of(self, session: Session) -> int:
         length = len(session.prompt) + session.position

@@ -1,7 +1,7 @@
 """What drafter and expert share: seats between a gRPC server and an engine.
 
 The event loop owns every seat; the engine's thread sees only steps and their tasks. A seat has at
-most one step in flight; an item that arrives meanwhile is parked and served next.
+most one step in flight; items that arrive meanwhile are parked, and the last is served next.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
@@ -65,6 +66,7 @@ class Replica(ABC, Generic[Item]):
     """
 
     kind: ClassVar[Kind]
+    clock = staticmethod(time.monotonic)  # the engine's
 
     def __init__(
         self,
@@ -140,8 +142,8 @@ class Replica(ABC, Generic[Item]):
         await asyncio.to_thread(self.engine.stop)
 
     @abstractmethod
-    def begin(self, seat: Seat, item: Item) -> Step:
-        """Return the step that serves the item; the seat is free and caught up."""
+    def begin(self, seat: Seat, item: Item) -> Step | None:
+        """Return the step that serves the item, if it takes one; the seat is free and caught up."""
 
     @abstractmethod
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
@@ -238,8 +240,9 @@ class Replica(ABC, Generic[Item]):
 
     def _take(self, seat: Seat, item: Propose | Judge) -> None:
         self.leases.touch(seat.token)
+        seat.asked_s = self.clock()
         if seat.busy:
-            seat.parked = item
+            seat.parked.append(item)
         else:
             self._serve(seat, item)
 
@@ -247,8 +250,9 @@ class Replica(ABC, Generic[Item]):
         lacking = seat.catch_up(position=item.position, tokens=item.tokens, digest=item.digest)
         if lacking is None:
             step = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
-            seat.busy = True
-            self.engine.submit(step)
+            if step is not None:
+                seat.busy = True
+                self.engine.submit(step)
         elif len(item.tokens) == item.position:
             raise InvalidRequest(
                 "the digest does not match the tokens sent; open the session again"
@@ -272,9 +276,12 @@ class Replica(ABC, Generic[Item]):
         if not result.done:
             return
         seat.busy = False
-        item, seat.parked = seat.parked, None
-        if item is None:
+        if not seat.parked:
             return
+        *passed, item = seat.parked
+        seat.parked.clear()
+        for one in passed:
+            seat.catch_up(position=one.position, tokens=one.tokens, digest=one.digest)
         try:
             self._serve(seat, item)
         except CascadeError as error:

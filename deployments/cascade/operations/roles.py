@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
 from cascade.errors import Overloaded, Unavailable
-from cascade.wire.frames import Judge, Judgement, Proposal, Propose
+from cascade.wire.frames import Judge, Judgement, Proposal, Propose, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +34,7 @@ class Offer:
     block: Block = field(default_factory=Block)
     deferred: bool = False  # the drafter's own rule gives the next token to the expert
     passes: int = 0  # of the drafter
+    timing: Timing = field(default_factory=Timing)
     predicted: bool = False  # the client's own words
 
 
@@ -67,10 +68,11 @@ class Silent:
 
 
 class Drafting:
-    """Drafts on a replica of the drafter tier."""
+    """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert."""
 
-    def __init__(self, place: Place, *, until_deferral: bool = False) -> None:
+    def __init__(self, place: Place, *, ahead: int = 0, until_deferral: bool = False) -> None:
         self._place = place
+        self._ahead = ahead
         self._until_deferral = until_deferral
 
     async def propose(self, session: Session, count: int) -> Offer:
@@ -87,11 +89,14 @@ class Drafting:
                 count=count,
                 tokens=lacking,
                 until_deferral=self._until_deferral,
+                ahead=self._ahead,
             )
 
         answer = await self._place.ask(session, item)
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
-        return Offer(block=answer.block, deferred=answer.deferred, passes=answer.passes)
+        block = answer.block.cut(count)
+        deferred = answer.deferred and block is answer.block
+        return Offer(block=block, deferred=deferred, passes=answer.passes, timing=answer.timing)
 
 
 class Hurried:
@@ -105,11 +110,12 @@ class Hurried:
         self,
         place: Place,
         *,
+        ahead: int,
         deadline_s: float,
         pause_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._drafting = Drafting(place)
+        self._drafting = Drafting(place, ahead=ahead)
         self._place = place
         self._deadline_s = deadline_s
         self._first_pause_s = self._pause_s = pause_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.decoding.session import Session, SessionId
+    from cascade.operations.line import Line
     from cascade.wire.frames import Judge, Propose
     from cascade.wire.server import Connection
 
@@ -34,7 +36,9 @@ class Seat:
     agreed: int = 0  # fed[:agreed] == answer[:agreed]
     busy: bool = False
     closed: bool = False
-    parked: Propose | Judge | None = None
+    parked: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
+    asked_s: float = 0.0  # when the last item came
+    line: Line | None = None  # the drafter's
 
     def __post_init__(self) -> None:
         self.digest = extend(extend(0, self.session.prompt), self.answer)

@@ -140,6 +140,7 @@ def _encode_propose(item: frames.Propose, to: drafter_pb2.Propose) -> None:
     to.draft_limit = item.count
     to.token_ids.extend(item.tokens)
     to.deferral_stop = item.until_deferral
+    to.ahead_count = item.ahead
 
 
 def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
@@ -150,6 +151,7 @@ def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
         count=whole(message.draft_limit, "draft_limit"),
         tokens=tuple(message.token_ids),
         until_deferral=message.deferral_stop,
+        ahead=whole(message.ahead_count, "ahead_count"),
     )
 
 
@@ -198,20 +200,24 @@ def _decode_close(message: tokens_pb2.Close) -> frames.Close:
 def _encode_proposal(item: frames.Proposal, to: drafter_pb2.Proposal) -> None:
     _encode_head(item, to)
     to.position = item.position
+    to.digest = item.digest
     encode_block(item.block, to.block)
     to.deferred = item.deferred
     to.pass_count = item.passes
     to.cached_prompt_token_count = item.cached_prompt_tokens
+    _encode_timing(item.timing, to.timing)
 
 
 def _decode_proposal(message: drafter_pb2.Proposal) -> frames.Proposal:
     return frames.Proposal(
         **_head(message),
         position=whole(message.position, "position"),
+        digest=message.digest,
         block=decode_block(message.block),
         deferred=message.deferred,
         passes=whole(message.pass_count, "pass_count"),
         cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
+        timing=_decode_timing(message.timing),
     )
 
 
@@ -220,6 +226,7 @@ def _encode_judgement(item: frames.Judgement, to: expert_pb2.Judgement) -> None:
     to.position = item.position
     encode_verdict(item.verdict, to.verdict)
     to.cached_prompt_token_count = item.cached_prompt_tokens
+    _encode_timing(item.timing, to.timing)
 
 
 def _decode_judgement(message: expert_pb2.Judgement) -> frames.Judgement:
@@ -228,6 +235,25 @@ def _decode_judgement(message: expert_pb2.Judgement) -> frames.Judgement:
         position=whole(message.position, "position"),
         verdict=decode_verdict(message.verdict),
         cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
+        timing=_decode_timing(message.timing),
+    )
+
+
+def _encode_timing(timing: frames.Timing, to: tokens_pb2.Timing) -> None:
+    """Write the timing into the message; times are sent as whole microseconds."""
+    to.service_us = round(1e6 * timing.service_s)
+    to.step_us = round(1e6 * timing.step_s)
+    to.token_count = timing.tokens
+    to.session_count = timing.sessions
+
+
+def _decode_timing(message: tokens_pb2.Timing) -> frames.Timing:
+    """Return the timing."""
+    return frames.Timing(
+        service_s=whole(message.service_us, "service_us") / 1e6,
+        step_s=whole(message.step_us, "step_us") / 1e6,
+        tokens=whole(message.token_count, "token_count"),
+        sessions=whole(message.session_count, "session_count"),
     )
 
 

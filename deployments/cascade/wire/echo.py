@@ -53,8 +53,13 @@ def echo(item: Question) -> Answer | None:
     """Return the answer to an item; `Open` and `Close` have none."""
     match item:
         case Propose(session_id=session_id, epoch=epoch, position=position, count=count):
-            block = Block(tokens=(0,) * count)
-            return Proposal(session_id=session_id, epoch=epoch, position=position, block=block)
+            return Proposal(
+                session_id=session_id,
+                epoch=epoch,
+                position=position,
+                digest=item.digest,
+                block=Block(tokens=(0,) * count),
+            )
         case Judge(session_id=session_id, epoch=epoch, position=position, block=block):
             verdict = Verdict(
                 accepted=block.length, tokens=block.tokens, origins=(Origin.DRAFTER,) * block.length

@@ -24,8 +24,23 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What an answer took where it was made; zeros where that is not known."""
+
+    service_s: float = 0.0  # from the item's arrival to the answer; 0 for a block sent unasked
+    step_s: float = 0.0  # of one pass: the drafter's mean of the block, the expert's own
+    tokens: int = 0  # of all sessions in that pass
+    sessions: int = 0  # in that pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Propose:
-    """Draft up to `count` tokens after `position`; `tokens` are the last committed before it."""
+    """Draft up to `count` tokens after `position`; `tokens` are the last committed before it.
+
+    While the block is judged, draft `ahead` blocks more and send them unasked, each on the guess
+    that all before it stands and of what the expert adds. A block that was sent is not sent again:
+    the item then says that its guess was right.
+    """
 
     session_id: SessionId
     epoch: int
@@ -34,6 +49,7 @@ class Propose:
     count: int
     tokens: tuple[int, ...] = ()
     until_deferral: bool = False  # stop before the first token that a drafter-only rule defers
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +86,20 @@ class Close:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """The drafted block. `deferred`: it ends where the drafter's own rule defers the next token."""
+    """The block drafted after the prefix with this position and digest.
+
+    `deferred`: it ends where the drafter's own rule defers the next token.
+    """
 
     session_id: SessionId
     epoch: int
     position: int
+    digest: int
     block: Block
     deferred: bool = False
     passes: int = 0
     cached_prompt_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +111,7 @@ class Judgement:
     position: int
     verdict: Verdict
     cached_prompt_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

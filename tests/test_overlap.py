@@ -1,0 +1,227 @@
+"""What a drafter sends unasked is what it would have drafted when asked, whatever comes between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cascade.decoding import reference
+from cascade.decoding.coins import Purpose
+from cascade.decoding.rules import Chow, Opt, TokenV3
+from cascade.decoding.session import (
+    Bonus,
+    Coupling,
+    Policy,
+    Sampling,
+    Session,
+    SessionId,
+    Verification,
+)
+from cascade.wire.channel import Peer
+from cascade.wire.digest import extend
+from cascade.wire.frames import Open, Proposal, Propose
+from cascade.wire.tiers import DRAFTER
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from cascade.lab.stack import Stack
+    from cascade.wire.channel import Link
+
+    from .conftest import Pair
+
+PROMPT = (3, 1, 4, 1, 5)
+WARM = Sampling(temperature=1.3)
+POLICIES = {
+    "greedy": Policy(sampling=Sampling(temperature=0.0)),
+    "sampled": Policy(sampling=WARM),
+    "gumbel": Policy(sampling=WARM, coupling=Coupling.GUMBEL, rule=TokenV3(alpha=0.5)),
+    "no bonus": Policy(sampling=WARM, bonus=Bonus.NONE, rule=Opt(alpha=0.2)),
+    "bonus of the target": Policy(sampling=WARM, bonus=Bonus.TARGET, rule=Opt(alpha=0.2)),
+    "block": Policy(sampling=WARM, verification=Verification.BLOCK),
+    "stop": Policy(sampling=WARM, stop_ids=(2,)),
+    "penalties": Policy(sampling=replace(WARM, presence_penalty=0.7, repetition_penalty=1.2)),
+    "deferring": Policy(sampling=WARM, rule=Chow(alpha=0.6), bonus=Bonus.NONE),
+}
+_names = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the router does after a block: when it asks again, and after which tokens."""
+
+    count: int
+    ahead: int
+    accepted: int  # of the block; more than there are means all
+    token: int | None  # that follows them; None is the drafter's own next
+    patient: bool  # lets the drafter get ahead before it asks again
+
+
+turns = st.builds(
+    Turn,
+    count=st.integers(1, 4),
+    ahead=st.integers(0, 2),
+    accepted=st.sampled_from((0, 1, 9, 9, 9)),
+    token=st.none() | st.integers(0, 7),
+    patient=st.booleans(),
+)
+
+
+class Router:
+    """A session on a real drafter, whose committed tokens the test chooses."""
+
+    def __init__(self, link: Link, pair: Pair, policy: Policy) -> None:
+        self.link = link
+        self.twin = reference.Pair(
+            prompt=PROMPT, drafter=pair.drafter.logits, expert=pair.expert.logits, policy=policy
+        )
+        self.answer: list[int] = []
+        self.known = 0
+
+    async def ask(self, turn: Turn, *, until_deferral: bool = False) -> Proposal:
+        """Ask for a block after the answer, and wait for the one that continues it."""
+        digest = extend(extend(0, PROMPT), self.answer)
+        self.link.send(
+            Propose(
+                session_id=self.link.session_id,
+                epoch=1,
+                position=len(self.answer),
+                digest=digest,
+                count=turn.count,
+                tokens=tuple(self.answer[self.known :]),
+                until_deferral=until_deferral,
+                ahead=turn.ahead,
+            )
+        )
+        self.known = len(self.answer)
+        while True:
+            item = await asyncio.wait_for(self.link.receive(), 30)
+            assert isinstance(item, Proposal)
+            if (item.position, item.digest) == (len(self.answer), digest):
+                return item
+
+    def drafted(self, count: int) -> list[int]:
+        """Return the block that plain forward passes draft after the answer."""
+        tokens: list[int] = []
+        while len(tokens) < count and not self.twin.ended(tokens):
+            tokens.append(self._draw(tokens, Purpose.DRAFT))
+        return tokens
+
+    def commit(self, block: tuple[int, ...], turn: Turn) -> None:
+        """Advance as a verdict would."""
+        kept = list(block[: turn.accepted])
+        guess = self._draw(kept, Purpose.EMIT) if turn.token is None else turn.token
+        ends = len(kept) == len(block) and self.twin.policy.bonus is Bonus.NONE
+        self.answer += kept if ends and kept else [*kept, guess]
+
+    def _draw(self, tokens: list[int], purpose: Purpose) -> int:
+        place = self.twin.place([*self.answer, *tokens])
+        start = len(self.answer)
+        return self.twin.draw(place.q, purpose, position=place.position, start=start)
+
+
+@pytest.fixture
+async def drafter(toy_stack: Stack) -> AsyncIterator[Peer]:
+    peer = Peer(toy_stack.drafter.address, DRAFTER)
+    yield peer
+    await peer.close()
+
+
+def opened(peer: Peer, server: Stack, pair: Pair, policy: Policy) -> Router:
+    name = SessionId(f"overlap/{next(_names)}")
+    link = peer.link(name, 1)
+    session = Session(id=name, prompt=PROMPT, policy=policy)
+    link.send(Open(session=session, epoch=1, lease=server.token))
+    return Router(link, pair, policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(script=st.lists(turns, min_size=2, max_size=5))
+async def test_no_schedule_changes_a_block(
+    toy: Pair, toy_stack: Stack, drafter: Peer, policy: Policy, script: list[Turn]
+) -> None:
+    """Right guesses, wrong ones, hasty and patient routers: each block is a function of its past.
+
+    One that was drafted in advance may be longer or shorter than what is asked when it is due.
+    """
+    router = opened(drafter, toy_stack, toy, replace(policy, seed=len(script)))
+    for turn in script:
+        proposal = await router.ask(turn)
+        tokens = proposal.block.tokens
+        expected = router.drafted(len(tokens))
+        assert list(tokens) == expected
+        assert len(tokens) <= 4
+        assert tokens or not expected
+        router.commit(tokens, turn)
+        if router.twin.ended(router.answer):
+            break
+        if turn.patient:
+            await toy_stack.router.score(PROMPT, top=0)
+    router.link.close()
+
+
+async def test_a_right_guess_is_there_before_it_is_asked_for(
+    toy: Pair, toy_stack: Stack, drafter: Peer
+) -> None:
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    turn = Turn(count=3, ahead=1, accepted=9, token=None, patient=False)
+    first = await router.ask(turn)
+    pushed = await asyncio.wait_for(router.link.receive(), 30)
+    assert isinstance(pushed, Proposal)
+    router.commit(first.block.tokens, turn)
+    assert (pushed.position, pushed.timing.service_s) == (len(router.answer), 0.0)
+    assert pushed.digest == extend(extend(0, PROMPT), router.answer)
+    assert list(pushed.block.tokens) == router.drafted(3)
+    router.link.close()
+
+
+async def test_a_guess_that_was_right_is_not_sent_again(
+    toy: Pair, toy_stack: Stack, drafter: Peer
+) -> None:
+    """What comes next is the block after it: asking for it only let the line go on."""
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    turn = Turn(count=2, ahead=1, accepted=9, token=None, patient=False)
+    positions: list[int] = []
+    for _ in range(4):
+        block = (await router.ask(turn)).block.tokens
+        router.commit(block, turn)
+        positions.append(len(router.answer))
+    assert positions == [3, 6, 9, 12]
+    passes = toy_stack.drafter.engine.stats().passes
+    last = await asyncio.wait_for(router.link.receive(), 30)
+    assert isinstance(last, Proposal)
+    assert last.position == 12
+    assert toy_stack.drafter.engine.stats().passes <= passes + 3
+    router.link.close()
+
+
+async def test_nothing_is_sent_unasked_where_nothing_ahead_is_wanted(
+    toy: Pair, toy_stack: Stack, drafter: Peer
+) -> None:
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    before = toy_stack.drafter.engine.stats().passes
+    await router.ask(Turn(count=3, ahead=0, accepted=9, token=None, patient=False))
+    await toy_stack.router.score(PROMPT, top=0)
+    assert toy_stack.drafter.engine.stats().passes - before == 3 + 1  # and the prompt
+    router.link.close()
+
+
+async def test_a_deferral_is_guessed_past(toy: Pair, toy_stack: Stack, drafter: Peer) -> None:
+    """The line goes on after the token that the expert is to write."""
+    router = opened(drafter, toy_stack, toy, replace(POLICIES["deferring"], seed=3))
+    turn = Turn(count=8, ahead=1, accepted=9, token=None, patient=False)
+    first = await router.ask(turn, until_deferral=True)
+    assert first.deferred
+    pushed = await asyncio.wait_for(router.link.receive(), 30)
+    assert isinstance(pushed, Proposal)
+    assert pushed.position == first.block.length + 1
+    router.link.close()
