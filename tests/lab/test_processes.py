@@ -8,7 +8,7 @@ import pytest
 
 from cascade.errors import StartupError
 from cascade.lab.answering import InProcess, in_process
-from cascade.lab.processes import disaggregated
+from cascade.lab.processes import routed, tier_processes
 from cascade.settings import Application
 
 BODY = {
@@ -28,9 +28,11 @@ def settings(**expert: object) -> Application:
 
 async def test_three_processes_say_what_one_does_and_their_work_is_counted() -> None:
     one = min(os.sched_getaffinity(0))
-    async with disaggregated(settings(), cores={"drafter": [one]}) as running:
+    async with tier_processes(settings(), cores={"drafter": [one]}) as running:
         before_s = running.expert.cpu_s
-        apart = await InProcess(running.service, name="apart").answer(BODY)
+        places = {"drafter": running.drafter.address, "expert": running.expert.address}
+        async with routed(settings(), **places, token=running.token) as service:
+            apart = await InProcess(service, name="apart").answer(BODY)
         assert os.sched_getaffinity(running.drafter.pid) == {one}
         pids = {running.drafter.pid, running.expert.pid, os.getpid()}
         assert running.expert.cpu_s >= before_s > 0
@@ -42,5 +44,5 @@ async def test_three_processes_say_what_one_does_and_their_work_is_counted() -> 
 
 async def test_a_tier_that_does_not_start_is_told() -> None:
     with pytest.raises(StartupError, match="the expert ended before it served"):
-        async with disaggregated(settings(model="nowhere")):
+        async with tier_processes(settings(model="nowhere")):
             raise AssertionError

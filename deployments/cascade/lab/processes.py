@@ -1,4 +1,4 @@
-"""Tiers as processes of this machine, and a router over them in this one."""
+"""Tiers as processes of this machine, and routers over tiers that run somewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping
 
     from cascade.ingress.service import Service
-    from cascade.router import Router
     from cascade.settings import Application
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name, as `cascade tier` reads it
@@ -52,27 +51,22 @@ class TierProcess:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disaggregated:
-    """Three processes: this one routes, and the tiers have one each."""
+class TierProcesses:
+    """Both tiers, each in a process of its own; `token` opens sessions on both."""
 
     drafter: TierProcess
     expert: TierProcess
-    router: Router
-    service: Service
+    token: str
 
 
 @asynccontextmanager
-async def disaggregated(
-    settings: Application,
-    *,
-    delay_s: float = 0.0,
-    cores: Mapping[str, Collection[int]] | None = None,
-) -> AsyncGenerator[Disaggregated]:
-    """Start `cascade tier` twice and route over both; end all at the end.
+async def tier_processes(
+    settings: Application, *, cores: Mapping[str, Collection[int]] | None = None
+) -> AsyncGenerator[TierProcesses]:
+    """Start `cascade tier` twice, and end both at the end.
 
     Args:
         settings: What `cascade.app:build` takes.
-        delay_s: Added to every item between router and tiers each way, to emulate a network.
         cores: Which cores each tier may use, by its name; all of this process's if absent.
 
     Raises:
@@ -91,26 +85,36 @@ async def disaggregated(
             for name in _TIERS
         }
         addresses = await asyncio.gather(*(_address(processes[name], name) for name in _TIERS))
-        started = [
+        drafter, expert = (
             TierProcess(name=name, address=address, pid=processes[name].pid)
             for name, address in zip(_TIERS, addresses, strict=True)
-        ]
-        reached = [
-            Tier(
-                leases=FixedLeases([process.address], token=token),
-                peers=Peers(kind, delay_s=delay_s),
-            )
-            for kind, process in zip((tiers.DRAFTER, tiers.EXPERT), started, strict=True)
-        ]
-        for tier in reached:
-            cleanup.push_async_callback(tier.peers.close)
-        router = settings.router.loop(drafters=reached[0], experts=reached[1])
-        yield Disaggregated(
-            drafter=started[0],
-            expert=started[1],
-            router=router,
-            service=settings.service(router, settings.pair()),
         )
+        yield TierProcesses(drafter=drafter, expert=expert, token=token)
+
+
+@asynccontextmanager
+async def routed(
+    settings: Application, *, drafter: str, expert: str, token: str, delay_s: float = 0.0
+) -> AsyncGenerator[Service]:
+    """Route over tiers at two addresses, in this process.
+
+    Args:
+        settings: What `cascade.app:build` takes; the tiers' own part is not read.
+        drafter: `host:port` of the drafter.
+        expert: `host:port` of the expert.
+        token: Of both tiers' leases.
+        delay_s: Added to every item between router and tiers each way, to emulate a network.
+    """
+    drafters, experts = (
+        Tier(leases=FixedLeases([address], token=token), peers=Peers(kind, delay_s=delay_s))
+        for kind, address in ((tiers.DRAFTER, drafter), (tiers.EXPERT, expert))
+    )
+    try:
+        router = settings.router.loop(drafters=drafters, experts=experts)
+        yield settings.service(router, settings.pair())
+    finally:
+        await drafters.peers.close()
+        await experts.peers.close()
 
 
 @asynccontextmanager
