@@ -1,4 +1,4 @@
-"""The command line: `cascade ask`, `doctor`, `tier` and `router`."""
+"""The command line: `cascade ask`, `doctor`, `evaluate`, `tier`, `router` and `tune`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import typer
 
 from cascade.cli.ask import ask
 from cascade.cli.doctor import doctor
+from cascade.cli.evaluate import evaluate
 from cascade.cli.router import router
 from cascade.cli.tier import tier
+from cascade.cli.tune import tune
 
 app = typer.Typer(
     name="cascade",
@@ -18,8 +20,10 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(doctor)
+app.command()(evaluate)
 app.command()(tier)
 app.command()(router)
+app.command()(tune)
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ Both take the body of a request, as JSON values, and time what comes back.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cascade.errors import CascadeError, Internal, InvalidMeasurement, Overloaded, Unavailable
@@ -250,6 +252,19 @@ async def in_process(settings: Application) -> AsyncGenerator[InProcess]:
         StartupError: The pair cannot be served.
     """
     patient = settings.router.model_copy(update={"draft_deadline_s": PATIENT_S})
-    pair = f"{settings.drafter.place} {settings.expert.place}"
+    names = [identity(tier.place, tier.revision) for tier in (settings.drafter, settings.expert)]
     async with stack(settings.model_copy(update={"router": patient})) as running:
-        yield InProcess(running.service, name=f"in process: {pair}")
+        yield InProcess(running.service, name=f"in process: {' and '.join(names)}")
+
+
+def identity(place: str, revision: str | None) -> str:
+    """Return a model's name and what changes when its files do."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return place if revision is None else f"{place}@{revision}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return f"{folder.name}@{digest.hexdigest()[:12]}"
