@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _OPTIONS = (
     *STREAM_OPTIONS,
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     # A router needs one, a health check another.
     ("grpc.max_concurrent_streams", 128),
     # A second server on a port must fail, not share its connections.
