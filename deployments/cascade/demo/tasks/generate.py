@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cascade.demo.tasks import facts, functions, passages, problems, reports, translation
@@ -21,6 +22,7 @@ FAMILIES: Mapping[Family, Draw] = {
     Family.FUNCTIONS: functions.draw,
 }
 ALL_LEVELS = tuple(Level)
+EQUAL_SHARES: Mapping[Family, float] = MappingProxyType(dict.fromkeys(Family, 1.0))
 _TEST_EVERY = 10
 _PATIENCE = 2000  # draws without a new prompt, after which a family counts as exhausted
 # The README asks these; a reader's first answer should not hang on the luck of the split.
@@ -38,14 +40,14 @@ def stream(
     seed: str,
     *,
     split: Split,
-    family: Family | None = None,
+    shares: Mapping[Family, float] = EQUAL_SHARES,
     levels: Sequence[Level] = ALL_LEVELS,
 ) -> Iterator[Item]:
-    """Yield items of `split` without end, of all families unless one is named."""
-    families = list(FAMILIES) if family is None else [family]
+    """Yield items of `split` without end, of each family its share."""
+    families, weights = list(shares), list(shares.values())
     random = Random(seed)  # noqa: S311 - a data set, no secret
     while True:
-        draw = FAMILIES[random.choice(families)]
+        draw = FAMILIES[random.choices(families, weights)[0]]
         item = draw(random, random.choice(levels))
         if split_of(item.prompt) == split:
             yield item
@@ -61,7 +63,7 @@ def held_out(
     """Return `count` test items of `family`, no prompt twice, the same ones for the same seed."""
     seen: dict[str, Item] = {}
     fruitless = 0
-    for item in stream(f"{family}/{seed}", split=Split.TEST, family=family, levels=levels):
+    for item in stream(f"{family}/{seed}", split=Split.TEST, shares={family: 1}, levels=levels):
         fruitless = fruitless + 1 if item.prompt in seen else 0
         seen.setdefault(item.prompt, item)
         if len(seen) == count:
