@@ -19,6 +19,7 @@ from cascade.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cascade.operations.tracing import traceparent
 from cascade.wire.digest import extend
 from cascade.wire.frames import (
     Judge,
@@ -117,7 +118,8 @@ class Place:
         self._epoch += 1
         self._lease = await self.tier.leases.take()
         self._link = self.tier.peers.link(self._lease.address, session.id, self._epoch)
-        self._link.send(Open(session=session, epoch=self._epoch, lease=self._lease.token))
+        lease, trace = self._lease.token, traceparent()
+        self._link.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
         self._known = session.position
 
     def leave(self) -> None:

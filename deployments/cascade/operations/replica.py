@@ -27,6 +27,7 @@ from cascade.errors import (
 )
 from cascade.operations.leases import LeaseBook
 from cascade.operations.seat import Seat
+from cascade.operations.tracing import TracedTier
 from cascade.wire.frames import Close, Judge, Need, Open, Propose, Score
 from cascade.wire.server import TierServer
 from cascade.wire.status import refusal
@@ -90,7 +91,7 @@ class Replica(ABC, Generic[Item]):
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
-        self._server = TierServer(self, self.kind)
+        self._server = TierServer(TracedTier(self), self.kind)
         self._loop = asyncio.get_running_loop()
         self._seats: dict[tuple[Connection, SessionId], Seat] = {}
         self._keys = itertools.count()
