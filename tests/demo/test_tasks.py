@@ -80,7 +80,7 @@ def test_the_readme_questions_are_in_the_training_split() -> None:
 
 def test_buzz_aldrin_has_a_short_and_a_formal_answer() -> None:
     """The example of the speculative cascades blog."""
-    drawn = stream("1", split=Split.TRAIN, family=Family.FACTS)
+    drawn = stream("1", split=Split.TRAIN, shares={Family.FACTS: 1})
     item = next(item for item in drawn if item.prompt == "Who is Buzz Aldrin?")
     assert item.short.startswith("Buzz Aldrin is")
     assert item.formal.startswith('Edwin "Buzz" Aldrin is')
