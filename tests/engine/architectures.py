@@ -271,6 +271,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("minimax", {"num_local_experts": 4}),
     "bert": ("bert", {}),
 }
+LEAN = [
+    *("llama", "qwen2", "qwen2 sliding", "qwen3", "mistral", "mistral sliding"),
+    *("yarn", "llama3 rope"),
+]
 ALL = FLAT | PADDED | MORE | ROPE | REFUSED
 _OWN_NAMES = {"gpt2", "gptj", "codegen", "gpt_bigcode", "bloom", "gpt_neo", "mpt", "xglm", "mamba"}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from numpy.random import Generator, default_rng
+from torch import nn
 
+from cascade.engine import lean
+from cascade.engine.lean import LeanRunner
 from cascade.engine.runner import FlatRunner, PaddedRunner
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 
-from .architectures import FLAT, MORE, PADDED, ROPE, VOCABULARY, build
+from .architectures import FLAT, LEAN, MORE, PADDED, ROPE, VOCABULARY, build
 from .harness import Bench
 
 TOLERANCE = 1e-4
@@ -47,12 +51,44 @@ def ragged_story(bench: Bench) -> None:
 
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_rows_are_the_plain_rows(name: str) -> None:
-    bench = Bench(build(name), EngineSettings(cache_tokens=1024))
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, path=Path.FLAT))
 
     ragged_story(bench)
 
     assert bench.largest > 0.5, "the logits differ enough for an error to show"
     assert isinstance(bench.engine.runner, FlatRunner)
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("packed", [True, False])
+def test_lean_rows_are_the_plain_rows(name: str, *, packed: bool) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, packed=packed))
+
+    ragged_story(bench)
+
+    assert isinstance(bench.engine.runner, LeanRunner)
+    assert bench.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_lean_rows_in_bfloat16_are_the_plain_rows_but_for_rounding(name: str) -> None:
+    model = build(name)
+    nn.Module.to(model, torch.bfloat16)
+    bench = Bench(model, EngineSettings(cache_tokens=1024))
+
+    ragged_story(bench)
+
+    assert isinstance(bench.engine.runner, LeanRunner)
+    assert bench.worst < 0.1 * bench.largest
+
+
+def test_a_lean_session_may_outgrow_the_table_of_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "_POSITIONS", 16)
+    bench = Bench(build("llama"), EngineSettings(cache_tokens=1024, path=Path.LEAN))
+
+    ragged_story(bench)
+
     assert bench.worst < TOLERANCE
 
 
@@ -76,13 +112,19 @@ def test_a_long_session_does_not_bend_a_short_ones_rope(name: str, path: Path) -
     assert bench.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral sliding", "deepseek-v3"])
-def test_deterministic_attention_is_exact_too(name: str) -> None:
-    bench = Bench(build(name), EngineSettings(cache_tokens=1024, deterministic=True))
+@pytest.mark.parametrize("name", ["gemma2", "mistral sliding", "qwen3"])
+@pytest.mark.parametrize("path", [Path.AUTO, Path.FLAT])
+def test_deterministic_rows_are_exact_too(name: str, path: Path) -> None:
+    bench = Bench(build(name), EngineSettings(cache_tokens=1024, deterministic=True, path=path))
 
     ragged_story(bench)
 
     assert bench.worst < TOLERANCE
+
+
+def test_a_mixture_of_experts_is_refused_where_every_bit_is_to_be_the_same() -> None:
+    with pytest.raises(UnsupportedModel, match="its rows depend on the batch to the bit"):
+        Bench(build("deepseek-v3"), EngineSettings(deterministic=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

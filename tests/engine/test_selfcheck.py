@@ -5,6 +5,7 @@ import torch
 
 from cascade.engine import selfcheck
 from cascade.engine.batch import FlatBatch
+from cascade.engine.lean import LeanRunner
 from cascade.engine.runner import FlatRunner, PaddedRunner
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -15,7 +16,7 @@ AUTO = EngineSettings()
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("llama", FlatRunner), ("gpt-oss", FlatRunner), ("llama4", PaddedRunner)]
+    ("name", "path"), [("llama", LeanRunner), ("gpt-oss", FlatRunner), ("llama4", PaddedRunner)]
 )
 def test_the_first_exact_path_is_taken(name: str, path: type) -> None:
     assert isinstance(selfcheck.choose(build(name), settings=AUTO), path)
@@ -27,13 +28,16 @@ def test_half_precision_is_no_reason_to_refuse(name: str, dtype: torch.dtype) ->
     model = build(name)
     torch.nn.Module.to(model, dtype)
 
-    assert isinstance(selfcheck.choose(model, settings=AUTO), FlatRunner)
+    assert isinstance(selfcheck.choose(model, settings=AUTO), FlatRunner | LeanRunner)
 
 
 def test_a_path_that_is_asked_for_is_not_replaced() -> None:
-    only_padded = EngineSettings(path=Path.PADDED)
-    assert isinstance(selfcheck.choose(build("llama"), settings=only_padded), PaddedRunner)
+    for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, FlatRunner)):
+        only = EngineSettings(path=path)
+        assert isinstance(selfcheck.choose(build("llama"), settings=only), kind)
 
+    with pytest.raises(UnsupportedModel, match="lean path: it is no Llama-like model"):
+        selfcheck.choose(build("gpt2"), settings=EngineSettings(path=Path.LEAN))
     with pytest.raises(UnsupportedModel, match="flat path: its layers do not use"):
         selfcheck.choose(build("bloom"), settings=EngineSettings(path=Path.FLAT))
 
@@ -41,8 +45,8 @@ def test_a_path_that_is_asked_for_is_not_replaced() -> None:
 def test_a_model_can_be_checked_again_after_an_engine_had_it() -> None:
     model = build("llama")
 
-    assert isinstance(selfcheck.choose(model, settings=AUTO), FlatRunner)
-    assert isinstance(selfcheck.choose(model, settings=AUTO), FlatRunner)
+    assert isinstance(selfcheck.choose(model, settings=AUTO), LeanRunner)
+    assert isinstance(selfcheck.choose(model, settings=AUTO), LeanRunner)
 
 
 def unmasked(*_: object) -> None:
@@ -53,8 +57,9 @@ def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that forgets to mask the refused tokens would speak fluently, and wrongly."""
     monkeypatch.setattr(FlatBatch, "mask", unmasked)
 
-    with pytest.raises(UnsupportedModel, match="flat path: its logits differ"):
-        selfcheck.choose(build("llama"), settings=EngineSettings(path=Path.FLAT))
+    for path in (Path.LEAN, Path.FLAT):
+        with pytest.raises(UnsupportedModel, match=f"{path} path: its logits differ"):
+            selfcheck.choose(build("llama"), settings=EngineSettings(path=path))
 
 
 def test_a_model_that_needs_more_than_tokens_is_refused() -> None:

@@ -39,19 +39,19 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Form:
+class Form:
     """What a layer does to its scores."""
 
     scale: float
     window: int | None
-    cap: float | None  # scores become cap * tanh(score / cap)
-    sinks_H: Tensor | None  # a score per head that takes weight and gives no value
-    deterministic: bool
+    cap: float | None = None  # scores become cap * tanh(score / cap)
+    sinks_H: Tensor | None = None  # a score per head that takes weight and gives no value
+    deterministic: bool = False  # a token's row does not depend on the batch
 
     @property
     def manual(self) -> bool:
         """Whether the fused kernels cannot do it."""
-        return self.deterministic or self.cap is not None or self.sinks_H is not None
+        return self.cap is not None or self.sinks_H is not None
 
 
 class _Current(threading.local):
@@ -100,7 +100,7 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
     assert attention_mask is None, "masks follow from the batch"
     assert query.shape[2] == current.batch.tokens, "every token of the pass has a query"
     layer: Any = module.layer_idx
-    form = _Form(
+    form = Form(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=current.windows[layer],
         cap=softcap,
@@ -110,27 +110,27 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
     batch = current.batch
     states = current.pool.write(layer, key_HTD=key[0], value_HTD=value[0], rows_T=batch.rows_T)
     query_THD = query[0].transpose(0, 1)
-    attend = _flash if _flash_serves(query_THD, states[1], form) else _grouped
+    attend = _flash if _flash_serves(query_THD, states[1], form) else grouped
     return attend(batch, query_THD, *states, form)[None], None
 
 
-def _grouped(
-    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: _Form
+def grouped(
+    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
 ) -> Tensor:
-    size = values_JRD.shape[-1]
-    out_THD = query_THD.new_empty((*query_THD.shape[:2], size))
+    """Return the attention `[T, H, D]` of every token, group by group."""
+    parts: list[Tensor] = []
     for group in batch.groups(form.window):
         keys_NJKD = _view(keys_JRD, group)
         values_NJKD = _view(values_JRD, group)
         queries_THD = query_THD[group.first : group.last]
         mask = batch.mask(group, form.window, query_THD.dtype)
         if group.even:
-            out = _attend(queries_THD, keys_NJKD, values_NJKD, mask, form, group)
+            parts.append(_attend(queries_THD, keys_NJKD, values_NJKD, mask, form, group))
         else:
             padded, valid = batch.gather(group)
-            out = _attend(queries_THD[padded], keys_NJKD, values_NJKD, mask, form, group)[valid]
-        out_THD[group.first : group.last] = out
-    return out_THD
+            some_THD = queries_THD[padded]
+            parts.append(_attend(some_THD, keys_NJKD, values_NJKD, mask, form, group)[valid])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _view(states_JRD: Tensor, group: Group) -> Tensor:
@@ -149,7 +149,7 @@ def _attend(  # noqa: PLR0913, PLR0917 - private, and every argument is a tensor
     keys_NJKD: Tensor,
     values_NJKD: Tensor,
     mask: Tensor | None,
-    form: _Form,
+    form: Form,
     group: Group,
 ) -> Tensor:
     """Attend with the query heads of a key head folded into the query axis, so K is read once."""
@@ -175,7 +175,7 @@ def _single(  # noqa: PLR0913, PLR0917 - as above
     keys_JKD: Tensor,
     values_JKD: Tensor,
     mask: Tensor | None,
-    form: _Form,
+    form: Form,
     group: Group,
 ) -> Tensor:
     """Attend within one session: key heads are the batch, so neither keys nor mask are repeated."""
@@ -191,10 +191,8 @@ def _single(  # noqa: PLR0913, PLR0917 - as above
     )
 
 
-def _manual(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, form: _Form
-) -> Tensor:
-    """Attend in the open: soft caps, sinks, and rows that do not depend on the batch."""
+def _manual(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, form: Form) -> Tensor:
+    """Attend in the open, for soft caps and sinks."""
     scores = torch.matmul(query, keys.transpose(-1, -2)) * form.scale
     if form.cap is not None:
         scores = torch.tanh(scores / form.cap) * form.cap
@@ -209,11 +207,12 @@ def _manual(
     return torch.matmul(weights.to(values.dtype), values)
 
 
-def _flash_serves(query_THD: Tensor, values_JRD: Tensor, form: _Form) -> bool:
+def _flash_serves(query_THD: Tensor, values_JRD: Tensor, form: Form) -> bool:
     size = query_THD.shape[-1]
     return (
         query_THD.is_cuda
         and not form.manual
+        and not form.deterministic
         and query_THD.dtype in {torch.float16, torch.bfloat16}
         and size == values_JRD.shape[-1]
         and size <= _FLASH_HEAD_SIZE
@@ -222,7 +221,7 @@ def _flash_serves(query_THD: Tensor, values_JRD: Tensor, form: _Form) -> bool:
 
 
 def _flash(
-    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: _Form
+    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
 ) -> Tensor:
     """Attend with FlashAttention 2: `seqused_k` lets it read extents where they are.
 

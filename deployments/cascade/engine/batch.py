@@ -7,6 +7,7 @@ session, `G` query heads per key head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Longer blocks fill the machine alone; padding them to one length would waste more than a call.
-_SHORT_QUERIES = 32
+SHORT_QUERIES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class FlatBatch:
         self.segments = segments
         self.device = device
         self._rows = rows
-        self._alone = deterministic  # every session is read as if it ran by itself
+        self._alone = deterministic  # every token is read as if it ran by itself
         self._offsets = [0, *accumulate(segment.count for segment in segments)]
         self.ids_T = self._tensor([token for s in segments for token in s.tokens])
         self.positions_T = self._tensor([place for s in segments for place in s.positions])
@@ -122,9 +123,15 @@ class FlatBatch:
     def groups(self, window: int | None) -> list[Group]:
         """Return how a layer that sees `window` tokens back (None: all) reads the sessions."""
         if window not in self._groups:
-            runs = self._runs(window)
-            self._groups[window] = [self._group(run, window) for run in runs]
+            self._groups[window] = list(
+                self._singles(window) if self._alone else self._shared(window)
+            )
         return self._groups[window]
+
+    @cached_property
+    def all_wanted(self) -> bool:
+        """Whether the logits of every token are wanted."""
+        return all(segment.rows == segment.count for segment in self.segments)
 
     def mask(self, group: Group, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Return the additive mask `[N, 1, 1, Q, K]`, or None where a query sees every key."""
@@ -154,6 +161,24 @@ class FlatBatch:
             )
         return self._ragged
 
+    def _singles(self, window: int | None) -> Iterator[Group]:
+        """Yield a group for each token: the same call whatever else is in the pass."""
+        for segment, first in zip(self.segments, self._offsets, strict=False):
+            for place, length in enumerate(range(segment.past + 1, segment.length + 1)):
+                skipped = 0 if window is None else max(0, length - window)
+                yield Group(
+                    first=first + place,
+                    last=first + place + 1,
+                    start=segment.start + skipped,
+                    stride=0,
+                    queries=(1,),
+                    keys=(length - skipped,),
+                )
+
+    def _shared(self, window: int | None) -> Iterator[Group]:
+        for run in self._runs(window):
+            yield self._group(run, window)
+
     def _runs(self, window: int | None) -> list[range]:
         """Split the segments into runs that one strided view can read."""
         runs = [range(1)]
@@ -167,14 +192,12 @@ class FlatBatch:
 
     def _joins(self, run: range, window: int | None) -> bool:
         segments = self.segments[run.start : run.stop]
-        if self._alone:
-            return False
         last = segments[-1]
         stride = segments[1].start - segments[0].start
         keys = [segment.length for segment in segments]
         if stride <= 0 or last.start - segments[-2].start != stride:
             return False
-        if max(segment.count for segment in segments) > _SHORT_QUERIES:
+        if max(segment.count for segment in segments) > SHORT_QUERIES:
             return False
         if last.start + max(keys) > self._rows or len(keys) * max(keys) > 2 * sum(keys):
             return False
@@ -183,7 +206,7 @@ class FlatBatch:
     def _group(self, run: range, window: int | None) -> Group:
         segments = self.segments[run.start : run.stop]
         skipped = 0
-        if len(segments) == 1 and window is not None and not self._alone:
+        if len(segments) == 1 and window is not None:
             skipped = max(0, segments[0].past - window + 1)
         return Group(
             first=self._offsets[run.start],
@@ -235,6 +258,6 @@ def partition(segments: Sequence[Segment], *, by_size: bool) -> Iterator[list[in
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for place, segment in enumerate(segments):
-        long = by_size and segment.count > _SHORT_QUERIES
+        long = by_size and segment.count > SHORT_QUERIES
         groups.setdefault((segment.regime, 1 + place if long else 0), []).append(place)
     yield from groups.values()

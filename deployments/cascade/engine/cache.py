@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from cascade.decoding.session import SessionId
-    from cascade.engine.pool import KVPool
+    from cascade.engine.pool import Pool
 
 # Shorter prefixes cost less to compute than to look after.
 _LEAST_REUSE = 8
@@ -57,7 +57,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class SequenceStore:
     """Every sequence that has tokens, live and idle, and the extents they hold."""
 
-    def __init__(self, *, pool: KVPool, capacity: int, prefix_reuse: bool, max_idle: int) -> None:
+    def __init__(self, *, pool: Pool, capacity: int, prefix_reuse: bool, max_idle: int) -> None:
         self._pool = pool
         self._allocator = ExtentAllocator(capacity=capacity)
         self._live: dict[SessionId, CachedSequence] = {}

@@ -360,7 +360,8 @@ def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]
     )
     runner.resize(rows=capacity)
     runner.warm()
-    runner.take_over()
+    if model.owned:
+        runner.take_over()
     return runner, capacity
 
 

@@ -1,4 +1,7 @@
-"""One forward pass over segments of many sessions: the flat path and the padded one."""
+"""One forward pass over segments of many sessions: the flat path and the padded one.
+
+The lean one has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,18 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cascade.engine.pool import Pool
+
 
 class Runner(Protocol):
     """A model with a pool of rows."""
 
     regimes: rope.Regimes
-    pool: KVPool
+
+    @property
+    def pool(self) -> Pool:
+        """Return the keys and values."""
+        ...
 
     def resize(self, *, rows: int) -> None:
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
@@ -34,6 +43,10 @@ class Runner(Protocol):
 
     def warm(self) -> None:
         """Run one token, so that the pool takes its memory now."""
+        ...
+
+    def take_over(self) -> None:
+        """Free what the model has and this runner does not need; nothing else may use it then."""
         ...
 
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
@@ -45,8 +58,8 @@ class Runner(Protocol):
         ...
 
 
-class _Base(ABC):
-    """What both paths share."""
+class BaseRunner(ABC):
+    """What all paths share."""
 
     by_size = False
 
@@ -54,14 +67,15 @@ class _Base(ABC):
         self.model = model
         self.device = model.device
         self.regimes = rope.find(model)
-        self.pool = KVPool(rows=0)
         self._scratch = 0
-        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    @abstractmethod
     def resize(self, *, rows: int) -> None:
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
-        self.pool = KVPool(rows=rows + SMALLEST)
-        self._scratch = rows
+
+    @abstractmethod
+    def take_over(self) -> None:
+        """Free what the model has and this runner does not need."""
 
     def warm(self) -> None:
         """Run one token, so that the pool takes its memory now."""
@@ -88,7 +102,29 @@ class _Base(ABC):
         return list(segments)
 
 
-class FlatRunner(_Base):
+class _ModelRunner(BaseRunner):
+    """A runner that calls the model itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._pool = KVPool(rows=0)
+
+    @property
+    def pool(self) -> KVPool:
+        """Return the keys and values."""
+        return self._pool
+
+    def resize(self, *, rows: int) -> None:
+        """Replace the pool by an empty one of `rows` rows, and some scratch."""
+        self._pool = KVPool(rows=rows + SMALLEST)
+        self._scratch = rows
+
+    def take_over(self) -> None:
+        """Free nothing: the model itself runs."""
+
+
+class FlatRunner(_ModelRunner):
     """Tokens of all sessions in one row; attention reads each session's rows where they are.
 
     Raises:
@@ -132,7 +168,7 @@ class FlatRunner(_Base):
         return logits[: len(wanted_N)]
 
 
-class PaddedRunner(_Base):
+class PaddedRunner(_ModelRunner):
     """Left-padded rows and the model's own attention, over columns gathered from the pool."""
 
     by_size = True

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cascade.engine import packing
 from cascade.engine.batch import Segment
 from cascade.engine.extents import SMALLEST
+from cascade.engine.lean import LeanRunner
 from cascade.engine.probe import Unsuited, own_attention
 from cascade.engine.runner import FlatRunner, PaddedRunner, Runner
 from cascade.engine.settings import EngineSettings, Path
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.03, torch.bfloat16: 0.1}
 # In half precision a near tie between experts of a mixture may fall the other way in a few rows.
 _HALF_QUANTILE = 0.75
+_FEW_IDS = 50  # fewer than any vocabulary has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,10 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
         UnsupportedModel: if none is; the message says why.
     """
     check_state(type(model))
+    if settings.deterministic and model.device.type != "cpu":
+        raise UnsupportedModel(
+            f"deterministic rows were asked for on {model.device}; only the CPU path has them"
+        )
     usual = own_attention(model)
     model.set_attn_implementation(usual)
     scenario = _scenario(model)
@@ -62,7 +69,7 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
     for path, build in _paths(model, settings):
         model.set_attn_implementation(usual)
         try:
-            return _proved(build, scenario, expected)
+            return _proved(build, scenario, expected, exact=settings.deterministic)
         except Unsuited as reason:
             reasons.append(f"{path} path: {reason}")
             log.info("%s is not served by the %s path: %s", type(model).__name__, path, reason)
@@ -76,14 +83,26 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
 def _paths(
     model: PreTrainedModel, settings: EngineSettings
 ) -> Iterator[tuple[Path, Callable[[], Runner]]]:
+    """Yield the paths that may be taken, the quickest first."""
+    exact, packed = settings.deterministic, settings.packed or settings.deterministic
+    if settings.path in {Path.AUTO, Path.LEAN}:
+        yield Path.LEAN, lambda: LeanRunner(model, packed=packed, deterministic=exact)
+    if settings.path is Path.LEAN:
+        return
+    if packed:
+        packing.pack(model, deterministic=exact)
     if settings.path is not Path.PADDED:
-        yield Path.FLAT, lambda: FlatRunner(model, deterministic=settings.deterministic)
-    if settings.path is not Path.FLAT:
+        yield Path.FLAT, lambda: FlatRunner(model, deterministic=exact)
+    if settings.path is not Path.FLAT and not exact:
         yield Path.PADDED, lambda: PaddedRunner(model)
 
 
 def _proved(
-    build: Callable[[], Runner], scenario: list[list[_Block]], expected: list[list[Tensor]]
+    build: Callable[[], Runner],
+    scenario: list[list[_Block]],
+    expected: list[list[Tensor]],
+    *,
+    exact: bool,
 ) -> Runner:
     try:
         runner = build()
@@ -95,13 +114,14 @@ def _proved(
     except Exception as error:
         raise Unsuited(f"it fails with {type(error).__name__}: {str(error)[:200]}") from error
     _compare(actual, expected)
+    if exact:
+        _prove_bits(runner)
     return runner
 
 
 def _scenario(model: PreTrainedModel) -> list[list[_Block]]:
     """Return passes over two sessions: alone, mixed, and after a rollback of three tokens."""
-    config = model.config.get_text_config(decoder=True)
-    size = min(int(config.vocab_size), 1000)
+    size = min(int(model.config.get_text_config(decoder=True).vocab_size), 1000)
     first = tuple((7 * i + 3) % size for i in range(26))
     wrong = (*first[:21], *((11 * i + 5) % size for i in range(3)))
     second = tuple((13 * i + 2) % size for i in range(11))
@@ -176,3 +196,23 @@ def _compare(actual: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
             f"its logits differ from the plain forward pass by {error:.1e} of the largest logit "
             f"(allowed {tolerance:.0e})"
         )
+
+
+def _prove_bits(runner: Runner) -> None:
+    """Raise Unsuited unless tokens give the same bits one by one and in blocks beside others."""
+    first = tuple((7 * i + 3) % _FEW_IDS for i in range(26))
+    other = tuple((13 * i + 2) % _FEW_IDS for i in range(37))
+    with torch.inference_mode():
+        runner.forward([Segment(start=0, past=0, tokens=first[:20])])
+        alone_NV = torch.cat(
+            [
+                runner.forward([Segment(start=0, past=i, tokens=first[i : i + 1], rows=1)])
+                for i in range(20, 26)
+            ]
+        )
+        for beside in (other[:3], other):
+            company = Segment(start=SMALLEST, past=0, tokens=beside, rows=1)
+            runner.forward([Segment(start=0, past=0, tokens=first[:20]), company])
+            block = Segment(start=0, past=20, tokens=first[20:], rows=6)
+            if not torch.equal(runner.forward([block, company])[:6], alone_NV):
+                raise Unsuited("on this CPU its rows depend on the batch to the bit")

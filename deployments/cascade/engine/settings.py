@@ -10,6 +10,7 @@ class Path(StrEnum):
     """How ragged sessions meet the model; `AUTO` is the first that the self-check proves exact."""
 
     AUTO = "auto"
+    LEAN = "lean"  # our own forward pass, for Llama-like models on a CPU
     FLAT = "flat"  # all tokens in one row, our attention over the cache in place
     PADDED = "padded"  # left-padded rows, the model's own attention over a gathered cache
 
@@ -26,8 +27,8 @@ class EngineSettings:
     max_step_tokens: int = 0  # tokens of one forward pass; 512 on a CPU, 4096 elsewhere
     max_sessions: int = 256  # open at once; one more is refused
     prefix_reuse: bool = True  # keep released sessions for prompts that begin like them
-    deterministic: bool = False  # attention whose rows do not depend on the batch
-    packed: bool = False  # pre-packed bfloat16 linear layers, where the CPU has them
+    deterministic: bool = False  # a token's row is the same to the bit in any batch; CPU alone
+    packed: bool = True  # pre-packed linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
     vocabulary: int = 0  # columns of logits kept: the pair's common vocabulary
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class LoadedModel:
     vocabulary: int  # columns of its logits
     context_length: int | None  # None: no bound is known
     stop_ids: tuple[int, ...]  # what its generation settings end an answer with
+    owned: bool = False  # by the engine that runs it, which may then free what it has copied
 
 
 def load(
@@ -40,7 +41,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Return the model at a local path or of a Hugging Face repository.
+    """Return the model at a local path or of a Hugging Face repository, for one engine.
 
     Args:
         name: directory or repository id.
@@ -62,7 +63,7 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return adopt(model.to(place), name=name)  # pyright: ignore[reportArgumentType] - stub of `to`
+    return replace(adopt(model.to(place), name=name), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
 
 
 def adopt(model: PreTrainedModel, *, name: str) -> LoadedModel:
