@@ -23,7 +23,12 @@ from ray.serve.handle import DeploymentHandle
 from cascade.errors import Unavailable
 from cascade.ingress.grpc import GrpcDoor
 from cascade.ingress.http import create_app
+from cascade.operations.engine_metrics import keep_reporting
+from cascade.operations.families import ENGINE, ROUTER
 from cascade.operations.leases import ServeLeases, Ticket
+from cascade.operations.load import LoadMeter
+from cascade.operations.logs import to_serve
+from cascade.operations.metrics import ServeSink
 from cascade.operations.options import ReplicaOptions
 from cascade.operations.places import Tier
 from cascade.settings import Application
@@ -42,12 +47,15 @@ class _TierDeployment(ABC):
     _replica: "Replica[Any] | None" = None  # until it has started
 
     async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
+        to_serve()
         anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
         self._replica = await self.part().start(
             options,
             address=f"{bind_host}:0",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
         )
+        self._load = LoadMeter(self._replica.engine.stats())
+        self._reports = asyncio.create_task(keep_reporting(self._replica, ServeSink(ENGINE)))
 
     @staticmethod
     @abstractmethod
@@ -60,6 +68,11 @@ class _TierDeployment(ABC):
         async for ticket in self._replica.lease():
             yield ticket
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load since the last call; Serve hands it to the tier's scaling policy."""
+        assert self._replica is not None, "Serve asks replicas that have started"
+        return self._load.read(self._replica.engine.stats())
+
     def check_health(self) -> None:
         """Raise if the engine's thread has ended; Serve then replaces the replica."""
         if self._replica is not None and not self._replica.alive:
@@ -68,6 +81,7 @@ class _TierDeployment(ABC):
     async def __del__(self) -> None:
         """End the server and the engine after Serve has drained the replica."""
         if self._replica is not None:
+            self._reports.cancel()
             await self._replica.stop()
 
 
@@ -99,6 +113,7 @@ class RouterDeployment:
     async def __init__(
         self, settings: Application, drafters: DeploymentHandle[Any], experts: DeploymentHandle[Any]
     ) -> None:
+        to_serve()
         timeout_s = settings.router.lease_timeout_s
         self._tiers = [
             Tier(leases=ServeLeases(handle, kind=kind, timeout_s=timeout_s), peers=Peers(kind))
@@ -108,7 +123,8 @@ class RouterDeployment:
         router = settings.router.loop(drafters=drafting, experts=judging)
         wanted = self._tiers if settings.drafter.deployment.always_there else [judging]
         self._greetings = [asyncio.create_task(tier.greet()) for tier in wanted]
-        self._service = settings.service(router, settings.pair(), ready=self._ready)
+        observed = settings.observed(router, ServeSink(ROUTER))
+        self._service = settings.service(observed, settings.pair(), ready=self._ready)
         self._door = GrpcDoor(lambda: self._service)
 
     def _ready(self) -> bool:

@@ -22,6 +22,10 @@ from cascade.ingress.service import Defaults as DoorDefaults
 from cascade.ingress.service import Limits as DoorLimits
 from cascade.ingress.service import Service
 from cascade.operations import places
+from cascade.operations.answer_metrics import AnswerMetrics
+from cascade.operations.logs import AnswerLog
+from cascade.operations.metrics import Sink
+from cascade.operations.observed import Observed
 from cascade.operations.options import ReplicaOptions
 
 Positive = Annotated[int, Field(gt=0)]
@@ -219,12 +223,19 @@ class Application(Settings):
     router: Router = Router()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
+    log_answers: bool = True  # a line in the router's log for each
     api_keys: tuple[SecretStr, ...] = ()
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, comma separated
 
     def pair(self) -> outline.Outline:
         """Return what the pair shares; raises StartupError for one that cannot be served."""
         return outline.of_pair(self.drafter.source(), self.expert.source())
+
+    def observed(self, generator: Generator, sink: Sink) -> Observed:
+        """Return the generator with its answers counted in `sink`, logged and traced."""
+        metrics = AnswerMetrics(sink, model=self.name)
+        observers = (metrics, AnswerLog()) if self.log_answers else (metrics,)
+        return Observed(generator, observers=observers)
 
     def service(
         self,

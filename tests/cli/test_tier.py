@@ -60,9 +60,10 @@ async def answers(url: str, process: asyncio.subprocess.Process) -> None:
 
 
 async def test_three_processes_without_ray_answer() -> None:
-    port = free_port()
+    port, metrics = free_port(), free_port()
     bind = ("--address", "127.0.0.1:0")
-    async with running("tier", "drafter", *bind) as left, running("tier", "expert", *bind) as right:
+    told = (*bind, "--metrics-port", str(metrics))
+    async with running("tier", "drafter", *bind) as left, running("tier", "expert", *told) as right:
         drafter, expert = await asyncio.gather(address(left), address(right))
         words = ("router", "--drafter", drafter, "--expert", expert, "--port", str(port))
         async with running(*words) as router:
@@ -71,5 +72,10 @@ async def test_three_processes_without_ray_answer() -> None:
             body = {"prompt": "The capital", "max_tokens": 12, "temperature": 0}
             async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                 answer = (await client.post("/v1/completions", json=body)).json()
+                loop = (await client.get("/metrics")).text
+                engine = (await client.get(f"http://127.0.0.1:{metrics}/metrics")).text
     assert answer["usage"]["completion_tokens"] == 12
-    assert answer["usage"]["cascade"]["drafted"] > 0
+    drafted = answer["usage"]["cascade"]["drafted"]
+    assert drafted > 0
+    assert f'vllm:spec_decode_num_draft_tokens_total{{model_name="cascade"}} {drafted}.0' in loop
+    assert 'cascade_engine_busy_ratio{tier="expert"}' in engine

@@ -35,13 +35,20 @@ def router(  # noqa: PLR0913 - one parameter an option
 
 
 def _door(settings: Application, *, drafters: list[str], experts: list[str], token: str) -> FastAPI:
+    from fastapi.responses import PlainTextResponse  # noqa: PLC0415 - as above
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415 - as above
+
     from cascade.ingress.http import create_app  # noqa: PLC0415 - as above
+    from cascade.operations.families import ROUTER  # noqa: PLC0415 - as above
     from cascade.operations.leases import FixedLeases  # noqa: PLC0415 - as above
+    from cascade.operations.logs import to_stderr  # noqa: PLC0415 - as above
+    from cascade.operations.metrics import PlainSink  # noqa: PLC0415 - as above
     from cascade.operations.places import Tier  # noqa: PLC0415 - as above
     from cascade.wire import tiers  # noqa: PLC0415 - as above
     from cascade.wire.channel import Peers  # noqa: PLC0415 - as above
 
-    pair = settings.pair()
+    pair, sink = settings.pair(), PlainSink(ROUTER)
+    to_stderr()
 
     @asynccontextmanager
     async def serving(app: FastAPI) -> AsyncGenerator[None]:
@@ -50,11 +57,16 @@ def _door(settings: Application, *, drafters: list[str], experts: list[str], tok
             for addresses, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
         )
         loop = settings.router.loop(drafters=drafting, experts=judging)
-        app.state.service = settings.service(loop, pair)
+        app.state.service = settings.service(settings.observed(loop, sink), pair)
         yield
         await drafting.peers.close()
         await judging.peers.close()
 
     door = create_app()
+
+    @door.get("/metrics", include_in_schema=False)
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(generate_latest(sink.registry), media_type=CONTENT_TYPE_LATEST)
+
     door.router.lifespan_context = serving
     return door

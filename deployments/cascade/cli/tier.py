@@ -32,13 +32,14 @@ class TierName(StrEnum):
     EXPERT = "expert"
 
 
-def tier(
+def tier(  # noqa: PLR0913 - one parameter an option
     name: Annotated[TierName, typer.Argument(help="Which tier")],
     *,
     address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
     token: Token,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
     config: Config = None,
+    metrics_port: Annotated[int, typer.Option(help="Where Prometheus may ask; 0: nowhere")] = 0,
 ) -> None:
     """Serve one replica of a tier on its gRPC address until interrupted."""
     # The settings bring torch along, which reads these as it is imported.
@@ -46,7 +47,8 @@ def tier(
     settings = getattr(application(config), name.value)
     if model is not None:
         settings = settings.model_copy(update={"model": model})
-    asyncio.run(_serve(name, settings.options(), address=address, token=token))
+    work = _serve(name, settings.options(), address=address, token=token, metrics_port=metrics_port)
+    asyncio.run(work)
 
 
 def application(config: Path | None) -> Application:
@@ -59,14 +61,31 @@ def application(config: Path | None) -> Application:
     return Application.model_validate(document["applications"][0].get("args", {}))
 
 
-async def _serve(name: TierName, options: Any, *, address: str, token: str) -> None:
+async def _serve(
+    name: TierName, options: Any, *, address: str, token: str, metrics_port: int
+) -> None:
     replica: Replica[Any] = await _part(name).start(options, address=address, token=token)
     typer.echo(f"{name.value} serves {options.model} on {replica.address}")
+    reports = asyncio.create_task(_report(replica, metrics_port)) if metrics_port else None
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await stopped.wait()
+    if reports is not None:
+        reports.cancel()
     await replica.stop()
+
+
+async def _report(replica: Replica[Any], port: int) -> None:
+    from prometheus_client import start_http_server  # noqa: PLC0415 - few want it
+
+    from cascade.operations.engine_metrics import keep_reporting  # noqa: PLC0415 - as above
+    from cascade.operations.families import ENGINE  # noqa: PLC0415 - as above
+    from cascade.operations.metrics import PlainSink  # noqa: PLC0415 - as above
+
+    sink = PlainSink(ENGINE)
+    start_http_server(port, registry=sink.registry)
+    await keep_reporting(replica, sink)
 
 
 def _part(name: TierName) -> type[Replica[Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from cascade.operations import families
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from cascade.engine.stats import EngineStats
     from cascade.operations.families import Family
     from cascade.operations.metrics import Sink
+    from cascade.operations.replica import Replica
+
+PERIOD_S = 2.0
 
 COUNTED: tuple[tuple[Family, str], ...] = (
     (families.ENGINE_PASSES, "passes"),
@@ -22,6 +26,14 @@ COUNTED: tuple[tuple[Family, str], ...] = (
     (families.ENGINE_PREFIX_TOKENS, "prefix_tokens"),
     (families.ENGINE_PREEMPTIONS, "preemptions"),
 )
+
+
+async def keep_reporting(replica: Replica[Any], sink: Sink) -> None:
+    """Report what a replica does every two seconds, until cancelled."""
+    metrics = EngineMetrics(sink, tier=replica.kind.name)
+    while True:
+        metrics.report(replica.engine.stats(), leases=len(replica.leases))
+        await asyncio.sleep(PERIOD_S)
 
 
 class EngineMetrics:
