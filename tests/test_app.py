@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 from cascade.app import build
 from cascade.errors import MismatchedPair, UnsupportedModel
 from cascade.lab.stack import stack
+from cascade.operations.autoscaling import TierPolicy
 from cascade.settings import Application
 
 from .conftest import Pair, words
@@ -80,6 +81,30 @@ def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None
     assert (config is None) == ("num_replicas" in count)
 
 
+def test_serve_takes_a_tiers_own_way_to_scale() -> None:
+    """With the policy by its import path, and what one replica should bear."""
+    settings = Application.model_validate(
+        {
+            "drafter": {"scaling": {"min_replicas": 0, "max_replicas": 4, "wait_s": 0.02}},
+            "expert": {
+                "scaling": {"max_replicas": 2, "backlog": 3},
+                "deployment": {"max_ongoing_requests": 16},
+            },
+        }
+    )
+    assert not settings.drafter.always_there
+    assert settings.expert.always_there
+    for tier, bounds in ((settings.drafter, (0, 4)), (settings.expert, (1, 2))):
+        options = tier.serve_options(environment={})
+        deployed: Any = serve.deployment(name="Tier")(type("Tier", (), {})).options(**options)
+        config = deployed._deployment_config.autoscaling_config
+        assert (config.min_replicas, config.max_replicas) == bounds
+        assert config.policy.get_policy() is TierPolicy
+        TierPolicy(**config.policy.policy_kwargs)
+    kwargs = config.policy.policy_kwargs
+    assert (kwargs["backlog"], kwargs["sessions"], kwargs["cache"]) == (3, 12, 0.8)
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -90,6 +115,11 @@ def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None
             {"expert": {"deployment": {"num_replicas": 2, "autoscaling_config": {}}}},
             "num_replicas or autoscaling_config",
         ),
+        (
+            {"expert": {"deployment": {"num_replicas": 2}, "scaling": {"max_replicas": 2}}},
+            "scaling or deployment.num_replicas",
+        ),
+        ({"drafter": {"scaling": {"max_replicas": 2, "cache": 0.5}}}, "drafter.scaling.cache"),
     ],
 )
 def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:

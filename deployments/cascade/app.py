@@ -121,7 +121,7 @@ class RouterDeployment:
         ]
         drafting, judging = self._tiers
         router = settings.router.loop(drafters=drafting, experts=judging)
-        wanted = self._tiers if settings.drafter.deployment.always_there else [judging]
+        wanted = self._tiers if settings.drafter.always_there else [judging]
         self._greetings = [asyncio.create_task(tier.greet()) for tier in wanted]
         observed = settings.observed(router, ServeSink(ROUTER))
         self._service = settings.service(observed, settings.pair(), ready=self._ready)
@@ -180,9 +180,7 @@ def build(args: Application) -> serve.Application:
 
 
 def _tier(kind: type[_TierDeployment], name: str, settings: TierSettings) -> serve.Application:
-    options = settings.deployment.options(
-        environment=settings.environment() | {"GRPC_VERBOSITY": "NONE"}
-    )
+    options = settings.serve_options(environment={"GRPC_VERBOSITY": "NONE"})
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     deployment = serve.deployment(name=name, backpressure_config=full)(kind)
     return deployment.options(**options).bind(settings.options(), settings.bind_host)

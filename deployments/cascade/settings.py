@@ -6,6 +6,7 @@ branch turns itself into the frozen value that its part takes.
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from cascade.ingress.service import Limits as DoorLimits
 from cascade.ingress.service import Service
 from cascade.operations import places
 from cascade.operations.answer_metrics import AnswerMetrics
+from cascade.operations.autoscaling import Targets
 from cascade.operations.logs import AnswerLog
 from cascade.operations.metrics import Sink
 from cascade.operations.observed import Observed
@@ -31,6 +33,7 @@ from cascade.operations.options import ReplicaOptions
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 UNBOUNDED_CONTEXT = 4096  # of a pair whose configurations name no bound
 
@@ -90,6 +93,53 @@ class Deployment(Settings):
         return chosen
 
 
+class Scaling(Settings):
+    """How many replicas, by their own load; what one should bear stands under each tier's.
+
+    Shares are of 1; a zero target does not matter (`operations.autoscaling`).
+    """
+
+    min_replicas: Natural = 1
+    max_replicas: Positive
+    initial_replicas: Natural | None = None
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = None  # as the other
+    look_back_period_s: Seconds = 20.0
+    metrics_interval_s: Seconds = 2.0
+    wait_s: Annotated[float, Field(ge=0)] = 0.05  # of a question, until its first pass
+    busy: Share = 0.9  # of the time in passes; keeps a tier from shrinking, never grows it
+    sessions: Share = 0.75  # of max_ongoing_requests
+
+    def targets(self, *, most_sessions: int) -> Targets:
+        """Return what a replica should bear, which holds so many sessions at most."""
+        return Targets(wait_s=self.wait_s, busy=self.busy, sessions=self.sessions * most_sessions)
+
+    def config(self, *, most_sessions: int) -> dict[str, Any]:
+        """Return Serve's `autoscaling_config`."""
+        targets = self.targets(most_sessions=most_sessions)
+        ours = {field.name for field in fields(Targets)}
+        return self.model_dump(exclude=ours, exclude_none=True) | {
+            "policy": {
+                "policy_function": "cascade.operations.autoscaling:TierPolicy",
+                "policy_kwargs": asdict(targets),
+            }
+        }
+
+
+class ExpertScaling(Scaling):
+    """The expert's load has two parts more."""
+
+    wait_s: Annotated[float, Field(ge=0)] = 0.2
+    backlog: Annotated[float, Field(ge=0)] = 1.0  # passes that the waiting tokens fill
+    cache: Share = 0.8  # held by open sessions
+
+    def targets(self, *, most_sessions: int) -> Targets:
+        """Return what a replica should bear."""
+        common = super().targets(most_sessions=most_sessions)
+        return replace(common, backlog=self.backlog, cache=self.cache)
+
+
 class Tier(Settings):
     """A tier: which model, run how, on what."""
 
@@ -100,9 +150,24 @@ class Tier(Settings):
     trust_remote_code: bool = False
     engine: Engine = Engine()
     deployment: Deployment = Deployment()
+    scaling: Scaling | None = None  # in place of the deployment's own count
     bind_host: str = "0.0.0.0"  # noqa: S104 - routers on other nodes reach it; a lease guards it
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
+
+    @model_validator(mode="after")
+    def _one_way_to_count(self) -> "Tier":
+        counted = {"num_replicas", "autoscaling_config"} & self.deployment.model_fields_set
+        if self.scaling is not None and counted:
+            raise ValueError(f"set scaling or deployment.{counted.pop()}, not both")
+        return self
+
+    @property
+    def always_there(self) -> bool:
+        """Whether at least one replica runs at all times."""
+        if self.scaling is None:
+            return self.deployment.always_there
+        return self.scaling.min_replicas > 0
 
     @property
     def place(self) -> str:
@@ -128,6 +193,15 @@ class Tier(Settings):
             idle_timeout_s=self.idle_timeout_s,
         )
 
+    def serve_options(self, *, environment: dict[str, str]) -> dict[str, Any]:
+        """Return the keywords of Serve's `Deployment.options`; `environment` is of the process."""
+        options = self.deployment.options(environment=self.environment() | environment)
+        if self.scaling is None:
+            return options
+        del options["num_replicas"]
+        most = self.deployment.max_ongoing_requests
+        return options | {"autoscaling_config": self.scaling.config(most_sessions=most)}
+
     def environment(self) -> dict[str, str]:
         """Return the variables that a replica's process must start with."""
         return threads.environment(threads=self.engine.threads)
@@ -143,6 +217,8 @@ class Expert(Tier):
     """The expert tier."""
 
     own = demo.EXPERT
+
+    scaling: ExpertScaling | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - settings are frozen
 
 
 class Router(Settings):
