@@ -1,10 +1,11 @@
-"""The command line: `cascade ask`, `doctor`, `evaluate`, `tier`, `router` and `tune`."""
+"""The command line: `cascade ask`, `bench`, `doctor`, `evaluate`, `tier`, `router` and `tune`."""
 
 from __future__ import annotations
 
 import typer
 
 from cascade.cli.ask import ask
+from cascade.cli.bench import bench
 from cascade.cli.doctor import doctor
 from cascade.cli.evaluate import evaluate
 from cascade.cli.router import router
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(ask)
+app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(evaluate)
 app.command()(tier)

@@ -61,6 +61,7 @@ class Figures:
     goodput_per_s: float  # answers a second that keep the objective
     good_share: float
     rounds: int
+    round_ms: float | None  # time of a round after the first
     tokens_per_round: float | None
     tokens_per_expert_pass: float | None
     drafted_per_round: float | None
@@ -135,17 +136,27 @@ def figures(
         goodput_per_s=good / run.wall_s,
         good_share=good / len(run.asked),
         rounds=round(total["rounds"]),
+        round_ms=_round_ms(answers),
         tokens_per_round=_ratio(tokens, total["rounds"]),
         tokens_per_expert_pass=_ratio(tokens, total["expert_passes"]),
         drafted_per_round=_ratio(total["drafted"], total["rounds"]),
         acceptance=_ratio(total["accepted"], total["drafted"]),
-        bytes_per_token=_ratio(total["sent_bytes"] + total["received_bytes"], tokens),
+        bytes_per_token=_ratio(total["sent_bytes"] + total["received_bytes"], tokens) or None,
         drafter_waited_s=total["drafter_s"],
         expert_waited_s=total["expert_s"],
         busy={name: seconds / run.wall_s for name, seconds in busy_s.items()},
         hidden=_hidden(drafting_s, total["drafter_s"]),
         lengths=_reasons(answers),
     )
+
+
+def of_ideal(measured: Figures, *, pass_ms: float) -> float | None:
+    """Return the share of the ideal that a run reached, or None where no answer had two rounds.
+
+    The ideal round is one pass of the expert, with drafting and transport free; so the share is the
+    time of that pass over the time that a round took.
+    """
+    return None if measured.round_ms is None else pass_ms / measured.round_ms
 
 
 def spread(times_s: Iterable[float]) -> Spread:
@@ -172,6 +183,11 @@ def _reasons(answers: Sequence[Answer]) -> dict[str, int]:
         reason = answer.statistics.get("draft_length_reason") or "none"
         found[reason] = found.get(reason, 0) + 1
     return found
+
+
+def _round_ms(answers: Sequence[Answer]) -> float | None:
+    later = sum(max(0, answer.statistics.get("rounds", 0) - 1) for answer in answers)
+    return _ratio(1e3 * sum(answer.latency_s - answer.ttft_s for answer in answers), later)
 
 
 def _hidden(drafting_s: float, waited_s: float) -> float | None:
