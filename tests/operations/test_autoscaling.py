@@ -120,14 +120,19 @@ def test_one_long_stream_does_not_keep_four_replicas() -> None:
     assert counts == [1, 1, 1, 1]
 
 
-@given(loads=many, starting=st.integers(1, 10), targets=tiers)
+@given(
+    loads=st.lists(load, max_size=20),
+    starting=st.integers(1, 10),
+    sessions=st.sampled_from([0.0, 1.0]),
+    targets=tiers,
+)
 def test_replicas_that_start_are_waited_for(
-    loads: list[Load], starting: int, targets: Targets
+    loads: list[Load], starting: int, sessions: float, targets: Targets
 ) -> None:
-    """They are neither taken away nor asked for twice."""
+    """They are neither taken away nor asked for twice, even if who wanted them has gone."""
     count = len(loads) + starting
-    now = wanted(loads, replicas=count, sessions=1, targets=targets)
-    alone = wanted(loads, replicas=len(loads), sessions=1, targets=targets)
+    now = wanted(loads, replicas=count, sessions=sessions, targets=targets)
+    alone = wanted(loads, replicas=len(loads), sessions=sessions, targets=targets)
     assert now == max(count, alone)
 
 
@@ -165,6 +170,7 @@ def test_serve_calls_the_policy_with_what_replicas_reported() -> None:
     metrics = {name: {"r": value} for name, value in asdict(Load(backlog=2.0)).items()}
     assert policy(context(metrics, requests=3)) == (2, {})
     assert policy(context(metrics, requests=0)) == (0, {})
+    assert policy(context({}, requests=0)) == (1, {})
 
 
 def test_a_target_that_is_none_is_named() -> None:

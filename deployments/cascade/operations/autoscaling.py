@@ -47,15 +47,18 @@ def wanted(loads: Sequence[Load], *, replicas: int, sessions: float, targets: Ta
         targets: What each should bear.
 
     Returns:
-        0 without sessions, else at least 1.
+        0 without sessions, else at least 1; never fewer while some start, for whoever asked for
+        them may be asking again.
     """
-    if sessions <= 0:
-        return 0
+    count = _count(loads, sessions=sessions, targets=targets) if sessions > 0 else 0
+    return count if len(loads) >= replicas else max(count, replicas)
+
+
+def _count(loads: Sequence[Load], *, sessions: float, targets: Targets) -> int:
     busy = _over([load.busy for load in loads], targets.busy)
     spread = max(min(_pressure(loads, targets), FASTEST), min(busy, 1 + TOLERANCE))
     need = max(len(loads) * spread, _over([sessions], targets.sessions))
-    count = max(1, math.ceil(need / (1 + TOLERANCE) - 1e-9))
-    return count if len(loads) >= replicas else max(count, replicas)
+    return max(1, math.ceil(need / (1 + TOLERANCE) - 1e-9))
 
 
 def _pressure(loads: Sequence[Load], targets: Targets) -> float:
