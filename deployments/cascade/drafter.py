@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cascade.decoding.cost import Timing
 from cascade.decoding.drafting import draft_step
 from cascade.errors import InvalidRequest
 from cascade.operations.line import Line
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
-from cascade.wire.frames import Propose, Timing
+from cascade.wire.frames import Propose
 from cascade.wire.tiers import DRAFTER
 
 if TYPE_CHECKING:

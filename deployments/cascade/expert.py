@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cascade.decoding.cost import Timing
 from cascade.decoding.distribution import unscaled
 from cascade.decoding.sampling import logprobs
 from cascade.decoding.session import Block, SessionId
@@ -19,7 +20,7 @@ from cascade.engine.step import Step
 from cascade.errors import CascadeError, Internal
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
-from cascade.wire.frames import Judge, Judgement, Score, Scores, Timing
+from cascade.wire.frames import Judge, Judgement, Score, Scores
 from cascade.wire.status import refusal
 from cascade.wire.tiers import EXPERT
 

@@ -22,7 +22,7 @@ from cascade.decoding.generation import (
     Request,
     Statistics,
 )
-from cascade.decoding.modes import policy_in
+from cascade.decoding.modes import keeps_unasked, policy_in
 from cascade.decoding.session import Mode, Session, SessionId, advance
 from cascade.errors import DeadlineExceeded
 from cascade.operations.ledger import Ledger
@@ -42,7 +42,7 @@ from cascade.operations.roles import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from cascade.decoding.session import TokenLogprob, Verdict
+    from cascade.decoding.session import Policy, TokenLogprob, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Router:
         *,
         drafters: Tier,
         experts: Tier,
-        automatic: Callable[[], DraftLength],
+        automatic: Callable[[Policy], DraftLength],
         options: RouterOptions,
     ) -> None:
         self._drafters = drafters
@@ -106,20 +106,17 @@ class Router:
             finish = None
             while finish is None:
                 room = request.max_tokens - session.position
+                wanted = length.next(room=room - reserved(session.policy))
+                alone = self._options.ahead_tokens if wanted.tokens else wanted.alone
                 async with _until(deadline_s):
-                    wanted = length.next(room=room - reserved(session.policy))
                     with ledger.drafting():
                         offer = await drafter.propose(session, wanted.tokens)
                     with ledger.judging():
-                        verdict = await expert.judge(session, offer, room=room)
+                        judged = await expert.judge(session, offer, room=room, alone=alone)
+                verdict = judged.verdict
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
                 ledger.note(before, session, offer, verdict, reason=wanted.reason)
-                length.learn(
-                    drafted=offer.block.length,
-                    accepted=verdict.accepted,
-                    draft_s=ledger.draft_s,
-                    judge_s=ledger.judge_s,
-                )
+                length.learn(ledger.lesson(offer, judged))
                 finish = _finish(session, request)
                 yield _piece(before, session, verdict, finish, entry)
 
@@ -147,45 +144,51 @@ class Router:
         """Choose who drafts and who judges, start both on the prompt, and free both at the end."""
         drafters = Place(self._drafters, entry, moves=self._options.moves)
         experts = Place(self._experts, entry, moves=self._options.moves)
-        drafting, judging = Drafting(drafters), Judging(experts, ahead=self._options.ahead_tokens)
+        judging = Judging(experts)
+        unasked = keeps_unasked(request.mode, session.policy)
         drafter: Drafter
         expert: Expert
         match request.mode:
             case Mode.EXPERT_ONLY:
-                drafter, expert = Silent(), Judging(experts, ahead=request.max_tokens)
-                needed = experts
+                drafter, expert, needed = Silent(), judging, experts
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-                drafter, expert, needed = drafting, Absent(), drafters
+                drafter, expert, needed = Drafting(drafters), Absent(), drafters
             case Mode.TOKEN_CASCADE:
                 drafter, expert = Drafting(drafters, until_deferral=True), Late(judging)
                 needed = drafters
             case Mode.SPECULATIVE | Mode.CASCADE:
                 drafters = Place(self._drafters, entry, moves=0)
-                drafter, expert, needed = self._hurried(drafters), judging, experts
-        if request.prediction:
+                drafter = self._hurried(drafters, until_deferral=unasked)
+                expert, needed = (Late(judging), None) if unasked else (judging, experts)
+        if request.prediction and not unasked:
             drafter = Predicted(request.prediction, drafter)
         try:
-            await needed.enter(session)
+            if needed is not None:
+                await needed.enter(session)
             yield drafter, expert
         finally:
             drafters.leave()
             experts.leave()
 
-    def _hurried(self, place: Place) -> Hurried:
+    def _hurried(self, place: Place, *, until_deferral: bool) -> Hurried:
+        ahead = self._options.overlap_blocks
         return Hurried(
-            place,
-            ahead=self._options.overlap_blocks,
+            Drafting(place, ahead=ahead, until_deferral=until_deferral),
             deadline_s=self._options.draft_deadline_s,
             pause_s=self._options.draft_pause_s,
             clock=asyncio.get_running_loop().time,
         )
 
     def _draft_length(self, request: Request) -> DraftLength:
+        if request.mode is Mode.EXPERT_ONLY:
+            return Fixed(tokens=0, reason="expert_only")
         if request.mode in {Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE, Mode.TOKEN_CASCADE}:
             return Fixed(tokens=self._options.chunk_tokens, reason="no expert waits")
         if request.draft_tokens is not None:
             return Fixed(tokens=request.draft_tokens, reason="requested")
-        return self._automatic()
+        if keeps_unasked(request.mode, request.policy):
+            return Fixed(tokens=self._options.chunk_tokens, reason="until deferral")
+        return self._automatic(request.policy)
 
     def _deadline_s(self, request: Request) -> float:
         longest_s = self._options.max_generation_s

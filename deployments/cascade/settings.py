@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from cascade import demo, router
-from cascade.decoding.draft_length import Fixed
+from cascade.decoding.draft_length import Experience
 from cascade.decoding.generation import Confidence, Generator, Patience
 from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
@@ -229,14 +229,14 @@ class Router(Settings):
     draft_deadline_s: Seconds = 2.0
     draft_pause_s: Seconds = 1.0
     lease_timeout_s: Seconds = 10.0
-    draft_tokens: Positive = 5  # of `auto`
+    draft_tokens: Positive = 5  # of `auto`, before it has measured
 
     def loop(self, *, drafters: places.Tier, experts: places.Tier) -> router.Router:
         """Return the loop over two tiers."""
         return router.Router(
             drafters=drafters,
             experts=experts,
-            automatic=lambda: Fixed(tokens=self.draft_tokens),
+            automatic=Experience(first=self.draft_tokens).session,
             options=router.RouterOptions(
                 max_generation_s=self.max_generation_s,
                 draft_deadline_s=self.draft_deadline_s,

@@ -1,25 +1,183 @@
-"""How many tokens to draft next."""
+"""How many tokens to draft next, on tiers whose costs and luck the test chooses."""
 
 from __future__ import annotations
 
+import itertools
+import random
+from dataclasses import dataclass, field
+
 import pytest
 
-from cascade.decoding.draft_length import DraftLength, Fixed, Length, reserved
+from cascade.decoding.cost import Lesson, Timing
+from cascade.decoding.draft_length import (
+    FIRST_PAUSE,
+    Automatic,
+    DraftLength,
+    Experience,
+    Fixed,
+    Length,
+    reserved,
+)
+from cascade.decoding.rules import TokenV3
 from cascade.decoding.session import Bonus, Policy
+
+NOTHING = Lesson(drafted=0, accepted=0, draft_s=0, judge_s=0, draft=Timing(), judge=Timing())
+
+
+@dataclass(kw_only=True)
+class World:
+    """Both tiers: what steps and trips take, and how often a draft stands."""
+
+    chance: float
+    draft_s: float = 0.001
+    judge_s: float = 0.02
+    token_s: float = 0.0005  # of a pass, for each token in it
+    trip_s: float = 0.0
+    sessions: int = 1
+    hidden: bool = False  # a whole block is followed by one that is there already
+    luck: random.Random = field(default_factory=lambda: random.Random(1))  # noqa: S311 - luck, not secrets
+    stood: bool = False
+
+    def round(self, tokens: int) -> tuple[float, int, Lesson]:
+        """Return the seconds, the committed tokens, and what there is to learn of a round."""
+        accepted = 0
+        while accepted < tokens and self.luck.random() < self.chance:
+            accepted += 1
+        pushed = self.hidden and self.stood
+        self.stood = 0 < tokens == accepted
+        drafting_s = tokens * self.draft_s
+        waited_s = 0.0 if pushed or not tokens else drafting_s + self.trip_s
+        step_s = self.judge_s + self.token_s * self.sessions * (tokens + 1)
+        trip_s = self.trip_s if tokens else 0.0
+        lesson = Lesson(
+            drafted=tokens,
+            accepted=accepted,
+            draft_s=waited_s,
+            judge_s=step_s + trip_s,
+            draft=Timing(service_s=0.0 if pushed else drafting_s, step_s=self.draft_s),
+            judge=Timing(
+                service_s=step_s,
+                step_s=step_s,
+                tokens=self.sessions * (tokens + 1),
+                sessions=self.sessions,
+            ),
+        )
+        return waited_s + step_s + trip_s, accepted + 1, lesson
+
+    def expected(self, tokens: int) -> float:
+        """Return the committed tokens a second of blocks of a fixed length."""
+        whole = self.chance**tokens
+        committed = sum(self.chance**k for k in range(tokens + 1))
+        step_s = self.judge_s + self.token_s * self.sessions * (tokens + 1)
+        waited_s = tokens * self.draft_s + self.trip_s
+        if self.hidden:
+            waited_s *= 1 - whole
+        return committed / (step_s + (waited_s + self.trip_s if tokens else 0))
+
+    def speed(self, length: DraftLength, *, tokens: int = 6_000) -> float:
+        """Return the committed tokens a second of one long answer."""
+        seconds, written = 0.0, 0
+        while written < tokens:
+            took_s, more, lesson = self.round(length.next(room=100).tokens)
+            length.learn(lesson)
+            seconds, written = seconds + took_s, written + more
+        return written / seconds
+
+
+WORLDS = {
+    "easy": {"chance": 0.95},
+    "hard": {"chance": 0.3},
+    "hopeless": {"chance": 0.05, "draft_s": 0.004},
+    "far": {"chance": 0.7, "trip_s": 0.01},
+    "too far": {"chance": 0.6, "trip_s": 0.1},
+    "crowded": {"chance": 0.7, "sessions": 16, "token_s": 0.001},
+    "crowded and far": {"chance": 0.7, "sessions": 16, "token_s": 0.001, "trip_s": 0.01},
+    "hidden": {"chance": 0.9, "draft_s": 0.003, "hidden": True},
+    "slow drafter": {"chance": 0.8, "draft_s": 0.015},
+}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_automatic_lengths_are_nearly_the_best_fixed_one(world: dict[str, float]) -> None:
+    """Within 5 % of the best of all fixed lengths, and hardly slower than the expert alone."""
+    fixed = [World(**world).expected(length) for length in range(17)]  # pyright: ignore[reportArgumentType] - of the names above
+    automatic = World(**world).speed(Experience().session(Policy()))  # pyright: ignore[reportArgumentType] - as above
+    assert automatic >= 0.95 * max(fixed)
+    assert automatic >= 0.97 * fixed[0]
+
+
+def session(**more: float) -> tuple[Automatic, World]:
+    return Experience().session(Policy()), World(**more)  # pyright: ignore[reportArgumentType] - of World's fields
+
+
+def test_a_change_of_luck_is_noticed() -> None:
+    """The drafter gets much better in mid-answer: a trial finds it out."""
+    length, world = session(chance=0.02, draft_s=0.01)
+    world.speed(length, tokens=1000)
+    assert length.next(room=100).tokens == 0
+    world.chance = 0.95
+    world.speed(length, tokens=1000)
+    assert length.next(room=100).tokens >= 3
+
+
+def test_trials_become_rare_while_they_fail() -> None:
+    length, world = session(chance=0.01, draft_s=0.02)
+    reasons: list[str] = []
+    for _ in range(1000):
+        wanted = length.next(room=100)
+        reasons.append(wanted.reason)
+        length.learn(world.round(wanted.tokens)[2])
+    trials = [place for place, reason in enumerate(reasons) if reason == "trial"]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(trials)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > 2 * FIRST_PAUSE
+    assert set(reasons) == {"measuring", "fastest", "alone", "trial"} - (
+        set() if "fastest" in reasons else {"fastest"}
+    )
+
+
+def test_a_stay_without_drafts_says_how_long_it_lasts() -> None:
+    """So the expert streams it whole, without being asked in between."""
+    length, world = session(chance=0.0, draft_s=0.015)
+    length.learn(world.round(5)[2])
+    stay = [length.next(room=100)]
+    while stay[-1].reason == "alone":
+        length.learn(world.round(0)[2])
+        stay.append(length.next(room=100))
+    assert [one.alone for one in stay[:-1]] == list(range(FIRST_PAUSE, 0, -1))
+    assert stay[-1].reason == "trial"
+
+
+def test_sessions_of_one_kind_learn_from_each_other() -> None:
+    experience, world = Experience(), World(chance=0.0, draft_s=0.005)
+    assert experience.session(Policy()).next(room=9).reason == "measuring"
+    world.speed(experience.session(Policy()), tokens=100)
+    assert experience.session(Policy()).next(room=9).tokens == 0
+    assert experience.session(Policy(rule=TokenV3(alpha=0.9))).next(room=9).tokens > 0
+
+
+def test_a_round_without_news_teaches_nothing() -> None:
+    experience = Experience()
+    experience.session(Policy()).learn(NOTHING)
+    assert not experience.costs.known
+
+
+def test_no_room_is_the_experts() -> None:
+    assert Experience().session(Policy()).next(room=0) == Length(tokens=0, reason="room")
 
 
 @pytest.mark.parametrize(("room", "tokens"), [(9, 5), (5, 5), (2, 2), (0, 0), (-1, 0)])
 def test_a_fixed_length_is_cut_to_the_room(room: int, tokens: int) -> None:
     """Drafting what can never be committed is in vain."""
     length: DraftLength = Fixed(tokens=5)
-    assert length.next(room=room) == Length(tokens=tokens, reason="fixed")
+    assert (length.next(room=room).tokens, length.next(room=room).reason) == (tokens, "fixed")
 
 
 def test_a_fixed_length_learns_nothing() -> None:
     """Bad luck does not shorten it."""
     length = Fixed(tokens=4, reason="requested")
-    length.learn(drafted=4, accepted=0, draft_s=1.0, judge_s=1.0)
-    assert length.next(room=10) == Length(tokens=4, reason="requested")
+    length.learn(World(chance=0).round(4)[2])
+    assert length.next(room=10).tokens == 4
 
 
 def test_the_bonus_takes_its_room() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cascade.decoding import reference
 from cascade.decoding.generation import Confidence, Patience
-from cascade.decoding.modes import policy_in
+from cascade.decoding.modes import keeps_unasked, policy_in
 from cascade.decoding.needs import Rows, needs
-from cascade.decoding.rules import Chow, Lossless, TokenV3
+from cascade.decoding.rules import Chow, ChowLog, Lossless, Opt, TokenV3
 from cascade.decoding.session import (
     Bonus,
     Coupling,
@@ -151,3 +153,22 @@ def test_models_may_speak_any_float_type() -> None:
         max_tokens=5,
     )
     assert len(narrow) == 5
+
+
+@pytest.mark.parametrize("rule", [Chow(alpha=0.3), ChowLog(alpha=1.0)])
+@pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.CASCADE, Mode.TOKEN_CASCADE])
+def test_a_rule_of_the_drafter_alone_ships_nothing(mode: Mode, rule: Chow | ChowLog) -> None:
+    """Its decisions are taken where the rows are: no expert verifies, no bonus follows."""
+    policy = policy_in(mode, replace(POLICY, rule=rule))
+    assert keeps_unasked(mode, policy)
+    assert (policy.rule, policy.bonus, policy.rows) == (rule, Bonus.NONE, RowFormat.AUTO)
+    assert policy.verification is Verification.TOKEN
+
+
+@pytest.mark.parametrize("mode", [Mode.EXPERT_ONLY, Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE])
+def test_modes_without_judgement_keep_nothing_unasked(mode: Mode) -> None:
+    assert not keeps_unasked(mode, Policy(rule=Chow(alpha=0.3)))
+
+
+def test_rules_that_read_the_expert_ask_it() -> None:
+    assert not keeps_unasked(Mode.CASCADE, Policy(rule=Opt(alpha=0.3)))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from cascade.decoding.cost import Acceptance, Costs, Lesson, fastest, yields_of
 from cascade.decoding.session import Bonus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cascade.decoding.cost import Yield
     from cascade.decoding.session import Policy
+
+FIRST_PAUSE, USUAL_PAUSE, LONGEST_PAUSE = 32, 256, 1024  # tokens written alone between two trials
+TRIAL_SHARE = 0.02  # of the time that trials may take while they fail
+ROUNDS_KEPT = 4  # for which a length is kept: to weigh all of them takes as long as a small frame
+LONGEST_STAY = 128  # tokens after which a session looks again at what the others found
+SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +27,7 @@ class Length:
 
     tokens: int  # 0: the expert decodes alone
     reason: str
+    alone: int = 1  # tokens it is to write so, where `tokens` is 0
 
 
 def reserved(policy: Policy) -> int:
@@ -34,8 +45,8 @@ class DraftLength(Protocol):
         """Return the length of the next block; `room` is the tokens that may still be committed."""
         ...
 
-    def learn(self, *, drafted: int, accepted: int, draft_s: float, judge_s: float) -> None:
-        """Hear how a block fared and what it cost."""
+    def learn(self, lesson: Lesson) -> None:
+        """Hear how a round went."""
         ...
 
 
@@ -48,7 +59,114 @@ class Fixed:
 
     def next(self, *, room: int) -> Length:
         """Return the fixed length, or the room if that is less."""
-        return Length(tokens=max(0, min(self.tokens, room)), reason=self.reason)
+        tokens = max(0, min(self.tokens, room))
+        return Length(tokens=tokens, reason=self.reason, alone=max(1, room + 1))
 
-    def learn(self, *, drafted: int, accepted: int, draft_s: float, judge_s: float) -> None:
+    def learn(self, lesson: Lesson) -> None:
         """Change nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Kind:
+    """What sessions of one rule have found out together."""
+
+    acceptance: Acceptance = field(default_factory=lambda: Acceptance(memory=500))
+    pause: int = 0  # tokens to write alone before the next trial
+    alone: int = 0  # written so since the last
+
+
+@dataclass(slots=True, kw_only=True)
+class Experience:
+    """What a router's sessions have found out together: costs, and acceptance by kind of policy."""
+
+    longest: int = 16
+    first: int = 5  # before anything was measured
+    costs: Costs = field(default_factory=Costs)
+    _kinds: dict[object, Kind] = field(default_factory=dict[object, Kind])
+
+    def session(self, policy: Policy) -> Automatic:
+        """Return what decides the draft lengths of a session."""
+        name = policy.rule, policy.coupling, policy.sampling.greedy
+        kind = self._kinds.setdefault(name, Kind())
+        return Automatic(experience=self, kind=kind, bonus=policy.bonus is not Bonus.NONE)
+
+
+@dataclass(slots=True, kw_only=True)
+class Automatic:
+    """The length with the most expected tokens a second, from what rounds have cost and yielded.
+
+    Where that is none, the expert writes alone for a while, longer each time, and then one block is
+    drafted on trial. The reasons:
+
+    | reason | the length is |
+    |---|---|
+    | `measuring` | a first guess: nothing was measured yet |
+    | `fastest` | what yields most |
+    | `alone` | none: drafting would cost more than it yields |
+    | `trial` | the best of all that draft, to see whether that has changed |
+    | `room` | none: no more than the expert's own token is wanted |
+    """
+
+    experience: Experience
+    kind: Kind
+    bonus: bool
+    _own: Acceptance = field(default_factory=lambda: Acceptance(memory=SESSION_MEMORY))
+    _stood: bool = False  # the block before stood whole
+    _alone: int = 0  # tokens that the expert is still to write alone
+    _best: int = 0
+    _kept: int = 0  # rounds for which `_best` is not weighed again
+
+    def next(self, *, room: int) -> Length:
+        """Return the best length within the room."""
+        most = min(room, self.experience.longest)
+        if most <= 0:
+            return Length(tokens=0, reason="room")
+        if self._alone > 0:
+            return Length(tokens=0, reason="alone", alone=self._alone)
+        costs = self.experience.costs
+        if not costs.known:
+            return Length(tokens=min(most, self.experience.first), reason="measuring")
+        if self._kept > 0:
+            self._kept -= 1
+            return Length(tokens=min(most, self._best), reason="fastest")
+        yields = yields_of([self._chance(place) for place in range(most)], bonus=self.bonus)
+        self._best = fastest(costs, yields)
+        if self._best == 0:
+            return self._without(yields)
+        self.kind.pause = 0
+        self._kept = ROUNDS_KEPT - 1
+        return Length(tokens=self._best, reason="fastest")
+
+    def learn(self, lesson: Lesson) -> None:
+        """Hear how a round went."""
+        self.experience.costs.learn(lesson, stood=self._stood)
+        self._stood = 0 < lesson.drafted == lesson.accepted
+        if lesson.drafted:
+            for acceptance in (self.kind.acceptance, self._own):
+                acceptance.learn(drafted=lesson.drafted, accepted=lesson.accepted)
+            if self._stood:
+                self.kind.alone = self.kind.pause  # a trial that went well is tried again
+        elif self._alone > 0:
+            self._alone -= 1
+            self.kind.alone += 1
+            self._own.fade()
+
+    def _without(self, yields: Sequence[Yield]) -> Length:
+        """Return no draft, or one on trial where enough was written without."""
+        kind, costs = self.kind, self.experience.costs
+        trial = fastest(costs, yields[1:])
+        if 0 < kind.pause <= kind.alone:
+            kind.alone = 0
+            return Length(tokens=trial, reason="trial")
+        if kind.alone == 0:
+            loss = costs.round_s(yields[trial]) / costs.alone_s() - yields[trial].tokens
+            usual = min(max(2 * kind.pause, FIRST_PAUSE), USUAL_PAUSE)
+            kind.pause = min(max(usual, round(loss / TRIAL_SHARE)), LONGEST_PAUSE)
+        self._alone = min(kind.pause - kind.alone, LONGEST_STAY)
+        return Length(tokens=0, reason="alone", alone=self._alone)
+
+    def _chance(self, place: int) -> float:
+        """Return the chance that a token stands: all sessions' there, bent to this one's."""
+        stood, judged = self._own.total
+        shared = self.kind.acceptance.at(place)
+        return (stood + PRIOR_TOKENS * shared) / (judged + PRIOR_TOKENS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from cascade.decoding.rules import Chow, Lossless
+from cascade.decoding.rules import Chow, ChowLog, Lossless
 from cascade.decoding.session import Bonus, Mode, Policy, RowFormat, Verification
 
 
@@ -20,6 +20,8 @@ def policy_in(mode: Mode, policy: Policy) -> Policy:
     """
     match mode:
         case Mode.SPECULATIVE | Mode.CASCADE:
+            if keeps_unasked(mode, policy):
+                return _alone(policy, bonus=Bonus.NONE, rule=policy.rule)
             return policy
         case Mode.EXPERT_ONLY:
             return _alone(policy, bonus=Bonus.EXPERT, rule=Lossless())
@@ -29,6 +31,16 @@ def policy_in(mode: Mode, policy: Policy) -> Policy:
             return _alone(policy, bonus=Bonus.NONE, rule=policy.rule)
         case _:
             assert_never(mode)
+
+
+def keeps_unasked(mode: Mode, policy: Policy) -> bool:
+    """Return whether the drafter's tokens stand without the expert until its own rule defers.
+
+    Where a rule that reads the drafter alone keeps, pi = q: what is drafted stands whatever the
+    expert would say, so it is asked at deferrals only, where pi = p.
+    """
+    drafts = mode in {Mode.SPECULATIVE, Mode.CASCADE, Mode.TOKEN_CASCADE}
+    return drafts and isinstance(policy.rule, Chow | ChowLog)
 
 
 def _alone(policy: Policy, **changes: object) -> Policy:

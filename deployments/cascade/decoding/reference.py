@@ -19,7 +19,7 @@ from cascade.decoding import coins
 from cascade.decoding.coins import Purpose
 from cascade.decoding.draft_length import reserved
 from cascade.decoding.generation import Confidence, Patience
-from cascade.decoding.modes import policy_in
+from cascade.decoding.modes import keeps_unasked, policy_in
 from cascade.decoding.needs import Rows, is_blockwise, is_fresh, is_gumbel, needs
 from cascade.decoding.reference_rows import (
     Place,
@@ -121,12 +121,12 @@ def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[T
                 text += judged(pair, answer, length=0)
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
                 text += [alone(pair, answer)]
-            case Mode.TOKEN_CASCADE:
+            case Mode.SPECULATIVE | Mode.CASCADE if not keeps_unasked(mode, pair.policy):
+                text += judged(pair, answer, length=min(draft_tokens, room - reserved(pair.policy)))
+            case Mode.TOKEN_CASCADE | Mode.SPECULATIVE | Mode.CASCADE:
                 text += (
                     [alone(pair, answer)] if keeps(pair, answer) else judged(pair, answer, length=0)
                 )
-            case Mode.SPECULATIVE | Mode.CASCADE:
-                text += judged(pair, answer, length=min(draft_tokens, room - reserved(pair.policy)))
     return text[:max_tokens]
 
 

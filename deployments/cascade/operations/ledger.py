@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cascade.decoding.cost import Lesson
 from cascade.decoding.generation import Round, Statistics
 from cascade.decoding.session import Origin
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from cascade.decoding.session import Session, Verdict
-    from cascade.operations.roles import Offer
+    from cascade.operations.roles import Judged, Offer
 
 
 class Ledger:
@@ -54,6 +55,17 @@ class Ledger:
         finally:
             self.judge_s = self._clock() - began_s
             self.statistics.expert_s += self.judge_s
+
+    def lesson(self, offer: Offer, judged: Judged) -> Lesson:
+        """Return what the last round teaches of draft lengths; a client's words teach nothing."""
+        return Lesson(
+            drafted=0 if offer.predicted else offer.block.length,
+            accepted=judged.verdict.accepted,
+            draft_s=self.draft_s,
+            judge_s=self.judge_s,
+            draft=offer.timing,
+            judge=judged.timing,
+        )
 
     def note(
         self,

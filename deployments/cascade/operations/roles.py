@@ -2,21 +2,23 @@
 
 | mode | drafter | expert |
 |---|---|---|
-| expert_only | Silent | Judging, streaming ahead |
+| expert_only | Silent | Judging |
 | drafter_only | Drafting | Absent |
-| token_cascade | Drafting until the first deferral | Late |
+| token_cascade | Drafting until it defers | Late |
 | speculative, cascade | Drafting, given up when late | Judging |
+| the same, rule of the drafter alone | Drafting until it defers, given up when late | Late |
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from cascade.decoding.cost import Timing
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
 from cascade.errors import Overloaded, Unavailable
-from cascade.wire.frames import Judge, Judgement, Proposal, Propose, Timing
+from cascade.wire.frames import Judge, Judgement, Proposal, Propose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +44,14 @@ NOTHING = Offer()
 """The expert writes the next token itself."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A verdict, and what it took."""
+
+    verdict: Verdict
+    timing: Timing = field(default_factory=Timing)
+
+
 class Drafter(Protocol):
     """Proposes blocks."""
 
@@ -53,8 +63,11 @@ class Drafter(Protocol):
 class Expert(Protocol):
     """Judges blocks."""
 
-    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
-        """Return the verdict; at most `room` tokens of it will be committed."""
+    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+        """Return the verdict; at most `room` tokens of it will be committed.
+
+        Where nothing is offered, the expert goes on by itself until it has written `alone` tokens.
+        """
         ...
 
 
@@ -71,7 +84,7 @@ class Drafting:
     """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert."""
 
     def __init__(self, place: Place, *, ahead: int = 0, until_deferral: bool = False) -> None:
-        self._place = place
+        self.place = place
         self._ahead = ahead
         self._until_deferral = until_deferral
 
@@ -92,7 +105,7 @@ class Drafting:
                 ahead=self._ahead,
             )
 
-        answer = await self._place.ask(session, item)
+        answer = await self.place.ask(session, item)
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
         block = answer.block.cut(count)
         deferred = answer.deferred and block is answer.block
@@ -108,15 +121,14 @@ class Hurried:
 
     def __init__(
         self,
-        place: Place,
+        drafting: Drafting,
         *,
-        ahead: int,
         deadline_s: float,
         pause_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._drafting = Drafting(place, ahead=ahead)
-        self._place = place
+        self._drafting = drafting
+        self._place = drafting.place
         self._deadline_s = deadline_s
         self._first_pause_s = self._pause_s = pause_s
         self._clock = clock
@@ -176,21 +188,22 @@ class Predicted:
 
 
 class Judging:
-    """Judges on a replica of the expert tier; `ahead` tokens are streamed after an empty block."""
+    """Judges on a replica of the expert tier; what it writes alone is streamed."""
 
-    def __init__(self, place: Place, *, ahead: int) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._ahead = ahead
         self._coming = 0  # verdicts the replica sends without being asked
+        self._next_position = 0  # of the first of them
 
-    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
         """Return the replica's verdict; raises ExpertUnavailable when none is left."""
         block = offer.block
-        if self._coming and not block.length and self._place.entered:
-            verdict = await self._next(session)
-            if verdict is not None:
-                return verdict
-        self._coming = 0 if block.length else max(0, min(self._ahead, room - 1))
+        streamed = self._coming and session.position == self._next_position
+        if streamed and not block.length and self._place.entered:
+            judged = await self._next(session)
+            if judged is not None:
+                return judged
+        self._coming = 0 if block.length else max(0, min(alone, room) - 1)
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Judge:
             return Judge(
@@ -203,10 +216,9 @@ class Judging:
                 ahead=self._coming,
             )
 
-        answer = await self._place.ask(session, item)
-        return self._take(answer)
+        return self._take(await self._place.ask(session, item))
 
-    async def _next(self, session: Session) -> Verdict | None:
+    async def _next(self, session: Session) -> Judged | None:
         try:
             answer = await self._place.answer(session)
         except Unavailable:
@@ -215,46 +227,54 @@ class Judging:
         self._coming -= 1
         return self._take(answer)
 
-    def _take(self, answer: object) -> Verdict:
+    def _take(self, answer: object) -> Judged:
         assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"
         self._place.judged(len(answer.verdict.tokens))
-        return answer.verdict
+        self._next_position = answer.position + len(answer.verdict.tokens)
+        return Judged(verdict=answer.verdict, timing=answer.timing)
 
 
 class Absent:
     """Keeps whatever was drafted: no expert is asked."""
 
-    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
+    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
         """Return the whole block, kept."""
-        del session, room
-        block = offer.block
-        return Verdict(
-            accepted=block.length,
-            tokens=block.tokens,
-            origins=(Origin.KEPT,) * block.length,
-            logprobs=block.logprobs,
-        )
+        del session, room, alone
+        return Judged(verdict=_kept(offer.block))
 
 
 class Late:
     """Keeps what was drafted, and asks the expert for one token where the drafter defers."""
 
     def __init__(self, expert: Expert) -> None:
-        self._absent = Absent()
         self._expert = expert
 
-    async def judge(self, session: Session, offer: Offer, *, room: int) -> Verdict:
-        """Return the kept tokens, and the expert's next one after a deferral."""
-        kept = await self._absent.judge(session, offer, room=room)
+    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+        """Return the kept tokens, and the expert's next one after a deferral.
+
+        Where nothing was drafted at all, the expert goes on alone.
+        """
+        kept = _kept(offer.block)
         if room <= kept.accepted or (kept.accepted and not offer.deferred):
-            return kept
+            return Judged(verdict=replace(kept, judged=kept.accepted))
         ahead = advance(session, kept, limit=session.position + room)
-        verdict = await self._expert.judge(ahead, NOTHING, room=1)
-        return Verdict(
+        alone = 1 if offer.deferred else alone
+        judged = await self._expert.judge(ahead, NOTHING, room=room - kept.accepted, alone=alone)
+        verdict = Verdict(
             accepted=kept.accepted,
-            tokens=kept.tokens + verdict.tokens,
-            origins=kept.origins + verdict.origins,
-            judged=kept.accepted + 1,
-            deferred=1,
-            logprobs=kept.logprobs + verdict.logprobs,
+            tokens=kept.tokens + judged.verdict.tokens,
+            origins=kept.origins + judged.verdict.origins,
+            judged=kept.accepted + offer.deferred,
+            deferred=int(offer.deferred),
+            logprobs=kept.logprobs + judged.verdict.logprobs,
         )
+        return Judged(verdict=verdict, timing=judged.timing)
+
+
+def _kept(block: Block) -> Verdict:
+    return Verdict(
+        accepted=block.length,
+        tokens=block.tokens,
+        origins=(Origin.KEPT,) * block.length,
+        logprobs=block.logprobs,
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
+from cascade.decoding.cost import Timing
 from cascade.errors import InvalidRequest
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 from cascade.wire import frames
@@ -239,7 +240,7 @@ def _decode_judgement(message: expert_pb2.Judgement) -> frames.Judgement:
     )
 
 
-def _encode_timing(timing: frames.Timing, to: tokens_pb2.Timing) -> None:
+def _encode_timing(timing: Timing, to: tokens_pb2.Timing) -> None:
     """Write the timing into the message; times are sent as whole microseconds."""
     to.service_us = round(1e6 * timing.service_s)
     to.step_us = round(1e6 * timing.step_s)
@@ -247,9 +248,9 @@ def _encode_timing(timing: frames.Timing, to: tokens_pb2.Timing) -> None:
     to.session_count = timing.sessions
 
 
-def _decode_timing(message: tokens_pb2.Timing) -> frames.Timing:
+def _decode_timing(message: tokens_pb2.Timing) -> Timing:
     """Return the timing."""
-    return frames.Timing(
+    return Timing(
         service_s=whole(message.service_us, "service_us") / 1e6,
         step_s=whole(message.step_us, "step_us") / 1e6,
         tokens=whole(message.token_count, "token_count"),

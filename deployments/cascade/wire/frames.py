@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from cascade.decoding.cost import Timing
 from cascade.decoding.session import Block, Session, SessionId, TokenLogprob, Verdict
 
 
@@ -21,16 +22,6 @@ class Open:
     epoch: int
     lease: str
     traceparent: str = ""  # W3C trace context; empty where nobody traces the request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """What an answer took where it was made; zeros where that is not known."""
-
-    service_s: float = 0.0  # from the item's arrival to the answer; 0 for a block sent unasked
-    step_s: float = 0.0  # of one pass: the drafter's mean of the block, the expert's own
-    tokens: int = 0  # of all sessions in that pass
-    sessions: int = 0  # in that pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
