@@ -1,4 +1,4 @@
-"""Both tiers and the loop in one process, over real gRPC on loopback, without Ray."""
+"""Both tiers and the loop in one process without Ray, over real gRPC on loopback or by calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cascade.drafter import Drafter
 from cascade.expert import Expert
+from cascade.lab.direct import DirectPeers
 from cascade.operations.leases import FixedLeases
 from cascade.operations.places import Tier
 from cascade.wire import tiers
@@ -36,12 +37,15 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncGenerator[Stack]:
+async def stack(
+    settings: Application, *, delay_s: float = 0.0, direct: bool = False
+) -> AsyncGenerator[Stack]:
     """Start one replica of each tier and a router over them; stop all at the end.
 
     Args:
         settings: What `cascade.app:build` takes; replica counts and placement are not read.
         delay_s: Added to every item between router and tiers each way, to emulate a network.
+        direct: Call the tiers instead of going over gRPC: a loop in one process.
 
     Raises:
         StartupError: The pair cannot be served.
@@ -56,7 +60,7 @@ async def stack(settings: Application, *, delay_s: float = 0.0) -> AsyncGenerato
         reached = {
             kind.name: Tier(
                 leases=FixedLeases([replica.address], token=token),
-                peers=Peers(kind, delay_s=delay_s),
+                peers=DirectPeers(replica, kind) if direct else Peers(kind, delay_s=delay_s),
             )
             for kind, replica in ((tiers.DRAFTER, drafter), (tiers.EXPERT, expert))
         }

@@ -7,7 +7,7 @@ raises `DrafterUnavailable` or `ExpertUnavailable` from `receive`, and the next 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeAlias, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVarTuple, Unpack
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -40,10 +40,26 @@ _OPTIONS = (
 )
 
 
+class Stream(Protocol):
+    """What carries the items of links."""
+
+    def send(self, item: Question) -> int:
+        """Put the item on its way and return its size in bytes; never blocks."""
+        ...
+
+    def leave(self, link: Link) -> None:
+        """End the link, and the session on the replica."""
+        ...
+
+    def lost(self) -> Unavailable:
+        """Return the error of a link that can receive nothing more."""
+        ...
+
+
 class Link:
     """One session on one replica, until `close` or the end of the stream."""
 
-    def __init__(self, stream: _Stream, session_id: SessionId, epoch: int) -> None:
+    def __init__(self, stream: Stream, session_id: SessionId, epoch: int) -> None:
         self.session_id = session_id
         self.epoch = epoch
         self.sent_bytes = 0
