@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cascade.settings import Application
 
 _INTERRUPTED = 130
+_FILE_COLUMNS = 160  # of what goes to a file or a pipe
 
 
 def evaluate(  # noqa: PLR0913 - one parameter an option
@@ -193,6 +194,8 @@ def show(results: Results, folder: Path) -> None:
         for temperature in results.temperatures
     ]
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_COLUMNS
     for table in (*overall, *report.finding_tables(results)):
         _print(table, console)
     console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
@@ -201,7 +204,7 @@ def show(results: Results, folder: Path) -> None:
 def _print(table: report.Table, console: Console) -> None:
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="right" if number else "left")
+        drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     for row in table.rows:
         drawn.add_row(*row)
     console.print(f"\n{table.title}", style="bold")

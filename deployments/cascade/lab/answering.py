@@ -158,7 +158,7 @@ class InProcess:
     """Asks a service, without HTTP: the doors' own translation, and the loop over gRPC."""
 
     def __init__(self, service: Service, *, name: str) -> None:
-        self._service = service
+        self.service = service
         self.name = name
 
     async def answer(self, body: Mapping[str, Any]) -> Answer:
@@ -179,13 +179,13 @@ class InProcess:
     def _call(self, body: Mapping[str, Any]) -> Call:
         try:
             if "messages" in body:
-                return translate.chat(ChatBody.model_validate(body), self._service)
-            return translate.completion(CompletionBody.model_validate(body), self._service)
+                return translate.chat(ChatBody.model_validate(body), self.service)
+            return translate.completion(CompletionBody.model_validate(body), self.service)
         except (CascadeError, ValueError) as error:
             raise InvalidMeasurement(f"the request is refused: {error}") from error
 
     async def _answer(self, call: Call) -> Answer:
-        answers = Answers(call, self._service)
+        answers = Answers(call, self.service)
         began_s = time.perf_counter()
         marks_s = [
             time.perf_counter() - began_s

@@ -1,7 +1,9 @@
 """Questions that an evaluation is asked, and their answers with intervals.
 
-At the expert's quality: which rule rejects least among those whose quality does not differ from the
-expert's beyond the interval of the paired difference? Choosing the best of many settings on the
+At the expert's quality: which rule rejects least among those whose quality is not below the
+expert's, surely or within a point? "Not surely below" means that the interval of the paired
+difference reaches zero; with few items that is lenient, and the other reading, a measured
+loss of at most `POINT`, is the stricter one. Choosing the best of many settings on the
 items that also measure it flatters it; so the choice is repeated on each half of the items and
 measured on the other.
 
@@ -38,7 +40,11 @@ FROM_LOSSLESS = frozenset(
 )
 """Curves whose one end is lossless speculation by definition."""
 
+POINT = 1.0
+"""The loss of quality, in points, that the stricter reading of "the expert's quality" allows."""
+
 _PLACES = 21
+_DRAWS = 500  # resamples of a whole curve: each is an interpolation
 _NARROW = 0.01  # rejection rates closer than this are one
 
 
@@ -131,10 +137,16 @@ def rules(results: Results) -> list[str]:
     return list(dict.fromkeys(setting.curve for setting in cells))
 
 
-def matched(view: View, *, curve: str | None = None) -> Matched:
-    """Return the least rejecting setting of a rule, or of any, at the expert's quality."""
+def matched(view: View, *, curve: str | None = None, strict: bool = False) -> Matched:
+    """Return the least rejecting setting of a rule, or of any, at the expert's quality.
+
+    Args:
+        view: Of which items, under which temperature and draft length.
+        curve: Whose settings; those of every rule in mode cascade if absent.
+        strict: Whether a measured loss of more than `POINT` is too much, however unsure it is.
+    """
     draws, lossless = view.draws, view.lossless
-    cell = _least(draws, view.cascades(curve), view.expert)
+    cell = _least(draws, view.cascades(curve), view.expert, strict=strict)
     chosen = cell or lossless
     rate_R, lossless_R = (draws.metric(one, "rejection_rate") for one in (chosen, lossless))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -146,17 +158,23 @@ def matched(view: View, *, curve: str | None = None) -> Matched:
         rejection_rate=figure(rate_R),
         lossless_rate=figure(lossless_R),
         ratio=ratio,
-        halves=_halves(view, view.cascades(curve)),
+        halves=_halves(view, view.cascades(curve), strict=strict),
     )
 
 
-def _least(draws: Draws, cells: Sequence[Cell], expert: Cell) -> Cell | None:
-    """Return the cell with the fewest rejections whose difference may be nought or more."""
-    kept = [cell for cell in cells if draws.difference(cell, expert).high >= 0]
+def _least(draws: Draws, cells: Sequence[Cell], expert: Cell, *, strict: bool) -> Cell | None:
+    """Return the cell with the fewest rejections among those at the expert's quality."""
+    kept = [cell for cell in cells if _as_good(draws.difference(cell, expert), strict=strict)]
     return min(kept, key=lambda cell: float(draws.metric(cell, "rejection_rate")[0]), default=None)
 
 
-def _halves(view: View, cells: Sequence[Cell]) -> tuple[float, float] | None:
+def _as_good(difference: Figure, *, strict: bool) -> bool:
+    if strict:
+        return difference.value >= -POINT
+    return difference.high >= 0
+
+
+def _halves(view: View, cells: Sequence[Cell], *, strict: bool) -> tuple[float, float] | None:
     """Return ratio and difference on each half of what the other half chose, averaged."""
     weights_RN = view.results.resamples_of(view.group)
     members = np.flatnonzero(weights_RN[0])
@@ -166,7 +184,7 @@ def _halves(view: View, cells: Sequence[Cell]) -> tuple[float, float] | None:
             Draws(view.results, view.group, weights_RN=_only(weights_RN, members[start::2]))
             for start in (first, 1 - first)
         )
-        cell = _least(choosing, cells, view.expert) if len(members) > 1 else None
+        cell = _least(choosing, cells, view.expert, strict=strict) if len(members) > 1 else None
         if cell is None:
             return None
         rates = [float(judging.metric(c, "rejection_rate")[0]) for c in (cell, view.lossless)]
@@ -214,6 +232,7 @@ def line(view: View, curve: str) -> tuple[Floats, Floats]:
 
 def _mean_height(rates_CR: Floats, qualities_CR: Floats, places: Floats) -> Floats:
     """Return the mean quality of a curve at some rejection rates, in each resample."""
+    rates_CR, qualities_CR = rates_CR[:, : _DRAWS + 1], qualities_CR[:, : _DRAWS + 1]
     order_CR = np.argsort(rates_CR, axis=0, kind="stable")
     sorted_CR = np.take_along_axis(rates_CR, order_CR, axis=0)
     heights_CR = np.take_along_axis(qualities_CR, order_CR, axis=0)

@@ -67,7 +67,7 @@ def _figure(
     sheet = extra("matplotlib.figure").Figure(
         figsize=(4.6 * wide + 1.6, 3.6 * high + 0.6), layout="constrained"
     )
-    panels = sheet.subplots(high, wide, squeeze=False).flat
+    panels = list(sheet.subplots(high, wide, squeeze=False).flat)
     for panel in panels:
         panel.set_visible(False)
     for panel, group in zip(panels, groups, strict=False):
@@ -87,11 +87,11 @@ def _figure(
 def _panel(panel: Any, draws: Draws, cells: list[Cell], *, axis: str) -> None:
     """Draw the curves of one family, then the baselines as points over them."""
     lossless = [cell for cell in cells if cell.setting.curve == LOSSLESS]
-    for number, curve in enumerate(CURVES):
+    present = {cell.setting.curve for cell in cells}
+    for number, curve in enumerate(curve for curve in CURVES if curve in present):
         members = [cell for cell in cells if cell.setting.curve == curve]
-        if members:
-            ends = lossless if curve in FROM_LOSSLESS else []
-            _curve(panel, draws, [*ends, *members], axis=axis, curve=curve, colour=number)
+        ends = lossless if curve in FROM_LOSSLESS else []
+        _curve(panel, draws, [*ends, *members], axis=axis, curve=curve, colour=number)
     for cell in cells:
         if cell.setting.curve in BASELINES:
             _point(panel, draws, cell, axis=axis)
@@ -109,7 +109,7 @@ def _curve(  # noqa: PLR0913 - what to draw, of what
         key=lambda point: point[0].value,
     )
     xs, ys = ([point[side] for point in points] for side in (0, 1))
-    panel.errorbar(
+    _, _, bars = panel.errorbar(
         [x.value for x in xs],
         [y.value for y in ys],
         xerr=_arms(xs),
@@ -120,8 +120,10 @@ def _curve(  # noqa: PLR0913 - what to draw, of what
         marker="o",
         markersize=3,
         linewidth=1.2,
-        elinewidth=0.5,
+        elinewidth=0.6,
     )
+    for bar in bars:
+        bar.set_alpha(0.25)
 
 
 def _arms(figures: list[Any]) -> list[list[float]]:

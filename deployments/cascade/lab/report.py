@@ -131,7 +131,8 @@ def finding_tables(results: Results) -> list[Table]:
                 for group in results.groups
             ]
             tables += [
-                _matched_table(views),
+                _matched_table(views, strict=False),
+                _matched_table(views, strict=True),
                 _paying_table(views),
                 *(_equal_table(views, lossy) for lossy in (LOSSY, LOSSY_SOLVED)),
                 _better_table(views),
@@ -148,17 +149,23 @@ def _groups(views: Sequence[compare.View]) -> list[str]:
     return [view.group for view in views]
 
 
-def _matched_table(views: Sequence[compare.View]) -> Table:
-    found = [compare.matched(view) for view in views]
-    families = [one for one in found if one.group != ALL]
+def _matched_table(views: Sequence[compare.View], *, strict: bool) -> Table:
+    found = [compare.matched(view, strict=strict) for view in views]
+    families = [one for one in found if one.group != ALL or len(found) == 1]
     paying = sum(one.pays for one in families)
+    kept = (
+        f"it is measured at most {compare.POINT:g} point below"
+        if strict
+        else "the 95 % interval of the paired difference reaches zero"
+    )
+    near = "within a point of" if strict else "at"
     return Table(
-        title=_titled("Fewest rejections at the expert's quality", views),
+        title=_titled(f"Fewest rejections {near} the expert's quality", views),
         note=(
             f"At most {compare.FEWER:g} of the rejections of lossless speculation on {paying} of"
-            f" {len(families)} families. A setting keeps the expert's quality if the 95 % interval"
-            " of the paired difference reaches zero. The last two columns are what a setting chosen"
-            " on one half of the items shows on the other."
+            f" {len(families)} families. A setting keeps the expert's quality if {kept}."
+            " The last two columns are what a setting chosen on one half of the items shows on the"
+            " other."
         ),
         headings=("family", "setting", "quality less the expert's", "rejected", "lossless rejects",
                   "share", "share, other half", "difference, other half"),

@@ -3,7 +3,7 @@
 The intervals are percentile bootstraps over items (Efron, 1979), 95 %, resampled within families.
 One set of resamples serves every setting, so a difference of two settings is paired by item.
 
-Shapes: `R` resamples and before them the items as they are, `N` items.
+Shapes: `R` resamples and before them the items as they are, `N` items, `M` of one group.
 """
 
 from __future__ import annotations
@@ -150,7 +150,10 @@ class Draws:
 
     def __init__(self, results: Results, group: str, *, weights_RN: Floats | None = None) -> None:
         self._results = results
-        self._weights_RN = results.resamples_of(group) if weights_RN is None else weights_RN
+        weights_RN = results.resamples_of(group) if weights_RN is None else weights_RN
+        self._members = np.flatnonzero(weights_RN[0])
+        self._weights_RM = np.ascontiguousarray(weights_RN[:, self._members])
+        self._sizes_R = self._weights_RM.sum(axis=1)
         self._known: dict[tuple[str, str], Floats] = {}
         self.group = group
 
@@ -175,7 +178,7 @@ class Draws:
             expert = self._results.expert(cell.setting)
             return _quotient(self._sum(cell, "modelled_s"), self._sum(expert, "modelled_s"))
         column, scale = _MEANS[name]
-        return scale * self._sum(cell, column) / self._weights_RN.sum(axis=1)
+        return scale * self._sum(cell, column) / self._sizes_R
 
     def figure(self, cell: Cell, name: str) -> Figure:
         """Return a metric as measured, with its interval."""
@@ -186,9 +189,7 @@ class Draws:
         return figure(self.metric(cell, name) - self.metric(other, name))
 
     def _sum(self, cell: Cell, column: str) -> Floats:
-        column_N = cell.columns[column]
-        used_N = self._weights_RN[0] > 0
-        return self._weights_RN[:, used_N] @ column_N[used_N]
+        return self._weights_RM @ cell.columns[column][self._members]
 
     def _ratio(self, cell: Cell, above: str, below: str) -> Floats:
         return _quotient(self._sum(cell, above), self._sum(cell, below))
