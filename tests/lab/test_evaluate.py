@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cascade.errors import InvalidMeasurement
+from cascade.lab.answering import over_http
 from cascade.lab.evaluate import Run, evaluate, unfinished, write
 from cascade.lab.grid import Block, joined
 from cascade.lab.results import ALL, Results, load
@@ -73,6 +74,20 @@ async def test_another_workload_does_not_enter_the_folder(
     del results
     with pytest.raises(InvalidMeasurement, match="another evaluation"):
         await evaluate(workload("facts", count=1), SETTINGS, shipped, run=Run(folder=folder))
+
+
+async def test_a_server_is_evaluated_over_http(door: str, tmp_path: Path) -> None:
+    """At temperature 0 lossless speculation says what the expert says, and no more passes."""
+    settings = joined([Block(temperatures=[0.0], curves={"opt": [0.2]})])
+    async with over_http(door) as server:
+        found = await evaluate(
+            workload("facts", count=3), settings, server, run=Run(folder=tmp_path)
+        )
+    expert, lossless = (found.find(name, temperature=0, draft_tokens=length)
+                        for name, length in (("expert_only", None), ("lossless", 5)))  # fmt: skip
+    assert list(expert.columns["quality"]) == list(lossless.columns["quality"])
+    assert (lossless.columns["expert_passes"] <= expert.columns["expert_passes"]).all()
+    assert found.groups == ("facts",)
 
 
 async def test_json_plots_tables_and_a_page_are_written(results: Results, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +10,7 @@ from cascade.ingress.openai import Options
 from cascade.lab import grid
 from cascade.lab.grid import BASELINES, CURVES, USUAL, Block, Setting, joined, read_grid
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+DOCS = Path(__file__).parents[2] / "docs"
 DIALS = dict.fromkeys(CURVES, 0.5) | {"sequence_cascade": -0.1}
 
 
@@ -84,3 +82,10 @@ def test_a_grid_that_is_none_says_why(tmp_path: Path, text: str, told: str) -> N
 def test_a_grid_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(InvalidMeasurement, match="cannot be read"):
         read_grid(tmp_path / "none.yaml")
+
+
+def test_the_grid_of_the_docs_has_every_curve_that_they_compare() -> None:
+    settings = read_grid(DOCS / "evaluate-grid.yaml")
+    for temperature in (0, 1):
+        found = {one.curve for one in settings if one.temperature == temperature}
+        assert found == {*USUAL, *BASELINES}
