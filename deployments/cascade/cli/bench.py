@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.lab.arrivals import Arrivals
+    from cascade.lab.claims import Outcome
+    from cascade.lab.machine import Provenance
     from cascade.lab.plans import Json, Plan, Where
+    from cascade.lab.suite import Scale
     from cascade.settings import Application
 
 bench = typer.Typer(
@@ -133,6 +136,92 @@ def pad(
         Console().print(f"{out}: {written / 1e6:.0f}M parameters, cost-padded: {shape}")
 
 
+@bench.command()
+def suite(  # noqa: PLR0913 - one parameter an option
+    *,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A case of the suite; repeat for more; all if absent")
+    ] = None,
+    config: Config = None,
+    dtype: Dtype = "bfloat16",
+    expert_threads: Threads = 0,
+    drafter_threads: DrafterThreads = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender")] = 3,
+    questions: Annotated[int, typer.Option(min=1, help="Of each family, for one stream")] = 2,
+    router_rounds: Annotated[int, typer.Option(min=1000, help="Of the router's loop")] = 100_000,
+    out: Out = Path("bench"),
+) -> None:
+    """Measure every line of what this server promises of its speed; about a quarter of an hour."""
+    from cascade.lab.machine import provenance  # noqa: PLC0415 - after `prepare`
+    from cascade.lab.suite import CASES, Scale  # noqa: PLC0415 - as above
+
+    with _told():
+        if unknown := set(only or ()) - set(CASES):
+            raise InvalidMeasurement(f"no case {min(unknown)!r}; there are {', '.join(CASES)}")
+        scale = Scale(
+            settings=_settings(config, None, dtype, expert_threads, drafter_threads),
+            rounds=rounds,
+            questions=questions,
+            router_rounds=router_rounds,
+        )
+        _suite(scale, only or list(CASES), out=out, where=provenance())
+
+
+@bench.command()
+def timeline(  # noqa: PLR0913 - one parameter an option
+    question: Annotated[
+        str, typer.Argument(help="What to ask; a long answer shows the rhythm")
+    ] = "David buys 4 shells at 8 euros each and 2 books at 2 euros each, and pays with 100 euros."
+    " How much does David get back?",
+    *,
+    ask: Annotated[str, typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]")] = "lossless",
+    rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip to emulate")] = 0.0,
+    config: Config = None,
+    pad: Pad = "500M",
+    dtype: Dtype = "bfloat16",
+    expert_threads: Threads = 0,
+    drafter_threads: DrafterThreads = 1,
+    out: Out = Path("docs"),
+) -> None:
+    """Write performance.md and its picture: where the time of a round goes."""
+    from cascade.lab import timeline as lab  # noqa: PLC0415 - after `prepare`
+    from cascade.lab.machine import provenance  # noqa: PLC0415 - as above
+    from cascade.lab.plans import greedy, parse_ask  # noqa: PLC0415 - as above
+
+    with _told():
+        settings = _settings(config, pad, dtype, expert_threads, drafter_threads)
+        where = provenance()
+        body = greedy(question) | {"cascade": parse_ask(ask)}
+        found = asyncio.run(lab.record(settings, body, delay_s=rtt_ms / 2e3))
+        notes = [_padded_note(pad)] if pad else []
+        if rtt_ms:
+            notes.append(f"A round trip of {rtt_ms:g} ms is emulated.")
+        out.mkdir(parents=True, exist_ok=True)
+        lab.picture(found, out / "timeline.png")
+        (out / "performance.md").write_text(lab.page(found, provenance=where, notes=notes))
+        Console(soft_wrap=True).print(f"{out}/performance.md: {found.stages_ms()}", markup=False)
+
+
+def _padded_note(parameters: str) -> str:
+    return f"The expert is cost-padded to {parameters} parameters; its text is its own."
+
+
+def _suite(scale: Scale, names: Sequence[str], *, out: Path, where: Provenance) -> None:
+    """Run cases one after another; all that is finished is written after each."""
+    from cascade.lab.claims import claim_table, write  # noqa: PLC0415 - after `prepare`
+    from cascade.lab.suite import CASES  # noqa: PLC0415 - as above
+
+    console = Console(stderr=True)
+    outcomes: list[Outcome] = []
+    for name in names:
+        console.rule(name)
+        case = CASES[name](scale, lambda line: console.print(line, markup=False))
+        outcomes.append(asyncio.run(case))
+        paths = write(outcomes, folder=out, provenance=where)
+        Console(soft_wrap=True).print(claim_table(outcomes[-1].claims), markup=False)
+        console.print(f"written: {', '.join(map(str, paths))}", markup=False)
+
+
 class _told:  # noqa: N801 - reads as a statement
     """Ends the program with one line where something cannot be measured."""
 
@@ -225,11 +314,10 @@ def _report(plan: Plan, *, out: Path, padded: str | None) -> None:
     console = Console(stderr=True)
     where = provenance()
     contest = asyncio.run(execute(plan, told=lambda line: console.print(line, markup=False)))
-    notes = [f"The expert is cost-padded to {padded} parameters; its text is its own."]
     told = document(
         contest,
         baseline=contest.standings[0].name,
-        notes=notes if padded else [],
+        notes=[_padded_note(padded)] if padded else [],
         provenance=where,
         arrivals=repr(plan.arrivals),
     )

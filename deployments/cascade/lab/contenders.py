@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cascade.lab.answering import InProcess
 from cascade.lab.processes import routed, tier_processes
 from cascade.lab.stack import stack
+from cascade.wire.channel import Peers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 
     from cascade.lab.answering import Answerer
+    from cascade.lab.stack import Stack
     from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
@@ -52,7 +55,7 @@ class Running:
             drafter=self.drafter,
             expert=self.expert,
             token=self.token,
-            delay_s=delay_s,
+            peers=partial(Peers, delay_s=delay_s),
         ) as service:
             answerer = InProcess(service, name=name)
             yield Contender(name=name, answerer=answerer, busy_s=self.busy_s)
@@ -62,20 +65,29 @@ class Running:
 async def together(settings: Application) -> AsyncGenerator[Running]:
     """Run both tiers in this process; a tier is busy while its engine runs a pass."""
     async with stack(settings) as running:
-
-        def busy_s() -> Busy:
-            return {
-                "drafter": running.drafter.engine.stats().busy_s,
-                "expert": running.expert.engine.stats().busy_s,
-            }
-
         yield Running(
             settings=settings,
             drafter=running.drafter.address,
             expert=running.expert.address,
             token=running.token,
-            busy_s=busy_s,
+            busy_s=partial(_passes_s, running),
         )
+
+
+@asynccontextmanager
+async def direct(settings: Application) -> AsyncGenerator[Contender]:
+    """Run the loop and both tiers in this process without gRPC: what a network is held against."""
+    async with stack(settings, direct=True) as running:
+        name = "one process"
+        answerer = InProcess(running.service, name=name)
+        yield Contender(name=name, answerer=answerer, busy_s=partial(_passes_s, running))
+
+
+def _passes_s(running: Stack) -> Busy:
+    return {
+        "drafter": running.drafter.engine.stats().busy_s,
+        "expert": running.expert.engine.stats().busy_s,
+    }
 
 
 @asynccontextmanager

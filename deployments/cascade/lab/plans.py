@@ -23,7 +23,7 @@ from cascade.lab import padded, peers
 from cascade.lab.answering import over_http
 from cascade.lab.arrivals import Closed
 from cascade.lab.bench import compete
-from cascade.lab.contenders import Contender, apart, together
+from cascade.lab.contenders import Contender, apart, direct, together
 from cascade.lab.grid import Setting, checked
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class Here:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """Both tiers in this process, called without gRPC and without a round trip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Apart:
     """Each tier in a process of its own, on the given cores."""
 
@@ -65,7 +70,7 @@ class Server:
     api_key: str | None = None
 
 
-Where: TypeAlias = Here | Apart | Server
+Where: TypeAlias = Here | Direct | Apart | Server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +187,8 @@ async def _ours(plan: Plan, where: Where) -> AsyncGenerator[list[Contender]]:
             case Here():
                 running = await cleanup.enter_async_context(together(plan.settings))
                 bases = await _delayed(plan, running, "", cleanup)
+            case Direct():
+                bases = [await cleanup.enter_async_context(direct(plan.settings))]
             case Apart(cores=cores):
                 running = await cleanup.enter_async_context(apart(plan.settings, cores=cores))
                 bases = await _delayed(plan, running, "apart", cleanup)
@@ -241,7 +248,7 @@ async def best_assistance(
     """Return assisted generation with the best of `peers.ASSISTANCE` on a few requests."""
     tried = [peers.Assisted(pair, assistance) for assistance in peers.ASSISTANCE]
     contenders = [Contender(name=one.name, answerer=one) for one in tried]
-    contest = await compete(contenders, bodies, Closed(), rounds=2)
+    contest = await compete(contenders, bodies, Closed(), rounds=1)
     for standing in contest.standings:
         told(f"{standing.name}: {standing.middle.tokens_per_s:.1f} tokens/s")
     best = max(contest.standings, key=lambda standing: standing.middle.tokens_per_s)

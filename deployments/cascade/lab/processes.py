@@ -21,10 +21,11 @@ from cascade.wire import tiers
 from cascade.wire.channel import Peers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping
+    from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 
     from cascade.ingress.service import Service
     from cascade.settings import Application
+    from cascade.wire.tiers import Kind
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name, as `cascade tier` reads it
 _ANY_PORT = "127.0.0.1:0"
@@ -94,7 +95,12 @@ async def tier_processes(
 
 @asynccontextmanager
 async def routed(
-    settings: Application, *, drafter: str, expert: str, token: str, delay_s: float = 0.0
+    settings: Application,
+    *,
+    drafter: str,
+    expert: str,
+    token: str,
+    peers: Callable[[Kind], Peers] = Peers,
 ) -> AsyncGenerator[Service]:
     """Route over tiers at two addresses, in this process.
 
@@ -103,10 +109,10 @@ async def routed(
         drafter: `host:port` of the drafter.
         expert: `host:port` of the expert.
         token: Of both tiers' leases.
-        delay_s: Added to every item between router and tiers each way, to emulate a network.
+        peers: Makes what reaches a tier, such as `partial(Peers, delay_s=0.005)`.
     """
     drafters, experts = (
-        Tier(leases=FixedLeases([address], token=token), peers=Peers(kind, delay_s=delay_s))
+        Tier(leases=FixedLeases([address], token=token), peers=peers(kind))
         for kind, address in ((tiers.DRAFTER, drafter), (tiers.EXPERT, expert))
     )
     try:

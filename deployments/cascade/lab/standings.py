@@ -53,24 +53,30 @@ def document(
     }
 
 
-def table(told: Json) -> str:
+def table(told: Json, *, headed: bool = True) -> str:
     """Return a document as Markdown: its notes, where it was measured, and a line a contender."""
-    lines = [f"> {note}" for note in told["notes"]]
-    where = told["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    machine = f"{where['cores']} cores of {where['cpu']}, {where['memory_gib']} GiB"
-    gpus = "".join(f", {name}" for name in where["gpus"])
-    commit = where["commit"] or "unknown"
     rounds = len(told["contenders"][0]["rounds"])
-    lines += [
-        *("", f"`{where['command']}`", ""),
-        f"{machine}{gpus}; commit {commit}; {where['at']}; load before it {where['load']};",
-        f"{versions}. Medians of {rounds} interleaved rounds; ratios are of tokens/s, paired by",
-        f"round, over {told['baseline']}.",
+    lines = [
+        *(f"> {note}" for note in told["notes"]),
+        *(("", heading(told["provenance"])) if headed else ()),
+        "",
+        f"Medians of {rounds} interleaved rounds; ratios are of tokens/s, paired by round, over",
+        f"{told['baseline']}.",
         *("", _row(_HEADINGS), _row(["---"] + ["---:"] * (len(_HEADINGS) - 1))),
     ]
     lines += [_row(_cells(one)) for one in told["contenders"]]
     return "\n".join(lines).strip() + "\n"
+
+
+def heading(where: Json) -> str:
+    """Return command, machine, commit and versions as Markdown."""
+    machine = f"{where['cores']} cores of {where['cpu']}, {where['memory_gib']} GiB"
+    gpus = "".join(f", {name}" for name in where["gpus"])
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return (
+        f"`{where['command']}`\n\n{machine}{gpus}; commit {where['commit'] or 'unknown'};"
+        f" {where['at']}; load before it {where['load']}; {versions}.\n"
+    )
 
 
 def write(told: Json, *, folder: Path, name: str) -> list[Path]:

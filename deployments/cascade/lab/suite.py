@@ -1,0 +1,275 @@
+"""The suite: each line of what this server promises of its speed, measured in one go.
+
+A case runs a contest or a loop of its own and holds what it found against what is promised. Models
+other than the pair that ships are the expert, cost-padded: its text and acceptance at the cost of a
+larger model (`lab.padded`). Answers are greedy, from held-out items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cascade.decoding.session import Policy, Sampling
+from cascade.demo.tasks import Level
+from cascade.engine.settings import EngineSettings
+from cascade.engine.weights import adopt
+from cascade.lab import rounds as router_rounds
+from cascade.lab import steps
+from cascade.lab.arrivals import Closed
+from cascade.lab.claims import Claim, Outcome
+from cascade.lab.figures import of_ideal
+from cascade.lab.plans import Apart, Direct, Here, Plan, execute, padded_expert, questions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from cascade.lab.bench import Contest
+    from cascade.lab.figures import Figures
+    from cascade.settings import Application
+
+Told: TypeAlias = "Callable[[str], object]"
+EASY, HARD = (Level.EASY,), (Level.HARD, Level.HARDEST)
+_ALL = (*EASY, Level.MIDDLE, *HARD)
+_GREEDY = Policy(sampling=Sampling(temperature=0.0))
+_PEER = "transformers assisted"
+_CONTEXT_TOKENS = 64  # about where the middle of an answer is
+_WIDE_VOCABULARY = 32_000
+_MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How long the suite may take."""
+
+    settings: Application  # the pair that ships, with its threads
+    rounds: int = 3
+    questions: int = 2  # of each family, for one stream; for sixteen streams four times as many
+    router_rounds: int = 100_000
+
+
+async def one_stream(scale: Scale, told: Told) -> Outcome:
+    """One stream over an expert of 500M: near the ideal, and ahead of `transformers`."""
+    plan = _plan(scale, parameters="500M", streams=1)
+    asks = ("expert_only", "lossless", "token_v3:0.9")
+    contest = await execute(replace(plan, asks=asks, peers=("assisted",)), told=told)
+    fast = contest["lossless"].middle
+    ideal = of_ideal(fast, pass_ms=_pass_ms(plan.settings, fast, sessions=1)) or 0.0
+    alone = contest.ratio("lossless", "expert_only").median
+    free = contest.ratio("token_v3:0.9", "expert_only").median
+    peer = contest.ratio("lossless", _peer(contest)).median
+    case = "one stream, 500M"
+    return Outcome(
+        claims=(
+            Claim(case=case, says="share of the ideal, lossless", measured=ideal, least=0.9),
+            Claim(case=case, says="lossless over the expert alone", measured=alone, least=2.5),
+            Claim(case=case, says="token_v3 over the expert alone", measured=free, least=alone),
+            Claim(case=case, says=f"lossless over {_peer(contest)}", measured=peer, least=1.25),
+        ),
+        contests={case: (contest, _padded("500M"))},
+    )
+
+
+async def sixteen_streams(scale: Scale, told: Told) -> Outcome:
+    """Sixteen streams over an expert of 120M: ahead of all that `transformers` offers."""
+    plan = _plan(scale, parameters="120M", streams=16)
+    peers = ("assisted", "batched", "continuous")
+    contest = await execute(replace(plan, peers=peers), told=told)
+    batching = ("transformers batched", "transformers continuous batching")
+    best = max(batching, key=lambda name: contest[name].middle.tokens_per_s)
+    case = "16 streams, 120M"
+    serial = contest.ratio("lossless", _peer(contest)).median
+    batched = contest.ratio("lossless", best).median
+    return Outcome(
+        claims=(
+            Claim(case=case, says=f"lossless over {_peer(contest)}", measured=serial, least=4),
+            Claim(case=case, says=f"lossless over {best}", measured=batched, least=1.3),
+        ),
+        contests={case: (contest, _padded("120M"))},
+    )
+
+
+async def apart(scale: Scale, told: Told) -> Outcome:
+    """Three processes against one, and over a network."""
+    plan = _plan(scale, parameters="120M", streams=1)
+    plan = replace(plan, where=(Direct(), Apart()), rtts_ms=(0.0, 5.0, 20.0))
+    contest = await execute(plan, told=told)
+    one, three = "lossless, one process", "lossless, apart"
+    kept = contest.ratio(three, one).median
+    near = contest.ratio(f"{three}, 5 ms", three).median
+    far = contest.ratio(f"{three}, 20 ms", "expert_only, apart, 20 ms").median
+    case = "three processes, one stream, 120M"
+    return Outcome(
+        claims=(
+            Claim(case=case, says="three processes over one", measured=kept, least=0.93),
+            Claim(case=case, says="5 ms of round trip over none", measured=near, least=0.9),
+            Claim(case=case, says="20 ms, over the expert alone", measured=far, least=1.0),
+        ),
+        contests={case: (contest, _padded("120M"))},
+    )
+
+
+async def draft_lengths(scale: Scale, told: Told) -> Outcome:
+    """`auto` against every fixed draft length, easy and hard, few and many, near and far."""
+    fixed = tuple(f"lossless@{tokens}" for tokens in (0, 1, 2, 3, 5, 8))
+    claims: list[Claim] = []
+    contests: dict[str, tuple[Contest, str]] = {}
+    kinds = (("easy", EASY), ("hard", HARD))
+    for (kind, levels), streams, rtt_ms in itertools.product(kinds, (1, 16), (0.0, 10.0)):
+        plan = _plan(scale, parameters="120M", streams=streams, levels=levels)
+        plan = replace(plan, asks=("lossless@auto", *fixed), rtts_ms=(rtt_ms,))
+        contest = await execute(plan, told=told)
+        tail = f", {rtt_ms:g} ms" if rtt_ms else ""
+        best = max(fixed, key=lambda ask: contest[ask + tail].middle.tokens_per_s)
+        case = f"auto, {kind}, {streams} streams, {rtt_ms:g} ms"
+        against = contest.ratio("lossless@auto" + tail, best + tail).median
+        none = contest.ratio("lossless@auto" + tail, "lossless@0" + tail).median
+        claims += [
+            Claim(case=case, says=f"auto over the best, {best}", measured=against, least=0.95),
+            Claim(case=case, says="auto over no drafts", measured=none, least=0.97),
+        ]
+        contests[case] = (contest, _padded("120M"))
+    return Outcome(claims=tuple(claims), contests=contests)
+
+
+async def deferrals(scale: Scale, told: Told) -> Outcome:
+    """A rule of the drafter alone asks the expert only where it defers."""
+    plan = _plan(scale, parameters=None, streams=1, levels=EASY)
+    contest = await execute(replace(plan, asks=("lossless", "chow:0.9")), told=told)
+    passes = {name: _passes(contest[name].middle) for name in ("lossless", "chow:0.9")}
+    share = passes["chow:0.9"] / passes["lossless"]
+    case = "chow, easy items"
+    says = "expert passes an answer over lossless"
+    return Outcome(
+        claims=(Claim(case=case, says=says, measured=share, most=0.2),),
+        contests={case: (contest, "")},
+    )
+
+
+async def wire(scale: Scale, told: Told) -> Outcome:
+    """Sampled drafts send a sparse row a token."""
+    plan = _plan(scale, parameters=None, streams=1)
+    sampled = [body | {"temperature": 1, "seed": at} for at, body in enumerate(plan.bodies)]
+    contest = await execute(replace(plan, bodies=sampled, asks=("lossless@5",)), told=told)
+    found = contest["lossless@5"].middle
+    size = (found.bytes_per_token or 0.0) * (found.tokens_per_round or 0.0)
+    case = "wire, temperature 1"
+    return Outcome(
+        claims=(Claim(case=case, says="bytes a round", measured=size, most=1000),),
+        contests={case: (contest, "")},
+    )
+
+
+async def router(scale: Scale, told: Told) -> Outcome:
+    """Transport and loop alone, over tiers that answer at once."""
+    found = await router_rounds.measure(streams=16, rounds=scale.router_rounds)
+    told(f"router: {found.per_second:.0f} rounds/s")
+    case = f"router, {scale.router_rounds} rounds"
+    grown = found.grown_bytes / _MEBIBYTE
+    return Outcome(
+        claims=(
+            Claim(case=case, says="rounds/s", measured=found.per_second, least=3000),
+            Claim(case=case, says="memory grown, MiB", measured=grown, most=4),
+        ),
+        contests={},
+    )
+
+
+async def drafter_steps(scale: Scale, told: Told) -> Outcome:
+    """One token of the drafter that ships."""
+    tier = scale.settings.drafter
+    found = steps.measure(
+        tier.place, sessions=(1, 16), policy=_GREEDY, settings=_engine(scale.settings, "drafter")
+    )
+    told(f"drafter: {', '.join(f'{one.step_ms:.2f} ms' for one in found)}")
+    case = "drafter's step, ms"
+    return Outcome(
+        claims=(
+            Claim(case=case, says="one session", measured=found[0].step_ms, most=0.8),
+            Claim(case=case, says="16 sessions", measured=found[1].step_ms, most=4),
+        ),
+        contests={},
+    )
+
+
+async def verification(scale: Scale, told: Told) -> Outcome:
+    """Judging 16 sampled blocks over 32,000 tokens, beside a pass of 120M."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_WIDE_VOCABULARY, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    dtype = getattr(torch, scale.settings.expert.engine.dtype, torch.float32)
+    random: Any = LlamaForCausalLM(config)
+    model = adopt(random.to(dtype), name="random 120M")
+    found = steps.measure(
+        model, work=steps.Work.JUDGE, sessions=(16,), settings=_engine(scale.settings, "expert")
+    )[0]
+    told(f"expert: {found.head_ms:.2f} of {found.step_ms:.2f} ms")
+    case = "verification, 16 sessions, vocabulary 32k"
+    says = "share of the expert's step"
+    return Outcome(
+        claims=(Claim(case=case, says=says, measured=found.head_share, most=0.05),), contests={}
+    )
+
+
+Case: TypeAlias = "Callable[[Scale, Told], Coroutine[Any, Any, Outcome]]"
+CASES: Mapping[str, Case] = {
+    case.__name__: case
+    for case in (
+        one_stream, sixteen_streams, apart, draft_lengths, deferrals, wire, router, drafter_steps,
+        verification,
+    )
+}  # fmt: skip
+
+
+def _plan(
+    scale: Scale, *, parameters: str | None, streams: int, levels: tuple[Level, ...] = _ALL
+) -> Plan:
+    settings = scale.settings
+    if parameters is not None:
+        settings = padded_expert(settings, parameters=parameters)
+    count = scale.questions * (4 if streams > 1 else 1)
+    return Plan(
+        settings=settings,
+        bodies=questions(count=count, levels=levels),
+        arrivals=Closed(concurrency=streams),
+        rounds=scale.rounds,
+        where=(Here(),),
+    )
+
+
+def _pass_ms(settings: Application, found: Figures, *, sessions: int) -> float:
+    """Return what a pass of the expert takes alone, over blocks as long as those of a run."""
+    return steps.measure(
+        settings.expert.place,
+        work=steps.Work.JUDGE,
+        sessions=(sessions,),
+        context_tokens=_CONTEXT_TOKENS,
+        block_tokens=max(1, round(found.drafted_per_round or 1)),
+        policy=_GREEDY,
+        settings=_engine(settings, "expert"),
+    )[0].step_ms
+
+
+def _engine(settings: Application, tier: str) -> EngineSettings:
+    chosen: dict[str, Any] = getattr(settings, tier).engine.model_dump()
+    return EngineSettings(**chosen)
+
+
+def _passes(found: Figures) -> float:
+    """Return the expert's passes of an answer."""
+    per_pass = found.tokens_per_expert_pass
+    return 0.0 if per_pass is None else found.tokens / per_pass / found.requests
+
+
+def _peer(contest: Contest) -> str:
+    return next(one.name for one in contest.standings if one.name.startswith(_PEER))
+
+
+def _padded(parameters: str) -> str:
+    return f"The expert is cost-padded to {parameters} parameters; its text is its own."

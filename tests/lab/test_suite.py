@@ -1,0 +1,96 @@
+"""The suite: promises, and what was measured of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cascade.lab.bench import Contest
+from cascade.lab.claims import Claim, Outcome, claim_table, write
+from cascade.lab.machine import provenance
+from cascade.lab.suite import CASES, Scale
+from cascade.settings import Application
+
+from .test_bench import standing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def scale() -> Scale:
+    engine = {"threads": 1}
+    settings = Application.model_validate(
+        {
+            "drafter": {"engine": engine},
+            "expert": {"engine": engine},
+            "router": {"draft_deadline_s": 120},
+        }
+    )
+    return Scale(settings=settings, rounds=1, questions=1, router_rounds=1000)
+
+
+def claim(measured: float, **bounds: float) -> Claim:
+    return Claim(case="one", says="speed", measured=measured, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("told", "held"),
+    [
+        (claim(1.0, least=1.0), True),
+        (claim(0.9, least=1.0), False),
+        (claim(0.9, most=1.0), True),
+        (claim(1.1, most=1.0), False),
+        (claim(5.0), True),
+    ],
+)
+def test_a_claim_is_held_within_its_bounds(told: Claim, *, held: bool) -> None:
+    assert told.held is held
+
+
+def test_the_table_says_which_claims_do_not_hold() -> None:
+    lines = claim_table([claim(0.97, least=0.93), claim(1.2, most=1)]).splitlines()
+    assert lines[2] == "| one | speed | at least 0.93 | 0.97 | yes |"
+    assert lines[3] == "| one | speed | at most 1 | 1.2 | **no** |"
+
+
+def test_claims_are_written_with_the_contests_behind_them(tmp_path: Path) -> None:
+    contest = Contest(standings=(standing("alone", 1.0), standing("fast", 0.5)))
+    outcome = Outcome(
+        claims=(claim(2.0, least=1.5),), contests={"race": (contest, "It is cost-padded.")}
+    )
+    written = write([outcome], folder=tmp_path, provenance=provenance())
+    told = json.loads(written[0].read_text())
+    assert told["claims"][0]["held"] is True
+    assert told["contests"]["race"]["contenders"][1]["ratio"]["median"] == 2
+    text = written[1].read_text()
+    assert "## race" in text
+    assert "It is cost-padded." in text
+    assert text.count(told["provenance"]["command"]) == 1
+
+
+@pytest.mark.parametrize("name", ["deferrals", "wire", "router", "drafter_steps"])
+async def test_a_case_measures_what_it_claims(name: str) -> None:
+    """What it measures is left to a quiet machine; that it measures is not."""
+    lines: list[str] = []
+    outcome = await CASES[name](scale(), lines.append)
+    assert lines
+    assert all(found.least is not None or found.most is not None for found in outcome.claims)
+    for contest, _ in outcome.contests.values():
+        assert all(figures.failed == 0 for one in contest.standings for figures in one.rounds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_stream", "sixteen_streams", "apart", "draft_lengths"])
+async def test_a_long_case_gives_the_same_texts_to_everyone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outcome = await CASES[name](replace(scale(), questions=1), lambda _: None)
+    for contest, note in outcome.contests.values():
+        assert "cost-padded" in note
+        baseline = contest.standings[0].name
+        for one in contest.standings:
+            assert one.name.startswith("token_v3") or not contest.differences(one.name, baseline)
