@@ -61,6 +61,7 @@ class Turn:
     accepted: int  # of the block; more than there are means all
     token: int | None  # that follows them; None is the drafter's own next
     patient: bool  # lets the drafter get ahead before it asks again
+    floor: float = 0.0
 
 
 turns = st.builds(
@@ -70,6 +71,7 @@ turns = st.builds(
     accepted=st.sampled_from((0, 1, 9, 9, 9)),
     token=st.none() | st.integers(0, 7),
     patient=st.booleans(),
+    floor=st.sampled_from((0.0, 0.0, 0.1, 0.5)),
 )
 
 
@@ -97,6 +99,7 @@ class Router:
                 tokens=tuple(self.answer[self.known :]),
                 until_deferral=until_deferral,
                 ahead=turn.ahead,
+                floor=turn.floor,
             )
         )
         self.known = len(self.answer)
@@ -151,7 +154,8 @@ async def test_no_schedule_changes_a_block(
 ) -> None:
     """Right guesses, wrong ones, hasty and patient routers: each block is a function of its past.
 
-    One that was drafted in advance may be longer or shorter than what is asked when it is due.
+    One that was drafted in advance may be longer or shorter than what is asked when it is due, and
+    one that the drafter doubts ends early: with the tokens that it would have had.
     """
     router = opened(drafter, toy_stack, toy, replace(policy, seed=len(script)))
     for turn in script:

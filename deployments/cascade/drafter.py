@@ -7,9 +7,11 @@ asked and unasked, is a `Line`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cascade.decoding.confidence import Calibration, confidences
 from cascade.decoding.cost import Timing
 from cascade.decoding.drafting import draft_step
 from cascade.errors import InvalidRequest
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cascade.decoding.drafting import Draft
+    from cascade.decoding.rules import Rule
     from cascade.engine.step import Ready, Step
     from cascade.wire.frames import Proposal
 
@@ -32,6 +36,11 @@ class Drafter(Replica[Propose]):
     """A replica of the drafter tier; its engine's head."""
 
     kind = DRAFTER
+    _calibrations: defaultdict[Rule, Calibration]
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._calibrations = defaultdict(Calibration)
 
     def begin(self, seat: Seat, item: Propose) -> Step | None:
         """Return the step whose row yields the next token, unless the block was sent already."""
@@ -43,8 +52,15 @@ class Drafter(Replica[Propose]):
         line = seat.line
         if line is not None and line.follow(item):
             return line.resume()
-        limit = self.describe().context_length
-        seat.line = Line(seat=seat, asked=item, answer=list(seat.answer), limit=limit)
+        if line is not None:
+            line.refuted(seat.answer)
+        seat.line = Line(
+            seat=seat,
+            asked=item,
+            answer=list(seat.answer),
+            limit=self.describe().context_length,
+            calibration=self._calibrations[seat.session.policy.rule],
+        )
         return seat.step((), rows=1, task=seat.line)
 
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
@@ -53,8 +69,11 @@ class Drafter(Replica[Propose]):
         results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
         follow: list[Step] = []
         drafts = draft_step(logits_NV, [line.task for line in lines])
-        for line, draft in zip(lines, drafts, strict=True):
-            proposal, step = line.take(draft) if line.wanted else (None, None)
+        confident = _confidences(logits_NV, lines, drafts)
+        for place, (line, draft) in enumerate(zip(lines, drafts, strict=True)):
+            proposal, step = None, None
+            if line.wanted:
+                proposal, step = line.take(draft, confidence=confident.get(place))
             if step is not None:
                 follow.append(step)
             if step is None or proposal is not None:
@@ -80,3 +99,15 @@ class Drafter(Replica[Propose]):
         cached = self.engine.cached_tokens(line.seat.key)
         item = replace(proposal, timing=timing, cached_prompt_tokens=cached)
         return Result(seat=line.seat, item=item, done=done)
+
+
+def _confidences(
+    logits_NV: Tensor, lines: Sequence[Line], drafts: Sequence[Draft]
+) -> dict[int, float]:
+    """Return the confidence of the tokens after which a block may end, by their line's place."""
+    places = [i for i, line in enumerate(lines) if line.doubts and not line.guessing]
+    if not places:
+        return {}
+    rows_NV = logits_NV if len(places) == len(lines) else logits_NV[places]
+    found = confidences(rows_NV, [drafts[i].token for i in places])
+    return dict(zip(places, found, strict=True))

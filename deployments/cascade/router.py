@@ -110,7 +110,7 @@ class Router:
                 alone = self._options.ahead_tokens if wanted.tokens else wanted.alone
                 async with _until(deadline_s):
                     with ledger.drafting():
-                        offer = await drafter.propose(session, wanted.tokens)
+                        offer = await drafter.propose(session, wanted)
                     with ledger.judging():
                         judged = await expert.judge(session, offer, room=room, alone=alone)
                 verdict = judged.verdict

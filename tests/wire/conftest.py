@@ -182,6 +182,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         tokens=several(TOKENS),
         until_deferral=st.booleans(),
         ahead=COUNTS,
+        floor=PROBABILITIES,
     ),
     frames.Judge: st.builds(
         frames.Judge, **steps, block=blocks(), tokens=several(TOKENS), ahead=COUNTS

@@ -198,6 +198,13 @@ class Costs:
         late_s = max(0.0, draft_s + self.draft_step_s.value - judge_s)
         return judge_s + (1 - hidden) * draft_s + hidden * late_s
 
+    def floor(self, block: Yield) -> float:
+        """Return the chance of standing below which one more token yields less than it costs."""
+        tokens = self.sessions.value * (block.length + 1)
+        judge_s = self.passes.at(tokens + self.sessions.value) - self.passes.at(tokens)
+        rate = block.tokens / self.round_s(block)
+        return min(0.9, rate * (self.draft_step_s.value + self.queue.value * judge_s))
+
     def _judge_s(self, tokens: float) -> float:
         return self.judge_trip_s.value + self.queue.value * self.passes.at(tokens)
 

@@ -28,6 +28,7 @@ class Length:
     tokens: int  # 0: the expert decodes alone
     reason: str
     alone: int = 1  # tokens it is to write so, where `tokens` is 0
+    floor: float = 0.0  # chance of the whole block's standing at which it is long enough
 
 
 def reserved(policy: Policy) -> int:
@@ -114,6 +115,7 @@ class Automatic:
     _stood: bool = False  # the block before stood whole
     _alone: int = 0  # tokens that the expert is still to write alone
     _best: int = 0
+    _floor: float = 0.0
     _kept: int = 0  # rounds for which `_best` is not weighed again
 
     def next(self, *, room: int) -> Length:
@@ -128,14 +130,15 @@ class Automatic:
             return Length(tokens=min(most, self.experience.first), reason="measuring")
         if self._kept > 0:
             self._kept -= 1
-            return Length(tokens=min(most, self._best), reason="fastest")
+            return self._fastest(most)
         yields = yields_of([self._chance(place) for place in range(most)], bonus=self.bonus)
         self._best = fastest(costs, yields)
         if self._best == 0:
             return self._without(yields)
         self.kind.pause = 0
         self._kept = ROUNDS_KEPT - 1
-        return Length(tokens=self._best, reason="fastest")
+        self._floor = costs.floor(yields[self._best])
+        return self._fastest(most)
 
     def learn(self, lesson: Lesson) -> None:
         """Hear how a round went."""
@@ -150,6 +153,9 @@ class Automatic:
             self._alone -= 1
             self.kind.alone += 1
             self._own.fade()
+
+    def _fastest(self, most: int) -> Length:
+        return Length(tokens=min(most, self._best), reason="fastest", floor=self._floor)
 
     def _without(self, yields: Sequence[Yield]) -> Length:
         """Return no draft, or one on trial where enough was written without."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from cascade.decoding.coins import Purpose
+from cascade.decoding.confidence import Calibration
 from cascade.decoding.drafting import Draft, DraftTask, block_of, defers_alone
 from cascade.decoding.modes import policy_in
 from cascade.decoding.needs import is_gumbel, wants_target
@@ -23,6 +24,8 @@ from cascade.wire.digest import extend
 from cascade.wire.frames import Proposal, Propose
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cascade.operations.seat import Seat
 
 
@@ -36,6 +39,13 @@ class Making:
     drafts: list[Draft] = field(default_factory=list[Draft])
     deferred: bool = False
     passes: int = 0
+    confidences: list[float] = field(default_factory=list[float])  # where they decide its length
+    survival: float = 1.0  # the chance that all of it stands, as far as they tell
+
+    @property
+    def base(self) -> tuple[int, int]:
+        """Return what it stands on."""
+        return self.position, self.digest
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -49,16 +59,17 @@ class Line:
     asked: Propose
     answer: list[int]  # committed, drafted and guessed tokens
     limit: int  # of prompt and answer, in tokens
+    calibration: Calibration = field(default_factory=Calibration)
     block: Making = field(init=False)
     guessing: bool = field(init=False, default=False)  # the next row yields a guess
     ended: bool = field(init=False, default=False)
     _last: int = field(init=False, default=0)  # drafted or guessed, and not fed yet
-    _bases: deque[tuple[int, int]] = field(init=False)
+    _blocks: deque[Making] = field(init=False)  # from the one asked for last
 
     def __post_init__(self) -> None:
         asked = self.asked
         self.block = Making(position=asked.position, digest=asked.digest, count=asked.count)
-        self._bases = deque([(self.asked.position, self.asked.digest)])
+        self._blocks = deque([self.block])
 
     @property
     def task(self) -> DraftTask:
@@ -91,30 +102,56 @@ class Line:
         if item is self.asked:
             return True
         base = item.position, item.digest
-        if base not in list(self._bases)[1:]:
+        if all(block.base != base for block in list(self._blocks)[1:]):
             return False
-        while self._bases[0] != base:
-            self._bases.popleft()
+        while self._blocks[0].base != base:
+            block = self._blocks.popleft()
+            self._learn(block, stood=len(block.drafts))
         self.asked = item
         return True
+
+    def refuted(self, answer: Sequence[int]) -> None:
+        """Learn from an answer that went on otherwise how far the block asked for last stood."""
+        block = self._blocks[0]
+        committed = answer[block.position :]
+        pairs = zip(block.drafts, committed, strict=False)
+        stood = next((i for i, (draft, token) in enumerate(pairs) if draft.token != token), None)
+        if stood is not None:
+            self._learn(block, stood=stood)
+
+    def _learn(self, block: Making, *, stood: int) -> None:
+        for place, confidence in enumerate(block.confidences[: stood + 1]):
+            self.calibration.learn(confidence, stood=place < stood)
 
     def is_asked(self, proposal: Proposal) -> bool:
         """Return whether the proposal answers what was asked last, rather than a guess."""
         return (proposal.position, proposal.digest) == (self.asked.position, self.asked.digest)
 
-    def take(self, draft: Draft) -> tuple[Proposal | None, Step | None]:
-        """Add the token of a row; return the block that it completes and the step that follows."""
+    @property
+    def doubts(self) -> bool:
+        """Whether low confidence may end the block: not where a row must follow it."""
+        return self.asked.floor > 0 and not wants_target(self.seat.session.policy)
+
+    def take(
+        self, draft: Draft, *, confidence: float | None = None
+    ) -> tuple[Proposal | None, Step | None]:
+        """Add the token of a row; return the block that it completes and the step that follows.
+
+        Args:
+            draft: The token and what is known of its row.
+            confidence: Its unscaled probability, which may end the block after it.
+        """
         self.block.passes += 1
         if self.guessing:
             return None, self._after_guess(draft.token)
-        if not self._completes(draft):
+        if not self._completes(draft, confidence):
             return None, self._feed(draft.token)
         return self._proposal(), self.resume()
 
     def resume(self) -> Step | None:
         """Return the step that leads to the next block, or None if no more was asked for."""
         room = self.limit - len(self.seat.session.prompt) - len(self.answer)
-        if self.ended or len(self._bases) > self.asked.ahead or room <= self.asked.count + 2:
+        if self.ended or len(self._blocks) > self.asked.ahead or room <= self.asked.count + 2:
             return None
         policy = self.seat.session.policy
         if self._begun or policy.bonus is Bonus.NONE:
@@ -127,7 +164,7 @@ class Line:
         """Whether the row after the block was read already: its token is the guess."""
         return self.block.deferred or wants_target(self.seat.session.policy)
 
-    def _completes(self, draft: Draft) -> bool:
+    def _completes(self, draft: Draft, confidence: float | None) -> bool:
         block, policy = self.block, self.seat.session.policy
         self._last = draft.token
         if self.asked.until_deferral and defers_alone(policy, draft):
@@ -136,7 +173,13 @@ class Line:
         block.drafts.append(draft)
         wanted = block.count + wants_target(policy)
         self.ended = draft.token in policy.stop_ids
-        return self.ended or len(block.drafts) >= wanted
+        if self.ended or len(block.drafts) >= wanted:
+            return True
+        if confidence is None or not self.doubts:
+            return False
+        block.confidences.append(confidence)
+        block.survival *= self.calibration.chance(confidence)
+        return block.survival < self.asked.floor
 
     def _after_guess(self, token: int) -> Step | None:
         self.guessing = False
@@ -149,7 +192,7 @@ class Line:
         digest = extend(self.block.digest, self.answer[self.block.position :])
         count = self.asked.count
         self.block = Making(position=len(self.answer), digest=digest, count=count)
-        self._bases.append((self.block.position, digest))
+        self._blocks.append(self.block)
         return step
 
     def _feed(self, token: int) -> Step:

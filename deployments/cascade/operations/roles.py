@@ -23,6 +23,7 @@ from cascade.wire.frames import Judge, Judgement, Proposal, Propose
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cascade.decoding.draft_length import Length
     from cascade.operations.places import Place
 
 LONGEST_PAUSE_S = 30.0
@@ -55,8 +56,8 @@ class Judged:
 class Drafter(Protocol):
     """Proposes blocks."""
 
-    async def propose(self, session: Session, count: int) -> Offer:
-        """Return a block of at most `count` tokens after the session's; none is an answer."""
+    async def propose(self, session: Session, wanted: Length) -> Offer:
+        """Return a block no longer than is wanted after the session's; none is an answer."""
         ...
 
 
@@ -74,9 +75,9 @@ class Expert(Protocol):
 class Silent:
     """Never drafts."""
 
-    async def propose(self, session: Session, count: int) -> Offer:
+    async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return nothing."""
-        del session, count
+        del session, wanted
         return NOTHING
 
 
@@ -88,9 +89,9 @@ class Drafting:
         self._ahead = ahead
         self._until_deferral = until_deferral
 
-    async def propose(self, session: Session, count: int) -> Offer:
+    async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return the replica's block; raises DrafterUnavailable when none is left."""
-        if count == 0:
+        if wanted.tokens == 0:
             return NOTHING
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
@@ -99,15 +100,16 @@ class Drafting:
                 epoch=epoch,
                 position=session.position,
                 digest=digest,
-                count=count,
+                count=wanted.tokens,
                 tokens=lacking,
                 until_deferral=self._until_deferral,
                 ahead=self._ahead,
+                floor=wanted.floor,
             )
 
         answer = await self.place.ask(session, item)
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
-        block = answer.block.cut(count)
+        block = answer.block.cut(wanted.tokens)
         deferred = answer.deferred and block is answer.block
         return Offer(block=block, deferred=deferred, passes=answer.passes, timing=answer.timing)
 
@@ -134,13 +136,13 @@ class Hurried:
         self._clock = clock
         self._resume_s = 0.0
 
-    async def propose(self, session: Session, count: int) -> Offer:
+    async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return a block, or nothing where the drafter does not answer in time."""
         if self._clock() < self._resume_s:
             return NOTHING
         try:
             async with asyncio.timeout(self._deadline_s):
-                offer = await self._drafting.propose(session, count)
+                offer = await self._drafting.propose(session, wanted)
         except TimeoutError:
             return self._without("late")
         except (Unavailable, Overloaded) as error:
@@ -165,12 +167,12 @@ class Predicted:
         self._next = 0  # place in the prediction of the session's next token
         self._seen = 0  # committed tokens looked at
 
-    async def propose(self, session: Session, count: int) -> Offer:
+    async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return the prediction's next tokens while the answer follows it."""
         self._follow(session.tokens)
-        tokens = self._prediction[self._next : self._next + count]
+        tokens = self._prediction[self._next : self._next + wanted.tokens]
         if not tokens:
-            return await self._other.propose(session, count)
+            return await self._other.propose(session, wanted)
         return Offer(block=Block(tokens=tokens), predicted=True)
 
     def _follow(self, committed: tuple[int, ...]) -> None:

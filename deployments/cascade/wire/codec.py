@@ -14,7 +14,7 @@ from cascade.decoding.cost import Timing
 from cascade.errors import InvalidRequest
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 from cascade.wire import frames
-from cascade.wire.checks import whole
+from cascade.wire.checks import whole, within
 from cascade.wire.values import (
     decode_block,
     decode_logprobs,
@@ -142,6 +142,7 @@ def _encode_propose(item: frames.Propose, to: drafter_pb2.Propose) -> None:
     to.token_ids.extend(item.tokens)
     to.deferral_stop = item.until_deferral
     to.ahead_count = item.ahead
+    to.survival_floor = item.floor
 
 
 def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
@@ -153,6 +154,7 @@ def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
         tokens=tuple(message.token_ids),
         until_deferral=message.deferral_stop,
         ahead=whole(message.ahead_count, "ahead_count"),
+        floor=within(message.survival_floor, "survival_floor", 0.0, 1.0),
     )
 
 

@@ -30,7 +30,8 @@ class Propose:
 
     While the block is judged, draft `ahead` blocks more and send them unasked, each on the guess
     that all before it stands and of what the expert adds. A block that was sent is not sent again:
-    the item then says that its guess was right.
+    the item then says that its guess was right. A block ends early where the drafter gives the
+    whole of it less than the chance `floor`.
     """
 
     session_id: SessionId
@@ -41,6 +42,7 @@ class Propose:
     tokens: tuple[int, ...] = ()
     until_deferral: bool = False  # stop before the first token that a drafter-only rule defers
     ahead: int = 0
+    floor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
