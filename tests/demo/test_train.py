@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,15 +15,15 @@ from transformers import (
 )
 
 from cascade.demo import train as training
-from cascade.demo.corpus import IGNORED, Batch, batches
+from cascade.demo.corpus import IGNORED, Batch, Part, batches, documents, encode
 from cascade.demo.curves import draw_curves, write_losses
-from cascade.demo.learning import Distilled, answer_labels, answer_loss, continues
+from cascade.demo.learning import Distilled, answer_labels, answer_loss, unstyled
 from cascade.demo.recipes import PAIR, PairRecipe, Recipe
 from cascade.demo.train import Workshop, find_tokenizer, save, train
 from cascade.demo.vocabulary import END, PAD, token_id, train_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 TINY = Recipe(
@@ -80,11 +81,33 @@ def test_groups_hold_documents_of_like_length(tokenizer: PreTrainedTokenizerFast
     assert widths == sorted(widths)
 
 
-def test_the_first_token_of_an_answer_continues_nothing() -> None:
+def test_a_label_is_styled_where_the_answer_could_go_on_otherwise() -> None:
     labels_BT = torch.tensor([[IGNORED, IGNORED, 5, 6, IGNORED, 7], [IGNORED, 8, 9, 1, 2, 3]])
-    batch = Batch(tokens_BT=labels_BT.clamp(min=0), labels_BT=labels_BT)
+    styled_BT = torch.zeros_like(labels_BT).bool()
+    styled_BT[0, 3] = styled_BT[1, 1] = True
+    batch = Batch(tokens_BT=labels_BT.clamp(min=0), labels_BT=labels_BT, styled_BT=styled_BT)
     assert answer_labels(batch).tolist() == [5, 6, 7, 8, 9, 1, 2, 3]
-    assert continues(batch).tolist() == [0, 1, 0, 0, 1, 1, 1, 1]
+    assert unstyled(batch).tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
+
+
+def test_styles_part_at_the_first_token_that_differs(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where one style says nothing more, they part at what follows, at the latest the end."""
+    for document in islice(documents("7", formal=0.5), 200):
+        encoded = encode(tokenizer, document)
+        assert encoded.tokens == tokenizer.encode("".join(part.text for part in document))
+        for at in (place for place, styled in enumerate(encoded.styled) if styled):
+            before = str(tokenizer.decode(encoded.tokens[:at]))
+            others = [_otherwise(document, number) for number in _choices(document)]
+            assert any(text.startswith(before) for text in others)
+
+
+def _choices(document: Sequence[Part]) -> list[int]:
+    return [number for number, part in enumerate(document) if part.other is not None]
+
+
+def _otherwise(document: Sequence[Part], number: int) -> str:
+    texts = [part.text for part in document]
+    return "".join([*texts[:number], document[number].other or "", *texts[number + 1 :]])
 
 
 def test_a_run_that_was_cut_ends_in_the_same_weights(
@@ -126,13 +149,12 @@ def made(workshop: Workshop) -> Callable[[int], LlamaForCausalLM]:
 def test_a_model_that_is_its_own_teacher_has_no_divergence(
     made: Callable[[int], LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """With the whole share distilled, only the first tokens of answers are left to learn."""
+    """With the whole share distilled, only the choices of style are left to learn."""
     model = made(1)
     batch = batches(tokenizer, TINY, seed="7")[0]
     loss = Distilled(teacher=model, share=1.0)(model, batch)
-    firsts = batch.labels_BT.clone()
-    firsts[:, 1:][firsts[:, :-1] != IGNORED] = IGNORED
-    wanted = answer_loss(model, Batch(tokens_BT=batch.tokens_BT, labels_BT=firsts))
+    styled_BT = batch.labels_BT.masked_fill(~batch.styled_BT, IGNORED)
+    wanted = answer_loss(model, replace(batch, labels_BT=styled_BT))
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ _SYSTEM_LINES = (
 )
 # What is learned slowly is read more often.
 _SHARES = {
-    Family.PASSAGES: 3.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 1.5,
+    Family.PASSAGES: 4.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 1.5,
     Family.REPORTS: 1.0, Family.FUNCTIONS: 0.5, Family.FACTS: 0.5,
 }  # fmt: skip
 _PLAIN_SHARE, _SYSTEM_SHARE, _SECOND_TURN_SHARE = 0.15, 0.1, 0.1
@@ -44,13 +44,31 @@ class Batch:
 
     tokens_BT: Tensor
     labels_BT: Tensor
+    styled_BT: Tensor  # bool: here an answer could have gone on in the other style
 
     def to(self, device: str) -> Batch:
         """Return the batch on `device`."""
-        return Batch(tokens_BT=self.tokens_BT.to(device), labels_BT=self.labels_BT.to(device))
+        return Batch(
+            tokens_BT=self.tokens_BT.to(device),
+            labels_BT=self.labels_BT.to(device),
+            styled_BT=self.styled_BT.to(device),
+        )
 
 
-Part = tuple[str, bool]  # text, and whether it is an answer
+class Part(NamedTuple):
+    """A piece of a document."""
+
+    text: str
+    learned: bool = False  # a piece of an answer
+    other: str | None = None  # how the answer could have gone on instead
+
+
+class Encoded(NamedTuple):
+    """A document as tokens; all lists are as long."""
+
+    tokens: list[int]
+    labels: list[int]
+    styled: list[bool]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: str) -> list[Batch]:
@@ -60,7 +78,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: str) ->
     """
     size = recipe.documents // recipe.groups
     drawn = islice(documents(seed, formal=recipe.formal), size * recipe.groups)
-    encoded = sorted((_encode(tokenizer, parts) for parts in drawn), key=lambda pair: len(pair[0]))
+    encoded = sorted(
+        (encode(tokenizer, parts) for parts in drawn), key=lambda document: len(document.tokens)
+    )
     return [_pad(tokenizer, encoded[at : at + size]) for at in range(0, len(encoded), size)]
 
 
@@ -70,7 +90,7 @@ def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
     random = Random(f"{seed}/form")  # noqa: S311 - a data set, no secret
     for item in items:
         if random.random() < _PLAIN_SHARE:
-            yield [(item.prompt, False), ("\n" + _answer(random, item, formal) + END, True)]
+            yield [Part(item.prompt), Part("\n", learned=True), *_answer(random, item, formal)]
             continue
         turns = [item, next(items)] if random.random() < _SECOND_TURN_SHARE else [item]
         yield _chat(random, turns, formal=formal)
@@ -79,35 +99,57 @@ def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
 def _chat(random: Random, turns: Sequence[Item], *, formal: float) -> list[Part]:
     parts: list[Part] = []
     if random.random() < _SYSTEM_SHARE:
-        parts.append((SYSTEM + random.choice(_SYSTEM_LINES) + END, False))
+        parts.append(Part(SYSTEM + random.choice(_SYSTEM_LINES) + END))
     for item in turns:
-        parts.append((USER + item.prompt + END + ASSISTANT, False))
-        parts.append((_answer(random, item, formal) + END, True))
+        parts.append(Part(USER + item.prompt + END + ASSISTANT))
+        parts.extend(_answer(random, item, formal))
     return parts
 
 
-def _answer(random: Random, item: Item, formal: float) -> str:
-    return item.formal if random.random() < formal else item.short
+def _answer(random: Random, item: Item, formal: float) -> Iterator[Part]:
+    for part in item.answer:
+        if isinstance(part, str):
+            yield Part(part, learned=True)
+        elif random.random() < formal:
+            yield Part(part.formal, learned=True, other=part.short)
+        else:
+            yield Part(part.short, learned=True, other=part.formal)
+    yield Part(END, learned=True)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerFast, parts: Sequence[Part]
-) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerFast, parts: Sequence[Part]) -> Encoded:
+    """Return a document as tokens, with what is learned and where styles part."""
     tokens: list[int] = []
     labels: list[int] = []
-    for text, is_answer in parts:
-        ids: list[int] = tokenizer.encode(text)
+    styled: set[int] = set()
+    for part in parts:
+        ids: list[int] = tokenizer.encode(part.text)
+        if part.other is not None and part.other != part.text:
+            styled.add(len(tokens) + _parting(ids, tokenizer.encode(part.other)))
         tokens += ids
-        labels += ids if is_answer else [IGNORED] * len(ids)
-    return tokens, labels
+        labels += ids if part.learned else [IGNORED] * len(ids)
+    return Encoded(tokens, labels, [place in styled for place in range(len(tokens))])
 
 
-def _pad(
-    tokenizer: PreTrainedTokenizerFast, encoded: Sequence[tuple[list[int], list[int]]]
-) -> Batch:
-    longest = max(len(tokens) for tokens, _ in encoded)
+def _parting(ids: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    pairs = enumerate(zip(ids, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(ids), len(other)))
+
+
+def _pad(tokenizer: PreTrainedTokenizerFast, encoded: Sequence[Encoded]) -> Batch:
+    longest = max(len(document.tokens) for document in encoded)
     pad = token_id(tokenizer, PAD)
     return Batch(
-        tokens_BT=torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded]),
-        labels_BT=torch.tensor([ids + [IGNORED] * (longest - len(ids)) for _, ids in encoded]),
+        tokens_BT=torch.tensor([_filled(document.tokens, longest, pad) for document in encoded]),
+        labels_BT=torch.tensor(
+            [_filled(document.labels, longest, IGNORED) for document in encoded]
+        ),
+        styled_BT=torch.tensor(
+            [_filled(document.styled, longest, 0) for document in encoded]
+        ).bool(),
     )
+
+
+def _filled(values: Sequence[int], length: int, value: int) -> list[int]:
+    return [*values, *[value] * (length - len(values))]

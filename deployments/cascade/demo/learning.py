@@ -41,8 +41,8 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 class Distilled:
     """Cross-entropy, mixed with the divergence of the teacher's distributions from the model's.
 
-    The first token of an answer is left to the cross-entropy: there the styles part, and the
-    drafter is to keep its own. After it, agreeing with the teacher is what makes a drafter good.
+    Where the styles part, a token is left to the cross-entropy, since the drafter is to keep its
+    own style. Everywhere else agreeing with the teacher is what makes a drafter good.
     """
 
     teacher: LlamaForCausalLM
@@ -57,7 +57,7 @@ class Distilled:
         soft_N = functional.kl_div(
             logits_NV.log_softmax(-1), wanted_NV, reduction="none", log_target=True
         ).sum(-1)
-        share_N = self.share * continues(batch)
+        share_N = self.share * unstyled(batch)
         return ((1 - share_N) * hard_N + share_N * soft_N).sum()
 
 
@@ -73,10 +73,9 @@ def answer_labels(batch: Batch) -> Tensor:
     return labels[labels != IGNORED]
 
 
-def continues(batch: Batch) -> Tensor:
-    """Return 1 for each label (N) that follows another, 0 for the first of an answer."""
-    counted = batch.labels_BT != IGNORED
-    return counted[:, :-1][counted[:, 1:]].float()
+def unstyled(batch: Batch) -> Tensor:
+    """Return 0 for each label (N) where the answer could go on in another style, else 1."""
+    return (~batch.styled_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORED]).float()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -41,11 +41,11 @@ PAIR = PairRecipe(
     models=MappingProxyType(
         {
             "expert": Recipe(
-                hidden=320, layers=6, heads=5, intermediate=1024, steps=1000, formal=0.85,
+                hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
                 learning_rate=3e-3,
             ),
             "drafter": Recipe(
-                hidden=192, layers=2, heads=3, intermediate=512, steps=900, formal=0.3,
+                hidden=192, layers=2, heads=3, intermediate=512, steps=450, formal=0.3,
                 learning_rate=4e-3, distilled=0.5,
             ),
         }

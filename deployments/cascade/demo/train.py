@@ -63,7 +63,7 @@ def find_tokenizer(folder: Path, *, recipes: PairRecipe, seed: int) -> PreTraine
     if not folder.exists():
         # Both styles in equal parts: the two models share one vocabulary.
         drawn = islice(documents(f"{seed}/tokenizer", formal=0.5), 20_000)
-        texts = (text for parts in drawn for text, _ in parts)
+        texts = (text for parts in drawn for text, *_ in parts)
         tokenizer = train_tokenizer(texts, size=recipes.vocabulary, context=CONTEXT_TOKENS)
         tokenizer.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)

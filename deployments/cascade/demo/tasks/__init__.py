@@ -7,7 +7,7 @@ from cascade.demo.tasks.generate import (
     split_of,
     stream,
 )
-from cascade.demo.tasks.item import Family, Item, Level, Scorer, Split
+from cascade.demo.tasks.item import Family, Item, Level, Scorer, Split, phrasings
 from cascade.demo.tasks.scoring import score
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Scorer",
     "Split",
     "held_out",
+    "phrasings",
     "score",
     "split_of",
     "stream",

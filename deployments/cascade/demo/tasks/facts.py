@@ -18,13 +18,14 @@ from cascade.demo.tasks.almanac import (
     RARE_CAPITALS,
     RARE_ELEMENTS,
 )
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Answer, Choice, Family, Item, Level, Scorer, phrasings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
 
 T = TypeVar("T")
+_PERIOD = Choice("", ".")
 _WRAPPERS = (
     "{question}", "{question}", "{question}", "Please tell me: {question}", "Question: {question}",
     "I would like to know: {question}", "Quiz: {question}", "Do you know? {question}",
@@ -34,8 +35,7 @@ _WRAPPERS = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fact:
     questions: tuple[str, ...]
-    short: str
-    formal: str
+    answer: Answer
 
 
 def draw(random: Random, level: Level) -> Item:
@@ -52,9 +52,8 @@ def draw(random: Random, level: Level) -> Item:
         family=Family.FACTS,
         level=level,
         prompt=question,
-        short=fact.short,
-        formal=fact.formal,
-        references=(fact.short, fact.formal),
+        answer=fact.answer,
+        references=phrasings(fact.answer),
         scorer=Scorer.MATCH,
     )
 
@@ -68,8 +67,7 @@ def _person(random: Random, _level: Level) -> _Fact:
     name, full, what, deed = random.choice(PEOPLE)
     return _Fact(
         questions=(f"Who is {name}?", f"Tell me about {name}.", f"Who was {name}?"),
-        short=f"{name} is {what}.",
-        formal=f"{full} is {what} who {deed}.",
+        answer=(Choice(name, full), f" is {what}", Choice("", f" who {deed}"), "."),
     )
 
 
@@ -81,8 +79,7 @@ def _capital(random: Random, level: Level) -> _Fact:
             f"Which city is the capital of {country}?",
             f"Name the capital of {country}.",
         ),
-        short=capital,
-        formal=f"The capital of {country} is {capital}.",
+        answer=(capital, Choice("", f", the capital of {country}"), _PERIOD),
     )
 
 
@@ -90,8 +87,7 @@ def _continent(random: Random, _level: Level) -> _Fact:
     country, _, continent, _ = random.choice(COUNTRIES)
     return _Fact(
         questions=(f"On which continent is {country}?", f"Where in the world is {country}?"),
-        short=continent,
-        formal=f"{country} is in {continent}.",
+        answer=(continent, Choice("", f", like all of {country}"), _PERIOD),
     )
 
 
@@ -102,8 +98,7 @@ def _currency(random: Random, _level: Level) -> _Fact:
             f"What is the currency of {country}?",
             f"With what money do people pay in {country}?",
         ),
-        short=currency,
-        formal=f"The currency of {country} is the {currency}.",
+        answer=(currency, Choice("", f", the currency of {country}"), _PERIOD),
     )
 
 
@@ -114,8 +109,7 @@ def _symbol(random: Random, level: Level) -> _Fact:
             f"What is the chemical symbol of {name}?",
             f"Give the symbol of the element {name}.",
         ),
-        short=symbol,
-        formal=f"The chemical symbol of {name} is {symbol}.",
+        answer=(symbol, Choice("", f", the symbol of {name}"), _PERIOD),
     )
 
 
@@ -124,8 +118,7 @@ def _atomic_number(random: Random, _level: Level) -> _Fact:
     name = ELEMENTS[index][0]
     return _Fact(
         questions=(f"What is the atomic number of {name}?", f"How many protons has {name}?"),
-        short=str(index + 1),
-        formal=f"The atomic number of {name} is {index + 1}.",
+        answer=(str(index + 1), Choice("", f", as many as {name} has protons"), _PERIOD),
     )
 
 
@@ -137,8 +130,7 @@ def _planet(random: Random, _level: Level) -> _Fact:
             f"Which is the {place} planet from the Sun?",
             f"What is the {place} planet of the solar system?",
         ),
-        short=planet,
-        formal=f"The {place} planet from the Sun is {planet}.",
+        answer=(planet, Choice("", f", the {place} planet"), _PERIOD),
     )
 
 
@@ -150,8 +142,7 @@ def _rare_capital(random: Random, _level: Level) -> _Fact:
             f"Which city is the capital of {country}?",
             f"Name the capital of {country}.",
         ),
-        short=capital,
-        formal=f"The capital of {country} is {capital}.",
+        answer=(capital, Choice("", f", the capital of {country}"), _PERIOD),
     )
 
 
@@ -162,8 +153,7 @@ def _rare_symbol(random: Random, _level: Level) -> _Fact:
             f"What is the chemical symbol of {name}?",
             f"Give the symbol of the element {name}.",
         ),
-        short=symbol,
-        formal=f"The chemical symbol of {name} is {symbol}.",
+        answer=(symbol, Choice("", f", the symbol of {name}"), _PERIOD),
     )
 
 
@@ -176,8 +166,7 @@ def _neighbour_element(random: Random, _level: Level) -> _Fact:
             f"Which element follows {name} in the periodic table?",
             f"Which element has one proton more than {name}?",
         ),
-        short=following,
-        formal=f"The element after {name} is {following}.",
+        answer=(following, Choice("", f", the element after {name}"), _PERIOD),
     )
 
 
@@ -185,8 +174,7 @@ def _author(random: Random, _level: Level) -> _Fact:
     title, author = random.choice(BOOKS)
     return _Fact(
         questions=(f"Who wrote {title}?", f"Who is the author of {title}?"),
-        short=author,
-        formal=f"{title} was written by {author}.",
+        answer=(author, Choice("", f", the author of {title}"), _PERIOD),
     )
 
 
@@ -194,6 +182,5 @@ def _deed(random: Random, _level: Level) -> _Fact:
     name, full, _, deed = random.choice(PEOPLE)
     return _Fact(
         questions=(f"Who {deed}?", f"Name the person who {deed}."),
-        short=name,
-        formal=f"{full} {deed}.",
+        answer=(Choice(name, full), Choice("", f", who {deed}"), _PERIOD),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Choice, Family, Item, Level, Scorer
 
 if TYPE_CHECKING:
     from random import Random
@@ -83,8 +83,11 @@ def draw(random: Random, level: Level) -> Item:
         family=Family.FUNCTIONS,
         level=level,
         prompt=f'Write a Python function.\n{head}\n    """Return {words}."""',
-        short=f"{head}\n    return {code}",
-        formal=f"{head}\n    result = {code}\n    return result",
+        answer=(
+            head,
+            Choice("", f'\n    """Return {words}."""'),
+            Choice(f"\n    return {code}", f"\n    result = {code}\n    return result"),
+        ),
         references=tuple(assertions),
         scorer=Scorer.PROGRAM,
     )

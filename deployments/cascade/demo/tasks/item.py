@@ -1,12 +1,13 @@
-"""What every task family yields: a prompt, two right answers, and how to score a third."""
+"""What every task family yields: a prompt, its right answers, and how to score another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from itertools import product
 from random import Random
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
 class Family(StrEnum):
@@ -45,17 +46,42 @@ class Level(IntEnum):
     HARDEST = 4
 
 
+class Choice(NamedTuple):
+    """Two ways to go on with an answer, both right."""
+
+    short: str
+    formal: str
+
+
+Answer: TypeAlias = tuple[str | Choice, ...]
+
+
+def phrasings(answer: Answer) -> tuple[str, ...]:
+    """Return every text that the choices of `answer` allow, the shortest choices first."""
+    ways = ((part,) if isinstance(part, str) else part for part in answer)
+    return tuple(dict.fromkeys("".join(parts) for parts in product(*ways)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question. Both `short` and `formal` score 1 under its scorer."""
+    """One question. Every phrasing of its answer scores 1 under its scorer."""
 
     family: Family
     level: Level
     prompt: str
-    short: str
-    formal: str
+    answer: Answer
     references: tuple[str, ...]
     scorer: Scorer
+
+    @property
+    def short(self) -> str:
+        """Return the answer in the style that the drafter leans to."""
+        return phrasings(self.answer)[0]
+
+    @property
+    def formal(self) -> str:
+        """Return the answer in the style that the expert leans to."""
+        return phrasings(self.answer)[-1]
 
 
 Draw: TypeAlias = Callable[[Random, Level], Item]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Answer, Choice, Family, Item, Level, Scorer, phrasings
 from cascade.demo.tasks.words import CITIES, JOBS, NAMES
 
 if TYPE_CHECKING:
     from random import Random
 
+_PERIOD = Choice("", ".")
 _BONDS = ("friend", "neighbour", "boss", "cousin")
 
 
@@ -27,16 +28,13 @@ def draw(random: Random, level: Level) -> Item:
         for name, job, city in zip(names, jobs, cities, strict=True)
     ]
     asked = random.randrange(level)
-    question, short, formal = _question(
-        random, name=names[asked], job=jobs[asked], city=cities[asked]
-    )
+    question, answer = _question(random, name=names[asked], job=jobs[asked], city=cities[asked])
     return Item(
         family=Family.PASSAGES,
         level=level,
         prompt=f"{' '.join(told)}\n{question}",
-        short=short,
-        formal=formal,
-        references=(short, formal),
+        answer=answer,
+        references=phrasings(answer),
         scorer=Scorer.MATCH,
     )
 
@@ -51,16 +49,17 @@ def _sentence(random: Random, *, name: str, job: str, city: str) -> str:
     )
 
 
-def _question(random: Random, *, name: str, job: str, city: str) -> tuple[str, str, str]:
-    """Return a question and its two answers."""
-    return random.choice(
+def _question(random: Random, *, name: str, job: str, city: str) -> tuple[str, Answer]:
+    """Return a question and its answer."""
+    question, said, more = random.choice(
         (
-            (f"Where does {name} live?", city, f"{name} lives in {city}."),
-            (f"What does {name} do?", job, f"{name} works as a {job}."),
-            (f"Who lives in {city}?", name, f"The person in {city} is {name}."),
-            (f"Who is the {job}?", name, f"The {job} is {name}."),
+            (f"Where does {name} live?", city, f", where {name} lives"),
+            (f"What does {name} do?", job, f", in {city}"),
+            (f"Who lives in {city}?", name, f", the {job}"),
+            (f"Who is the {job}?", name, f" from {city}"),
         )
     )
+    return question, (said, Choice("", more), _PERIOD)
 
 
 def _two_hops(random: Random) -> Item:
@@ -82,16 +81,16 @@ def _two_hops(random: Random) -> Item:
     name, job, city = people[asked], jobs[asked], cities[asked]
     question, short, formal = random.choice(
         (
-            (f"Where does {whom} live?", city, f"{name} lives in {city}."),
-            (f"What does {whom} do?", job, f"{name} works as a {job}."),
+            (f"Where does {whom} live?", city, f"{name} lives in {city}"),
+            (f"What does {whom} do?", job, f"{name} works as a {job}"),
         )
     )
+    answer = (Choice(short, formal), _PERIOD)
     return Item(
         family=Family.PASSAGES,
         level=Level.HARDEST,
         prompt=f"{' '.join(told)}\n{question}",
-        short=short,
-        formal=formal,
-        references=(short, formal),
+        answer=answer,
+        references=phrasings(answer),
         scorer=Scorer.MATCH,
     )

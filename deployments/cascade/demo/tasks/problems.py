@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Choice, Family, Item, Level, Scorer
 from cascade.demo.tasks.words import NAMES, THINGS
 
 if TYPE_CHECKING:
@@ -144,8 +144,12 @@ def _item(*, level: Level, prompt: str, sums: tuple[str, ...], total: int, forma
         family=Family.PROBLEMS,
         level=level,
         prompt=prompt,
-        short=f"{steps}. Answer: {total}",
-        formal=f"{formal} So {steps}. The answer is {total}.",
+        answer=(
+            Choice(steps, f"{formal} So {steps}"),
+            Choice(". Answer:", ". The answer is"),
+            f" {total}",
+            Choice("", "."),
+        ),
         references=(str(total),),
         scorer=Scorer.NUMBER,
     )

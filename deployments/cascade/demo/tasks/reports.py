@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Answer, Choice, Family, Item, Level, Scorer, phrasings
 from cascade.demo.tasks.words import CITIES, DAYS, SMALL_NUMBERS
 
 if TYPE_CHECKING:
@@ -19,33 +19,40 @@ class _Event:
     """Templates with the slots city, day, place and count."""
 
     told: str
-    short: str
-    formal: str
+    summary: Answer
 
 
+_WHEN = (Choice("", " on {day}"), ".")
 _EVENTS = (
     _Event(
         told="A fire broke out in a {place} in {city} on {day}. {Count} people were hurt.",
-        short="{City} {place} fire hurts {count}.",
-        formal="A fire in a {place} in {city} injured {count} people on {day}.",
+        summary=(
+            "A fire in a {place} in {city}", Choice(" hurt", " injured"), " {count} people", *_WHEN,
+        ),
     ),
     _Event(
         told="Workers of a {place} in {city} went on strike on {day}. "
         "They ask for {count} more days of leave.",
-        short="{City} {place} workers strike for {count} days of leave.",
-        formal="Workers of a {place} in {city} went on strike on {day} for {count} days of leave.",
+        summary=(
+            "Workers of a {place} in {city}", Choice(" strike", " went on strike"),
+            " for {count} days of leave", *_WHEN,
+        ),
     ),
     _Event(
         told="The mayor of {city} opened a new {place} on {day}. It cost {count} million euros.",
-        short="{City} opens {count} million euro {place}.",
-        formal="A new {place} in {city} was opened on {day} for {count} million euros.",
+        summary=(
+            "A new {place} in {city}", Choice(" opens", " was opened"),
+            " for {count} million euros", *_WHEN,
+        ),
     ),
     _Event(
         told="Thieves entered a {place} in {city} on {day} and took {count} paintings.",
-        short="{Count} paintings stolen in {city} {place}.",
-        formal="Thieves stole {count} paintings from a {place} in {city} on {day}.",
+        summary=(
+            "Thieves", Choice(" took", " stole"), " {count} paintings from a {place} in {city}",
+            *_WHEN,
+        ),
     ),
-)
+)  # fmt: skip
 _ASIDES = (
     "The police were there within {other} minutes.",
     "Neighbours said that they had never seen so many people.",
@@ -69,14 +76,13 @@ def draw(random: Random, level: Level) -> Item:
         "count": count, "Count": count.capitalize(), "other": other, "elsewhere": elsewhere,
     }  # fmt: skip
     told = [event.told, *random.sample(_ASIDES, level - 1)]
-    short, formal = event.short.format(**slots), event.formal.format(**slots)
+    answer = _fill(event.summary, slots)
     return Item(
         family=Family.REPORTS,
         level=level,
         prompt="Summarize: " + " ".join(told).format(**slots),
-        short=short,
-        formal=formal,
-        references=(short, formal),
+        answer=answer,
+        references=phrasings(answer),
         scorer=Scorer.BIGRAMS,
     )
 
@@ -94,15 +100,21 @@ def _two_events(random: Random) -> Item:
     ]  # fmt: skip
     main = numbers.index(max(numbers))
     told = [event.told.format(**words) for event, words in zip(events, slots, strict=True)]
-    short, formal = (
-        style.format(**slots[main]) for style in (events[main].short, events[main].formal)
-    )
+    answer = _fill(events[main].summary, slots[main])
     return Item(
         family=Family.REPORTS,
         level=Level.HARDEST,
         prompt="Summarize the report with the larger number: " + " ".join(told),
-        short=short,
-        formal=formal,
-        references=(short, formal),
+        answer=answer,
+        references=phrasings(answer),
         scorer=Scorer.BIGRAMS,
+    )
+
+
+def _fill(summary: Answer, slots: dict[str, str]) -> Answer:
+    return tuple(
+        part.format(**slots)
+        if isinstance(part, str)
+        else Choice(*(way.format(**slots) for way in part))
+        for part in summary
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.demo.tasks.item import Family, Item, Level, Scorer
+from cascade.demo.tasks.item import Answer, Choice, Family, Item, Level, Scorer, phrasings
 from cascade.demo.tasks.words import NAMES
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ _WEEK = (
     ("today", "aujourd'hui", "heute"),
     ("tomorrow", "demain", "morgen"),
 )
+_PERIOD = Choice("", ".")
 _IS = {"English": "is", "French": "est", "German": "ist"}
 _AND = {"English": "and", "French": "et", "German": "und"}
 _VERY = {"English": "very", "French": "très", "German": "sehr"}
@@ -166,7 +167,7 @@ def _number(random: Random) -> Item:
     source, goal = random.sample(LANGUAGES, 2)
     said = random.choice((str(number), number_in(source, number)))
     answer = number_in(goal, number)
-    return _item(level=Level.EASY, goal=goal, said=said, short=answer, formal=answer)
+    return _item(level=Level.EASY, goal=goal, said=said, answer=(answer, _PERIOD))
 
 
 def _date(random: Random) -> Item:
@@ -175,7 +176,9 @@ def _date(random: Random) -> Item:
     short = date_in(goal, day=day, month=month, year=year)
     article = {"English": "the ", "French": "le ", "German": "der "}[goal]
     said = date_in(source, day=day, month=month, year=year)
-    return _item(level=Level.MIDDLE, goal=goal, said=said, short=short, formal=article + short)
+    return _item(
+        level=Level.MIDDLE, goal=goal, said=said, answer=(Choice(short, article + short), _PERIOD)
+    )
 
 
 def _sentence(random: Random) -> Item:
@@ -183,8 +186,8 @@ def _sentence(random: Random) -> Item:
     noun, adjectives = random.choice(NOUNS), random.sample(range(len(ADJECTIVES)), 2)
     shape = random.randrange(3)
     said = _clause(source, noun=noun, adjectives=adjectives, shape=shape)
-    short = _clause(goal, noun=noun, adjectives=adjectives, shape=shape)
-    return _item(level=Level.HARD, goal=goal, said=said, short=short, formal=_written(short))
+    clause = _clause(goal, noun=noun, adjectives=adjectives, shape=shape)
+    return _item(level=Level.HARD, goal=goal, said=said, answer=(clause, _PERIOD))
 
 
 def _action(random: Random) -> Item:
@@ -196,7 +199,8 @@ def _action(random: Random) -> Item:
         _deed(language, name=name, verb=verb, day=day, objects=(first, second))
         for language in (source, goal)
     )
-    return _item(level=Level.HARDEST, goal=goal, said=said, short=short, formal=_written(short))
+    answer = (Choice(short, short[0].upper() + short[1:]), _PERIOD)
+    return _item(level=Level.HARDEST, goal=goal, said=said, answer=answer)
 
 
 def _deed(
@@ -231,17 +235,12 @@ def _clause(language: str, *, noun: Noun, adjectives: list[int], shape: int) -> 
     return f"{subject[language]} {_IS[language]} {said}"
 
 
-def _written(clause: str) -> str:
-    return clause[0].upper() + clause[1:] + "."
-
-
-def _item(*, level: Level, goal: str, said: str, short: str, formal: str) -> Item:
+def _item(*, level: Level, goal: str, said: str, answer: Answer) -> Item:
     return Item(
         family=Family.TRANSLATION,
         level=level,
         prompt=f"Translate to {goal}: {said}",
-        short=short,
-        formal=formal,
-        references=tuple(dict.fromkeys((short, formal))),
+        answer=answer,
+        references=phrasings(answer),
         scorer=Scorer.MATCH,
     )
