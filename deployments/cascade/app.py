@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from cascade.operations.replica import Replica
 
 
+FULL = BackpressureConfig(status_code=429, retry_after_s=1)  # what a caller too many is told
+
+
 class _TierDeployment(ABC):
     """A replica of a tier under Serve: leases are its only Serve method."""
 
@@ -175,12 +178,12 @@ def build(args: Application) -> serve.Application:
     drafters = _tier(DrafterDeployment, "Drafter", args.drafter)
     experts = _tier(ExpertDeployment, "Expert", args.expert)
     options = args.router.deployment.options(environment={"GRPC_VERBOSITY": "NONE"})
-    router = serve.deployment(name="Router")(serve.ingress()(RouterDeployment))
+    deployment = serve.deployment(name="Router", backpressure_config=FULL)
+    router = deployment(serve.ingress()(RouterDeployment))
     return router.options(**options).bind(args, drafters, experts)
 
 
 def _tier(kind: type[_TierDeployment], name: str, settings: TierSettings) -> serve.Application:
     options = settings.serve_options(environment={"GRPC_VERBOSITY": "NONE"})
-    full = BackpressureConfig(status_code=429, retry_after_s=1)
-    deployment = serve.deployment(name=name, backpressure_config=full)(kind)
+    deployment = serve.deployment(name=name, backpressure_config=FULL)(kind)
     return deployment.options(**options).bind(settings.options(), settings.bind_host)

@@ -261,6 +261,7 @@ class Defaults(Settings):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Natural = 0
+    deadline_s: Seconds | None = None  # of an answer; router.max_generation_s holds too
 
     def for_doors(self) -> DoorDefaults:
         """Return what the doors take."""

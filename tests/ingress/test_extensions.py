@@ -33,6 +33,14 @@ async def test_the_cascade_object_reaches_the_rule(
     assert (heard.policy.rule, heard.draft_tokens) == (TokenV3(alpha=0.8), 5)
 
 
+async def test_a_request_may_set_its_own_deadline(
+    client: AsyncOpenAI, generator: ScriptedGenerator
+) -> None:
+    for wish in ({}, {"deadline_s": 2.5}):
+        await client.completions.create(model="pair", prompt="x", extra_body={"cascade": wish})
+    assert [heard.deadline_s for heard in generator.heard] == [None, 2.5]
+
+
 async def test_extensions_are_seen_by_those_who_look(client: AsyncOpenAI) -> None:
     """Conformance 36: at the choice, in the usage, and at the top."""
     answer = await client.chat.completions.create(

@@ -72,6 +72,8 @@ class Options(Body):
     """What the drafter sends of its distribution."""
     patience: PatienceOptions | None = None
     """When a sequence cascade keeps the drafter's answer."""
+    deadline_s: Annotated[float, Gt(0)] | None = None
+    """Seconds after which the answer ends with an error."""
     trace: bool = False
     """Report every round in the answer."""
 

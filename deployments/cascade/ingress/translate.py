@@ -177,7 +177,7 @@ def _request(wish: _Wish, service: Service, *, prompt: tuple[int, ...], seed: in
         if patience is None
         else Patience(confidence=patience.confidence, threshold=patience.threshold),
         prediction=_prediction(wish.body, service),
-        deadline_s=defaults.deadline_s,
+        deadline_s=options.deadline_s or defaults.deadline_s,
         trace=options.trace,
     )
 
