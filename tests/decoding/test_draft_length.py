@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from cascade.decoding.cost import Lesson, Timing
+from cascade.decoding.cost import FEWEST, Lesson, Timing
 from cascade.decoding.draft_length import (
     FIRST_PAUSE,
     Automatic,
@@ -139,7 +139,8 @@ def test_trials_become_rare_while_they_fail() -> None:
 def test_a_stay_without_drafts_says_how_long_it_lasts() -> None:
     """So the expert streams it whole, without being asked in between."""
     length, world = session(chance=0.0, draft_s=0.015)
-    length.learn(world.round(5)[2])
+    for _ in range(FEWEST):
+        length.learn(world.round(5)[2])
     stay = [length.next(room=100)]
     while stay[-1].reason == "alone":
         length.learn(world.round(0)[2])
@@ -160,6 +161,16 @@ def test_a_round_without_news_teaches_nothing() -> None:
     experience = Experience()
     experience.session(Policy()).learn(NOTHING)
     assert not experience.costs.known
+
+
+def test_a_cold_start_and_a_stall_do_not_decide() -> None:
+    """One round that takes a hundred times as long leaves speculation where it was."""
+    experience, world = Experience(), World(chance=0.9)
+    slow = replace(world, draft_s=0.1, luck=random.Random(2))  # noqa: S311 - luck, not secrets
+    for place in range(60):
+        length = experience.session(Policy())
+        assert length.next(room=50).tokens > 0
+        length.learn((slow if place in {0, 30} else world).round(5)[2])
 
 
 def test_no_room_is_the_experts() -> None:

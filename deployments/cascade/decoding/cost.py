@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+FEWEST = 6  # rounds that tell more than how a cold tier starts
 LONGEST_BLOCK = 33  # tokens of one session in a pass; more is a prefill
 
 
@@ -50,14 +51,23 @@ class Lesson:
 
 @dataclass(slots=True, kw_only=True)
 class Mean:
-    """A mean of measurements; the last of them counts `1 / memory`, the first few alike."""
+    """A mean of measurements; the last of them counts `1 / memory`, the first few alike.
+
+    Where `robust`, one that is far above the mean, as after a stall, counts as twice the mean; if
+    the first were so, the mean begins anew.
+    """
 
     memory: float
     value: float
     count: float = 0.0
+    robust: bool = True
 
     def learn(self, value: float) -> None:
         """Take in a measurement."""
+        if self.robust and self.count > 0 and self.value > 0:
+            if self.count < FEWEST and 2 * value < self.value:
+                self.count = 0
+            value = min(value, 2 * self.value)
         self.count = min(self.count + 1, self.memory)
         self.value += (value - self.value) / self.count
 
@@ -77,14 +87,16 @@ class StepTime:
     _shared: float = 0.0  # covariance of both
 
     @property
-    def known(self) -> bool:
-        """Whether a pass was seen."""
-        return self._weight > 0
+    def count(self) -> float:
+        """Return how many passes were seen, up to the memory."""
+        return self._weight
 
     def learn(self, *, tokens: int, seconds: float) -> None:
-        """Take in a pass. One that took much longer than others do is cut to what they do."""
+        """Take in a pass; as to one that took far longer than others, see `Mean`."""
+        if 0 < self._weight < FEWEST and 2 * seconds < self.at(tokens):
+            self._weight = 0
         if self._weight > 0:
-            seconds = min(seconds, 4 * self.at(tokens))
+            seconds = min(seconds, 2 * self.at(tokens))
         self._weight = min(self._weight + 1, self.memory)
         part = 1 / self._weight
         off_tokens, off_seconds = tokens - self._tokens, seconds - self._seconds
@@ -159,12 +171,14 @@ class Costs:
     judge_trip_s: Mean = field(default_factory=lambda: Mean(memory=50, value=0))
     queue: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # service / pass
     sessions: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # that decode at once
-    guessed: Mean = field(default_factory=lambda: Mean(memory=100, value=0.5, count=4))
+    guessed: Mean = field(
+        default_factory=lambda: Mean(memory=100, value=0.5, count=4, robust=False)
+    )
 
     @property
     def known(self) -> bool:
-        """Whether both tiers were measured."""
-        return self.passes.known and self.draft_step_s.count > 0
+        """Whether both tiers were measured often enough to compare them."""
+        return min(self.passes.count, self.draft_step_s.count) >= FEWEST
 
     def learn(self, lesson: Lesson, *, stood: bool) -> None:
         """Take in a round; `stood`: the block before stood whole, so this one may be a guess."""
