@@ -18,6 +18,7 @@ from cascade.decoding import coins
 from cascade.decoding.bench import quotient
 from cascade.decoding.coins import Purpose
 from cascade.decoding.emission import Emission, emission_weights
+from cascade.decoding.host import fetch
 from cascade.decoding.needs import is_blockwise
 from cascade.decoding.races import races
 from cascade.decoding.rules import Ensemble, Lossless
@@ -62,7 +63,7 @@ def blockwise(bench: Bench) -> list[Outcome]:
     """Return the outcome of block verification: the longest prefix i with coin_i < h_i stands."""
     coins_M = _coins(bench, Purpose.ACCEPT)
     standing = standing_probabilities(bench)
-    tossed = coins_M.tolist()
+    tossed = fetch(coins_M)
     accepted = [
         max([0, *(i + 1 for i, h in enumerate(hs) if tossed[head + i] < h)])
         for head, hs in zip(bench.heads, standing.prefixes, strict=True)
@@ -85,7 +86,7 @@ def gumbel(bench: Bench) -> list[Outcome]:
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
-    chosen = chosen_N.tolist()
+    chosen = fetch(chosen_N)
     emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
     return _outcomes(bench, accepted, marks, {e.owner: chosen[e.row] for e in emissions if e})
 
@@ -119,8 +120,7 @@ def standing_probabilities(bench: Bench) -> Standing:
         prefixes.append(torch.where(factor_B < 1, gain_B / (gain_B + 1 - factor_B), 1.0))
         factor_B = (factor_B * ratio_M[row_B]).clamp_max(1)
         factors.append(factor_B)
-    h = torch.stack(prefixes or [factor_B]).T.tolist()
-    p = torch.stack(factors).T.tolist()
+    h, p = fetch(torch.stack([torch.stack([*prefixes, factor_B]).T, torch.stack(factors).T]))
     return Standing(
         prefixes=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(bench.lengths)],
         factors=[p[i][: n + 1] for i, n in enumerate(bench.lengths)],
@@ -169,14 +169,14 @@ class _Marks:
 def _marks(bench: Bench, stands_M: Tensor, shared_M: Tensor) -> _Marks:
     """Return the marks, brought from the device in one piece."""
     if isinstance(bench.policy.rule, Lossless):
-        stands, shared = torch.stack([stands_M, stands_M]).tolist()
-        return _Marks(stands=stands, shared=shared, deferred=None)
+        stands = fetch(stands_M)
+        return _Marks(stands=stands, shared=stands, deferred=None)
     deferred_MK = bench.target.deferred_NK
     if deferred_MK is None:
-        stands, shared = torch.stack([stands_M, shared_M]).tolist()
+        stands, shared = fetch(torch.stack([stands_M, shared_M]))
         return _Marks(stands=stands, shared=shared, deferred=None)
     deferred_M = bench.on_token(deferred_MK.expand(bench.support.ids_NK.shape).double()) > 0
-    stands, shared, deferred = torch.stack([stands_M, shared_M, deferred_M]).tolist()
+    stands, shared, deferred = fetch(torch.stack([stands_M, shared_M, deferred_M]))
     return _Marks(stands=stands, shared=shared, deferred=deferred)
 
 
@@ -215,19 +215,24 @@ def _emit(bench: Bench, emissions: Sequence[Emission | None]) -> dict[int, int]:
         Purpose.EMIT,
         starts_N=[task.position for task in tasks] if is_blockwise(bench.policy) else None,
     )
-    tokens = invert(weights_EV, tossed_E).tolist()
+    tokens = fetch(invert(weights_EV, tossed_E))
     return dict(zip((e.owner for e in wanted), tokens, strict=True))
 
 
 def _emit_certain(bench: Bench, emissions: Sequence[Emission]) -> dict[int, int]:
     """Return the favourites of one-hot laws: p's, or the drafter's where pi keeps it."""
-    favourite = bench.law.favourites().tolist()
-    tokens = {e.owner: favourite[e.row] for e in emissions}
-    for e in emissions:
-        if e.judged is not None and not e.residual and bench.target.tail_N[e.judged] < 1:
-            kept_K = bench.target.on_NK[e.judged]
-            tokens[e.owner] = int(bench.support.ids_NK[e.judged, kept_K.argmax()])
-    return tokens
+    device = bench.logits_NV.device
+    row_E = torch.tensor([e.row for e in emissions], device=device)
+    token_E = bench.law.favourites()[row_E]
+    kept = [k for k, e in enumerate(emissions) if e.judged is not None and not e.residual]
+    if kept:
+        judged_J = torch.tensor([emissions[k].judged for k in kept], device=device)
+        best_J1 = bench.target.on_NK[judged_J].argmax(dim=1, keepdim=True)
+        drafted_J = bench.support.ids_NK[judged_J].gather(1, best_J1).squeeze(1)
+        place_J = torch.tensor(kept, device=device)
+        keeps_J = bench.target.tail_N[judged_J] < 1
+        token_E[place_J] = torch.where(keeps_J, drafted_J, token_E[place_J])
+    return dict(zip((e.owner for e in emissions), fetch(token_E), strict=True))
 
 
 def _outcomes(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled, widen
+from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
 from cascade.decoding.needs import is_fresh, wants_target
+from cascade.decoding.reductions import widen
 from cascade.decoding.rows import Support, one_token, overlay, size
 from cascade.decoding.rules import (
     Bild,

@@ -27,12 +27,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Words = TypeVar("Words", Tensor, NDArray[np.int64])
+Words = TypeVar("Words", Tensor, NDArray[np.int64], int)
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 # Rows of this many counters together fit a core's cache.
 _CHUNK = 1 << 16
+_FEW = 6  # coins
 
 
 class Purpose(IntEnum):
@@ -76,12 +77,23 @@ def uniforms(
         purpose: What the coin decides.
         starts_N: Position at which the drafted block began; only for block verification.
     """
+    if len(seeds_N) <= _FEW:
+        starts = starts_N or [-1] * len(seeds_N)
+        coins = map(_coin, seeds_N, positions_N, starts, [purpose] * len(seeds_N))
+        return torch.tensor(list(coins), dtype=torch.float64)
     seed_N = np.asarray(seeds_N, dtype=np.int64)
     position_N = np.asarray(positions_N, dtype=np.int64)
     start_N = np.zeros_like(seed_N) if starts_N is None else np.asarray(starts_N, np.int64) + 1
     counter = (np.zeros_like(seed_N), position_N, start_N, np.full_like(seed_N, int(purpose)))
     high_N, low_N, _, _ = philox(counter, (seed_N & _MASK, seed_N >> 32))
     return torch.from_numpy(((high_N >> 5) * 67108864.0 + (low_N >> 6)) * 2.0**-53)
+
+
+def _coin(seed: int, position: int, start: int, purpose: Purpose) -> float:
+    """Return one coin; a few are tossed sooner in plain Python than in arrays."""
+    counter = (0, position, start + 1, int(purpose))
+    high, low, _, _ = philox(counter, (seed & _MASK, seed >> 32))
+    return ((high >> 5) * 67108864.0 + (low >> 6)) * 2.0**-53
 
 
 def noise(

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from cascade.decoding import reductions
+from cascade.decoding.host import fetch
+from cascade.decoding.reductions import widen
 from cascade.decoding.session import Sampling
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ _LEAST_TEMPERATURE = 1e-30
 # A nucleus is looked for among so many of the likeliest tokens, and then among all.
 _NUCLEUS_DEPTHS = (64, 1024)
 _PLAIN = Sampling()
+_LEAST_LOG = -1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,7 @@ class Context:
 class Soft:
     """Rows softmax(logits / temperature) over the tokens whose logits reach the cut."""
 
-    logits_NV: Tensor
+    logits_NV: Tensor  # of any float type, widened where they are read
     inverse_N1: Tensor  # 1 / temperature
     peak_N1: Tensor  # largest logit
     norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
@@ -55,13 +59,13 @@ class Soft:
         """Return the log-probabilities of the tokens `ids_EK` of chosen rows."""
         if rows_E is None:
             rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
-        logits_EK = self.logits_NV[rows_E[:, None], ids_EK]
+        logits_EK = widen(self.logits_NV[rows_E[:, None], ids_EK])
         log_EK = (logits_EK - self.peak_N1[rows_E]) * self.inverse_N1[rows_E] - self.norm_N1[rows_E]
         if self.cut_N1 is None:
             return log_EK
         return log_EK.masked_fill(logits_EK < self.cut_N1[rows_E], -math.inf)
 
-    def rows(self, rows_E: Tensor) -> Soft:
+    def rows(self, rows_E: Tensor | slice) -> Soft:
         """Return a selection of the rows."""
         return Soft(
             logits_NV=self.logits_NV[rows_E],
@@ -73,10 +77,11 @@ class Soft:
 
     def log_dense(self) -> Tensor:
         """Return the log-probabilities of every token, [N, V], -inf where impossible."""
-        log_NV = (self.logits_NV - self.peak_N1).mul_(self.inverse_N1).sub_(self.norm_N1)
+        logits_NV = widen(self.logits_NV)
+        log_NV = (logits_NV - self.peak_N1).mul_(self.inverse_N1).sub_(self.norm_N1)
         if self.cut_N1 is None:
             return log_NV
-        return log_NV.masked_fill_(self.logits_NV < self.cut_N1, -math.inf)
+        return log_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
 
     def dense(self) -> Tensor:
         """Return the probabilities of every token, [N, V]."""
@@ -88,11 +93,16 @@ class Soft:
 
     def favourites(self) -> Tensor:
         """Return the likeliest token of each row, the lowest of equals."""
-        return self.logits_NV.argmax(dim=1)
+        return reductions.argmax(self.logits_NV)
 
     def entropies(self) -> Tensor:
         """Return the entropy of each row in nats."""
-        return torch.special.entr(self.dense()).sum(dim=1)
+        return torch.cat([self._entropies(some) for some in reductions.pieces(self.logits_NV)])
+
+    def _entropies(self, some: slice) -> Tensor:
+        log_NV = self.rows(some).log_dense()
+        # An impossible token adds nothing, and its finite logarithm no NaN.
+        return -(log_NV.exp() * log_NV.clamp_min_(_LEAST_LOG)).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,27 +149,48 @@ def process(
     keeps the fewest tokens whose mass reaches it, relative to what top-k left, and what ties with
     the last.
     """
-    logits_NV = _adjust(widen(logits_NV), samplings_N, contexts_N)
+    logits_NV = _adjust(logits_NV, samplings_N, contexts_N)
+    like = widen(logits_NV[:0])
     if samplings_N and samplings_N[0].greedy:
-        vocab = logits_NV.shape[1]
-        return Hard(best_N=logits_NV.argmax(dim=1), vocab=vocab, dtype=logits_NV.dtype)
+        best_N, vocab = reductions.argmax(logits_NV), logits_NV.shape[1]
+        return Hard(best_N=best_N, vocab=vocab, dtype=like.dtype)
     inverse = [1.0 / max(s.temperature, _LEAST_TEMPERATURE) for s in samplings_N]
-    inverse_N1 = logits_NV.new_tensor(inverse)[:, None]
-    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-    weights_NV = logits_NV - peak_N1
-    if any(s.temperature != 1 for s in samplings_N):
-        weights_NV.mul_(inverse_N1)
-    weights_NV.exp_()
-    cut_N1 = _cut(logits_NV, weights_NV, peak_N1, samplings_N)
-    if cut_N1 is not None:
-        weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
+    inverse_N1 = like.new_tensor(inverse)[:, None]
+    found = [
+        _normalise(widen(logits_NV[some]), inverse_N1[some], samplings_N[some])
+        for some in reductions.pieces(logits_NV)
+    ]
+    peaks, norms, cuts = zip(*found, strict=True)
     return Soft(
         logits_NV=logits_NV,
         inverse_N1=inverse_N1,
-        peak_N1=peak_N1,
-        norm_N1=weights_NV.sum(dim=1, keepdim=True).log_(),
-        cut_N1=cut_N1,
+        peak_N1=torch.cat(peaks),
+        norm_N1=torch.cat(norms),
+        cut_N1=torch.cat(cuts) if _truncates(samplings_N) else None,
     )
+
+
+def _normalise(
+    logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return peak, norm and cut of some rows, [N, 1] each."""
+    warm = any(s.temperature != 1 for s in samplings_N)
+    if not _truncates(samplings_N):
+        peak_N1, norm_N1 = reductions.peak_and_norm(logits_NV, inverse_N1 if warm else None)
+        return peak_N1, norm_N1, torch.full_like(peak_N1, -math.inf)
+    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
+    weights_NV = logits_NV - peak_N1
+    if warm:
+        weights_NV.mul_(inverse_N1)
+    weights_NV.exp_()
+    cut_N1 = _cut(logits_NV, weights_NV, peak_N1, samplings_N)
+    weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
+    return peak_N1, weights_NV.sum(dim=1, keepdim=True).log_(), cut_N1
+
+
+def _truncates(samplings_N: Sequence[Sampling]) -> bool:
+    """Whether any row may lose tokens."""
+    return any(s.top_k or s.top_p < 1 or s.min_p for s in samplings_N)
 
 
 def unscaled(logits_NV: Tensor) -> Soft:
@@ -174,19 +205,14 @@ def is_plain(sampling: Sampling) -> bool:
     return sampling == _PLAIN
 
 
-def widen(logits_NV: Tensor) -> Tensor:
-    """Return the logits in float32, or as they are in float64."""
-    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-
-
 def _adjust(
     logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
 ) -> Tensor:
-    """Return logits with bias and penalties; the input itself where no row has any."""
+    """Return logits with bias and penalties, widened; the input itself where no row has any."""
     touched = [i for i, s in enumerate(samplings_N) if s.logit_bias or s.counts_tokens]
     if not touched:
         return logits_NV
-    logits_NV = logits_NV.clone()
+    logits_NV = logits_NV.to(widen(logits_NV[:0]).dtype, copy=True)
     for i in touched:
         _bias(logits_NV[i], samplings_N[i])
         _penalise(logits_NV[i], samplings_N[i], contexts_N[i])
@@ -217,10 +243,8 @@ def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
 
 def _cut(
     logits_NV: Tensor, weights_NV: Tensor, peak_N1: Tensor, samplings_N: Sequence[Sampling]
-) -> Tensor | None:
-    """Return the least logit that top-k, top-p and min-p keep, [N, 1], or None if all keep all."""
-    if not any(s.top_k or s.top_p < 1 or s.min_p for s in samplings_N):
-        return None
+) -> Tensor:
+    """Return the least logit that top-k, top-p and min-p keep, [N, 1], -inf where all stay."""
     cut_N1 = torch.full_like(peak_N1, -math.inf)
     if any(s.top_k for s in samplings_N):
         cut_N1 = _top_k(logits_NV, [s.top_k for s in samplings_N])
@@ -249,14 +273,16 @@ def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> 
     mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
     wanted_N1 = mass_N1 * weights_NV.sum(dim=1, keepdim=True)
     cut_N1 = torch.full_like(wanted_N1, -math.inf)
-    open_E = (mass_N1 < 1).squeeze(1).nonzero().squeeze(1)
+    rows = [i for i, mass in enumerate(masses_N) if mass < 1]
     for depth in (*(d for d in _NUCLEUS_DEPTHS if d < vocab), vocab):
-        every = len(open_E) == len(logits_NV)
+        open_E = torch.tensor(rows, device=logits_NV.device)
+        every = len(rows) == len(logits_NV)
         top_ED, ids_ED = (logits_NV if every else logits_NV[open_E]).topk(depth)
         mass_ED = weights_NV[open_E[:, None], ids_ED].cumsum(1)
         short_E1 = (mass_ED < wanted_N1[open_E]).sum(dim=1, keepdim=True)
         cut_N1[open_E] = top_ED.gather(1, short_E1.clamp_max(depth - 1))
-        open_E = open_E[(short_E1 == depth).squeeze(1)]
-        if not len(open_E):
+        unmet = fetch((short_E1 == depth).squeeze(1)) if depth < vocab else []
+        rows = [i for i, more in zip(rows, unmet, strict=False) if more]
+        if not rows:
             break
     return cut_N1

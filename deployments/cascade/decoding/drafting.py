@@ -14,6 +14,7 @@ from torch import Tensor
 from cascade.decoding import coins
 from cascade.decoding.coins import Purpose
 from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
+from cascade.decoding.host import bring, fetch
 from cascade.decoding.needs import Needs, Rows, is_blockwise, is_gumbel, needs
 from cascade.decoding.rows import ABSENT, Sparse, one_hot, sparsify
 from cascade.decoding.rules import Chow, ChowLog
@@ -124,7 +125,7 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
     if isinstance(law, Soft):
         sample = _sample(law, raw, tasks, shipped_B=_shipped(policy, need, gates))
     else:
-        sample = _greedy(law.best_N.tolist(), raw, need=need)
+        sample = _greedy(fetch(law.best_N), raw, need=need)
     unscaled_B = _unscaled_at(raw, sample.tokens_B) if need.unscaled else [None] * len(tasks)
     logprobs_B = _logprobs(raw, sample.tokens_B, tasks)
     return [
@@ -159,8 +160,8 @@ def _unscaled_if(
 
 def _gates(raw: Soft, *, need: Needs) -> list[Gates | None]:
     """Return the gates of each row."""
-    peaks, favourites = raw.peaks().tolist(), raw.favourites().tolist()
-    entropies = raw.entropies().tolist() if need.entropy else [0.0] * len(peaks)
+    peaks, favourites = fetch(raw.peaks()), fetch(raw.favourites())
+    entropies = fetch(raw.entropies()) if need.entropy else [0.0] * len(peaks)
     return [
         Gates(peak=peak, favourite=favourite, entropy=entropy)
         for peak, favourite, entropy in zip(peaks, favourites, entropies, strict=True)
@@ -226,8 +227,8 @@ def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
         likelihood_B = q_BV.gather(1, token_B[:, None])
     absent = ABSENT if needs(tasks[0].policy).rows is Rows.DEFERRED else None
     return _Sample(
-        tokens_B=token_B.tolist(),
-        likelihoods_B=likelihood_B.squeeze(1).tolist(),
+        tokens_B=fetch(token_B),
+        likelihoods_B=fetch(likelihood_B.squeeze(1)),
         row=lambda _: absent,
     )
 
@@ -244,11 +245,11 @@ def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> 
         index_B = (q_BK.log() + coins.noise_at(seeds_B, positions_B, sparse.ids_NK)).argmax(dim=1)
     else:
         index_B = invert(q_BK, _draft_coins(tasks))
-    q0_BK = raw.at(sparse.ids_NK).cpu() if raw and needs(policy).row_unscaled else None
-    local = Sparse(ids_NK=sparse.ids_NK.cpu(), weights_NK=sparse.weights_NK.cpu())
+    q0_BK = bring(raw.at(sparse.ids_NK)) if raw and needs(policy).row_unscaled else None
+    local = Sparse(ids_NK=bring(sparse.ids_NK), weights_NK=bring(sparse.weights_NK))
     return _Sample(
-        tokens_B=sparse.ids_NK.gather(1, index_B[:, None]).squeeze(1).tolist(),
-        likelihoods_B=q_BK.gather(1, index_B[:, None]).squeeze(1).tolist(),
+        tokens_B=fetch(sparse.ids_NK.gather(1, index_B[:, None]).squeeze(1)),
+        likelihoods_B=fetch(q_BK.gather(1, index_B[:, None]).squeeze(1)),
         row=lambda i: local.row(i, full=full, unscaled_K=None if q0_BK is None else q0_BK[i]),
     )
 
@@ -267,7 +268,7 @@ def _unscaled_at(raw: Soft | None, tokens_B: Sequence[int]) -> list[float | None
     """Return q0 of the drafted tokens."""
     assert raw is not None, "the policy reads q0"
     ids_B1 = torch.tensor(tokens_B, device=raw.norm_N1.device)[:, None]
-    return raw.at(ids_B1).squeeze(1).tolist()
+    return fetch(raw.at(ids_B1).squeeze(1))
 
 
 def _logprobs(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cascade.decoding.host import fetch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -62,7 +64,7 @@ def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
     p_JV = p_EV if len(judged) == len(emissions) else p_EV[place_J]
     weights_JV = _over(bench, p_JV, some)
     empty_J = weights_JV.sum(dim=1) <= 0
-    if bool(empty_J.any()):
+    if fetch(empty_J.any()):
         whole = [replace(e, factor=1.0, residual=False) for e in some]
         weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
     return weights_JV if p_JV is p_EV else p_EV.index_copy(0, place_J, weights_JV)
@@ -81,7 +83,15 @@ def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
 
 
 def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
-    """Return the weights with the values of the support written over them."""
-    row_X, column_X = valid_EK.nonzero(as_tuple=True)
-    weights_EV[row_X, ids_EK[row_X, column_X]] = values_EK[row_X, column_X]
-    return weights_EV
+    """Return the weights with the values of the support written over them.
+
+    Padding repeats a valid entry of its row, or what is there if there is none: so nothing is read
+    back from the device to learn where the valid ones are.
+    """
+    some_E1 = valid_EK.to(torch.int8).argmax(dim=1, keepdim=True)
+    ids_EK = torch.where(valid_EK, ids_EK, ids_EK.gather(1, some_E1))
+    values_EK = torch.where(valid_EK, values_EK, values_EK.gather(1, some_E1))
+    any_E1 = valid_EK.any(dim=1, keepdim=True)
+    return weights_EV.scatter_(
+        1, ids_EK, torch.where(any_E1, values_EK, weights_EV.gather(1, ids_EK))
+    )

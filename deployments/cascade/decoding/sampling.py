@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cascade.decoding.host import fetch
 from cascade.decoding.session import TokenLogprob
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def invert(weights_NK: Tensor, coins_N: Tensor) -> Tensor:
 def logprobs(law: Soft, tokens_N: Sequence[int], tops_N: Sequence[int]) -> list[TokenLogprob]:
     """Return the log-probability of a token of each row, with that row's likeliest tokens."""
     ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=law.norm_N1.device)[:, None]
-    chosen_N = law.log_at(ids_N1).squeeze(1).tolist()
+    chosen_N = fetch(law.log_at(ids_N1).squeeze(1))
     depth = min(max(tops_N, default=0), law.logits_NV.shape[1])
     best_NK = law.logits_NV.topk(depth).indices
-    best, values = best_NK.tolist(), law.log_at(best_NK).tolist()
+    best, values = fetch(best_NK), fetch(law.log_at(best_NK))
     return [
         TokenLogprob(
             token=token, logprob=chosen, top=tuple(zip(best[i], values[i], strict=True))[:top]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from cascade.decoding import host
 from cascade.engine import selfcheck, threads
 from cascade.engine.batch import Segment
 from cascade.engine.cache import SequenceStore
@@ -94,6 +95,7 @@ class Engine:
         self._meter = BusyMeter(clock=clock)
         self.current = Pass()  # the pass whose rows the head has; read on the engine's thread
         self._passes = 0
+        self._reads = 0
         self._tokens = 0
         self._turns = 0
         self._backlog = 0
@@ -137,6 +139,7 @@ class Engine:
             busy=self._meter.share(),
             busy_s=self._meter.busy_s,
             passes=self._passes,
+            reads=self._reads,
             tokens=self._tokens,
             turns=self._turns,
             budget_tokens=self._budget,
@@ -327,7 +330,7 @@ class Engine:
         if not ready:
             return
         try:
-            follow = self._head.finish(ready, logits_NV)
+            follow = self._finish(ready, logits_NV)
         # The head is another part's code; its defect must not end every session of the replica.
         except Exception as error:
             log.exception("The head failed on %d steps", len(ready))
@@ -336,6 +339,13 @@ class Engine:
             return
         for step in follow:
             self._accept(step)
+
+    def _finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        before = host.reads()
+        try:
+            return self._head.finish(ready, logits_NV)
+        finally:
+            self._reads += host.reads() - before
 
     def _abandon(self, job: Job, error: Exception) -> None:
         self._scheduler.remove(job.step.session)

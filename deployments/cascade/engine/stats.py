@@ -19,6 +19,7 @@ class EngineStats:
     busy: float  # share of the last ten seconds or so spent in passes
     busy_s: float  # seconds spent in passes since the beginning
     passes: int
+    reads: int = 0  # times the head waited for numbers from the device, in all passes
     tokens: int  # run through the model
     turns: int  # sessions in those passes, summed: turns / passes is the mean batch
     budget_tokens: int  # most that a pass runs
