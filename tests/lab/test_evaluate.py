@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ITEMS = workload("families", count=1)
 CURVES = {
-    "chow": [0.3], "token_v3": [0.6, 0.95], "lossy": [0.9], "token_cascade": [0.3],
+    "chow": [0.3], "token_v3": [0.95], "lossy": [0.9], "token_cascade": [0.3],
     "sequence_cascade": [-0.1],
 }  # fmt: skip
 SETTINGS = joined([Block(temperatures=[1.0], curves=CURVES)])
@@ -81,7 +81,7 @@ async def test_a_server_is_evaluated_over_http(door: str, tmp_path: Path) -> Non
     settings = joined([Block(temperatures=[0.0], curves={"opt": [0.2]})])
     async with over_http(door) as server:
         found = await evaluate(
-            workload("facts", count=3), settings, server, run=Run(folder=tmp_path)
+            workload("facts", count=2), settings, server, run=Run(folder=tmp_path)
         )
     expert, lossless = (found.find(name, temperature=0, draft_tokens=length)
                         for name, length in (("expert_only", None), ("lossless", 5)))  # fmt: skip
