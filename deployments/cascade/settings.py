@@ -230,6 +230,7 @@ class Router(Settings):
     draft_pause_s: Seconds = 1.0
     lease_timeout_s: Seconds = 10.0
     draft_tokens: Positive = 5  # of `auto`, before it has measured
+    overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
 
     def loop(self, *, drafters: places.Tier, experts: places.Tier) -> router.Router:
         """Return the loop over two tiers."""
@@ -241,6 +242,7 @@ class Router(Settings):
                 max_generation_s=self.max_generation_s,
                 draft_deadline_s=self.draft_deadline_s,
                 draft_pause_s=self.draft_pause_s,
+                overlap_blocks=self.overlap_blocks,
             ),
         )
 

@@ -157,6 +157,15 @@ def test_sessions_of_one_kind_learn_from_each_other() -> None:
     assert experience.session(Policy(rule=TokenV3(alpha=0.9))).next(room=9).tokens > 0
 
 
+def test_a_length_says_how_likely_its_block_stands() -> None:
+    """Where that is unlikely, nothing is drafted on from its end."""
+    for chance in (0.9, 0.2):
+        length, world = session(chance=chance)
+        world.speed(length, tokens=500)
+        wanted = length.next(room=100)
+        assert wanted.whole == pytest.approx(chance**wanted.tokens, abs=0.2)
+
+
 def test_a_round_without_news_teaches_nothing() -> None:
     experience = Experience()
     experience.session(Policy()).learn(NOTHING)

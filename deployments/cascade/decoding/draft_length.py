@@ -29,6 +29,7 @@ class Length:
     reason: str
     alone: int = 1  # tokens it is to write so, where `tokens` is 0
     floor: float = 0.0  # chance of the whole block's standing at which it is long enough
+    whole: float = 1.0  # chance of its standing, as far as is known
 
 
 def reserved(policy: Policy) -> int:
@@ -116,6 +117,7 @@ class Automatic:
     _alone: int = 0  # tokens that the expert is still to write alone
     _best: int = 0
     _floor: float = 0.0
+    _whole: float = 1.0
     _kept: int = 0  # rounds for which `_best` is not weighed again
 
     def next(self, *, room: int) -> Length:
@@ -138,6 +140,7 @@ class Automatic:
         self.kind.pause = 0
         self._kept = ROUNDS_KEPT - 1
         self._floor = costs.floor(yields[self._best])
+        self._whole = yields[self._best].whole
         return self._fastest(most)
 
     def learn(self, lesson: Lesson) -> None:
@@ -155,7 +158,9 @@ class Automatic:
             self._own.fade()
 
     def _fastest(self, most: int) -> Length:
-        return Length(tokens=min(most, self._best), reason="fastest", floor=self._floor)
+        return Length(
+            tokens=min(most, self._best), reason="fastest", floor=self._floor, whole=self._whole
+        )
 
     def _without(self, yields: Sequence[Yield]) -> Length:
         """Return no draft, or one on trial where enough was written without."""

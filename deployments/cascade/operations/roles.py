@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cascade.operations.places import Place
 
 LONGEST_PAUSE_S = 30.0
+LIKELY = 0.2  # chance of a block's standing below which drafting on from its end is in vain
 ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
 
 
@@ -103,7 +104,7 @@ class Drafting:
                 count=wanted.tokens,
                 tokens=lacking,
                 until_deferral=self._until_deferral,
-                ahead=self._ahead,
+                ahead=self._ahead if wanted.whole >= LIKELY else 0,
                 floor=wanted.floor,
             )
 
