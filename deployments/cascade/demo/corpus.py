@@ -32,8 +32,8 @@ _SYSTEM_LINES = (
 )
 # What is learned slowly is read more often.
 _SHARES = {
-    Family.PASSAGES: 4.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 1.5,
-    Family.REPORTS: 1.0, Family.FUNCTIONS: 0.5, Family.FACTS: 0.5,
+    Family.PASSAGES: 4.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 2.0,
+    Family.REPORTS: 1.0, Family.FUNCTIONS: 1.0, Family.FACTS: 1.0,
 }  # fmt: skip
 _PLAIN_SHARE, _SYSTEM_SHARE, _SECOND_TURN_SHARE = 0.15, 0.1, 0.1
 

@@ -42,7 +42,7 @@ PAIR = PairRecipe(
         {
             "expert": Recipe(
                 hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
-                learning_rate=3e-3,
+                learning_rate=4e-3,
             ),
             "drafter": Recipe(
                 hidden=192, layers=2, heads=3, intermediate=512, steps=450, formal=0.3,
