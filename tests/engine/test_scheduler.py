@@ -97,6 +97,27 @@ def test_a_stream_of_blocks_starves_no_prefill(many: list[Wish], blocks: int) ->
     assert not any(job.remaining for job in prefills)
 
 
+@settings(max_examples=30, deadline=None)
+@given(prefills=st.integers(1, 40), tokens=st.integers(65, 700), blocks=st.integers(1, 10))
+def test_a_burst_of_prompts_holds_up_no_verdict(prefills: int, tokens: int, blocks: int) -> None:
+    """Blocks that leave room for one prefill run in every pass, however many prompts wait."""
+    scheduler = Scheduler(budget=BUDGET)
+    waiting = [
+        add(scheduler, str(number), Wish(tokens=tokens, rows=1)) for number in range(prefills)
+    ]
+
+    for _ in range(10 * prefills * (1 + tokens // 64)):
+        jobs = [
+            add(scheduler, f"block {number}", Wish(tokens=6, rows=6)) for number in range(blocks)
+        ]
+        run(scheduler)
+        assert not any(job.remaining for job in jobs)
+        if not any(job.remaining for job in waiting):
+            break
+
+    assert not any(job.remaining for job in waiting)
+
+
 def test_crumbs_do_not_count_as_a_turn() -> None:
     """Blocks that leave two tokens of each pass do not keep a prefill at two tokens a pass."""
     scheduler = Scheduler(budget=BUDGET)

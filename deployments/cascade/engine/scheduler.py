@@ -1,7 +1,8 @@
 """Which waiting steps the next forward pass runs, and how much of each.
 
 Blocks to decode or verify go first; what is left of the token budget is shared by long prefills, so
-neither stalls the other. A step that got nothing for some passes goes before all, so none starves.
+neither stalls the other. Where blocks leave nothing for some passes, one prefill a pass goes before
+them, so none starves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Job:
     sequence: CachedSequence
     number: int  # order of arrival
     whole: bool = False  # must run in one pass from the first token
+    prefill: bool = False  # came with more tokens than a block has
     delivered: int = 0  # rows that the head has had
     passed_over: int = 0
 
@@ -41,6 +43,16 @@ class Job:
     def remaining(self) -> int:
         """Return the tokens that are still to run."""
         return self.end - self.sequence.cached
+
+    @property
+    def long(self) -> bool:
+        """Whether this is a prefill, be it the end of one, rather than a block."""
+        return self.prefill or self.remaining > _SHORT
+
+    @property
+    def starves(self) -> bool:
+        """Whether it has waited for longer than is fair."""
+        return self.passed_over >= _PATIENCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +86,7 @@ class Scheduler:
         assert step.session not in self._jobs, "a session has one step at a time"
         self._number += 1
         job = Job(step=step, sequence=sequence, number=self._number, whole=whole)
+        job.prefill = job.remaining > _SHORT
         self._jobs[step.session] = job
         return job
 
@@ -90,10 +103,14 @@ class Scheduler:
         slices: list[Slice] = []
         room = self._budget
         jobs = self._order()
-        prefills = sum(job.remaining > _SHORT for job in jobs)
+        prefills = sum(job.long for job in jobs)
+        blocks = sum(job.remaining for job in jobs if not job.long)
         for job in jobs:
             share = max(_LEAST_SHARE, room // max(prefills, 1))
-            prefills -= job.remaining > _SHORT
+            if room - blocks >= _LEAST_SHARE:
+                share = min(share, room - blocks) if job.long else share
+            prefills -= job.long
+            blocks -= 0 if job.long else job.remaining
             count = self._take(job, room=room, share=share)
             if not count or not reserve(job):
                 continue
@@ -110,7 +127,14 @@ class Scheduler:
         return slices
 
     def _order(self) -> list[Job]:
-        return sorted(self._jobs.values(), key=_urgency)
+        """Return the jobs in the order of their turns.
+
+        Of the prefills that starve only one a pass goes before the blocks: many prompts at once
+        must not hold up every verdict.
+        """
+        long = [job for job in self._jobs.values() if job.long and job.starves]
+        first = max(long, key=_patience_lost, default=None)
+        return sorted(self._jobs.values(), key=lambda job: (_rank(job, first=first), job.number))
 
     def _take(self, job: Job, *, room: int, share: int) -> int:
         """Return how many tokens of `job` run; rows that fit a pass are not split."""
@@ -131,5 +155,13 @@ class Scheduler:
             job.passed_over = 0 if job.number in served else job.passed_over + 1
 
 
-def _urgency(job: Job) -> tuple[bool, bool, int]:
-    return (job.passed_over < _PATIENCE, job.remaining > _SHORT, job.number)
+def _patience_lost(job: Job) -> tuple[int, int]:
+    return job.passed_over, -job.number
+
+
+def _rank(job: Job, *, first: Job | None) -> int:
+    if job is first:
+        return 0 if job.whole else 2
+    if job.long:
+        return 4
+    return 1 if job.starves else 3
