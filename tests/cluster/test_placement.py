@@ -68,7 +68,7 @@ def replicas(raylets: dict[int, str]) -> Counter[tuple[str, str]]:
         title = " ".join(process.info["cmdline"] or ())
         node = raylets.get(process.info["ppid"])
         if node is not None and title.startswith("ray::ServeReplica:cascade:"):
-            found[title.split(":")[4].split(".")[0], node] += 1
+            found[title.split(":")[4].split(".")[0].strip(), node] += 1  # titles are padded
     return found
 
 

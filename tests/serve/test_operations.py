@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ async def seen(server: Server) -> list[Sample]:
     await answer(server, "measured")
     found: list[Sample] = []
     for _ in range(60):
-        found = await samples(server)
+        with suppress(httpx.TransportError):  # a node's agent that is not there yet
+            found = await samples(server)
         if not lacking(found):
             return found
         await asyncio.sleep(1)
