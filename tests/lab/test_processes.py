@@ -30,8 +30,12 @@ async def test_three_processes_say_what_one_does_and_their_work_is_counted() -> 
     one = min(os.sched_getaffinity(0))
     async with tier_processes(settings(), cores={"drafter": [one]}) as running:
         before_s = running.expert.cpu_s
-        places = {"drafter": running.drafter.address, "expert": running.expert.address}
-        async with routed(settings(), **places, token=running.token) as service:
+        async with routed(
+            settings(),
+            drafter=running.drafter.address,
+            expert=running.expert.address,
+            token=running.token,
+        ) as service:
             apart = await InProcess(service, name="apart").answer(BODY)
         assert os.sched_getaffinity(running.drafter.pid) == {one}
         pids = {running.drafter.pid, running.expert.pid, os.getpid()}
