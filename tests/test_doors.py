@@ -187,13 +187,15 @@ async def test_both_doors_give_the_same_tokens_and_the_same_bill(
     cascade_pb2_grpc.add_GenerationServiceServicer_to_server(door, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
     port = rpc.add_insecure_port("127.0.0.1:0")
     await rpc.start()
-    http = await ask(client, seed=5, temperature=0.8, extra_body={"return_token_ids": True})
+    body = {"return_token_ids": True, "cascade": {"draft_tokens": 4}}
+    http = await ask(client, seed=5, temperature=0.8, extra_body=body)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = cascade_pb2_grpc.GenerationServiceStub(channel)
         generation = cascade_pb2.Generation(
             chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(**QUESTION[0])]),
             sampling=tokens_pb2.Sampling(temperature=0.8),
             seed=5,
+            fixed_draft_length=4,
         )
         answer = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
     await rpc.stop(None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.cost import Acceptance, Costs, Lesson, fastest, yields_of
+from cascade.decoding.rules import Lossless
 from cascade.decoding.session import Bonus
 
 if TYPE_CHECKING:
@@ -87,10 +88,19 @@ class Experience:
     _kinds: dict[object, Kind] = field(default_factory=dict[object, Kind])
 
     def session(self, policy: Policy) -> Automatic:
-        """Return what decides the draft lengths of a session."""
+        """Return what decides the draft lengths of a session.
+
+        Only where the rule's law is the expert's own may the expert write alone because that is
+        faster: under any other rule how fast the tiers are would change what is said.
+        """
         name = policy.rule, policy.coupling, policy.sampling.greedy
         kind = self._kinds.setdefault(name, Kind())
-        return Automatic(experience=self, kind=kind, bonus=policy.bonus is not Bonus.NONE)
+        return Automatic(
+            experience=self,
+            kind=kind,
+            bonus=policy.bonus is not Bonus.NONE,
+            least=0 if isinstance(policy.rule, Lossless) else 1,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +122,7 @@ class Automatic:
     experience: Experience
     kind: Kind
     bonus: bool
+    least: int  # tokens to draft where there is room
     _own: Acceptance = field(default_factory=lambda: Acceptance(memory=SESSION_MEMORY))
     _stood: bool = False  # the block before stood whole
     _alone: int = 0  # tokens that the expert is still to write alone
@@ -134,7 +145,7 @@ class Automatic:
             self._kept -= 1
             return self._fastest(most)
         yields = yields_of([self._chance(place) for place in range(most)], bonus=self.bonus)
-        self._best = fastest(costs, yields)
+        self._best = fastest(costs, yields[self.least :])
         if self._best == 0:
             return self._without(yields)
         self.kind.pause = 0
