@@ -20,7 +20,11 @@ from cascade.cli.versions import check_requirement, check_versions
 Serving = Callable[..., Any]
 NOWHERE = "http://127.0.0.1:9"
 JSON = "application/json"
-YAMLS = sorted((Path(__file__).parents[2] / "cluster").glob("*.yaml"))
+YAMLS = [  # what `serve run` takes
+    path
+    for path in sorted((Path(__file__).parents[2] / "cluster").glob("*.yaml"))
+    if "\napplications:" in path.read_text()
+]
 USAGE = {"CPU": [1.0, 4.0], "GPU": [0.0, 1.0], "memory": [0, 8e9], "node:10.0.0.1": [0, 1]}
 STATUS = {"data": {"clusterStatus": {"loadMetricsReport": {"usage": USAGE}}}}
 

@@ -36,6 +36,13 @@ Pad = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=0, help="Of the expert and of peers; 0: torch's own")]
 DrafterThreads = Annotated[int, typer.Option(min=0, help="Of the drafter; 0: torch's own")]
+Ask = Annotated[
+    list[str] | None,
+    typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]; the first is the baseline; repeat"),
+]
+RoundTrips = Annotated[
+    list[float] | None, typer.Option(min=0, help="Round trip to emulate; repeat for more")
+]
 Dtype = Annotated[str | None, typer.Option(help="Of the expert and of peers: bfloat16, ...")]
 
 
@@ -51,10 +58,7 @@ def run(  # noqa: PLR0913 - one parameter an option
         str, typer.Argument(help="A JSONL file, `families`, or the name of one family")
     ] = "problems",
     *,
-    ask: Annotated[
-        list[str] | None,
-        typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]; the first is the baseline; repeat"),
-    ] = None,
+    ask: Ask = None,
     url: Annotated[str | None, typer.Option(help="A running server")] = None,
     here: Annotated[
         bool | None, typer.Option("--here", help="Both tiers in this process (the default)")
@@ -65,9 +69,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     peer: Annotated[
         list[str] | None, typer.Option(help="assisted, batched or continuous; repeat for more")
     ] = None,
-    rtt_ms: Annotated[
-        list[float] | None, typer.Option(min=0, help="Round trip to emulate; repeat for more")
-    ] = None,
+    rtt_ms: RoundTrips = None,
     config: Config = None,
     pad: Pad = None,
     dtype: Dtype = None,
