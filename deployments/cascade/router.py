@@ -161,7 +161,12 @@ class Router:
                 drafter = self._hurried(drafters, until_deferral=unasked)
                 expert, needed = (Late(judging), None) if unasked else (judging, experts)
         if request.prediction and not unasked:
-            drafter = Predicted(request.prediction, drafter)
+            drafter = Predicted(
+                request.prediction,
+                drafter,
+                block_tokens=request.draft_tokens or self._options.chunk_tokens,
+                limit=request.max_tokens - reserved(session.policy),
+            )
         try:
             if needed is not None:
                 await needed.enter(session)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from cascade.decoding.cost import Timing
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
 from cascade.errors import Overloaded, Unavailable
-from cascade.wire.frames import Judge, Judgement, Proposal, Propose
+from cascade.wire.frames import Judge, Judgement, Need, Proposal, Propose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -160,18 +160,26 @@ class Hurried:
 
 
 class Predicted:
-    """Proposes from the client's prediction, and asks `other` where that does not fit."""
+    """Proposes from the client's prediction, and asks `other` where that does not fit.
 
-    def __init__(self, prediction: Sequence[int], other: Drafter) -> None:
+    A prediction costs no drafting, so blocks of it are long even where drafting would not pay.
+    """
+
+    def __init__(
+        self, prediction: Sequence[int], other: Drafter, *, block_tokens: int, limit: int
+    ) -> None:
         self._prediction = tuple(prediction)
         self._other = other
+        self._block_tokens = block_tokens
+        self._limit = limit  # position that no block goes beyond
         self._next = 0  # place in the prediction of the session's next token
         self._seen = 0  # committed tokens looked at
 
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return the prediction's next tokens while the answer follows it."""
         self._follow(session.tokens)
-        tokens = self._prediction[self._next : self._next + wanted.tokens]
+        count = max(0, min(self._block_tokens, self._limit - session.position))
+        tokens = self._prediction[self._next : self._next + count]
         if not tokens:
             return await self._other.propose(session, wanted)
         return Offer(block=Block(tokens=tokens), predicted=True)
@@ -226,6 +234,8 @@ class Judging:
             answer = await self._place.answer(session)
         except Unavailable:
             self._place.leave()
+            return None
+        if isinstance(answer, Need):
             return None
         self._coming -= 1
         return self._take(answer)
