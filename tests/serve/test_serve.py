@@ -104,8 +104,9 @@ async def test_http_and_grpc_give_the_same_tokens(
         chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(role="user", content=QUESTION)]),
         sampling=tokens_pb2.Sampling(temperature=0),
         max_tokens=48,
+        fixed_draft_length=4,
     )
-    whole, cost = await text_of(client)
+    whole, cost = await text_of(client, draft_tokens=4)
     unary = await door.Generate(cascade_pb2.GenerateRequest(generation=generation))
     frames = door.GenerateStream(cascade_pb2.GenerateStreamRequest(generation=generation))
     streamed = [frame async for frame in frames]
