@@ -93,3 +93,12 @@ def test_a_session_taken_back_feeds_the_truth(answer: list[int], data: st.DataOb
     assert here.catch_up(position=len(told), tokens=tuple(other), digest=digest(told)) is None
     fed.run(here.step([], rows=1, task=None))
     assert fed.tokens == [*PROMPT, *told]
+
+
+def test_a_session_that_went_on_before_its_first_item_is_fed_the_whole_prompt() -> None:
+    """The prefill leaves the prompt's last token to the first item, which may come late."""
+    here, fed = seat(), Fed()
+    fed.run(here.prefill(None))
+    assert here.catch_up(position=2, tokens=(1, 2), digest=digest([1, 2])) is None
+    fed.run(here.step([], rows=1, task=None))
+    assert fed.tokens == [*PROMPT, 1, 2]

@@ -34,6 +34,7 @@ class Seat:
     digest: int = field(init=False)
     fed: list[int] = field(init=False, default_factory=list[int])  # in the engine, drafts too
     agreed: int = 0  # fed[:agreed] == answer[:agreed]
+    prompted: bool = field(init=False, default=False)  # the engine was fed the whole prompt
     busy: bool = False
     closed: bool = False
     parked: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
@@ -74,7 +75,8 @@ class Seat:
         while self.agreed < known and self.fed[self.agreed] == self.answer[self.agreed]:
             self.agreed += 1
         # The last committed token runs again if need be: its row is the first that is wanted.
-        keep = min(self.agreed, len(self.answer) - 1)
+        keep = min(self.agreed, len(self.answer) - 1) if self.prompted else -1
+        self.prompted = True
         fresh = (*self.answer[max(keep, 0) :], *draft)
         self.fed[max(keep, 0) :] = fresh
         tokens = fresh if keep >= 0 else (self.session.prompt[-1], *fresh)
@@ -90,4 +92,5 @@ class Seat:
         """Return the step that feeds all but the last known token, without logits."""
         known = (*self.session.prompt, *self.answer)[:-1]
         self.fed = list(self.answer[:-1])
+        self.prompted = bool(self.answer)
         return Step(session=self.key, base=0, tokens=known, rows=0, task=task)
