@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.decoding.drafting import Draft
+    from cascade.decoding.drafting import Draft, DraftTask
     from cascade.decoding.rules import Rule
     from cascade.engine.step import Ready, Step
     from cascade.wire.frames import Proposal
@@ -68,7 +68,7 @@ class Drafter(Replica[Propose]):
         lines = [one.step.task for one in ready if isinstance(one.step.task, Line)]
         results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
         follow: list[Step] = []
-        drafts = draft_step(logits_NV, [line.task for line in lines])
+        drafts = self.draft(logits_NV, [line.task for line in lines])
         confident = _confidences(logits_NV, lines, drafts)
         for place, (line, draft) in enumerate(zip(lines, drafts, strict=True)):
             proposal, step = None, None
@@ -80,6 +80,10 @@ class Drafter(Replica[Propose]):
                 results.append(self._result(line, proposal, done=step is None))
         self.publish(results)
         return follow
+
+    def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[Draft]:
+        """Return the token that each row yields."""
+        return draft_step(logits_NV, tasks)
 
     def seat_of(self, step: Step) -> Seat | None:
         """Return the seat a step belongs to."""

@@ -110,6 +110,10 @@ class Expert(Replica[Judge]):
         rows = rows_needed(seat.session.policy, item.block.tokens)
         return seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)
 
+    def verdicts(self, rows: Sequence[Tensor], tasks: Sequence[Task]) -> Sequence[Verdict]:
+        """Return what the rows, [N, V] of each task, say of the tasks' blocks."""
+        return judge(torch.cat(list(rows)), tasks)
+
     def score(self, connection: Connection, item: Score) -> None:
         """Begin to score a text."""
         self.check_room(len(item.tokens), 0)
@@ -159,9 +163,8 @@ class Expert(Replica[Judge]):
     def _judge(self, blocks: list[tuple[_Judging, Tensor]], results: list[Result]) -> list[Step]:
         if not blocks:
             return []
-        logits_NV = torch.cat([rows_NV for _, rows_NV in blocks])
         follow: list[Step] = []
-        verdicts = judge(logits_NV, [block.task for block, _ in blocks])
+        verdicts = self.verdicts([rows for _, rows in blocks], [block.task for block, _ in blocks])
         now_s = self.clock()
         for (block, _), verdict in zip(blocks, verdicts, strict=True):
             item = self._judgement(block, verdict, now_s=now_s)

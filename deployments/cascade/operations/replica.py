@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cascade.engine.settings import EngineSettings
     from cascade.engine.step import Ready, Step
     from cascade.engine.tokenizer import Tokenizer
     from cascade.engine.weights import LoadedModel
@@ -82,16 +83,17 @@ class Replica(ABC, Generic[Item]):
             connect_timeout_s=options.connect_timeout_s,
             idle_timeout_s=options.idle_timeout_s,
             standing=token,
+            clock=self.clock,
         )
         settings = replace(options.engine, vocabulary=min(tokenizer.size, model.vocabulary))
-        self.engine = Engine(model, head=self, settings=settings)
+        self.engine = self.make_engine(model, settings)
         self._description = Description(
             model=options.model,
             vocab_size=settings.vocabulary,
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
-        self._server = TierServer(TracedTier(self), self.kind)
+        self.server = TierServer(TracedTier(self), self.kind)
         self._loop = asyncio.get_running_loop()
         self._seats: dict[tuple[Connection, SessionId], Seat] = {}
         self._keys = itertools.count()
@@ -132,15 +134,19 @@ class Replica(ABC, Generic[Item]):
         )
         replica = cls(model, tokenizer, options, token=token)
         replica.engine.start()
-        bound = await replica._server.start(address)
+        bound = await replica.server.start(address)
         port = bound.rpartition(":")[2]
         replica.address = bound if advertised_host is None else f"{advertised_host}:{port}"
         return replica
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Take no new streams, cut the open ones after `grace_s` seconds, end the engine."""
-        await self._server.stop(grace_s=grace_s)
+        await self.server.stop(grace_s=grace_s)
         await asyncio.to_thread(self.engine.stop)
+
+    def make_engine(self, model: LoadedModel, settings: EngineSettings) -> Engine:
+        """Return the engine whose head this is; not started."""
+        return Engine(model, head=self, settings=settings, clock=self.clock)
 
     @abstractmethod
     def begin(self, seat: Seat, item: Item) -> Step | None:

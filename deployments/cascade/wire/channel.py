@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cascade.decoding.session import SessionId
     from cascade.wire.codec import Answer, Question
 
-    Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+    Dial: TypeAlias = Callable[[str, Kind], "Call"]
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -98,10 +98,48 @@ class Link:
         self._answers.put_nowait(None)
 
 
-class _Stream:
-    """One call on one connection, from its first link until it breaks."""
+class Call(Protocol):
+    """Carries the frames of one stream."""
 
-    def __init__(self, address: str, kind: Kind, delay_s: float) -> None:
+    async def write(self, frame: bytes) -> None:
+        """Send a frame."""
+        ...
+
+    async def read(self) -> object:
+        """Return the next frame, or what is not bytes where the peer has ended the call."""
+        ...
+
+    async def close(self) -> None:
+        """End the call; the peer hears of it."""
+        ...
+
+
+class GrpcCall:
+    """A call on a connection of its own."""
+
+    def __init__(self, address: str, kind: Kind) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(
+            kind.path(kind.stream)
+        )()
+
+    async def write(self, frame: bytes) -> None:
+        """Send a frame; raises what grpc raises."""
+        await self._call.write(frame)
+
+    async def read(self) -> object:
+        """Return the next frame, or grpc's end of file; raises what grpc raises."""
+        return await self._call.read()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
+
+class _Stream:
+    """One call, from its first link until it breaks."""
+
+    def __init__(self, address: str, kind: Kind, delay_s: float, dial: Dial) -> None:
         self.kind = kind
         self.address = address
         self.failure: str | None = None
@@ -109,8 +147,7 @@ class _Stream:
         self._loop = asyncio.get_running_loop()
         self._links: dict[SessionId, Link] = {}
         self._outbox = Outbox()
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._call: Call = self._channel.stream_stream(kind.path(kind.stream))()
+        self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
 
     def join(self, session_id: SessionId, epoch: int) -> Link:
@@ -168,7 +205,7 @@ class _Stream:
             failure = _sentence(failed.exceptions[0])
         finally:
             self._break(failure)
-            await self._channel.close()
+            await self._call.close()
 
     def _break(self, failure: str) -> None:
         self.failure = failure
@@ -198,19 +235,22 @@ class _Stream:
 class Peer:
     """One replica, reached on its own address. Must be used on one event loop.
 
-    `delay_s` is added to every item each way, to emulate a network.
+    `delay_s` is added to every item each way, to emulate a network; `dial` begins a stream's call.
     """
 
-    def __init__(self, address: str, kind: Kind, *, delay_s: float = 0.0) -> None:
+    def __init__(
+        self, address: str, kind: Kind, *, delay_s: float = 0.0, dial: Dial = GrpcCall
+    ) -> None:
         self.address = address
         self.kind = kind
         self.delay_s = delay_s
+        self._dial = dial
         self._stream: _Stream | None = None
 
     def link(self, session_id: SessionId, epoch: int) -> Link:
         """Return a link for the session, on a new stream if there is none or it is broken."""
         if self._stream is None or self._stream.failure is not None:
-            self._stream = _Stream(self.address, self.kind, self.delay_s)
+            self._stream = _Stream(self.address, self.kind, self.delay_s, self._dial)
         return self._stream.join(session_id, epoch)
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
@@ -235,14 +275,15 @@ class Peer:
 class Peers:
     """The replicas of one tier by address, each with at most one stream."""
 
-    def __init__(self, kind: Kind, *, delay_s: float = 0.0) -> None:
+    def __init__(self, kind: Kind, *, delay_s: float = 0.0, dial: Dial = GrpcCall) -> None:
         self.kind = kind
         self.delay_s = delay_s
+        self._dial = dial
         self._peers: dict[str, Peer] = {}
 
     def __getitem__(self, address: str) -> Peer:
         if address not in self._peers:
-            self._peers[address] = Peer(address, self.kind, delay_s=self.delay_s)
+            self._peers[address] = Peer(address, self.kind, delay_s=self.delay_s, dial=self._dial)
         return self._peers[address]
 
     def link(self, address: str, session_id: SessionId, epoch: int) -> Link:

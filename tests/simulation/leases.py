@@ -1,0 +1,98 @@
+"""What Serve does for a tier: it grants leases, and learns late which replicas are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cascade.errors import Overloaded
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from cascade.operations.leases import Ticket
+    from cascade.wire.tiers import Kind
+
+    from .network import Host
+    from .toys import ToyDrafter, ToyExpert
+
+DETECTION_S = 1.0  # until Serve knows that a replica is gone
+LATENCY_S = 0.002
+
+
+@dataclass(eq=False, kw_only=True)
+class Node:
+    """A replica on its host."""
+
+    replica: ToyDrafter | ToyExpert
+    host: Host
+    holds: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    known_until_s: float = float("inf")  # Serve sends callers here
+
+    def kill(self) -> None:
+        """End the process."""
+        self.known_until_s = asyncio.get_running_loop().time() + DETECTION_S
+        self.replica.engine.stop()
+        for hold in self.holds:
+            hold.cancel()
+
+
+class SimLease:
+    """A call held open on a node."""
+
+    def __init__(self, node: Node) -> None:
+        self.address = node.replica.address
+        self.token = ""
+        self._node = node
+        self._granted: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._hold())
+        node.holds.add(self._task)
+        self._task.add_done_callback(node.holds.discard)
+
+    async def granted(self) -> None:
+        """Wait for the ticket."""
+        self.token = (await self._granted)["token"]
+
+    def close(self) -> None:
+        """Cancel the call, as the node learns when the network lets it."""
+        loop = asyncio.get_running_loop()
+        loop.call_at(max(loop.time(), self._node.host.cut_until_s) + LATENCY_S, self._task.cancel)
+
+    async def _hold(self) -> None:
+        async with aclosing(self._node.replica.lease()) as tickets:
+            async for ticket in tickets:
+                if not self._granted.done():
+                    self._granted.set_result(ticket)
+
+
+class SimLeases:
+    """Takes leases on whichever nodes Serve believes in."""
+
+    def __init__(self, kind: Kind, chance: Random, *, most: int) -> None:
+        self.nodes: list[Node] = []
+        self._kind = kind
+        self._chance = chance
+        self._most = most  # leases of one node
+
+    async def take(self) -> SimLease:
+        """Return a lease on a node that has room."""
+        await asyncio.sleep(LATENCY_S * self._chance.expovariate(1))
+        now_s = asyncio.get_running_loop().time()
+        known = [node for node in self.nodes if now_s < node.known_until_s]
+        if not known:
+            raise self._kind.unavailable("no replica")
+        free = [node for node in known if len(node.holds) < self._most]
+        if not free:
+            raise Overloaded("every replica is taken")
+        node = self._chance.choice(free)
+        if not node.host.up:
+            raise self._kind.unavailable("the replica is gone")
+        lease = SimLease(node)
+        try:
+            await lease.granted()
+        except asyncio.CancelledError:
+            lease.close()
+            raise
+        return lease
