@@ -154,6 +154,7 @@ class Tier(Settings):
     bind_host: str = "0.0.0.0"  # noqa: S104 - routers on other nodes reach it; a lease guards it
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
+    pass_timeout_s: Seconds = 120.0  # of a forward pass, until the replica is taken to hang
 
     @model_validator(mode="after")
     def _one_way_to_count(self) -> "Tier":
@@ -191,6 +192,7 @@ class Tier(Settings):
             ),
             connect_timeout_s=self.connect_timeout_s,
             idle_timeout_s=self.idle_timeout_s,
+            pass_timeout_s=self.pass_timeout_s,
         )
 
     def serve_options(self, *, environment: dict[str, str]) -> dict[str, Any]:

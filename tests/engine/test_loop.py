@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -319,6 +320,33 @@ def test_a_head_that_fails_does_not_end_the_engine() -> None:
 
     assert isinstance(head.errors["bad"], ZeroDivisionError)
     assert len(head.written) == 2
+
+
+@dataclass(kw_only=True)
+class Watching(Chain):
+    """Notes for how long the engine has worked whenever it is given rows."""
+
+    engine: Engine | None = None
+    working_s: list[float] = field(default_factory=list)
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        assert self.engine is not None
+        self.working_s.append(self.engine.working_s)
+        return super().finish(ready, logits_NV)
+
+
+def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
+    head, clock = Watching(length=2), itertools.count()
+    engine = Engine(
+        adopt(build("llama"), name="tiny"), head=head, settings=SMALL, clock=clock.__next__
+    )
+    head.engine = engine
+    assert engine.working_s == 0
+    engine.submit(Step(session=SessionId("a"), base=0, tokens=[5], rows=1))
+    engine.turn()
+    engine.turn()
+    assert all(0 < seconds < 10 for seconds in head.working_s)
+    assert engine.working_s == 0
 
 
 def test_only_the_pairs_vocabulary_has_logits() -> None:

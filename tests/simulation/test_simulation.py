@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.operations.places import Place
-from cascade.operations.seat import Seat
 from cascade.wire.frames import Refusal
 
 from .clock import run
@@ -63,19 +62,9 @@ def _never_leave(self: Place) -> None:
     self._link = self._lease = None
 
 
-def _whole_prompt(self: Seat) -> bool:
-    """A planted bug: prompts are taken for read."""
-    return bool(self.answer)
-
-
-def _ignore(*_: object) -> None:
-    """Set nothing."""
-
-
 PLANTED: dict[str, tuple[type, str, Any]] = {
     "answers to other positions": (Place, "answer", _any_answer),
     "leases not given back": (Place, "leave", _never_leave),
-    "prompts half read": (Seat, "prompted", property(_whole_prompt, _ignore)),
 }
 
 

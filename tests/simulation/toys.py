@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 VOCABULARY = 9
 STOP = 0
 CONTEXT = 64
+HANGS_S = 5.0  # an engine that runs nothing for so long
 
 
 def expert_token(row: int) -> int:
@@ -62,6 +63,19 @@ class ToyEngine:
     waiting: dict[str, asyncio.TimerHandle] = field(default_factory=dict[str, asyncio.TimerHandle])
     current: Pass = field(default_factory=Pass)
     stalled_until_s: float = 0.0
+    stalled_since_s: float = 0.0
+    alive: bool = True
+
+    def stall(self, *, for_s: float) -> None:
+        """Run nothing for a while."""
+        self.stalled_since_s = asyncio.get_running_loop().time()
+        self.stalled_until_s = self.stalled_since_s + for_s
+
+    @property
+    def working_s(self) -> float:
+        now_s = asyncio.get_running_loop().time()
+        stalled = self.waiting and now_s < self.stalled_until_s
+        return now_s - self.stalled_since_s if stalled else 0.0
 
     def submit(self, step: Step) -> None:
         assert step.session not in self.waiting, "one step in flight"
@@ -113,7 +127,7 @@ class _Toy:
         self._full = full
         model: Any = SimpleNamespace(vocabulary=VOCABULARY)
         tokenizer: Any = SimpleNamespace(size=VOCABULARY, tokens={})
-        options = ReplicaOptions(model="toy")
+        options = ReplicaOptions(model="toy", pass_timeout_s=HANGS_S)
         super().__init__(model, tokenizer, options, token=None)  # pyright: ignore[reportCallIssue] - that of a replica
 
     def make_engine(self, model: Any, settings: Any) -> Any:

@@ -121,7 +121,7 @@ class World:
         """Let something go wrong."""
         chance = self.story.chance
         node = chance.choice([node for node in self.nodes() if node.host.up] or self.nodes())
-        address, now_s = node.replica.address, asyncio.get_running_loop().time()
+        address = node.replica.address
         what = chance.choice(["kill", "silent", "cut", "stall", "streams", "leases"])
         self.note(f"{what} {address}")
         match what:
@@ -132,7 +132,7 @@ class World:
             case "cut":
                 self.network.cut(address, for_s=chance.choice([0.05, 1.0, 5.0, 30.0]))
             case "stall":
-                node.replica.engine.stalled_until_s = now_s + chance.choice([0.1, 3.0, 20.0])
+                node.replica.engine.stall(for_s=chance.choice([0.1, 3.0, 20.0]))
             case "streams":
                 self.network.end_calls(address)
             case _:

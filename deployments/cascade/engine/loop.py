@@ -94,6 +94,7 @@ class Engine:
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
         self.current = Pass()  # the pass whose rows the head has; read on the engine's thread
+        self._planned_s: float | None = None  # when what runs now was planned
         self._passes = 0
         self._reads = 0
         self._tokens = 0
@@ -118,6 +119,12 @@ class Engine:
     def alive(self) -> bool:
         """Whether the thread runs; it ends by `stop` alone, unless the engine has a defect."""
         return self._thread.is_alive()
+
+    @property
+    def working_s(self) -> float:
+        """Return for how long the present plan has been run, 0 while there is none."""
+        planned_s = self._planned_s
+        return 0.0 if planned_s is None else self._clock() - planned_s
 
     def submit(self, step: Step) -> None:
         """Queue a step. A session has at most one that is not finished."""
@@ -258,12 +265,14 @@ class Engine:
         """Run what the scheduler plans, pass by pass, and let the owner publish."""
         if not len(self._scheduler):
             return
+        self._planned_s = self._clock()
         self._backlog = sum(job.remaining for job in self._scheduler)
         slices = self._plan()
         self._begin(slices)
         for places in self.runner.split([_segment(piece) for piece in slices]):
             self._pass([slices[place] for place in places])
         self._meter.note(busy=True)
+        self._planned_s = None
 
     def _begin(self, slices: Sequence[Slice]) -> None:
         """Count the wait of the steps that run for the first time."""

@@ -62,6 +62,11 @@ class InstantTier:
         """Return what any request fits."""
         return DESCRIPTION
 
+    @property
+    def alive(self) -> bool:
+        """Always."""
+        return True
+
 
 async def measure(*, streams: int, rounds: int, direct: bool = False) -> Rounds:
     """Return what `rounds` rounds or a few more take, `streams` answers at a time.

@@ -17,3 +17,4 @@ class ReplicaOptions:
     engine: EngineSettings = field(default_factory=EngineSettings)
     connect_timeout_s: float = 10.0  # from a lease to its session
     idle_timeout_s: float = 120.0  # of a session without items
+    pass_timeout_s: float = 120.0  # of a forward pass, until its device is taken to hang

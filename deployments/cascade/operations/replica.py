@@ -94,6 +94,7 @@ class Replica(ABC, Generic[Item]):
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
         self.server = TierServer(TracedTier(self), self.kind)
+        self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
         self._seats: dict[tuple[Connection, SessionId], Seat] = {}
         self._keys = itertools.count()
@@ -172,8 +173,8 @@ class Replica(ABC, Generic[Item]):
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still runs."""
-        return self.engine.alive
+        """Whether the engine runs, and its device does not hang."""
+        return self.engine.alive and self.engine.working_s < self._pass_timeout_s
 
     def describe(self) -> Description:
         """Return what is served here."""

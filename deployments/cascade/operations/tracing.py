@@ -134,6 +134,11 @@ class TracedTier:
         """Return what is served."""
         return self._tier.describe()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the tier works."""
+        return self._tier.alive
+
     def _open(self, connection: Connection, item: Open) -> None:
         parent = _PROPAGATOR.extract({"traceparent": item.traceparent})
         if not trace.get_current_span(parent).get_span_context().trace_flags.sampled:

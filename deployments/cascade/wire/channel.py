@@ -2,6 +2,8 @@
 
 A stream opens with the first link and cannot be moved or mended. When it breaks, every link on it
 raises `DrafterUnavailable` or `ExpertUnavailable` from `receive`, and the next link opens another.
+A replica that works sends something every second, however long it takes over what it was asked; the
+stream of one that is silent for longer counts as broken.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from cascade.errors import CascadeError, Overloaded, Unavailable
 from cascade.wire.codec import decode_answer, encode, parse
 from cascade.wire.frames import Close
 from cascade.wire.outbox import Outbox
-from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, decode_description
+from cascade.wire.tiers import BEAT_S, STREAM_OPTIONS, Description, Kind, decode_description
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from cascade.wire.codec import Answer, Question
 
     Dial: TypeAlias = Callable[[str, Kind], "Call"]
+
+SILENT_BEATS = 3  # after which a replica is taken for lost; counted, for our own loop may be late
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -83,6 +87,11 @@ class Link:
             self._answers.put_nowait(None)
             raise self._stream.lost()
         return answer
+
+    @property
+    def heard(self) -> bool:
+        """Whether `receive` would not wait."""
+        return not self._answers.empty()
 
     def close(self) -> None:
         """Free the session on the replica; safe to repeat and on a broken stream."""
@@ -147,6 +156,7 @@ class _Stream:
         self._loop = asyncio.get_running_loop()
         self._links: dict[SessionId, Link] = {}
         self._outbox = Outbox()
+        self._silence = 0  # beats since the last frame
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
 
@@ -201,6 +211,7 @@ class _Stream:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 group.create_task(self._write())
+                group.create_task(self._listen())
         except* (grpc.aio.AioRpcError, asyncio.InvalidStateError, CascadeError) as failed:
             failure = _sentence(failed.exceptions[0])
         finally:
@@ -219,8 +230,15 @@ class _Stream:
 
     async def _read(self) -> None:
         while isinstance(data := await self._call.read(), bytes):
+            self._silence = 0
             self._receive(data)
         raise self.kind.unavailable("the replica ended the stream")
+
+    async def _listen(self) -> None:
+        while self._silence <= SILENT_BEATS:
+            await asyncio.sleep(BEAT_S)
+            self._silence += 1
+        raise self.kind.unavailable(f"it has been silent for {SILENT_BEATS * BEAT_S:g} s")
 
     def _receive(self, data: bytes) -> None:
         messages = parse(data, self.kind.response)

@@ -48,6 +48,11 @@ class EchoTier:
         """Return what the tier was made with."""
         return self.description
 
+    @property
+    def alive(self) -> bool:
+        """Always."""
+        return True
+
 
 def echo(item: Question) -> Answer | None:
     """Return the answer to an item; `Open` and `Close` have none."""

@@ -2,7 +2,7 @@
 
 A stream ends for the tier when the client half-closes, cancels or vanishes: `grpc.aio` ends the
 request iterator alike. A frame that cannot be read aborts its stream; an item that cannot be read,
-or names no open session, refuses its session alone.
+or names no open session, refuses its session alone. A frame without items says that the tier works.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cascade.wire.codec import decode_question, encode, owner, parse
 from cascade.wire.frames import Close, Judge, Open, Propose, Refusal, Score
 from cascade.wire.limits import check
 from cascade.wire.outbox import Outbox
-from cascade.wire.tiers import STREAM_OPTIONS, Description, Kind, encode_description
+from cascade.wire.tiers import BEAT_S, STREAM_OPTIONS, Description, Kind, encode_description
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -59,6 +59,11 @@ class Tier(Protocol):
         """Return what is served, and the limits that the server enforces."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether what was asked is being worked on; clients leave a tier that does not say so."""
+        ...
+
 
 class Connection:
     """One client's stream. Equal only to itself."""
@@ -87,6 +92,11 @@ class Connection:
             self._refuse(item, error)
         except Overloaded as error:
             self.fail(error)
+
+    def beat(self) -> None:
+        """Say that the tier works."""
+        if not self.ended.is_set():
+            self.outbox.put(b"")
 
     def close(self) -> None:
         """Accept nothing more; what was sent before still leaves."""
@@ -167,12 +177,14 @@ class TierServer:
         connection = Connection(self.kind)
         reader = asyncio.create_task(self._read(connection, requests))
         writer = asyncio.create_task(_write(connection, context))
+        beats = asyncio.create_task(self._beat(connection))
         try:
             await self._attend(connection, reader)
             # Core takes no status while a write is under way, so the writer is waited for.
             await asyncio.wait((reader, writer))
         finally:
             writer.cancel()
+            beats.cancel()
         if connection.failure is not None:
             await _abort(context, connection.failure)
         if not reader.cancelled():
@@ -185,6 +197,12 @@ class TierServer:
             reader.cancel()
             connection.close()
             self.tier.disconnected(connection)
+
+    async def _beat(self, connection: Connection) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if self.tier.alive:
+                connection.beat()
 
     async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
         try:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 PROTOCOL_VERSION = 1
 FRAME_LIMIT_BYTES = 64 * 2**20
 ITEM_LIMIT = 4096
+BEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
 STREAM_OPTIONS = (
     # The framing of a frame of the largest size needs a few bytes more.
     ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
     ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
-    # A peer that is cut off is noticed by its silence, in 10 s. The keepalive timeout alone does
+    # A router that is cut off is noticed by its silence, in 10 s. The keepalive timeout alone does
     # not do it: core waits a minute for the answer to a ping.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
