@@ -16,6 +16,7 @@ def test_a_replica_waits_passively_and_has_its_own_number_of_threads() -> None:
     assert threads.environment(threads=1) == {
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     assert "OMP_NUM_THREADS" not in threads.environment()

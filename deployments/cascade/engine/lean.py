@@ -5,7 +5,8 @@ has a third of them: fewer matrices, rotation in place, one view of the pool for
 models gain from the packed matrices (see `packing`).
 
 Shapes: `T` tokens of a pass, `C` hidden size, `H` query heads, `J` key heads, `D` head size,
-`L` layers, `R` rows of the pool, `N` sessions, `Q` queries and `K` keys of each.
+`E` pairs of it that turn together, `L` layers, `R` rows of the pool, `N` sessions, `Q` queries and
+`K` keys of each, `X` heads of any kind.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ class LeanRunner(BaseRunner):
             deterministic=self._deterministic,
         )
         weights, reading = self._weights, _Reading(batch, self.pool)
-        turn = self._turn(batch, longest=max(segment.length for segment in segments))
+        turn_T1E = self._turn(batch, longest=max(segment.length for segment in segments))
         hidden_TC = weights.embedding_VC.index_select(0, batch.ids_T)
         for place, layer in enumerate(weights.layers):
-            mixed_TX = self._attention(place, layer, hidden_TC, turn=turn, reading=reading)
+            mixed_TX = self._attention(place, layer, hidden_TC, turn_T1E, reading)
             hidden_TC = layer.out(mixed_TX).add_(hidden_TC)
             gate, up = layer.gates(layer.between(hidden_TC)).chunk(2, dim=-1)
             hidden_TC = layer.down(layer.activation(gate).mul_(up)).add_(hidden_TC)
@@ -90,37 +91,29 @@ class LeanRunner(BaseRunner):
         return weights.head(weights.norm(hidden_TC))
 
     def _attention(
-        self,
-        place: int,
-        layer: Layer,
-        hidden_TC: Tensor,
-        *,
-        turn: tuple[Tensor, Tensor],
-        reading: _Reading,
+        self, place: int, layer: Layer, hidden_TC: Tensor, turn_T1E: Tensor, reading: _Reading
     ) -> Tensor:
         """Store the layer's keys and values and return what its heads read, `[T, H * D]`."""
-        weights = self._weights
+        weights, tokens = self._weights, len(hidden_TC)
         heads, keyed = weights.query_heads, weights.query_heads + weights.key_heads
         # Float32 as the pool is: see `StackedPool`.
-        states_TXD = layer.heads(layer.before(hidden_TC)).unflatten(1, (-1, weights.size)).float()
+        states_TXD = layer.heads(layer.before(hidden_TC)).float().view(tokens, -1, weights.size)
         if layer.query_norm and layer.key_norm:
             states_TXD[:, :heads] = layer.query_norm(states_TXD[:, :heads])
             states_TXD[:, heads:keyed] = layer.key_norm(states_TXD[:, heads:keyed])
-        turned_TXD = states_TXD[:, :keyed]
-        swapped_TXD = turned_TXD.roll(weights.size // 2, dims=-1)
-        turned_TXD.mul_(turn[0]).addcmul_(swapped_TXD, turn[1])
-        stored = states_TXD[:, heads:].unflatten(1, (2, -1)).permute(1, 2, 0, 3)
-        self.pool.states_L2JRD[place].index_copy_(2, reading.batch.rows_T, stored)
-        out = reading.attend(states_TXD[:, :heads], layer=place, form=self._forms[place])
-        return out.to(hidden_TC.dtype)
+        pairs_TXE2 = states_TXD[:, :keyed].view(tokens, keyed, -1, 2)
+        torch.view_as_complex(pairs_TXE2).mul_(turn_T1E)
+        stored = states_TXD[:, heads:].view(tokens, 2, -1, weights.size).permute(1, 2, 0, 3)
+        self.pool.layers[place].index_copy_(2, reading.batch.rows_T, stored)
+        out_TX = reading.attend(states_TXD[:, :heads], layer=place, form=self._forms[place])
+        return out_TX.to(hidden_TC.dtype)
 
-    def _turn(self, batch: FlatBatch, *, longest: int) -> tuple[Tensor, Tensor]:
-        """Return the rotations of the pass, `[T, 1, D]` twice."""
-        held = self._turns[0].shape[0]
+    def _turn(self, batch: FlatBatch, *, longest: int) -> Tensor:
+        """Return the rotations of the pass, complex `[T, 1, E]`."""
+        held = len(self._turns)
         if longest > held:
             self._turns = llama.rotations(self._weights, positions=max(longest, 2 * held))
-        cos_PD, sin_PD = self._turns
-        return cos_PD.index_select(0, batch.positions_T), sin_PD.index_select(0, batch.positions_T)
+        return self._turns.index_select(0, batch.positions_T)
 
     def _empty(self, rows: int) -> StackedPool:
         weights = self._weights
@@ -140,7 +133,7 @@ class _Reading:
         """Return the attention of every token, `[T, H * D]`."""
         if form.window is None and self._even:
             return self._evenly(query_THD, layer=layer, scale=form.scale)
-        keys_JRD, values_JRD = self._pool.states_L2JRD[layer]
+        keys_JRD, values_JRD = self._pool.layers[layer]
         return grouped(self.batch, query_THD, keys_JRD, values_JRD, form).flatten(1)
 
     @cached_property
@@ -155,6 +148,13 @@ class _Reading:
         count, key_heads = keys_NJKD.shape[:2]
         tokens, heads, size = query_THD.shape
         queries, share = tokens // count, heads // key_heads
+        if queries == 1:
+            alone = query_THD.reshape(count, key_heads, share, size)
+            mask = self._mask(share)
+            read = scaled_dot_product_attention(
+                alone, keys_NJKD, values_NJKD, attn_mask=mask, scale=scale
+            )
+            return read.reshape(tokens, heads * size)
         folded = query_THD.reshape(count, queries, key_heads, share, size).permute(0, 2, 3, 1, 4)
         out = scaled_dot_product_attention(
             folded.reshape(count, key_heads, share * queries, size),

@@ -28,19 +28,31 @@ _MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 
 
 class Norm:
-    """Division of each row by its root mean square, and a weight per column."""
+    """Division of each row by its root mean square, and a weight per column.
 
-    def __init__(self, module: Any) -> None:
+    In float32 the weight is left to the matrix that reads the rows: `folded` multiplies it in.
+    """
+
+    def __init__(self, module: Any, *, weight_C: Tensor | None = None) -> None:
         size = module.weight.numel()
         # x / sqrt(|x|^2 / n + eps) = sqrt(n) x / hypot(|x|, sqrt(n eps)).
-        self._weight_C = module.weight.detach().float() * math.sqrt(size)
+        own_C = module.weight if weight_C is None else weight_C
+        self._weight_C = own_C.detach().float() * math.sqrt(size)
         self._floor = torch.tensor(math.sqrt(size * module.variance_epsilon))
+        self._weighs = True
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """Return a matrix `[out, C]` that takes the rows without their weight, which it has."""
+        if weight.dtype != torch.float32:
+            return weight
+        self._weighs = False
+        return weight * self._weight_C
 
     def __call__(self, hidden_TC: Tensor) -> Tensor:
         """Return the normalised rows."""
         length_T1 = torch.linalg.vector_norm(hidden_TC, dim=-1, keepdim=True, dtype=torch.float32)
         scaled_TC = hidden_TC / torch.hypot(length_T1, self._floor)
-        return scaled_TC.mul_(self._weight_C).to(hidden_TC.dtype)
+        return scaled_TC.mul_(self._weight_C).to(hidden_TC.dtype) if self._weighs else scaled_TC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +96,12 @@ def read(model: PreTrainedModel, *, packed: bool, deterministic: bool) -> Weight
     attention = body.layers[0].self_attn
     join = _Joiner(packed=packed, deterministic=deterministic)
     size = int(attention.head_dim)
+    norm = Norm(body.norm)
     return Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
         layers=[_layer(layer, join) for layer in body.layers],
-        norm=Norm(body.norm),
-        head=join(model.get_output_embeddings()),
+        norm=norm,
+        head=join(norm, model.get_output_embeddings()),
         rotary=body.rotary_emb,
         query_heads=attention.q_proj.weight.shape[0] // size,
         key_heads=attention.k_proj.weight.shape[0] // size,
@@ -105,13 +118,12 @@ def drop(model: PreTrainedModel) -> None:
             module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
 
 
-def rotations(weights: Weights, *, positions: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and signed sines `[P, 1, D]`: turned = x cos + swapped halves of x sin."""
+def rotations(weights: Weights, *, positions: int) -> Tensor:
+    """Return the turn of each position, complex `[P, 1, D / 2]`, for heads that `_paired` made."""
     places_1P = torch.arange(positions)[None]
     cos_1PD, sin_1PD = weights.rotary(torch.empty(0), places_1P)
-    sign_D = torch.ones(weights.size)
-    sign_D[: weights.size // 2] = -1
-    return cos_1PD[0, :, None].contiguous(), (sin_1PD[0, :, None] * sign_D).contiguous()
+    half = weights.size // 2
+    return torch.complex(cos_1PD[0, :, None, :half], sin_1PD[0, :, None, :half])
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -131,33 +143,51 @@ class _Joiner:
     packed: bool
     deterministic: bool
 
-    def __call__(self, *modules: Any) -> Linear:
-        biases = [module.bias for module in modules]
-        weight = torch.cat([module.weight.detach() for module in modules])
-        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+    def __call__(self, norm: Norm | None, *modules: Any, paired: int = 0, size: int = 2) -> Linear:
+        """Return the map of rows that `norm` gives; heads of the first `paired` modules turn."""
+        states = [[module.weight.detach(), module.bias] for module in modules]
+        for state in states[:paired]:
+            state[:] = [None if one is None else _paired(one.detach(), size) for one in state]
+        weight = torch.cat([weight for weight, _ in states])
+        bias = None if states[0][1] is None else torch.cat([bias.detach() for _, bias in states])
+        weight = weight if norm is None else norm.folded(weight)
         if self.packed and packing.supported(weight):
             return packing.packed(weight, bias, deterministic=self.deterministic)
         return lambda rows: plain_linear(rows, weight, bias)
 
 
+def _paired(states: Tensor, size: int) -> Tensor:
+    """Return rows of heads, or their weights, with those that turn together side by side.
+
+    A head's first half is turned against its second; scores do not depend on the order, as long as
+    queries and keys share it.
+    """
+    halves = states.unflatten(0, (-1, 2, size // 2))
+    return halves.transpose(1, 2).flatten(0, 2).contiguous()
+
+
 def _layer(layer: Any, join: _Joiner) -> Layer:
     attention, network = layer.self_attn, layer.mlp
+    before, between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
-        before=Norm(layer.input_layernorm),
-        heads=join(attention.q_proj, attention.k_proj, attention.v_proj),
-        query_norm=_norm(attention, "q_norm"),
-        key_norm=_norm(attention, "k_norm"),
-        out=join(attention.o_proj),
-        between=Norm(layer.post_attention_layernorm),
-        gates=join(network.gate_proj, network.up_proj),
+        before=before,
+        heads=join(before, *projections, paired=2, size=int(attention.head_dim)),
+        query_norm=_head_norm(attention, "q_norm"),
+        key_norm=_head_norm(attention, "k_norm"),
+        out=join(None, attention.o_proj),
+        between=between,
+        gates=join(between, network.gate_proj, network.up_proj),
         activation=_activation(network.act_fn),
-        down=join(network.down_proj),
+        down=join(None, network.down_proj),
     )
 
 
-def _norm(attention: Any, name: str) -> Norm | None:
+def _head_norm(attention: Any, name: str) -> Norm | None:
     module = getattr(attention, name, None)
-    return None if module is None else Norm(module)
+    if module is None:
+        return None
+    return Norm(module, weight_C=_paired(module.weight, int(attention.head_dim)))
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:

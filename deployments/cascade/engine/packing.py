@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as plain_linear
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 # summed in another order.
 _MOST_ROWS = 32
 _LEAST_WEIGHTS = 2**14  # below, a call costs more than the layout saves
-_VECTOR_WEIGHTS = 2**19  # of a float32 matrix below which one row is quicker as it is
+_VECTOR_WEIGHTS = 2**20  # of a float32 matrix below which one row is quicker as it is
 
 
 def pack(model: nn.Module, *, deterministic: bool = False) -> int:
@@ -78,13 +77,25 @@ def packed(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = 
     if deterministic:
         return _evenly(apply)
     if weight.dtype == torch.float32 and weight.numel() < _VECTOR_WEIGHTS:
-        return _by_count(apply, lambda row: plain_linear(row, weight, bias))
+        return _by_count(apply, _vector(weight, bias))
     return apply
 
 
 def _by_count(many: Linear, one: Linear) -> Linear:
     """Return the map that takes a single row another way."""
     return lambda rows: one(rows) if rows.shape[0] == 1 else many(rows)
+
+
+def _vector(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Return the map of one row; numpy's library takes half the time of torch's for that."""
+    matrix = weight.detach().numpy().T
+    offset = None if bias is None else bias.detach().numpy()
+
+    def linear(row: Tensor) -> Tensor:
+        found = row.numpy() @ matrix
+        return torch.from_numpy(found if offset is None else found + offset)
+
+    return linear
 
 
 def _evenly(apply: Linear) -> Linear:

@@ -77,6 +77,7 @@ class StackedPool:
         self.states_L2JRD = _zeros(
             (layers, 2, heads, rows, size), torch.float32, torch.device("cpu")
         )
+        self.layers = self.states_L2JRD.unbind()
 
     @property
     def bytes_per_token(self) -> int:

@@ -2,6 +2,7 @@
 
 Two OpenMP teams that spin on the same cores slow each other tenfold; passive waiting costs a few
 percent alone. The policy is read when torch is imported, so it must be in the environment by then.
+numpy's own team, which knows no such policy, has one member.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ def environment(*, threads: int = 0) -> dict[str, str]:
     Args:
         threads: OpenMP threads of the process; 0 leaves torch its default.
     """
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
     return variables
