@@ -52,3 +52,46 @@ def test_pieces_are_all_rows_in_order(rows: int, vocab: int) -> None:
 
     assert torch.equal(torch.cat(parts), numbers_NV)
     assert max(part.numel() for part in parts) <= max(2**17, vocab)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    spread=st.floats(0.01, 12),
+    mass=st.floats(1e-6, 1),
+    temperature=st.floats(0.05, 3),
+    levels=st.sampled_from([None, 5]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_nucleus_ends_where_its_mass_is_reached(
+    spread: float, mass: float, temperature: float, levels: int | None, seed: int
+) -> None:
+    """Flat rows and steep ones, with ties or without; a token that is cut already has no mass."""
+    chance = torch.Generator().manual_seed(seed)
+    logits_NV = spread * torch.randn(3, 900, generator=chance, dtype=torch.float64)
+    if levels:
+        logits_NV = (logits_NV * levels / spread).round()
+    inverse_N1 = torch.full((3, 1), 1 / temperature, dtype=torch.float64)
+    weights_NV = ((logits_NV - logits_NV.amax(1, keepdim=True)) * inverse_N1).exp()
+    weights_NV[2, logits_NV[2] < logits_NV[2].median()] = 0
+
+    cuts = reductions.nucleus_cut(logits_NV, weights_NV, inverse_N1, [mass, 1.0, mass])
+
+    assert cuts[1].item() == -torch.inf
+    for place in (0, 2) if mass < 1 else ():
+        kept_V = logits_NV[place] >= cuts[place]
+        wanted = mass * weights_NV[place].sum()
+        assert weights_NV[place][kept_V].sum() >= wanted * (1 - 1e-12)
+        more_V = logits_NV[place] > cuts[place]
+        assert weights_NV[place][more_V].sum() < wanted * (1 + 1e-12)
+
+
+def test_a_device_finds_the_same_nucleus_without_a_look() -> None:
+    chance = torch.Generator().manual_seed(2)
+    logits_NV = 3 * torch.randn(4, 500, generator=chance, dtype=torch.float64)
+    inverse_N1 = torch.full((4, 1), 1.25, dtype=torch.float64)
+    weights_NV = ((logits_NV - logits_NV.amax(1, keepdim=True)) * inverse_N1).exp()
+    found = [
+        search(logits_NV, weights_NV, inverse_N1, [0.5, 0.9, 1.0, 0.999])
+        for search in (reductions.nucleus_cut, reductions.nucleus_cut_on_device)
+    ]
+    assert torch.equal(*found)

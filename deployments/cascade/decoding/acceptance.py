@@ -26,7 +26,7 @@ from cascade.decoding.sampling import invert
 from cascade.decoding.session import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cascade.decoding.bench import Bench
 
@@ -51,7 +51,7 @@ def tokenwise(bench: Bench) -> list[Outcome]:
     """
     coins_M = _coins(bench, Purpose.ACCEPT)
     stands_M = coins_M < accept_probabilities(bench)
-    marks = _marks(bench, stands_M, shared_M=_shared(bench, coins_M))
+    marks = _marks(bench, stands_M, lambda: _shared(bench, coins_M))
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
@@ -68,7 +68,8 @@ def blockwise(bench: Bench) -> list[Outcome]:
         max([0, *(i + 1 for i, h in enumerate(hs) if tossed[head + i] < h)])
         for head, hs in zip(bench.heads, standing.prefixes, strict=True)
     ]
-    marks = _marks(bench, torch.ones_like(coins_M, dtype=torch.bool), _shared(bench, coins_M))
+    every_M = torch.ones_like(coins_M, dtype=torch.bool)
+    marks = _marks(bench, every_M, lambda: _shared(bench, coins_M))
     emissions = [
         following(bench, i, count, factor=standing.factors[i][count])
         for i, count in enumerate(accepted)
@@ -81,8 +82,8 @@ def gumbel(bench: Bench) -> list[Outcome]:
     expert_N, chosen_N = races(bench)
     rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=expert_N.device)
     token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=expert_N.device)
-    stands_M, shared_M = chosen_N[rows_M] == token_M, expert_N[rows_M] == token_M
-    marks = _marks(bench, stands_M, shared_M)
+    stands_M = chosen_N[rows_M] == token_M
+    marks = _marks(bench, stands_M, lambda: expert_N[rows_M] == token_M)
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
@@ -166,18 +167,18 @@ class _Marks:
     deferred: list[bool] | None  # None: a refusal is what deferring is
 
 
-def _marks(bench: Bench, stands_M: Tensor, shared_M: Tensor) -> _Marks:
-    """Return the marks, brought from the device in one piece."""
+def _marks(bench: Bench, stands_M: Tensor, shared: Callable[[], Tensor]) -> _Marks:
+    """Return the marks, brought from the device in one piece; all are `shared` where pi is p."""
     if isinstance(bench.policy.rule, Lossless):
         stands = fetch(stands_M)
         return _Marks(stands=stands, shared=stands, deferred=None)
     deferred_MK = bench.target.deferred_NK
     if deferred_MK is None:
-        stands, shared = fetch(torch.stack([stands_M, shared_M]))
-        return _Marks(stands=stands, shared=shared, deferred=None)
+        stands, drawn = fetch(torch.stack([stands_M, shared()]))
+        return _Marks(stands=stands, shared=drawn, deferred=None)
     deferred_M = bench.on_token(deferred_MK.expand(bench.support.ids_NK.shape).double()) > 0
-    stands, shared, deferred = fetch(torch.stack([stands_M, shared_M, deferred_M]))
-    return _Marks(stands=stands, shared=shared, deferred=deferred)
+    stands, drawn, deferred = fetch(torch.stack([stands_M, shared(), deferred_M]))
+    return _Marks(stands=stands, shared=drawn, deferred=deferred)
 
 
 def _leading(flags: Sequence[bool]) -> int:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from cascade.decoding import reductions
-from cascade.decoding.host import fetch
 from cascade.decoding.reductions import widen
 from cascade.decoding.session import Sampling
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 # A temperature under this is greedy but for ties; its inverse still times zero is zero.
 _LEAST_TEMPERATURE = 1e-30
-# A nucleus is looked for among so many of the likeliest tokens, and then among all.
-_NUCLEUS_DEPTHS = (64, 1024)
 _PLAIN = Sampling()
 _LEAST_LOG = -1e30
 
@@ -85,7 +82,11 @@ class Soft:
 
     def dense(self) -> Tensor:
         """Return the probabilities of every token, [N, V]."""
-        return self.log_dense().exp_()
+        logits_NV = widen(self.logits_NV)
+        scaled_NV = (logits_NV - self.peak_N1).mul_(self.inverse_N1)
+        if self.cut_N1 is not None:
+            scaled_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
+        return scaled_NV.softmax(dim=1)
 
     def peaks(self) -> Tensor:
         """Return the largest probability of each row."""
@@ -183,7 +184,7 @@ def _normalise(
     if warm:
         weights_NV.mul_(inverse_N1)
     weights_NV.exp_()
-    cut_N1 = _cut(logits_NV, weights_NV, peak_N1, samplings_N)
+    cut_N1 = _cut(logits_NV, weights_NV, inverse_N1, samplings_N)
     weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
     return peak_N1, weights_NV.sum(dim=1, keepdim=True).log_(), cut_N1
 
@@ -242,18 +243,22 @@ def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
 
 
 def _cut(
-    logits_NV: Tensor, weights_NV: Tensor, peak_N1: Tensor, samplings_N: Sequence[Sampling]
+    logits_NV: Tensor, weights_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
 ) -> Tensor:
     """Return the least logit that top-k, top-p and min-p keep, [N, 1], -inf where all stay."""
-    cut_N1 = torch.full_like(peak_N1, -math.inf)
+    cut_N1 = torch.full_like(inverse_N1, -math.inf)
     if any(s.top_k for s in samplings_N):
         cut_N1 = _top_k(logits_NV, [s.top_k for s in samplings_N])
+        weights_NV = weights_NV.masked_fill(logits_NV < cut_N1, 0.0)
     if any(s.top_p < 1 for s in samplings_N):
-        kept_NV = weights_NV.masked_fill(logits_NV < cut_N1, 0.0)
-        cut_N1 = torch.maximum(cut_N1, _top_p(logits_NV, kept_NV, [s.top_p for s in samplings_N]))
+        masses_N = [s.top_p for s in samplings_N]
+        cpu = logits_NV.device.type == "cpu"
+        search = reductions.nucleus_cut if cpu else reductions.nucleus_cut_on_device
+        cut_N1 = torch.maximum(cut_N1, search(logits_NV, weights_NV, inverse_N1, masses_N))
     if any(s.min_p for s in samplings_N):
         # p >= min_p max p, in logits.
         drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
+        peak_N1 = logits_NV.amax(dim=1, keepdim=True)
         cut_N1 = torch.maximum(cut_N1, peak_N1 + peak_N1.new_tensor(drop)[:, None])
     return cut_N1
 
@@ -265,24 +270,3 @@ def _top_k(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
     index_N1 = torch.tensor([[min(max(k, 1), vocab) - 1] for k in counts_N], device=top_ND.device)
     off_N1 = torch.tensor([[k == 0 or k >= vocab] for k in counts_N], device=top_ND.device)
     return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
-
-
-def _top_p(logits_NV: Tensor, weights_NV: Tensor, masses_N: Sequence[float]) -> Tensor:
-    """Return the logit at which the likeliest tokens' mass reaches top-p, -inf where that is 1."""
-    vocab = logits_NV.shape[1]
-    mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
-    wanted_N1 = mass_N1 * weights_NV.sum(dim=1, keepdim=True)
-    cut_N1 = torch.full_like(wanted_N1, -math.inf)
-    rows = [i for i, mass in enumerate(masses_N) if mass < 1]
-    for depth in (*(d for d in _NUCLEUS_DEPTHS if d < vocab), vocab):
-        open_E = torch.tensor(rows, device=logits_NV.device)
-        every = len(rows) == len(logits_NV)
-        top_ED, ids_ED = (logits_NV if every else logits_NV[open_E]).topk(depth)
-        mass_ED = weights_NV[open_E[:, None], ids_ED].cumsum(1)
-        short_E1 = (mass_ED < wanted_N1[open_E]).sum(dim=1, keepdim=True)
-        cut_N1[open_E] = top_ED.gather(1, short_E1.clamp_max(depth - 1))
-        unmet = fetch((short_E1 == depth).squeeze(1)) if depth < vocab else []
-        rows = [i for i, more in zip(rows, unmet, strict=False) if more]
-        if not rows:
-            break
-    return cut_N1

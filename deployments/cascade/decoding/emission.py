@@ -67,7 +67,7 @@ def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
     if fetch(empty_J.any()):
         whole = [replace(e, factor=1.0, residual=False) for e in some]
         weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
-    return weights_JV if p_JV is p_EV else p_EV.index_copy(0, place_J, weights_JV)
+    return weights_JV if p_JV is p_EV else p_EV.index_copy_(0, place_J, weights_JV)
 
 
 def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
