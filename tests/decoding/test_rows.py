@@ -39,10 +39,13 @@ def test_what_is_read_back_is_what_was_sampled(entries: int, seed: int) -> None:
 
 
 def test_the_likeliest_entries_stay() -> None:
-    """Top-k by probability; a token far below the largest rounds to 0 and leaves."""
-    q_NV = torch.tensor([[0.1, 0.5, 1e-12, 0.3, 0.1 - 1e-12]])
+    """Top-k by probability; a token far below the largest leaves, sooner where tokens are few."""
+    q_NV = torch.tensor([[0.1, 0.5, 1e-12, 0.3, 0.1 - 2e-4, 2e-4, 0.0]])
     assert sparsify(q_NV, 2).row(0).ids.tolist() == [1, 3]
-    assert sparsify(q_NV, 5).row(0).ids.tolist() == [0, 1, 3, 4]
+    assert sparsify(q_NV, 6).row(0).ids.tolist() == [0, 1, 3, 4, 5]
+    q_NV[0, 5] = 1e-4
+    assert sparsify(q_NV, 6).row(0).ids.tolist() == [0, 1, 3, 4]
+    assert sparsify(q_NV, 7).row(0).ids.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_a_full_row_has_no_ids_and_every_token() -> None:

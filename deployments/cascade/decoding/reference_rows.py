@@ -83,7 +83,8 @@ def shipped(q: Tensor, policy: Policy) -> Tensor:
     """Return the row as the wire carries it: its top in float16, renormalised."""
     weights = (q / q.max()).half().double()
     if policy.rows is not RowFormat.FULL and policy.row_entries < len(q):
-        weights = weights * (q >= q.sort(descending=True).values[policy.row_entries - 1])
+        likely = q >= q.sort(descending=True).values[policy.row_entries - 1]
+        weights = weights * (likely & (weights >= 2.0**-12))
     return weights / weights.sum()
 
 
