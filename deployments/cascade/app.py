@@ -25,6 +25,7 @@ from cascade.ingress.grpc import GrpcDoor
 from cascade.ingress.http import create_app
 from cascade.operations.engine_metrics import keep_reporting
 from cascade.operations.families import ENGINE, ROUTER
+from cascade.operations.holdings import holdings
 from cascade.operations.leases import ServeLeases, Ticket
 from cascade.operations.load import LoadMeter
 from cascade.operations.logs import to_serve
@@ -75,6 +76,17 @@ class _TierDeployment(ABC):
         """Return the load since the last call; Serve hands it to the tier's scaling policy."""
         assert self._replica is not None, "Serve asks replicas that have started"
         return self._load.read(self._replica.engine.stats())
+
+    async def look(self) -> dict[str, int]:
+        """Return what this replica holds for sessions, and what it did to hold them."""
+        assert self._replica is not None, "Serve calls replicas that have started"
+        stats = self._replica.engine.stats()
+        return holdings(
+            leases=len(self._replica.leases),
+            sessions=self._replica.sessions,
+            cache_tokens=stats.cache_tokens_live,
+            preemptions=stats.preemptions,
+        )
 
     def check_health(self) -> None:
         """Raise if the engine's thread has ended; Serve then replaces the replica."""
@@ -133,6 +145,10 @@ class RouterDeployment:
     def _ready(self) -> bool:
         """Whether each tier has once answered; raises what it said if it does not fit."""
         return all(task.done() and task.result() is None for task in self._greetings)
+
+    async def look(self) -> dict[str, int]:
+        """Return what this replica holds."""
+        return holdings()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""

@@ -1,0 +1,58 @@
+"""What must hold after every scenario."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .cluster import until
+from .load import key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .cluster import Ground
+    from .load import Answer
+
+SPARE = 24  # more tasks and files than before: a peer that is met for the first time costs five
+
+
+def assert_exact(answers: Iterable[Answer], texts: Mapping[str, str]) -> None:
+    """Check that each answer ended with the text it has where nothing dies."""
+    for answer in answers:
+        told = (answer.status, answer.error, answer.broken, answer.causes)
+        assert answer.done, told
+        assert answer.text == texts[key(answer.asked)], told
+
+
+async def until_free(cluster: Ground, *, timeout_s: float = 60.0) -> float:
+    """Wait until no tier holds anything for a session; return how long it took, in seconds."""
+
+    async def free() -> bool:
+        return not any((await cluster.held()).values())
+
+    return await until(free, "leases and pages to be free", timeout_s=timeout_s, every_s=0.05)
+
+
+async def burdens(cluster: Ground) -> dict[int, dict[str, int]]:
+    """Return the tasks and open files of each replica's process."""
+    found = [one for tier in ("Drafter", "Expert", "Router") for one in await cluster.look(tier)]
+    return {one["pid"]: {name: one[name] for name in ("tasks", "files")} for one in found}
+
+
+async def assert_no_leaks(cluster: Ground, before: Mapping[int, Mapping[str, int]]) -> None:
+    """Check that nothing is held, and that processes have no more tasks and files than before."""
+    await until_free(cluster)
+
+    async def back() -> bool:
+        now = await burdens(cluster)
+        most = {name: max(one[name] for one in before.values()) for name in ("tasks", "files")}
+        return all(
+            count <= before.get(pid, most)[name] + SPARE
+            for pid, one in now.items()
+            for name, count in one.items()
+        )
+
+    try:
+        await until(back, "tasks and files to go")
+    except TimeoutError as error:
+        raise AssertionError(f"before: {before}, now: {await burdens(cluster)}") from error

@@ -1,0 +1,261 @@
+"""A Ray cluster of several nodes on this machine with the application on it, and how to hurt it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from contextlib import asynccontextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import httpx
+import psutil
+import ray
+import yaml
+from ray import serve
+from ray.cluster_utils import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping
+
+ROOT = Path(__file__).parents[2]
+TIERS: tuple[str, ...] = ("Drafter", "Expert", "Router")
+SETTLE_S = 600.0  # for replicas to start on a machine that is busy with others
+STORE_BYTES = 80 * 2**20  # of a node's object store
+SLOTS = 4  # for replicas of each tier on a node
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """A replica as Serve's controller tells of it."""
+
+    tier: str
+    name: str
+    pid: int
+    node: str
+    state: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> Config:
+    """Return a tree with some of its leaves replaced."""
+    tree = dict(base)
+    for key, value in more.items():
+        old = tree.get(key, {})
+        tree[key] = merged(old, value) if isinstance(value, dict) else value
+    return tree
+
+
+def tier(name: str, *, sessions: int) -> Config:
+    """Return a tier's settings: bitwise the same text whatever else is in a batch."""
+    return {
+        "model": "demo",
+        "bind_host": "127.0.0.1",
+        "engine": {"threads": 1, "cache_tokens": 65536, "deterministic": name == "expert"},
+        "deployment": {
+            "max_ongoing_requests": sessions,
+            "ray_actor_options": {"num_cpus": 0, "resources": {name: 1}},
+            "health_check_period_s": 2,
+        },
+    }
+
+
+def config(
+    *,
+    http: int,
+    counts: Mapping[str, int],
+    per_node: int = 1,
+    sessions: int = 256,
+    args: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return what `serve deploy` takes: `local.yaml` spread over nodes, `args` merged in."""
+    chosen: Config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
+    chosen["http_options"]["port"] = http
+    chosen["grpc_options"]["port"] = free_port()
+    router = tier("router", sessions=1024)["deployment"]
+    base = {
+        "drafter": tier("drafter", sessions=sessions),
+        "expert": tier("expert", sessions=sessions),
+        "router": {"deployment": router},
+    }
+    application = chosen["applications"][0]
+    application["args"] = merged(base, args or {})
+    application["deployments"] = [
+        {"name": name, "num_replicas": count} for name, count in counts.items()
+    ]
+    for one in application["deployments"]:
+        if one["name"] != "Router":
+            one["max_replicas_per_node"] = per_node
+    return chosen
+
+
+@dataclass(kw_only=True)
+class Ground:
+    """The cluster: a head for routers and doors, and nodes for the two tiers."""
+
+    cluster: Cluster
+    http: int
+    dashboard: str
+    deployed: Config = field(default_factory=dict)
+    nodes: list[Any] = field(default_factory=list)
+    _client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=60))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    async def add_node(self) -> Any:
+        """Start a node with room for some replicas of both tiers; holds the event loop up."""
+        resources = {"drafter": SLOTS, "expert": SLOTS}
+        node = self.cluster.add_node(
+            wait=False,
+            num_cpus=0,
+            resources=resources,
+            object_store_memory=STORE_BYTES,
+        )
+        self.nodes.append(node)
+        await until(lambda: self._alive() == len(self.nodes) + 1, "the node to join")
+        return node
+
+    async def remove_node(self, node: Any) -> None:
+        """Kill every process of a node, as when its machine loses power."""
+        self.nodes.remove(node)
+        raylet = node.all_processes["raylet"][0].process
+        for process in [*psutil.Process(raylet.pid).children(recursive=True), raylet]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(self.cluster.remove_node, node, allow_graceful=False)
+
+    def _alive(self) -> int:
+        return sum(one["Alive"] for one in ray.nodes())
+
+    async def deploy(self, wanted: Config) -> None:
+        """Do what `serve deploy` does, and wait until all of it runs; no change is no work."""
+        if wanted != self.deployed:
+            self.deployed = deepcopy(wanted)
+            answer = await self._client.put(
+                f"{self.dashboard}/api/serve/applications/", json=wanted
+            )
+            assert answer.is_success, answer.text
+        await self.settled()
+
+    async def scale(self, **counts: int) -> None:
+        """Deploy other replica counts."""
+        wanted = deepcopy(self.deployed)
+        for one in wanted["applications"][0]["deployments"]:
+            one["num_replicas"] = counts.get(one["name"], one["num_replicas"])
+        await self.deploy(wanted)
+
+    async def settled(self) -> None:
+        """Wait until Serve has what it wants and the door is open."""
+        await until(self._is_settled, "the application to run", timeout_s=SETTLE_S)
+
+    async def _is_settled(self) -> bool:
+        with suppress(httpx.TransportError, KeyError):
+            application = (await self.told())["applications"]["cascade"]
+            running = application["status"] == "RUNNING"
+            counts = all(
+                len(one["replicas"]) == one["target_num_replicas"]
+                and all(replica["state"] == "RUNNING" for replica in one["replicas"])
+                for one in application["deployments"].values()
+            )
+            return running and counts and (await self._client.get(f"{self.url}/health")).is_success
+        return False
+
+    async def told(self) -> Config:
+        """Return what the dashboard tells of Serve."""
+        answer = await self._client.get(f"{self.dashboard}/api/serve/applications/")
+        return answer.json()
+
+    async def replicas(self, *tiers: str, state: str = "RUNNING") -> list[Replica]:
+        """Return the replicas of some tiers, of all if none is named."""
+        deployments = (await self.told())["applications"]["cascade"]["deployments"]
+        return [
+            Replica(
+                tier=name,
+                name=one["replica_id"],
+                pid=one.get("pid") or 0,
+                node=one.get("node_id") or "",
+                state=one["state"],
+            )
+            for name in tiers or TIERS
+            for one in deployments[name]["replicas"]
+            if one["state"] == state and one.get("pid")
+        ]
+
+    async def look(self, name: str) -> list[dict[str, int]]:
+        """Return what every running replica of a tier holds, with its open files."""
+        handle = serve.get_deployment_handle(name, "cascade")
+        found = await handle.broadcast("look").results_async(timeout_s=60)
+        return [one | {"files": psutil.Process(one["pid"]).num_fds()} for one in found]
+
+    async def held(self) -> dict[str, int]:
+        """Return what both tiers hold for sessions: all of it is 0 when none is open."""
+        found = [one for name in ("Drafter", "Expert") for one in await self.look(name)]
+        return {
+            name: sum(one[name] for one in found) for name in ("leases", "sessions", "cache_tokens")
+        }
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def until(
+    holds: Callable[[], Any], what: str, *, timeout_s: float = 120.0, every_s: float = 0.25
+) -> float:
+    """Wait until something holds; return how long it took, in seconds."""
+    began_s = time.monotonic()
+    while True:
+        answer = holds()
+        if await answer if asyncio.iscoroutine(answer) else answer:
+            return time.monotonic() - began_s
+        if time.monotonic() - began_s > timeout_s:
+            raise TimeoutError(f"waited {timeout_s:g} s for {what}")
+        await asyncio.sleep(every_s)
+
+
+@asynccontextmanager
+async def ground(*, nodes: int) -> AsyncGenerator[Ground]:
+    """Start a head and some nodes, in a folder and on ports of their own; end them at the end."""
+    with TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        variables = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, variables):
+            os.environ.pop("RAY_ADDRESS", None)
+            dashboard = free_port()
+            head = {
+                "num_cpus": 0,
+                "resources": {"router": SLOTS},
+                "object_store_memory": STORE_BYTES,
+                "include_dashboard": True,
+                "dashboard_port": dashboard,
+                "gcs_server_port": free_port(),
+                "dashboard_agent_listen_port": free_port(),
+            }
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            try:
+                ray.init(address=cluster.address, log_to_driver=False)
+                made = Ground(
+                    cluster=cluster, http=free_port(), dashboard=f"http://127.0.0.1:{dashboard}"
+                )
+                for _ in range(nodes):
+                    await made.add_node()
+                yield made
+                await made.close()
+                serve.shutdown()
+            finally:
+                ray.shutdown()
+                cluster.shutdown()

@@ -1,0 +1,45 @@
+"""One cluster for all scenarios, and a report at the end."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .cluster import Ground, ground
+from .load import clients
+from .report import REPORT, Report
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from .load import Clients
+
+STREAMS = int(os.environ.get("CHAOS_STREAMS", "200"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "30"))  # of each tier
+
+
+@pytest.fixture(scope="session")
+async def cluster() -> AsyncIterator[Ground]:
+    """A head and two nodes."""
+    async with ground(nodes=2) as made:
+        yield made
+
+
+@pytest.fixture
+async def asking(cluster: Ground) -> AsyncIterator[Clients]:
+    async with clients(cluster.url) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    return REPORT
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what was measured."""
+    if REPORT.rows:
+        terminalreporter.section("chaos")
+        terminalreporter.write_line(REPORT.publish())

@@ -1,0 +1,176 @@
+"""Each tier grows and shrinks with its own load alone, and the replicas over time are drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from cascade.demo.tasks import Family, held_out
+
+from .checks import until_free
+from .cluster import config, until
+from .load import greedy, streams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .cluster import Ground
+    from .load import Body, Clients
+    from .report import Report
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
+
+MOST = 3  # replicas of a tier
+PATIENCE_S = 600.0
+SCALING: dict[str, Any] = {
+    "min_replicas": 1,
+    "max_replicas": MOST,
+    "upscale_delay_s": 3,
+    "downscale_delay_s": 10,
+    "look_back_period_s": 6,
+    "metrics_interval_s": 1,
+}
+# A drafter holds few sessions, as on a small GPU; an expert reads prompts in small passes. Waits
+# do not count: on cores that all tiers share, one tier's work is every tier's wait.
+DRAFTER = {
+    "scaling": SCALING | {"wait_s": 0, "sessions": 0.75},
+    "deployment": {"max_ongoing_requests": 12},
+}
+EXPERT = {
+    "scaling": SCALING | {"wait_s": 0, "backlog": 1.0},
+    "engine": {"max_step_tokens": 256, "deterministic": False},
+}
+COLOURS = {"Drafter": "tab:orange", "Expert": "tab:blue"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """So many streams of one kind of question, and the tier that they should make grow."""
+
+    name: str
+    grows: str
+    streams: int
+    bodies: Sequence[Body]
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """The replicas of both tiers over time, and what was asked meanwhile."""
+
+    cluster: Ground
+    began_s: float = field(default_factory=time.monotonic)
+    times_s: list[float] = field(default_factory=list[float])
+    counts: dict[str, list[int]] = field(default_factory=lambda: {"Drafter": [], "Expert": []})
+    loads: list[tuple[str, float, float]] = field(default_factory=list[tuple[str, float, float]])
+
+    @property
+    def now_s(self) -> float:
+        return time.monotonic() - self.began_s
+
+    async def run(self) -> None:
+        """Look every second until cancelled."""
+        while True:
+            for name, counts in self.counts.items():
+                counts.append(len(await self.cluster.replicas(name)))
+            self.times_s.append(self.now_s)
+            await asyncio.sleep(1)
+
+    def most_during(self, load: str) -> dict[str, int]:
+        """Return the most replicas of each tier while a load was there."""
+        (begin_s, end_s) = next((begin, end) for name, begin, end in self.loads if name == load)
+        return {
+            name: max(
+                count
+                for at_s, count in zip(self.times_s, counts, strict=True)
+                if begin_s <= at_s <= end_s
+            )
+            for name, counts in self.counts.items()
+        }
+
+    def draw(self, path: Path) -> None:
+        """Write the plot."""
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for name, counts in self.counts.items():
+            offset = 0.03 if name == "Expert" else -0.03  # lines that coincide stay visible
+            shifted = [count + offset for count in counts]
+            axes.step(self.times_s, shifted, where="post", label=name, color=COLOURS[name])
+        for load, begin_s, end_s in self.loads:
+            axes.axvspan(begin_s, end_s, color="0.93")
+            axes.text((begin_s + end_s) / 2, MOST + 0.3, load, ha="center", fontsize=9)
+        axes.set(xlabel="seconds", ylabel="running replicas", ylim=(0, MOST + 0.6))
+        axes.set_yticks(range(MOST + 1))
+        axes.legend(loc="lower right", ncols=2)
+        figure.savefig(path, dpi=120)
+
+
+def long_drafts() -> Load:
+    """Return questions that are drafted in long blocks."""
+    prompts = [item.prompt for item in held_out(Family.FACTS, count=12)]
+    cascade = {"mode": "speculative", "draft_tokens": 16}
+    bodies = [greedy(prompt, tokens=128, cascade=cascade) for prompt in prompts]
+    return Load(name="long drafts", grows="Drafter", streams=24, bodies=bodies)
+
+
+def long_prompts() -> Load:
+    """Return questions of many tokens with answers of one, no two of them with a like beginning."""
+    passages = [item.prompt for item in held_out(Family.PASSAGES, count=24)]
+    cascade = {"mode": "speculative"}
+    bodies = [
+        greedy(" ".join(passages[at:] + passages[:at])[:1800], tokens=1, cascade=cascade)
+        for at in range(len(passages))
+    ]
+    return Load(name="long prompts", grows="Expert", streams=6, bodies=bodies)
+
+
+async def while_loaded(watch: Watch, asking: Clients, load: Load) -> None:
+    """Keep a load up until its tier has grown to the most, and for a while after."""
+
+    async def grown() -> bool:
+        return len(await watch.cluster.replicas(load.grows)) == MOST
+
+    begin_s = watch.now_s
+    async with streams(asking, load.bodies, count=load.streams) as answers:
+        await until(grown, f"the {load.grows} tier to grow", timeout_s=PATIENCE_S, every_s=1)
+        await asyncio.sleep(10)
+        end_s = watch.now_s
+    watch.loads.append((load.name, begin_s, end_s))
+    assert all(one.done for one in answers), [one.error for one in answers if not one.done]
+
+
+async def shrunk(cluster: Ground) -> None:
+    async def one_each() -> bool:
+        counts = [len(await cluster.replicas(name)) for name in ("Drafter", "Expert")]
+        return counts == [1, 1]
+
+    await until(one_each, "both tiers to shrink", timeout_s=PATIENCE_S, every_s=1)
+
+
+async def test_each_tier_scales_with_its_own_load(
+    cluster: Ground, asking: Clients, report: Report, tmp_path: Path
+) -> None:
+    args = {"drafter": DRAFTER, "expert": EXPERT}
+    await cluster.deploy(config(http=cluster.http, counts={"Router": 1}, args=args))
+    watch = Watch(cluster=cluster)
+    watching = asyncio.create_task(watch.run())
+    try:
+        await asyncio.sleep(5)
+        for load in (long_drafts(), long_prompts()):
+            await while_loaded(watch, asking, load)
+            await shrunk(cluster)
+    finally:
+        watching.cancel()
+    watch.draw(Path(os.environ.get("CHAOS_REPORT", tmp_path)) / "scaling.png")
+    for load in ("long drafts", "long prompts"):
+        for name, most in watch.most_during(load).items():
+            report.note("scaling", f"most {name} replicas under {load}", most)
+    assert watch.most_during("long drafts") == {"Drafter": MOST, "Expert": 1}
+    assert watch.most_during("long prompts") == {"Drafter": 1, "Expert": MOST}
+    await until_free(cluster)
