@@ -13,7 +13,7 @@ from .checks import assert_exact, assert_no_leaks, burdens
 from .cluster import config, until
 from .conftest import KILLS, STREAMS
 from .harm import give_way, kill
-from .load import questions, references, streams
+from .load import key, questions, references, streams
 from .report import quantile
 
 if TYPE_CHECKING:
@@ -92,3 +92,33 @@ async def test_killed_drafters_and_experts_change_no_word(
     others_s = [one.gap_s for one in answers if not one.causes]
     note("storm", "longest silence of the others, median", quantile(others_s, 0.5), "s")
     note("storm", "longest silence of the others, p95", quantile(others_s, 0.95), "s")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+async def test_killed_routers_close_their_streams_and_leave_nothing(
+    cluster: Ground, asking: Clients, report: Report
+) -> None:
+    """A router's clients see their streams close; all others, and who asks again, hear the rest."""
+    await cluster.deploy(config(http=cluster.http, counts=COUNTS))
+    give_way(await cluster.replicas())
+    bodies = questions(tokens=TOKENS)
+    texts = await references(asking, bodies)
+    before = await burdens(cluster)
+    async with streams(asking, bodies, count=STREAMS) as answers:
+        missed_s = await reap(cluster, "Router", kills=KILLS)
+    whole = [one for one in answers if one.done]
+    closed = [one for one in answers if one.broken]
+    assert_exact(whole, texts)
+    for one in closed:
+        assert "hung" not in one.broken
+        assert texts[key(one.asked)].startswith(one.text), one.text
+    assert_exact([await asking.ask(body) for body in bodies], texts)
+    await assert_no_leaks(cluster, before)
+    report.note("router storm", "streams open at once", asking.most)
+    report.note("router storm", "kills of Router", len(missed_s))
+    report.note("router storm", "Router back, median", quantile(missed_s, 0.5), "s")
+    report.note("router storm", "streams that ended, each with its exact text", len(whole))
+    report.note("router storm", "streams that closed, each with its beginning", len(closed))
+    others = len(answers) - len(whole) - len(closed)
+    report.note("router storm", "refused or ended by an error event", others)
