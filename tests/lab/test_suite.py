@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cascade.errors import InvalidMeasurement
 from cascade.lab.bench import Contest
-from cascade.lab.claims import Claim, Outcome, claim_table, write
+from cascade.lab.claims import Claim, Outcome, claim_table, promised, read, summary, write
 from cascade.lab.machine import provenance
 from cascade.lab.suite import CASES, Scale
 from cascade.settings import Application
@@ -56,19 +57,46 @@ def test_the_table_says_which_claims_do_not_hold() -> None:
     assert lines[3] == "| one | speed | at most 1 | 1.2 | **no** |"
 
 
-def test_claims_are_written_with_the_contests_behind_them(tmp_path: Path) -> None:
+def outcome(measured: float) -> Outcome:
     contest = Contest(standings=(standing("alone", 1.0), standing("fast", 0.5)))
-    outcome = Outcome(
-        claims=(claim(2.0, least=1.5),), contests={"race": (contest, "It is cost-padded.")}
+    return Outcome(
+        claims=(claim(measured, least=1.5),), contests={"race": (contest, "It is cost-padded.")}
     )
-    written = write([outcome], folder=tmp_path, provenance=provenance())
-    told = json.loads(written[0].read_text())
-    assert told["claims"][0]["held"] is True
-    assert told["contests"]["race"]["contenders"][1]["ratio"]["median"] == 2
+
+
+def test_claims_are_written_with_the_contests_behind_them(tmp_path: Path) -> None:
+    where = provenance()
+    written = write("racing", outcome(2.0), folder=tmp_path, provenance=where)
+    case = json.loads(written[0].read_text())["cases"]["racing"]
+    assert case["claims"][0]["held"] is True
+    assert case["contests"]["race"]["contenders"][1]["ratio"]["median"] == 2
     text = written[1].read_text()
-    assert "## race" in text
+    assert "### race" in text
     assert "It is cost-padded." in text
-    assert text.count(told["provenance"]["command"]) == 1
+    assert text.count(where.command) == 1
+
+
+def test_a_case_measured_again_takes_its_own_place_alone(tmp_path: Path) -> None:
+    """Cases are measured in several goes, each with its own commit."""
+    first, second = replace(provenance(), commit="aaa"), replace(provenance(), commit="bbb")
+    write("racing", outcome(1.0), folder=tmp_path, provenance=first)
+    write("walking", outcome(3.0), folder=tmp_path, provenance=first)
+    (path, _) = write("racing", outcome(2.0), folder=tmp_path, provenance=second)
+    lines = summary(read(path)).splitlines()[2:]
+    assert ["| 2 | yes | bbb, " in lines[0], "| 3 | yes | aaa, " in lines[1]] == [True, True]
+    page = promised(read(path))
+    assert "**racing**" in page
+    assert page.startswith("| case |")
+
+
+def test_a_folder_with_another_report_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text("[]")
+    with pytest.raises(InvalidMeasurement, match="another --out"):
+        write("racing", outcome(1.0), folder=tmp_path, provenance=provenance())
+
+
+def test_nothing_measured_promises_nothing() -> None:
+    assert not promised({"cases": {}})
 
 
 @pytest.mark.parametrize("name", ["deferrals", "wire", "router", "drafter_steps"])

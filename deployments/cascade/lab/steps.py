@@ -12,8 +12,11 @@ from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cascade.decoding.drafting import DraftTask, draft_step
-from cascade.decoding.session import Block, Policy, SessionId
+from cascade.decoding.needs import Rows, needs
+from cascade.decoding.session import Block, Policy, Row, SessionId
 from cascade.decoding.verification import Task, judge, rows_needed
 from cascade.engine import threads
 from cascade.engine.loop import Engine
@@ -107,14 +110,18 @@ class _Head:
 
     def step(self, number: int, *, context_tokens: int) -> Step:
         """Return one session's step; always the same, so that contexts keep their length."""
-        block = tuple((7 * place + number) % 50 for place in range(self._drafted))
+        block = tuple((7 * place + number) % _IDS for place in range(self._drafted))
         rows = rows_needed(self.policy, block) if self.work is Work.JUDGE else 1
         return Step(
             session=SessionId(str(number)),
             base=context_tokens - 1,
-            tokens=(number % 50, *block[: rows - 1]),
+            tokens=(number % _IDS, *block[: rows - 1]),
             rows=rows,
-            task=Block(tokens=block, likelihoods=(0.5,) * len(block)),
+            task=Block(
+                tokens=block,
+                likelihoods=(0.5,) * len(block),
+                rows=_rows(self.policy, len(block)),
+            ),
         )
 
     @property
@@ -146,7 +153,17 @@ class _Head:
         raise error
 
 
+def _rows(policy: Policy, count: int) -> tuple[Row, ...]:
+    """Return rows as a drafter would ship them, all entries there, if the policy wants any."""
+    if needs(policy).rows is not Rows.ALL:
+        return ()
+    ids = np.arange(max(policy.row_entries, _IDS), dtype=np.uint32)
+    weights = np.geomspace(1, 1e-3, len(ids)).astype(np.float16)
+    return (Row(ids=ids, weights=weights),) * count
+
+
 _WARM = 3  # first steps, that allocate
+_IDS = 50  # fewer than any vocabulary has
 
 
 def _time(
@@ -181,7 +198,7 @@ def _time(
 def _fill(engine: Engine, sessions: int, *, context_tokens: int) -> None:
     """Put every session's context into the cache."""
     for number in range(sessions):
-        tokens = [(3 * place + number) % 50 for place in range(context_tokens)]
+        tokens = [(3 * place + number) % _IDS for place in range(context_tokens)]
         engine.submit(Step(session=SessionId(str(number)), base=0, tokens=tokens, rows=0))
     engine.turn()
     while engine.stats().waiting:

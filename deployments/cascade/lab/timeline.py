@@ -268,8 +268,17 @@ def _lanes(timeline: Timeline, shown: Sequence[Round]) -> list[_Lane]:
     ]
 
 
-def page(timeline: Timeline, *, provenance: Provenance, notes: Sequence[str]) -> str:
-    """Return `docs/performance.md`: the explanation, with this timeline's figures in it."""
+def page(
+    timeline: Timeline, *, provenance: Provenance, notes: Sequence[str], promises: str = ""
+) -> str:
+    """Return `docs/performance.md`: the explanation, with this timeline's figures in it.
+
+    Args:
+        timeline: What was recorded.
+        provenance: Where.
+        notes: What a reader must know of it.
+        promises: What a suite found, as Markdown.
+    """
     stages = timeline.stages_ms()
     whole = sum(stages.values())
     template = files("cascade.lab").joinpath("performance.md").read_text()
@@ -278,6 +287,7 @@ def page(timeline: Timeline, *, provenance: Provenance, notes: Sequence[str]) ->
     told = {
         "heading": heading(asdict(provenance)).strip(),
         "notes": " ".join(notes),
+        "promises": promises.strip() or "Not measured here yet: `cascade bench suite` does.",
         "rounds": str(len(timeline.rounds)),
         "round_ms": f"{whole:.2f}",
         "drafter_passes": str(sum(one.tier == "drafter" for one in timeline.passes)),
