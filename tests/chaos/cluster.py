@@ -33,6 +33,10 @@ SLOTS = 4  # for replicas of each tier on a node
 
 Config = dict[str, Any]
 
+# Two hundred streams on two cores take minutes: no limit of time may end one.
+PATIENT: Config = {"max_generation_s": 3000, "lease_timeout_s": 120, "draft_deadline_s": 1}
+APART: Config = {name: {"max_replicas_per_node": 1} for name in ("Drafter", "Expert")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
@@ -60,17 +64,23 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> Config:
     return tree
 
 
-def tier(name: str, *, sessions: int) -> Config:
+def tier(name: str) -> Config:
     """Return a tier's settings: bitwise the same text whatever else is in a batch."""
     return {
         "model": "demo",
         "bind_host": "127.0.0.1",
         "engine": {"threads": 1, "cache_tokens": 65536, "deterministic": name == "expert"},
-        "deployment": {
-            "max_ongoing_requests": sessions,
-            "ray_actor_options": {"num_cpus": 0, "resources": {name: 1}},
-            "health_check_period_s": 2,
-        },
+        "deployment": deployment(name, sessions=512),
+        "idle_timeout_s": 600,
+    }
+
+
+def deployment(name: str, *, sessions: int) -> Config:
+    """Return where a tier's replicas run, and how much each takes."""
+    return {
+        "max_ongoing_requests": sessions,
+        "ray_actor_options": {"num_cpus": 0, "resources": {name: 1}},
+        "health_check_period_s": 2,
     }
 
 
@@ -78,28 +88,31 @@ def config(
     *,
     http: int,
     counts: Mapping[str, int],
-    per_node: int = 1,
-    sessions: int = 256,
+    options: Mapping[str, Config] | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Return what `serve deploy` takes: `local.yaml` spread over nodes, `args` merged in."""
+    """Return what `serve deploy` takes: `local.yaml` spread over nodes.
+
+    Args:
+        http: The door's port.
+        counts: Replicas by deployment; others keep what `args` say.
+        options: What else the list beside `args` says of a deployment; no replica is replaced.
+        args: Merged into the application's own.
+    """
     chosen: Config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     chosen["http_options"]["port"] = http
-    chosen["grpc_options"]["port"] = free_port()
-    router = tier("router", sessions=1024)["deployment"]
+    del chosen["grpc_options"]
     base = {
-        "drafter": tier("drafter", sessions=sessions),
-        "expert": tier("expert", sessions=sessions),
-        "router": {"deployment": router},
+        "drafter": tier("drafter"),
+        "expert": tier("expert"),
+        "router": PATIENT | {"deployment": deployment("router", sessions=1024)},
     }
     application = chosen["applications"][0]
     application["args"] = merged(base, args or {})
     application["deployments"] = [
-        {"name": name, "num_replicas": count} for name, count in counts.items()
+        {"name": name, "num_replicas": count, **(options or {}).get(name, {})}
+        for name, count in counts.items()
     ]
-    for one in application["deployments"]:
-        if one["name"] != "Router":
-            one["max_replicas_per_node"] = per_node
     return chosen
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STREAMS = int(os.environ.get("CHAOS_STREAMS", "200"))
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))  # of each tier
+LONGEST_S = float(os.environ.get("CHAOS_SECONDS", "3000"))  # of killing
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from cascade.demo.tasks import Family, held_out
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-HANGS_S = 400.0  # a stream that takes longer hangs
+HANGS_S = 900.0  # a stream that takes longer hangs
 BLOCK = 4  # tokens, whether they pay or not: there must be drafters to lose
 REFUSED_PAUSE_S = 0.5
 QUESTIONS = 12  # of each kind

@@ -64,7 +64,7 @@ async def test_other_counts_lose_no_stream_and_touch_no_other_tier(
 ) -> None:
     """Each tier goes from one replica to two and back, by the list beside `args`."""
     counts = dict.fromkeys(TIERS, 1)
-    await cluster.deploy(config(http=cluster.http, counts=counts, per_node=4))
+    await cluster.deploy(config(http=cluster.http, counts=counts))
     bodies = questions(tokens=96)
     texts = await references(asking, bodies)
     before = await burdens(cluster)
@@ -90,7 +90,7 @@ async def test_a_rolling_update_loses_no_stream(
 ) -> None:
     """A change under `args` replaces every replica; each finishes its sessions first."""
     counts = dict.fromkeys(TIERS, 2)
-    await cluster.deploy(config(http=cluster.http, counts=counts, per_node=4))
+    await cluster.deploy(config(http=cluster.http, counts=counts))
     bodies = questions(tokens=96)
     texts = await references(asking, bodies)
     before, old = await burdens(cluster), await pids(cluster)

@@ -54,8 +54,9 @@ async def test_a_full_cache_delays_streams_and_changes_no_word(
 async def test_a_thousand_clients_leave_at_once(
     cluster: Ground, asking: Clients, report: Report
 ) -> None:
-    counts = {"Drafter": 1, "Expert": 2, "Router": 2}
-    await cluster.deploy(config(http=cluster.http, counts=counts, sessions=LEAVING + 24))
+    counts = {"Drafter": 2, "Expert": 2, "Router": 2}
+    many = {name: {"max_ongoing_requests": LEAVING + 24} for name in ("Drafter", "Expert")}
+    await cluster.deploy(config(http=cluster.http, counts=counts, options=many))
     before = await burdens(cluster)
     bodies = itertools.cycle(questions(tokens=400))
     began_s = time.monotonic()
@@ -84,8 +85,8 @@ async def test_three_times_the_capacity_for_a_minute(
 ) -> None:
     """Who is let in is served at a decent pace; who is not is told to come again."""
     counts = {"Drafter": 1, "Expert": 1, "Router": 1}
-    router = {"deployment": {"max_ongoing_requests": ROOM, "max_queued_requests": 0}}
-    await cluster.deploy(config(http=cluster.http, counts=counts, args={"router": router}))
+    few = {"Router": {"max_ongoing_requests": ROOM, "max_queued_requests": 0}}
+    await cluster.deploy(config(http=cluster.http, counts=counts, options=few))
     bodies = questions(tokens=64)
     texts = await references_one_by_one(asking, bodies)
     unloaded = [await asking.ask(body) for body in bodies]

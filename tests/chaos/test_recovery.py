@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .checks import assert_exact, assert_no_leaks, burdens
-from .cluster import config, until
+from .cluster import APART, PATIENT, config, until
 from .harm import cut, frozen, kill, slowed
 from .load import key, questions, references, streams
 
@@ -30,7 +30,7 @@ COUNTS = {"Drafter": 2, "Expert": 2, "Router": 1}
 STREAMS = 4
 TOKENS = 128
 WARM_S = 5.0
-DEADLINE_S = 1.0  # of a draft
+DEADLINE_S: float = PATIENT["draft_deadline_s"]
 SOON_S = 1.0  # after a harm its silence has begun
 HANG_S = 20.0
 SLOW = 0.2
@@ -47,8 +47,7 @@ async def texts(cluster: Ground, asking: Clients, bodies: list[Body]) -> dict[st
     """What each question's answer is where nothing dies."""
     while len(cluster.nodes) < 2:
         await cluster.add_node()
-    router = {"draft_deadline_s": DEADLINE_S}
-    await cluster.deploy(config(http=cluster.http, counts=COUNTS, args={"router": router}))
+    await cluster.deploy(config(http=cluster.http, counts=COUNTS, options=APART))
     return await references(asking, bodies)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .checks import assert_exact, assert_no_leaks, burdens
-from .cluster import config, until
-from .conftest import KILLS, STREAMS
+from .cluster import APART, config, until
+from .conftest import KILLS, LONGEST_S, STREAMS
 from .harm import give_way, kill
 from .load import key, questions, references, streams
 from .report import quantile
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from .load import Answer, Clients
     from .report import Report
 
-TOKENS = 48
+TOKENS = 32
 PATIENCE_S = 900.0  # for one replica to start while all others are busy
 COUNTS = {"Drafter": 2, "Expert": 2, "Router": 2}
 
 
 async def reap(cluster: Ground, tier: str, *, kills: int) -> list[float]:
-    """Kill replicas of a tier, one whenever all are there; return how long each was missed."""
+    """Kill replicas of a tier, one whenever all are there; return how long each was missed.
+
+    Ends after `LONGEST_S` seconds with fewer kills, which the report then tells.
+    """
     chance, missed_s = random.Random(tier), list[float]()  # noqa: S311 - which one dies is no secret
     wanted = COUNTS[tier]
     dead: set[str] = set()
@@ -36,7 +39,8 @@ async def reap(cluster: Ground, tier: str, *, kills: int) -> list[float]:
         alive = {one.name for one in await cluster.replicas(tier)} - dead
         return len(alive) >= wanted
 
-    while len(missed_s) < kills:
+    end_s = time.monotonic() + LONGEST_S
+    while len(missed_s) < kills and time.monotonic() < end_s:
         await until(all_there, f"{wanted} of {tier}", timeout_s=PATIENCE_S, every_s=0.5)
         victim = chance.choice(
             [one for one in await cluster.replicas(tier) if one.name not in dead]
@@ -59,7 +63,7 @@ def failed_over(answers: list[Answer], tier: str) -> list[Answer]:
 async def test_killed_drafters_and_experts_change_no_word(
     cluster: Ground, asking: Clients, report: Report
 ) -> None:
-    await cluster.deploy(config(http=cluster.http, counts=COUNTS))
+    await cluster.deploy(config(http=cluster.http, counts=COUNTS, options=APART))
     give_way(await cluster.replicas())
     bodies = questions(tokens=TOKENS)
     texts = await references(asking, bodies)
@@ -100,7 +104,7 @@ async def test_killed_routers_close_their_streams_and_leave_nothing(
     cluster: Ground, asking: Clients, report: Report
 ) -> None:
     """A router's clients see their streams close; all others, and who asks again, hear the rest."""
-    await cluster.deploy(config(http=cluster.http, counts=COUNTS))
+    await cluster.deploy(config(http=cluster.http, counts=COUNTS, options=APART))
     give_way(await cluster.replicas())
     bodies = questions(tokens=TOKENS)
     texts = await references(asking, bodies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from copy import deepcopy
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -21,6 +22,7 @@ from .test_yaml import CONFIGS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+JOIN_S = 120.0
 LIMIT_S = 400.0
 SMALL = 80 * 2**20  # bytes of a node's object store
 
@@ -43,12 +45,16 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, str]]:
     """A head, a node with a small GPU and one with two large ones: the name of each raylet."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # sockets want it short
+    monkeypatch.setenv("RAY_TMPDIR", folder.name)  # or others' `ray.init()` would find this one
     common: dict[str, Any] = {"num_cpus": 1, "object_store_memory": SMALL}
     head = common | {"num_gpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
+        common["wait"] = False
         small = cluster.add_node(**common, num_gpus=1, resources={"accelerator_type:L4": 1})
         large = cluster.add_node(**common, num_gpus=2, resources={"accelerator_type:H100": 2})
+        cluster.wait_for_nodes(timeout=JOIN_S)
         ray.init(address=cluster.address, log_to_driver=False)
         serve.start(proxy_location="Disabled")
         yield {
@@ -56,9 +62,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, str]]:
             for name, node in (("head", cluster.head_node), ("small", small), ("large", large))
         }
         serve.shutdown()
-        ray.shutdown()
     finally:
+        ray.shutdown()  # a driver's own node cannot be removed under it
         cluster.shutdown()
+        folder.cleanup()
 
 
 def replicas(raylets: dict[int, str]) -> Counter[tuple[str, str]]:
