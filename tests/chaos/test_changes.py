@@ -16,6 +16,7 @@ import yaml
 
 from .checks import assert_exact, assert_no_leaks, burdens
 from .cluster import TIERS, config
+from .harm import give_way
 from .load import questions, references, streams
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ async def test_other_counts_lose_no_stream_and_touch_no_other_tier(
     bodies = questions(tokens=96)
     texts = await references(asking, bodies)
     before = await burdens(cluster)
+    give_way(await cluster.replicas())
     async with streams(asking, bodies, count=STREAMS) as answers:
         for name in TIERS:
             for count in (2, 1):
@@ -94,6 +96,7 @@ async def test_a_rolling_update_loses_no_stream(
     bodies = questions(tokens=96)
     texts = await references(asking, bodies)
     before, old = await burdens(cluster), await pids(cluster)
+    give_way(await cluster.replicas())
     changed = deepcopy(cluster.deployed)
     args = changed["applications"][0]["args"]
     args["limits"] = {"choices": 8}

@@ -16,6 +16,7 @@ from cascade.demo.tasks import Family, held_out
 
 from .checks import until_free
 from .cluster import config, until
+from .harm import give_way
 from .load import greedy, streams
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ async def while_loaded(watch: Watch, asking: Clients, load: Load) -> None:
     async def grown() -> bool:
         return len(await watch.cluster.replicas(load.grows)) == MOST
 
+    give_way(await watch.cluster.replicas())
     begin_s = watch.now_s
     async with streams(asking, load.bodies, count=load.streams) as answers:
         await until(grown, f"the {load.grows} tier to grow", timeout_s=PATIENCE_S, every_s=1)
