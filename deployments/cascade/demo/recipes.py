@@ -45,7 +45,7 @@ PAIR = PairRecipe(
                 learning_rate=4e-3,
             ),
             "drafter": Recipe(
-                hidden=192, layers=2, heads=3, intermediate=512, steps=450, formal=0.3,
+                hidden=192, layers=2, heads=3, intermediate=512, steps=380, formal=0.3,
                 learning_rate=4e-3, distilled=0.5,
             ),
         }
