@@ -95,21 +95,21 @@ async def sixteen_streams(scale: Scale, told: Told) -> Outcome:
 
 async def apart(scale: Scale, told: Told) -> Outcome:
     """Three processes against one, and over a network."""
-    plan = _plan(scale, parameters="120M", streams=1)
+    plan = _plan(scale, parameters="500M", streams=1)
     plan = replace(plan, where=(Direct(), Apart()), rtts_ms=(0.0, 5.0, 20.0))
     contest = await execute(plan, told=told)
     one, three = "lossless, one process", "lossless, apart"
     kept = contest.ratio(three, one).median
     near = contest.ratio(f"{three}, 5 ms", three).median
     far = contest.ratio(f"{three}, 20 ms", "expert_only, apart, 20 ms").median
-    case = "three processes, one stream, 120M"
+    case = "three processes, one stream, 500M"
     return Outcome(
         claims=(
             Claim(case=case, says="three processes over one", measured=kept, least=0.93),
             Claim(case=case, says="5 ms of round trip over none", measured=near, least=0.9),
             Claim(case=case, says="20 ms, over the expert alone", measured=far, least=1.0),
         ),
-        contests={case: (contest, _padded("120M"))},
+        contests={case: (contest, _padded("500M"))},
     )
 
 
