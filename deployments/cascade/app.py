@@ -26,7 +26,7 @@ from cascade.ingress.http import create_app
 from cascade.operations.engine_metrics import keep_reporting
 from cascade.operations.families import ENGINE, ROUTER
 from cascade.operations.holdings import holdings
-from cascade.operations.leases import ServeLeases, Ticket
+from cascade.operations.leases import Hedged, ServeLeases, Ticket
 from cascade.operations.load import LoadMeter
 from cascade.operations.logs import to_serve
 from cascade.operations.metrics import ServeSink
@@ -131,7 +131,13 @@ class RouterDeployment:
         to_serve()
         timeout_s = settings.router.lease_timeout_s
         self._tiers = [
-            Tier(leases=ServeLeases(handle, kind=kind, timeout_s=timeout_s), peers=Peers(kind))
+            Tier(
+                leases=Hedged(
+                    ServeLeases(handle, kind=kind, timeout_s=timeout_s),
+                    after_s=settings.router.lease_hedge_s,
+                ),
+                peers=Peers(kind),
+            )
             for handle, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
         ]
         drafting, judging = self._tiers

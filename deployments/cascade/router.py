@@ -9,35 +9,38 @@ from __future__ import annotations
 import asyncio
 import statistics
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cascade.decoding import generation
 from cascade.decoding.draft_length import DraftLength, Fixed, reserved
 from cascade.decoding.generation import (
     Confidence,
+    ExpertLoss,
     FinishReason,
-    Patience,
     Piece,
     Request,
     Statistics,
 )
 from cascade.decoding.modes import keeps_unasked, policy_in
 from cascade.decoding.session import Mode, Session, SessionId, advance
-from cascade.errors import DeadlineExceeded
+from cascade.errors import DeadlineExceeded, ExpertUnavailable
+from cascade.operations.failover import Patience
+from cascade.operations.hurried import Hurried
 from cascade.operations.ledger import Ledger
-from cascade.operations.places import Place, Tier, score
+from cascade.operations.places import Place, Tier, now_s, score
 from cascade.operations.roles import (
     Absent,
     Drafter,
     Drafting,
     Expert,
-    Hurried,
     Judging,
     Late,
     Predicted,
     Silent,
 )
+from cascade.operations.trust import Trust
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -51,11 +54,28 @@ class RouterOptions:
 
     max_generation_s: float = 600.0
     draft_deadline_s: float = 2.0  # a block later than this is given up: the expert goes on alone
-    draft_pause_s: float = 1.0  # before a drafter that was given up is tried again
+    draft_pause_s: float = 1.0  # before a drafter that failed is tried again; up to 4 times as long
+    answer_deadline_s: float = 5.0  # before a verdict is asked for again, from a replica that lives
+    entry_deadline_s: float = 2.0  # of an answer that has not begun, while no replica is there
+    loss_deadline_s: float = 30.0  # of one that has
     chunk_tokens: int = 16  # drafted at a time where no expert judges
     ahead_tokens: int = 8  # the expert writes at a time where no drafter is
     overlap_blocks: int = 1  # the drafter is ahead of the expert
-    moves: int = 5  # of a session to another replica, before it fails
+
+    @property
+    def needed(self) -> Patience:
+        """Return how long an answer bears with a tier that it needs."""
+        return Patience(
+            answer_s=self.answer_deadline_s,
+            entry_s=self.entry_deadline_s,
+            loss_s=self.loss_deadline_s,
+        )
+
+    @property
+    def spared(self) -> Patience:
+        """Return how often an answer asks a drafter that it can do without."""
+        pauses_s = tuple(times * self.draft_pause_s for times in (1, 2, 4))
+        return Patience(answer_s=self.draft_deadline_s, pauses_s=pauses_s)
 
 
 class Router:
@@ -73,16 +93,18 @@ class Router:
         self._experts = experts
         self._automatic = automatic
         self._options = options
+        self._trust = Trust(clock=now_s)
 
     async def generate(self, request: Request) -> AsyncGenerator[Piece]:
         """Yield the pieces of one answer; the last has a finish reason and the statistics.
 
         Closing the iterator frees both tiers. Raises the CascadeError that ended the answer early.
         """
+        deadline_s = self._deadline_s(request)
         if request.mode is Mode.SEQUENCE_CASCADE:
-            pieces = self._sequence_cascade(request)
+            pieces = self._sequence_cascade(request, deadline_s=deadline_s)
         else:
-            pieces = self._loop(request, Statistics())
+            pieces = self._surviving(request, Statistics(), deadline_s=deadline_s)
         try:
             async for piece in pieces:
                 yield piece
@@ -93,16 +115,38 @@ class Router:
         """Return the expert's log-probability of each token but the first."""
         return await score(self._experts, tuple(tokens), top=top)
 
-    async def _loop(self, request: Request, entry: Statistics) -> AsyncGenerator[Piece]:
-        session = Session(
-            id=SessionId(uuid.uuid4().hex),
-            prompt=request.prompt,
-            policy=policy_in(request.mode, request.policy),
-        )
+    async def _surviving(
+        self, request: Request, entry: Statistics, *, deadline_s: float
+    ) -> AsyncGenerator[Piece]:
+        """Yield the answer; the drafter ends it where no expert is left, if the client wishes."""
+        written = Piece(tokens=(), origins=())
+        try:
+            async with aclosing(self._loop(request, entry, deadline_s=deadline_s)) as pieces:
+                async for piece in pieces:
+                    written = _joined(written, piece)
+                    yield piece
+        except ExpertUnavailable:
+            if request.on_expert_loss is ExpertLoss.FAIL:
+                raise
+            entry.expert_losses += 1
+            alone = replace(request, mode=Mode.DRAFTER_ONLY)
+            rest = self._loop(alone, entry, deadline_s=deadline_s, written=written)
+            async with aclosing(rest) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _loop(
+        self,
+        request: Request,
+        entry: Statistics,
+        *,
+        deadline_s: float,
+        written: Piece | None = None,
+    ) -> AsyncGenerator[Piece]:
+        session = _session(request, written)
         ledger = Ledger(entry, trace=request.trace)
-        deadline_s = self._deadline_s(request)
         length = self._draft_length(request)
-        async with self._cast(request, session, entry) as (drafter, expert):
+        async with self._cast(request, session, entry, deadline_s) as (drafter, expert):
             finish = None
             while finish is None:
                 room = request.max_tokens - session.position
@@ -117,15 +161,18 @@ class Router:
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
                 ledger.note(before, session, offer, verdict, reason=wanted.reason)
                 length.learn(ledger.lesson(offer, judged))
+                drafter.hear(session.policy, offer, verdict)
                 finish = _finish(session, request)
                 yield _piece(before, session, verdict, finish, entry)
 
-    async def _sequence_cascade(self, request: Request) -> AsyncGenerator[Piece]:
+    async def _sequence_cascade(
+        self, request: Request, *, deadline_s: float
+    ) -> AsyncGenerator[Piece]:
         """Yield the drafter's whole answer where it is sure, else the expert's from scratch."""
         entry = Statistics()
         policy = replace(request.policy, logprobs=request.policy.logprobs or 0)
         draft = replace(request, mode=Mode.DRAFTER_ONLY, policy=policy)
-        pieces = [piece async for piece in self._loop(draft, entry)]
+        pieces = [piece async for piece in self._loop(draft, entry, deadline_s=deadline_s)]
         if _confidence(pieces, request.patience) >= request.patience.threshold:
             for piece in pieces:
                 yield piece if request.policy.logprobs is not None else replace(piece, logprobs=())
@@ -134,16 +181,18 @@ class Router:
         entry.kept_tokens -= drafted
         entry.accepted -= drafted
         entry.judged, entry.deferred = drafted, drafted
-        async for piece in self._loop(replace(request, mode=Mode.EXPERT_ONLY), entry):
-            yield piece
+        judged = replace(request, mode=Mode.EXPERT_ONLY)
+        async with aclosing(self._surviving(judged, entry, deadline_s=deadline_s)) as rest:
+            async for piece in rest:
+                yield piece
 
     @asynccontextmanager
     async def _cast(
-        self, request: Request, session: Session, entry: Statistics
+        self, request: Request, session: Session, entry: Statistics, deadline_s: float
     ) -> AsyncGenerator[tuple[Drafter, Expert]]:
         """Choose who drafts and who judges, start both on the prompt, and free both at the end."""
-        drafters = Place(self._drafters, entry, moves=self._options.moves)
-        experts = Place(self._experts, entry, moves=self._options.moves)
+        drafters = Place(self._drafters, entry, patience=self._options.needed)
+        experts = Place(self._experts, entry, patience=self._options.needed)
         judging = Judging(experts)
         unasked = keeps_unasked(request.mode, session.policy)
         drafter: Drafter
@@ -157,7 +206,7 @@ class Router:
                 drafter, expert = Drafting(drafters, until_deferral=True), Late(judging)
                 needed = drafters
             case Mode.SPECULATIVE | Mode.CASCADE:
-                drafters = Place(self._drafters, entry, moves=0)
+                drafters = Place(self._drafters, entry, patience=self._options.spared)
                 drafter = self._hurried(drafters, until_deferral=unasked)
                 expert, needed = (Late(judging), None) if unasked else (judging, experts)
         if request.prediction and not unasked:
@@ -169,7 +218,8 @@ class Router:
             )
         try:
             if needed is not None:
-                await needed.enter(session)
+                async with _until(deadline_s):
+                    await needed.enter(session)
             yield drafter, expert
         finally:
             drafters.leave()
@@ -179,9 +229,8 @@ class Router:
         ahead = self._options.overlap_blocks
         return Hurried(
             Drafting(place, ahead=ahead, until_deferral=until_deferral),
+            trust=self._trust,
             deadline_s=self._options.draft_deadline_s,
-            pause_s=self._options.draft_pause_s,
-            clock=asyncio.get_running_loop().time,
         )
 
     def _draft_length(self, request: Request) -> DraftLength:
@@ -199,7 +248,7 @@ class Router:
         longest_s = self._options.max_generation_s
         if request.deadline_s is not None:
             longest_s = min(longest_s, request.deadline_s)
-        return asyncio.get_running_loop().time() + longest_s
+        return now_s() + longest_s
 
 
 @asynccontextmanager
@@ -209,6 +258,20 @@ async def _until(deadline_s: float) -> AsyncGenerator[None]:
             yield
     except TimeoutError as error:
         raise DeadlineExceeded("the answer took longer than its deadline") from error
+
+
+def _session(request: Request, written: Piece | None) -> Session:
+    begun = Session(
+        id=SessionId(uuid.uuid4().hex),
+        prompt=request.prompt,
+        policy=policy_in(request.mode, request.policy),
+    )
+    return replace(begun, tokens=written.tokens, origins=written.origins) if written else begun
+
+
+def _joined(before: Piece, after: Piece) -> Piece:
+    tokens, origins = before.tokens + after.tokens, before.origins + after.origins
+    return Piece(tokens=tokens, origins=origins)
 
 
 def _finish(session: Session, request: Request) -> FinishReason | None:
@@ -233,7 +296,7 @@ def _piece(
     )
 
 
-def _confidence(pieces: Sequence[Piece], patience: Patience) -> float:
+def _confidence(pieces: Sequence[Piece], patience: generation.Patience) -> float:
     """Return how sure the drafter was of its answer, in nats per token."""
     logprobs = sorted(entry.logprob for piece in pieces for entry in piece.logprobs)
     match patience.confidence:

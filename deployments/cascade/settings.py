@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from cascade import demo, router
 from cascade.decoding.draft_length import Experience
-from cascade.decoding.generation import Confidence, Generator, Patience
+from cascade.decoding.generation import Confidence, ExpertLoss, Generator, Patience
 from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
 from cascade.engine import outline, threads
@@ -230,7 +230,11 @@ class Router(Settings):
     max_generation_s: Seconds = 600.0
     draft_deadline_s: Seconds = 2.0
     draft_pause_s: Seconds = 1.0
-    lease_timeout_s: Seconds = 10.0
+    answer_deadline_s: Seconds = 5.0  # before a verdict is asked for again
+    entry_deadline_s: Seconds = 2.0  # for an expert, before an answer begins; then 503
+    loss_deadline_s: Seconds = 30.0  # for another expert, in mid answer; then an error ends it
+    lease_timeout_s: Seconds = 8.0  # below the 10 s after which a stream's status is settled
+    lease_hedge_s: Seconds = 1.0  # before a second replica is asked for a lease beside the first
     draft_tokens: Positive = 5  # of `auto`, before it has measured
     overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
 
@@ -244,6 +248,9 @@ class Router(Settings):
                 max_generation_s=self.max_generation_s,
                 draft_deadline_s=self.draft_deadline_s,
                 draft_pause_s=self.draft_pause_s,
+                answer_deadline_s=self.answer_deadline_s,
+                entry_deadline_s=self.entry_deadline_s,
+                loss_deadline_s=self.loss_deadline_s,
                 overlap_blocks=self.overlap_blocks,
             ),
         )
@@ -266,6 +273,7 @@ class Defaults(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Natural = 0
     deadline_s: Seconds | None = None  # of an answer; router.max_generation_s holds too
+    on_expert_loss: ExpertLoss = ExpertLoss.FAIL
 
     def for_doors(self) -> DoorDefaults:
         """Return what the doors take."""

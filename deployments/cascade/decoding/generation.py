@@ -19,6 +19,13 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+class ExpertLoss(StrEnum):
+    """What becomes of an answer that no expert is left for."""
+
+    FAIL = "fail"
+    DRAFTER = "drafter"  # the drafter ends it, and the statistics say so
+
+
 class Confidence(StrEnum):
     """What a sequence cascade reads of the drafter's token log-probabilities."""
 
@@ -47,6 +54,7 @@ class Request:
     patience: Patience = field(default_factory=Patience)
     prediction: tuple[int, ...] = ()  # a draft the client supplies for the start of the answer
     deadline_s: float | None = None
+    on_expert_loss: ExpertLoss = ExpertLoss.FAIL
     trace: bool = False  # report every round
     name: str = ""  # what the client calls it, for logs
 
@@ -86,6 +94,7 @@ class Statistics:
     sent_bytes: int = 0
     received_bytes: int = 0
     failovers: int = 0
+    expert_losses: int = 0  # 1: no expert was left, and the drafter ended the answer
     failover_causes: dict[str, int] = field(default_factory=dict)  # "drafter late": 2
     accepted_lengths: list[int] = field(
         default_factory=list

@@ -135,6 +135,7 @@ def _options(message: pb.Generation) -> dict[str, Any]:
         "verification": _member(enums.VERIFICATION, message.verification),
         "rows": _member(enums.ROW_FORMAT, message.row_format),
         "patience": _patience(message.patience) if message.HasField("patience") else None,
+        "on_expert_loss": _member(enums.EXPERT_LOSS, message.expert_loss),
         "trace": message.trace,
     }
 
@@ -245,4 +246,5 @@ def _counts(was: Statistics) -> dict[str, Any]:
         "failover_count": was.failovers,
         "accepted_lengths": was.accepted_lengths,
         "draft_length_reason": was.draft_length_reason,
+        "expert_loss_count": was.expert_losses,
     }

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from cascade.decoding.generation import Confidence
+from cascade.decoding.generation import Confidence, ExpertLoss
 from cascade.decoding.rules import Rule  # noqa: TC001 - pydantic reads annotations
 from cascade.decoding.session import (  # noqa: TC001 - pydantic reads annotations
     Bonus,
@@ -74,6 +74,8 @@ class Options(Body):
     """When a sequence cascade keeps the drafter's answer."""
     deadline_s: Annotated[float, Gt(0)] | None = None
     """Seconds after which the answer ends with an error."""
+    on_expert_loss: ExpertLoss | None = None
+    """What becomes of the answer if no expert is left: an error, or the drafter ends it."""
     trace: bool = False
     """Report every round in the answer."""
 

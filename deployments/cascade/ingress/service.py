@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cascade.decoding.generation import Patience
+from cascade.decoding.generation import ExpertLoss, Patience
 from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
 
@@ -106,6 +106,7 @@ class Defaults:
     top_p: float = 1.0
     top_k: int = 0
     deadline_s: float | None = None
+    on_expert_loss: ExpertLoss = ExpertLoss.FAIL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,6 +178,7 @@ def _request(wish: _Wish, service: Service, *, prompt: tuple[int, ...], seed: in
         else Patience(confidence=patience.confidence, threshold=patience.threshold),
         prediction=_prediction(wish.body, service),
         deadline_s=options.deadline_s or defaults.deadline_s,
+        on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
         trace=options.trace,
     )
 

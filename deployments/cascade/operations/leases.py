@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from cascade.errors import Overloaded, Unauthenticated
+from cascade.errors import CascadeError, Overloaded, Unauthenticated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -150,17 +150,64 @@ class FixedLeases:
         return FixedLease(next(self._addresses), self._token)
 
 
+class Hedged:
+    """Asks a second replica where the first call is not answered soon: it may have hung.
+
+    The first lease that is granted counts, the other call is closed.
+    """
+
+    def __init__(self, source: LeaseSource, *, after_s: float) -> None:
+        self._source = source
+        self._after_s = after_s
+
+    async def take(self) -> Lease:
+        """Return the first lease that is granted; raises what the last call raises."""
+        calls = [asyncio.ensure_future(self._source.take())]
+        try:
+            await asyncio.wait(calls, timeout=self._after_s)
+            if not calls[0].done():
+                calls.append(asyncio.ensure_future(self._source.take()))
+            return await _first(calls)
+        finally:
+            for call in calls:
+                call.add_done_callback(give_back)
+                call.cancel()
+
+
+async def _first(calls: list[asyncio.Future[Lease]]) -> Lease:
+    """Return the first lease granted, and take its call from the list."""
+    waiting = set(calls)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        granted = next((call for call in done if call.exception() is None), None)
+        if granted is not None:
+            calls.remove(granted)
+            return granted.result()
+        if not waiting:
+            return done.pop().result()
+
+
+def give_back(call: asyncio.Future[Lease]) -> None:
+    """Close a lease that was granted to a caller who has left."""
+    if not call.cancelled() and call.exception() is None:
+        call.result().close()
+
+
 class ServeLease:
     """A lease call of Serve, held open until `close`."""
 
-    def __init__(self, call: Any, ticket: Ticket) -> None:
+    def __init__(self, call: Any, ticket: Ticket, *, released: Callable[[], None]) -> None:
         self.address = ticket["address"]
         self.token = ticket["token"]
         self._call = call
+        self._released: Callable[[], None] | None = released
 
     def close(self) -> None:
         """Cancel the call: dropping it would leave the slot held."""
         self._call.cancel()
+        if self._released is not None:
+            self._released()
+            self._released = None
 
 
 class ServeLeases:
@@ -171,9 +218,15 @@ class ServeLeases:
         self._handle = handle.options(stream=True, _by_reference=False)
         self._kind = kind
         self._timeout_s = timeout_s
+        self._held = 0
 
     async def take(self) -> ServeLease:
-        """Ask Serve for a replica; raises Overloaded when its queue is full or nothing is free."""
+        """Ask Serve for a replica.
+
+        Raises:
+            Overloaded: Its queue is full, or nothing came free in time.
+            Unavailable: No replica answers.
+        """
         from ray.exceptions import RayError  # noqa: PLC0415 - tiers run without Ray
         from ray.serve.exceptions import (  # noqa: PLC0415 - as above
             BackPressureError,
@@ -189,13 +242,22 @@ class ServeLeases:
             ) from error
         except TimeoutError as error:
             call.cancel()
-            raise Overloaded(
-                f"no {self._kind.name} replica came free within {self._timeout_s:g} s"
-            ) from error
+            raise self._none_in_time() from error
         except (DeploymentUnavailableError, RayError, StopAsyncIteration) as error:
             call.cancel()
             raise self._kind.unavailable(f"no {self._kind.name} replica answers") from error
         except asyncio.CancelledError:
             call.cancel()
             raise
-        return ServeLease(call, ticket)
+        self._held += 1
+        return ServeLease(call, ticket, released=self._release)
+
+    def _release(self) -> None:
+        self._held -= 1
+
+    def _none_in_time(self) -> CascadeError:
+        """Return why nothing came: where this router holds no lease at all, nobody is there."""
+        within = f"within {self._timeout_s:g} s"
+        if self._held:
+            return Overloaded(f"no {self._kind.name} replica came free {within}")
+        return self._kind.unavailable(f"no {self._kind.name} replica answered {within}")

@@ -1,7 +1,7 @@
 """A session's place on a tier: a lease, a link, and what that replica was told.
 
 Moving is the only recovery there is: when a replica is gone, or lost the session, the place takes
-another lease and opens the whole `Session` there under the next epoch.
+another lease and opens the whole `Session` there under the next epoch. When, `failover` says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from cascade.decoding.session import SessionId
 from cascade.errors import (
@@ -19,6 +19,8 @@ from cascade.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cascade.operations.failover import SERVED, Failure, Patience, Standing
+from cascade.operations.leases import give_back
 from cascade.operations.tracing import traceparent
 from cascade.wire.digest import extend
 from cascade.wire.frames import (
@@ -36,7 +38,7 @@ from cascade.wire.status import refused
 from cascade.wire.tiers import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from cascade.decoding.generation import Statistics
     from cascade.decoding.session import Session, TokenLogprob
@@ -44,9 +46,11 @@ if TYPE_CHECKING:
     from cascade.wire.channel import Link, Peers
 
 GREETING_PAUSE_S = 0.5
-MOVE_PAUSE_S = 0.2
+MISFORTUNES = (Unavailable, Overloaded, Internal)  # of a replica; others are the request's own
 
-Lacking: TypeAlias = tuple[int, ...]
+Found = TypeVar("Found")
+Answer: TypeAlias = Proposal | Judgement
+Question: TypeAlias = "Callable[[int, int, tuple[int, ...]], Propose | Judge]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +101,14 @@ class Tier:
 class Place:
     """One session's place on one tier; not entered until first asked."""
 
-    def __init__(self, tier: Tier, statistics: Statistics, *, moves: int) -> None:
+    def __init__(self, tier: Tier, statistics: Statistics, *, patience: Patience) -> None:
         self.tier = tier
+        self.standing = Standing()
+        self.asked_s = 0.0  # when the last question was sent
         self._statistics = statistics
-        self._moves = moves
+        self._patience = patience
+        self._calling: asyncio.Task[Lease] | None = None
+        self._called_s: float | None = None  # since when a lease is being sought
         self._lease: Lease | None = None
         self._link: Link | None = None
         self._epoch = 0
@@ -109,21 +117,107 @@ class Place:
         self._digested = 0  # tokens of prompt and answer in the digest
 
     @property
-    def entered(self) -> bool:
-        """Whether a replica holds the session."""
-        return self._link is not None
+    def address(self) -> str:
+        """Return where the lease is, or nothing."""
+        return "" if self._lease is None else self._lease.address
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is too early to ask the tier again."""
+        return now_s() < self.standing.resume_s
+
+    async def leased(self, *, within_s: float) -> bool:
+        """Return whether there is a lease, after waiting a while; what is not there yet may come.
+
+        Raises:
+            CascadeError: The tier has none.
+        """
+        if self._lease is None:
+            call = self._call()
+            if not call.done():
+                await asyncio.wait({call}, timeout=within_s)
+            if call.done():
+                await self._take()
+        return self._lease is not None
 
     async def enter(self, session: Session) -> None:
-        """Take a lease and open the session there, which starts its prefill."""
-        self._epoch += 1
-        self._lease = await self.tier.leases.take()
-        self._link = self.tier.peers.link(self._lease.address, session.id, self._epoch)
-        lease, trace = self._lease.token, traceparent()
-        self._link.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
-        self._known = session.position
+        """Open the session on a replica, which starts its prefill; as patient as `ask`."""
+        await self._persist(lambda: self._enter(session))
+
+    async def ask(self, session: Session, make: Question, *, coming: bool = False) -> Answer:
+        """Ask until there is an answer, on other replicas where this one fails.
+
+        Args:
+            session: What the answer stands after.
+            make: Builds the question from epoch, digest and the tokens that the replica lacks.
+            coming: The replica has been asked already and will answer unasked.
+
+        Raises:
+            CascadeError: The tier is given up, or the question is wrong.
+        """
+        return await self._persist(lambda: self.attempt(session, make, coming=coming))
+
+    async def attempt(self, session: Session, make: Question, *, coming: bool = False) -> Answer:
+        """Ask one replica, again where its answer is long in coming: rounds are idempotent."""
+        if self._link is None:
+            await self._enter(session)
+            coming = False
+        patience_s = self._patience.answer_s
+        while True:
+            if not coming:
+                self.send(session, make)
+            coming = False
+            try:
+                async with asyncio.timeout(patience_s):
+                    answer = await self._answer(session)
+            except TimeoutError:
+                patience_s *= 2
+                continue
+            if not isinstance(answer, Need):
+                self._known = session.position
+                self.standing = SERVED
+                return answer
+            self._known = answer.position
+
+    def send(self, session: Session, make: Question) -> None:
+        """Send a question without waiting for its answer."""
+        assert self._link is not None, "enter first"
+        self.asked_s = now_s()
+        lacking = session.tokens[self._known :]
+        self._link.send(make(self._epoch, self._digest_of(session), lacking))
+
+    async def poll(self) -> bool:
+        """Take in answers that came too late, without waiting; return whether there were any."""
+        assert self._link is not None, "enter first"
+        heard = False
+        while self._link.heard:
+            heard = True
+            match await self._receive():
+                case Need() as need:
+                    self._known = need.position
+                case Proposal() as item:
+                    self._statistics.drafter_passes += item.passes
+                case _:
+                    continue
+        return heard
+
+    def fail(self, failure: Failure) -> None:
+        """Note why the session goes on elsewhere or without this tier; leave, unless it is late."""
+        if not (failure is Failure.LATE and self.standing.late):
+            causes, name = self._statistics.failover_causes, f"{self.tier.name} {failure}"
+            causes[name] = causes.get(name, 0) + 1
+        self.standing = self.standing.failed(
+            failure, self._patience, now_s=now_s(), since_s=self._called_s
+        )
+        if failure is not Failure.LATE:
+            self.leave()
 
     def leave(self) -> None:
         """Free the session there and give the lease back; safe to repeat."""
+        if self._calling is not None:
+            self._calling.add_done_callback(give_back)
+            self._calling.cancel()
+            self._calling = self._called_s = None
         if self._link is not None:
             self._statistics.sent_bytes += self._link.sent_bytes
             self._statistics.received_bytes += self._link.received_bytes
@@ -133,31 +227,47 @@ class Place:
             self._lease.close()
             self._lease = None
 
-    async def ask(
-        self, session: Session, make: Callable[[int, int, Lacking], Propose | Judge]
-    ) -> Proposal | Judgement:
-        """Send the item that `make(epoch, digest, lacking tokens)` builds; return its answer.
+    def judged(self, committed: int) -> None:
+        """Note that the expert made a pass, and itself committed so many tokens more."""
+        self._statistics.expert_passes += 1
+        self._known += committed
 
-        Moves to another replica when this one is lost or full; raises what says that none is left.
-        """
-        for move in range(self._moves):
-            try:
-                return await self._ask(session, make)
-            except (Unavailable, Overloaded) as error:
-                self.leave()
-                self.failed("full" if isinstance(error, Overloaded) else "lost")
-                self._statistics.failovers += 1
-            # The first move is free: others need the time in which a death becomes known.
-            await asyncio.sleep(move * MOVE_PAUSE_S)
-        return await self._ask(session, make)
-
-    async def answer(self, session: Session) -> Proposal | Judgement | Need:
-        """Return the next answer that stands after the session; others came late."""
-        assert self._link is not None, "enter first"
+    async def _persist(self, attempt: Callable[[], Awaitable[Found]]) -> Found:
         while True:
-            match await self._link.receive():
-                case Refusal() as refusal:
-                    raise self.tier.error(refusal)
+            try:
+                return await attempt()
+            except MISFORTUNES as error:
+                self.fail(failure_of(error))
+                if self.standing.given_up(self._patience):
+                    raise
+                self._statistics.failovers += 1
+            await asyncio.sleep(self.standing.resume_s - now_s())
+
+    async def _enter(self, session: Session) -> None:
+        if self._lease is None:
+            await self._take()
+        assert self._lease is not None
+        self._epoch += 1
+        self._link = self.tier.peers.link(self._lease.address, session.id, self._epoch)
+        lease, trace = self._lease.token, traceparent()
+        self._link.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
+        self._known = session.position
+
+    def _call(self) -> asyncio.Task[Lease]:
+        if self._calling is None:
+            self._called_s = now_s()
+            self._calling = asyncio.ensure_future(self.tier.leases.take())
+        return self._calling
+
+    async def _take(self) -> None:
+        call = self._call()
+        self._lease = await call
+        self._calling = self._called_s = None
+
+    async def _answer(self, session: Session) -> Answer | Need:
+        """Return the next answer that stands after the session; others came late."""
+        while True:
+            match await self._receive():
                 case Need() as need:
                     return need
                 case Proposal() as item if not self._continues(item, session):
@@ -170,31 +280,12 @@ class Place:
                 case _:
                     continue
 
-    def failed(self, cause: str) -> None:
-        """Note why the session goes on elsewhere, or without this tier: lost, full or late."""
-        causes, name = self._statistics.failover_causes, f"{self.tier.name} {cause}"
-        causes[name] = causes.get(name, 0) + 1
-
-    def judged(self, committed: int) -> None:
-        """Note that the expert made a pass, and itself committed so many tokens more."""
-        self._statistics.expert_passes += 1
-        self._known += committed
-
-    async def _ask(
-        self, session: Session, make: Callable[[int, int, Lacking], Propose | Judge]
-    ) -> Proposal | Judgement:
-        if self._link is None:
-            await self.enter(session)
-        assert self._link is not None
-        while True:
-            lacking = session.tokens[self._known :]
-            self._link.send(make(self._epoch, self._digest_of(session), lacking))
-            match await self.answer(session):
-                case Need() as need:
-                    self._known = need.position
-                case item:
-                    self._known = session.position
-                    return item
+    async def _receive(self) -> object:
+        assert self._link is not None, "enter first"
+        item = await self._link.receive()
+        if isinstance(item, Refusal):
+            raise self.tier.error(item)
+        return item
 
     def _continues(self, item: Proposal, session: Session) -> bool:
         """Return whether the block was drafted after just these tokens."""
@@ -210,6 +301,22 @@ class Place:
             self._digest = extend(self._digest, fresh)
             self._digested = length
         return self._digest
+
+
+def failure_of(error: CascadeError) -> Failure:
+    """Return what an error says of the replica that raised it."""
+    match error:
+        case Overloaded():
+            return Failure.FULL
+        case Internal():
+            return Failure.BROKEN
+        case _:
+            return Failure.LOST
+
+
+def now_s() -> float:
+    """Return the time by which sessions wait."""
+    return asyncio.get_running_loop().time()
 
 
 async def score(tier: Tier, tokens: tuple[int, ...], *, top: int) -> tuple[TokenLogprob, ...]:

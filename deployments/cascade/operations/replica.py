@@ -248,6 +248,8 @@ class Replica(ABC, Generic[Item]):
 
     def _take(self, seat: Seat, item: Propose | Judge) -> None:
         self.leases.touch(seat.token)
+        if seat.busy and seat.repeats(item):
+            return
         seat.asked_s = self.clock()
         if seat.busy:
             seat.parked.append(item)
@@ -259,7 +261,7 @@ class Replica(ABC, Generic[Item]):
         if lacking is None:
             step = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
             if step is not None:
-                seat.busy = True
+                seat.busy, seat.serving = True, item
                 self.engine.submit(step)
         elif len(item.tokens) == item.position:
             raise InvalidRequest(

@@ -5,28 +5,26 @@
 | expert_only | Silent | Judging |
 | drafter_only | Drafting | Absent |
 | token_cascade | Drafting until it defers | Late |
-| speculative, cascade | Drafting, given up when late | Judging |
-| the same, rule of the drafter alone | Drafting until it defers, given up when late | Late |
+| speculative, cascade | Hurried | Judging |
+| the same, rule of the drafter alone | Hurried until it defers | Late |
 """
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.decoding.cost import Timing
 from cascade.decoding.session import Block, Origin, Session, Verdict, advance
-from cascade.errors import Overloaded, Unavailable
-from cascade.wire.frames import Judge, Judgement, Need, Proposal, Propose
+from cascade.wire.frames import Judge, Judgement, Proposal, Propose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from cascade.decoding.draft_length import Length
-    from cascade.operations.places import Place
+    from cascade.decoding.session import Policy
+    from cascade.operations.places import Answer, Place, Question
 
-LONGEST_PAUSE_S = 30.0
 LIKELY = 0.2  # chance of a block's standing below which drafting on from its end is in vain
 ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
 
@@ -61,6 +59,10 @@ class Drafter(Protocol):
         """Return a block no longer than is wanted after the session's; none is an answer."""
         ...
 
+    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+        """Hear what became of a block."""
+        ...
+
 
 class Expert(Protocol):
     """Judges blocks."""
@@ -81,6 +83,9 @@ class Silent:
         del session, wanted
         return NOTHING
 
+    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+        """Think nothing of it."""
+
 
 class Drafting:
     """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert."""
@@ -94,6 +99,13 @@ class Drafting:
         """Return the replica's block; raises DrafterUnavailable when none is left."""
         if wanted.tokens == 0:
             return NOTHING
+        return self.offer(await self.place.ask(session, self.question(session, wanted)), wanted)
+
+    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+        """Think nothing of it."""
+
+    def question(self, session: Session, wanted: Length) -> Question:
+        """Return what builds the question for a block."""
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
             return Propose(
@@ -108,55 +120,14 @@ class Drafting:
                 floor=wanted.floor,
             )
 
-        answer = await self.place.ask(session, item)
+        return item
+
+    def offer(self, answer: Answer, wanted: Length) -> Offer:
+        """Return the block that the replica answered with."""
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
         block = answer.block.cut(wanted.tokens)
         deferred = answer.deferred and block is answer.block
         return Offer(block=block, deferred=deferred, passes=answer.passes, timing=answer.timing)
-
-
-class Hurried:
-    """Goes on without a drafter that is late or lost, and asks again after a pause.
-
-    A late one keeps the session: it may only have a long prompt to read. Pauses grow while it is
-    asked in vain, so that a drafter which hangs does not hold up every round.
-    """
-
-    def __init__(
-        self,
-        drafting: Drafting,
-        *,
-        deadline_s: float,
-        pause_s: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._drafting = drafting
-        self._place = drafting.place
-        self._deadline_s = deadline_s
-        self._first_pause_s = self._pause_s = pause_s
-        self._clock = clock
-        self._resume_s = 0.0
-
-    async def propose(self, session: Session, wanted: Length) -> Offer:
-        """Return a block, or nothing where the drafter does not answer in time."""
-        if self._clock() < self._resume_s:
-            return NOTHING
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                offer = await self._drafting.propose(session, wanted)
-        except TimeoutError:
-            return self._without("late")
-        except (Unavailable, Overloaded) as error:
-            self._place.leave()
-            return self._without("full" if isinstance(error, Overloaded) else "lost")
-        self._pause_s = self._first_pause_s
-        return offer
-
-    def _without(self, cause: str) -> Offer:
-        self._place.failed(cause)
-        self._resume_s = self._clock() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        return NOTHING
 
 
 class Predicted:
@@ -184,6 +155,11 @@ class Predicted:
             return await self._other.propose(session, wanted)
         return Offer(block=Block(tokens=tokens), predicted=True)
 
+    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+        """Tell the other of its own blocks."""
+        if not offer.predicted:
+            self._other.hear(policy, offer, verdict)
+
     def _follow(self, committed: tuple[int, ...]) -> None:
         fresh = committed[self._seen :]
         self._seen = len(committed)
@@ -209,12 +185,12 @@ class Judging:
     async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
         """Return the replica's verdict; raises ExpertUnavailable when none is left."""
         block = offer.block
-        streamed = self._coming and session.position == self._next_position
-        if streamed and not block.length and self._place.entered:
-            judged = await self._next(session)
-            if judged is not None:
-                return judged
-        self._coming = 0 if block.length else max(0, min(alone, room) - 1)
+        coming = self._coming > 0 and session.position == self._next_position and not block.length
+        if coming:
+            self._coming -= 1
+        else:
+            self._coming = 0 if block.length else max(0, min(alone, room) - 1)
+        ahead = self._coming
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Judge:
             return Judge(
@@ -224,21 +200,10 @@ class Judging:
                 digest=digest,
                 block=block,
                 tokens=lacking,
-                ahead=self._coming,
+                ahead=ahead,
             )
 
-        return self._take(await self._place.ask(session, item))
-
-    async def _next(self, session: Session) -> Judged | None:
-        try:
-            answer = await self._place.answer(session)
-        except Unavailable:
-            self._place.leave()
-            return None
-        if isinstance(answer, Need):
-            return None
-        self._coming -= 1
-        return self._take(answer)
+        return self._take(await self._place.ask(session, item, coming=coming))
 
     def _take(self, answer: object) -> Judged:
         assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"

@@ -38,6 +38,7 @@ class Seat:
     busy: bool = False
     closed: bool = False
     parked: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
+    serving: Propose | Judge | None = None  # the item that the step in flight is for
     asked_s: float = 0.0  # when the last item came
     line: Line | None = None  # the drafter's
 
@@ -48,6 +49,11 @@ class Seat:
     def length(self) -> int:
         """Return the number of tokens of prompt and committed answer."""
         return len(self.session.prompt) + len(self.answer)
+
+    def repeats(self, item: Propose | Judge) -> bool:
+        """Return whether the item asks again, impatiently, for what will be answered anyway."""
+        last = self.parked[-1] if self.parked else self.serving
+        return last is not None and (last.position, last.digest) == (item.position, item.digest)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Append committed tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from cascade.decoding.generation import Confidence, FinishReason
+from cascade.decoding.generation import Confidence, ExpertLoss, FinishReason
 from cascade.decoding.session import Bonus, Coupling, Mode, Origin, RowFormat, Verification
 from cascade.errors import InvalidRequest
 from cascade.v1 import cascade_pb2, tokens_pb2
@@ -48,4 +48,5 @@ VERIFICATION = Enumeration(Verification, tokens_pb2.Verification, "VERIFICATION"
 ROW_FORMAT = Enumeration(RowFormat, tokens_pb2.RowFormat, "ROW_FORMAT")
 MODE = Enumeration(Mode, cascade_pb2.Mode, "MODE")
 CONFIDENCE = Enumeration(Confidence, cascade_pb2.Confidence, "CONFIDENCE")
+EXPERT_LOSS = Enumeration(ExpertLoss, cascade_pb2.ExpertLoss, "EXPERT_LOSS")
 FINISH_REASON = Enumeration(FinishReason, cascade_pb2.FinishReason, "FINISH_REASON")
