@@ -88,7 +88,13 @@ def measure(  # noqa: PLR0913 - each is an axis of the table, and all have defau
     settings = settings or EngineSettings()
     if isinstance(model, str):
         model = load(model, device=settings.device, dtype=settings.dtype)
-    head = _Head(model=model.name, work=work, policy=policy or Policy(), block_tokens=block_tokens)
+    head = _Head(
+        model=model.name,
+        work=work,
+        policy=policy or Policy(),
+        block_tokens=block_tokens,
+        likelihood=1 / (_STANDS * model.vocabulary),
+    )
     engine = Engine(model, head=head, settings=settings)
     threads.apply(threads=settings.threads)
     return [
@@ -105,6 +111,7 @@ class _Head:
     work: Work
     policy: Policy
     block_tokens: int
+    likelihood: float = 0.5  # that the drafter is taken to have given its tokens
     seconds: list[float] = field(default_factory=list[float])
     running: bool = True  # whether another step follows
 
@@ -119,8 +126,8 @@ class _Head:
             rows=rows,
             task=Block(
                 tokens=block,
-                likelihoods=(0.5,) * len(block),
-                rows=_rows(self.policy, len(block)),
+                likelihoods=(self.likelihood,) * len(block),
+                rows=_rows(self.policy, len(block), likelihood=self.likelihood),
             ),
         )
 
@@ -153,17 +160,19 @@ class _Head:
         raise error
 
 
-def _rows(policy: Policy, count: int) -> tuple[Row, ...]:
-    """Return rows as a drafter would ship them, all entries there, if the policy wants any."""
+def _rows(policy: Policy, count: int, *, likelihood: float) -> tuple[Row, ...]:
+    """Return rows as a drafter ships them, with every entry there, if the policy wants any."""
     if needs(policy).rows is not Rows.ALL:
         return ()
-    ids = np.arange(max(policy.row_entries, _IDS), dtype=np.uint32)
-    weights = np.geomspace(1, 1e-3, len(ids)).astype(np.float16)
+    ids = np.arange(max(policy.row_entries, _IDS + 1), dtype=np.uint32)
+    weights = np.full(len(ids), likelihood, np.float16)
+    weights[-1] = 1
     return (Row(ids=ids, weights=weights),) * count
 
 
 _WARM = 3  # first steps, that allocate
 _IDS = 50  # fewer than any vocabulary has
+_STANDS = 0.7  # about the chance of a drafted token, where the judging model knows nothing
 
 
 def _time(
