@@ -121,12 +121,11 @@ def long_drafts() -> Load:
 
 
 def long_prompts() -> Load:
-    """Return questions of many tokens with answers of one, no two of them with a like beginning."""
-    passages = [item.prompt for item in held_out(Family.PASSAGES, count=24)]
+    """Return questions of many tokens with answers of one, each with a beginning of its own."""
+    passages = " ".join(item.prompt for item in held_out(Family.PASSAGES, count=12))
     cascade = {"mode": "speculative"}
     bodies = [
-        greedy(" ".join(passages[at:] + passages[:at])[:1800], tokens=1, cascade=cascade)
-        for at in range(len(passages))
+        greedy(f"{number}. {passages}"[:1800], tokens=1, cascade=cascade) for number in range(5000)
     ]
     return Load(name="long prompts", grows="Expert", streams=6, bodies=bodies)
 
