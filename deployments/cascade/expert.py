@@ -20,6 +20,7 @@ from cascade.engine.step import Step
 from cascade.errors import CascadeError, Internal
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
+from cascade.wire.digest import extend
 from cascade.wire.frames import Judge, Judgement, Score, Scores
 from cascade.wire.status import refusal
 from cascade.wire.tiers import EXPERT
@@ -42,6 +43,7 @@ class _Judging:
     item: Judge
     block: Block
     answer: list[int]  # committed
+    digest: int  # of prompt and answer
     ahead: int
     since_s: float  # when the item came, or the verdict before
 
@@ -60,6 +62,7 @@ class _Judging:
         """Commit a verdict; return the step that leads to the next token, if one is wanted."""
         kept = len(self.answer) + verdict.accepted
         self.answer.extend(verdict.tokens)
+        self.digest = extend(self.digest, verdict.tokens)
         done = not verdict.tokens or verdict.tokens[-1] in self.seat.session.policy.stop_ids
         if done or self.ahead == 0 or self.seat.closed or self.seat.parked:
             return None
@@ -104,6 +107,7 @@ class Expert(Replica[Judge]):
             item=item,
             block=item.block,
             answer=list(seat.answer),
+            digest=seat.digest,
             ahead=max(0, min(item.ahead, room)),
             since_s=seat.asked_s,
         )
@@ -183,6 +187,7 @@ class Expert(Replica[Judge]):
             session_id=block.item.session_id,
             epoch=block.item.epoch,
             position=len(block.answer),
+            digest=block.digest,
             verdict=verdict,
             cached_prompt_tokens=self.engine.cached_tokens(block.seat.key),
             timing=Timing(

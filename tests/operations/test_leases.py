@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cascade.errors import ExpertUnavailable, Overloaded, Unauthenticated
+from cascade.errors import Overloaded, Unauthenticated
 from cascade.operations.leases import FixedLease, FixedLeases, Hedged, LeaseBook
 
 
@@ -153,7 +153,17 @@ async def test_one_call_that_fails_leaves_the_other() -> None:
     source = Hesitant()
     taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
     first, second = await source.calls.get(), await source.calls.get()
-    first.set_exception(ExpertUnavailable("gone"))
+    second.set_exception(Overloaded("full"))
+    await asyncio.wait([second])
+    first.set_result(FixedLease("a:1", ""))
+    assert (await taking).address == "a:1"
+
+
+async def test_a_caller_that_leaves_takes_its_calls_along() -> None:
+    source = Hesitant()
+    taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
+    calls = [await source.calls.get() for _ in range(2)]
+    taking.cancel()
+    await asyncio.wait([taking])
     await asyncio.sleep(0)
-    second.set_result(FixedLease("b:1", ""))
-    assert (await taking).address == "b:1"
+    assert all(call.cancelled() for call in calls)

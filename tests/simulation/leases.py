@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .toys import ToyDrafter, ToyExpert
 
 DETECTION_S = 1.0  # until Serve knows that a replica is gone
+TIMEOUT_S = 8.0  # of a call
 LATENCY_S = 0.002
 
 
@@ -30,10 +31,20 @@ class Node:
     host: Host
     holds: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     known_until_s: float = float("inf")  # Serve sends callers here
+    calls: int = 0  # that wait for their ticket
+    born_s: float = 0.0
+    faults: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+
+    def usable(self, since_s: float, until_s: float) -> bool:
+        """Return whether nothing was wrong with it all that time."""
+        ill = any(begins_s < until_s and since_s < ends_s for begins_s, ends_s in self.faults)
+        return self.born_s <= since_s and not ill
 
     def kill(self) -> None:
         """End the process."""
-        self.known_until_s = asyncio.get_running_loop().time() + DETECTION_S
+        now_s = asyncio.get_running_loop().time()
+        self.known_until_s = now_s + DETECTION_S
+        self.faults.append((now_s, float("inf")))
         self.replica.engine.stop()
         for hold in self.holds:
             hold.cancel()
@@ -86,9 +97,22 @@ class SimLeases:
         free = [node for node in known if len(node.holds) < self._most]
         if not free:
             raise Overloaded("every replica is taken")
-        node = self._chance.choice(free)
+        least = min(node.calls for node in free)
+        node = self._chance.choice([node for node in free if node.calls == least])
         if not node.host.up:
             raise self._kind.unavailable("the replica is gone")
+        return await self._call(node)
+
+    async def _call(self, node: Node) -> SimLease:
+        """Wait for a ticket, which comes when the network lets it."""
+        cut_s = node.host.cut_until_s - asyncio.get_running_loop().time()
+        node.calls += 1
+        try:
+            await asyncio.sleep(min(max(0.0, cut_s), TIMEOUT_S))
+        finally:
+            node.calls -= 1
+        if cut_s > TIMEOUT_S:
+            raise self._kind.unavailable("no replica answered")
         lease = SimLease(node)
         try:
             await lease.granted()

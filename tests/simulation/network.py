@@ -101,7 +101,7 @@ class _Way:
         chance, weather = self._network.chance, self._network.weather
         at_s = max(loop.time(), self._host.cut_until_s) + weather.delay_s * chance.expovariate(1)
         if chance.random() >= weather.reordered:
-            at_s = self._last_s = max(at_s, self._last_s)
+            at_s = self._last_s = max(at_s, self._last_s + 1e-9)  # else in no order
         loop.call_at(at_s, self.frames.put_nowait, frame)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from cascade.decoding.drafting import Draft
-from cascade.decoding.session import Origin, Verdict
+from cascade.decoding.rules import Lossless
+from cascade.decoding.session import Gates, Origin, Verdict
 from cascade.drafter import Drafter
 from cascade.engine.stats import Pass
 from cascade.engine.step import Ready
 from cascade.errors import InvalidRequest, Overloaded
 from cascade.expert import Expert
 from cascade.operations.options import ReplicaOptions
+from cascade.wire.frames import Open
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
     from cascade.decoding.verification import Task
     from cascade.engine.step import Head, Step
+    from cascade.operations.seat import Seat
+    from cascade.wire.server import Connection
 
 VOCABULARY = 9
 STOP = 0
@@ -40,14 +45,32 @@ def drafter_token(row: int) -> int:
     return (row + (row >> 8) % 4 // 3) % VOCABULARY
 
 
-def answer(prompt: Sequence[int], *, limit: int, stop_ids: Sequence[int]) -> tuple[int, ...]:
-    """Return what the expert writes alone."""
-    text = list(prompt)
-    while len(text) < len(prompt) + limit:
-        text.append(expert_token(crc32(bytes(text))))
-        if text[-1] in stop_ids:
-            break
-    return tuple(text[len(prompt) :])
+def keeps(row: int) -> bool:
+    """Return whether a rule that keeps tokens keeps the drafter's there."""
+    return (row >> 12) % 3 == 0
+
+
+def unlawful(prompt: Sequence[int], written: Sequence[tuple[int, Origin]], *, keeping: bool) -> int:
+    """Return the first place of a token that its origin could not have written, or -1.
+
+    Args:
+        prompt: What the tokens follow.
+        written: Tokens and who wrote each.
+        keeping: Whether the drafter's tokens may stand wherever it writes.
+    """
+    text = bytes(prompt)
+    for place, (token, origin) in enumerate(written):
+        row = crc32(text)
+        drafted, judged = token == drafter_token(row), token == expert_token(row)
+        lawful = {
+            Origin.DRAFTER: drafted and judged,
+            Origin.KEPT: drafted and (keeping or keeps(row)),
+            Origin.EXPERT: judged,
+        }
+        if not lawful[origin]:
+            return place
+        text += bytes((token,))
+    return -1
 
 
 @dataclass(eq=False, kw_only=True)
@@ -119,9 +142,12 @@ class _Toy:
     """What both tiers' toys share."""
 
     engine: Any
+    broken: list[str]  # what should not have happened
+    _seats: dict[Any, Seat]
     clock = staticmethod(lambda: asyncio.get_running_loop().time())
 
-    def __init__(self, chance: Random, *, step_s: float, full: float) -> None:
+    def __init__(self, chance: Random, *, step_s: float, full: float, broken: list[str]) -> None:
+        self.broken = broken
         self._chance = chance
         self._step_s = step_s
         self._full = full
@@ -129,6 +155,14 @@ class _Toy:
         tokenizer: Any = SimpleNamespace(size=VOCABULARY, tokens={})
         options = ReplicaOptions(model="toy", pass_timeout_s=HANGS_S)
         super().__init__(model, tokenizer, options, token=None)  # pyright: ignore[reportCallIssue] - that of a replica
+
+    def receive(self, connection: Connection, item: Any) -> None:
+        """Serve an item; one of an old epoch should have been stopped before."""
+        if not isinstance(item, Open):
+            seat = self._seats.get((connection, item.session_id))
+            if seat is not None and seat.epoch != item.epoch:
+                self.broken.append(f"epoch {item.epoch} reached a seat of epoch {seat.epoch}")
+        super().receive(connection, item)  # pyright: ignore[reportAttributeAccessIssue] - as above
 
     def make_engine(self, model: Any, settings: Any) -> Any:
         del model, settings
@@ -138,7 +172,7 @@ class _Toy:
 
 class ToyDrafter(_Toy, Drafter):
     def draft(self, logits_NV: Any, tasks: Sequence[Any]) -> Sequence[Draft]:
-        return [Draft(token=drafter_token(row)) for row, _ in zip(logits_NV, tasks, strict=True)]
+        return [_draft(row) for row, _ in zip(logits_NV, tasks, strict=True)]
 
 
 class ToyExpert(_Toy, Expert):
@@ -146,14 +180,27 @@ class ToyExpert(_Toy, Expert):
         return [_verdict(own, task) for own, task in zip(rows, tasks, strict=True)]
 
 
+def _draft(row: int) -> Draft:
+    token = drafter_token(row)
+    return Draft(token=token, gates=Gates(peak=float(keeps(row)), favourite=token, entropy=0.0))
+
+
 def _verdict(rows: Sequence[int], task: Task) -> Verdict:
+    """Judge greedily; any rule but lossless keeps where `keeps` says so."""
     tokens: list[int] = []
-    for row in rows:
-        tokens.append(expert_token(row))
-        drafted = task.block.tokens[len(tokens) - 1 : len(tokens)]
-        if drafted != (tokens[-1],):
-            origins = (Origin.DRAFTER,) * (len(tokens) - 1) + (Origin.EXPERT,)
-            return Verdict(accepted=len(tokens) - 1, tokens=tuple(tokens), origins=origins)
-    return Verdict(
-        accepted=len(tokens), tokens=tuple(tokens), origins=(Origin.DRAFTER,) * len(tokens)
-    )
+    origins: list[Origin] = []
+    lossless = isinstance(task.policy.rule, Lossless)
+    for row, drafted in zip_longest(rows, task.block.tokens[: len(rows)]):
+        own = expert_token(row)
+        if drafted == own:
+            tokens.append(own)
+            origins.append(Origin.DRAFTER)
+        elif drafted is not None and keeps(row) and not lossless:
+            tokens.append(drafted)
+            origins.append(Origin.KEPT)
+        else:
+            tokens.append(own)
+            origins.append(Origin.EXPERT)
+            break
+    accepted = len(tokens) - (Origin.EXPERT in origins)
+    return Verdict(accepted=accepted, tokens=tuple(tokens), origins=tuple(origins))

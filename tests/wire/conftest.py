@@ -200,7 +200,9 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         passes=COUNTS,
         timing=timings,
     ),
-    frames.Judgement: st.builds(frames.Judgement, **answers, verdict=verdicts(), timing=timings),
+    frames.Judgement: st.builds(
+        frames.Judgement, **answers, digest=DIGESTS, verdict=verdicts(), timing=timings
+    ),
     frames.Scores: st.builds(frames.Scores, **heads, logprobs=several(logprobs, most=3)),
     frames.Need: st.builds(frames.Need, **heads, position=LONGS),
     frames.Refusal: st.builds(frames.Refusal, **heads, code=TEXTS, reason=TEXTS, message=TEXTS),

@@ -59,6 +59,8 @@ class DirectStream(Connection):
 class _Caller:
     """The link's end."""
 
+    frames = 0  # none: items are handed over
+
     def __init__(self, stream: DirectStream) -> None:
         self._stream = stream
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+STAY_S = 2.0  # after which a replica that lives counts as one that was there
 MOST_BREAKDOWNS = 3  # passes of one session that fail; the session itself may be what breaks them
 
 
@@ -74,6 +75,10 @@ class Standing:
             since_s=self.since_s if self.failures else now_s if since_s is None else since_s,
             resume_s=now_s + pauses_s[min(self.failures, len(pauses_s) - 1)],
         )
+
+    def stayed(self) -> Standing:
+        """Return how things stand where a replica lived for a while, though it gave no answer."""
+        return replace(self, failures=0)
 
     def given_up(self, patience: Patience) -> bool:
         """Return whether a session that needs the tier ends here.

@@ -151,9 +151,9 @@ class FixedLeases:
 
 
 class Hedged:
-    """Asks a second replica where the first call is not answered soon: it may have hung.
+    """Asks again beside a call that is not answered soon, for its replica may have hung.
 
-    The first lease that is granted counts, the other call is closed.
+    It waits twice as long each time. The first lease that is granted counts, other calls end.
     """
 
     def __init__(self, source: LeaseSource, *, after_s: float) -> None:
@@ -161,30 +161,27 @@ class Hedged:
         self._after_s = after_s
 
     async def take(self) -> Lease:
-        """Return the first lease that is granted; raises what the last call raises."""
-        calls = [asyncio.ensure_future(self._source.take())]
+        """Return the first lease that is granted; raises what the last call left raises."""
+        calls, after_s = [self._call()], self._after_s
         try:
-            await asyncio.wait(calls, timeout=self._after_s)
-            if not calls[0].done():
-                calls.append(asyncio.ensure_future(self._source.take()))
-            return await _first(calls)
+            while True:
+                done, _ = await asyncio.wait(
+                    calls, timeout=after_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                for call in sorted(done, key=calls.index):
+                    calls.remove(call)
+                    if call.exception() is None or not calls:
+                        return call.result()
+                if not done:
+                    calls.append(self._call())
+                    after_s *= 2
         finally:
             for call in calls:
                 call.add_done_callback(give_back)
                 call.cancel()
 
-
-async def _first(calls: list[asyncio.Future[Lease]]) -> Lease:
-    """Return the first lease granted, and take its call from the list."""
-    waiting = set(calls)
-    while True:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        granted = next((call for call in done if call.exception() is None), None)
-        if granted is not None:
-            calls.remove(granted)
-            return granted.result()
-        if not waiting:
-            return done.pop().result()
+    def _call(self) -> asyncio.Future[Lease]:
+        return asyncio.ensure_future(self._source.take())
 
 
 def give_back(call: asyncio.Future[Lease]) -> None:

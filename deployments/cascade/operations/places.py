@@ -19,7 +19,7 @@ from cascade.errors import (
     Unauthenticated,
     Unavailable,
 )
-from cascade.operations.failover import SERVED, Failure, Patience, Standing
+from cascade.operations.failover import SERVED, STAY_S, Failure, Patience, Standing
 from cascade.operations.leases import give_back
 from cascade.operations.tracing import traceparent
 from cascade.wire.digest import extend
@@ -112,6 +112,7 @@ class Place:
         self._lease: Lease | None = None
         self._link: Link | None = None
         self._epoch = 0
+        self._entered_s = 0.0
         self._known = 0  # answer tokens the replica has committed
         self._digest = 0
         self._digested = 0  # tokens of prompt and answer in the digest
@@ -206,6 +207,8 @@ class Place:
         if not (failure is Failure.LATE and self.standing.late):
             causes, name = self._statistics.failover_causes, f"{self.tier.name} {failure}"
             causes[name] = causes.get(name, 0) + 1
+        if failure is not Failure.LATE and self._stayed:
+            self.standing = self.standing.stayed()
         self.standing = self.standing.failed(
             failure, self._patience, now_s=now_s(), since_s=self._called_s
         )
@@ -232,6 +235,11 @@ class Place:
         self._statistics.expert_passes += 1
         self._known += committed
 
+    @property
+    def _stayed(self) -> bool:
+        there = self._link is not None and self._link.lived
+        return there and now_s() - self._entered_s > STAY_S
+
     async def _persist(self, attempt: Callable[[], Awaitable[Found]]) -> Found:
         while True:
             try:
@@ -248,6 +256,7 @@ class Place:
             await self._take()
         assert self._lease is not None
         self._epoch += 1
+        self._entered_s = now_s()
         self._link = self.tier.peers.link(self._lease.address, session.id, self._epoch)
         lease, trace = self._lease.token, traceparent()
         self._link.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
@@ -270,13 +279,13 @@ class Place:
             match await self._receive():
                 case Need() as need:
                     return need
-                case Proposal() as item if not self._continues(item, session):
-                    self._statistics.drafter_passes += item.passes
-                case Proposal() | Judgement() as item if item.position == session.position:
+                case Proposal() | Judgement() as item if self._continues(item, session):
                     self._statistics.cached_prompt_tokens = max(
                         self._statistics.cached_prompt_tokens, item.cached_prompt_tokens
                     )
                     return item
+                case Proposal() as late:
+                    self._statistics.drafter_passes += late.passes
                 case _:
                     continue
 
@@ -287,8 +296,8 @@ class Place:
             raise self.tier.error(item)
         return item
 
-    def _continues(self, item: Proposal, session: Session) -> bool:
-        """Return whether the block was drafted after just these tokens."""
+    def _continues(self, item: Answer, session: Session) -> bool:
+        """Return whether the block was drafted, or judged, after just these tokens."""
         return item.position == session.position and item.digest == self._digest_of(session)
 
     def _digest_of(self, session: Session) -> int:

@@ -47,6 +47,8 @@ _OPTIONS = (
 class Stream(Protocol):
     """What carries the items of links."""
 
+    frames: int  # received
+
     def send(self, item: Question) -> int:
         """Put the item on its way and return its size in bytes; never blocks."""
         ...
@@ -69,6 +71,7 @@ class Link:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._stream = stream
+        self._frames = stream.frames
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
 
     def send(self, item: Question) -> None:
@@ -92,6 +95,11 @@ class Link:
     def heard(self) -> bool:
         """Whether `receive` would not wait."""
         return not self._answers.empty()
+
+    @property
+    def lived(self) -> bool:
+        """Whether the replica has said anything since, be it to others."""
+        return self._stream.frames > self._frames
 
     def close(self) -> None:
         """Free the session on the replica; safe to repeat and on a broken stream."""
@@ -156,6 +164,7 @@ class _Stream:
         self._loop = asyncio.get_running_loop()
         self._links: dict[SessionId, Link] = {}
         self._outbox = Outbox()
+        self.frames = 0
         self._silence = 0  # beats since the last frame
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
@@ -231,6 +240,7 @@ class _Stream:
     async def _read(self) -> None:
         while isinstance(data := await self._call.read(), bytes):
             self._silence = 0
+            self.frames += 1
             self._receive(data)
         raise self.kind.unavailable("the replica ended the stream")
 

@@ -227,6 +227,7 @@ def _decode_proposal(message: drafter_pb2.Proposal) -> frames.Proposal:
 def _encode_judgement(item: frames.Judgement, to: expert_pb2.Judgement) -> None:
     _encode_head(item, to)
     to.position = item.position
+    to.digest = item.digest
     encode_verdict(item.verdict, to.verdict)
     to.cached_prompt_token_count = item.cached_prompt_tokens
     _encode_timing(item.timing, to.timing)
@@ -236,6 +237,7 @@ def _decode_judgement(message: expert_pb2.Judgement) -> frames.Judgement:
     return frames.Judgement(
         **_head(message),
         position=whole(message.position, "position"),
+        digest=message.digest,
         verdict=decode_verdict(message.verdict),
         cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
         timing=_decode_timing(message.timing),

@@ -69,7 +69,13 @@ def echo(item: Question) -> Answer | None:
             verdict = Verdict(
                 accepted=block.length, tokens=block.tokens, origins=(Origin.DRAFTER,) * block.length
             )
-            return Judgement(session_id=session_id, epoch=epoch, position=position, verdict=verdict)
+            return Judgement(
+                session_id=session_id,
+                epoch=epoch,
+                position=position,
+                digest=item.digest,
+                verdict=verdict,
+            )
         case Score(session_id=session_id, epoch=epoch, tokens=tokens):
             logprobs = tuple(TokenLogprob(token=token, logprob=0.0) for token in tokens[1:])
             return Scores(session_id=session_id, epoch=epoch, logprobs=logprobs)

@@ -97,11 +97,12 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """The verdict on the block at `position`."""
+    """The verdict on the block after the prefix with this position and digest."""
 
     session_id: SessionId
     epoch: int
     position: int
+    digest: int
     verdict: Verdict
     cached_prompt_tokens: int = 0
     timing: Timing = field(default_factory=Timing)

@@ -272,8 +272,8 @@ def _admit(connection: Connection, item: Question, limits: Description) -> bool:
 
 def _admit_open(connection: Connection, item: Open, limits: Description) -> bool:
     known = connection.epochs.get(item.session.id)
-    if known is not None and item.epoch < known:
-        return False
+    if known is not None and item.epoch <= known:
+        return False  # of an old epoch, or a repeat
     if known is None and len(connection.epochs) >= limits.session_limit:
         raise Overloaded(f"{limits.session_limit} sessions are open on this stream; close one")
     connection.epochs[item.session.id] = item.epoch

@@ -11,7 +11,7 @@ from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 if TYPE_CHECKING:
     from cascade.wire.codec import FrameType
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_LIMIT_BYTES = 64 * 2**20
 ITEM_LIMIT = 4096
 BEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
