@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.decoding import reference
-from cascade.decoding.generation import FinishReason, Patience, Piece, Request
+from cascade.decoding.generation import ExpertLoss, FinishReason, Patience, Piece, Request
 from cascade.decoding.rules import (
     Bild,
     Chow,
@@ -233,6 +233,26 @@ async def test_an_expert_that_dies_is_replaced_mid_answer(toy: Pair, fragile: St
     assert entry is not None
     assert entry.failovers >= 1
     assert entry.failover_causes.get("expert lost", 0) == entry.failovers
+
+
+async def test_the_drafter_ends_an_answer_that_no_expert_is_left_for(toy: Pair) -> None:
+    """Where the client wishes so; and the answer says it."""
+    settings = toy.settings(router={"loss_deadline_s": 0.1, "draft_deadline_s": 60})
+    async with stack(settings) as running:
+        pieces = list[Piece]()
+        async for piece in running.router.generate(greedy(on_expert_loss=ExpertLoss.DRAFTER)):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                await running.expert.stop()
+    written, entry = tokens(pieces), pieces[-1].statistics
+    judged = sum(len(piece.tokens) for piece in pieces[:3])
+    text = [*PROMPT, *written[:judged]]
+    while len(text) < len(PROMPT) + 60:
+        text.append(int(toy.drafter.logits(text).argmax()))
+    assert written[:judged] == alone(toy)[:judged]
+    assert written == tuple(text[len(PROMPT) :])
+    assert entry is not None
+    assert (entry.expert_losses, pieces[-1].finish) == (1, FinishReason.LENGTH)
 
 
 async def test_no_expert_at_all_is_a_clean_error(fragile: Stack) -> None:

@@ -41,6 +41,17 @@ async def test_a_request_may_set_its_own_deadline(
     assert [heard.deadline_s for heard in generator.heard] == [None, 2.5]
 
 
+async def test_a_request_may_outlive_the_expert(
+    client: AsyncOpenAI, generator: ScriptedGenerator
+) -> None:
+    for wish in ({}, {"on_expert_loss": "drafter"}):
+        answer = await client.completions.create(
+            model="pair", prompt="x", extra_body={"cascade": wish}
+        )
+        assert extra(answer.usage)["cascade"]["expert_losses"] == 0
+    assert [heard.on_expert_loss for heard in generator.heard] == ["fail", "drafter"]
+
+
 async def test_extensions_are_seen_by_those_who_look(client: AsyncOpenAI) -> None:
     """Conformance 36: at the choice, in the usage, and at the top."""
     answer = await client.chat.completions.create(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
 from cascade.operations.leases import Hedged
@@ -21,7 +21,7 @@ from .toys import HANGS_S, ToyDrafter, ToyExpert
 
 if TYPE_CHECKING:
     from cascade.decoding.generation import Request, Statistics
-    from cascade.decoding.session import Origin, SessionId
+    from cascade.decoding.session import Origin, Policy, SessionId
     from cascade.wire.channel import Link
     from cascade.wire.codec import Answer
 
@@ -209,7 +209,11 @@ def _router(world: World) -> Router:
         world.peers.append(peers)
         made[kind.name] = Tier(leases=Hedged(world.leases[kind.name], after_s=1.0), peers=peers)
     chance = world.story.chance
-    automatic: Any = lambda _: Whim(chance=chance)  # noqa: E731 - named for the type
+
+    def automatic(policy: Policy) -> Whim:
+        del policy
+        return Whim(chance=chance)
+
     return Router(
         drafters=made["drafter"],
         experts=made["expert"],

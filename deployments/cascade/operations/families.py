@@ -84,7 +84,8 @@ BYTES = Family(
 )
 FAILOVERS = Family(
     name="cascade_failovers",
-    about="Times a session went on elsewhere or without the tier: lost, full or late",
+    about="Times a session went on elsewhere or without the tier: "
+    "lost, full, late, broken (its passes fail) or collapsed (what it drafts is refused)",
     labels=("tier", "cause"),
 )
 ANSWER_S = Family(
