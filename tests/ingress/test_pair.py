@@ -298,4 +298,5 @@ async def test_a_right_prediction_is_taken_whole(client: AsyncOpenAI) -> None:
     assert again.choices[0].message.content == text
     assert again.usage is not None
     assert again.usage.completion_tokens_details is not None
-    assert (again.usage.completion_tokens_details.accepted_prediction_tokens or 0) > 20
+    taken = again.usage.completion_tokens_details.accepted_prediction_tokens or 0
+    assert taken >= 0.9 * again.usage.completion_tokens
