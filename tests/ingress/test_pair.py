@@ -179,7 +179,11 @@ async def test_every_rule_and_mode_answers_and_adds_up(
     assert all(choice.message.content for choice in answer.choices)
 
 
-@pytest.mark.parametrize("asked", [{}, {"rule": RULES[-2]}, {"rule": RULES[3]}], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"rule": RULES[-2], "draft_tokens": 4}, {"rule": RULES[3], "draft_tokens": 4}],
+    ids=str,
+)
 async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
     client: AsyncOpenAI, service: Service, asked: dict[str, Any]
 ) -> None:
@@ -202,6 +206,7 @@ async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
 
 async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateResponse:
     rule = None
+    length: Any = asked.get("draft_tokens")  # None leaves the field unset
     match asked.get("rule"):
         case {"kind": "token_v3", "alpha": alpha}:
             rule = tokens_pb2.Rule(token_v3=tokens_pb2.TokenV3(alpha=alpha))
@@ -221,6 +226,7 @@ async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateRespo
         max_tokens=24,
         sampling=tokens_pb2.Sampling(temperature=1.5),
         rule=rule,
+        fixed_draft_length=length,
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = rpc.GenerationServiceStub(channel)
