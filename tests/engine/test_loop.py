@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.decoding.session import SessionId
+from cascade.engine import threads
 from cascade.engine.loop import Engine
 from cascade.engine.settings import EngineSettings
 from cascade.engine.step import Ready, Step
@@ -347,6 +348,37 @@ def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
     engine.turn()
     assert all(0 < seconds < 10 for seconds in head.working_s)
     assert engine.working_s == 0
+
+
+class Counting(Chain):
+    """Notes how many threads are behind the engine's."""
+
+    threads: int = 0
+
+    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+        self.threads = torch.get_num_threads()
+        return super().finish(ready, logits_NV)
+
+
+def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
+    threads.apply()
+    usual = torch.get_num_threads()
+    settings_of = (usual + 2, usual + 1, 0)
+    heads = [Counting(length=1) for _ in settings_of]
+    engines = [
+        Engine(
+            adopt(build("llama"), name="tiny"), head=head, settings=replace(SMALL, threads=count)
+        )
+        for head, count in zip(heads, settings_of, strict=True)
+    ]
+    for engine, head in zip(engines, heads, strict=True):
+        engine.start()
+        engine.submit(Step(session=SessionId("a"), base=0, tokens=[5], rows=1))
+        assert head.done.wait(60)
+    for engine in engines:
+        engine.stop()
+
+    assert [head.threads for head in heads] == [usual + 2, usual + 1, usual]
 
 
 def test_only_the_pairs_vocabulary_has_logits() -> None:

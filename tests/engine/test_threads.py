@@ -39,9 +39,11 @@ def test_a_running_process_takes_what_it_still_can() -> None:
 
 
 @pytest.mark.usefixtures("usual")
-def test_no_number_leaves_torch_its_own() -> None:
-    torch.set_num_threads(2)
+def test_no_number_stands_for_torchs_own_whatever_others_have_set() -> None:
+    threads.apply()
+    default = torch.get_num_threads()
+    threads.apply(threads=default + 1)
 
     threads.apply()
 
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == default

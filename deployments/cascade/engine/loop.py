@@ -106,7 +106,6 @@ class Engine:
 
     def start(self) -> None:
         """Begin to run steps."""
-        threads.apply(threads=self._settings.threads)
         self._thread.start()
 
     def stop(self) -> None:
@@ -176,6 +175,7 @@ class Engine:
         return True
 
     def _run(self) -> None:
+        threads.apply(threads=self._settings.threads)
         try:
             while self.turn():
                 pass

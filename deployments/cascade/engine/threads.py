@@ -8,6 +8,7 @@ numpy's own team, which knows no such policy, has one member.
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 # The default of 5 ms lets a Python thread hold up the engine's for longer than a decode step.
 _SWITCH_INTERVAL_S = 0.0005
@@ -30,9 +31,21 @@ def environment(*, threads: int = 0) -> dict[str, str]:
 
 
 def apply(*, threads: int = 0) -> None:
-    """Set what can still be set in a running process."""
+    """Set what can still be set in a running process, for the thread that calls.
+
+    Args:
+        threads: OpenMP threads behind it, whatever other threads have; 0 for torch's default.
+    """
     import torch  # noqa: PLC0415 - `environment` is asked for by processes without torch
 
-    if threads:
-        torch.set_num_threads(threads)
+    usual = _usual()
+    torch.set_num_threads(threads or usual)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+@cache
+def _usual() -> int:
+    """Return torch's default: what threads have before anyone sets a number."""
+    import torch  # noqa: PLC0415 - as above
+
+    return torch.get_num_threads()

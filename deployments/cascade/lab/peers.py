@@ -28,7 +28,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from cascade.engine import tokenizer
+from cascade.engine import threads, tokenizer
 from cascade.engine.weights import load
 from cascade.errors import InvalidMeasurement, Unavailable
 from cascade.lab.answering import Answer
@@ -374,7 +374,7 @@ def _assistant(model: Any, own: Any, assistance: Assistance) -> Generator[None]:
 
 def _thread(pair: Pair) -> ThreadPoolExecutor:
     """Return one thread with the pair's number of OpenMP threads behind it."""
-    begin = partial(torch.set_num_threads, pair.threads) if pair.threads else None
+    begin = partial(threads.apply, threads=pair.threads)
     return ThreadPoolExecutor(max_workers=1, initializer=begin)
 
 
@@ -382,7 +382,7 @@ def _thread(pair: Pair) -> ThreadPoolExecutor:
 def _own_threads(pair: Pair) -> Generator[None]:
     """Let a thread that the library starts within have the pair's number of OpenMP threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(pair.threads or before)
+    threads.apply(threads=pair.threads)
     try:
         yield
     finally:
