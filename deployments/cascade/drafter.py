@@ -99,6 +99,7 @@ class Drafter(Replica[Propose]):
             step_s=now_s - current.began_s,
             tokens=current.tokens,
             sessions=current.sessions,
+            open=self.sessions,
         )
         cached = self.engine.cached_tokens(line.seat.key)
         item = replace(proposal, timing=timing, cached_prompt_tokens=cached)

@@ -195,6 +195,7 @@ class Expert(Replica[Judge]):
                 step_s=now_s - current.began_s,
                 tokens=current.tokens,
                 sessions=current.sessions,
+                open=self.sessions,
             ),
         )
 

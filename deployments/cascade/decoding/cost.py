@@ -8,16 +8,24 @@ where S_k is the chance that the first k all stand, and to take
 
     T(gamma) = J(gamma) + (1 - h) D(gamma) + h max(0, D(gamma) - J(gamma)).
 
-D is the drafter's time with its round trip. J is the expert's: its round trip, the wait for the
-pass in flight, and a pass of the tokens of all sessions there, if each brings as many. h is the
-chance that the block is there before it is asked for: that all stood, and the guess after it too;
-then only what drafting takes longer than judging is waited for. Alone, the expert streams one
-token a pass. Everything is estimated from rounds that were run; old ones count less and less.
+D is the drafter's time with its round trip. J = r + q P is the expert's: its round trip r, the wait
+for the pass in flight, and a pass, which together take q times as long as the pass alone. P grows
+with the blocks in the pass. Each of the N - 1 other sessions is in one pass of its round, so that
+one pass finds
+
+    m = c (N - 1) P(m) / (J + D),  at most N - 1,
+
+of them, if all draft as many tokens; c is 1 where rounds begin at any time, and more where they
+begin together. h is the chance that the block is there before it is asked for: that all stood, and
+the guess after it too; then only what drafting takes longer than judging is waited for. Alone, the
+expert streams one token of every session a pass. Everything is estimated from rounds that were run;
+old ones count less and less.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # rounds that tell more than how a cold tier starts
 LONGEST_BLOCK = 33  # tokens of one session in a pass; more is a prefill
+_MOST_PASSES = 8.0  # of a round: one that took longer was a stall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,7 @@ class Timing:
     step_s: float = 0.0  # of its last forward pass
     tokens: int = 0  # of all sessions in that pass
     sessions: int = 0  # in that pass
+    open: int = 0  # sessions on the replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +115,20 @@ class StepTime:
         self._spread += part * ((1 - part) * off_tokens**2 - self._spread)
         self._shared += part * ((1 - part) * off_tokens * off_seconds - self._shared)
 
-    def at(self, tokens: float) -> float:
-        """Return the seconds of a pass of so many tokens."""
+    @property
+    def line(self) -> tuple[float, float]:
+        """Return the seconds that any pass takes, and those of each token."""
         # One token of spread is worth as much as what is taken for granted.
         assumed = 0.03 * self._seconds / (1 + 0.03 * self._tokens)
         slope = max(0.0, (self._shared + assumed) / (self._spread + 1))
-        return max(0.1 * self._seconds, self._seconds + slope * (tokens - self._tokens))
+        if self._tokens > 0:
+            slope = min(slope, 0.9 * self._seconds / self._tokens)
+        return self._seconds - slope * self._tokens, slope
+
+    def at(self, tokens: float) -> float:
+        """Return the seconds of a pass of so many tokens."""
+        fixed_s, token_s = self.line
+        return fixed_s + token_s * tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,15 +188,17 @@ class Costs:
     draft_trip_s: Mean = field(default_factory=lambda: Mean(memory=50, value=0))
     judge_trip_s: Mean = field(default_factory=lambda: Mean(memory=50, value=0))
     queue: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # service / pass
-    sessions: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # that decode at once
+    sessions: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # open at once
+    together: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # c
     guessed: Mean = field(
         default_factory=lambda: Mean(memory=100, value=0.5, count=4, robust=False)
     )
 
     @property
     def known(self) -> bool:
-        """Whether both tiers were measured often enough to compare them."""
-        return min(self.passes.count, self.draft_step_s.count) >= FEWEST
+        """Whether both tiers were measured often enough to compare them, by all sessions."""
+        enough = min(FEWEST * self.sessions.value, self.draft_step_s.memory)
+        return min(self.passes.count, self.draft_step_s.count) >= enough
 
     def learn(self, lesson: Lesson, *, stood: bool) -> None:
         """Take in a round; `stood`: the block before stood whole, so this one may be a guess."""
@@ -190,9 +210,7 @@ class Costs:
 
     def judge_s(self, tokens: int) -> float:
         """Return the seconds from a block of so many tokens to its verdict."""
-        full_s = self._judge_s(self.sessions.value * (tokens + 1))
-        there = full_s / (full_s + self.draft_s(tokens))  # the others are drafting
-        return self._judge_s(max(1.0, self.sessions.value * there) * (tokens + 1))
+        return self.judge_trip_s.value + self.queue.value * self.passes.at(self._in_pass(tokens))
 
     def draft_s(self, tokens: int) -> float:
         """Return the seconds from a question to a block of so many tokens."""
@@ -214,21 +232,34 @@ class Costs:
 
     def floor(self, block: Yield) -> float:
         """Return the chance of standing below which one more token yields less than it costs."""
-        tokens = self.sessions.value * (block.length + 1)
-        judge_s = self.passes.at(tokens + self.sessions.value) - self.passes.at(tokens)
+        tokens = self._in_pass(block.length)
+        blocks = tokens / (block.length + 1)
+        judge_s = self.passes.at(tokens + blocks) - self.passes.at(tokens)
         rate = block.tokens / self.round_s(block)
         return min(0.9, rate * (self.draft_step_s.value + self.queue.value * judge_s))
 
-    def _judge_s(self, tokens: float) -> float:
-        return self.judge_trip_s.value + self.queue.value * self.passes.at(tokens)
+    def _in_pass(self, tokens: int) -> float:
+        """Return the tokens of a pass if each session drafts so many: (m + 1) (tokens + 1)."""
+        each, queue = tokens + 1, self.queue.value
+        others = self.together.value * (self.sessions.value - 1)
+        fixed_s, token_s = self.passes.line
+        alone_s, block_s = fixed_s + token_s * each, token_s * each
+        elsewhere_s = self.judge_trip_s.value + self.draft_s(tokens)
+        # m (q (a + b m) + e) = c (N - 1) (a + b m), solved for m; b = 0 where tokens cost nothing.
+        a, b = queue * block_s, queue * alone_s + elsewhere_s - others * block_s
+        root = sqrt(b * b + 4 * a * others * alone_s)
+        found = (root - b) / (2 * a) if a > 0 else others * alone_s / b
+        return (1 + min(self.sessions.value - 1, max(0.0, found))) * each
 
     def _learn_judging(self, lesson: Lesson) -> None:
         judge = lesson.judge
         self.passes.learn(tokens=judge.tokens, seconds=judge.step_s)
-        # Sessions that wait for the drafter would be in the pass if they did not draft.
-        waits_s = lesson.draft_s + lesson.judge_s if lesson.drafted else lesson.judge_s
-        self.sessions.learn(judge.sessions * min(4.0, waits_s / max(lesson.judge_s, 1e-9)))
+        others = max(judge.open, judge.sessions) - 1
+        self.sessions.learn(1 + others)
         if lesson.drafted:
+            if others:
+                passes = (lesson.draft_s + lesson.judge_s) / judge.step_s
+                self.together.learn((judge.sessions - 1) / others * min(_MOST_PASSES, passes))
             self.judge_trip_s.learn(max(0.0, lesson.judge_s - judge.service_s))
             self.queue.learn(min(4.0, max(1.0, judge.service_s / judge.step_s)))
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from cascade.decoding.cost import Yield
     from cascade.decoding.session import Policy
 
-FIRST_PAUSE, USUAL_PAUSE, LONGEST_PAUSE = 32, 256, 1024  # tokens written alone between two trials
+FIRST_PAUSE, USUAL_PAUSE, LONGEST_PAUSE = 32, 256, 1024  # tokens each writes alone between trials
+TRIAL_ROUNDS = 4  # of each of several sessions, all at once: one block among others proves nothing
 TRIAL_SHARE = 0.02  # of the time that trials may take while they fail
 ROUNDS_KEPT = 4  # for which a length is kept: to weigh all of them takes as long as a small frame
-LONGEST_STAY = 128  # tokens after which a session looks again at what the others found
+LONGEST_STAY = 32  # tokens after which a session looks again at what the others found
 SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
 
 
@@ -74,8 +75,9 @@ class Kind:
     """What sessions of one rule have found out together."""
 
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(memory=500))
-    pause: int = 0  # tokens to write alone before the next trial
-    alone: int = 0  # written so since the last
+    pause: int = 0  # tokens that each session writes alone before the next trial
+    alone: int = 0  # that all wrote so since the last
+    trial: int = 0  # rounds of the present one that are left
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,8 +109,9 @@ class Experience:
 class Automatic:
     """The length with the most expected tokens a second, from what rounds have cost and yielded.
 
-    Where that is none, the expert writes alone for a while, longer each time, and then one block is
-    drafted on trial. The reasons:
+    Where that is none, the expert writes alone for a while, longer each time, and then all sessions
+    draft a few blocks on trial: what a block costs where all draft, none tells where all others
+    write alone. The reasons:
 
     | reason | the length is |
     |---|---|
@@ -161,8 +164,8 @@ class Automatic:
         if lesson.drafted:
             for acceptance in (self.kind.acceptance, self._own):
                 acceptance.learn(drafted=lesson.drafted, accepted=lesson.accepted)
-            if self._stood:
-                self.kind.alone = self.kind.pause  # a trial that went well is tried again
+            if not self._stood:  # while blocks stand, a trial goes on
+                self.kind.trial = max(0, self.kind.trial - 1)
         elif self._alone > 0:
             self._alone -= 1
             self.kind.alone += 1
@@ -176,15 +179,18 @@ class Automatic:
     def _without(self, yields: Sequence[Yield]) -> Length:
         """Return no draft, or one on trial where enough was written without."""
         kind, costs = self.kind, self.experience.costs
-        trial = fastest(costs, yields[1:])
-        if 0 < kind.pause <= kind.alone:
-            kind.alone = 0
-            return Length(tokens=trial, reason="trial")
+        block = yields[fastest(costs, yields[1:])]
+        crowd = round(costs.sessions.value)
+        rounds = 1 if crowd == 1 else TRIAL_ROUNDS
+        if 0 < kind.pause * crowd <= kind.alone:
+            kind.alone, kind.trial = 0, rounds * crowd
+        if kind.trial > 0:
+            return Length(tokens=block.length, reason="trial")
         if kind.alone == 0:
-            loss = costs.round_s(yields[trial]) / costs.alone_s() - yields[trial].tokens
+            loss = rounds * (costs.round_s(block) / costs.alone_s() - block.tokens)
             usual = min(max(2 * kind.pause, FIRST_PAUSE), USUAL_PAUSE)
             kind.pause = min(max(usual, round(loss / TRIAL_SHARE)), LONGEST_PAUSE)
-        self._alone = min(kind.pause - kind.alone, LONGEST_STAY)
+        self._alone = min(max(1, kind.pause - kind.alone // crowd), LONGEST_STAY)
         return Length(tokens=0, reason="alone", alone=self._alone)
 
     def _chance(self, place: int) -> float:

@@ -250,6 +250,7 @@ def _encode_timing(timing: Timing, to: tokens_pb2.Timing) -> None:
     to.step_us = round(1e6 * timing.step_s)
     to.token_count = timing.tokens
     to.session_count = timing.sessions
+    to.open_count = timing.open
 
 
 def _decode_timing(message: tokens_pb2.Timing) -> Timing:
@@ -259,6 +260,7 @@ def _decode_timing(message: tokens_pb2.Timing) -> Timing:
         step_s=whole(message.step_us, "step_us") / 1e6,
         tokens=whole(message.token_count, "token_count"),
         sessions=whole(message.session_count, "session_count"),
+        open=whole(message.open_count, "open_count"),
     )
 
 
