@@ -234,7 +234,7 @@ class Router(Settings):
     entry_deadline_s: Seconds = 2.0  # for an expert, before an answer begins; then 503
     loss_deadline_s: Seconds = 30.0  # for another expert, in mid answer; then an error ends it
     lease_timeout_s: Seconds = 8.0  # below the 10 s after which a stream's status is settled
-    lease_hedge_s: Seconds = 1.0  # before a second replica is asked for a lease beside the first
+    lease_hedge_s: Seconds = 0.25  # before a second replica is asked for a lease beside the first
     draft_tokens: Positive = 5  # of `auto`, before it has measured
     overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cascade.lab.answering import Answer
+    from cascade.lab.figures import Figures
 
 BODIES = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -69,6 +70,19 @@ async def test_busy_seconds_are_of_the_round() -> None:
     contest = await compete([one], BODIES, Closed(), rounds=2)
     for found in contest["one"].rounds:
         assert found.busy["expert"] * found.wall_s == pytest.approx(1)
+
+
+async def test_a_gauge_is_read_after_each_round_and_sees_its_figures() -> None:
+    turns: list[str] = []
+    contenders = [Contender(name=name, answerer=Scribe(name, turns)) for name in "xy"]
+
+    def gauge(found: Mapping[str, Figures]) -> float:
+        turns.append("|")
+        return float(found["x"].requests)
+
+    contest = await compete(contenders, BODIES, Closed(), rounds=2, gauge=gauge)
+    assert "".join(turns) == "xyxy|yx|"
+    assert contest.gauged == (len(BODIES),) * 2
 
 
 async def test_contenders_with_one_name_are_refused() -> None:

@@ -16,13 +16,14 @@ from cascade.lab.arrivals import Closed, drive
 from cascade.lab.figures import Figures, Spread, figures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cascade.lab.arrivals import Arrivals
     from cascade.lab.contenders import Contender
     from cascade.lab.figures import Objective
 
 Json: TypeAlias = dict[str, Any]
+Gauge: TypeAlias = "Callable[[Mapping[str, Figures]], float]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Contest:
     """What a contest came to."""
 
     standings: tuple[Standing, ...]
+    gauged: tuple[float, ...] = ()  # what a gauge said after each round
 
     def __getitem__(self, name: str) -> Standing:
         for standing in self.standings:
@@ -80,6 +82,7 @@ async def compete(  # noqa: PLR0913 - a contest has as many sides
     *,
     rounds: int,
     objective: Objective | None = None,
+    gauge: Gauge | None = None,
     told: Callable[[str], object] = lambda _: None,
 ) -> Contest:
     """Let all contenders answer all requests in every round.
@@ -90,6 +93,8 @@ async def compete(  # noqa: PLR0913 - a contest has as many sides
         arrivals: When they start.
         rounds: How often, after a first time that does not count.
         objective: What makes an answer good.
+        gauge: Measures something else of the machine at the end of every round, from that round's
+            figures by contender, so that it can be paired with them.
         told: Called with a line after each turn.
 
     Raises:
@@ -101,6 +106,7 @@ async def compete(  # noqa: PLR0913 - a contest has as many sides
         await drive(one.answerer, _asked(one, bodies[: _warm(arrivals)]), _unpaced(arrivals))
         told(f"{one.name}: warm")
     found: dict[str, list[Figures]] = {one.name: [] for one in contenders}
+    gauged: list[float] = []
     texts: dict[str, tuple[str | None, ...]] = {}
     for number in range(rounds):
         for one in (
@@ -115,11 +121,14 @@ async def compete(  # noqa: PLR0913 - a contest has as many sides
                 None if asked.answer is None else asked.answer.text for asked in run.asked
             )
             told(f"{one.name}: round {number + 1}, {found[one.name][-1].tokens_per_s:.1f} tokens/s")
+        if gauge is not None:
+            gauged.append(gauge({name: figures[-1] for name, figures in found.items()}))
     return Contest(
+        gauged=tuple(gauged),
         standings=tuple(
             Standing(name=one.name, rounds=tuple(found[one.name]), texts=texts[one.name])
             for one in contenders
-        )
+        ),
     )
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cascade.demo.tasks import Level
     from cascade.lab.arrivals import Arrivals
-    from cascade.lab.bench import Contest
+    from cascade.lab.bench import Contest, Gauge
     from cascade.lab.contenders import Running
     from cascade.lab.figures import Objective
     from cascade.settings import Application
@@ -86,6 +86,7 @@ class Plan:
     rtts_ms: Sequence[float] = (0.0,)
     peers: Sequence[str] = ()
     objective: Objective | None = None
+    gauge: Gauge | None = None
 
 
 def parse_ask(text: str) -> Json:
@@ -172,6 +173,7 @@ async def execute(plan: Plan, *, told: Callable[[str], object] = lambda _: None)
             plan.arrivals,
             rounds=plan.rounds,
             objective=plan.objective,
+            gauge=plan.gauge,
             told=told,
         )
 

@@ -59,48 +59,72 @@ class StepTime:
         return self.head_ms / self.step_ms if self.step_ms else 0.0
 
 
-def measure(  # noqa: PLR0913 - each is an axis of the table, and all have defaults
-    model: LoadedModel | str,
-    *,
-    work: Work = Work.DRAFT,
-    sessions: Sequence[int] = (1, 16),
-    context_tokens: int = 128,
-    block_tokens: int = 5,
-    passes: int = 40,
-    policy: Policy | None = None,
-    settings: EngineSettings | None = None,
-) -> list[StepTime]:
-    """Return what a step costs with each number of sessions.
+class Rig:
+    """A model's engine, turned by hand.
 
     Args:
         model: A folder, a repository id or a model in memory.
         work: Whether the model drafts or judges.
-        sessions: Numbers of sessions that step together.
-        context_tokens: Tokens of each session before the step.
-        block_tokens: Drafted tokens of each block that is judged.
-        passes: Timed steps of each number of sessions.
         policy: Of every session; sampling at temperature 1, lossless, by default.
         settings: Of the engine.
 
     Raises:
         UnsupportedModel: There is no such model, or it cannot be served.
     """
-    settings = settings or EngineSettings()
-    if isinstance(model, str):
-        model = load(model, device=settings.device, dtype=settings.dtype)
-    head = _Head(
-        model=model.name,
-        work=work,
-        policy=policy or Policy(),
-        block_tokens=block_tokens,
-        likelihood=1 / (_STANDS * model.vocabulary),
-    )
-    engine = Engine(model, head=head, settings=settings)
-    threads.apply(threads=settings.threads)
-    return [
-        _time(engine, head, count, context_tokens=context_tokens, passes=passes)
-        for count in sessions
-    ]
+
+    def __init__(
+        self,
+        model: LoadedModel | str,
+        *,
+        work: Work = Work.DRAFT,
+        policy: Policy | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        self._settings = settings or EngineSettings()
+        if isinstance(model, str):
+            model = load(model, device=self._settings.device, dtype=self._settings.dtype)
+        self._head = _Head(
+            model=model.name,
+            work=work,
+            policy=policy or Policy(),
+            likelihood=1 / (_STANDS * model.vocabulary),
+        )
+        self._engine = Engine(model, head=self._head, settings=self._settings)
+
+    def time(
+        self, *, sessions: int, context_tokens: int = 128, block_tokens: int = 5, passes: int = 40
+    ) -> StepTime:
+        """Return what a step costs.
+
+        Args:
+            sessions: That step together.
+            context_tokens: Tokens of each session before the step.
+            block_tokens: Drafted tokens of each block that is judged.
+            passes: Timed steps.
+        """
+        threads.apply(threads=self._settings.threads)
+        self._head.block_tokens = block_tokens
+        return _time(
+            self._engine, self._head, sessions, context_tokens=context_tokens, passes=passes
+        )
+
+
+def measure(
+    model: LoadedModel | str,
+    *,
+    work: Work = Work.DRAFT,
+    sessions: Sequence[int] = (1, 16),
+    policy: Policy | None = None,
+    settings: EngineSettings | None = None,
+    **more: int,
+) -> list[StepTime]:
+    """Return what a step costs with each number of sessions; the rest is of `Rig` and its `time`.
+
+    Raises:
+        UnsupportedModel: There is no such model, or it cannot be served.
+    """
+    rig = Rig(model, work=work, policy=policy, settings=settings)
+    return [rig.time(sessions=count, **more) for count in sessions]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +134,7 @@ class _Head:
     model: str
     work: Work
     policy: Policy
-    block_tokens: int
+    block_tokens: int = 5
     likelihood: float = 0.5  # that the drafter is taken to have given its tokens
     seconds: list[float] = field(default_factory=list[float])
     running: bool = True  # whether another step follows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ from cascade.lab.plans import Apart, Direct, Here, Plan, execute, padded_expert,
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from cascade.lab.bench import Contest
+    from cascade.lab.bench import Contest, Gauge
     from cascade.lab.figures import Figures
     from cascade.settings import Application
 
@@ -38,6 +39,7 @@ _ALL = (*EASY, Level.MIDDLE, *HARD)
 _GREEDY = Policy(sampling=Sampling(temperature=0.0))
 _PEER = "transformers assisted"
 _CONTEXT_TOKENS = 64  # about where the middle of an answer is
+_PASSES = 16  # of the expert alone, after each round
 _WIDE_VOCABULARY = 32_000
 _MEBIBYTE = 2**20
 
@@ -48,20 +50,25 @@ class Scale:
 
     settings: Application  # the pair that ships, with its threads
     rounds: int = 3
-    questions: int = 2  # of each family, for one stream; for sixteen streams four times as many
+    questions: int = 2  # of each family, for one stream; for several streams as many for each
     router_rounds: int = 100_000
 
 
 async def one_stream(scale: Scale, told: Told) -> Outcome:
     """One stream over an expert of 500M: near the ideal, and ahead of `transformers`."""
-    plan = _plan(scale, parameters="500M", streams=1)
-    asks = ("expert_only", "lossless", "token_v3:0.9")
-    contest = await execute(replace(plan, asks=asks, peers=("assisted",)), told=told)
-    fast = contest["lossless"].middle
-    ideal = of_ideal(fast, pass_ms=_pass_ms(plan.settings, fast, sessions=1)) or 0.0
-    alone = contest.ratio("lossless", "expert_only").median
-    free = contest.ratio("token_v3:0.9", "expert_only").median
-    peer = contest.ratio("lossless", _peer(contest)).median
+    plan = replace(
+        _plan(scale, parameters="500M", streams=1),
+        asks=("expert_only", "lossless", "token_v3:0.9"),
+        where=(Apart(),),
+        peers=("assisted",),
+    )
+    fast, slow, loose = (f"{ask}, apart" for ask in ("lossless", "expert_only", "token_v3:0.9"))
+    gauge = _share_of_ideal(plan.settings, fast)
+    contest = await execute(replace(plan, gauge=gauge), told=told)
+    ideal = median(contest.gauged)
+    alone = contest.ratio(fast, slow).median
+    free = contest.ratio(loose, slow).median
+    peer = contest.ratio(fast, _peer(contest)).median
     case = "one stream, 500M"
     return Outcome(
         claims=(
@@ -233,7 +240,8 @@ def _plan(
     settings = scale.settings
     if parameters is not None:
         settings = padded_expert(settings, parameters=parameters)
-    count = scale.questions * (4 if streams > 1 else 1)
+    # A closed loop is full for most of its time only if each stream has several requests.
+    count = scale.questions * (streams // 2 if streams > 1 else 1)
     return Plan(
         settings=settings,
         bodies=questions(count=count, levels=levels),
@@ -243,17 +251,23 @@ def _plan(
     )
 
 
-def _pass_ms(settings: Application, found: Figures, *, sessions: int) -> float:
-    """Return what a pass of the expert takes alone, over blocks as long as those of a run."""
-    return steps.measure(
+def _share_of_ideal(settings: Application, name: str) -> Gauge:
+    """Return what measures a pass alone, over blocks as long as a contender's, and its share."""
+    rig = steps.Rig(
         settings.expert.place,
         work=steps.Work.JUDGE,
-        sessions=(sessions,),
-        context_tokens=_CONTEXT_TOKENS,
-        block_tokens=max(1, round(found.drafted_per_round or 1)),
         policy=_GREEDY,
         settings=_engine(settings, "expert"),
-    )[0].step_ms
+    )
+
+    def share(found: Mapping[str, Figures]) -> float:
+        length = max(1, round(found[name].drafted_per_round or 1))
+        alone = rig.time(
+            sessions=1, context_tokens=_CONTEXT_TOKENS, block_tokens=length, passes=_PASSES
+        )
+        return of_ideal(found[name], pass_ms=alone.step_ms) or 0.0
+
+    return share
 
 
 def _engine(settings: Application, tier: str) -> EngineSettings:
