@@ -30,7 +30,7 @@ async def until_free(cluster: Ground, *, timeout_s: float = 60.0) -> float:
     async def free() -> bool:
         return not any((await cluster.held()).values())
 
-    return await until(free, "leases and pages to be free", timeout_s=timeout_s, every_s=0.05)
+    return await until(free, "leases and pages to be free", timeout_s=timeout_s)
 
 
 async def burdens(cluster: Ground) -> dict[int, dict[str, int]]:
