@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.decoding.confidence import Calibration, confidences
+from cascade.decoding.confidence import Calibration, outlooks
 
 LONGEST, TOKENS = 2, (0, 1)
 
@@ -19,7 +19,8 @@ LONGEST, TOKENS = 2, (0, 1)
 def test_confidence_is_the_unscaled_probability() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, -1.0]])
     expected = [float(logits[0].softmax(0)[2]), float(logits[1].softmax(0)[0])]
-    assert confidences(logits, [2, 0]) == pytest.approx(expected)
+    found = outlooks(logits, [2, 0])
+    assert [one.confidence for one in found] == pytest.approx(expected)
 
 
 def test_a_chance_begins_with_what_the_drafter_says_and_ends_with_what_happens() -> None:
