@@ -1,4 +1,8 @@
-"""What a drafter sends unasked is what it would have drafted when asked, whatever comes between."""
+"""What a drafter sends unasked is what it would have drafted when asked, whatever comes between.
+
+That holds for the chain of a session, whose guess is that all stands, and for its branches, which
+guess otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,20 @@ from hypothesis import strategies as st
 
 from cascade.decoding import reference
 from cascade.decoding.coins import Purpose
-from cascade.decoding.rules import Chow, Opt, TokenV3
+from cascade.decoding.generation import Request
+from cascade.decoding.rules import Chow, Lossless, Opt, TokenV3
 from cascade.decoding.session import (
     Bonus,
     Coupling,
+    Mode,
+    Origin,
     Policy,
     Sampling,
     Session,
     SessionId,
     Verification,
 )
+from cascade.engine.loop import Engine
 from cascade.wire.channel import Peer
 from cascade.wire.digest import extend
 from cascade.wire.frames import Open, Proposal, Propose
@@ -31,7 +39,9 @@ from cascade.wire.tiers import DRAFTER
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cascade.decoding.generation import Statistics
     from cascade.lab.stack import Stack
+    from cascade.router import Router as Loop
     from cascade.wire.channel import Link
 
     from .conftest import Pair
@@ -49,6 +59,7 @@ POLICIES = {
     "penalties": Policy(sampling=replace(WARM, presence_penalty=0.7, repetition_penalty=1.2)),
     "deferring": Policy(sampling=WARM, rule=Chow(alpha=0.6), bonus=Bonus.NONE),
 }
+RIVAL = -1  # the drafter's second choice
 _names = itertools.count()
 
 
@@ -59,19 +70,21 @@ class Turn:
     count: int
     ahead: int
     accepted: int  # of the block; more than there are means all
-    token: int | None  # that follows them; None is the drafter's own next
+    token: int | None  # that follows them; None is the drafter's own next, or `RIVAL`
     patient: bool  # lets the drafter get ahead before it asks again
     floor: float = 0.0
+    branches: int = 0
 
 
 turns = st.builds(
     Turn,
     count=st.integers(1, 4),
     ahead=st.integers(0, 2),
-    accepted=st.sampled_from((0, 1, 9, 9, 9)),
-    token=st.none() | st.integers(0, 7),
+    accepted=st.sampled_from((0, 1, 2, 9, 9, 9)),
+    token=st.none() | st.just(RIVAL) | st.just(RIVAL) | st.integers(0, 7),
     patient=st.booleans(),
     floor=st.sampled_from((0.0, 0.0, 0.1, 0.5)),
+    branches=st.integers(0, 4),
 )
 
 
@@ -80,34 +93,48 @@ class Router:
 
     def __init__(self, link: Link, pair: Pair, policy: Policy) -> None:
         self.link = link
+        self.drafter = pair.drafter
         self.twin = reference.Pair(
             prompt=PROMPT, drafter=pair.drafter.logits, expert=pair.expert.logits, policy=policy
         )
         self.answer: list[int] = []
         self.known = 0
 
+    @property
+    def digest(self) -> int:
+        return extend(extend(0, PROMPT), self.answer)
+
     async def ask(self, turn: Turn, *, until_deferral: bool = False) -> Proposal:
         """Ask for a block after the answer, and wait for the one that continues it."""
-        digest = extend(extend(0, PROMPT), self.answer)
+        self.send(turn, until_deferral=until_deferral)
+        while True:
+            item = await self.hear()
+            if (item.position, item.digest) == (len(self.answer), self.digest):
+                return item
+
+    def send(self, turn: Turn, *, until_deferral: bool = False) -> None:
+        """Ask for a block after the answer."""
         self.link.send(
             Propose(
                 session_id=self.link.session_id,
                 epoch=1,
                 position=len(self.answer),
-                digest=digest,
+                digest=self.digest,
                 count=turn.count,
                 tokens=tuple(self.answer[self.known :]),
                 until_deferral=until_deferral,
                 ahead=turn.ahead,
                 floor=turn.floor,
+                branches=turn.branches,
             )
         )
         self.known = len(self.answer)
-        while True:
-            item = await asyncio.wait_for(self.link.receive(), 30)
-            assert isinstance(item, Proposal)
-            if (item.position, item.digest) == (len(self.answer), digest):
-                return item
+
+    async def hear(self) -> Proposal:
+        """Return what the drafter says next."""
+        item = await asyncio.wait_for(self.link.receive(), 30)
+        assert isinstance(item, Proposal)
+        return item
 
     def drafted(self, count: int) -> list[int]:
         """Return the block that plain forward passes draft after the answer."""
@@ -119,9 +146,25 @@ class Router:
     def commit(self, block: tuple[int, ...], turn: Turn) -> None:
         """Advance as a verdict would."""
         kept = list(block[: turn.accepted])
-        guess = self._draw(kept, Purpose.EMIT) if turn.token is None else turn.token
+        guess = turn.token
+        if guess is None:
+            guess = self._draw(kept, Purpose.EMIT)
+        elif guess == RIVAL:
+            guess = self._rival(kept, *block[len(kept) : len(kept) + 1])
         ends = len(kept) == len(block) and self.twin.policy.bonus is Bonus.NONE
         self.answer += kept if ends and kept else [*kept, guess]
+
+    def stand_on(self, block: tuple[int, ...], proposal: Proposal) -> None:
+        """Commit the verdict that a pushed proposal was drafted on."""
+        kept = [*self.answer, *block][: proposal.position - 1]
+        before = extend(extend(0, PROMPT), kept)
+        (token,) = (one for one in range(8) if extend(before, (one,)) == proposal.digest)
+        self.answer = [*kept, token]
+
+    def _rival(self, tokens: list[int], drafted: int | None = None) -> int:
+        text = [*PROMPT, *self.answer, *tokens]
+        ranked = self.drafter.logits(text).argsort(descending=True).tolist()
+        return next(token for token in ranked[drafted is None :] if token != drafted)
 
     def _draw(self, tokens: list[int], purpose: Purpose) -> int:
         place = self.twin.place([*self.answer, *tokens])
@@ -144,6 +187,13 @@ def opened(peer: Peer, server: Stack, pair: Pair, policy: Policy) -> Router:
     return Router(link, pair, policy)
 
 
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let drafters have capacity to spare however busy the tests before this one kept them."""
+    monkeypatch.setattr(Engine, "spare", 1.0)
+
+
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -229,3 +279,122 @@ async def test_a_deferral_is_guessed_past(toy: Pair, toy_stack: Stack, drafter: 
     assert isinstance(pushed, Proposal)
     assert pushed.position == first.block.length + 1
     router.link.close()
+
+
+BRANCHED = Turn(count=3, ahead=0, accepted=9, token=None, patient=False, branches=1)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel"])
+async def test_another_verdict_that_was_guessed_takes_no_pass(
+    toy: Pair, toy_stack: Stack, drafter: Peer, name: str
+) -> None:
+    """Its block is there; what follows goes on from its rows, of which none is computed twice."""
+    router = opened(drafter, toy_stack, toy, replace(POLICIES[name], seed=5))
+    first = await router.ask(BRANCHED)
+    pushed = await router.hear()
+    assert (pushed.branched, pushed.timing.service_s) == (True, 0.0)
+    router.stand_on(first.block.tokens, pushed)
+    assert list(pushed.block.tokens) == router.drafted(3)
+
+    before = toy_stack.drafter.engine.stats()
+    turn = replace(BRANCHED, branches=0)
+    router.send(turn)
+    router.commit(pushed.block.tokens, turn)
+    last = await router.ask(turn)
+    after = toy_stack.drafter.engine.stats()
+    assert (last.branched, list(last.block.tokens)) == (False, router.drafted(3))
+    # The last draft and the bonus, which no pass has seen; then two drafts.
+    assert (after.passes - before.passes, after.tokens - before.tokens) == (3, 4)
+    router.link.close()
+
+
+@pytest.mark.usefixtures("idle")
+async def test_a_branch_that_is_asked_for_is_gone_on_from(
+    toy: Pair, toy_stack: Stack, drafter: Peer
+) -> None:
+    """It is the session's line then, with a chain of its own."""
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    first = await router.ask(BRANCHED)
+    router.stand_on(first.block.tokens, await router.hear())
+    passes = toy_stack.drafter.engine.stats().passes
+    chained = replace(BRANCHED, ahead=1, branches=0)
+    router.send(chained)
+    chain = await router.hear()
+    router.commit(tuple(router.drafted(3)), chained)
+    assert chain.position == len(router.answer)
+    assert list(chain.block.tokens) == router.drafted(3)
+    assert toy_stack.drafter.engine.stats().passes - passes == 1 + 3  # the bonus, and the block
+    router.link.close()
+
+
+async def test_no_branch_is_drafted_where_no_capacity_is_left(
+    toy: Pair, toy_stack: Stack, drafter: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "spare", 0.1)
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    before = toy_stack.drafter.engine.stats()
+    await router.ask(replace(BRANCHED, branches=4))
+    await toy_stack.router.score(PROMPT, top=0)
+    after = toy_stack.drafter.engine.stats()
+    assert after.passes - before.passes == 3 + 1  # and the prompt
+    assert after.branches == 0
+    router.link.close()
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("heard", [0, 1, 2])
+async def test_a_session_that_ends_leaves_no_branch(
+    toy: Pair, toy_stack: Stack, drafter: Peer, heard: int
+) -> None:
+    """Wherever its branches are: not begun, being drafted, or at rest."""
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    asked = asyncio.create_task(router.ask(replace(BRANCHED, ahead=1, branches=4)))
+    if heard:
+        await asked
+    for _ in range(heard - 1):
+        await router.hear()
+    router.link.close()
+    asked.cancel()
+    engine = toy_stack.drafter.engine
+    async with asyncio.timeout(30):
+        while engine.stats().sessions or engine.stats().branches or engine.stats().waiting:
+            await toy_stack.router.score(PROMPT, top=0)
+
+
+async def written(
+    loop: Loop, policy: Policy, *, draft_tokens: int
+) -> tuple[list[tuple[int, Origin]], Statistics]:
+    request = Request(
+        prompt=PROMPT,
+        policy=policy,
+        mode=Mode.SPECULATIVE,
+        max_tokens=24,
+        draft_tokens=draft_tokens,
+    )
+    pieces = [piece async for piece in loop.generate(request)]
+    statistics = pieces[-1].statistics
+    assert statistics is not None
+    pairs = [zip(piece.tokens, piece.origins, strict=True) for piece in pieces]
+    return [pair for piece in pairs for pair in piece], statistics
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel", "block"])
+async def test_an_answer_is_the_same_without_overlap(
+    toy: Pair, toy_stack: Stack, name: str
+) -> None:
+    """Token for token, and who wrote it; and some of it did come from branches."""
+    tiers = {"drafters": toy_stack.router._drafters, "experts": toy_stack.router._experts}  # pyright: ignore[reportPrivateUsage] - the stack's own
+    router = {"overlap_blocks": 0, "overlap_branches": 0, "draft_deadline_s": 120}
+    plain = toy.settings(router=router).router.loop(**tiers)
+    router |= {"overlap_blocks": 1, "overlap_branches": 4}
+    ahead = toy.settings(router=router).router.loop(**tiers)
+    branched = 0
+    for seed, draft_tokens in itertools.product(range(4), (1, 3)):
+        policy = replace(POLICIES[name], seed=seed, rule=Lossless())
+        some = [written(loop, policy, draft_tokens=draft_tokens) for loop in (ahead, plain)]
+        (one, cost), (other, _) = await asyncio.gather(*some)
+        assert one == other
+        branched += cost.branched_rounds
+    assert branched > 0

@@ -2,7 +2,7 @@
 
 All sessions of a replica are drafted together: a pass takes whatever waits, and the tokens it
 yields are the next pass's input without leaving the engine's thread. What it writes of a session,
-asked and unasked, is a `Line`.
+asked and unasked, is a `Tree` of lines.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cascade.decoding.confidence import Calibration, confidences
+from cascade.decoding.confidence import Calibration
 from cascade.decoding.cost import Timing
 from cascade.decoding.drafting import draft_step
 from cascade.errors import InvalidRequest
-from cascade.operations.line import Line
+from cascade.operations.line import Line, Making
 from cascade.operations.replica import Replica, Result
 from cascade.operations.seat import Seat
+from cascade.operations.tree import Tree
 from cascade.wire.frames import Propose
 from cascade.wire.tiers import DRAFTER
 
@@ -42,44 +43,40 @@ class Drafter(Replica[Propose]):
         super().__init__(*args, **more)
         self._calibrations = defaultdict(Calibration)
 
-    def begin(self, seat: Seat, item: Propose) -> Step | None:
-        """Return the step whose row yields the next token, unless the block was sent already."""
+    def begin(self, seat: Seat, item: Propose) -> Sequence[Step]:
+        """Return the steps whose rows yield the next tokens, unless those were sent already."""
         if item.count < 1:
             raise InvalidRequest(
                 f"a proposal of {item.count} tokens was asked for; ask for at least 1"
             )
         self.check_room(seat.length, item.count)
-        line = seat.line
-        if line is not None and line.follow(item):
-            return line.resume()
-        if line is not None:
-            line.refuted(seat.answer)
-        seat.line = Line(
-            seat=seat,
-            asked=item,
-            answer=list(seat.answer),
-            limit=self.describe().context_length,
-            calibration=self._calibrations[seat.session.policy.rule],
-        )
-        return seat.step((), rows=1, task=seat.line)
+        spare, tree = self.engine.spare, seat.tree
+        if tree is None or not tree.follow(item):
+            return [self._plant(seat, item)]
+        return [*tree.resume(), *tree.grow(spare)]
 
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
         """Draft one token of every line."""
+        spare = self.engine.spare
         lines = [one.step.task for one in ready if isinstance(one.step.task, Line)]
         results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
+        drafts = self.draft(logits_NV, [line.task(curious=spare > 0) for line in lines])
+        turns: defaultdict[Seat, list[tuple[Line, Draft]]] = defaultdict(list)
+        for line, draft in zip(lines, drafts, strict=True):
+            turns[line.seat].append((line, draft))
         follow: list[Step] = []
-        drafts = self.draft(logits_NV, [line.task for line in lines])
-        confident = _confidences(logits_NV, lines, drafts)
-        for place, (line, draft) in enumerate(zip(lines, drafts, strict=True)):
-            proposal, step = None, None
-            if line.wanted:
-                proposal, step = line.take(draft, confidence=confident.get(place))
-            if step is not None:
-                follow.append(step)
-            if step is None or proposal is not None:
-                results.append(self._result(line, proposal, done=step is None))
+        for seat, turn in turns.items():
+            follow += self._turn(seat, turn, results, spare=spare)
         self.publish(results)
         return follow
+
+    def fail(self, step: Step, error: Exception) -> None:
+        """Refuse the session whose step cannot run; a branch is given up in silence."""
+        line = step.task
+        if not isinstance(line, Line) or line.branch is None or line.seat.tree is None:
+            super().fail(step, error)
+        elif line.seat.tree.lose(line):
+            self.publish([Result(seat=line.seat)])
 
     def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[Draft]:
         """Return the token that each row yields."""
@@ -90,9 +87,58 @@ class Drafter(Replica[Propose]):
         task = step.task
         return task.seat if isinstance(task, Line) else task
 
-    def _result(self, line: Line, proposal: Proposal | None, *, done: bool) -> Result:
-        if proposal is None:
-            return Result(seat=line.seat, done=done)
+    def _plant(self, seat: Seat, item: Propose) -> Step:
+        """Begin a line after the answer; return its first step."""
+        if seat.tree is not None:
+            seat.tree.trunk.refuted(seat.answer)
+            seat.tree.end()
+        step = seat.step((), rows=1, task=None)
+        step.task = line = Line(
+            seat=seat,
+            asked=item,
+            answer=seat.fed,
+            limit=self.describe().context_length,
+            calibration=self._calibrations[seat.session.policy.rule],
+            block=Making(position=item.position, digest=item.digest, count=item.count),
+        )
+        seat.tree = Tree(seat=seat, engine=self.engine, trunk=line, names=self._keys)
+        return step
+
+    def _turn(
+        self,
+        seat: Seat,
+        turn: Sequence[tuple[Line, Draft]],
+        results: list[Result],
+        *,
+        spare: float,
+    ) -> Sequence[Step]:
+        """Give the lines of a seat their tokens; return the steps that follow at once."""
+        tree = seat.tree
+        heard = [] if tree is None else [one for one in turn if one[0] in tree.flying]
+        if tree is None or not heard:
+            return ()
+        adopted = tree.heed()
+        follow: list[Step] = []
+        for line, draft in heard:
+            tree.flying.discard(line)
+            if not tree.has(line):
+                continue
+            proposal, step = line.take(draft)
+            if step is not None:
+                tree.flying.add(line)
+                follow.append(step)
+            if proposal is not None:
+                results.append(self._result(line, proposal))
+        follow += [*tree.resume(), *tree.grow(spare)]
+        if not tree.flying:
+            results.append(Result(seat=seat))
+        if not adopted:
+            return follow
+        for step in follow:
+            self.engine.submit(step)
+        return ()
+
+    def _result(self, line: Line, proposal: Proposal) -> Result:
         now_s, current = self.clock(), self.engine.current
         timing = Timing(
             service_s=now_s - line.seat.asked_s if line.is_asked(proposal) else 0.0,
@@ -103,16 +149,4 @@ class Drafter(Replica[Propose]):
         )
         cached = self.engine.cached_tokens(line.seat.key)
         item = replace(proposal, timing=timing, cached_prompt_tokens=cached)
-        return Result(seat=line.seat, item=item, done=done)
-
-
-def _confidences(
-    logits_NV: Tensor, lines: Sequence[Line], drafts: Sequence[Draft]
-) -> dict[int, float]:
-    """Return the confidence of the tokens after which a block may end, by their line's place."""
-    places = [i for i, line in enumerate(lines) if line.doubts and not line.guessing]
-    if not places:
-        return {}
-    rows_NV = logits_NV if len(places) == len(lines) else logits_NV[places]
-    found = confidences(rows_NV, [drafts[i].token for i in places])
-    return dict(zip(places, found, strict=True))
+        return Result(seat=line.seat, item=item, done=False)

@@ -98,7 +98,7 @@ class Expert(Replica[Judge]):
 
     kind = EXPERT
 
-    def begin(self, seat: Seat, item: Judge) -> Step:
+    def begin(self, seat: Seat, item: Judge) -> Sequence[Step]:
         """Return the step whose rows judge the block."""
         self.check_room(seat.length, item.block.length)
         room = self.describe().context_length - seat.length - item.block.length
@@ -112,7 +112,7 @@ class Expert(Replica[Judge]):
             since_s=seat.asked_s,
         )
         rows = rows_needed(seat.session.policy, item.block.tokens)
-        return seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)
+        return [seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)]
 
     def verdicts(self, rows: Sequence[Tensor], tasks: Sequence[Task]) -> Sequence[Verdict]:
         """Return what the rows, [N, V] of each task, say of the tasks' blocks."""

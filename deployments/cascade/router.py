@@ -61,6 +61,7 @@ class RouterOptions:
     chunk_tokens: int = 16  # drafted at a time where no expert judges
     ahead_tokens: int = 8  # the expert writes at a time where no drafter is
     overlap_blocks: int = 1  # the drafter is ahead of the expert
+    overlap_branches: int = 4  # other likely verdicts that it drafts on, at most
 
     @property
     def needed(self) -> Patience:
@@ -226,11 +227,16 @@ class Router:
             experts.leave()
 
     def _hurried(self, place: Place, *, until_deferral: bool) -> Hurried:
-        ahead = self._options.overlap_blocks
+        options = self._options
         return Hurried(
-            Drafting(place, ahead=ahead, until_deferral=until_deferral),
+            Drafting(
+                place,
+                ahead=options.overlap_blocks,
+                branches=options.overlap_branches,
+                until_deferral=until_deferral,
+            ),
             trust=self._trust,
-            deadline_s=self._options.draft_deadline_s,
+            deadline_s=options.draft_deadline_s,
         )
 
     def _draft_length(self, request: Request) -> DraftLength:

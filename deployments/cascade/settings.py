@@ -237,6 +237,7 @@ class Router(Settings):
     lease_hedge_s: Seconds = 0.25  # before a second replica is asked for a lease beside the first
     draft_tokens: Positive = 5  # of `auto`, before it has measured
     overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
+    overlap_branches: Natural = 4  # other likely verdicts drafted on, as far as drafters are idle
 
     def loop(self, *, drafters: places.Tier, experts: places.Tier) -> router.Router:
         """Return the loop over two tiers."""
@@ -252,6 +253,7 @@ class Router(Settings):
                 entry_deadline_s=self.entry_deadline_s,
                 loss_deadline_s=self.loss_deadline_s,
                 overlap_blocks=self.overlap_blocks,
+                overlap_branches=self.overlap_branches,
             ),
         )
 

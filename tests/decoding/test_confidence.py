@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.decoding.confidence import Calibration, confidences
+from cascade.decoding.confidence import Calibration, outlooks
 
 LONGEST, TOKENS = 2, (0, 1)
 
@@ -19,7 +19,25 @@ LONGEST, TOKENS = 2, (0, 1)
 def test_confidence_is_the_unscaled_probability() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, -1.0]])
     expected = [float(logits[0].softmax(0)[2]), float(logits[1].softmax(0)[0])]
-    assert confidences(logits, [2, 0]) == pytest.approx(expected)
+    found = outlooks(logits, [2, 0])
+    assert [one.confidence for one in found] == pytest.approx(expected)
+
+
+def test_a_rival_is_the_likeliest_other_token() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, -1.0]])
+    first, second = outlooks(logits, [2, 1])
+    assert (first.rival, second.rival) == (1, 0)
+    assert first.share == pytest.approx(float(logits[0, :2].softmax(0)[1]))
+
+
+def test_a_rival_is_read_from_the_perturbed_row_where_there_is_one() -> None:
+    """There the scores may be those of a few tokens, and the only one has no rival."""
+    logits = torch.zeros(2, 9)
+    scores = torch.tensor([[1.0, 3.0, 2.0], [1.0, -torch.inf, -torch.inf]])
+    ids = torch.tensor([[4, 6, 8], [3, 1, 2]])
+    first, second = outlooks(logits, [6, 3], scores_BK=scores, ids_BK=ids)
+    assert (first.rival, second.share) == (8, 0.0)
+    assert first.confidence == pytest.approx(1 / 9)
 
 
 def test_a_chance_begins_with_what_the_drafter_says_and_ends_with_what_happens() -> None:

@@ -86,6 +86,25 @@ class Bench:
         self.engine.submit(step)
         return answer
 
+    def branch(self, session: str, tokens: Sequence[int], *, trunk: str, base: int) -> Answer:
+        """Queue the first step of a branch that has the first `base` tokens of its trunk."""
+        self.tokens[session] = [*self.tokens[trunk][:base], *tokens]
+        step = Step(
+            session=SessionId(session),
+            base=base,
+            tokens=list(tokens),
+            rows=1,
+            trunk=SessionId(trunk),
+        )
+        self._steps.append(step)
+        answer = self.head.expect(step, context=self.tokens[session])
+        self.engine.submit(step)
+        return answer
+
+    def adopt(self, session: str, *, branch: str) -> None:
+        self.tokens[session] = self.tokens.pop(branch)
+        self.engine.adopt(SessionId(session), branch=SessionId(branch))
+
     def release(self, session: str) -> None:
         self.tokens.pop(session)
         self.engine.release(SessionId(session))

@@ -189,3 +189,63 @@ def test_a_prefix_too_short_to_matter_is_let_go(length: int) -> None:
     held.release(A)
 
     assert held.used == 0
+
+
+def test_a_branch_begins_with_its_trunks_rows_and_ends_without_a_trace() -> None:
+    pool = KVPool(rows=1024)
+    held = store(pool=pool)
+    filled(held, A, list(range(100)))
+    states = torch.rand(2, 100, 4)
+    pool.write(0, key_HTD=states, value_HTD=states, rows_T=torch.arange(100))
+
+    branch = held.branch(B, trunk=A, base=60)
+
+    assert branch is not None
+    assert branch.extent is not None
+    assert (branch.tokens, branch.cached) == (list(range(60)), 60)
+    rows = torch.arange(branch.extent.start, branch.extent.start + 60)
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=torch.arange(0))
+    assert torch.equal(key[:, rows], states[:, :60])
+    assert (len(held), held.branched, held.live, held.branches(A)) == (1, 1, 128, [B])
+    held.release(B)
+    assert (len(held), held.branched, held.used) == (1, 0, 128)
+
+
+def test_a_branch_becomes_its_session() -> None:
+    held = store()
+    filled(held, A, list(range(100)))
+    branch = held.branch(B, trunk=A, base=60)
+
+    held.adopt(A, branch=B)
+
+    assert held.find(A) is branch
+    assert held.find(B) is None
+    assert (len(held), held.branched, held.used) == (1, 0, 128)
+
+
+def test_a_branch_takes_the_room_of_idle_sequences_alone() -> None:
+    held = store(capacity=256)
+    filled(held, A, list(range(100)))
+    filled(held, C, list(range(200, 300)))
+    assert held.branch(B, trunk=A, base=60) is None
+
+    held.release(C)
+
+    assert held.branch(B, trunk=A, base=60) is not None
+    assert held.preemptions == 0
+
+
+def test_no_branch_begins_where_the_trunk_has_lost_its_rows() -> None:
+    held = store()
+    held.drop(filled(held, A, list(range(100))))
+
+    assert held.branch(B, trunk=A, base=60) is None
+    assert held.branch(B, trunk=C, base=1) is None
+
+
+def test_branches_are_the_first_to_lose_their_rows() -> None:
+    held = store()
+    first = filled(held, A, list(range(100)))
+    branch = held.branch(B, trunk=A, base=60)
+
+    assert held.least_recent() == [branch, first]

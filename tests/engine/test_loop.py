@@ -171,6 +171,72 @@ def test_one_session_too_many_is_told_to_come_again(bench: Bench) -> None:
     bench.settle(bench.submit("fifth", numbers(5), rows=1))
 
 
+def test_a_branch_runs_its_own_tokens_alone(bench: Bench) -> None:
+    bench.settle(bench.submit("a", numbers(50), rows=1))
+    before = bench.engine.stats().tokens
+
+    branch = bench.branch("a~", [5], trunk="a", base=40)
+    bench.settle(branch, bench.submit("a", [7], rows=1))
+    bench.settle(bench.submit("a~", [6, 9], rows=2))
+
+    stats = bench.engine.stats()
+    assert stats.tokens - before == 4
+    assert (stats.sessions, stats.branches) == (1, 1)
+    bench.engine.release(SessionId("a"))
+    bench.engine.turn()
+    stats = bench.engine.stats()
+    assert (stats.sessions, stats.branches) == (0, 0)
+    assert bench.worst < 1e-4
+
+
+def test_a_session_goes_on_as_its_branch(bench: Bench) -> None:
+    bench.settle(bench.submit("a", numbers(50), rows=1))
+    dropped = bench.submit("a", numbers(9), rows=1)
+    branch = bench.branch("a~", [5], trunk="a", base=40)
+    bench.adopt("a", branch="a~")
+    bench.settle(branch)
+
+    bench.settle(bench.submit("a", [6], rows=1))
+
+    assert not dropped.ended
+    assert bench.engine.stats().tokens == 52
+    assert (bench.engine.stats().sessions, bench.engine.stats().branches) == (1, 0)
+    assert bench.worst < 1e-4
+
+
+def test_a_session_that_ended_is_not_brought_back_by_its_branch(bench: Bench) -> None:
+    bench.settle(bench.submit("a", numbers(50), rows=1))
+    bench.settle(bench.branch("a~", [5], trunk="a", base=40))
+    bench.release("a")
+    bench.engine.adopt(SessionId("a"), branch=SessionId("a~"))
+
+    bench.settle(bench.submit("b", numbers(5), rows=1))
+
+    assert (bench.engine.stats().sessions, bench.engine.stats().branches) == (1, 0)
+
+
+def test_branches_keep_no_session_out() -> None:
+    """Neither by their number, nor by their room: one that is in the way fails."""
+    bench = Bench(build("llama"), replace(SMALL, cache_tokens=512))
+    for name in "ab":
+        bench.settle(bench.submit(name, numbers(50, start=ord(name)), rows=1))
+    bench.settle(*(bench.branch(f"{name}~", [5], trunk=name, base=40) for name in "ab"))
+    refused = bench.branch("a~~", [6], trunk="a", base=40)
+    bench.engine.turn()
+    assert isinstance(refused.error, Overloaded)
+
+    for name in "cd":
+        bench.settle(bench.submit(name, numbers(50, start=ord(name)), rows=1))
+    for name in "abcd":
+        bench.settle(bench.submit(name, [8], rows=1))
+    late = bench.submit("a~", [6], rows=1)
+    bench.engine.turn()
+
+    assert isinstance(late.error, Overloaded)
+    assert (bench.engine.stats().sessions, bench.engine.stats().preemptions) == (4, 0)
+    assert bench.worst < 1e-4
+
+
 @dataclass
 class Chain:
     """A head that asks for the next token at once, `length` times."""

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from cascade.decoding.confidence import Outlook
 from cascade.decoding.drafting import Draft
 from cascade.decoding.rules import Lossless
-from cascade.decoding.session import Gates, Origin, Verdict
+from cascade.decoding.session import Gates, Origin, SessionId, Verdict
 from cascade.drafter import Drafter
 from cascade.engine.stats import Pass
 from cascade.engine.step import Ready
@@ -80,10 +81,12 @@ class ToyEngine:
     head: Head
     chance: Random
     step_s: float
-    full: float  # chance that a new session finds no room
+    full: float  # chance that a new session finds no room, or a branch
     limit_tokens: int = CONTEXT
     fed: dict[str, bytearray] = field(default_factory=dict[str, bytearray])
+    trunks: dict[str, str] = field(default_factory=dict[str, str])  # of branches
     waiting: dict[str, asyncio.TimerHandle] = field(default_factory=dict[str, asyncio.TimerHandle])
+    steps: dict[str, Step] = field(default_factory=dict["str", "Step"])  # that wait
     current: Pass = field(default_factory=Pass)
     stalled_until_s: float = 0.0
     stalled_since_s: float = 0.0
@@ -105,12 +108,46 @@ class ToyEngine:
         loop = asyncio.get_running_loop()
         begins_s = max(loop.time(), self.stalled_until_s)
         takes_s = self.step_s * self.chance.expovariate(1)
+        if step.trunk is not None and not self._branch(step):
+            loop.call_soon_threadsafe(self.head.fail, step, Overloaded("no room"))
+            return
+        self.steps[step.session] = step
         self.waiting[step.session] = loop.call_at(begins_s + takes_s, self._run, step)
 
+    @property
+    def spare(self) -> float:
+        return self.chance.choice((0.0, 0.5, 1.0))
+
+    def _branch(self, step: Step) -> bool:
+        trunk = self.fed.get(str(step.trunk), b"")
+        if len(trunk) < step.base or self.chance.random() < self.full:
+            return False
+        self.fed[step.session] = bytearray(trunk[: step.base])
+        self.trunks[step.session] = str(step.trunk)
+        return True
+
+    def adopt(self, session: str, *, branch: str) -> None:
+        if branch not in self.fed:
+            return
+        self._cancel(session)
+        self.fed[session] = self.fed.pop(branch)
+        del self.trunks[branch]
+        if timer := self.waiting.pop(branch, None):
+            step = self.steps.pop(branch)
+            step.session = SessionId(session)
+            self.steps[session], self.waiting[session] = step, timer
+
     def release(self, session: str) -> None:
+        for name in [one for one, trunk in self.trunks.items() if trunk == session]:
+            self.release(name)
+        self._cancel(session)
+        self.trunks.pop(session, None)
+        self.fed.pop(session, None)
+
+    def _cancel(self, session: str) -> None:
+        self.steps.pop(session, None)
         if timer := self.waiting.pop(session, None):
             timer.cancel()
-        self.fed.pop(session, None)
 
     def stop(self) -> None:
         for timer in self.waiting.values():
@@ -121,7 +158,7 @@ class ToyEngine:
         return 0
 
     def _run(self, step: Step) -> None:
-        del self.waiting[step.session]
+        del self.waiting[step.session], self.steps[step.session]
         text = self.fed.setdefault(step.session, bytearray())
         if not text and self.chance.random() < self.full:
             del self.fed[step.session]
@@ -181,8 +218,13 @@ class ToyExpert(_Toy, Expert):
 
 
 def _draft(row: int) -> Draft:
-    token = drafter_token(row)
-    return Draft(token=token, gates=Gates(peak=float(keeps(row)), favourite=token, entropy=0.0))
+    token, other = drafter_token(row), (row + 1) % VOCABULARY
+    rival = expert_token(row) if expert_token(row) != token else other
+    return Draft(
+        token=token,
+        gates=Gates(peak=float(keeps(row)), favourite=token, entropy=0.0),
+        outlook=Outlook(confidence=0.5, rival=rival, share=0.5),
+    )
 
 
 def _verdict(rows: Sequence[int], task: Task) -> Verdict:

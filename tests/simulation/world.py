@@ -218,5 +218,10 @@ def _router(world: World) -> Router:
         drafters=made["drafter"],
         experts=made["expert"],
         automatic=automatic,
-        options=RouterOptions(draft_deadline_s=chance.choice([0.05, 2.0]), draft_pause_s=0.1),
+        options=RouterOptions(
+            draft_deadline_s=chance.choice([0.05, 2.0]),
+            draft_pause_s=0.1,
+            overlap_blocks=chance.choice([0, 1, 1, 2]),
+            overlap_branches=chance.choice([0, 2, 4]),
+        ),
     )

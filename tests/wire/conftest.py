@@ -183,6 +183,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         until_deferral=st.booleans(),
         ahead=COUNTS,
         floor=PROBABILITIES,
+        branches=COUNTS,
     ),
     frames.Judge: st.builds(
         frames.Judge, **steps, block=blocks(), tokens=several(TOKENS), ahead=COUNTS
@@ -199,6 +200,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         deferred=st.booleans(),
         passes=COUNTS,
         timing=timings,
+        branched=st.booleans(),
     ),
     frames.Judgement: st.builds(
         frames.Judgement, **answers, digest=DIGESTS, verdict=verdicts(), timing=timings

@@ -11,7 +11,9 @@ block ends, and where it goes on if it holds one token later; no step asks that 
 one length. To drop a token for its own low probability would be wrong: what is left would be drawn
 from q given that it is likely.
 
-Shapes: `B` sessions, `V` vocabulary.
+The same probabilities say which verdicts are likely, and so what else to draft in advance.
+
+Shapes: `B` sessions, `K` tokens with scores, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from cascade.decoding.host import fetch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,12 +35,51 @@ MEMORY = 300.0  # tokens of a bin after which the first counts a third
 PRIOR_TOKENS = 4.0
 
 
-def confidences(logits_BV: Tensor, tokens_B: Sequence[int]) -> list[float]:
-    """Return the probability of each row's token at temperature 1, without truncation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a row says of the token that was chosen from it."""
+
+    confidence: float  # its probability at temperature 1, without truncation
+    rival: int  # the likeliest other token
+    share: float  # of the rival, in what the others have
+
+
+def outlooks(
+    logits_BV: Tensor,
+    tokens_B: Sequence[int],
+    *,
+    scores_BK: Tensor | None = None,
+    ids_BK: Tensor | None = None,
+) -> list[Outlook]:
+    """Return what each row says of its token.
+
+    Args:
+        logits_BV: The drafter's raw logits.
+        tokens_B: What was chosen.
+        scores_BK: What the rival is read from, like logits: under the gumbel coupling the perturbed
+            row, whose second place is what the expert is likely to choose. The logits if absent.
+        ids_BK: The tokens that the scores belong to; all if absent.
+    """
     chosen_B1 = torch.tensor(tokens_B, device=logits_BV.device)[:, None]
     rows_BV = logits_BV.float()
-    log_B = rows_BV.gather(1, chosen_B1).squeeze(1) - rows_BV.logsumexp(dim=1)
-    return log_B.exp().tolist()
+    log_B1 = rows_BV.gather(1, chosen_B1) - rows_BV.logsumexp(dim=1, keepdim=True)
+    scores_BK = rows_BV if scores_BK is None else scores_BK.float()
+    others_BK = _without(scores_BK, ids_BK, chosen_B1)
+    best_B1, place_B1 = others_BK.max(dim=1, keepdim=True)
+    rival_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
+    share_B1 = (best_B1 - others_BK.logsumexp(dim=1, keepdim=True)).exp().nan_to_num()
+    found_B3 = torch.cat([log_B1.exp(), rival_B1.float(), share_B1], dim=1)
+    return [
+        Outlook(confidence=confidence, rival=int(rival), share=share)
+        for confidence, rival, share in fetch(found_B3)
+    ]
+
+
+def _without(scores_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:
+    """Return the scores, -inf for the chosen token."""
+    if ids_BK is None:
+        return scores_BK.scatter(1, chosen_B1, -torch.inf)
+    return scores_BK.masked_fill(ids_BK == chosen_B1, -torch.inf)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,9 +17,9 @@ one pass finds
 
 of them, if all draft as many tokens; c is 1 where rounds begin at any time, and more where they
 begin together. h is the chance that the block is there before it is asked for: that all stood, and
-the guess after it too; then only what drafting takes longer than judging is waited for. Alone, the
-expert streams one token of every session a pass. Everything is estimated from rounds that were run;
-old ones count less and less.
+the guess after it too, or that the verdict was one that a branch was drafted on; then only what
+drafting takes longer than judging is waited for. Alone, the expert streams one token of every
+session a pass. Everything is estimated from rounds that were run; old ones count less and less.
 """
 
 from __future__ import annotations
@@ -192,7 +192,10 @@ class Costs:
     together: Mean = field(default_factory=lambda: Mean(memory=50, value=1))  # c
     guessed: Mean = field(
         default_factory=lambda: Mean(memory=100, value=0.5, count=4, robust=False)
-    )
+    )  # blocks there before they were asked for, after one that stood whole
+    branched: Mean = field(
+        default_factory=lambda: Mean(memory=100, value=0, count=4, robust=False)
+    )  # the same after one that fell
 
     @property
     def known(self) -> bool:
@@ -200,8 +203,13 @@ class Costs:
         enough = min(FEWEST * self.sessions.value, self.draft_step_s.memory)
         return min(self.passes.count, self.draft_step_s.count) >= enough
 
-    def learn(self, lesson: Lesson, *, stood: bool) -> None:
-        """Take in a round; `stood`: the block before stood whole, so this one may be a guess."""
+    def learn(self, lesson: Lesson, *, stood: bool | None) -> None:
+        """Take in a round.
+
+        Args:
+            lesson: How it went.
+            stood: Whether the block before stood whole; None if there was none to draft on from.
+        """
         judge = lesson.judge
         if 0 < judge.tokens <= LONGEST_BLOCK * judge.sessions and judge.step_s > 0:
             self._learn_judging(lesson)
@@ -225,7 +233,7 @@ class Costs:
         if block.length == 0:
             return self.alone_s()
         judge_s, draft_s = self.judge_s(block.length), self.draft_s(block.length)
-        hidden = block.whole * self.guessed.value
+        hidden = block.whole * self.guessed.value + (1 - block.whole) * self.branched.value
         # What was drafted in advance began with the guess.
         late_s = max(0.0, draft_s + self.draft_step_s.value - judge_s)
         return judge_s + (1 - hidden) * draft_s + hidden * late_s
@@ -263,13 +271,13 @@ class Costs:
             self.judge_trip_s.learn(max(0.0, lesson.judge_s - judge.service_s))
             self.queue.learn(min(4.0, max(1.0, judge.service_s / judge.step_s)))
 
-    def _learn_drafting(self, lesson: Lesson, *, stood: bool) -> None:
+    def _learn_drafting(self, lesson: Lesson, *, stood: bool | None) -> None:
         self.draft_step_s.learn(lesson.draft.step_s)
         asked = lesson.draft.service_s > 0
         if asked:
             self.draft_trip_s.learn(max(0.0, lesson.draft_s - lesson.draft.service_s))
-        if stood:
-            self.guessed.learn(not asked)
+        if stood is not None:
+            (self.guessed if stood else self.branched).learn(not asked)
 
 
 def yields_of(chances: Sequence[float], *, bonus: bool) -> list[Yield]:

@@ -127,7 +127,7 @@ class Automatic:
     bonus: bool
     least: int  # tokens to draft where there is room
     _own: Acceptance = field(default_factory=lambda: Acceptance(memory=SESSION_MEMORY))
-    _stood: bool = False  # the block before stood whole
+    _stood: bool | None = None  # the block before stood whole, if there was one
     _alone: int = 0  # tokens that the expert is still to write alone
     _best: int = 0
     _floor: float = 0.0
@@ -160,7 +160,7 @@ class Automatic:
     def learn(self, lesson: Lesson) -> None:
         """Hear how a round went."""
         self.experience.costs.learn(lesson, stood=self._stood)
-        self._stood = 0 < lesson.drafted == lesson.accepted
+        self._stood = lesson.drafted == lesson.accepted if lesson.drafted else None
         if lesson.drafted:
             for acceptance in (self.kind.acceptance, self._own):
                 acceptance.learn(drafted=lesson.drafted, accepted=lesson.accepted)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cascade.decoding import coins
 from cascade.decoding.coins import Purpose
+from cascade.decoding.confidence import Outlook, outlooks
 from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
 from cascade.decoding.host import bring, fetch
 from cascade.decoding.needs import Needs, Rows, is_blockwise, is_gumbel, needs
@@ -36,11 +37,12 @@ class DraftTask:
     prompt: Sequence[int] = ()  # read if the sampling counts tokens
     answer: Sequence[int] = ()  # committed and drafted tokens, likewise
     purpose: Purpose = Purpose.DRAFT  # EMIT guesses what the expert's coin will choose
+    weighed: bool = False  # tell how likely the token is to stand, and what else might
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A drafted token and what the expert needs to know of its row."""
+    """A drafted token, what the expert needs to know of its row, and what is to be expected."""
 
     token: int
     likelihood: float = 1.0
@@ -48,6 +50,7 @@ class Draft:
     gates: Gates | None = None
     row: Row | None = None
     logprob: TokenLogprob | None = None
+    outlook: Outlook | None = None
 
 
 def draft_step(
@@ -114,6 +117,8 @@ class _Sample:
     tokens_B: list[int]
     likelihoods_B: list[float]
     row: Callable[[int], Row | None]
+    scores_BK: Tensor | None = None  # of which the largest was chosen
+    ids_BK: Tensor | None = None  # the tokens that have scores; all of the vocabulary if absent
 
 
 def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
@@ -128,6 +133,7 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
         sample = _greedy(fetch(law.best_N), raw, need=need)
     unscaled_B = _unscaled_at(raw, sample.tokens_B) if need.unscaled else [None] * len(tasks)
     logprobs_B = _logprobs(raw, sample.tokens_B, tasks)
+    outlook_B = _outlooks(logits_BV, sample, tasks)
     return [
         Draft(
             token=sample.tokens_B[i],
@@ -136,9 +142,19 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
             gates=gates[i],
             row=sample.row(i),
             logprob=logprobs_B[i],
+            outlook=outlook_B[i],
         )
         for i in range(len(tasks))
     ]
+
+
+def _outlooks(
+    logits_BV: Tensor, sample: _Sample, tasks: Sequence[DraftTask]
+) -> Sequence[Outlook | None]:
+    """Return what is to be expected of each token, if any is to be weighed."""
+    if not any(task.weighed for task in tasks):
+        return [None] * len(tasks)
+    return outlooks(logits_BV, sample.tokens_B, scores_BK=sample.scores_BK, ids_BK=sample.ids_BK)
 
 
 def _context(task: DraftTask) -> Context:
@@ -215,11 +231,13 @@ def _sample(
 
 def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
     """Return tokens drawn from the whole processed row; likelihoods with them."""
+    scores_BV: Tensor | None = None
     if is_gumbel(tasks[0].policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
         log_BV = law.log_dense()
         noise_BV = coins.noise(seeds_B, positions_B, log_BV.shape[1], log_BV.device)
-        token_B = (log_BV + noise_BV).argmax(dim=1)
+        scores_BV = log_BV + noise_BV
+        token_B = scores_BV.argmax(dim=1)
         likelihood_B = log_BV.gather(1, token_B[:, None]).exp()
     else:
         q_BV = law.dense()
@@ -230,6 +248,7 @@ def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
         tokens_B=fetch(token_B),
         likelihoods_B=fetch(likelihood_B.squeeze(1)),
         row=lambda _: absent,
+        scores_BK=scores_BV,
     )
 
 
@@ -240,9 +259,11 @@ def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> 
     full = policy.rows is RowFormat.FULL
     sparse = sparsify(q_BV, q_BV.shape[1] if full else policy.row_entries)
     q_BK = sparse.law(q_BV.dtype)
+    scores_BK: Tensor | None = None
     if is_gumbel(policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
-        index_B = (q_BK.log() + coins.noise_at(seeds_B, positions_B, sparse.ids_NK)).argmax(dim=1)
+        scores_BK = q_BK.log() + coins.noise_at(seeds_B, positions_B, sparse.ids_NK)
+        index_B = scores_BK.argmax(dim=1)
     else:
         index_B = invert(q_BK, _draft_coins(tasks))
     q0_BK = bring(raw.at(sparse.ids_NK)) if raw and needs(policy).row_unscaled else None
@@ -251,6 +272,8 @@ def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> 
         tokens_B=fetch(sparse.ids_NK.gather(1, index_B[:, None]).squeeze(1)),
         likelihoods_B=fetch(q_BK.gather(1, index_B[:, None]).squeeze(1)),
         row=lambda i: local.row(i, full=full, unscaled_K=None if q0_BK is None else q0_BK[i]),
+        scores_BK=scores_BK,
+        ids_BK=sparse.ids_NK,
     )
 
 

@@ -88,6 +88,7 @@ class Statistics:
     expert_passes: int = 0
     predicted_accepted: int = 0  # tokens of the client's prediction that stood, or fell
     predicted_rejected: int = 0
+    branched_rounds: int = 0  # whose block was drafted in advance beside the likeliest guess
     cached_prompt_tokens: int = 0
     drafter_s: float = 0.0  # seconds the router waited for each tier
     expert_s: float = 0.0

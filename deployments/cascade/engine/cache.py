@@ -26,6 +26,7 @@ class CachedSequence:
     """
 
     session: SessionId | None  # None when idle
+    trunk: SessionId | None = None  # of a branch
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     regime: int = 0
@@ -70,7 +71,12 @@ class SequenceStore:
         self.preemptions = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return sum(sequence.trunk is None for sequence in list(self._live.values()))
+
+    @property
+    def branched(self) -> int:
+        """Return the number of branches; any thread may ask."""
+        return len(self._live) - len(self)
 
     @property
     def capacity(self) -> int:
@@ -85,16 +91,16 @@ class SequenceStore:
     @property
     def live(self) -> int:
         """Return the tokens of open sessions among them; any thread may ask."""
-        extents = [sequence.extent for sequence in list(self._live.values())]
-        return sum(extent.size for extent in extents if extent is not None)
+        own = [sequence for sequence in list(self._live.values()) if sequence.trunk is None]
+        return sum(sequence.extent.size for sequence in own if sequence.extent is not None)
 
     def find(self, session: SessionId) -> CachedSequence | None:
         """Return the live sequence of `session`."""
         return self._live.get(session)
 
     def least_recent(self) -> list[CachedSequence]:
-        """Return the live sequences, the one that rested longest first."""
-        return sorted(self._live.values(), key=_used)
+        """Return the live sequences, branches first, then the one that rested longest."""
+        return sorted(self._live.values(), key=_worth)
 
     def open(self, session: SessionId, *, tokens: Sequence[int], regime: int = 0) -> CachedSequence:
         """Begin a sequence with `tokens`, its cache started from the longest known prefix."""
@@ -109,13 +115,46 @@ class SequenceStore:
         self.prefix_tokens += sequence.reused
         return sequence
 
+    def branch(self, session: SessionId, *, trunk: SessionId, base: int) -> CachedSequence | None:
+        """Begin a sequence with the first `base` tokens and rows of a live one.
+
+        Returns None where those rows are not there, or idle sequences do not make room for a copy.
+        """
+        source = self._live.get(trunk)
+        if source is None or source.cached < base:
+            return None
+        # The token that parts it from its trunk, at least, is still to come.
+        sequence = self._fork(source, length=base, room=base + 1, victims=self._evict_idle())
+        if sequence is None:
+            return None
+        sequence.session, sequence.trunk = session, trunk
+        sequence.tokens = source.tokens[:base]
+        self._live[session] = sequence
+        self.touch(sequence)
+        return sequence
+
+    def branches(self, trunk: SessionId) -> list[SessionId]:
+        """Return the branches of a session."""
+        return [name for name, sequence in self._live.items() if sequence.trunk == trunk]
+
+    def adopt(self, session: SessionId, *, branch: SessionId) -> None:
+        """Let a session go on with the tokens and rows of its branch, which is one no more."""
+        sequence, old = self._live.pop(branch), self._live[session]
+        self.drop(old)
+        sequence.session, sequence.trunk, sequence.reused = session, None, old.reused
+        self._live[session] = sequence
+
     def release(self, session: SessionId) -> None:
-        """End a session; its rows stay for a prompt that begins like it until room is needed."""
+        """End a session; its rows stay for a prompt that begins like it until room is needed.
+
+        Those of a branch do not: nearly all of them are its trunk's too.
+        """
         sequence = self._live.pop(session, None)
         if sequence is None:
             return
         sequence.session = None
-        if sequence.cached < _LEAST_REUSE or not self._prefix_reuse:
+        reusable = self._prefix_reuse and sequence.trunk is None
+        if sequence.cached < _LEAST_REUSE or not reusable:
             self.drop(sequence)
             return
         del sequence.tokens[sequence.cached :]
@@ -142,7 +181,7 @@ class SequenceStore:
         """Give `sequence` an extent for `tokens`; False if even its victims do not make room.
 
         Idle sequences go first, then `victims` in their order; last, the sequence moves by being
-        computed again.
+        computed again, unless it is a branch.
         """
         if sequence.extent is not None and sequence.extent.size >= tokens:
             return True
@@ -159,10 +198,10 @@ class SequenceStore:
         for victim in chain(self._evict_idle(), victims):
             if victim.extent is None or victim is sequence:
                 continue
-            self.preemptions += victim.session is not None
+            self.preemptions += victim.session is not None and victim.trunk is None
             self.drop(victim)
             yield self._place(sequence, tokens)
-        if sequence.extent is not None:
+        if sequence.extent is not None and sequence.trunk is None:
             self.drop(sequence)
             yield self._place(sequence, tokens)
 
@@ -193,7 +232,7 @@ class SequenceStore:
             self._idle.remove(best)
             best.cached = length
             return best
-        return self._fork(best, length=length, room=len(tokens))
+        return self._fork(best, length=length, room=len(tokens), victims=())
 
     def _longest(self, tokens: Sequence[int], *, regime: int) -> tuple[CachedSequence | None, int]:
         best, longest, known = None, _LEAST_REUSE - 1, list(tokens)
@@ -209,14 +248,26 @@ class SequenceStore:
                 best, longest = sequence, length
         return best, longest
 
-    def _fork(self, source: CachedSequence, *, length: int, room: int) -> CachedSequence | None:
-        """Copy the first rows of `source`, if there is free room for a copy."""
-        extent = self._allocator.allocate(room)
-        if extent is None or source.extent is None:
+    def _fork(
+        self,
+        source: CachedSequence,
+        *,
+        length: int,
+        room: int,
+        victims: Iterable[CachedSequence],
+    ) -> CachedSequence | None:
+        """Copy the first rows of `source`, if there is room for a copy, or `victims` make it."""
+        if source.extent is None:
+            return None
+        extent, rest = self._allocator.allocate(room), iter(victims)
+        while extent is None and (victim := next(rest, None)):
+            self.drop(victim)
+            extent = self._allocator.allocate(room)
+        if extent is None:
             return None
         self._pool.copy(source=source.extent.start, target=extent.start, count=length)
         return CachedSequence(session=None, cached=length, regime=source.regime, extent=extent)
 
 
-def _used(sequence: CachedSequence) -> int:
-    return sequence.used
+def _worth(sequence: CachedSequence) -> tuple[bool, int]:
+    return sequence.trunk is None, sequence.used

@@ -16,6 +16,8 @@ from cascade.engine import selfcheck, threads
 from cascade.engine.batch import Segment
 from cascade.engine.cache import SequenceStore
 from cascade.engine.capacity import capacity_tokens
+from cascade.engine.cores import IdleCores
+from cascade.engine.room import Room
 from cascade.engine.scheduler import Job, Scheduler, Slice
 from cascade.engine.settings import EngineSettings, step_tokens
 from cascade.engine.stats import BusyMeter, EngineStats, Pass
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_WHOLE_CORE = 0.9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Release:
@@ -48,18 +52,24 @@ class _Release:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Adopt:
+    session: SessionId
+    branch: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Stop:
     pass
 
 
-_Message: TypeAlias = Step | _Release | _Stop
+_Message: TypeAlias = Step | _Release | _Adopt | _Stop
 
 
 class Engine:
     """Runs steps of many sessions through one model.
 
-    `submit`, `release`, `cached_tokens` and `stats` may be called from any thread and never wait.
-    The head is called on the engine's own thread.
+    `submit`, `release`, `adopt`, `spare`, `cached_tokens` and `stats` may be called from any thread
+    and never wait. The head is called on the engine's own thread.
 
     Raises:
         UnsupportedModel: if the model cannot be served exactly.
@@ -93,6 +103,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
+        self._idle_cores = IdleCores(clock=clock) if device.type == "cpu" else None
         self.current = Pass()  # the pass whose rows the head has; read on the engine's thread
         self._planned_s: float | None = None  # when what runs now was planned
         self._passes = 0
@@ -131,8 +142,31 @@ class Engine:
         self._inbox.put(step)
 
     def release(self, session: SessionId) -> None:
-        """End a session: its waiting step is dropped unheard, its cache becomes reusable."""
+        """End a session: its waiting step is dropped unheard, its cache becomes reusable.
+
+        Its branches end with it.
+        """
         self._inbox.put(_Release(session=session))
+
+    def adopt(self, session: SessionId, *, branch: SessionId) -> None:
+        """Let a session go on as its branch, which ends as such.
+
+        The session's waiting step is dropped unheard; that of the branch becomes the session's.
+        Steps that follow must be submitted: those that a head returns would come before.
+        """
+        self._inbox.put(_Adopt(session=session, branch=branch))
+
+    @property
+    def spare(self) -> float:
+        """Return the share of the time that is idle of late; 0 while anything waits for a pass.
+
+        On a CPU it is 0 too unless a whole core is left to this engine: what is done in advance
+        must not slow those who share the machine.
+        """
+        busy = self._meter.share()
+        crowded = self._idle_cores is not None and self._idle_cores() + busy < _WHOLE_CORE
+        waits = len(self._scheduler) or not self._inbox.empty()
+        return 0.0 if waits or crowded else 1.0 - busy
 
     def cached_tokens(self, session: SessionId) -> int:
         """Return how many tokens were found in the cache when `session` began."""
@@ -154,6 +188,7 @@ class Engine:
             waited_s=self._waited_s,
             waiting=len(self._scheduler) + self._inbox.qsize(),
             sessions=len(self._store),
+            branches=self._store.branched,
             cache_tokens_used=self._store.used,
             cache_tokens_live=self._store.live,
             cache_tokens_capacity=self._store.capacity,
@@ -199,8 +234,11 @@ class Engine:
                 case _Stop():
                     return False
                 case _Release(session=session):
-                    self._scheduler.remove(session)
-                    self._store.release(session)
+                    for name in (*self._store.branches(session), session):
+                        self._scheduler.remove(name)
+                        self._store.release(name)
+                case _Adopt(session=session, branch=branch):
+                    self._replace(session, branch)
                 case Step():
                     self._accept(message)
         return True
@@ -231,8 +269,20 @@ class Engine:
         if not job.remaining:
             self._deliver([(job, 0)], self._empty_0V)
 
+    def _replace(self, session: SessionId, branch: SessionId) -> None:
+        """Let a session go on as its branch, unless it was released meanwhile, both with it."""
+        if self._store.find(branch) is None:
+            return
+        self._scheduler.remove(session)
+        self._store.adopt(session, branch=branch)
+        self._scheduler.rename(branch, to=session)
+
     def _admit(self, step: Step) -> CachedSequence:
         sequence = self._store.find(step.session)
+        if sequence is None and step.trunk is not None:
+            sequence = self._store.branch(step.session, trunk=step.trunk, base=step.base)
+            if sequence is None:
+                raise _no_room()
         known = len(sequence.tokens) if sequence else 0
         self._check(step, known=known)
         regime = self.runner.regimes.of(step.base + len(step.tokens))
@@ -284,28 +334,12 @@ class Engine:
                 step.submitted_s = None
 
     def _plan(self) -> list[Slice]:
-        reserved: set[CachedSequence] = set()
-
-        def reserve(job: Job) -> bool:
-            victims = self._victims(job, spared=reserved)
-            if not self._store.reserve(job.sequence, tokens=job.end, victims=victims):
-                return False
-            reserved.add(job.sequence)
-            return True
-
-        slices = self._scheduler.plan(reserve=reserve)
+        room = Room(store=self._store, scheduler=self._scheduler)
+        slices = self._scheduler.plan(reserve=room.reserve)
+        for job in room.stunted:
+            self._abandon(job, _no_room())
         # Neighbours in the pool are read together, so passes follow the pool's order.
         return sorted(slices, key=_row)
-
-    def _victims(self, job: Job, *, spared: set[CachedSequence]) -> Iterator[CachedSequence]:
-        """Yield sequences that may lose their rows for `job`: resting ones, then younger steps'."""
-        for sequence in self._store.least_recent():
-            waiting = self._scheduler.find(sequence.session)
-            if waiting is None and sequence not in spared:
-                yield sequence
-        for other in sorted(self._scheduler, key=_number, reverse=True):
-            if other.number > job.number and other.sequence not in spared:
-                yield other.sequence
 
     def _pass(self, slices: list[Slice]) -> None:
         """Run one forward pass; what goes wrong in it concerns its own steps alone."""
@@ -384,6 +418,10 @@ def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]
     return runner, capacity
 
 
+def _no_room() -> Overloaded:
+    return Overloaded("The cache has no room to spare for a branch")
+
+
 def _segment(piece: Slice) -> Segment:
     sequence = piece.job.sequence
     assert sequence.extent is not None, "a planned step has its rows reserved"
@@ -411,7 +449,3 @@ def _ready(job: Job, rows: int) -> Ready:
 def _row(piece: Slice) -> int:
     extent = piece.job.sequence.extent
     return extent.start if extent else 0
-
-
-def _number(job: Job) -> int:
-    return job.number

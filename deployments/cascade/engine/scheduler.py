@@ -94,6 +94,13 @@ class Scheduler:
         """Forget the step of `session`, done or not."""
         return self._jobs.pop(session, None)
 
+    def rename(self, session: SessionId, *, to: SessionId) -> None:
+        """Let the step of `session`, if it has one, go on under another name."""
+        job = self._jobs.pop(session, None)
+        if job is not None:
+            job.step.session = to
+            self._jobs[to] = job
+
     def plan(self, *, reserve: Callable[[Job], bool]) -> list[Slice]:
         """Return what the next pass runs: at most the budget, unless one whole step exceeds it.
 

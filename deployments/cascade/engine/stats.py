@@ -28,6 +28,7 @@ class EngineStats:
     waited_s: float  # summed over them: seconds from `submit` to the first pass
     waiting: int  # steps not finished
     sessions: int  # open
+    branches: int  # of them
     cache_tokens_used: int
     cache_tokens_live: int  # of open sessions among them; the rest waits for like prompts
     cache_tokens_capacity: int

@@ -20,6 +20,10 @@ class Step:
     The engine remembers the tokens of every session, so an evicted cache is filled again unseen.
     A step whose uncached tokens exceed the step budget runs in chunks. `rows` 0 only fills the
     cache.
+
+    A session whose first step names a `trunk` is a branch of that session: it begins with a copy of
+    the trunk's first `base` tokens and their rows. It takes no room from others and loses its own
+    to any of them; without room its step fails. It counts as no session, and ends with its trunk.
     """
 
     session: SessionId
@@ -27,6 +31,7 @@ class Step:
     tokens: Sequence[int]
     rows: int
     task: Any = None  # the head's own
+    trunk: SessionId | None = None  # read in the first step of a branch
     submitted_s: float | None = None  # the engine's: when, until its first pass
 
 

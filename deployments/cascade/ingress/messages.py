@@ -247,4 +247,5 @@ def _counts(was: Statistics) -> dict[str, Any]:
         "accepted_lengths": was.accepted_lengths,
         "draft_length_reason": was.draft_length_reason,
         "expert_loss_count": was.expert_losses,
+        "branched_round_count": was.branched_rounds,
     }

@@ -87,6 +87,7 @@ class Ledger:
         entry.accepted += accepted
         entry.judged += verdict.judged
         entry.deferred += verdict.deferred
+        entry.branched_rounds += offer.branched
         entry.drafter_passes += offer.passes
         entry.drafter_tokens += fresh.count(Origin.DRAFTER)
         entry.kept_tokens += fresh.count(Origin.KEPT)

@@ -1,7 +1,7 @@
 """What drafter and expert share: seats between a gRPC server and an engine.
 
-The event loop owns every seat; the engine's thread sees only steps and their tasks. A seat has at
-most one step in flight; items that arrive meanwhile are parked, and the last is served next.
+The event loop owns every seat; the engine's thread sees only steps and their tasks. While steps of
+a seat are in flight, items that arrive are parked, and the last is served next.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class Replica(ABC, Generic[Item]):
         return Engine(model, head=self, settings=settings, clock=self.clock)
 
     @abstractmethod
-    def begin(self, seat: Seat, item: Item) -> Step | None:
-        """Return the step that serves the item, if it takes one; the seat is free and caught up."""
+    def begin(self, seat: Seat, item: Item) -> Sequence[Step]:
+        """Return the steps that serve the item, if it takes any; the seat is free and caught up."""
 
     @abstractmethod
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
@@ -259,9 +259,10 @@ class Replica(ABC, Generic[Item]):
     def _serve(self, seat: Seat, item: Propose | Judge) -> None:
         lacking = seat.catch_up(position=item.position, tokens=item.tokens, digest=item.digest)
         if lacking is None:
-            step = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
-            if step is not None:
+            steps = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
+            if steps:
                 seat.busy, seat.serving = True, item
+            for step in steps:
                 self.engine.submit(step)
         elif len(item.tokens) == item.position:
             raise InvalidRequest(

@@ -38,6 +38,7 @@ class Offer:
     passes: int = 0  # of the drafter
     timing: Timing = field(default_factory=Timing)
     predicted: bool = False  # the client's own words
+    branched: bool = False  # drafted in advance, on another guess than that all before it stands
 
 
 NOTHING = Offer()
@@ -88,11 +89,17 @@ class Silent:
 
 
 class Drafting:
-    """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert."""
+    """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert.
 
-    def __init__(self, place: Place, *, ahead: int = 0, until_deferral: bool = False) -> None:
+    It also drafts on up to `branches` other verdicts than that all stands.
+    """
+
+    def __init__(
+        self, place: Place, *, ahead: int = 0, branches: int = 0, until_deferral: bool = False
+    ) -> None:
         self.place = place
         self._ahead = ahead
+        self._branches = branches
         self._until_deferral = until_deferral
 
     async def propose(self, session: Session, wanted: Length) -> Offer:
@@ -118,6 +125,7 @@ class Drafting:
                 until_deferral=self._until_deferral,
                 ahead=self._ahead if wanted.whole >= LIKELY else 0,
                 floor=wanted.floor,
+                branches=self._branches,
             )
 
         return item
@@ -127,7 +135,13 @@ class Drafting:
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
         block = answer.block.cut(wanted.tokens)
         deferred = answer.deferred and block is answer.block
-        return Offer(block=block, deferred=deferred, passes=answer.passes, timing=answer.timing)
+        return Offer(
+            block=block,
+            deferred=deferred,
+            passes=answer.passes,
+            timing=answer.timing,
+            branched=answer.branched,
+        )
 
 
 class Predicted:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.decoding.session import Session, SessionId
-    from cascade.operations.line import Line
+    from cascade.operations.tree import Tree
     from cascade.wire.frames import Judge, Propose
     from cascade.wire.server import Connection
 
@@ -40,7 +40,7 @@ class Seat:
     parked: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
     serving: Propose | Judge | None = None  # the item that the step in flight is for
     asked_s: float = 0.0  # when the last item came
-    line: Line | None = None  # the drafter's
+    tree: Tree | None = None  # the drafter's
 
     def __post_init__(self) -> None:
         self.digest = extend(extend(0, self.session.prompt), self.answer)

@@ -143,6 +143,7 @@ def _encode_propose(item: frames.Propose, to: drafter_pb2.Propose) -> None:
     to.deferral_stop = item.until_deferral
     to.ahead_count = item.ahead
     to.survival_floor = item.floor
+    to.branch_count = item.branches
 
 
 def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
@@ -155,6 +156,7 @@ def _decode_propose(message: drafter_pb2.Propose) -> frames.Propose:
         until_deferral=message.deferral_stop,
         ahead=whole(message.ahead_count, "ahead_count"),
         floor=within(message.survival_floor, "survival_floor", 0.0, 1.0),
+        branches=whole(message.branch_count, "branch_count"),
     )
 
 
@@ -209,6 +211,7 @@ def _encode_proposal(item: frames.Proposal, to: drafter_pb2.Proposal) -> None:
     to.pass_count = item.passes
     to.cached_prompt_token_count = item.cached_prompt_tokens
     _encode_timing(item.timing, to.timing)
+    to.branched = item.branched
 
 
 def _decode_proposal(message: drafter_pb2.Proposal) -> frames.Proposal:
@@ -221,6 +224,7 @@ def _decode_proposal(message: drafter_pb2.Proposal) -> frames.Proposal:
         passes=whole(message.pass_count, "pass_count"),
         cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
         timing=_decode_timing(message.timing),
+        branched=message.branched,
     )
 
 

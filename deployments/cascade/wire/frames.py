@@ -30,8 +30,9 @@ class Propose:
 
     While the block is judged, draft `ahead` blocks more and send them unasked, each on the guess
     that all before it stands and of what the expert adds. A block that was sent is not sent again:
-    the item then says that its guess was right. A block ends early where the drafter gives the
-    whole of it less than the chance `floor`.
+    the item then says that its guess was right. Up to `branches` blocks more are drafted, one each,
+    on other likely verdicts, as far as the drafter has capacity to spare. A block ends early where
+    the drafter gives the whole of it less than the chance `floor`.
     """
 
     session_id: SessionId
@@ -43,6 +44,7 @@ class Propose:
     until_deferral: bool = False  # stop before the first token that a drafter-only rule defers
     ahead: int = 0
     floor: float = 0.0
+    branches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,8 @@ class Close:
 class Proposal:
     """The block drafted after the prefix with this position and digest.
 
-    `deferred`: it ends where the drafter's own rule defers the next token.
+    `deferred`: it ends where the drafter's own rule defers the next token. `branched`: it was
+    drafted on the guess that not all before it stands, or of another token than the likeliest.
     """
 
     session_id: SessionId
@@ -93,6 +96,7 @@ class Proposal:
     passes: int = 0
     cached_prompt_tokens: int = 0
     timing: Timing = field(default_factory=Timing)
+    branched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
