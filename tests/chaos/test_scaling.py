@@ -96,7 +96,8 @@ class Watch:
         }
 
     def draw(self, path: Path) -> None:
-        """Write the plot."""
+        """Write the plot, into a folder that need not be there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         axes = figure.subplots()
         for name, counts in self.counts.items():
