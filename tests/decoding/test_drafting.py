@@ -179,6 +179,23 @@ def test_log_probabilities_are_those_of_q0() -> None:
     assert [x for _, x in draft.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("coupling", list(Coupling))
+@pytest.mark.parametrize("rows", list(RowFormat))
+def test_a_weighed_draft_names_the_rival_of_its_token(coupling: Coupling, rows: RowFormat) -> None:
+    """Also where the row is shipped with fewer entries than the vocabulary has."""
+    policy = Policy(coupling=coupling, rows=rows, row_entries=8, seed=3)
+    places = range(20)
+    wide_BV = torch.linspace(0, 5, 50).repeat(len(places), 1)
+    tasks = [replace(task(policy, position=place), weighed=True) for place in places]
+    for draft in draft_step(wide_BV, tasks):
+        assert draft.outlook is not None
+        assert draft.outlook.rival != draft.token
+        assert 0 < draft.outlook.share <= 1
+        assert draft.outlook.confidence == pytest.approx(
+            float(wide_BV[0].softmax(0)[draft.token]), rel=1e-4
+        )
+
+
 def test_a_block_of_verified_blocks_tosses_its_own_coins() -> None:
     """Under block verification another start is another draft; token by token it is the same."""
     logits_BV = logits(1).expand(40, -1)

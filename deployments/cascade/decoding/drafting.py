@@ -273,7 +273,7 @@ def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> 
         likelihoods_B=fetch(q_BK.gather(1, index_B[:, None]).squeeze(1)),
         row=lambda i: local.row(i, full=full, unscaled_K=None if q0_BK is None else q0_BK[i]),
         scores_BK=scores_BK,
-        ids_BK=sparse.ids_NK,
+        ids_BK=None if scores_BK is None else sparse.ids_NK,
     )
 
 
