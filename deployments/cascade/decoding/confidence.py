@@ -61,25 +61,25 @@ def outlooks(
         ids_BK: The tokens that the scores belong to; all if absent.
     """
     chosen_B1 = torch.tensor(tokens_B, device=logits_BV.device)[:, None]
-    rows_BV = logits_BV.float()
-    log_B1 = rows_BV.gather(1, chosen_B1) - rows_BV.logsumexp(dim=1, keepdim=True)
-    scores_BK = rows_BV if scores_BK is None else scores_BK.float()
-    others_BK = _without(scores_BK, ids_BK, chosen_B1)
+    weights_BV = logits_BV.softmax(dim=1, dtype=torch.float32)
+    chance_B1 = weights_BV.gather(1, chosen_B1)
+    weights_BK = weights_BV if scores_BK is None else scores_BK.softmax(dim=1, dtype=torch.float32)
+    others_BK = _without(weights_BK, ids_BK, chosen_B1)
     best_B1, place_B1 = others_BK.max(dim=1, keepdim=True)
     rival_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
-    share_B1 = (best_B1 - others_BK.logsumexp(dim=1, keepdim=True)).exp().nan_to_num()
-    found_B3 = torch.cat([log_B1.exp(), rival_B1.float(), share_B1], dim=1)
+    share_B1 = (best_B1 / others_BK.sum(dim=1, keepdim=True)).nan_to_num()
+    found_B3 = torch.cat([chance_B1, rival_B1, share_B1], dim=1)
     return [
         Outlook(confidence=confidence, rival=int(rival), share=share)
         for confidence, rival, share in fetch(found_B3)
     ]
 
 
-def _without(scores_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:
-    """Return the scores, -inf for the chosen token."""
+def _without(weights_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:
+    """Return the weights, 0 for the chosen token."""
     if ids_BK is None:
-        return scores_BK.scatter(1, chosen_B1, -torch.inf)
-    return scores_BK.masked_fill(ids_BK == chosen_B1, -torch.inf)
+        return weights_BK.scatter(1, chosen_B1, 0.0)
+    return weights_BK.masked_fill(ids_BK == chosen_B1, 0.0)
 
 
 @dataclass(slots=True, kw_only=True)
