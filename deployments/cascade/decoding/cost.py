@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FEWEST = 6  # rounds that tell more than how a cold tier starts
+MOST_TOKENS = 4096  # where a token more takes no time
 LONGEST_BLOCK = 33  # tokens of one session in a pass; more is a prefill
 
 
@@ -112,6 +113,12 @@ class StepTime:
         assumed = 0.03 * self._seconds / (1 + 0.03 * self._tokens)
         slope = max(0.0, (self._shared + assumed) / (self._spread + 1))
         return max(0.1 * self._seconds, self._seconds + slope * (tokens - self._tokens))
+
+    def more(self, tokens: int, *, share: float) -> int:
+        """Return how many tokens more make a pass of so many longer by at most this share."""
+        alone_s = self.at(tokens)
+        token_s = self.at(tokens + 1) - alone_s
+        return int(share * alone_s / token_s) if token_s > 0 else MOST_TOKENS
 
 
 @dataclass(slots=True, kw_only=True)
