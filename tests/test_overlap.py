@@ -189,8 +189,9 @@ def opened(peer: Peer, server: Stack, pair: Pair, policy: Policy) -> Router:
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let drafters have capacity to spare however busy the tests before this one kept them."""
+    """Let drafters have capacity to spare however busy the machine and the tests before are."""
     monkeypatch.setattr(Engine, "spare", 1.0)
+    monkeypatch.setattr("cascade.drafter.STRETCH", 1e9)
 
 
 @pytest.mark.usefixtures("idle")
@@ -328,10 +329,13 @@ async def test_a_branch_that_is_asked_for_is_gone_on_from(
     router.link.close()
 
 
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("limit", ["cascade.engine.loop.Engine.spare", "cascade.drafter.STRETCH"])
 async def test_no_branch_is_drafted_where_no_capacity_is_left(
-    toy: Pair, toy_stack: Stack, drafter: Peer, monkeypatch: pytest.MonkeyPatch
+    toy: Pair, toy_stack: Stack, drafter: Peer, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(Engine, "spare", 0.1)
+    """Of the drafter's time, or of its passes."""
+    monkeypatch.setattr(limit, 0.0)
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats()
     await router.ask(replace(BRANCHED, branches=4))

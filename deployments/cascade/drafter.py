@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cascade.decoding.confidence import Calibration
-from cascade.decoding.cost import Timing
+from cascade.decoding.cost import StepTime, Timing
 from cascade.decoding.drafting import draft_step
 from cascade.errors import InvalidRequest
 from cascade.operations.line import Line, Making
@@ -32,16 +32,20 @@ if TYPE_CHECKING:
     from cascade.engine.step import Ready, Step
     from cascade.wire.frames import Proposal
 
+STRETCH = 1.0  # of a pass: by how much of its time branches may lengthen it
+
 
 class Drafter(Replica[Propose]):
     """A replica of the drafter tier; its engine's head."""
 
     kind = DRAFTER
     _calibrations: defaultdict[Rule, Calibration]
+    _passes: StepTime  # of a token or two a session, with what is done with their rows
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._calibrations = defaultdict(Calibration)
+        self._passes = StepTime()
 
     def begin(self, seat: Seat, item: Propose) -> Sequence[Step]:
         """Return the steps whose rows yield the next tokens, unless those were sent already."""
@@ -53,7 +57,7 @@ class Drafter(Replica[Propose]):
         spare, tree = self.engine.spare, seat.tree
         if tree is None or not tree.follow(item):
             return [self._plant(seat, item)]
-        return [*tree.resume(), *tree.grow(spare)]
+        return [*tree.resume(), *tree.grow(spare=spare, most=self._room(1))]
 
     def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
         """Draft one token of every line."""
@@ -61,12 +65,14 @@ class Drafter(Replica[Propose]):
         lines = [one.step.task for one in ready if isinstance(one.step.task, Line)]
         results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
         drafts = self.draft(logits_NV, [line.task(curious=spare > 0) for line in lines])
+        self._time()
         turns: defaultdict[Seat, list[tuple[Line, Draft]]] = defaultdict(list)
         for line, draft in zip(lines, drafts, strict=True):
             turns[line.seat].append((line, draft))
         follow: list[Step] = []
+        room = self._room(len(turns))
         for seat, turn in turns.items():
-            follow += self._turn(seat, turn, results, spare=spare)
+            follow += self._turn(seat, turn, results, spare=spare, room=room)
         self.publish(results)
         return follow
 
@@ -111,6 +117,7 @@ class Drafter(Replica[Propose]):
         results: list[Result],
         *,
         spare: float,
+        room: int,
     ) -> Sequence[Step]:
         """Give the lines of a seat their tokens; return the steps that follow at once."""
         tree = seat.tree
@@ -129,7 +136,7 @@ class Drafter(Replica[Propose]):
                 follow.append(step)
             if proposal is not None:
                 results.append(self._result(line, proposal))
-        follow += [*tree.resume(), *tree.grow(spare)]
+        follow += [*tree.resume(), *tree.grow(spare=spare, most=room)]
         if not tree.flying:
             results.append(Result(seat=seat))
         if not adopted:
@@ -137,6 +144,17 @@ class Drafter(Replica[Propose]):
         for step in follow:
             self.engine.submit(step)
         return ()
+
+    def _time(self) -> None:
+        """Learn what the pass in hand took, unless it read a prompt."""
+        current = self.engine.current
+        if 0 < current.tokens <= 2 * current.sessions:
+            seconds = self.clock() - current.began_s
+            self._passes.learn(tokens=current.tokens, seconds=seconds)
+
+    def _room(self, sessions: int) -> int:
+        """Return how many branches each of so many sessions may have in a pass beside them all."""
+        return self._passes.more(sessions, share=STRETCH) // max(1, sessions)
 
     def _result(self, line: Line, proposal: Proposal) -> Result:
         now_s, current = self.clock(), self.engine.current

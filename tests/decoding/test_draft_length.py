@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cascade.decoding.cost import FEWEST, Lesson, Timing
+from cascade.decoding.cost import FEWEST, MOST_TOKENS, Lesson, StepTime, Timing, Yield
 from cascade.decoding.draft_length import (
     FIRST_PAUSE,
     Automatic,
@@ -228,3 +228,30 @@ def test_the_bonus_takes_its_room() -> None:
     """A round that may end in the expert's bonus drafts one token less than the answer lacks."""
     rooms = {bonus: reserved(Policy(bonus=bonus)) for bonus in Bonus}
     assert rooms == {Bonus.NONE: 0, Bonus.EXPERT: 1, Bonus.TARGET: 0}
+
+
+def test_a_pass_has_room_for_what_lengthens_it_by_no_more_than_a_share() -> None:
+    times = StepTime()
+    assert times.more(1, share=1.0) == MOST_TOKENS
+    for tokens in (1, 5, 9) * 100:
+        times.learn(tokens=tokens, seconds=0.6 + 0.2 * tokens)
+    assert times.more(1, share=1.0) == pytest.approx(4, abs=1)
+    assert times.more(16, share=1.0) == pytest.approx(19, abs=1)
+    assert times.more(16, share=0.0) == 0
+
+
+def test_blocks_drafted_on_other_verdicts_make_longer_drafts_pay() -> None:
+    """What is hidden after a block that fell costs no time either."""
+    costs = Experience().costs
+    for place in range(100):
+        asked = Timing(service_s=0.0 if place % 2 else 0.01, step_s=0.001)
+        judge = Timing(service_s=0.02, step_s=0.02, tokens=2, sessions=1)
+        lesson = Lesson(drafted=1, accepted=0, draft_s=0.01, judge_s=0.02, draft=asked, judge=judge)
+        costs.learn(lesson, stood=False if place else None)
+    assert costs.branched.value == pytest.approx(0.5, abs=0.05)
+    fallen = Yield(length=4, tokens=2.0, whole=0.0)
+    plain = costs.judge_s(4) + costs.draft_s(4)
+    assert costs.round_s(fallen) == pytest.approx(
+        costs.judge_s(4) + (1 - costs.branched.value) * costs.draft_s(4)
+    )
+    assert costs.round_s(fallen) < plain

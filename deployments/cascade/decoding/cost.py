@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FEWEST = 6  # rounds that tell more than how a cold tier starts
+MOST_TOKENS = 4096  # where a token more takes no time
 LONGEST_BLOCK = 33  # tokens of one session in a pass; more is a prefill
 _MOST_PASSES = 8.0  # of a round: one that took longer was a stall
 
@@ -129,6 +130,12 @@ class StepTime:
         """Return the seconds of a pass of so many tokens."""
         fixed_s, token_s = self.line
         return fixed_s + token_s * tokens
+
+    def more(self, tokens: int, *, share: float) -> int:
+        """Return how many tokens more make a pass of so many longer by at most this share."""
+        alone_s = self.at(tokens)
+        token_s = self.at(tokens + 1) - alone_s
+        return int(share * alone_s / token_s) if token_s > 0 else MOST_TOKENS
 
 
 @dataclass(slots=True, kw_only=True)

@@ -80,16 +80,17 @@ class Tree:
         """Return whether the line may still turn out right."""
         return not self.ended and (line is self.trunk or line in self._branches)
 
-    def grow(self, spare: float) -> list[Step]:
+    def grow(self, *, spare: float, most: int) -> list[Step]:
         """Return the first steps of the branches beside the trunk, once all is known for them.
 
         Args:
-            spare: The share of the wanted branches that there is capacity for.
+            spare: The share of the time, and so of the branches wanted, that there is to spare.
+            most: Branches that passes have room for.
         """
         if self.ended or not self.trunk.ripe or self.trunk.first is self._grown:
             return []
         self._grown = self.trunk.first
-        count = round(spare * self.trunk.asked.branches)
+        count = min(most, round(spare * self.trunk.asked.branches))
         likely = nlargest(count, self.trunk.outcomes(), key=_chance) if count else ()
         return [self._part(one) for one in likely if one.chance >= LEAST_CHANCE]
 
