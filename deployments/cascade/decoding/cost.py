@@ -133,9 +133,8 @@ class StepTime:
 
     def more(self, tokens: int, *, share: float) -> int:
         """Return how many tokens more make a pass of so many longer by at most this share."""
-        alone_s = self.at(tokens)
-        token_s = self.at(tokens + 1) - alone_s
-        return int(share * alone_s / token_s) if token_s > 0 else MOST_TOKENS
+        _, token_s = self.line
+        return int(share * self.at(tokens) / token_s) if token_s > 0 else MOST_TOKENS
 
 
 @dataclass(slots=True, kw_only=True)
