@@ -216,6 +216,14 @@ class Ground:
         found = await handle.broadcast("look").results_async(timeout_s=60)
         return [one | {"files": psutil.Process(one["pid"]).num_fds()} for one in found]
 
+    async def spent_s(self) -> dict[str, float]:
+        """Return the processor time of each tier, over its running replicas, in seconds."""
+        spent_s = dict.fromkeys(TIERS, 0.0)
+        for one in await self.replicas():
+            times = psutil.Process(one.pid).cpu_times()
+            spent_s[one.tier] += times.user + times.system
+        return spent_s
+
     async def held(self) -> dict[str, int]:
         """Return what both tiers hold for sessions: all of it is 0 when none is open."""
         found = [one for name in ("Drafter", "Expert") for one in await self.look(name)]
