@@ -30,6 +30,23 @@ def test_a_rival_is_the_likeliest_other_token() -> None:
     assert first.share == pytest.approx(float(logits[0, :2].softmax(0)[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_host_and_of_a_device_say_the_same(dtype: torch.dtype) -> None:
+    """Scores keep a row on the way that a device's rows take."""
+    logits = (4 * torch.randn(20, 300, generator=torch.Generator().manual_seed(1))).to(dtype)
+    tokens = logits.argmax(dim=1).tolist()
+    here, there = outlooks(logits, tokens), outlooks(logits, tokens, scores_BK=logits)
+    assert [one.rival for one in here] == [one.rival for one in there]
+    for name in ("confidence", "share"):
+        told = [getattr(one, name) for one in there]
+        assert [getattr(one, name) for one in here] == pytest.approx(told, rel=1e-4)
+
+
+def test_a_row_that_leaves_no_other_token_has_no_rival() -> None:
+    (only,) = outlooks(torch.tensor([[-torch.inf, 2.0]]), [1])
+    assert (only.confidence, only.share) == (1.0, 0.0)
+
+
 def test_a_rival_is_read_from_the_perturbed_row_where_there_is_one() -> None:
     """There the scores may be those of a few tokens, and the only one has no rival."""
     logits = torch.zeros(2, 9)

@@ -19,15 +19,18 @@ Shapes: `B` sessions, `K` tokens with scores, `V` vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cascade.decoding.host import fetch
+from cascade.decoding.reductions import widen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
 BINS = 10
@@ -60,6 +63,8 @@ def outlooks(
             row, whose second place is what the expert is likely to choose. The logits if absent.
         ids_BK: The tokens that the scores belong to; all if absent.
     """
+    if logits_BV.device.type == "cpu" and scores_BK is None:
+        return _on_host(widen(logits_BV).numpy(), tokens_B)
     chosen_B1 = torch.tensor(tokens_B, device=logits_BV.device)[:, None]
     weights_BV = logits_BV.softmax(dim=1, dtype=torch.float32)
     chance_B1 = weights_BV.gather(1, chosen_B1)
@@ -73,6 +78,19 @@ def outlooks(
         Outlook(confidence=confidence, rival=int(rival), share=share)
         for confidence, rival, share in fetch(found_B3)
     ]
+
+
+def _on_host(rows_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[Outlook]:
+    """Return what rows of the host say: numpy takes a fraction of the time that torch does."""
+    weights_BV = np.exp(rows_BV - rows_BV.max(axis=1, keepdims=True))
+    row_B, chosen_B = np.arange(len(tokens_B)), np.asarray(tokens_B)
+    chance_B = weights_BV[row_B, chosen_B] / weights_BV.sum(axis=1)
+    weights_BV[row_B, chosen_B] = 0
+    rival_B = weights_BV.argmax(axis=1)
+    rest_B = weights_BV.sum(axis=1)
+    share_B = weights_BV[row_B, rival_B] / np.where(rest_B > 0, rest_B, 1)
+    found = zip(chance_B.tolist(), rival_B.tolist(), share_B.tolist(), strict=True)
+    return [Outlook(confidence=chance, rival=rival, share=share) for chance, rival, share in found]
 
 
 def _without(weights_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:
