@@ -10,6 +10,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cascade.lab.stack import Stack, stack
+from cascade.operations.trust import Trust
 from cascade.settings import Application
 
 if TYPE_CHECKING:
@@ -109,6 +111,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="session")
 async def toy_stack(toy: Pair) -> AsyncIterator[Stack]:
-    """A server of the toy pair, whose drafter is never too late: a busy machine changes nothing."""
-    async with stack(toy.settings(router={"draft_deadline_s": 120})) as running:
-        yield running
+    """A server of the toy pair, whose drafter is never too late: a busy machine changes nothing.
+
+    Nor is it left alone, though next to all that its random weights draft is refused.
+    """
+    with mock.patch("cascade.router.Trust", Unshaken):
+        async with stack(toy.settings(router={"draft_deadline_s": 120})) as running:
+            yield running
+
+
+class Unshaken(Trust):
+    """Trusts every drafter."""
+
+    def shuns(self, address: str) -> bool:
+        del address
+        return False
