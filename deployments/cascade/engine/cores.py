@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LOOK_S = 0.5  # between two looks: a shorter time tells of single passes
+_WHOLE_CORE = 0.9
 
 
 class IdleCores:
@@ -26,6 +27,10 @@ class IdleCores:
         self._looked_s = -math.inf
         self._idle = 0.0
         psutil.cpu_percent()  # what it returns is the time since the call before
+
+    def leave_one(self, *, busy: float) -> bool:
+        """Return whether a whole core is left to a thread that has itself been busy for a share."""
+        return self() + busy >= _WHOLE_CORE
 
     def __call__(self) -> float:
         """Return the number; costs a look at the system twice a second at most."""

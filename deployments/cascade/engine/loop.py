@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WHOLE_CORE = 0.9
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Release:
@@ -164,7 +162,7 @@ class Engine:
         must not slow those who share the machine.
         """
         busy = self._meter.share()
-        crowded = self._idle_cores is not None and self._idle_cores() + busy < _WHOLE_CORE
+        crowded = self._idle_cores is not None and not self._idle_cores.leave_one(busy=busy)
         waits = len(self._scheduler) or not self._inbox.empty()
         return 0.0 if waits or crowded else 1.0 - busy
 
