@@ -58,7 +58,9 @@ async def test_a_thousand_clients_leave_at_once(
 ) -> None:
     counts = {"Drafter": 2, "Expert": 2, "Router": 2}
     many = {name: {"max_ongoing_requests": LEAVING + 24} for name in ("Drafter", "Expert")}
-    await cluster.deploy(config(http=cluster.http, counts=counts, options=many))
+    # No text is compared, and rows that do not depend on the batch are read one by one.
+    usual = {"expert": {"engine": {"deterministic": False}}}
+    await cluster.deploy(config(http=cluster.http, counts=counts, options=many, args=usual))
     before = await burdens(cluster)
     bodies = itertools.cycle(questions(tokens=400))
     began_s = time.monotonic()
