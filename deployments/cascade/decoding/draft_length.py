@@ -110,8 +110,8 @@ class Automatic:
     """The length with the most expected tokens a second, from what rounds have cost and yielded.
 
     Where that is none, the expert writes alone for a while, longer each time, and then all sessions
-    draft a few blocks on trial: what a block costs where all draft, none tells where all others
-    write alone. The reasons:
+    draft a few blocks on trial: one block among sessions that write alone does not tell what blocks
+    cost where all draft. The reasons:
 
     | reason | the length is |
     |---|---|
