@@ -11,18 +11,19 @@ Shapes: `T` tokens of a pass, `C` hidden size, `H` query heads, `J` key heads, `
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-from cascade.engine import llama, probe
+from cascade.engine import llama, packing, probe
 from cascade.engine.attention import Form, grouped
 from cascade.engine.batch import SHORT_QUERIES, FlatBatch
 from cascade.engine.extents import SMALLEST
 from cascade.engine.pool import StackedPool
 from cascade.engine.runner import BaseRunner
+from cascade.engine.solo import Solo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cascade.engine.batch import Group, Segment
-    from cascade.engine.llama import Layer
+    from cascade.engine.llama import Layer, Matrix
+    from cascade.engine.packing import Linear
 
 _POSITIONS = 1024  # of the first table of rotations; it doubles when outgrown
 
@@ -47,12 +49,18 @@ class LeanRunner(BaseRunner):
         self, model: PreTrainedModel, *, packed: bool = True, deterministic: bool = False
     ) -> None:
         super().__init__(model)
-        self._weights = llama.read(model, packed=packed, deterministic=deterministic)
+        read = llama.read(model)
         self._deterministic = deterministic
+        self._weights = read.mapped(partial(_map, packed=packed, deterministic=deterministic))
         self._forms = [
             Form(scale=self._weights.scale, window=window, deterministic=deterministic)
             for _, window in sorted(probe.windows(model).items())
         ]
+        self.solo = (
+            Solo(read, windows=[form.window for form in self._forms])
+            if packed and not deterministic and Solo.suits(read)
+            else None
+        )
         self._turns = llama.rotations(self._weights, positions=_POSITIONS)
         self._pool = self._empty(0)
 
@@ -72,6 +80,9 @@ class LeanRunner(BaseRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
+        turns_P1E = self._turned(max(segment.length for segment in segments))
+        if self.solo and len(segments) == segments[0].count == segments[0].rows == 1:
+            return self.solo.forward(segments[0], pool=self.pool, turns_P1E=turns_P1E)
         batch = FlatBatch(
             segments,
             device=self.device,
@@ -79,7 +90,7 @@ class LeanRunner(BaseRunner):
             deterministic=self._deterministic,
         )
         weights, reading = self._weights, _Reading(batch, self.pool)
-        turn_T1E = self._turn(batch, longest=max(segment.length for segment in segments))
+        turn_T1E = turns_P1E.index_select(0, batch.positions_T)
         hidden_TC = weights.embedding_VC.index_select(0, batch.ids_T)
         for place, layer in enumerate(weights.layers):
             mixed_TX = self._attention(place, layer, hidden_TC, turn_T1E, reading)
@@ -91,7 +102,12 @@ class LeanRunner(BaseRunner):
         return weights.head(weights.norm(hidden_TC))
 
     def _attention(
-        self, place: int, layer: Layer, hidden_TC: Tensor, turn_T1E: Tensor, reading: _Reading
+        self,
+        place: int,
+        layer: Layer[Linear],
+        hidden_TC: Tensor,
+        turn_T1E: Tensor,
+        reading: _Reading,
     ) -> Tensor:
         """Store the layer's keys and values and return what its heads read, `[T, H * D]`."""
         weights, tokens = self._weights, len(hidden_TC)
@@ -108,18 +124,26 @@ class LeanRunner(BaseRunner):
         out_TX = reading.attend(states_TXD[:, :heads], layer=place, form=self._forms[place])
         return out_TX.to(hidden_TC.dtype)
 
-    def _turn(self, batch: FlatBatch, *, longest: int) -> Tensor:
-        """Return the rotations of the pass, complex `[T, 1, E]`."""
+    def _turned(self, positions: int) -> Tensor:
+        """Return the rotations of so many positions or more, complex `[P, 1, E]`."""
         held = len(self._turns)
-        if longest > held:
-            self._turns = llama.rotations(self._weights, positions=max(longest, 2 * held))
-        return self._turns.index_select(0, batch.positions_T)
+        if positions > held:
+            self._turns = llama.rotations(self._weights, positions=max(positions, 2 * held))
+        return self._turns
 
     def _empty(self, rows: int) -> StackedPool:
         weights = self._weights
         return StackedPool(
             layers=len(weights.layers), heads=weights.key_heads, rows=rows, size=weights.size
         )
+
+
+def _map(matrix: Matrix, *, packed: bool, deterministic: bool) -> Linear:
+    """Return a matrix as a function of rows."""
+    weight, bias = matrix.weight_OC, matrix.bias_O
+    if packed and packing.supported(weight):
+        return packing.packed(weight, bias, deterministic=deterministic)
+    return lambda rows: linear(rows, weight, bias)
 
 
 class _Reading:

@@ -1,20 +1,19 @@
 """The weights of a Llama-like model as the lean path takes them: fewer and larger matrices.
 
-Shapes: `T` tokens, `C` hidden size, `D` head size, `P` positions, `V` vocabulary.
+Shapes: `T` tokens, `C` hidden size, `D` head size, `O` outputs, `P` positions, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import silu
 
-from cascade.engine import packing, rope
+from cascade.engine import rope
 from cascade.engine.probe import Unsuited
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from cascade.engine.packing import Linear
+Map = TypeVar("Map")
+Other = TypeVar("Other")
 
 _MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
@@ -37,55 +37,98 @@ class Norm:
         size = module.weight.numel()
         # x / sqrt(|x|^2 / n + eps) = sqrt(n) x / hypot(|x|, sqrt(n eps)).
         own_C = module.weight if weight_C is None else weight_C
-        self._weight_C = own_C.detach().float() * math.sqrt(size)
-        self._floor = torch.tensor(math.sqrt(size * module.variance_epsilon))
-        self._weighs = True
+        self.weight_C = own_C.detach().float() * math.sqrt(size)
+        self.floor = math.sqrt(size * module.variance_epsilon)
+        self._floor = torch.tensor(self.floor)
+        self.weighs = True
 
     def folded(self, weight: Tensor) -> Tensor:
         """Return a matrix `[out, C]` that takes the rows without their weight, which it has."""
         if weight.dtype != torch.float32:
             return weight
-        self._weighs = False
-        return weight * self._weight_C
+        self.weighs = False
+        return weight * self.weight_C
 
     def __call__(self, hidden_TC: Tensor) -> Tensor:
         """Return the normalised rows."""
         length_T1 = torch.linalg.vector_norm(hidden_TC, dim=-1, keepdim=True, dtype=torch.float32)
         scaled_TC = hidden_TC / torch.hypot(length_T1, self._floor)
-        return scaled_TC.mul_(self._weight_C).to(hidden_TC.dtype) if self._weighs else scaled_TC
+        return scaled_TC.mul_(self.weight_C).to(hidden_TC.dtype) if self.weighs else scaled_TC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Matrix:
+    """A linear map of rows."""
+
+    weight_OC: Tensor
+    bias_O: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer(Generic[Map]):
     """Attention and then the gated network, each after its norm."""
 
     before: Norm
-    heads: Linear  # to queries, keys and values
+    heads: Map  # to queries, keys and values
     query_norm: Norm | None
     key_norm: Norm | None
-    out: Linear
+    out: Map
     between: Norm
-    gates: Linear  # to gate and up
+    gates: Map  # to gate and up
     activation: Callable[[Tensor], Tensor]
-    down: Linear
+    down: Map
+
+    def mapped(self, make: Callable[[Map], Other]) -> Layer[Other]:
+        """Return the layer with its matrices in another form."""
+        return Layer(
+            before=self.before,
+            heads=make(self.heads),
+            query_norm=self.query_norm,
+            key_norm=self.key_norm,
+            out=make(self.out),
+            between=self.between,
+            gates=make(self.gates),
+            activation=self.activation,
+            down=make(self.down),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class Weights(Generic[Map]):
     """A model."""
 
     embedding_VC: Tensor
-    layers: Sequence[Layer]
+    layers: Sequence[Layer[Map]]
     norm: Norm
-    head: Linear
+    head: Map
     rotary: Any  # the model's own module: it knows every way of scaling positions
     query_heads: int
     key_heads: int
     size: int  # of a head
     scale: float  # of the scores
 
+    @property
+    def maps(self) -> list[Map]:
+        """Return the matrices."""
+        inside = [(one.heads, one.out, one.gates, one.down) for one in self.layers]
+        return [*(one for some in inside for one in some), self.head]
 
-def read(model: PreTrainedModel, *, packed: bool, deterministic: bool) -> Weights:
+    def mapped(self, make: Callable[[Map], Other]) -> Weights[Other]:
+        """Return the model with its matrices in another form."""
+        return Weights(
+            embedding_VC=self.embedding_VC,
+            layers=[layer.mapped(make) for layer in self.layers],
+            norm=self.norm,
+            head=make(self.head),
+            rotary=self.rotary,
+            query_heads=self.query_heads,
+            key_heads=self.key_heads,
+            size=self.size,
+            scale=self.scale,
+        )
+
+
+def read(model: PreTrainedModel) -> Weights[Matrix]:
     """Return the weights of `model`, which keeps its own.
 
     Raises:
@@ -94,14 +137,13 @@ def read(model: PreTrainedModel, *, packed: bool, deterministic: bool) -> Weight
     _check(model)
     body: Any = model.model
     attention = body.layers[0].self_attn
-    join = _Joiner(packed=packed, deterministic=deterministic)
     size = int(attention.head_dim)
     norm = Norm(body.norm)
     return Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
-        layers=[_layer(layer, join) for layer in body.layers],
+        layers=[_layer(layer) for layer in body.layers],
         norm=norm,
-        head=join(norm, model.get_output_embeddings()),
+        head=_join(norm, model.get_output_embeddings()),
         rotary=body.rotary_emb,
         query_heads=attention.q_proj.weight.shape[0] // size,
         key_heads=attention.k_proj.weight.shape[0] // size,
@@ -118,7 +160,7 @@ def drop(model: PreTrainedModel) -> None:
             module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
 
 
-def rotations(weights: Weights, *, positions: int) -> Tensor:
+def rotations(weights: Weights[Any], *, positions: int) -> Tensor:
     """Return the turn of each position, complex `[P, 1, D / 2]`, for heads that `_paired` made."""
     places_1P = torch.arange(positions)[None]
     cos_1PD, sin_1PD = weights.rotary(torch.empty(0), places_1P)
@@ -136,24 +178,17 @@ def _check(model: PreTrainedModel) -> None:
         raise Unsuited("its rotations depend on the length of a pass")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Joiner:
-    """Makes one linear map of several modules that read the same rows."""
+def _join(norm: Norm | None, *modules: Any, paired: int = 0, size: int = 2) -> Matrix:
+    """Return the map of rows that `norm` gives by several modules that read the same rows.
 
-    packed: bool
-    deterministic: bool
-
-    def __call__(self, norm: Norm | None, *modules: Any, paired: int = 0, size: int = 2) -> Linear:
-        """Return the map of rows that `norm` gives; heads of the first `paired` modules turn."""
-        states = [[module.weight.detach(), module.bias] for module in modules]
-        for state in states[:paired]:
-            state[:] = [None if one is None else _paired(one.detach(), size) for one in state]
-        weight = torch.cat([weight for weight, _ in states])
-        bias = None if states[0][1] is None else torch.cat([bias.detach() for _, bias in states])
-        weight = weight if norm is None else norm.folded(weight)
-        if self.packed and packing.supported(weight):
-            return packing.packed(weight, bias, deterministic=self.deterministic)
-        return lambda rows: plain_linear(rows, weight, bias)
+    Heads of the first `paired` modules turn.
+    """
+    states = [[module.weight.detach(), module.bias] for module in modules]
+    for state in states[:paired]:
+        state[:] = [None if one is None else _paired(one.detach(), size) for one in state]
+    weight = torch.cat([weight for weight, _ in states])
+    bias = None if states[0][1] is None else torch.cat([bias.detach() for _, bias in states])
+    return Matrix(weight_OC=weight if norm is None else norm.folded(weight), bias_O=bias)
 
 
 def _paired(states: Tensor, size: int) -> Tensor:
@@ -166,20 +201,20 @@ def _paired(states: Tensor, size: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _layer(layer: Any, join: _Joiner) -> Layer:
+def _layer(layer: Any) -> Layer[Matrix]:
     attention, network = layer.self_attn, layer.mlp
     before, between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
         before=before,
-        heads=join(before, *projections, paired=2, size=int(attention.head_dim)),
+        heads=_join(before, *projections, paired=2, size=int(attention.head_dim)),
         query_norm=_head_norm(attention, "q_norm"),
         key_norm=_head_norm(attention, "k_norm"),
-        out=join(None, attention.o_proj),
+        out=_join(None, attention.o_proj),
         between=between,
-        gates=join(between, network.gate_proj, network.up_proj),
+        gates=_join(between, network.gate_proj, network.up_proj),
         activation=_activation(network.act_fn),
-        down=join(None, network.down_proj),
+        down=_join(None, network.down_proj),
     )
 
 

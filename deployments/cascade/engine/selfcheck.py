@@ -120,7 +120,7 @@ def _proved(
 
 
 def _scenario(model: PreTrainedModel) -> list[list[_Block]]:
-    """Return passes over two sessions: alone, mixed, and after a rollback of three tokens."""
+    """Return passes over two sessions: mixed, after a rollback of three tokens, of one token."""
     size = min(int(model.config.get_text_config(decoder=True).vocab_size), 1000)
     first = tuple((7 * i + 3) % size for i in range(26))
     wrong = (*first[:21], *((11 * i + 5) % size for i in range(3)))
@@ -139,6 +139,7 @@ def _scenario(model: PreTrainedModel) -> list[list[_Block]]:
             _Block(session=0, past=24, context=first[:25]),
             _Block(session=1, past=10, context=second[:11]),
         ],
+        [_Block(session=0, past=25, context=first[:26])],
     ]
 
 
