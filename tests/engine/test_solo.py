@@ -42,6 +42,18 @@ def test_rows_and_states_are_those_of_torch(name: str) -> None:
         torch.testing.assert_close(quick, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_a_few_sessions_get_the_rows_they_get_alone() -> None:
+    runner = LeanRunner(build("llama"))
+    runner.resize(rows=512)
+    prompts = [Segment(start=128 * n, past=0, tokens=TOKENS[n:][: 9 + n]) for n in range(solo.FEW)]
+    steps = [Segment(start=one.start, past=one.count, tokens=(7,), rows=1) for one in prompts]
+    with torch.inference_mode():
+        runner.forward(prompts)
+        together = runner.forward(steps)
+        alone = torch.cat([runner.forward([one]) for one in steps])
+    assert torch.equal(together, alone)
+
+
 def test_no_other_row_of_the_pool_is_touched() -> None:
     runner = LeanRunner(build("llama"))
     runner.resize(rows=256)

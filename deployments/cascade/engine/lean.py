@@ -23,7 +23,7 @@ from cascade.engine.batch import SHORT_QUERIES, FlatBatch
 from cascade.engine.extents import SMALLEST
 from cascade.engine.pool import StackedPool
 from cascade.engine.runner import BaseRunner
-from cascade.engine.solo import Solo
+from cascade.engine.solo import FEW, Solo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,8 +81,12 @@ class LeanRunner(BaseRunner):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
         turns_P1E = self._turned(max(segment.length for segment in segments))
-        if self.solo and len(segments) == segments[0].count == segments[0].rows == 1:
-            return self.solo.forward(segments[0], pool=self.pool, turns_P1E=turns_P1E)
+        if (
+            self.solo
+            and len(segments) <= FEW
+            and all(one.count == one.rows == 1 for one in segments)
+        ):
+            return self.solo.forward(segments, pool=self.pool, turns_P1E=turns_P1E)
         batch = FlatBatch(
             segments,
             device=self.device,

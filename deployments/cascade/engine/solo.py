@@ -1,12 +1,12 @@
-"""One token of one session through a small model on a CPU: a drafter's usual step, on numpy.
+"""One token of one session, or of each of a few, through a small model on a CPU, on numpy.
 
-There the arithmetic takes less time than what torch does between its operators. numpy does less,
+It is a drafter's usual step. There the arithmetic takes less time than what torch does between its operators. numpy does less,
 and needs less code: the core of a drafter that has waited for a pass of the expert finds its caches
 empty.
 
 Shapes: `C` hidden size, `O` outputs, `J` key heads, `S` query heads of each, `X` heads of any kind,
-`D` head size, `E` pairs of it that turn together, `L` layers, `K` keys, `P` positions,
-`V` vocabulary.
+`D` head size, `E` pairs of it that turn together, `L` layers, `K` keys, `R` rows of the pool,
+`P` positions, `N` sessions, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Row: TypeAlias = NDArray[Any]
     RowMap: TypeAlias = Callable[[Row], Row]
 
+FEW = 4  # sessions that are quicker one after the other than together
 MOST_WEIGHTS = 2**20  # of a matrix; a larger one is worth a second core
 
 
@@ -58,15 +59,20 @@ class Solo:
         small = all(one.weight_OC.numel() <= MOST_WEIGHTS for one in weights.maps)
         return usual and small and weights.embedding_VC.dtype == torch.float32
 
-    def forward(self, segment: Segment, *, pool: StackedPool, turns_P1E: Tensor) -> Tensor:
-        """Store the row of the segment's only token and return its logits, `[1, V]`."""
-        last = segment.start + segment.length
-        states_L2JKD = pool.states_L2JRD.numpy()[..., segment.start : last, :]
-        turn_1E = turns_P1E[segment.length - 1].numpy()
+    def forward(
+        self, segments: Sequence[Segment], *, pool: StackedPool, turns_P1E: Tensor
+    ) -> Tensor:
+        """Store the row of each segment's only token and return its logits, `[N, V]`."""
+        states_L2JRD, turns = pool.states_L2JRD.numpy(), turns_P1E.numpy()
+        logits = [self._logits(one, states_L2JRD, turns[one.length - 1]) for one in segments]
+        return torch.from_numpy(logits[0][None] if len(logits) == 1 else np.stack(logits))
+
+    def _logits(self, segment: Segment, states_L2JRD: Row, turn_1E: Row) -> Row:
+        states_L2JKD = states_L2JRD[..., segment.start : segment.start + segment.length, :]
         hidden_C = self._embedding_VC[segment.tokens[0]]
         for layer, states_2JKD in zip(self._layers, states_L2JKD, strict=True):
             hidden_C = layer.forward(hidden_C, states_2JKD, turn_1E)
-        return torch.from_numpy(self._head(self._norm(hidden_C)))[None]
+        return self._head(self._norm(hidden_C))
 
 
 class _Layer:
