@@ -1,8 +1,8 @@
 """One token of one session, or of each of a few, through a small model on a CPU, on numpy.
 
-It is a drafter's usual step. There the arithmetic takes less time than what torch does between its operators. numpy does less,
-and needs less code: the core of a drafter that has waited for a pass of the expert finds its caches
-empty.
+It is a drafter's usual step. There the arithmetic takes less time than what torch does between its
+operators. numpy does less, and needs less code: the core of a drafter that has waited for a pass of
+the expert finds its caches empty.
 
 Shapes: `C` hidden size, `O` outputs, `J` key heads, `S` query heads of each, `X` heads of any kind,
 `D` head size, `E` pairs of it that turn together, `L` layers, `K` keys, `R` rows of the pool,
