@@ -94,3 +94,11 @@ def test_a_models_identity_changes_with_its_files(tmp_path: Path) -> None:
     assert identity(str(tmp_path), None) != first
     assert identity("org/model", None) == "org/model"
     assert identity("org/model", "v1") == "org/model@v1"
+
+
+async def test_traced_rounds_tell_how_much_was_drafted(shipped: InProcess) -> None:
+    asked = body(ITEM, temperature=0)
+    assert not (await shipped.answer(asked)).blocks
+    traced = await shipped.answer(asked | {"cascade": {"trace": True}})
+    assert len(traced.blocks) == traced.statistics["rounds"] > 0
+    assert sum(traced.blocks) == traced.statistics["drafted"]

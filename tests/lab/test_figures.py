@@ -126,3 +126,8 @@ def test_a_peer_that_counts_nothing_has_no_ratios() -> None:
     assert found.tokens_per_expert_pass is None
     assert found.bytes_per_token is None
     assert found.lengths == {"none": 1}
+
+
+def test_traced_rounds_after_the_first_are_counted_by_their_drafts() -> None:
+    found = figures(run(answer(blocks=(9, 4, 0)), answer(blocks=(9, 4))))
+    assert found.blocks == {4: 2, 0: 1}

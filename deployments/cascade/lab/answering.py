@@ -45,6 +45,7 @@ class Answer:
     latency_s: float
     ttft_s: float  # to the first piece of text; the latency if there was none
     marks_s: tuple[float, ...] = field(default=(), repr=False)  # of each piece of text
+    blocks: tuple[int, ...] = ()  # tokens drafted in each round, where rounds were traced
 
 
 class Answerer(Protocol):
@@ -206,6 +207,7 @@ class InProcess:
             latency_s=latency_s,
             ttft_s=marks_s[0] if marks_s else latency_s,
             marks_s=tuple(marks_s),
+            blocks=tuple(row.drafted for row in answers.usage.statistics.trace),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class Figures:
     busy: dict[str, float]  # share of the run, by tier
     hidden: float | None  # share of the drafter's busy time for which nobody waited
     lengths: dict[str, int]  # reasons of draft lengths, and how many answers ended with each
+    blocks: dict[int, int]  # drafted tokens, and how many traced rounds after a first had so many
 
 
 def parse_objective(text: str) -> Objective:
@@ -147,6 +149,7 @@ def figures(
         busy={name: seconds / run.wall_s for name, seconds in busy_s.items()},
         hidden=_hidden(drafting_s, total["drafter_s"]),
         lengths=_reasons(answers),
+        blocks=dict(Counter(drafted for answer in answers for drafted in answer.blocks[1:])),
     )
 
 

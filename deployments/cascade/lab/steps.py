@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +50,7 @@ class StepTime:
     context_tokens: int  # of each session, before the step
     step_tokens: int  # of each session
     step_ms: float  # median: scheduling, forward pass and head
+    mean_ms: float
     least_ms: float  # of the quickest step: what a machine of one's own would give
     head_ms: float  # median of drawing or judging alone
 
@@ -223,6 +224,7 @@ def _time(
         context_tokens=context_tokens,
         step_tokens=len(steps[0].tokens),
         step_ms=median(taken_s) * 1e3,
+        mean_ms=fmean(taken_s) * 1e3,
         least_ms=min(taken_s) * 1e3,
         head_ms=median(head_s) * 1e3,
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from cascade.lab.bench import Contest, Gauge
     from cascade.lab.figures import Figures
+    from cascade.lab.plans import Where
     from cascade.settings import Application
 
 Told: TypeAlias = "Callable[[str], object]"
@@ -39,9 +40,10 @@ _ALL = (*EASY, Level.MIDDLE, *HARD)
 _GREEDY = Policy(sampling=Sampling(temperature=0.0))
 _PEER = "transformers assisted"
 _CONTEXT_TOKENS = 64  # about where the middle of an answer is
-_PASSES = 16  # of the expert alone, after each round
+_PASSES = 4  # of the expert alone over blocks of each length, after each round
 _WIDE_VOCABULARY = 32_000
 _MEBIBYTE = 2**20
+_PROCESSES = Apart()  # as a cluster has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +58,11 @@ class Scale:
 
 async def one_stream(scale: Scale, told: Told) -> Outcome:
     """One stream over an expert of 500M: near the ideal, and ahead of `transformers`."""
+    plan = _plan(scale, parameters="500M", streams=1)
     plan = replace(
-        _plan(scale, parameters="500M", streams=1),
+        plan,
+        bodies=[body | {"cascade": {"trace": True}} for body in plan.bodies],
         asks=("expert_only", "lossless", "token_v3:0.9"),
-        where=(Apart(),),
         peers=("assisted",),
     )
     fast, slow, loose = (f"{ask}, apart" for ask in ("lossless", "expert_only", "token_v3:0.9"))
@@ -89,8 +92,8 @@ async def sixteen_streams(scale: Scale, told: Told) -> Outcome:
     batching = ("transformers batched", "transformers continuous batching")
     best = max(batching, key=lambda name: contest[name].middle.tokens_per_s)
     case = "16 streams, 120M"
-    serial = contest.ratio("lossless", _peer(contest)).median
-    batched = contest.ratio("lossless", best).median
+    serial = contest.ratio("lossless, apart", _peer(contest)).median
+    batched = contest.ratio("lossless, apart", best).median
     return Outcome(
         claims=(
             Claim(case=case, says=f"lossless over {_peer(contest)}", measured=serial, least=4),
@@ -130,7 +133,7 @@ async def draft_lengths(scale: Scale, told: Told) -> Outcome:
         plan = _plan(scale, parameters="120M", streams=streams, levels=levels)
         plan = replace(plan, asks=("lossless@auto", *fixed), rtts_ms=(rtt_ms,))
         contest = await execute(plan, told=told)
-        tail = f", {rtt_ms:g} ms" if rtt_ms else ""
+        tail = ", apart" + (f", {rtt_ms:g} ms" if rtt_ms else "")
         best = max(fixed, key=lambda ask: contest[ask + tail].middle.tokens_per_s)
         case = f"auto, {kind}, {streams} streams, {rtt_ms:g} ms"
         against = contest.ratio("lossless@auto" + tail, best + tail).median
@@ -145,7 +148,7 @@ async def draft_lengths(scale: Scale, told: Told) -> Outcome:
 
 async def deferrals(scale: Scale, told: Told) -> Outcome:
     """A rule of the drafter alone asks the expert only where it defers."""
-    plan = _plan(scale, parameters=None, streams=1, levels=EASY)
+    plan = _plan(scale, parameters=None, streams=1, levels=EASY, where=Here())
     contest = await execute(replace(plan, asks=("lossless", "chow:0.9")), told=told)
     passes = {name: _passes(contest[name].middle) for name in ("lossless", "chow:0.9")}
     share = passes["chow:0.9"] / passes["lossless"]
@@ -159,7 +162,7 @@ async def deferrals(scale: Scale, told: Told) -> Outcome:
 
 async def wire(scale: Scale, told: Told) -> Outcome:
     """Sampled drafts send a sparse row a token."""
-    plan = _plan(scale, parameters=None, streams=1)
+    plan = _plan(scale, parameters=None, streams=1, where=Here())
     sampled = [body | {"temperature": 1, "seed": at} for at, body in enumerate(plan.bodies)]
     contest = await execute(replace(plan, bodies=sampled, asks=("lossless@5",)), told=told)
     found = contest["lossless@5"].middle
@@ -235,7 +238,12 @@ CASES: Mapping[str, Case] = {
 
 
 def _plan(
-    scale: Scale, *, parameters: str | None, streams: int, levels: tuple[Level, ...] = _ALL
+    scale: Scale,
+    *,
+    parameters: str | None,
+    streams: int,
+    levels: tuple[Level, ...] = _ALL,
+    where: Where = _PROCESSES,
 ) -> Plan:
     settings = scale.settings
     if parameters is not None:
@@ -247,12 +255,12 @@ def _plan(
         bodies=questions(count=count, levels=levels),
         arrivals=Closed(concurrency=streams),
         rounds=scale.rounds,
-        where=(Here(),),
+        where=(where,),
     )
 
 
 def _share_of_ideal(settings: Application, name: str) -> Gauge:
-    """Return what measures a pass alone, over blocks as long as a contender's, and its share."""
+    """Return what measures passes alone, over blocks as long as a contender's, and their share."""
     rig = steps.Rig(
         settings.expert.place,
         work=steps.Work.JUDGE,
@@ -261,11 +269,15 @@ def _share_of_ideal(settings: Application, name: str) -> Gauge:
     )
 
     def share(found: Mapping[str, Figures]) -> float:
-        length = max(1, round(found[name].drafted_per_round or 1))
-        alone = rig.time(
-            sessions=1, context_tokens=_CONTEXT_TOKENS, block_tokens=length, passes=_PASSES
-        )
-        return of_ideal(found[name], pass_ms=alone.step_ms) or 0.0
+        blocks = found[name].blocks
+        passes_ms = [
+            rounds
+            * rig.time(
+                sessions=1, context_tokens=_CONTEXT_TOKENS, block_tokens=length, passes=_PASSES
+            ).mean_ms
+            for length, rounds in blocks.items()
+        ]
+        return of_ideal(found[name], pass_ms=sum(passes_ms) / sum(blocks.values())) or 0.0
 
     return share
 
