@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from torch import Tensor
 
@@ -28,11 +28,27 @@ _FLASH_HEAD_SIZE = 256
 _SHORT = 32  # queries up to which folding heads into them beats broadcasting keys
 
 
+class Batch(Protocol):
+    """What a pass knows of its tokens, whichever way their sessions are read."""
+
+    rows_T: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Return T."""
+        ...
+
+    def ragged(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Return query offsets, key starts and key counts as int32, and the longest of each."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
     """What the attention function needs besides its arguments."""
 
-    batch: FlatBatch
+    batch: Batch
+    attend: Callable[[Tensor, Tensor, Tensor, Form], Tensor]  # where FlashAttention does not serve
     pool: KVPool
     windows: Mapping[int, int | None]  # tokens each layer sees back, itself included; None: all
     deterministic: bool
@@ -110,8 +126,9 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
     batch = current.batch
     states = current.pool.write(layer, key_HTD=key[0], value_HTD=value[0], rows_T=batch.rows_T)
     query_THD = query[0].transpose(0, 1)
-    attend = _flash if _flash_serves(query_THD, states[1], form) else grouped
-    return attend(batch, query_THD, *states, form)[None], None
+    if _flash_serves(query_THD, states[1], form):
+        return _flash(batch, query_THD, *states, form)[None], None
+    return current.attend(query_THD, *states, form)[None], None
 
 
 def grouped(
@@ -124,12 +141,13 @@ def grouped(
         values_NJKD = _view(values_JRD, group)
         queries_THD = query_THD[group.first : group.last]
         mask = batch.mask(group, form.window, query_THD.dtype)
+        causal = group.whole and (form.window is None or group.keys[0] <= form.window)
         if group.even:
-            parts.append(_attend(queries_THD, keys_NJKD, values_NJKD, mask, form, group))
+            parts.append(attend(queries_THD, keys_NJKD, values_NJKD, mask, form, causal=causal))
         else:
             padded, valid = batch.gather(group)
             some_THD = queries_THD[padded]
-            parts.append(_attend(some_THD, keys_NJKD, values_NJKD, mask, form, group)[valid])
+            parts.append(attend(some_THD, keys_NJKD, values_NJKD, mask, form)[valid])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -144,15 +162,27 @@ def _view(states_JRD: Tensor, group: Group) -> Tensor:
     )
 
 
-def _attend(  # noqa: PLR0913, PLR0917 - private, and every argument is a tensor or says how
+def attend(  # noqa: PLR0913 - every argument is a tensor or says how
     query_THD: Tensor,
     keys_NJKD: Tensor,
     values_NJKD: Tensor,
     mask: Tensor | None,
     form: Form,
-    group: Group,
+    *,
+    causal: bool = False,
 ) -> Tensor:
-    """Attend with the query heads of a key head folded into the query axis, so K is read once."""
+    """Return the attention `[T, H, D]` of N sessions that have as many queries each.
+
+    The query heads of a key head are folded into the query axis, so that K is read once.
+
+    Args:
+        query_THD: the sessions' queries, one session after the other.
+        keys_NJKD: the keys of each.
+        values_NJKD: their values.
+        mask: additive `[N, 1, 1, Q, K]`; None where a query sees every key.
+        form: what is done to the scores.
+        causal: the mask is that of a session alone whose keys are its queries.
+    """
     tokens, heads, size = query_THD.shape
     count, key_heads = keys_NJKD.shape[:2]
     queries, share = tokens // count, heads // key_heads
@@ -160,7 +190,7 @@ def _attend(  # noqa: PLR0913, PLR0917 - private, and every argument is a tensor
     if form.manual:
         out = _manual(folded, keys_NJKD[:, :, None], values_NJKD[:, :, None], mask, form)
     elif count == 1 and queries > _SHORT:
-        out = _single(folded[0], keys_NJKD[0], values_NJKD[0], mask, form, group)[None]
+        out = _single(folded[0], keys_NJKD[0], values_NJKD[0], mask, form, causal=causal)[None]
     else:
         flat = folded.reshape(count, key_heads, share * queries, size)
         bias = None if mask is None else mask[:, 0].repeat(1, 1, share, 1)
@@ -170,23 +200,23 @@ def _attend(  # noqa: PLR0913, PLR0917 - private, and every argument is a tensor
     return out.permute(0, 3, 1, 2, 4).reshape(tokens, heads, -1)
 
 
-def _single(  # noqa: PLR0913, PLR0917 - as above
+def _single(  # noqa: PLR0913 - as above
     query_JGQD: Tensor,
     keys_JKD: Tensor,
     values_JKD: Tensor,
     mask: Tensor | None,
     form: Form,
-    group: Group,
+    *,
+    causal: bool,
 ) -> Tensor:
     """Attend within one session: key heads are the batch, so neither keys nor mask are repeated."""
     share = query_JGQD.shape[1]
-    causal = group.whole and (form.window is None or group.keys[0] <= form.window)
     return scaled_dot_product_attention(
         query_JGQD,
         keys_JKD[:, None].expand(-1, share, -1, -1),
         values_JKD[:, None].expand(-1, share, -1, -1),
         attn_mask=None if causal or mask is None else mask[0],
-        is_causal=causal and group.keys[0] > 1,
+        is_causal=causal and keys_JKD.shape[1] > 1,
         scale=form.scale,
     )
 
@@ -221,7 +251,7 @@ def _flash_serves(query_THD: Tensor, values_JRD: Tensor, form: Form) -> bool:
 
 
 def _flash(
-    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
+    batch: Batch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
 ) -> Tensor:
     """Attend with FlashAttention 2: `seqused_k` lets it read extents where they are.
 

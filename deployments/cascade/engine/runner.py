@@ -1,29 +1,31 @@
 """One forward pass over segments of many sessions: the flat path and the padded one.
 
-The lean one has a file of its own.
+The lean one and the captured one have files of their own.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from cascade.engine import probe, rope
-from cascade.engine.attention import FLAT, Pass, running
+from cascade.engine.attention import FLAT, Pass, grouped, running
 from cascade.engine.batch import FlatBatch, Segment, partition
 from cascade.engine.extents import SMALLEST
 from cascade.engine.padded import PaddedBatch, PaddedCache
 from cascade.engine.pool import KVPool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cascade.engine.attention import Batch, Form
     from cascade.engine.pool import Pool
 
 
@@ -147,15 +149,10 @@ class FlatRunner(_ModelRunner):
             deterministic=self._deterministic,
         )
         wanted_N = batch.wanted()
-        current = Pass(
-            batch=batch,
-            pool=self.pool,
-            windows=self._windows,
-            deterministic=self._deterministic,
-        )
         # Some models cannot slice to nothing.
         kept = wanted_N if len(wanted_N) else torch.zeros_like(batch.ids_T[:1])
         narrowed = {"logits_to_keep": kept} if self._slices_logits else {}
+        current = self._reading(batch, partial(grouped, batch))
         with running(current):
             logits: Tensor = self.model(
                 input_ids=batch.ids_T[None],
@@ -166,6 +163,18 @@ class FlatRunner(_ModelRunner):
         if not self._slices_logits:
             return logits[wanted_N]
         return logits[: len(wanted_N)]
+
+    def _reading(
+        self, batch: Batch, attend: Callable[[Tensor, Tensor, Tensor, Form], Tensor]
+    ) -> Pass:
+        """Return a pass over this runner's pool."""
+        return Pass(
+            batch=batch,
+            attend=attend,
+            pool=self.pool,
+            windows=self._windows,
+            deterministic=self._deterministic,
+        )
 
 
 class PaddedRunner(_ModelRunner):

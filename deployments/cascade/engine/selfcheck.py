@@ -14,6 +14,7 @@ import torch
 
 from cascade.engine import packing
 from cascade.engine.batch import Segment
+from cascade.engine.captured import CapturedRunner
 from cascade.engine.extents import SMALLEST
 from cascade.engine.lean import LeanRunner
 from cascade.engine.probe import Unsuited, own_attention
@@ -91,6 +92,11 @@ def _paths(
         return
     if packed:
         packing.pack(model, deterministic=exact)
+    launches = settings.path is Path.AUTO and model.device.type == "cuda"
+    if launches or settings.path is Path.CAPTURED:
+        yield Path.CAPTURED, lambda: CapturedRunner(model, deterministic=exact)
+    if settings.path is Path.CAPTURED:
+        return
     if settings.path is not Path.PADDED:
         yield Path.FLAT, lambda: FlatRunner(model, deterministic=exact)
     if settings.path is not Path.FLAT and not exact:

@@ -11,6 +11,7 @@ class Path(StrEnum):
 
     AUTO = "auto"
     LEAN = "lean"  # our own forward pass, for Llama-like models on a CPU
+    CAPTURED = "captured"  # flat, and steps of one token a session replayed as CUDA graphs
     FLAT = "flat"  # all tokens in one row, our attention over the cache in place
     PADDED = "padded"  # left-padded rows, the model's own attention over a gathered cache
 
