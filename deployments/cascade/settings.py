@@ -19,6 +19,7 @@ from cascade.decoding.rules import Lossless, Rule
 from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
 from cascade.engine import outline, threads
 from cascade.engine.settings import EngineSettings
+from cascade.engine.settings import Path as EnginePath
 from cascade.ingress.service import Defaults as DoorDefaults
 from cascade.ingress.service import Limits as DoorLimits
 from cascade.ingress.service import Service
@@ -54,6 +55,7 @@ class Engine(Settings):
     max_step_tokens: Natural = 0
     prefix_reuse: bool = True
     deterministic: bool = False
+    path: EnginePath = EnginePath.AUTO
 
 
 class Deployment(Settings):

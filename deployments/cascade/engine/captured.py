@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MOST_SESSIONS = 64  # more keep the device busy by themselves; their padding fits the scratch rows
-_MOST_KEYS = 2**17  # of all sessions of a bucket: what is gathered of a layer stays under a GiB
-_WARM_UPS = 3  # libraries choose kernels and take their workspaces in the first runs
+MOST_SESSIONS = 64  # more keep the device busy by themselves; their padding fits the scratch rows
+MOST_KEYS = 2**17  # of all sessions of a bucket: what is gathered of a layer stays under a GiB
+_WARM_UPS = 3  # libraries choose kernels and take workspaces in the first runs
 _capturing = threading.Lock()  # a process can capture one graph at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Bucket:
+class Bucket:
     """Shapes that one recording serves."""
 
     sessions: int
@@ -87,8 +87,13 @@ class CapturedRunner(FlatRunner):
             raise Unsuited("its rows depend on the batch they are padded to")
         super().__init__(model)
         self._record = record or (_Graphs(self.device) if self.device.type == "cuda" else _again)
-        self._steps: dict[_Bucket, _Step | None] = {}  # None: runs on the flat path
+        self._steps: dict[Bucket, _Step | None] = {}  # None: runs on the flat path
         self._records = True
+
+    @property
+    def recorded(self) -> set[Bucket]:
+        """Return the shapes that are replayed by now."""
+        return {bucket for bucket, step in self._steps.items() if step}
 
     def resize(self, *, rows: int) -> None:
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
@@ -106,23 +111,23 @@ class CapturedRunner(FlatRunner):
         # The next replay overwrites what this one returns.
         return step.replay()[: len(segments)].clone()
 
-    def _bucket(self, segments: Sequence[Segment]) -> _Bucket | None:
+    def _bucket(self, segments: Sequence[Segment]) -> Bucket | None:
         """Return the shapes for a pass, or None if it is not one token of every session."""
         # RoPE that follows the longest position reads it back from the device.
         if self.regimes != Regimes() or any(s.count != 1 or s.rows != 1 for s in segments):
             return None
         sessions = _power(len(segments))
         keys = min(_power(max(SMALLEST, *(s.length for s in segments))), self.pool.rows)
-        if sessions > _MOST_SESSIONS or sessions * keys > _MOST_KEYS:
+        if sessions > MOST_SESSIONS or sessions * keys > MOST_KEYS:
             return None
-        return _Bucket(sessions=sessions, keys=keys)
+        return Bucket(sessions=sessions, keys=keys)
 
-    def _step(self, bucket: _Bucket) -> _Step | None:
+    def _step(self, bucket: Bucket) -> _Step | None:
         if bucket not in self._steps:
             self._steps[bucket] = self._recorded(bucket) if self._records else None
         return self._steps[bucket]
 
-    def _recorded(self, bucket: _Bucket) -> _Step | None:
+    def _recorded(self, bucket: Bucket) -> _Step | None:
         """Return a recording made over scratch rows, or None if the model cannot be recorded."""
         inputs_5N = self._columns(self._padding(bucket.sessions)).to(self.device)
         try:
@@ -198,8 +203,9 @@ class StaticBatch:
         rows_NK, seen_NK = self._read(form.window)
         mask = torch.zeros_like(seen_NK, dtype=query_THD.dtype)
         mask = mask.masked_fill_(~seen_NK, float("-inf"))[:, None, None, None]
-        gathered = (states[:, rows_NK].transpose(0, 1) for states in (keys_JRD, values_JRD))
-        return attend(query_THD, *gathered, mask, form)
+        keys_NJKD = keys_JRD[:, rows_NK].transpose(0, 1)
+        values_NJKD = values_JRD[:, rows_NK].transpose(0, 1)
+        return attend(query_THD, keys_NJKD, values_NJKD, mask, form)
 
     def _read(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Return the rows `[N, K]` that hold a layer's keys, and which of them are the session's.

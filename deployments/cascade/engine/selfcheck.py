@@ -67,7 +67,7 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
     scenario = _scenario(model)
     expected = _plainly(model, scenario)
     reasons: list[str] = []
-    for path, build in _paths(model, settings):
+    for path, build in paths(model, settings):
         model.set_attn_implementation(usual)
         try:
             return _proved(build, scenario, expected, exact=settings.deterministic)
@@ -81,10 +81,10 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
     )
 
 
-def _paths(
+def paths(
     model: PreTrainedModel, settings: EngineSettings
 ) -> Iterator[tuple[Path, Callable[[], Runner]]]:
-    """Yield the paths that may be taken, the quickest first."""
+    """Yield the paths that `model` may take and how each is built, the quickest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     if settings.path in {Path.AUTO, Path.LEAN}:
         yield Path.LEAN, lambda: LeanRunner(model, packed=packed, deterministic=exact)
