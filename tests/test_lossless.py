@@ -17,6 +17,7 @@ from cascade.decoding.generation import Request
 from cascade.decoding.session import Coupling, Mode, Policy, Sampling
 from cascade.demo.tasks.generate import held_out
 from cascade.demo.tasks.item import Family
+from cascade.engine.captured import CapturedRunner
 from cascade.lab.stack import Stack, stack
 from cascade.settings import Application
 
@@ -82,16 +83,15 @@ def few() -> Work:
     return work(12)
 
 
+def shipped(**engine: Any) -> Application:
+    """Return the pair that ships, both engines with the same settings."""
+    tier = {"model": "demo", "engine": {"threads": 1, **engine}}
+    return Application.model_validate({"drafter": tier, "expert": tier})
+
+
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[Stack]:
-    engine = {"threads": 1}
-    settings = Application.model_validate(
-        {
-            "drafter": {"model": "demo", "engine": engine},
-            "expert": {"model": "demo", "engine": engine},
-        }
-    )
-    async with stack(settings) as running:
+    async with stack(shipped()) as running:
         yield running
 
 
@@ -127,6 +127,17 @@ async def test_greedy_text_is_the_experts_own_at_every_block_length(
         assert answer == own(few, number, longest=request.max_tokens)
     alone = block % len(requests)
     assert await write(server, requests[alone]) == answers[alone]
+
+
+async def test_replayed_steps_write_the_experts_own_text_too(few: Work) -> None:
+    async with stack(shipped(path="captured")) as server:
+        for mode in (Mode.SPECULATIVE, Mode.EXPERT_ONLY):
+            requests = [few.request(i, GREEDY, mode=mode) for i in range(len(few.prompts))]
+            for number, answer in enumerate(await write_all(server, requests)):
+                assert answer == own(few, number, longest=requests[number].max_tokens)
+        for tier in (server.drafter, server.expert):
+            assert isinstance(tier.engine.runner, CapturedRunner)
+            assert tier.engine.runner.recorded
 
 
 async def test_the_expert_alone_writes_the_same(few: Work, server: Stack) -> None:

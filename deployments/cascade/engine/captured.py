@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_SESSIONS = 64  # more keep the device busy by themselves; their padding fits the scratch rows
-MOST_KEYS = 2**17  # of all sessions of a bucket: what is gathered of a layer stays under a GiB
+MOST_KEYS = 2**17  # of all sessions: a layer's are copied where FlashAttention does not serve
 _WARM_UPS = 3  # libraries choose kernels and take workspaces in the first runs
 _capturing = threading.Lock()  # a process can capture one graph at a time
 
@@ -86,9 +86,10 @@ class CapturedRunner(FlatRunner):
         if deterministic:
             raise Unsuited("its rows depend on the batch they are padded to")
         super().__init__(model)
-        self._record = record or (_Graphs(self.device) if self.device.type == "cuda" else _again)
+        usual = _Graphs(self.device) if self.device.type == "cuda" else _again
+        self._record = record or usual
         self._steps: dict[Bucket, _Step | None] = {}  # None: runs on the flat path
-        self._records = True
+        self._recordable = True
 
     @property
     def recorded(self) -> set[Bucket]:
@@ -124,10 +125,10 @@ class CapturedRunner(FlatRunner):
 
     def _step(self, bucket: Bucket) -> _Step | None:
         if bucket not in self._steps:
-            self._steps[bucket] = self._recorded(bucket) if self._records else None
+            self._steps[bucket] = self._made(bucket) if self._recordable else None
         return self._steps[bucket]
 
-    def _recorded(self, bucket: Bucket) -> _Step | None:
+    def _made(self, bucket: Bucket) -> _Step | None:
         """Return a recording made over scratch rows, or None if the model cannot be recorded."""
         inputs_5N = self._columns(self._padding(bucket.sessions)).to(self.device)
         try:
@@ -140,7 +141,7 @@ class CapturedRunner(FlatRunner):
                 bucket,
                 exc_info=True,
             )
-            self._records = False
+            self._recordable = False
             return None
         return _Step(inputs_5N=inputs_5N, replay=replay)
 
