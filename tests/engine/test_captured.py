@@ -36,9 +36,11 @@ from .harness import Bench
 from .test_exactness import ragged_story
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
+
+    from cascade.engine.graphs import Recorder, Replay
 
 TOLERANCE = 1e-4
 ROWS = 1024  # of the pools
@@ -58,7 +60,7 @@ class Twins:
         model: PreTrainedModel,
         *,
         rows: int = ROWS,
-        record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None,
+        record: Recorder | None = None,
     ) -> None:
         self.plain = model
         self.captured = CapturedRunner(copy.deepcopy(model), record=record)
@@ -204,7 +206,7 @@ def test_rows_outlive_the_next_replay() -> None:
     """A graph writes its logits where it wrote those before."""
     memory: dict[str, Tensor] = {}
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(run: Replay) -> Replay:
         def replay() -> Tensor:
             return memory.setdefault("logits", run()).copy_(run())
 
@@ -271,7 +273,7 @@ def test_the_largest_bucket_fits_the_scratch_rows() -> None:
     places = range(captured.MOST_SESSIONS // 2 + 1)
     alone: list[int] = []
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(run: Replay) -> Replay:
         before = states(twins.captured)
         alone.append(len(run()))
         for old_HRD, new_HRD in zip(before, states(twins.captured), strict=True):
@@ -293,7 +295,7 @@ def test_a_capture_that_fails_leaves_the_flat_path_for_good(
 ) -> None:
     tries: list[int] = []
 
-    def fail(_: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def fail(_: Replay) -> Replay:
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -312,7 +314,7 @@ def test_a_capture_that_fails_leaves_the_flat_path_for_good(
 def test_buckets_recorded_before_a_failure_go_on() -> None:
     served: list[int] = []
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(run: Replay) -> Replay:
         if served:
             raise torch.OutOfMemoryError
         served.append(1)
@@ -443,9 +445,9 @@ class Moves(TorchDispatchMode):
 
 def blind(name: str) -> Moves:
     """Run what is captured of four sessions where no number can be read."""
-    recorded: list[Callable[[], Tensor]] = []
+    recorded: list[Replay] = []
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(run: Replay) -> Replay:
         recorded.append(run)
         return run
 

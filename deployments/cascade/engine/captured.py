@@ -11,13 +11,13 @@ Shapes: `N` sessions of a bucket, `K` keys of its longest, the rest as in `atten
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
 
+from cascade.engine import graphs
 from cascade.engine.attention import attend, running
 from cascade.engine.batch import Segment
 from cascade.engine.extents import SMALLEST
@@ -26,25 +26,18 @@ from cascade.engine.rope import Regimes
 from cascade.engine.runner import FlatRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cascade.engine.attention import Form
-
-    # What runs a bucket: it reads the inputs where they lie and returns logits `[N, V]`, which may
-    # be the same memory each time.
-    Replay: TypeAlias = Callable[[], Tensor]
-    # Makes one of a function without arguments that has static shapes and never reads the device.
-    Recorder: TypeAlias = Callable[[Replay], Replay]
+    from cascade.engine.graphs import Recorder, Replay
 
 log = logging.getLogger(__name__)
 
 MOST_SESSIONS = 64  # more keep the device busy by themselves; their padding fits the scratch rows
 MOST_KEYS = 2**17  # of all sessions: a layer's are copied where FlashAttention does not serve
-_WARM_UPS = 3  # libraries choose kernels and take workspaces in the first runs
-_capturing = threading.Lock()  # a process can capture one graph at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +79,7 @@ class CapturedRunner(FlatRunner):
         if deterministic:
             raise Unsuited("its rows depend on the batch they are padded to")
         super().__init__(model)
-        usual = _Graphs(self.device) if self.device.type == "cuda" else _again
-        self._record = record or usual
+        self._record = record or graphs.recorder(self.device)
         self._steps: dict[Bucket, _Step | None] = {}  # None: runs on the flat path
         self._recordable = True
 
@@ -221,43 +213,6 @@ class StaticBatch:
             seen_NK = places_K < (self._counts_N - skipped_N)[:, None]
             self._reads[width] = rows_NK.clamp(max=self._last_row), seen_NK
         return self._reads[width]
-
-
-class _Graphs:
-    """Makes CUDA graphs, which share the memory of what they compute on the way."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._memory = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Replay) -> Replay:
-        usual = torch.cuda.current_stream(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # The outer context gives the stream back also where a capture cannot be ended.
-        with _capturing, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_stream(usual)
-            for _ in range(_WARM_UPS):
-                run()
-            with torch.cuda.graph(
-                graph,
-                pool=self._memory,
-                stream=self._stream,
-                capture_error_mode="thread_local",  # other engines of the process go on
-            ):
-                logits_NV = run()
-        usual.wait_stream(self._stream)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits_NV
-
-        return replay
-
-
-def _again(run: Replay) -> Replay:
-    """Return the function itself, where there are no graphs."""
-    return run
 
 
 def _power(count: int) -> int:
