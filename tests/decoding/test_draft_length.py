@@ -173,6 +173,21 @@ def test_a_stay_without_drafts_says_how_long_it_lasts() -> None:
     assert stay[-1].reason == "trial"
 
 
+def test_the_first_trial_comes_soon_however_bad_the_first_guess() -> None:
+    """What cold tiers took says little; what the trial took decides when the next one comes."""
+    length, world = session(chance=0.6, trip_s=0.2)
+    for _ in range(FEWEST):
+        length.learn(world.round(5)[2])
+    stays: list[int] = []
+    while len(stays) < 2:
+        wanted = length.next(room=100)
+        if wanted.reason == "alone" and length.kind.alone == 0:
+            stays.append(length.kind.pause)
+        length.learn(world.round(wanted.tokens)[2])
+    assert stays[0] == FIRST_PAUSE
+    assert stays[1] > 4 * FIRST_PAUSE
+
+
 def test_sessions_of_one_kind_learn_from_each_other() -> None:
     experience, world = Experience(), World(chance=0.0, draft_s=0.005)
     assert experience.session(Policy()).next(room=9).reason == "measuring"

@@ -189,7 +189,9 @@ class Automatic:
         if kind.alone == 0:
             loss = rounds * (costs.round_s(block) / costs.alone_s() - block.tokens)
             usual = min(max(2 * kind.pause, FIRST_PAUSE), USUAL_PAUSE)
-            kind.pause = min(max(usual, round(loss / TRIAL_SHARE)), LONGEST_PAUSE)
+            # The first loss is a guess of cold tiers; a trial makes it a measurement.
+            longest = max(usual, round(loss / TRIAL_SHARE)) if kind.pause else usual
+            kind.pause = min(longest, LONGEST_PAUSE)
         self._alone = min(max(1, kind.pause - kind.alone // crowd), LONGEST_STAY)
         return Length(tokens=0, reason="alone", alone=self._alone)
 
