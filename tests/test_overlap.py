@@ -270,6 +270,19 @@ async def test_nothing_is_sent_unasked_where_nothing_ahead_is_wanted(
     router.link.close()
 
 
+async def test_nothing_is_drafted_on_from_a_block_that_ended_in_doubt(
+    toy: Pair, toy_stack: Stack, drafter: Peer
+) -> None:
+    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    before = toy_stack.drafter.engine.stats().passes
+    turn = Turn(count=3, ahead=1, accepted=9, token=None, patient=False, floor=1.0)
+    first = await router.ask(turn)
+    await toy_stack.router.score(PROMPT, top=0)
+    assert first.block.length == 1
+    assert toy_stack.drafter.engine.stats().passes - before == 1 + 1  # and the prompt
+    router.link.close()
+
+
 async def test_a_deferral_is_guessed_past(toy: Pair, toy_stack: Stack, drafter: Peer) -> None:
     """The line goes on after the token that the expert is to write."""
     router = opened(drafter, toy_stack, toy, replace(POLICIES["deferring"], seed=3))

@@ -153,6 +153,8 @@ class Line:
     def resume(self) -> Step | None:
         """Return the step that leads to the next block, or None if no more was asked for."""
         more = self.branch is None and len(self._blocks) <= self.asked.ahead
+        # A block that ended in doubt is unlikely to stand: what followed it would be in vain.
+        more = more and self.block.survival >= self.asked.floor
         if self.ended or not more or not self._fits(len(self.answer)):
             self.resting = True
             return None
