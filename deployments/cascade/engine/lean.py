@@ -49,16 +49,15 @@ class LeanRunner(BaseRunner):
         self, model: PreTrainedModel, *, packed: bool = True, deterministic: bool = False
     ) -> None:
         super().__init__(model)
-        read = llama.read(model)
         self._deterministic = deterministic
-        self._weights = read.mapped(partial(_map, packed=packed, deterministic=deterministic))
+        self._weights = llama.read(model, partial(_map, packed=packed, deterministic=deterministic))
         self._forms = [
             Form(scale=self._weights.scale, window=window, deterministic=deterministic)
             for _, window in sorted(probe.windows(model).items())
         ]
         self.solo = (
-            Solo(read, windows=[form.window for form in self._forms])
-            if packed and not deterministic and Solo.suits(read)
+            Solo(model, windows=[form.window for form in self._forms])
+            if packed and not deterministic and Solo.suits(model)
             else None
         )
         self._turns = llama.rotations(self._weights, positions=_POSITIONS)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Map = TypeVar("Map")
-Other = TypeVar("Other")
 
 _MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
@@ -78,20 +77,6 @@ class Layer(Generic[Map]):
     activation: Callable[[Tensor], Tensor]
     down: Map
 
-    def mapped(self, make: Callable[[Map], Other]) -> Layer[Other]:
-        """Return the layer with its matrices in another form."""
-        return Layer(
-            before=self.before,
-            heads=make(self.heads),
-            query_norm=self.query_norm,
-            key_norm=self.key_norm,
-            out=make(self.out),
-            between=self.between,
-            gates=make(self.gates),
-            activation=self.activation,
-            down=make(self.down),
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights(Generic[Map]):
@@ -107,29 +92,13 @@ class Weights(Generic[Map]):
     size: int  # of a head
     scale: float  # of the scores
 
-    @property
-    def maps(self) -> list[Map]:
-        """Return the matrices."""
-        inside = [(one.heads, one.out, one.gates, one.down) for one in self.layers]
-        return [*(one for some in inside for one in some), self.head]
 
-    def mapped(self, make: Callable[[Map], Other]) -> Weights[Other]:
-        """Return the model with its matrices in another form."""
-        return Weights(
-            embedding_VC=self.embedding_VC,
-            layers=[layer.mapped(make) for layer in self.layers],
-            norm=self.norm,
-            head=make(self.head),
-            rotary=self.rotary,
-            query_heads=self.query_heads,
-            key_heads=self.key_heads,
-            size=self.size,
-            scale=self.scale,
-        )
-
-
-def read(model: PreTrainedModel) -> Weights[Matrix]:
+def read(model: PreTrainedModel, make: Callable[[Matrix], Map]) -> Weights[Map]:
     """Return the weights of `model`, which keeps its own.
+
+    Args:
+        model: any.
+        make: puts a matrix into the form that is wanted; one at a time, since each is a copy.
 
     Raises:
         Unsuited: if it is not a Llama-like model on a CPU.
@@ -141,9 +110,9 @@ def read(model: PreTrainedModel) -> Weights[Matrix]:
     norm = Norm(body.norm)
     return Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
-        layers=[_layer(layer) for layer in body.layers],
+        layers=[_layer(layer, make) for layer in body.layers],
         norm=norm,
-        head=_join(norm, model.get_output_embeddings()),
+        head=make(_join(norm, model.get_output_embeddings())),
         rotary=body.rotary_emb,
         query_heads=attention.q_proj.weight.shape[0] // size,
         key_heads=attention.k_proj.weight.shape[0] // size,
@@ -201,20 +170,20 @@ def _paired(states: Tensor, size: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _layer(layer: Any) -> Layer[Matrix]:
+def _layer(layer: Any, make: Callable[[Matrix], Map]) -> Layer[Map]:
     attention, network = layer.self_attn, layer.mlp
     before, between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
         before=before,
-        heads=_join(before, *projections, paired=2, size=int(attention.head_dim)),
+        heads=make(_join(before, *projections, paired=2, size=int(attention.head_dim))),
         query_norm=_head_norm(attention, "q_norm"),
         key_norm=_head_norm(attention, "k_norm"),
-        out=_join(None, attention.o_proj),
+        out=make(_join(None, attention.o_proj)),
         between=between,
-        gates=_join(between, network.gate_proj, network.up_proj),
+        gates=make(_join(between, network.gate_proj, network.up_proj)),
         activation=_activation(network.act_fn),
-        down=_join(None, network.down_proj),
+        down=make(_join(None, network.down_proj)),
     )
 
 

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.nn.functional import silu
+
+from cascade.engine import llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from cascade.engine.batch import Segment
     from cascade.engine.llama import Layer, Matrix, Norm, Weights
@@ -39,25 +41,25 @@ class Solo:
     """A Llama-like model for one token at a time, over the pool of the lean path.
 
     Args:
-        weights: The model's; shared, not copied.
+        model: The model; its matrices are copied.
         windows: Tokens that each layer sees back, itself included; None: all.
     """
 
-    def __init__(self, weights: Weights[Matrix], *, windows: Sequence[int | None]) -> None:
-        mapped = weights.mapped(_map)
+    def __init__(self, model: PreTrainedModel, *, windows: Sequence[int | None]) -> None:
+        weights = llama.read(model, _map)
         self._embedding_VC = weights.embedding_VC.numpy()
         self._layers = [
-            _Layer(layer, mapped, window=window)
-            for layer, window in zip(mapped.layers, windows, strict=True)
+            _Layer(layer, weights, window=window)
+            for layer, window in zip(weights.layers, windows, strict=True)
         ]
-        self._norm, self._head = _norm(weights.norm), mapped.head
+        self._norm, self._head = _norm(weights.norm), weights.head
 
     @staticmethod
-    def suits(weights: Weights[Matrix]) -> bool:
+    def suits(model: PreTrainedModel) -> bool:
         """Return whether the model is small, of float32 and of the usual activation."""
-        usual = all(layer.activation is silu for layer in weights.layers)
-        small = all(one.weight_OC.numel() <= MOST_WEIGHTS for one in weights.maps)
-        return usual and small and weights.embedding_VC.dtype == torch.float32
+        usual = getattr(model.config, "hidden_act", None) in {"silu", "swish"}
+        small = all(one.numel() <= MOST_WEIGHTS for one in model.parameters())
+        return usual and small and model.dtype == torch.float32
 
     def forward(
         self, segments: Sequence[Segment], *, pool: StackedPool, turns_P1E: Tensor
