@@ -188,6 +188,21 @@ def test_the_first_trial_comes_soon_however_bad_the_first_guess() -> None:
     assert stays[1] > 4 * FIRST_PAUSE
 
 
+def test_a_session_that_drafts_does_not_keep_the_others_from_a_trial() -> None:
+    """Of two that differ in luck one drafts throughout; the other tries again all the same."""
+    experience = Experience()
+    lucky, unlucky = (experience.session(Policy()) for _ in range(2))
+    good, bad = World(chance=0.95, sessions=2), World(chance=0.0, sessions=2, draft_s=0.005)
+    reasons: set[str] = set()
+    for _ in range(8 * FIRST_PAUSE):
+        for length, world in ((lucky, good), (unlucky, bad)):
+            wanted = length.next(room=100)
+            length.learn(world.round(wanted.tokens)[2])
+        reasons.add(wanted.reason)
+    assert lucky.next(room=100).reason == "fastest"
+    assert reasons >= {"alone", "trial"}
+
+
 def test_sessions_of_one_kind_learn_from_each_other() -> None:
     experience, world = Experience(), World(chance=0.0, draft_s=0.005)
     assert experience.session(Policy()).next(room=9).reason == "measuring"

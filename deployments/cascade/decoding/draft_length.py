@@ -75,7 +75,7 @@ class Kind:
     """What sessions of one rule have found out together."""
 
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(memory=500))
-    pause: int = 0  # tokens that each session writes alone before the next trial
+    pause: int = FIRST_PAUSE  # tokens that each session writes alone before the next trial
     alone: int = 0  # that all wrote so since the last
     trial: int = 0  # rounds of the present one that are left
 
@@ -151,7 +151,6 @@ class Automatic:
         self._best = fastest(costs, yields[self.least :])
         if self._best == 0:
             return self._without(yields)
-        self.kind.pause = 0
         self._kept = ROUNDS_KEPT - 1
         self._floor = costs.floor(yields[self._best])
         self._whole = yields[self._best].whole
@@ -164,8 +163,10 @@ class Automatic:
         if lesson.drafted:
             for acceptance in (self.kind.acceptance, self._own):
                 acceptance.learn(drafted=lesson.drafted, accepted=lesson.accepted)
-            if not self._stood:  # while blocks stand, a trial goes on
-                self.kind.trial = max(0, self.kind.trial - 1)
+            if self.kind.trial > 0 and not self._stood:  # while blocks stand, a trial goes on
+                self.kind.trial -= 1
+                if self.kind.trial == 0:
+                    self.kind.pause = self._pause()
         elif self._alone > 0:
             self._alone -= 1
             self.kind.alone += 1
@@ -178,22 +179,33 @@ class Automatic:
 
     def _without(self, yields: Sequence[Yield]) -> Length:
         """Return no draft, or one on trial where enough was written without."""
-        kind, costs = self.kind, self.experience.costs
-        block = yields[fastest(costs, yields[1:])]
-        crowd = round(costs.sessions.value)
-        rounds = 1 if crowd == 1 else TRIAL_ROUNDS
-        if 0 < kind.pause * crowd <= kind.alone:
-            kind.alone, kind.trial = 0, rounds * crowd
+        kind, crowd = self.kind, self._crowd
+        if kind.trial == 0 and kind.alone >= kind.pause * crowd:
+            kind.alone, kind.trial = 0, self._rounds * crowd
         if kind.trial > 0:
-            return Length(tokens=block.length, reason="trial")
-        if kind.alone == 0:
-            loss = rounds * (costs.round_s(block) / costs.alone_s() - block.tokens)
-            usual = min(max(2 * kind.pause, FIRST_PAUSE), USUAL_PAUSE)
-            # The first loss is a guess of cold tiers; a trial makes it a measurement.
-            longest = max(usual, round(loss / TRIAL_SHARE)) if kind.pause else usual
-            kind.pause = min(longest, LONGEST_PAUSE)
+            return Length(tokens=fastest(self.experience.costs, yields[1:]), reason="trial")
         self._alone = min(max(1, kind.pause - kind.alone // crowd), LONGEST_STAY)
         return Length(tokens=0, reason="alone", alone=self._alone)
+
+    def _pause(self) -> int:
+        """Return how many tokens each session writes alone after a trial, by what that found."""
+        costs, shared = self.experience.costs, self.kind.acceptance
+        chances = [shared.at(place) for place in range(self.experience.longest)]
+        yields = yields_of(chances, bonus=self.bonus)
+        if fastest(costs, yields) > 0:
+            return FIRST_PAUSE
+        block = yields[fastest(costs, yields[1:])]
+        loss = self._rounds * (costs.round_s(block) / costs.alone_s() - block.tokens)
+        usual = min(2 * self.kind.pause, USUAL_PAUSE)
+        return min(max(usual, round(loss / TRIAL_SHARE)), LONGEST_PAUSE)
+
+    @property
+    def _crowd(self) -> int:
+        return round(self.experience.costs.sessions.value)
+
+    @property
+    def _rounds(self) -> int:
+        return 1 if self._crowd == 1 else TRIAL_ROUNDS
 
     def _chance(self, place: int) -> float:
         """Return the chance that a token stands: all sessions' there, bent to this one's."""
