@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade.decoding import reductions
 from cascade.decoding.distribution import Context, Hard, Soft, process, unscaled
 from cascade.decoding.reference_rows import processed
 from cascade.decoding.session import Sampling
@@ -37,14 +38,17 @@ def logits(rows: int, seed: int, *, vocab: int = VOCAB) -> torch.Tensor:
 @given(
     chosen=st.lists(st.tuples(samplings, texts, texts), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
+    piece=st.sampled_from([1, 2 * VOCAB, reductions.PIECE]),
 )
 def test_a_batch_of_any_samplings_is_each_row_by_its_definition(
-    chosen: list[tuple[Sampling, list[int], list[int]]], seed: int
+    chosen: list[tuple[Sampling, list[int], list[int]]], seed: int, piece: int
 ) -> None:
     """Rows with different samplings in one batch are what the slow twin makes of each."""
     logits_NV = logits(len(chosen), seed)
     contexts = [Context(prompt=prompt, answer=answer) for _, prompt, answer in chosen]
-    law = process(logits_NV, [sampling for sampling, _, _ in chosen], contexts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reductions, "PIECE", piece)
+        law = process(logits_NV, [sampling for sampling, _, _ in chosen], contexts)
     for i, (sampling, prompt, answer) in enumerate(chosen):
         wanted = processed(logits_NV[i], sampling, prompt, answer)
         torch.testing.assert_close(law.dense()[i], wanted, atol=1e-12, rtol=1e-9)

@@ -113,13 +113,6 @@ def test_the_fast_path_writes_what_its_slow_twin_writes() -> None:
     assert_twins_agree(chosen)
 
 
-def test_a_block_judged_in_parts_is_judged_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As rows of a long vocabulary are; the slow twin knows no parts."""
-    monkeypatch.setattr("cascade.decoding.verification._LARGE", 0)
-    chosen = random.Random(11).sample(range(len(GRID)), 120)  # noqa: S311 - a fixed choice
-    assert_twins_agree(chosen)
-
-
 @pytest.mark.slow
 def test_the_fast_path_writes_what_its_slow_twin_writes_everywhere() -> None:
     """The whole grid of rules, couplings, bonuses, verifications, formats and samplings."""

@@ -29,7 +29,7 @@ from cascade.decoding.rules import (
     TokenV3,
     Typical,
 )
-from cascade.decoding.session import Block, Bonus, Gates, Policy, Row
+from cascade.decoding.session import Block, Bonus, Gates, Policy, Row, Sampling
 from cascade.decoding.target import Evidence, Target, target
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class Bench:
     @cached_property
     def law(self) -> Law:
         """The expert's processed rows, one for each row of logits."""
-        samplings, contexts = [], []
+        samplings, contexts = list[Sampling](), list[Context]()
         for i, task in enumerate(self.tasks):
-            for j in range(self._count(i)):
-                samplings.append(task.policy.sampling)
-                contexts.append(_context(task, j))
+            count = self._count(i)
+            samplings += [task.policy.sampling] * count
+            contexts += _contexts(task, count)
         return process(self.logits_NV, samplings, contexts)
 
     @cached_property
@@ -216,11 +216,15 @@ def _drafted(block: Block, place: int) -> _Drafted:
     )
 
 
-def _context(task: Task, place: int) -> Context:
-    """Return what penalties count before a place of the block."""
+def _contexts(task: Task, count: int) -> list[Context]:
+    """Return what penalties count before each place of the block."""
     if not task.policy.sampling.counts_tokens:
-        return Context()
-    return Context(prompt=task.prompt, answer=[*task.answer, *task.block.tokens[:place]])
+        return [Context()] * count
+    drafted = task.block.tokens
+    return [
+        Context(prompt=task.prompt, answer=[*task.answer, *drafted[:place]])
+        for place in range(count)
+    ]
 
 
 def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:

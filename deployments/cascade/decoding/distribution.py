@@ -43,7 +43,7 @@ class Soft:
     """Rows softmax(logits / temperature) over the tokens whose logits reach the cut."""
 
     logits_NV: Tensor  # of any float type, widened where they are read
-    inverse_N1: Tensor  # 1 / temperature
+    inverse_N1: Tensor | None  # 1 / temperature; None: all are 1
     peak_N1: Tensor  # largest logit
     norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
     cut_N1: Tensor | None  # least logit kept; None keeps all
@@ -57,7 +57,10 @@ class Soft:
         if rows_E is None:
             rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
         logits_EK = widen(self.logits_NV[rows_E[:, None], ids_EK])
-        log_EK = (logits_EK - self.peak_N1[rows_E]) * self.inverse_N1[rows_E] - self.norm_N1[rows_E]
+        log_EK = logits_EK - self.peak_N1[rows_E]
+        if self.inverse_N1 is not None:
+            log_EK *= self.inverse_N1[rows_E]
+        log_EK -= self.norm_N1[rows_E]
         if self.cut_N1 is None:
             return log_EK
         return log_EK.masked_fill(logits_EK < self.cut_N1[rows_E], -math.inf)
@@ -66,7 +69,7 @@ class Soft:
         """Return a selection of the rows."""
         return Soft(
             logits_NV=self.logits_NV[rows_E],
-            inverse_N1=self.inverse_N1[rows_E],
+            inverse_N1=None if self.inverse_N1 is None else self.inverse_N1[rows_E],
             peak_N1=self.peak_N1[rows_E],
             norm_N1=self.norm_N1[rows_E],
             cut_N1=None if self.cut_N1 is None else self.cut_N1[rows_E],
@@ -75,7 +78,7 @@ class Soft:
     def log_dense(self) -> Tensor:
         """Return the log-probabilities of every token, [N, V], -inf where impossible."""
         logits_NV = widen(self.logits_NV)
-        log_NV = (logits_NV - self.peak_N1).mul_(self.inverse_N1).sub_(self.norm_N1)
+        log_NV = self._scaled(logits_NV).sub_(self.norm_N1)
         if self.cut_N1 is None:
             return log_NV
         return log_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
@@ -83,10 +86,17 @@ class Soft:
     def dense(self) -> Tensor:
         """Return the probabilities of every token, [N, V]."""
         logits_NV = widen(self.logits_NV)
-        scaled_NV = (logits_NV - self.peak_N1).mul_(self.inverse_N1)
+        if self.inverse_N1 is None and self.cut_N1 is None:
+            return logits_NV.softmax(dim=1)
+        scaled_NV = self._scaled(logits_NV)
         if self.cut_N1 is not None:
             scaled_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
         return scaled_NV.softmax(dim=1)
+
+    def _scaled(self, logits_NV: Tensor) -> Tensor:
+        """Return (logit - peak) / temperature."""
+        scaled_NV = logits_NV - self.peak_N1
+        return scaled_NV if self.inverse_N1 is None else scaled_NV.mul_(self.inverse_N1)
 
     def peaks(self) -> Tensor:
         """Return the largest probability of each row."""
@@ -150,7 +160,9 @@ def process(
     keeps the fewest tokens whose mass reaches it, relative to what top-k left, and what ties with
     the last.
     """
-    logits_NV = _adjust(logits_NV, samplings_N, contexts_N)
+    distinct = _distinct(samplings_N)
+    if any(s.logit_bias or s.counts_tokens for s in distinct):
+        logits_NV = _adjusted(logits_NV, samplings_N, contexts_N)
     like = widen(logits_NV[:0])
     if samplings_N and samplings_N[0].greedy:
         best_N, vocab = reductions.argmax(logits_NV), logits_NV.shape[1]
@@ -164,19 +176,25 @@ def process(
     peaks, norms, cuts = zip(*found, strict=True)
     return Soft(
         logits_NV=logits_NV,
-        inverse_N1=inverse_N1,
+        inverse_N1=inverse_N1 if _warms(distinct) else None,
         peak_N1=torch.cat(peaks),
         norm_N1=torch.cat(norms),
-        cut_N1=torch.cat(cuts) if _truncates(samplings_N) else None,
+        cut_N1=torch.cat(cuts) if _truncates(distinct) else None,
     )
+
+
+def _distinct(samplings_N: Sequence[Sampling]) -> list[Sampling]:
+    """Return each object once: the rows of a block share theirs."""
+    return list({id(sampling): sampling for sampling in samplings_N}.values())
 
 
 def _normalise(
     logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return peak, norm and cut of some rows, [N, 1] each."""
-    warm = any(s.temperature != 1 for s in samplings_N)
-    if not _truncates(samplings_N):
+    distinct = _distinct(samplings_N)
+    warm = _warms(distinct)
+    if not _truncates(distinct):
         peak_N1, norm_N1 = reductions.peak_and_norm(logits_NV, inverse_N1 if warm else None)
         return peak_N1, norm_N1, torch.full_like(peak_N1, -math.inf)
     peak_N1 = logits_NV.amax(dim=1, keepdim=True)
@@ -189,9 +207,14 @@ def _normalise(
     return peak_N1, weights_NV.sum(dim=1, keepdim=True).log_(), cut_N1
 
 
-def _truncates(samplings_N: Sequence[Sampling]) -> bool:
+def _warms(samplings: Sequence[Sampling]) -> bool:
+    """Whether any row has a temperature."""
+    return any(s.temperature != 1 for s in samplings)
+
+
+def _truncates(samplings: Sequence[Sampling]) -> bool:
     """Whether any row may lose tokens."""
-    return any(s.top_k or s.top_p < 1 or s.min_p for s in samplings_N)
+    return any(s.top_k or s.top_p < 1 or s.min_p for s in samplings)
 
 
 def unscaled(logits_NV: Tensor) -> Soft:
@@ -206,17 +229,15 @@ def is_plain(sampling: Sampling) -> bool:
     return sampling == _PLAIN
 
 
-def _adjust(
+def _adjusted(
     logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
 ) -> Tensor:
-    """Return logits with bias and penalties, widened; the input itself where no row has any."""
-    touched = [i for i, s in enumerate(samplings_N) if s.logit_bias or s.counts_tokens]
-    if not touched:
-        return logits_NV
+    """Return logits with bias and penalties, widened."""
     logits_NV = logits_NV.to(widen(logits_NV[:0]).dtype, copy=True)
-    for i in touched:
-        _bias(logits_NV[i], samplings_N[i])
-        _penalise(logits_NV[i], samplings_N[i], contexts_N[i])
+    for i, sampling in enumerate(samplings_N):
+        if sampling.logit_bias or sampling.counts_tokens:
+            _bias(logits_NV[i], sampling)
+            _penalise(logits_NV[i], sampling, contexts_N[i])
     return logits_NV
 
 

@@ -2,8 +2,7 @@
 
 Only here are rows as long as the vocabulary, one for each token that is emitted.
 
-Shapes: `M` judged rows, `E` emissions, `J` emissions that the target decides, `K` tokens of the
-drafter's support, `V` vocabulary.
+Shapes: `M` judged rows, `E` emissions, `K` tokens of the drafter's support, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -54,32 +53,31 @@ def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
 
     A residual that rounding left empty is replaced by pi.
     """
-    device = bench.logits_NV.device
-    rows_E = torch.tensor([e.row for e in emissions], device=device)
-    p_EV = bench.law.rows(rows_E).dense()
-    judged = [k for k, e in enumerate(emissions) if e.judged is not None]
-    if not judged:
-        return p_EV
-    some, place_J = [emissions[k] for k in judged], torch.tensor(judged, device=device)
-    p_JV = p_EV if len(judged) == len(emissions) else p_EV[place_J]
-    weights_JV = _over(bench, p_JV, some)
-    empty_J = weights_JV.sum(dim=1) <= 0
-    if fetch(empty_J.any()):
-        whole = [replace(e, factor=1.0, residual=False) for e in some]
-        weights_JV = torch.where(empty_J[:, None], _over(bench, p_JV, whole), weights_JV)
-    return weights_JV if p_JV is p_EV else p_EV.index_copy_(0, place_J, weights_JV)
+    rows_E = torch.tensor([e.row for e in emissions], device=bench.logits_NV.device)
+    expert = bench.law.rows(rows_E)
+    if all(e.judged is None for e in emissions):
+        return expert.dense()
+    weights_EV = _over(bench, expert, emissions)
+    empty_E = weights_EV.sum(dim=1) <= 0
+    if fetch(empty_E.any()):
+        whole = [replace(e, factor=1.0, residual=False) for e in emissions]
+        weights_EV = torch.where(empty_E[:, None], _over(bench, expert, whole), weights_EV)
+    return weights_EV
 
 
-def _over(bench: Bench, p_EV: Tensor, emissions: Sequence[Emission]) -> Tensor:
-    """Return (factor pi - q)+ for residuals and pi for others, over the whole vocabulary."""
-    index_E = torch.tensor([e.judged for e in emissions], device=p_EV.device)
-    factor_E = p_EV.new_tensor([e.factor for e in emissions])
-    less_E = p_EV.new_tensor([float(e.residual) for e in emissions])
-    scaled_EK = factor_E[:, None] * bench.target.on_NK[index_E]
+def _over(bench: Bench, expert: Law, emissions: Sequence[Emission]) -> Tensor:
+    """Return (factor pi - q)+ for residuals, pi for other judged rows and p for the rest."""
+    weights_EV = expert.dense()
+    target, support = bench.target, bench.support
+    index_E = torch.tensor([e.judged or 0 for e in emissions], device=weights_EV.device)
+    judged_E = torch.tensor([e.judged is not None for e in emissions], device=weights_EV.device)
+    factor_E = weights_EV.new_tensor([e.factor for e in emissions])
+    less_E = weights_EV.new_tensor([float(e.residual) for e in emissions])
+    scaled_EK = factor_E[:, None] * target.on_NK[index_E]
     on_EK = (scaled_EK - less_E[:, None] * bench.evidence.q_NK[index_E]).clamp_min(0)
-    weights_EV = p_EV * (factor_E * bench.target.tail_N[index_E])[:, None]
-    support = bench.support
-    return _written(weights_EV, support.ids_NK[index_E], support.valid_NK[index_E], on_EK)
+    weights_EV.mul_(torch.where(judged_E, factor_E * target.tail_N[index_E], 1.0)[:, None])
+    valid_EK = support.valid_NK[index_E] & judged_E[:, None]
+    return _written(weights_EV, support.ids_NK[index_E], valid_EK, on_EK)
 
 
 def _written(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def invert(weights_NK: Tensor, coins_N: Tensor) -> Tensor:
     Weights need not sum to one; an index of weight 0 is never returned unless all are 0. Sums are
     float64: over a long vocabulary float32 ones would lose the light tokens.
     """
-    cumulated_NK = weights_NK.double().cumsum(dim=1)
+    cumulated_NK = weights_NK.cumsum(dim=1, dtype=torch.float64)
     total_N1 = cumulated_NK[:, -1:]
     # A coin of almost 1 may round to the total, which no index exceeds.
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))

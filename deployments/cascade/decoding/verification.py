@@ -8,7 +8,6 @@ Shapes: `N` rows of logits, `E` committed tokens, `V` vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from cascade.decoding import acceptance
 from cascade.decoding.bench import Bench, Task, lay_out, live_length, rows_needed
 from cascade.decoding.needs import is_blockwise, is_fresh, is_gumbel
 from cascade.decoding.sampling import logprobs
-from cascade.decoding.session import Block, Bonus, Origin, Policy, TokenLogprob, Verdict
+from cascade.decoding.session import Origin, Policy, TokenLogprob, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from cascade.decoding.acceptance import Outcome
 
 __all__ = ["Task", "judge", "live_length", "rows_needed"]
-
-_LARGE = 2**20  # logits from which looking at fewer of them is worth a second batch
-_BEGINNING = 2  # drafted tokens of the first part
 
 
 def judge(
@@ -46,76 +42,6 @@ def judge(
     counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     assert sum(counts) == logits_NV.shape[0], "each task brings the rows it needs"
     logits_NV = logits_NV[:, :vocab_limit]
-    if logits_NV.device.type == "cpu" and logits_NV.numel() >= _LARGE:
-        return _in_parts(logits_NV, tasks, counts)
-    return _at_once(logits_NV, tasks, counts)
-
-
-def _in_parts(logits_NV: Tensor, tasks: Sequence[Task], counts: Sequence[int]) -> list[Verdict]:
-    """Judge the beginning of each block, and the rest of those whose beginning stands.
-
-    Nothing of a row after a refused token is read, and on a CPU rows are most of the work. Where
-    tokens are judged one by one, a coin belongs to its position, so two parts of a block are judged
-    as the whole is.
-    """
-    split = [_splits(task) for task in tasks]
-    starts = [
-        _beginning(task) if halved else task for task, halved in zip(tasks, split, strict=True)
-    ]
-    firsts = [0, *accumulate(counts)][:-1]
-    taken = [_BEGINNING if halved else count for count, halved in zip(counts, split, strict=True)]
-    rows = [first + k for first, count in zip(firsts, taken, strict=True) for k in range(count)]
-    verdicts = _at_once(logits_NV[rows], starts, taken)
-    going = [i for i, halved in enumerate(split) if halved and verdicts[i].accepted == _BEGINNING]
-    rows = [firsts[i] + k for i in going for k in range(_BEGINNING, counts[i])]
-    left = [counts[i] - _BEGINNING for i in going]
-    rest = _at_once(logits_NV[rows], [_rest(tasks[i]) for i in going], left)
-    for i, after in zip(going, rest, strict=True):
-        verdicts[i] = _joined(verdicts[i], after)
-    return verdicts
-
-
-def _splits(task: Task) -> bool:
-    """Return whether a block is judged in two parts."""
-    one_by_one = not is_blockwise(task.policy) and task.policy.bonus is not Bonus.TARGET
-    return one_by_one and live_length(task.policy, task.block.tokens) > _BEGINNING
-
-
-def _beginning(task: Task) -> Task:
-    """Return the first part, which no bonus follows."""
-    return replace(
-        task, policy=replace(task.policy, bonus=Bonus.NONE), block=task.block.cut(_BEGINNING)
-    )
-
-
-def _rest(task: Task) -> Task:
-    """Return the second part, for which the first is committed."""
-    block = task.block
-    return replace(
-        task,
-        position=task.position + _BEGINNING,
-        answer=[*task.answer, *block.tokens[:_BEGINNING]],
-        block=replace(
-            block,
-            **{part.name: getattr(block, part.name)[_BEGINNING:] for part in fields(Block)},
-        ),
-    )
-
-
-def _joined(before: Verdict, after: Verdict) -> Verdict:
-    """Return the verdict on a block from those on its parts."""
-    return Verdict(
-        accepted=before.accepted + after.accepted,
-        tokens=before.tokens + after.tokens,
-        origins=before.origins + after.origins,
-        judged=before.judged + after.judged,
-        deferred=before.deferred + after.deferred,
-        logprobs=before.logprobs + after.logprobs,
-    )
-
-
-def _at_once(logits_NV: Tensor, tasks: Sequence[Task], counts: Sequence[int]) -> list[Verdict]:
-    """Judge whole blocks, those of one kind in one batch."""
     firsts = [0, *accumulate(counts)][:-1]
     verdicts: dict[int, Verdict] = {}
     for members in _groups(tasks):
