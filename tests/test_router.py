@@ -160,6 +160,22 @@ async def test_an_answer_reports_what_it_cost(toy_stack: Stack) -> None:
     assert all(piece.statistics is pieces[-1].statistics for piece in pieces)
 
 
+async def test_the_next_block_is_asked_for_before_a_piece_is_read(toy: Pair) -> None:
+    """A reader that takes its time keeps nobody from drafting."""
+    settings = toy.settings(router={"overlap_blocks": 0, "overlap_branches": 0})
+    async with stack(settings) as running:
+        async with aclosing(running.router.generate(greedy())) as pieces:
+            await anext(pieces)
+            before = running.drafter.engine.stats().passes
+            async with asyncio.timeout(10):
+                while running.drafter.engine.stats().passes < before + 3:  # noqa: ASYNC110 - untold
+                    await asyncio.sleep(0)
+            text = [piece async for piece in pieces]
+        passes = running.drafter.engine.stats().passes
+        assert text[-1].statistics is not None
+        assert text[-1].statistics.drafter_passes <= passes <= before + 3 * len(text)
+
+
 async def test_a_stop_token_ends_the_answer(toy: Pair, toy_stack: Stack) -> None:
     """Nothing after it is committed, though the block went on."""
     text = alone(toy, 30)

@@ -149,14 +149,14 @@ class Router:
         length = self._draft_length(request)
         async with self._cast(request, session, entry, deadline_s) as (drafter, expert):
             finish = None
+            wanted = length.next(room=_room(request, session))
             while finish is None:
-                room = request.max_tokens - session.position
-                wanted = length.next(room=room - reserved(session.policy))
                 alone = self._options.ahead_tokens if wanted.tokens else wanted.alone
                 async with _until(deadline_s):
                     with ledger.drafting():
                         offer = await drafter.propose(session, wanted)
                     with ledger.judging():
+                        room = request.max_tokens - session.position
                         judged = await expert.judge(session, offer, room=room, alone=alone)
                 verdict = judged.verdict
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
@@ -164,6 +164,9 @@ class Router:
                 length.learn(ledger.lesson(offer, judged))
                 drafter.hear(session.policy, offer, verdict)
                 finish = _finish(session, request)
+                if finish is None:
+                    wanted = length.next(room=_room(request, session))
+                    drafter.hint(session, wanted)
                 yield _piece(before, session, verdict, finish, entry)
 
     async def _sequence_cascade(
@@ -273,6 +276,11 @@ def _session(request: Request, written: Piece | None) -> Session:
         policy=policy_in(request.mode, request.policy),
     )
     return replace(begun, tokens=written.tokens, origins=written.origins) if written else begun
+
+
+def _room(request: Request, session: Session) -> int:
+    """Return how many tokens it is of use to draft."""
+    return request.max_tokens - session.position - reserved(session.policy)
 
 
 def _joined(before: Piece, after: Piece) -> Piece:

@@ -34,6 +34,10 @@ class Hurried:
         self._deadline_s = deadline_s
         self._entry_s = ENTRY_SHARE * deadline_s
 
+    def hint(self, session: Session, wanted: Length) -> None:
+        """Ask for the block in advance."""
+        self._drafting.hint(session, wanted)
+
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return a block, or nothing where the drafter does not answer in time."""
         if wanted.tokens == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -116,6 +117,7 @@ class Place:
         self._known = 0  # answer tokens the replica has committed
         self._digest = 0
         self._digested = 0  # tokens of prompt and answer in the digest
+        self._asked: Session | None = None  # of the question that was sent before it was asked
 
     @property
     def address(self) -> str:
@@ -160,6 +162,8 @@ class Place:
 
     async def attempt(self, session: Session, make: Question, *, coming: bool = False) -> Answer:
         """Ask one replica, again where its answer is long in coming: rounds are idempotent."""
+        coming = coming or self._asked is session
+        self._asked = None
         if self._link is None:
             await self._enter(session)
             coming = False
@@ -179,6 +183,13 @@ class Place:
                 self.standing = SERVED
                 return answer
             self._known = answer.position
+
+    def hint(self, session: Session, make: Question) -> None:
+        """Send the next question before `attempt` asks it, where the replica has served so far."""
+        if self._link is not None and self.standing == SERVED:
+            with suppress(Unavailable):  # `attempt` will see it
+                self.send(session, make)
+                self._asked = session
 
     def send(self, session: Session, make: Question) -> None:
         """Send a question without waiting for its answer."""

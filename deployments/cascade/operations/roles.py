@@ -56,6 +56,10 @@ class Judged:
 class Drafter(Protocol):
     """Proposes blocks."""
 
+    def hint(self, session: Session, wanted: Length) -> None:
+        """Hear what `propose` will be asked next, to begin with it if that takes no waiting."""
+        ...
+
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return a block no longer than is wanted after the session's; none is an answer."""
         ...
@@ -79,6 +83,9 @@ class Expert(Protocol):
 class Silent:
     """Never drafts."""
 
+    def hint(self, session: Session, wanted: Length) -> None:
+        """Think nothing of it."""
+
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return nothing."""
         del session, wanted
@@ -101,6 +108,11 @@ class Drafting:
         self._ahead = ahead
         self._branches = branches
         self._until_deferral = until_deferral
+
+    def hint(self, session: Session, wanted: Length) -> None:
+        """Ask for the block in advance."""
+        if wanted.tokens:
+            self.place.hint(session, self.question(session, wanted))
 
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return the replica's block; raises DrafterUnavailable when none is left."""
@@ -160,11 +172,14 @@ class Predicted:
         self._next = 0  # place in the prediction of the session's next token
         self._seen = 0  # committed tokens looked at
 
+    def hint(self, session: Session, wanted: Length) -> None:
+        """Tell the other if it is its turn."""
+        if not self._predicted(session):
+            self._other.hint(session, wanted)
+
     async def propose(self, session: Session, wanted: Length) -> Offer:
         """Return the prediction's next tokens while the answer follows it."""
-        self._follow(session.tokens)
-        count = max(0, min(self._block_tokens, self._limit - session.position))
-        tokens = self._prediction[self._next : self._next + count]
+        tokens = self._predicted(session)
         if not tokens:
             return await self._other.propose(session, wanted)
         return Offer(block=Block(tokens=tokens), predicted=True)
@@ -173,6 +188,11 @@ class Predicted:
         """Tell the other of its own blocks."""
         if not offer.predicted:
             self._other.hear(policy, offer, verdict)
+
+    def _predicted(self, session: Session) -> tuple[int, ...]:
+        self._follow(session.tokens)
+        count = max(0, min(self._block_tokens, self._limit - session.position))
+        return self._prediction[self._next : self._next + count]
 
     def _follow(self, committed: tuple[int, ...]) -> None:
         fresh = committed[self._seen :]
