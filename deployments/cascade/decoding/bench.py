@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,8 +198,7 @@ def quotient(above_M: Tensor, below_M: Tensor) -> Tensor:
     return torch.where(below_M > 0, above_M / torch.where(below_M > 0, below_M, 1.0), 0.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Drafted:
+class _Drafted(NamedTuple):
     """What a block says of one of its positions."""
 
     row: Row | None

@@ -1,8 +1,9 @@
 """From logits to the rows q and p that tokens follow, and to the rows q0 and p0 that rules read.
 
-A row is never stored as probabilities: it stays logits and a normaliser, so that a few tokens of
-many rows cost a gather, and only a row that is sampled from is computed whole. Arithmetic is
-float32, or float64 for float64 logits.
+A row stays logits and a normaliser, so that a few tokens of many rows cost a gather, and only a row
+that is sampled from is computed whole. On a CPU passes over memory are what costs: there all
+probabilities are computed in one and kept, unless penalties or cuts have copied the rows already.
+Arithmetic is float32, or float64 for float64 logits.
 
 Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `D` likeliest tokens, `V` vocabulary.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -39,68 +41,85 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Which tokens of rows stay, and what they sum to."""
+
+    least_N1: Tensor  # least logit kept, -inf where all are
+    peak_N1: Tensor  # largest logit
+    norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
+
+
+@dataclass(frozen=True, kw_only=True)
 class Soft:
-    """Rows softmax(logits / temperature) over the tokens whose logits reach the cut."""
+    """Rows softmax(logits / temperature) over the tokens that a cut leaves.
+
+    What is costly and not always read is computed when it is.
+    """
 
     logits_NV: Tensor  # of any float type, widened where they are read
     inverse_N1: Tensor | None  # 1 / temperature; None: all are 1
-    peak_N1: Tensor  # largest logit
-    norm_N1: Tensor  # log of the sum of exp((logit - peak) / temperature) over the tokens kept
-    cut_N1: Tensor | None  # least logit kept; None keeps all
+    cut: Cut | None  # None keeps all
+    whole: bool = False  # all probabilities are computed at once, and kept
 
     def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the probabilities of the tokens `ids_EK` of chosen rows, by default of all."""
-        return self.log_at(ids_EK, rows_E=rows_E).exp()
+        if self._kept is None:
+            return self.log_at(ids_EK, rows_E=rows_E).exp()
+        return self._kept[_every(ids_EK, rows_E)[:, None], ids_EK]
 
     def log_at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the log-probabilities of the tokens `ids_EK` of chosen rows."""
-        if rows_E is None:
-            rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
+        rows_E = _every(ids_EK, rows_E)
+        peak_N1, norm_N1 = self._scale
         logits_EK = widen(self.logits_NV[rows_E[:, None], ids_EK])
-        log_EK = logits_EK - self.peak_N1[rows_E]
+        log_EK = logits_EK - peak_N1[rows_E]
         if self.inverse_N1 is not None:
             log_EK *= self.inverse_N1[rows_E]
-        log_EK -= self.norm_N1[rows_E]
-        if self.cut_N1 is None:
+        log_EK -= norm_N1[rows_E]
+        if self.cut is None:
             return log_EK
-        return log_EK.masked_fill(logits_EK < self.cut_N1[rows_E], -math.inf)
+        return log_EK.masked_fill(logits_EK < self.cut.least_N1[rows_E], -math.inf)
 
     def rows(self, rows_E: Tensor | slice) -> Soft:
         """Return a selection of the rows."""
+        cut = self.cut
         return Soft(
             logits_NV=self.logits_NV[rows_E],
             inverse_N1=None if self.inverse_N1 is None else self.inverse_N1[rows_E],
-            peak_N1=self.peak_N1[rows_E],
-            norm_N1=self.norm_N1[rows_E],
-            cut_N1=None if self.cut_N1 is None else self.cut_N1[rows_E],
+            cut=cut
+            and Cut(
+                least_N1=cut.least_N1[rows_E],
+                peak_N1=cut.peak_N1[rows_E],
+                norm_N1=cut.norm_N1[rows_E],
+            ),
         )
 
     def log_dense(self) -> Tensor:
         """Return the log-probabilities of every token, [N, V], -inf where impossible."""
+        peak_N1, norm_N1 = self._scale
         logits_NV = widen(self.logits_NV)
-        log_NV = self._scaled(logits_NV).sub_(self.norm_N1)
-        if self.cut_N1 is None:
+        log_NV = logits_NV - peak_N1
+        if self.inverse_N1 is not None:
+            log_NV.mul_(self.inverse_N1)
+        log_NV.sub_(norm_N1)
+        if self.cut is None:
             return log_NV
-        return log_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
+        return log_NV.masked_fill_(logits_NV < self.cut.least_N1, -math.inf)
 
-    def dense(self) -> Tensor:
-        """Return the probabilities of every token, [N, V]."""
-        logits_NV = widen(self.logits_NV)
-        if self.inverse_N1 is None and self.cut_N1 is None:
-            return logits_NV.softmax(dim=1)
-        scaled_NV = self._scaled(logits_NV)
-        if self.cut_N1 is not None:
-            scaled_NV.masked_fill_(logits_NV < self.cut_N1, -math.inf)
-        return scaled_NV.softmax(dim=1)
-
-    def _scaled(self, logits_NV: Tensor) -> Tensor:
-        """Return (logit - peak) / temperature."""
-        scaled_NV = logits_NV - self.peak_N1
-        return scaled_NV if self.inverse_N1 is None else scaled_NV.mul_(self.inverse_N1)
+    def dense(self, rows_E: Tensor | None = None) -> Tensor:
+        """Return the probabilities of every token of chosen rows, by default of all; a copy."""
+        if rows_E is not None:
+            return self.rows(rows_E).dense() if self._kept is None else self._kept[rows_E]
+        if self.inverse_N1 is None and self.cut is None:
+            return widen(self.logits_NV).softmax(dim=1)
+        parts = [self._dense(some) for some in reductions.pieces(self.logits_NV)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def peaks(self) -> Tensor:
         """Return the largest probability of each row."""
-        return (-self.norm_N1).exp().squeeze(1)
+        if self._kept is None:
+            return (-self._scale[1]).exp().squeeze(1)
+        return self._kept.amax(dim=1)
 
     def favourites(self) -> Tensor:
         """Return the likeliest token of each row, the lowest of equals."""
@@ -114,6 +133,38 @@ class Soft:
         log_NV = self.rows(some).log_dense()
         # An impossible token adds nothing, and its finite logarithm no NaN.
         return -(log_NV.exp() * log_NV.clamp_min_(_LEAST_LOG)).sum(dim=1)
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """Peak and norm, as a `Cut` has them."""
+        if self.cut is not None:
+            return self.cut.peak_N1, self.cut.norm_N1
+        inverse_N1 = self.inverse_N1
+        parts = [
+            reductions.peak_and_norm(
+                widen(self.logits_NV[some]), None if inverse_N1 is None else inverse_N1[some]
+            )
+            for some in reductions.pieces(self.logits_NV)
+        ]
+        return torch.cat([peak for peak, _ in parts]), torch.cat([norm for _, norm in parts])
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """All probabilities, if they are computed at once."""
+        return self.dense() if self.whole else None
+
+    def _dense(self, some: slice) -> Tensor:
+        logits_NV = widen(self.logits_NV[some])
+        scaled_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
+        if self.inverse_N1 is not None:
+            scaled_NV.mul_(self.inverse_N1[some])
+        if self.cut is not None:
+            scaled_NV.masked_fill_(logits_NV < self.cut.least_N1[some], -math.inf)
+        return scaled_NV.softmax(dim=1)
+
+
+def _every(ids_EK: Tensor, rows_E: Tensor | None) -> Tensor:
+    return torch.arange(len(ids_EK), device=ids_EK.device) if rows_E is None else rows_E
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +188,12 @@ class Hard:
         """Return the log-probabilities of every token, [N, V]: 0, or -inf where impossible."""
         return self.dense().log_()
 
-    def dense(self) -> Tensor:
-        """Return the probabilities of every token, [N, V]."""
-        shape = (len(self.best_N), self.vocab)
-        empty_NV = torch.zeros(shape, dtype=self.dtype, device=self.best_N.device)
-        return empty_NV.scatter_(1, self.best_N[:, None], 1.0)
+    def dense(self, rows_E: Tensor | None = None) -> Tensor:
+        """Return the probabilities of every token of chosen rows, by default of all."""
+        best_E = self.best_N if rows_E is None else self.best_N[rows_E]
+        shape = (len(best_E), self.vocab)
+        empty_EV = torch.zeros(shape, dtype=self.dtype, device=best_E.device)
+        return empty_EV.scatter_(1, best_E[:, None], 1.0)
 
     def favourites(self) -> Tensor:
         """Return the only possible token of each row."""
@@ -161,7 +213,8 @@ def process(
     the last.
     """
     distinct = _distinct(samplings_N)
-    if any(s.logit_bias or s.counts_tokens for s in distinct):
+    touched = any(s.logit_bias or s.counts_tokens for s in distinct)
+    if touched:
         logits_NV = _adjusted(logits_NV, samplings_N, contexts_N)
     like = widen(logits_NV[:0])
     if samplings_N and samplings_N[0].greedy:
@@ -169,17 +222,12 @@ def process(
         return Hard(best_N=best_N, vocab=vocab, dtype=like.dtype)
     inverse = [1.0 / max(s.temperature, _LEAST_TEMPERATURE) for s in samplings_N]
     inverse_N1 = like.new_tensor(inverse)[:, None]
-    found = [
-        _normalise(widen(logits_NV[some]), inverse_N1[some], samplings_N[some])
-        for some in reductions.pieces(logits_NV)
-    ]
-    peaks, norms, cuts = zip(*found, strict=True)
+    cuts = any(map(_truncates, distinct))
     return Soft(
         logits_NV=logits_NV,
-        inverse_N1=inverse_N1 if _warms(distinct) else None,
-        peak_N1=torch.cat(peaks),
-        norm_N1=torch.cat(norms),
-        cut_N1=torch.cat(cuts) if _truncates(distinct) else None,
+        inverse_N1=inverse_N1 if any(s.temperature != 1 for s in distinct) else None,
+        cut=_cut(logits_NV, inverse_N1, samplings_N) if cuts else None,
+        whole=logits_NV.device.type == "cpu" and not (touched or cuts),
     )
 
 
@@ -188,33 +236,30 @@ def _distinct(samplings_N: Sequence[Sampling]) -> list[Sampling]:
     return list({id(sampling): sampling for sampling in samplings_N}.values())
 
 
-def _normalise(
+def _truncates(sampling: Sampling) -> bool:
+    """Whether rows may lose tokens."""
+    return bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+
+
+def _cut(logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]) -> Cut:
+    """Return what top-k, top-p and min-p leave."""
+    found = [
+        _cut_at_once(widen(logits_NV[some]), inverse_N1[some], samplings_N[some])
+        for some in reductions.pieces(logits_NV)
+    ]
+    least, peaks, norms = zip(*found, strict=True)
+    return Cut(least_N1=torch.cat(least), peak_N1=torch.cat(peaks), norm_N1=torch.cat(norms))
+
+
+def _cut_at_once(
     logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return peak, norm and cut of some rows, [N, 1] each."""
-    distinct = _distinct(samplings_N)
-    warm = _warms(distinct)
-    if not _truncates(distinct):
-        peak_N1, norm_N1 = reductions.peak_and_norm(logits_NV, inverse_N1 if warm else None)
-        return peak_N1, norm_N1, torch.full_like(peak_N1, -math.inf)
+    """Return the least logit kept, peak and norm of some rows, [N, 1] each."""
     peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-    weights_NV = logits_NV - peak_N1
-    if warm:
-        weights_NV.mul_(inverse_N1)
-    weights_NV.exp_()
-    cut_N1 = _cut(logits_NV, weights_NV, inverse_N1, samplings_N)
-    weights_NV.masked_fill_(logits_NV < cut_N1, 0.0)
-    return peak_N1, weights_NV.sum(dim=1, keepdim=True).log_(), cut_N1
-
-
-def _warms(samplings: Sequence[Sampling]) -> bool:
-    """Whether any row has a temperature."""
-    return any(s.temperature != 1 for s in samplings)
-
-
-def _truncates(samplings: Sequence[Sampling]) -> bool:
-    """Whether any row may lose tokens."""
-    return any(s.top_k or s.top_p < 1 or s.min_p for s in samplings)
+    weights_NV = (logits_NV - peak_N1).mul_(inverse_N1).exp_()
+    least_N1 = _least(logits_NV, weights_NV, inverse_N1, samplings_N)
+    weights_NV.masked_fill_(logits_NV < least_N1, 0.0)
+    return least_N1, peak_N1, weights_NV.sum(dim=1, keepdim=True).log_()
 
 
 def unscaled(logits_NV: Tensor) -> Soft:
@@ -263,7 +308,7 @@ def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
         logits_V[answer_K] -= penalty_K
 
 
-def _cut(
+def _least(
     logits_NV: Tensor, weights_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
 ) -> Tensor:
     """Return the least logit that top-k, top-p and min-p keep, [N, 1], -inf where all stay."""

@@ -214,7 +214,7 @@ def _sample(
     places: dict[int, tuple[_Sample, int]] = {}
     for shipped in (True, False):
         members = [i for i, s in enumerate(shipped_B) if s is shipped]
-        chosen_E = torch.tensor(members, device=law.norm_N1.device)
+        chosen_E = torch.tensor(members, device=law.logits_NV.device)
         chosen = [tasks[i] for i in members]
         some_raw = None if raw is None else raw.rows(chosen_E)
         parts[shipped] = _sample(
@@ -290,7 +290,7 @@ def _draft_coins(tasks: Sequence[DraftTask]) -> Tensor:
 def _unscaled_at(raw: Soft | None, tokens_B: Sequence[int]) -> list[float | None]:
     """Return q0 of the drafted tokens."""
     assert raw is not None, "the policy reads q0"
-    ids_B1 = torch.tensor(tokens_B, device=raw.norm_N1.device)[:, None]
+    ids_B1 = torch.tensor(tokens_B, device=raw.logits_NV.device)[:, None]
     return fetch(raw.at(ids_B1).squeeze(1))
 
 

@@ -54,20 +54,19 @@ def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
     A residual that rounding left empty is replaced by pi.
     """
     rows_E = torch.tensor([e.row for e in emissions], device=bench.logits_NV.device)
-    expert = bench.law.rows(rows_E)
     if all(e.judged is None for e in emissions):
-        return expert.dense()
-    weights_EV = _over(bench, expert, emissions)
+        return bench.law.dense(rows_E)
+    weights_EV = _over(bench, rows_E, emissions)
     empty_E = weights_EV.sum(dim=1) <= 0
     if fetch(empty_E.any()):
         whole = [replace(e, factor=1.0, residual=False) for e in emissions]
-        weights_EV = torch.where(empty_E[:, None], _over(bench, expert, whole), weights_EV)
+        weights_EV = torch.where(empty_E[:, None], _over(bench, rows_E, whole), weights_EV)
     return weights_EV
 
 
-def _over(bench: Bench, expert: Law, emissions: Sequence[Emission]) -> Tensor:
+def _over(bench: Bench, rows_E: Tensor, emissions: Sequence[Emission]) -> Tensor:
     """Return (factor pi - q)+ for residuals, pi for other judged rows and p for the rest."""
-    weights_EV = expert.dense()
+    weights_EV = bench.law.dense(rows_E)
     target, support = bench.target, bench.support
     index_E = torch.tensor([e.judged or 0 for e in emissions], device=weights_EV.device)
     judged_E = torch.tensor([e.judged is not None for e in emissions], device=weights_EV.device)

@@ -144,14 +144,15 @@ def _padded(
     ids_NK = np.zeros((len(rows_N), width), np.int64)
     weights_NK = np.zeros((len(rows_N), width), np.float32)
     q0_NK = np.full((len(rows_N), width), -np.inf, np.float32)
+    shipped = [row for row in rows_N if row is not None and size(row)]
+    sizes_N = np.array([0 if row is None else size(row) for row in rows_N])
+    inside_NK = np.arange(width) < sizes_N[:, None]
+    ids = [row.ids if len(row.ids) else np.arange(size(row)) for row in shipped]
+    ids_NK[inside_NK] = np.concatenate(ids)
+    weights_NK[inside_NK] = np.concatenate([row.weights for row in shipped])
     for i, row in enumerate(rows_N):
-        if row is None:
-            continue
-        count = size(row)
-        ids_NK[i, :count] = row.ids if len(row.ids) else np.arange(count)
-        weights_NK[i, :count] = row.weights
-        if row.unscaled is not None:
-            q0_NK[i, :count] = row.unscaled
+        if row is not None and row.unscaled is not None:
+            q0_NK[i, : size(row)] = row.unscaled
     return ids_NK, weights_NK, q0_NK
 
 

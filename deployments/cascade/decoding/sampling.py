@@ -36,7 +36,7 @@ def invert(weights_NK: Tensor, coins_N: Tensor) -> Tensor:
 
 def logprobs(law: Soft, tokens_N: Sequence[int], tops_N: Sequence[int]) -> list[TokenLogprob]:
     """Return the log-probability of a token of each row, with that row's likeliest tokens."""
-    ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=law.norm_N1.device)[:, None]
+    ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=law.logits_NV.device)[:, None]
     chosen_N = fetch(law.log_at(ids_N1).squeeze(1))
     depth = min(max(tops_N, default=0), law.logits_NV.shape[1])
     best_NK = law.logits_NV.topk(depth).indices
