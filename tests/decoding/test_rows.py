@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.decoding.rows import ABSENT, one_hot, one_token, overlay, size, sparsify
+from cascade.decoding.rows import ABSENT, one_hot, received, size, sparsify
 
 LIKE = torch.empty(0)
 
@@ -26,8 +26,7 @@ def test_what_is_read_back_is_what_was_sampled(entries: int, seed: int) -> None:
     sparse = sparsify(laws(3, 50, seed), entries)
     law_NK = sparse.law(torch.float32)
     rows = [sparse.row(i) for i in range(3)]
-    start = one_token([0, 0, 0], [1.0] * 3, [-math.inf] * 3, like=LIKE)
-    support = overlay(start, rows)
+    support = received(rows, [0, 0, 0], [1.0] * 3, [-math.inf] * 3, like=LIKE)
     for i, row in enumerate(rows):
         kept = law_NK[i] > 0
         assert size(row) == int(kept.sum()) <= entries
@@ -55,16 +54,16 @@ def test_a_full_row_has_no_ids_and_every_token() -> None:
     assert (len(row.ids), row.weights.tolist()) == (0, [1, 0, 1])
     assert row.unscaled is not None
     np.testing.assert_allclose(row.unscaled, [0.4, 0.2, 0.4], rtol=1e-3)
-    support = overlay(one_token([2], [0.3], [0.1], like=LIKE), [row])
+    support = received([row], [2], [0.3], [0.1], like=LIKE)
     assert support.q_NK.tolist() == [[0.5, 0.0, 0.5]]
     assert support.valid_NK.tolist() == [[True, False, True]]
 
 
 def test_rows_of_all_kinds_share_a_batch() -> None:
     """A shipped row replaces the token it stood on; absent ones leave it."""
-    start = one_token([4, 5, -1], [0.25, 0.5, 1.0], [0.1, 0.2, -math.inf], like=LIKE)
     rows = [ABSENT, sparsify(torch.tensor([[0.0, 0.8, 0.2]]), 2).row(0), None]
-    support = overlay(start, rows)
+    told = [0.25, 0.5, 1.0], [0.1, 0.2, -math.inf]
+    support = received(rows, [4, 5, -1], *told, like=LIKE)
     assert support.ids_NK.tolist() == [[4, 0], [1, 2], [0, 0]]
     assert support.q_NK.tolist() == [
         [0.25, 0],

@@ -32,6 +32,29 @@ def test_a_token_of_weight_0_is_never_chosen(weights: list[float], coin: float) 
     assert weights[index] > 0
 
 
+@given(
+    length=st.integers(257, 2000),
+    filled=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    coin=st.one_of(st.just(LAST), st.just(0.0), st.floats(0, LAST)),
+)
+def test_a_coin_falls_where_the_weights_of_a_long_row_say(
+    length: int, filled: float, seed: int, coin: float
+) -> None:
+    """Blocks or not, with tokens of no weight among the others."""
+    chance = torch.Generator().manual_seed(seed)
+    weights_1V = torch.rand(1, length, generator=chance)
+    weights_1V *= torch.rand(1, length, generator=chance) < filled
+    index = int(invert(weights_1V, torch.tensor([coin], dtype=torch.float64)))
+    cumulated_V = weights_1V[0].double().cumsum(dim=0)
+    point = coin * float(cumulated_V[-1])
+    assert index < length
+    if cumulated_V[-1] > 0:
+        assert weights_1V[0, index] > 0
+        assert cumulated_V[index] >= point - 1e-9
+        assert cumulated_V[index] - weights_1V[0, index].double() <= point + 1e-9
+
+
 def test_light_tokens_of_a_long_vocabulary_are_reached() -> None:
     """Cumulated in float64, the last of a quarter of a million tokens keeps its share."""
     weights_1V = torch.full((1, 1 << 18), 1e-9)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import platform
+import resource
 import sys
 from typing import TYPE_CHECKING
 
@@ -47,3 +49,17 @@ def test_no_number_stands_for_torchs_own_whatever_others_have_set() -> None:
     threads.apply()
 
     assert torch.get_num_threads() == default
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_what_a_pass_frees_is_not_given_back_to_the_system() -> None:
+    """Blocks of megabytes, taken again and again, fault once."""
+    threads.apply()
+    faults = list[int]()
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(3_000_000 + number) for number in range(4)]
+        del blocks
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 100, faults

@@ -17,7 +17,7 @@ from torch import Tensor
 from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
 from cascade.decoding.needs import is_fresh, wants_target
 from cascade.decoding.reductions import widen
-from cascade.decoding.rows import Support, one_token, overlay, size
+from cascade.decoding.rows import Support, received, size
 from cascade.decoding.rules import (
     Bild,
     Diff,
@@ -130,11 +130,14 @@ class Bench:
     def support(self) -> Support:
         """The drafter's judged rows."""
         found = [_drafted(self.tasks[i].block, j) for i, j in self._places()]
-        like = widen(self.logits_NV[:0])
         fresh = is_fresh(self.policy)
-        likelihoods = [1.0 if fresh else f.likelihood for f in found]
-        support = one_token(self.token_M, likelihoods, [f.unscaled for f in found], like=like)
-        return support if fresh else overlay(support, [f.row for f in found])
+        return received(
+            [None if fresh else one.row for one in found],
+            self.token_M,
+            [1.0 if fresh else one.likelihood for one in found],
+            [one.unscaled for one in found],
+            like=widen(self.logits_NV[:0]),
+        )
 
     def lossless_ratios(self) -> Tensor:
         """Return p / q at each drafted token, float64 [M], where q is what it was drafted from."""

@@ -110,10 +110,11 @@ class Soft:
         """Return the probabilities of every token of chosen rows, by default of all; a copy."""
         if rows_E is not None:
             return self.rows(rows_E).dense() if self._kept is None else self._kept[rows_E]
-        if self.inverse_N1 is None and self.cut is None:
-            return widen(self.logits_NV).softmax(dim=1)
-        parts = [self._dense(some) for some in reductions.pieces(self.logits_NV)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        like = widen(self.logits_NV[:0])
+        p_NV = torch.empty(self.logits_NV.shape, dtype=like.dtype, device=like.device)
+        for some in reductions.pieces(self.logits_NV):
+            torch.softmax(self._scaled(some), dim=1, out=p_NV[some])
+        return p_NV
 
     def peaks(self) -> Tensor:
         """Return the largest probability of each row."""
@@ -153,14 +154,16 @@ class Soft:
         """All probabilities, if they are computed at once."""
         return self.dense() if self.whole else None
 
-    def _dense(self, some: slice) -> Tensor:
+    def _scaled(self, some: slice) -> Tensor:
         logits_NV = widen(self.logits_NV[some])
+        if self.inverse_N1 is None and self.cut is None:
+            return logits_NV
         scaled_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
         if self.inverse_N1 is not None:
             scaled_NV.mul_(self.inverse_N1[some])
         if self.cut is not None:
             scaled_NV.masked_fill_(logits_NV < self.cut.least_N1[some], -math.inf)
-        return scaled_NV.softmax(dim=1)
+        return scaled_NV
 
 
 def _every(ids_EK: Tensor, rows_E: Tensor | None) -> Tensor:

@@ -96,66 +96,47 @@ class Support:
     q0_NK: Tensor  # unscaled probabilities, -inf where unknown
 
 
-def one_token(
+def received(
+    rows_N: Sequence[Row | None],
     tokens_N: Sequence[int],
     likelihoods_N: Sequence[float],
     unscaled_N: Sequence[float],
     *,
     like: Tensor,
 ) -> Support:
-    """Return rows that are known at their drafted token alone; token -1 stands for none."""
-    ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=like.device)[:, None]
-    return Support(
-        ids_NK=ids_N1.clamp_min(0),
-        valid_NK=ids_N1 >= 0,
-        q_NK=like.new_tensor(likelihoods_N)[:, None] * (ids_N1 >= 0),
-        q0_NK=like.new_tensor(unscaled_N)[:, None],
-    )
+    """Return the rows as they were shipped.
 
-
-def overlay(support: Support, rows_N: Sequence[Row | None]) -> Support:
-    """Return the support with each shipped row in place of the token it stood on."""
-    sizes_N = [0 if row is None else size(row) for row in rows_N]
-    width = max(sizes_N, default=0)
-    if not width:
-        return support
-    ids_NK, weights_NK, q0_NK = _padded(rows_N, width)
-    device = support.ids_NK.device
-    sizes_N1 = torch.tensor(sizes_N, device=device)[:, None]
-    shipped_N1, here_1K = sizes_N1 > 0, torch.arange(width, device=device)[None, :]
-    wide = [_widened(t, width) for t in (support.ids_NK, support.valid_NK, support.q_NK)]
-    dtype = support.q_NK.dtype
-    law_NK = normalised(torch.from_numpy(weights_NK).to(device, dtype))
-    inside_NK = (here_1K < sizes_N1) & (law_NK > 0)
-    return Support(
-        ids_NK=torch.where(shipped_N1, torch.from_numpy(ids_NK).to(device), wide[0]),
-        valid_NK=torch.where(shipped_N1, inside_NK, wide[1]),
-        q_NK=torch.where(shipped_N1, law_NK, wide[2]),
-        q0_NK=torch.where(
-            shipped_N1, torch.from_numpy(q0_NK).to(device, dtype), _widened(support.q0_NK, width)
-        ),
-    )
-
-
-def _padded(
-    rows_N: Sequence[Row | None], width: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Return ids, weights and unscaled probabilities of the rows, padded to `width`."""
+    One that was not is known at its drafted token alone; token -1 stands for none.
+    """
+    sizes_N = np.array([0 if row is None else size(row) for row in rows_N], np.int64)
+    width = max(1, sizes_N.max(initial=0))
     ids_NK = np.zeros((len(rows_N), width), np.int64)
     weights_NK = np.zeros((len(rows_N), width), np.float32)
-    q0_NK = np.full((len(rows_N), width), -np.inf, np.float32)
-    shipped = [row for row in rows_N if row is not None and size(row)]
-    sizes_N = np.array([0 if row is None else size(row) for row in rows_N])
-    inside_NK = np.arange(width) < sizes_N[:, None]
-    ids = [row.ids if len(row.ids) else np.arange(size(row)) for row in shipped]
-    ids_NK[inside_NK] = np.concatenate(ids)
-    weights_NK[inside_NK] = np.concatenate([row.weights for row in shipped])
-    for i, row in enumerate(rows_N):
-        if row is not None and row.unscaled is not None:
+    q0_NK = np.full((len(rows_N), width), -np.inf)
+    alone_N, token_N = sizes_N == 0, np.array(tokens_N, np.int64)
+    ids_NK[:, 0] = token_N.clip(0)
+    weights_NK[:, 0] = token_N >= 0
+    q0_NK[:, 0] = np.where(alone_N, unscaled_N, -np.inf)
+    shipped = [(i, row) for i, row in enumerate(rows_N) if row is not None and size(row)]
+    if shipped:
+        inside_NK = np.arange(width) < sizes_N[:, None]
+        ids_NK[inside_NK] = np.concatenate([_ids(row) for _, row in shipped])
+        weights_NK[inside_NK] = np.concatenate([row.weights for _, row in shipped])
+    for i, row in shipped:
+        if row.unscaled is not None:
             q0_NK[i, : size(row)] = row.unscaled
-    return ids_NK, weights_NK, q0_NK
+    law_NK = normalised(_brought(weights_NK, like))
+    return Support(
+        ids_NK=torch.from_numpy(ids_NK).to(like.device),
+        valid_NK=law_NK > 0,
+        q_NK=law_NK * _brought(np.where(alone_N, likelihoods_N, 1.0)[:, None], like),
+        q0_NK=_brought(q0_NK, like),
+    )
 
 
-def _widened(tensor_N1: Tensor, width: int) -> Tensor:
-    """Return the column with zeros to its right."""
-    return torch.nn.functional.pad(tensor_N1, (0, width - tensor_N1.shape[1]))
+def _ids(row: Row) -> NDArray[np.uint32] | NDArray[np.int64]:
+    return row.ids if len(row.ids) else np.arange(size(row))
+
+
+def _brought(values: NDArray[np.float32] | NDArray[np.float64], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device, like.dtype)

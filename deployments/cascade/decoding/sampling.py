@@ -19,19 +19,43 @@ if TYPE_CHECKING:
     from cascade.decoding.distribution import Soft
 
 
+_BLOCK = 128  # weights that are summed before they are cumulated
+
+
 def invert(weights_NK: Tensor, coins_N: Tensor) -> Tensor:
     """Return the index at which each coin falls in the cumulated weights, int64 [N].
 
     Weights need not sum to one; an index of weight 0 is never returned unless all are 0. Sums are
-    float64: over a long vocabulary float32 ones would lose the light tokens.
+    float64: over a long vocabulary float32 ones would lose the light tokens. There the sums of
+    blocks are cumulated, and then those of the block where the coin falls.
     """
-    cumulated_NK = weights_NK.cumsum(dim=1, dtype=torch.float64)
+    coins_N1 = coins_N.to(weights_NK.device)[:, None]
+    length = weights_NK.shape[1]
+    if length <= 2 * _BLOCK:
+        sums_NK = weights_NK.double()
+        return _fall(sums_NK, coins_N1 * sums_NK.sum(dim=1, keepdim=True))[0].squeeze(1)
+    whole = length - length % _BLOCK
+    sums_NB = weights_NK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=2, dtype=torch.float64)
+    rest_N1 = weights_NK[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)
+    sums_NB = torch.cat([sums_NB, rest_N1], dim=1)
+    block_N1, left_N1 = _fall(sums_NB, coins_N1 * sums_NB.sum(dim=1, keepdim=True))
+    ids_NK = block_N1 * _BLOCK + torch.arange(_BLOCK, device=weights_NK.device)
+    found_NK = weights_NK.gather(1, ids_NK.clamp_max(length - 1)).double()
+    inside_N1, _ = _fall(found_NK.masked_fill(ids_NK >= length, 0.0), left_N1)
+    return (block_N1 * _BLOCK + inside_N1).squeeze(1).clamp_max(length - 1)
+
+
+def _fall(sums_NK: Tensor, points_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index at which each point falls, and how far into it, [N, 1] each."""
+    cumulated_NK = sums_NK.cumsum(dim=1)
     total_N1 = cumulated_NK[:, -1:]
     # A coin of almost 1 may round to the total, which no index exceeds.
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
-    points_N1 = torch.minimum(coins_N.to(total_N1.device)[:, None] * total_N1, below_N1)
+    points_N1 = torch.minimum(points_N1, below_N1)
     index_N1 = torch.searchsorted(cumulated_NK, points_N1, right=True)
-    return index_N1.squeeze(1).clamp_max(weights_NK.shape[1] - 1)
+    index_N1 = index_N1.clamp_max(sums_NK.shape[1] - 1)
+    before_N1 = cumulated_NK.gather(1, index_N1) - sums_NK.gather(1, index_N1)
+    return index_N1, (points_N1 - before_N1).clamp_min(0)
 
 
 def logprobs(law: Soft, tokens_N: Sequence[int], tops_N: Sequence[int]) -> list[TokenLogprob]:

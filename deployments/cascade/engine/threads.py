@@ -1,17 +1,24 @@
-"""Threads of one replica, so that tiers that share a machine do not fight.
+"""Threads and memory of one replica's process.
 
 Two OpenMP teams that spin on the same cores slow each other tenfold; passive waiting costs a few
 percent alone. The policy is read when torch is imported, so it must be in the environment by then.
 numpy's own team, which knows no such policy, has one member.
+
+What a pass frees, the next one takes again. glibc may give blocks of megabytes back to the system
+in between, and then every page of them faults: that can take longer than the work on them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from contextlib import suppress
 from functools import cache
 
 # The default of 5 ms lets a Python thread hold up the engine's for longer than a decode step.
 _SWITCH_INTERVAL_S = 0.0005
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 2**30
 
 
 def environment(*, threads: int = 0) -> dict[str, str]:
@@ -41,6 +48,16 @@ def apply(*, threads: int = 0) -> None:
     usual = _usual()
     torch.set_num_threads(threads or usual)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    _keep_memory()
+
+
+@cache
+def _keep_memory() -> None:
+    """Let the process keep what it frees, up to a limit, where the C library is glibc."""
+    with suppress(AttributeError, OSError, TypeError):
+        tune = ctypes.CDLL(None).mallopt
+        tune(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        tune(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 @cache
