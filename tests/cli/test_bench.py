@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from cascade.cli import app
 from cascade.lab.padded import is_padded
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RUNNER = CliRunner()
 
@@ -71,3 +71,19 @@ def test_what_cannot_be_measured_is_told_in_a_line(words: str, said: str) -> Non
     ended = RUNNER.invoke(app, ["bench", *words.split()])
     assert ended.exit_code == 2
     assert said in " ".join(ended.output.split())
+
+
+async def test_a_run_that_is_terminated_leaves_no_tier(tmp_path: Path) -> None:
+    """As Ctrl-C does, what ends the command ends what it started."""
+    command = Path(sys.executable).with_name("cascade")
+    words = ("bench", "run", "--apart", "--out", str(tmp_path))
+    process = await asyncio.create_subprocess_exec(command, *words, stderr=asyncio.subprocess.PIPE)
+    children = list[psutil.Process]()
+    async with asyncio.timeout(60):
+        while len(children) < 2:
+            await asyncio.sleep(0.05)
+            children = psutil.Process(process.pid).children()
+    process.terminate()
+    await process.communicate()
+    assert process.returncode != 0
+    assert not psutil.wait_procs(children, timeout=20)[1]

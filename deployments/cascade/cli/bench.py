@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,15 @@ Dtype = Annotated[str | None, typer.Option(help="Of the expert and of peers: bfl
 
 @bench.callback()
 def prepare() -> None:
-    """Set what torch reads when it is imported: threads that wait must not spin."""
+    """Set what torch reads when it is imported, and end the tiers' processes however this ends."""
     os.environ.update(threads.environment())
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End as an interrupt from the keyboard does: it lets what was begun be ended."""
+    del number, frame
+    signal.raise_signal(signal.SIGINT)
 
 
 @bench.command()
