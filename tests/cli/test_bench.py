@@ -76,13 +76,15 @@ def test_what_cannot_be_measured_is_told_in_a_line(words: str, said: str) -> Non
 async def test_a_run_that_is_terminated_leaves_no_tier(tmp_path: Path) -> None:
     """As Ctrl-C does, what ends the command ends what it started."""
     command = Path(sys.executable).with_name("cascade")
-    words = ("bench", "run", "--apart", "--out", str(tmp_path))
-    process = await asyncio.create_subprocess_exec(command, *words, stderr=asyncio.subprocess.PIPE)
-    children = list[psutil.Process]()
+    words = ("bench", "run", "facts", "--apart", "--count", "2", "--out", str(tmp_path))
+    pipe, joined = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
+    process = await asyncio.create_subprocess_exec(command, *words, stdout=pipe, stderr=joined)
+    assert process.stdout is not None
     async with asyncio.timeout(60):
-        while len(children) < 2:
-            await asyncio.sleep(0.05)
-            children = psutil.Process(process.pid).children()
+        while b"warm" not in await process.stdout.readline():
+            assert process.returncode is None
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
     process.terminate()
     await process.communicate()
     assert process.returncode != 0
