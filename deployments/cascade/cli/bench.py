@@ -47,7 +47,7 @@ Dtype = Annotated[str | None, typer.Option(help="Of the expert and of peers: bfl
 
 @bench.callback()
 def prepare() -> None:
-    """Set what torch reads when it is imported, and end the tiers' processes however this ends."""
+    """Set what torch reads when it is imported; let a termination end the tiers too."""
     os.environ.update(threads.environment())
     signal.signal(signal.SIGTERM, _interrupt)
 
