@@ -30,9 +30,10 @@ QUESTION = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[Stack]:
-    engine = {"threads": 1}
+    """The shipped pair with blocks of a fixed length: `auto` drafts as the clock tells it to."""
+    tier = {"engine": {"threads": 1}}
     settings = Application.model_validate(
-        {"drafter": {"engine": engine}, "expert": {"engine": engine}}
+        {"drafter": tier, "expert": tier, "defaults": {"draft_tokens": 5}}
     )
     async with stack(settings) as running:
         yield running
