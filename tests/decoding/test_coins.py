@@ -56,9 +56,10 @@ def test_a_coin_lies_in_the_unit_interval_and_is_tossed_once(
     """The same counter gives the same coin, alone or in company."""
     alone = uniforms([seed], [position], purpose)
     company = uniforms([7, seed, 9], [1, position, 3], purpose)
-    assert alone.dtype == torch.float64
+    crowd = uniforms([7] * 8 + [seed], [1] * 8 + [position], Purpose.NOISE, purpose)
+    assert alone.dtype == crowd.dtype == torch.float64
     assert 0 <= float(alone) < 1
-    assert company[1] == alone[0]
+    assert company[1] == crowd[1, 8] == alone[0]
 
 
 def test_every_counter_has_its_own_coin() -> None:

@@ -248,12 +248,11 @@ def test_coins_of_dropped_blocks_must_not_be_tossed_again(monkeypatch: pytest.Mo
     def forgetful(
         seeds_N: Sequence[int],
         positions_N: Sequence[int],
-        purpose: coins.Purpose,
-        *,
+        *purposes: coins.Purpose,
         starts_N: Sequence[int] | None = None,
     ) -> torch.Tensor:
         del starts_N
-        return uniforms(seeds_N, positions_N, purpose)
+        return uniforms(seeds_N, positions_N, *purposes)
 
     monkeypatch.setattr(coins, "uniforms", forgetful)
     assert p_value(policy, samples=20_000) < 1e-4

@@ -178,7 +178,7 @@ def round_law(bench: Bench, chances: Sequence[float]) -> Floats:
         acceptance.following(bench, i, count, factor=factor) for i, count, factor, _ in endings
     ]
     wanted = [e for e in emissions if e is not None]
-    laws = emission_weights(bench, wanted) if wanted else torch.empty(0, 1)
+    laws = emission_weights(bench, wanted).weights_NK if wanted else torch.empty(0, 1)
     laws = (laws / laws.sum(dim=1, keepdim=True)).tolist()
     for (i, count, _, chance), emission in zip(endings, emissions, strict=True):
         tokens = bench.tasks[i].block.tokens[:count]

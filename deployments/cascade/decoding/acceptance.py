@@ -22,7 +22,6 @@ from cascade.decoding.host import fetch
 from cascade.decoding.needs import is_blockwise
 from cascade.decoding.races import races
 from cascade.decoding.rules import Ensemble, Lossless
-from cascade.decoding.sampling import invert
 from cascade.decoding.session import Origin
 
 if TYPE_CHECKING:
@@ -49,32 +48,31 @@ def tokenwise(bench: Bench) -> list[Outcome]:
     form without rows q is a one-hot at the draft: an acceptable token stands, any other stands if a
     fresh sample of p would have been it, and else gives way to that sample.
     """
-    coins_M = _coins(bench, Purpose.ACCEPT)
-    stands_M = coins_M < accept_probabilities(bench)
-    marks = _marks(bench, stands_M, lambda: _shared(bench, coins_M))
+    tossed = _toss(bench)
+    stands_M = tossed.accept_M < accept_probabilities(bench)
+    marks = _marks(bench, stands_M, lambda: _shared(bench, tossed.accept_M))
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
     emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
-    return _outcomes(bench, accepted, marks, _emit(bench, emissions))
+    return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
 
 
 def blockwise(bench: Bench) -> list[Outcome]:
     """Return the outcome of block verification: the longest prefix i with coin_i < h_i stands."""
-    coins_M = _coins(bench, Purpose.ACCEPT)
-    standing = standing_probabilities(bench)
-    tossed = fetch(coins_M)
+    tossed, standing = _toss(bench), standing_probabilities(bench)
+    coins_M = fetch(tossed.accept_M)
     accepted = [
-        max([0, *(i + 1 for i, h in enumerate(hs) if tossed[head + i] < h)])
+        max([0, *(i + 1 for i, h in enumerate(hs) if coins_M[head + i] < h)])
         for head, hs in zip(bench.heads, standing.prefixes, strict=True)
     ]
-    every_M = torch.ones_like(coins_M, dtype=torch.bool)
-    marks = _marks(bench, every_M, lambda: _shared(bench, coins_M))
+    every_M = torch.ones_like(tossed.accept_M, dtype=torch.bool)
+    marks = _marks(bench, every_M, lambda: _shared(bench, tossed.accept_M))
     emissions = [
         following(bench, i, count, factor=standing.factors[i][count])
         for i, count in enumerate(accepted)
     ]
-    return _outcomes(bench, accepted, marks, _emit(bench, emissions))
+    return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
 
 
 def gumbel(bench: Bench) -> list[Outcome]:
@@ -139,18 +137,30 @@ def _shared(bench: Bench, coins_M: Tensor) -> Tensor:
     return coins_M < bench.lossless_ratios()
 
 
-def _coins(bench: Bench, purpose: Purpose) -> Tensor:
-    """Return a coin for each judged row, float64 [M] on the device of the logits."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tossed:
+    """The coins of judged rows, and of what may be emitted at each row of logits; float64."""
+
+    accept_M: Tensor
+    emit_N: Tensor
+
+
+def _toss(bench: Bench) -> _Tossed:
+    """Return all coins at once, on the device of the logits; zeros where none matters."""
+    like = bench.logits_NV.new_empty(0, dtype=torch.float64)
     if _is_certain(bench):
-        return torch.zeros(len(bench.owner_M), dtype=torch.float64, device=bench.logits_NV.device)
-    owners = [bench.tasks[i] for i in bench.owner_M]
-    tossed = coins.uniforms(
-        [task.policy.seed for task in owners],
-        [task.position + j for task, j in zip(owners, bench.place_M, strict=True)],
-        purpose,
-        starts_N=[task.position for task in owners] if is_blockwise(bench.policy) else None,
+        rows = bench.logits_NV.shape[0]
+        return _Tossed(accept_M=like.new_zeros(len(bench.owner_M)), emit_N=like.new_zeros(rows))
+    places = [(bench.tasks[i], k) for i, k in bench.places]
+    accept_N, emit_N = coins.uniforms(
+        [task.policy.seed for task, _ in places],
+        [task.position + k for task, k in places],
+        Purpose.ACCEPT,
+        Purpose.EMIT,
+        starts_N=[task.position for task, _ in places] if is_blockwise(bench.policy) else None,
     )
-    return tossed.to(bench.logits_NV.device)
+    accept_M = accept_N[torch.tensor(bench.rows, dtype=torch.int64)]
+    return _Tossed(accept_M=accept_M.to(like.device), emit_N=emit_N.to(like.device))
 
 
 def _is_certain(bench: Bench) -> bool:
@@ -194,29 +204,21 @@ def following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -
     return Emission(
         owner=owner,
         row=bench.firsts[owner] + accepted,
-        position=bench.tasks[owner].position + accepted,
         judged=bench.judged(owner, accepted),
         factor=factor if refused else 1.0,
         residual=refused,
     )
 
 
-def _emit(bench: Bench, emissions: Sequence[Emission | None]) -> dict[int, int]:
+def _emit(bench: Bench, emissions: Sequence[Emission | None], tossed: _Tossed) -> dict[int, int]:
     """Return the token that each owner's emission draws."""
     wanted = [e for e in emissions if e is not None]
     if not wanted:
         return {}
     if _is_certain(bench):
         return _emit_certain(bench, wanted)
-    weights_EV = emission_weights(bench, wanted)
-    tasks = [bench.tasks[e.owner] for e in wanted]
-    tossed_E = coins.uniforms(
-        [task.policy.seed for task in tasks],
-        [e.position for e in wanted],
-        Purpose.EMIT,
-        starts_N=[task.position for task in tasks] if is_blockwise(bench.policy) else None,
-    )
-    tokens = fetch(invert(weights_EV, tossed_E))
+    rows_E = torch.tensor([e.row for e in wanted], device=bench.logits_NV.device)
+    tokens = fetch(emission_weights(bench, wanted).invert(tossed.emit_N[rows_E]))
     return dict(zip((e.owner for e in wanted), tokens, strict=True))
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from cascade.decoding.target import Evidence, Target, target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_Value = TypeVar("_Value")
 
 # No token: the row after a block, where bonus `target` needs pi and nothing was drafted.
 NOTHING = -1
@@ -98,6 +100,11 @@ class Bench:
         """Row of logits of each judged row."""
         return [self.firsts[i] + j for i, j in zip(self.owner_M, self.place_M, strict=True)]
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Task and place of each row of logits."""
+        return [(i, k) for i in range(len(self.tasks)) for k in range(self._count(i))]
+
     def judged(self, owner: int, place: int) -> int | None:
         """Return the judged row at a place of a task, None where there is none."""
         index = self.heads[owner] + place
@@ -128,14 +135,15 @@ class Bench:
 
     @cached_property
     def support(self) -> Support:
-        """The drafter's judged rows."""
-        found = [_drafted(self.tasks[i].block, j) for i, j in self._places()]
+        """The drafter's judged rows; what is not said of a draft is certainty of its token."""
         fresh = is_fresh(self.policy)
+        count, blocks = len(self.token_M), [task.block for task in self.tasks]
+        rows: Sequence[Sequence[Row | None]] = [block.rows for block in blocks]
         return received(
-            [None if fresh else one.row for one in found],
+            [None] * count if fresh else self._said(rows, absent=None),
             self.token_M,
-            [1.0 if fresh else one.likelihood for one in found],
-            [one.unscaled for one in found],
+            [1.0] * count if fresh else self._likelihoods(),
+            self._said([block.unscaled for block in blocks], absent=-math.inf),
             like=widen(self.logits_NV[:0]),
         )
 
@@ -144,11 +152,20 @@ class Bench:
         p_M = self.on_token(self.evidence.p_NK).double()
         if not is_fresh(self.policy):
             return quotient(p_M, self.on_token(self.evidence.q_NK).double())
-        told = [_drafted(self.tasks[i].block, j).likelihood for i, j in self._places()]
-        return p_M / torch.tensor(told, dtype=torch.float64, device=p_M.device)
+        return p_M / torch.tensor(self._likelihoods(), dtype=torch.float64, device=p_M.device)
 
-    def _places(self) -> list[tuple[int, int]]:
-        return list(zip(self.owner_M, self.place_M, strict=True))
+    def _likelihoods(self) -> list[float]:
+        return self._said([task.block.likelihoods for task in self.tasks], absent=1.0)
+
+    def _said(self, told: Sequence[Sequence[_Value]], *, absent: _Value) -> list[_Value]:
+        """Return what each task's block tells of its judged rows."""
+        found: list[_Value] = []
+        for here, head, end in zip(
+            told, self.heads, [*self.heads[1:], len(self.token_M)], strict=True
+        ):
+            found += here[: end - head]
+            found += [absent] * (end - len(found))
+        return found
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -174,8 +191,8 @@ class Bench:
 
     def _gates(self) -> tuple[Gates | None, ...]:
         """Return the drafter's gates of each judged row."""
-        blocks = [(self.tasks[i].block.gates, j) for i, j in self._places()]
-        return tuple(gates[j] if j < len(gates) else None for gates, j in blocks)
+        gates: Sequence[Sequence[Gates | None]] = [task.block.gates for task in self.tasks]
+        return tuple(self._said(gates, absent=None))
 
     def _favourites(self, rows_M: Tensor) -> Tensor:
         """Return p0 of the drafter's favourite; without gates the drafted token speaks for it."""
@@ -191,31 +208,19 @@ class Bench:
 
     def on_token(self, values_MK: Tensor) -> Tensor:
         """Return the value at each judged row's drafted token, 0 where the row lacks it."""
-        token_M1 = torch.tensor(self.token_M, device=values_MK.device)[:, None]
-        hit_MK = (self.support.ids_NK == token_M1) & self.support.valid_NK
-        return torch.where(hit_MK, values_MK, 0).sum(dim=1)
+        return torch.where(self._hits, values_MK, 0).sum(dim=1)
+
+    @cached_property
+    def _hits(self) -> Tensor:
+        """Which entries of the support are the drafted tokens."""
+        support = self.support
+        token_M1 = torch.tensor(self.token_M, device=support.ids_NK.device)[:, None]
+        return (support.ids_NK == token_M1) & support.valid_NK
 
 
 def quotient(above_M: Tensor, below_M: Tensor) -> Tensor:
     """Return above / below, and 0 where below is."""
     return torch.where(below_M > 0, above_M / torch.where(below_M > 0, below_M, 1.0), 0.0)
-
-
-class _Drafted(NamedTuple):
-    """What a block says of one of its positions."""
-
-    row: Row | None
-    likelihood: float
-    unscaled: float
-
-
-def _drafted(block: Block, place: int) -> _Drafted:
-    """Return what the block says of a position; what it does not say is certainty of its token."""
-    return _Drafted(
-        row=block.rows[place] if place < len(block.rows) else None,
-        likelihood=block.likelihoods[place] if place < len(block.likelihoods) else 1.0,
-        unscaled=block.unscaled[place] if place < len(block.unscaled) else -math.inf,
-    )
 
 
 def _contexts(task: Task, count: int) -> list[Context]:

@@ -66,7 +66,7 @@ def uniforms(
     seeds_N: Sequence[int],
     positions_N: Sequence[int],
     purpose: Purpose,
-    *,
+    *more: Purpose,
     starts_N: Sequence[int] | None = None,
 ) -> Tensor:
     """Return one coin in [0, 1) for each seed and position, float64 [N] on the CPU.
@@ -75,21 +75,28 @@ def uniforms(
         seeds_N: Seeds of the sessions, 0 .. 2**63 - 1.
         positions_N: Committed tokens before the token that the coin decides.
         purpose: What the coin decides.
+        more: What else is decided there; the coins are [1 + len(more), N] then.
         starts_N: Position at which the drafted block began; only for block verification.
     """
-    if len(seeds_N) <= _FEW:
-        starts = starts_N or [-1] * len(seeds_N)
-        coins = map(_coin, seeds_N, positions_N, starts, [purpose] * len(seeds_N))
-        return torch.tensor(list(coins), dtype=torch.float64)
+    starts_N = [-1] * len(seeds_N) if starts_N is None else starts_N
+    purposes = (purpose, *more)
+    shape = (len(purposes), len(seeds_N)) if more else (len(seeds_N),)
+    if len(purposes) * len(seeds_N) <= _FEW:
+        counters = list(zip(seeds_N, positions_N, starts_N, strict=True))
+        coins = [_coin(*counter, purpose=one) for one in purposes for counter in counters]
+        return torch.tensor(coins, dtype=torch.float64).view(shape)
     seed_N = np.asarray(seeds_N, dtype=np.int64)
-    position_N = np.asarray(positions_N, dtype=np.int64)
-    start_N = np.zeros_like(seed_N) if starts_N is None else np.asarray(starts_N, np.int64) + 1
-    counter = (np.zeros_like(seed_N), position_N, start_N, np.full_like(seed_N, int(purpose)))
-    high_N, low_N, _, _ = philox(counter, (seed_N & _MASK, seed_N >> 32))
-    return torch.from_numpy(((high_N >> 5) * 67108864.0 + (low_N >> 6)) * 2.0**-53)
+    counter = (
+        np.zeros(1, dtype=np.int64),
+        np.asarray(positions_N, dtype=np.int64),
+        np.asarray(starts_N, np.int64) + 1,
+        np.array([[one] for one in purposes], np.int64),
+    )
+    high_PN, low_PN, _, _ = philox(counter, (seed_N & _MASK, seed_N >> 32))
+    return torch.from_numpy(((high_PN >> 5) * 67108864.0 + (low_PN >> 6)) * 2.0**-53).view(shape)
 
 
-def _coin(seed: int, position: int, start: int, purpose: Purpose) -> float:
+def _coin(seed: int, position: int, start: int, *, purpose: Purpose) -> float:
     """Return one coin; a few are tossed sooner in plain Python than in arrays."""
     counter = (0, position, start + 1, int(purpose))
     high, low, _, _ = philox(counter, (seed & _MASK, seed >> 32))

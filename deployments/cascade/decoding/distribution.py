@@ -109,8 +109,11 @@ class Soft:
     def dense(self, rows_E: Tensor | None = None) -> Tensor:
         """Return the probabilities of every token of chosen rows, by default of all; a copy."""
         if rows_E is not None:
-            return self.rows(rows_E).dense() if self._kept is None else self._kept[rows_E]
+            kept_NV = self._kept
+            return self.rows(rows_E).dense() if kept_NV is None else kept_NV.index_select(0, rows_E)
         like = widen(self.logits_NV[:0])
+        if self.inverse_N1 is None and self.cut is None:
+            return self.logits_NV.softmax(dim=1, dtype=like.dtype)
         p_NV = torch.empty(self.logits_NV.shape, dtype=like.dtype, device=like.device)
         for some in reductions.pieces(self.logits_NV):
             torch.softmax(self._scaled(some), dim=1, out=p_NV[some])
@@ -156,8 +159,6 @@ class Soft:
 
     def _scaled(self, some: slice) -> Tensor:
         logits_NV = widen(self.logits_NV[some])
-        if self.inverse_N1 is None and self.cut is None:
-            return logits_NV
         scaled_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
         if self.inverse_N1 is not None:
             scaled_NV.mul_(self.inverse_N1[some])

@@ -19,7 +19,7 @@ from cascade.decoding.host import bring, fetch
 from cascade.decoding.needs import Needs, Rows, is_blockwise, is_gumbel, needs
 from cascade.decoding.rows import ABSENT, Sparse, one_hot, sparsify
 from cascade.decoding.rules import Chow, ChowLog
-from cascade.decoding.sampling import invert, logprobs
+from cascade.decoding.sampling import Weights, logprobs
 from cascade.decoding.session import Block, Gates, Policy, Row, RowFormat, TokenLogprob
 from cascade.decoding.target import defers
 
@@ -241,7 +241,7 @@ def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
         likelihood_B = log_BV.gather(1, token_B[:, None]).exp()
     else:
         q_BV = law.dense()
-        token_B = invert(q_BV, _draft_coins(tasks))
+        token_B = Weights(weights_NK=q_BV).invert(_draft_coins(tasks))
         likelihood_B = q_BV.gather(1, token_B[:, None])
     absent = ABSENT if needs(tasks[0].policy).rows is Rows.DEFERRED else None
     return _Sample(
@@ -265,7 +265,7 @@ def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> 
         scores_BK = q_BK.log() + coins.noise_at(seeds_B, positions_B, sparse.ids_NK)
         index_B = scores_BK.argmax(dim=1)
     else:
-        index_B = invert(q_BK, _draft_coins(tasks))
+        index_B = Weights(weights_NK=q_BK).invert(_draft_coins(tasks))
     q0_BK = bring(raw.at(sparse.ids_NK)) if raw and needs(policy).row_unscaled else None
     local = Sparse(ids_NK=bring(sparse.ids_NK), weights_NK=bring(sparse.weights_NK))
     return _Sample(

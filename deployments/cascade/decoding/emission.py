@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from cascade.decoding.host import fetch
+from cascade.decoding.rules import Lossless
+from cascade.decoding.sampling import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +30,6 @@ class Emission:
 
     owner: int
     row: int  # of logits
-    position: int
     judged: int | None = None  # None draws from p
     factor: float = 1.0  # pi is scaled by this before q is taken off
     residual: bool = False
@@ -48,20 +49,21 @@ def spread(bench: Bench, law: Law, index_E: Tensor) -> Tensor:
     return _written(weights_EV, ids_EK, valid_EK, target.on_NK[index_E])
 
 
-def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Tensor:
-    """Return the laws that tokens are drawn from, unnormalised, [E, V].
+def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Weights:
+    """Return the laws that tokens are drawn from, unnormalised, E rows over the vocabulary.
 
     A residual that rounding left empty is replaced by pi.
     """
     rows_E = torch.tensor([e.row for e in emissions], device=bench.logits_NV.device)
     if all(e.judged is None for e in emissions):
-        return bench.law.dense(rows_E)
-    weights_EV = _over(bench, rows_E, emissions)
-    empty_E = weights_EV.sum(dim=1) <= 0
-    if fetch(empty_E.any()):
-        whole = [replace(e, factor=1.0, residual=False) for e in emissions]
-        weights_EV = torch.where(empty_E[:, None], _over(bench, rows_E, whole), weights_EV)
-    return weights_EV
+        return Weights(weights_NK=bench.law.dense(rows_E))
+    found = Weights(weights_NK=_over(bench, rows_E, emissions))
+    empty_E = found.totals <= 0
+    if not fetch(empty_E.any()):
+        return found
+    whole = [replace(e, factor=1.0, residual=False) for e in emissions]
+    whole_EV = _over(bench, rows_E, whole)
+    return Weights(weights_NK=torch.where(empty_E[:, None], whole_EV, found.weights_NK))
 
 
 def _over(bench: Bench, rows_E: Tensor, emissions: Sequence[Emission]) -> Tensor:
@@ -74,7 +76,8 @@ def _over(bench: Bench, rows_E: Tensor, emissions: Sequence[Emission]) -> Tensor
     less_E = weights_EV.new_tensor([float(e.residual) for e in emissions])
     scaled_EK = factor_E[:, None] * target.on_NK[index_E]
     on_EK = (scaled_EK - less_E[:, None] * bench.evidence.q_NK[index_E]).clamp_min(0)
-    weights_EV.mul_(torch.where(judged_E, factor_E * target.tail_N[index_E], 1.0)[:, None])
+    if not (isinstance(bench.policy.rule, Lossless) and all(e.factor == 1 for e in emissions)):
+        weights_EV.mul_(torch.where(judged_E, factor_E * target.tail_N[index_E], 1.0)[:, None])
     valid_EK = support.valid_NK[index_E] & judged_E[:, None]
     return _written(weights_EV, support.ids_NK[index_E], valid_EK, on_EK)
 

@@ -122,9 +122,9 @@ def received(
         inside_NK = np.arange(width) < sizes_N[:, None]
         ids_NK[inside_NK] = np.concatenate([_ids(row) for _, row in shipped])
         weights_NK[inside_NK] = np.concatenate([row.weights for _, row in shipped])
-    for i, row in shipped:
-        if row.unscaled is not None:
-            q0_NK[i, : size(row)] = row.unscaled
+        for i, row in shipped:
+            if row.unscaled is not None:
+                q0_NK[i, : size(row)] = row.unscaled
     law_NK = normalised(_brought(weights_NK, like))
     return Support(
         ids_NK=torch.from_numpy(ids_NK).to(like.device),

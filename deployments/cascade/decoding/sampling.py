@@ -5,6 +5,8 @@ Shapes: `N` rows, `K` entries of a law, `V` vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,31 +20,55 @@ if TYPE_CHECKING:
 
     from cascade.decoding.distribution import Soft
 
-
 _BLOCK = 128  # weights that are summed before they are cumulated
 
 
-def invert(weights_NK: Tensor, coins_N: Tensor) -> Tensor:
-    """Return the index at which each coin falls in the cumulated weights, int64 [N].
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Laws that need not sum to one, and the sums that tokens are drawn by.
 
-    Weights need not sum to one; an index of weight 0 is never returned unless all are 0. Sums are
-    float64: over a long vocabulary float32 ones would lose the light tokens. There the sums of
-    blocks are cumulated, and then those of the block where the coin falls.
+    The sums of blocks are cumulated in float64, for over a long vocabulary float32 would lose the
+    light tokens; and then the weights of the block where a coin falls.
     """
-    coins_N1 = coins_N.to(weights_NK.device)[:, None]
-    length = weights_NK.shape[1]
-    if length <= 2 * _BLOCK:
-        sums_NK = weights_NK.double()
-        return _fall(sums_NK, coins_N1 * sums_NK.sum(dim=1, keepdim=True))[0].squeeze(1)
-    whole = length - length % _BLOCK
-    sums_NB = weights_NK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=2, dtype=torch.float64)
-    rest_N1 = weights_NK[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)
-    sums_NB = torch.cat([sums_NB, rest_N1], dim=1)
-    block_N1, left_N1 = _fall(sums_NB, coins_N1 * sums_NB.sum(dim=1, keepdim=True))
-    ids_NK = block_N1 * _BLOCK + torch.arange(_BLOCK, device=weights_NK.device)
-    found_NK = weights_NK.gather(1, ids_NK.clamp_max(length - 1)).double()
-    inside_N1, _ = _fall(found_NK.masked_fill(ids_NK >= length, 0.0), left_N1)
-    return (block_N1 * _BLOCK + inside_N1).squeeze(1).clamp_max(length - 1)
+
+    weights_NK: Tensor
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """What each row sums to, float64."""
+        return self._sums.sum(dim=1)
+
+    def invert(self, coins_N: Tensor) -> Tensor:
+        """Return the index at which each coin falls in the cumulated weights, int64 [N].
+
+        An index of weight 0 is never returned unless all are 0.
+        """
+        weights_NK = self.weights_NK
+        points_N1 = (coins_N.to(weights_NK.device) * self.totals)[:, None]
+        block_N1, left_N1 = _fall(self._sums, points_N1)
+        if self._short:
+            return block_N1.squeeze(1)
+        last = weights_NK.shape[1] - 1
+        ids_NK = block_N1 * _BLOCK + torch.arange(_BLOCK, device=weights_NK.device)
+        found_NK = weights_NK.gather(1, ids_NK.clamp_max(last)).double()
+        inside_N1, _ = _fall(found_NK.masked_fill(ids_NK > last, 0.0), left_N1)
+        return (block_N1 * _BLOCK + inside_N1).squeeze(1).clamp_max(last)
+
+    @property
+    def _short(self) -> bool:
+        return self.weights_NK.shape[1] <= 2 * _BLOCK
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        """The weights of blocks, float64; of short rows each weight is a block."""
+        weights_NK = self.weights_NK
+        if self._short:
+            return weights_NK.double()
+        whole = weights_NK.shape[1] // _BLOCK * _BLOCK
+        # The sum of a block is as true as its weights are.
+        sums_NB = weights_NK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=2)
+        rest_N1 = weights_NK[:, whole:].sum(dim=1, keepdim=True)
+        return torch.cat([sums_NB, rest_N1], dim=1).double()
 
 
 def _fall(sums_NK: Tensor, points_N1: Tensor) -> tuple[Tensor, Tensor]:
