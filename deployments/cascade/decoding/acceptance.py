@@ -151,13 +151,17 @@ def _toss(bench: Bench) -> _Tossed:
     if _is_certain(bench):
         rows = bench.logits_NV.shape[0]
         return _Tossed(accept_M=like.new_zeros(len(bench.owner_M)), emit_N=like.new_zeros(rows))
-    places = [(bench.tasks[i], k) for i, k in bench.places]
+    seeds, positions, starts = list[int](), list[int](), list[int]()
+    for task, count in zip(bench.tasks, bench.counts, strict=True):
+        seeds += [task.policy.seed] * count
+        positions += range(task.position, task.position + count)
+        starts += [task.position] * count
     accept_N, emit_N = coins.uniforms(
-        [task.policy.seed for task, _ in places],
-        [task.position + k for task, k in places],
+        seeds,
+        positions,
         Purpose.ACCEPT,
         Purpose.EMIT,
-        starts_N=[task.position for task, _ in places] if is_blockwise(bench.policy) else None,
+        starts_N=starts if is_blockwise(bench.policy) else None,
     )
     accept_M = accept_N[torch.tensor(bench.rows, dtype=torch.int64)]
     return _Tossed(accept_M=accept_M.to(like.device), emit_N=emit_N.to(like.device))

@@ -84,7 +84,8 @@ class Bench:
     logits_NV: Tensor
     lengths: list[int]  # live drafted tokens of each task
     bonuses: list[bool]  # whether a token follows when all stand
-    firsts: list[int]  # first row of logits of each task
+    counts: list[int]  # rows of logits of each task
+    firsts: list[int]  # the first of them
     owner_M: list[int]  # task of each judged row
     place_M: list[int]  # place in the block of each judged row
     token_M: list[int]  # drafted token, or NOTHING
@@ -100,11 +101,6 @@ class Bench:
         """Row of logits of each judged row."""
         return [self.firsts[i] + j for i, j in zip(self.owner_M, self.place_M, strict=True)]
 
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """Task and place of each row of logits."""
-        return [(i, k) for i in range(len(self.tasks)) for k in range(self._count(i))]
-
     def judged(self, owner: int, place: int) -> int | None:
         """Return the judged row at a place of a task, None where there is none."""
         index = self.heads[owner] + place
@@ -116,8 +112,7 @@ class Bench:
     def law(self) -> Law:
         """The expert's processed rows, one for each row of logits."""
         samplings, contexts = list[Sampling](), list[Context]()
-        for i, task in enumerate(self.tasks):
-            count = self._count(i)
+        for task, count in zip(self.tasks, self.counts, strict=True):
             samplings += [task.policy.sampling] * count
             contexts += _contexts(task, count)
         return process(self.logits_NV, samplings, contexts)
@@ -127,11 +122,6 @@ class Bench:
         """The expert's unscaled rows, one for each row of logits."""
         plain = all(is_plain(task.policy.sampling) for task in self.tasks)
         return self.law if plain and isinstance(self.law, Soft) else unscaled(self.logits_NV)
-
-    def _count(self, owner: int) -> int:
-        """Return how many rows of logits a task owns."""
-        ends = [*self.firsts[1:], self.logits_NV.shape[0]]
-        return ends[owner] - self.firsts[owner]
 
     @cached_property
     def support(self) -> Support:
@@ -246,6 +236,7 @@ def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:
         bonuses=[
             _has_bonus(t.policy, t.block.tokens[:n]) for t, n in zip(tasks, lengths, strict=True)
         ],
+        counts=counts,
         firsts=[0, *accumulate(counts)][:-1],
         owner_M=[i for i, here in enumerate(places) for _ in here],
         place_M=[j for here in places for j in here],

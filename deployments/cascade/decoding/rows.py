@@ -108,28 +108,24 @@ def received(
 
     One that was not is known at its drafted token alone; token -1 stands for none.
     """
-    sizes_N = np.array([0 if row is None else size(row) for row in rows_N], np.int64)
-    width = max(1, sizes_N.max(initial=0))
-    ids_NK = np.zeros((len(rows_N), width), np.int64)
-    weights_NK = np.zeros((len(rows_N), width), np.float32)
-    q0_NK = np.full((len(rows_N), width), -np.inf)
-    alone_N, token_N = sizes_N == 0, np.array(tokens_N, np.int64)
-    ids_NK[:, 0] = token_N.clip(0)
-    weights_NK[:, 0] = token_N >= 0
-    q0_NK[:, 0] = np.where(alone_N, unscaled_N, -np.inf)
-    shipped = [(i, row) for i, row in enumerate(rows_N) if row is not None and size(row)]
-    if shipped:
-        inside_NK = np.arange(width) < sizes_N[:, None]
-        ids_NK[inside_NK] = np.concatenate([_ids(row) for _, row in shipped])
-        weights_NK[inside_NK] = np.concatenate([row.weights for _, row in shipped])
-        for i, row in shipped:
+    sizes_N = [0 if row is None else size(row) for row in rows_N]
+    shape = (len(rows_N), max(1, *sizes_N))
+    ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    scale_N1, q0_NK = np.ones((len(rows_N), 1)), np.full(shape, -np.inf)
+    for i, row in enumerate(rows_N):
+        count = sizes_N[i]
+        if row is not None and count:
+            ids_NK[i, :count], weights_NK[i, :count] = _ids(row), row.weights
             if row.unscaled is not None:
-                q0_NK[i, : size(row)] = row.unscaled
+                q0_NK[i, :count] = row.unscaled
+        else:
+            ids_NK[i, 0], weights_NK[i, 0] = max(tokens_N[i], 0), tokens_N[i] >= 0
+            scale_N1[i], q0_NK[i, 0] = likelihoods_N[i], unscaled_N[i]
     law_NK = normalised(_brought(weights_NK, like))
     return Support(
         ids_NK=torch.from_numpy(ids_NK).to(like.device),
         valid_NK=law_NK > 0,
-        q_NK=law_NK * _brought(np.where(alone_N, likelihoods_N, 1.0)[:, None], like),
+        q_NK=law_NK * _brought(scale_N1, like),
         q0_NK=_brought(q0_NK, like),
     )
 
