@@ -109,7 +109,7 @@ def received(
     One that was not is known at its drafted token alone; token -1 stands for none.
     """
     sizes_N = [0 if row is None else size(row) for row in rows_N]
-    shape = (len(rows_N), max(1, *sizes_N))
+    shape = (len(rows_N), max([1, *sizes_N]))
     ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     scale_N1, q0_NK = np.ones((len(rows_N), 1)), np.full(shape, -np.inf)
     for i, row in enumerate(rows_N):
