@@ -58,6 +58,20 @@ class Scale:
 
 async def one_stream(scale: Scale, told: Told) -> Outcome:
     """One stream over an expert of 500M: near the ideal, and ahead of `transformers`."""
+    return await _alone(scale, told, case="one stream, 500M")
+
+
+async def one_stream_float32(scale: Scale, told: Told) -> Outcome:
+    """The same in the type that an expert has on a CPU if its settings name none."""
+    expert = scale.settings.expert
+    engine = expert.engine.model_copy(update={"dtype": "float32"})
+    settings = scale.settings.model_copy(
+        update={"expert": expert.model_copy(update={"engine": engine})}
+    )
+    return await _alone(replace(scale, settings=settings), told, case="one stream, 500M, float32")
+
+
+async def _alone(scale: Scale, told: Told, *, case: str) -> Outcome:
     plan = _plan(scale, parameters="500M", streams=1)
     plan = replace(
         plan,
@@ -72,7 +86,6 @@ async def one_stream(scale: Scale, told: Told) -> Outcome:
     alone = contest.ratio(fast, slow).median
     free = contest.ratio(loose, slow).median
     peer = contest.ratio(fast, _peer(contest)).median
-    case = "one stream, 500M"
     return Outcome(
         claims=(
             Claim(case=case, says="share of the ideal, lossless", measured=ideal, least=0.9),
@@ -233,8 +246,8 @@ Case: TypeAlias = "Callable[[Scale, Told], Coroutine[Any, Any, Outcome]]"
 CASES: Mapping[str, Case] = {
     case.__name__: case
     for case in (
-        one_stream, sixteen_streams, apart, draft_lengths, deferrals, wire, router, drafter_steps,
-        verification,
+        one_stream, one_stream_float32, sixteen_streams, apart, draft_lengths, deferrals, wire,
+        router, drafter_steps, verification,
     )
 }  # fmt: skip
 
