@@ -159,7 +159,7 @@ def suite(  # noqa: PLR0913 - one parameter an option
     router_rounds: Annotated[int, typer.Option(min=1000, help="Of the router's loop")] = 100_000,
     out: Out = Path("bench"),
 ) -> None:
-    """Measure every line of what this server promises of its speed; about half an hour.
+    """Measure every line of what this server promises of its speed; about an hour.
 
     What a report in the folder says of other cases stays.
     """
