@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cascade.decoding import reductions
+from cascade.decoding.cuts import cut
 from cascade.decoding.reductions import widen
 from cascade.decoding.session import Sampling
 
@@ -260,10 +261,10 @@ def _cut_at_once(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the least logit kept, peak and norm of some rows, [N, 1] each."""
     peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-    weights_NV = (logits_NV - peak_N1).mul_(inverse_N1).exp_()
-    least_N1 = _least(logits_NV, weights_NV, inverse_N1, samplings_N)
-    weights_NV.masked_fill_(logits_NV < least_N1, 0.0)
-    return least_N1, peak_N1, weights_NV.sum(dim=1, keepdim=True).log_()
+    scaled_NV = (logits_NV - peak_N1).mul_(inverse_N1)
+    p_NV = torch.softmax(scaled_NV, dim=1, out=scaled_NV)
+    least_N1, kept_N1 = cut(logits_NV, p_NV, samplings_N)
+    return least_N1, peak_N1, (kept_N1 / p_NV.amax(dim=1, keepdim=True)).log_()
 
 
 def unscaled(logits_NV: Tensor) -> Soft:
@@ -310,33 +311,3 @@ def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
         count_K = logits_V.new_tensor(list(counts.values()))
         penalty_K = sampling.presence_penalty + sampling.frequency_penalty * count_K
         logits_V[answer_K] -= penalty_K
-
-
-def _least(
-    logits_NV: Tensor, weights_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
-) -> Tensor:
-    """Return the least logit that top-k, top-p and min-p keep, [N, 1], -inf where all stay."""
-    cut_N1 = torch.full_like(inverse_N1, -math.inf)
-    if any(s.top_k for s in samplings_N):
-        cut_N1 = _top_k(logits_NV, [s.top_k for s in samplings_N])
-        weights_NV = weights_NV.masked_fill(logits_NV < cut_N1, 0.0)
-    if any(s.top_p < 1 for s in samplings_N):
-        masses_N = [s.top_p for s in samplings_N]
-        cpu = logits_NV.device.type == "cpu"
-        search = reductions.nucleus_cut if cpu else reductions.nucleus_cut_on_device
-        cut_N1 = torch.maximum(cut_N1, search(logits_NV, weights_NV, inverse_N1, masses_N))
-    if any(s.min_p for s in samplings_N):
-        # p >= min_p max p, in logits.
-        drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
-        peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-        cut_N1 = torch.maximum(cut_N1, peak_N1 + peak_N1.new_tensor(drop)[:, None])
-    return cut_N1
-
-
-def _top_k(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
-    """Return the k-th largest logit of each row, -inf where k is 0 or exceeds the vocabulary."""
-    vocab = logits_NV.shape[1]
-    top_ND = logits_NV.topk(min(max(counts_N), vocab)).values
-    index_N1 = torch.tensor([[min(max(k, 1), vocab) - 1] for k in counts_N], device=top_ND.device)
-    off_N1 = torch.tensor([[k == 0 or k >= vocab] for k in counts_N], device=top_ND.device)
-    return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
