@@ -132,12 +132,19 @@ class Soft:
 
     def entropies(self) -> Tensor:
         """Return the entropy of each row in nats."""
-        return torch.cat([self._entropies(some) for some in reductions.pieces(self.logits_NV)])
+        parts = [self._entropies(some) for some in reductions.pieces(self.logits_NV)]
+        return torch.cat(parts).clamp_min_(0)
 
     def _entropies(self, some: slice) -> Tensor:
-        log_NV = self.rows(some).log_dense()
+        """Return log Z - sum of p s of some rows, where p = exp(s) / Z and the largest s is 0."""
+        p_NV = self.rows(some).dense() if self._kept is None else self._kept[some]
+        logits_NV = widen(self.logits_NV[some])
+        s_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
+        if self.inverse_N1 is not None:
+            s_NV.mul_(self.inverse_N1[some])
         # An impossible token adds nothing, and its finite logarithm no NaN.
-        return -(log_NV.exp() * log_NV.clamp_min_(_LEAST_LOG)).sum(dim=1)
+        mean_N = s_NV.clamp_min_(_LEAST_LOG).mul_(p_NV).sum(dim=1)
+        return p_NV.amax(dim=1).log_().add_(mean_N).neg_()
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
