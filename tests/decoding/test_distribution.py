@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.decoding import reductions
-from cascade.decoding.distribution import Context, Hard, Soft, process, unscaled
+from cascade.decoding.distribution import Hard, Soft, process, unscaled
+from cascade.decoding.penalties import Context
 from cascade.decoding.reference_rows import processed
 from cascade.decoding.session import Sampling
 

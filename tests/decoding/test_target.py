@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.decoding.distribution import Context, process
+from cascade.decoding.distribution import process
+from cascade.decoding.penalties import Context
 from cascade.decoding.rules import (
     Bild,
     Chow,

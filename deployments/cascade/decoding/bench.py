@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
+from cascade.decoding.distribution import Law, Soft, is_plain, process, unscaled
 from cascade.decoding.needs import is_fresh, wants_target
+from cascade.decoding.penalties import Context
 from cascade.decoding.reductions import widen
 from cascade.decoding.rows import Support, received, size
 from cascade.decoding.rules import (
@@ -219,7 +220,7 @@ def _contexts(task: Task, count: int) -> list[Context]:
         return [Context()] * count
     drafted = task.block.tokens
     return [
-        Context(prompt=task.prompt, answer=[*task.answer, *drafted[:place]])
+        Context(prompt=task.prompt, answer=task.answer, drafted=drafted[:place])
         for place in range(count)
     ]
 

@@ -11,7 +11,6 @@ Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `D` likeliest tokens, `V` 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,24 +20,19 @@ from torch import Tensor
 
 from cascade.decoding import reductions
 from cascade.decoding.cuts import cut
+from cascade.decoding.penalties import adjusted
 from cascade.decoding.reductions import widen
 from cascade.decoding.session import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cascade.decoding.penalties import Context
+
 # A temperature under this is greedy but for ties; its inverse still times zero is zero.
 _LEAST_TEMPERATURE = 1e-30
 _PLAIN = Sampling()
 _LEAST_LOG = -1e30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """The tokens before a row: what penalties count."""
-
-    prompt: Sequence[int] = ()
-    answer: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +221,7 @@ def process(
     distinct = _distinct(samplings_N)
     touched = any(s.logit_bias or s.counts_tokens for s in distinct)
     if touched:
-        logits_NV = _adjusted(logits_NV, samplings_N, contexts_N)
+        logits_NV = adjusted(logits_NV, samplings_N, contexts_N)
     like = widen(logits_NV[:0])
     if samplings_N and samplings_N[0].greedy:
         best_N, vocab = reductions.argmax(logits_NV), logits_NV.shape[1]
@@ -284,37 +278,3 @@ def unscaled(logits_NV: Tensor) -> Soft:
 def is_plain(sampling: Sampling) -> bool:
     """Whether the processed row is the unscaled row."""
     return sampling == _PLAIN
-
-
-def _adjusted(
-    logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
-) -> Tensor:
-    """Return logits with bias and penalties, widened."""
-    logits_NV = logits_NV.to(widen(logits_NV[:0]).dtype, copy=True)
-    for i, sampling in enumerate(samplings_N):
-        if sampling.logit_bias or sampling.counts_tokens:
-            _bias(logits_NV[i], sampling)
-            _penalise(logits_NV[i], sampling, contexts_N[i])
-    return logits_NV
-
-
-def _bias(logits_V: Tensor, sampling: Sampling) -> None:
-    """Add the logit bias in place; tokens outside the vocabulary have no logit to bias."""
-    for token, bias in sampling.logit_bias:
-        if token < len(logits_V):
-            logits_V[token] += bias
-
-
-def _penalise(logits_V: Tensor, sampling: Sampling, context: Context) -> None:
-    """Apply repetition, presence and frequency penalties in place."""
-    if sampling.repetition_penalty != 1 and (context.prompt or context.answer):
-        seen_K = torch.tensor(sorted({*context.prompt, *context.answer}), device=logits_V.device)
-        values_K = logits_V[seen_K]
-        factor = sampling.repetition_penalty
-        logits_V[seen_K] = torch.where(values_K > 0, values_K / factor, values_K * factor)
-    if context.answer and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = Counter(context.answer)
-        answer_K = torch.tensor(list(counts), device=logits_V.device)
-        count_K = logits_V.new_tensor(list(counts.values()))
-        penalty_K = sampling.presence_penalty + sampling.frequency_penalty * count_K
-        logits_V[answer_K] -= penalty_K

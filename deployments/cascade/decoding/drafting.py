@@ -14,9 +14,10 @@ from torch import Tensor
 from cascade.decoding import coins
 from cascade.decoding.coins import Purpose
 from cascade.decoding.confidence import Outlook, outlooks
-from cascade.decoding.distribution import Context, Law, Soft, is_plain, process, unscaled
+from cascade.decoding.distribution import Law, Soft, is_plain, process, unscaled
 from cascade.decoding.host import bring, fetch
 from cascade.decoding.needs import Needs, Rows, is_blockwise, is_gumbel, needs
+from cascade.decoding.penalties import Context
 from cascade.decoding.rows import ABSENT, Sparse, one_hot, sparsify
 from cascade.decoding.rules import Chow, ChowLog
 from cascade.decoding.sampling import Weights, logprobs
