@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cascade.decoding.reductions import widen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
 
@@ -60,12 +61,10 @@ def _block(row: tuple[Sampling, Context]) -> tuple[int, int, int]:
 
 def _bias(logits_RV: Tensor, sampling: Sampling) -> None:
     """Add the logit bias in place; tokens outside the vocabulary have no logit to bias."""
-    biases = dict[int, float]()
-    for token, bias in sampling.logit_bias:
-        if token < logits_RV.shape[1]:
-            biases[token] = biases.get(token, 0.0) + bias
-    if biases:
-        logits_RV[:, _ids(logits_RV, biases)] += logits_RV.new_tensor(list(biases.values()))
+    known = [(token, bias) for token, bias in sampling.logit_bias if token < logits_RV.shape[1]]
+    ids_RK = _everywhere(logits_RV, [token for token, _ in known])
+    bias_K = logits_RV.new_tensor([bias for _, bias in known])
+    logits_RV.scatter_add_(1, ids_RK, bias_K.expand_as(ids_RK))
 
 
 def _repetition(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> None:
@@ -75,9 +74,10 @@ def _repetition(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Contex
         return
     seen = {*contexts[0].prompt, *contexts[0].answer}
     more = [(row, token) for row, one in enumerate(contexts) for token in {*one.drafted} - seen]
-    for places in ((slice(None), _ids(logits_RV, seen)), _places(logits_RV, more)):
-        values = logits_RV[places]
-        logits_RV[places] = torch.where(values > 0, values / factor, values * factor)
+    ids_RK = _everywhere(logits_RV, seen)
+    logits_RV.scatter_(1, ids_RK, _damped(logits_RV.gather(1, ids_RK), factor))
+    places = _places(logits_RV, more)
+    logits_RV[places] = _damped(logits_RV[places], factor)
 
 
 def _counts(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> None:
@@ -91,19 +91,26 @@ def _counts(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Context]) 
         for row, one in enumerate(contexts)
         for token, times in Counter(one.drafted).items()
     }
-    places = _places(logits_RV, list(more))
+    places = _places(logits_RV, more)
     times_E = logits_RV.new_tensor(list(more.values()))
     afterwards_E = logits_RV[places] - (presence + frequency * times_E)
+    ids_RK = _everywhere(logits_RV, counts)
     times_K = logits_RV.new_tensor(list(counts.values()))
-    logits_RV[:, _ids(logits_RV, counts)] -= presence + frequency * times_K
+    logits_RV.scatter_add_(1, ids_RK, -(presence + frequency * times_K).expand_as(ids_RK))
     logits_RV[places] = afterwards_E
 
 
-def _ids(like: Tensor, tokens: Iterable[int]) -> Tensor:
-    return torch.tensor(list(tokens), dtype=torch.int64, device=like.device)
+def _damped(values: Tensor, factor: float) -> Tensor:
+    return torch.where(values > 0, values / factor, values * factor)
 
 
-def _places(like: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _everywhere(like_RV: Tensor, tokens: Collection[int]) -> Tensor:
+    """Return some tokens for each row, [R, K]."""
+    ids_K = torch.from_numpy(np.fromiter(tokens, np.int64, len(tokens)))
+    return ids_K.to(like_RV.device).expand(len(like_RV), -1)
+
+
+def _places(like_RV: Tensor, places: Collection[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Return rows and tokens of single logits, [E] each."""
-    rows_E2 = torch.tensor(places, dtype=torch.int64, device=like.device).reshape(-1, 2)
-    return rows_E2[:, 0], rows_E2[:, 1]
+    places_E2 = torch.tensor(list(places), dtype=torch.int64, device=like_RV.device).reshape(-1, 2)
+    return places_E2[:, 0], places_E2[:, 1]
