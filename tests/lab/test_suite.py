@@ -111,9 +111,8 @@ async def test_a_case_measures_what_it_claims(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["one_stream", "one_stream_float32", "sixteen_streams", "apart", "draft_lengths"]
-)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["one_stream", "sixteen_streams", "apart", "draft_lengths"])
 async def test_a_long_case_gives_the_same_texts_to_everyone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
