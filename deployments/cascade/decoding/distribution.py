@@ -5,7 +5,7 @@ that is sampled from is computed whole. On a CPU passes over memory are what cos
 probabilities are computed in one and kept, unless penalties or cuts have copied the rows already.
 Arithmetic is float32, or float64 for float64 logits.
 
-Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `D` likeliest tokens, `V` vocabulary.
+Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
