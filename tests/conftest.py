@@ -18,8 +18,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cascade.lab.stack import Stack, stack
-from cascade.operations.trust import Trust
+from cascade.local import Stack, stack
+from cascade.router.circuit_breaker import Trust
 from cascade.settings import Application
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+
+pytest_plugins = ["tests.support.shipped_pair"]
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("untimed", deadline=None)
@@ -115,7 +117,7 @@ async def toy_stack(toy: Pair) -> AsyncIterator[Stack]:
 
     Nor is it left alone, though next to all that its random weights draft is refused.
     """
-    with mock.patch("cascade.router.Trust", Unshaken):
+    with mock.patch("cascade.router.router.Trust", Unshaken):
         async with stack(toy.settings(router={"draft_deadline_s": 120})) as running:
             yield running
 

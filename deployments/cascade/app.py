@@ -20,26 +20,25 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from cascade.api.grpc import GrpcDoor
+from cascade.api.http import create_app
 from cascade.errors import Unavailable
-from cascade.ingress.grpc import GrpcDoor
-from cascade.ingress.http import create_app
-from cascade.operations.engine_metrics import keep_reporting
-from cascade.operations.families import ENGINE, ROUTER
-from cascade.operations.holdings import holdings
-from cascade.operations.leases import Hedged, ServeLeases, Ticket
-from cascade.operations.load import LoadMeter
-from cascade.operations.logs import to_serve
-from cascade.operations.metrics import ServeSink
-from cascade.operations.options import ReplicaOptions
-from cascade.operations.places import Tier
+from cascade.observability.metric_specs import ENGINE, ROUTER
+from cascade.observability.metrics import ServeSink
+from cascade.observability.request_log import to_serve
+from cascade.protocol import services
+from cascade.protocol.client import Peers
+from cascade.protocol.services import Ticket
+from cascade.replica.metrics import LoadMeter, holdings, keep_reporting
+from cascade.replica.replica import ReplicaOptions
+from cascade.router.leases import Hedged, ServeLeases
+from cascade.router.tier_session import Tier
 from cascade.settings import Application
 from cascade.settings import Tier as TierSettings
 from cascade.v1 import cascade_pb2
-from cascade.wire import tiers
-from cascade.wire.channel import Peers
 
 if TYPE_CHECKING:
-    from cascade.operations.replica import Replica
+    from cascade.replica.replica import Replica
 
 
 FULL = BackpressureConfig(status_code=429, retry_after_s=1)  # what a caller too many is told
@@ -106,7 +105,7 @@ class DrafterDeployment(_TierDeployment):
     @staticmethod
     def part() -> "type[Replica[Any]]":
         """Return the drafter."""
-        from cascade.drafter import Drafter  # noqa: PLC0415 - see `_TierDeployment.part`
+        from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - see `_TierDeployment.part`
 
         return Drafter
 
@@ -117,7 +116,7 @@ class ExpertDeployment(_TierDeployment):
     @staticmethod
     def part() -> "type[Replica[Any]]":
         """Return the expert."""
-        from cascade.expert import Expert  # noqa: PLC0415 - see `_TierDeployment.part`
+        from cascade.expert.expert import Expert  # noqa: PLC0415 - see `_TierDeployment.part`
 
         return Expert
 
@@ -138,7 +137,7 @@ class RouterDeployment:
                 ),
                 peers=Peers(kind),
             )
-            for handle, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
+            for handle, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         ]
         drafting, judging = self._tiers
         router = settings.router.loop(drafters=drafting, experts=judging)

@@ -12,24 +12,33 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from cascade import demo, router
-from cascade.decoding.draft_length import Experience
-from cascade.decoding.generation import Confidence, ExpertLoss, Generator, Patience
-from cascade.decoding.rules import Lossless, Rule
-from cascade.decoding.session import Bonus, Coupling, Mode, RowFormat, Verification
-from cascade.engine import outline, threads
+from cascade import demo
+from cascade.api.context import Defaults as DoorDefaults
+from cascade.api.context import Limits as DoorLimits
+from cascade.api.context import Service
+from cascade.engine import model_pair, threads
 from cascade.engine.settings import EngineSettings
 from cascade.engine.settings import Path as EnginePath
-from cascade.ingress.service import Defaults as DoorDefaults
-from cascade.ingress.service import Limits as DoorLimits
-from cascade.ingress.service import Service
-from cascade.operations import places
-from cascade.operations.answer_metrics import AnswerMetrics
-from cascade.operations.autoscaling import Targets
-from cascade.operations.logs import AnswerLog
-from cascade.operations.metrics import Sink
-from cascade.operations.observed import Observed
-from cascade.operations.options import ReplicaOptions
+from cascade.observability.metrics import Sink
+from cascade.observability.observer import Observed
+from cascade.observability.request_log import AnswerLog
+from cascade.observability.request_metrics import AnswerMetrics
+from cascade.replica.autoscaling import Targets
+from cascade.replica.replica import ReplicaOptions
+from cascade.router import router, tier_session
+from cascade.rules import Lossless, Rule
+from cascade.speculation.draft_length import Experience
+from cascade.types import (
+    Bonus,
+    Confidence,
+    Coupling,
+    ExpertLoss,
+    Generator,
+    Mode,
+    Patience,
+    RowFormat,
+    Verification,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -123,7 +132,7 @@ class Scaling(Settings):
         ours = {field.name for field in fields(Targets)}
         return self.model_dump(exclude=ours, exclude_none=True) | {
             "policy": {
-                "policy_function": "cascade.operations.autoscaling:TierPolicy",
+                "policy_function": "cascade.replica.autoscaling:TierPolicy",
                 "policy_kwargs": asdict(targets),
             }
         }
@@ -177,9 +186,9 @@ class Tier(Settings):
         """Return the hub id or the folder."""
         return str(self.own) if self.model == "demo" else self.model
 
-    def source(self) -> outline.Source:
+    def source(self) -> model_pair.Source:
         """Return where the model comes from."""
-        return outline.Source(
+        return model_pair.Source(
             name=self.place, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
@@ -241,7 +250,7 @@ class Router(Settings):
     overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
     overlap_branches: Natural = 4  # other likely verdicts drafted on, as far as drafters are idle
 
-    def loop(self, *, drafters: places.Tier, experts: places.Tier) -> router.Router:
+    def loop(self, *, drafters: tier_session.Tier, experts: tier_session.Tier) -> router.Router:
         """Return the loop over two tiers."""
         return router.Router(
             drafters=drafters,
@@ -320,9 +329,9 @@ class Application(Settings):
     api_keys: tuple[SecretStr, ...] = ()
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, comma separated
 
-    def pair(self) -> outline.Outline:
+    def pair(self) -> model_pair.Outline:
         """Return what the pair shares; raises StartupError for one that cannot be served."""
-        return outline.of_pair(self.drafter.source(), self.expert.source())
+        return model_pair.of_pair(self.drafter.source(), self.expert.source())
 
     def observed(self, generator: Generator, sink: Sink) -> Observed:
         """Return the generator with its answers counted in `sink`, logged and traced."""
@@ -333,7 +342,7 @@ class Application(Settings):
     def service(
         self,
         generator: Generator,
-        pair: outline.Outline,
+        pair: model_pair.Outline,
         *,
         ready: Callable[[], bool] = lambda: True,
     ) -> Service:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .cluster import until
-from .load import key
+from tests.chaos.cluster import until
+from tests.chaos.load import key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from .cluster import Ground
-    from .load import Answer
+    from tests.chaos.cluster import Ground
+    from tests.chaos.load import Answer
 
 SPARE = 24  # more tasks and files than before: a peer that is met for the first time costs five
 

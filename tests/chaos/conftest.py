@@ -6,15 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .cluster import Ground, ground
-from .load import clients
-from .report import REPORT, Report
+from tests.chaos.cluster import Ground, ground
+from tests.chaos.load import clients
+from tests.chaos.report import REPORT, Report
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from .load import Clients
+    from tests.chaos.load import Clients
 
 STREAMS = int(os.environ.get("CHAOS_STREAMS", "200"))
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))  # of each tier

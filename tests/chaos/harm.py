@@ -15,7 +15,7 @@ import psutil
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
 
-    from .cluster import Replica
+    from tests.chaos.cluster import Replica
 
 _PIDFD_GETFD = 438  # the system call's number, the same on every architecture
 NICE = 15

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cascade.decoding.session import Origin
-from cascade.demo.tasks import Family, held_out
+from cascade.evaluation.tasks import Family, held_out
+from cascade.types import Origin
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence

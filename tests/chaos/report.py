@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cascade.lab.machine import provenance
+from cascade.evaluation.environment import provenance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-
-from .checks import assert_exact, assert_no_leaks, burdens
-from .cluster import TIERS, config
-from .harm import give_way
-from .load import questions, references, streams
+from tests.chaos.checks import assert_exact, assert_no_leaks, burdens
+from tests.chaos.cluster import TIERS, config
+from tests.chaos.harm import give_way
+from tests.chaos.load import questions, references, streams
 
 if TYPE_CHECKING:
-    from .cluster import Config, Ground
-    from .load import Answer, Clients
-    from .report import Report
+    from tests.chaos.cluster import Config, Ground
+    from tests.chaos.load import Answer, Clients
+    from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
 

@@ -9,16 +9,15 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .checks import assert_exact, assert_no_leaks, burdens, until_free
-from .cluster import config
-from .load import questions, references, streams
-from .report import quantile
+from tests.chaos.checks import assert_exact, assert_no_leaks, burdens, until_free
+from tests.chaos.cluster import config
+from tests.chaos.load import questions, references, streams
+from tests.chaos.report import quantile
 
 if TYPE_CHECKING:
-    from .cluster import Ground
-    from .load import Answer, Body, Clients
-    from .report import Report
+    from tests.chaos.cluster import Ground
+    from tests.chaos.load import Answer, Body, Clients
+    from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 

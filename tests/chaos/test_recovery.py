@@ -11,18 +11,17 @@ from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .checks import assert_exact, assert_no_leaks, burdens
-from .cluster import APART, PATIENT, config, until
-from .harm import cut, frozen, kill, slowed
-from .load import key, questions, references, streams
+from tests.chaos.checks import assert_exact, assert_no_leaks, burdens
+from tests.chaos.cluster import APART, PATIENT, config, until
+from tests.chaos.harm import cut, frozen, kill, slowed
+from tests.chaos.load import key, questions, references, streams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from .cluster import Ground, Replica
-    from .load import Answer, Body, Clients
-    from .report import Report
+    from tests.chaos.cluster import Ground, Replica
+    from tests.chaos.load import Answer, Body, Clients
+    from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from matplotlib.figure import Figure
+from tests.chaos.checks import until_free
+from tests.chaos.cluster import config, until
+from tests.chaos.harm import give_way
+from tests.chaos.load import greedy, streams
 
-from cascade.demo.tasks import Family, held_out
-
-from .checks import until_free
-from .cluster import config, until
-from .harm import give_way
-from .load import greedy, streams
+from cascade.evaluation.tasks import Family, held_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .cluster import Ground
-    from .load import Body, Clients
-    from .report import Report
+    from tests.chaos.cluster import Ground
+    from tests.chaos.load import Body, Clients
+    from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
 

@@ -8,18 +8,17 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .checks import assert_exact, assert_no_leaks, burdens
-from .cluster import APART, config, until
-from .conftest import KILLS, LONGEST_S, STREAMS
-from .harm import give_way, kill
-from .load import key, questions, references, streams
-from .report import quantile
+from tests.chaos.checks import assert_exact, assert_no_leaks, burdens
+from tests.chaos.cluster import APART, config, until
+from tests.chaos.conftest import KILLS, LONGEST_S, STREAMS
+from tests.chaos.harm import give_way, kill
+from tests.chaos.load import key, questions, references, streams
+from tests.chaos.report import quantile
 
 if TYPE_CHECKING:
-    from .cluster import Ground
-    from .load import Answer, Clients
-    from .report import Report
+    from tests.chaos.cluster import Ground
+    from tests.chaos.load import Answer, Clients
+    from tests.chaos.report import Report
 
 TOKENS = 32
 PATIENCE_S = 900.0  # for one replica to start while all others are busy

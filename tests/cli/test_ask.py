@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from cascade.cli import app
 from cascade.cli.ask import STYLES, draft_length, rule_object, visible
-from cascade.decoding.session import Origin
+from cascade.types import Origin
 
 Response = tuple[int, str, bytes]
 Serving = Callable[[Mapping[str, Response]], Any]

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from cascade.benchmark.synthetic_model import is_padded
 from cascade.cli import app
-from cascade.lab.padded import is_padded
 
 RUNNER = CliRunner()
 

@@ -11,11 +11,23 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from cascade.cli import app
-from cascade.cli.cluster import check_cluster, check_resources, check_server, resources_of
-from cascade.cli.findings import Finding, Grade
-from cascade.cli.machine import available_bytes, check_memory, check_ports, check_threads
-from cascade.cli.plan import DEFAULT_PLAN, Plan, check_plan
-from cascade.cli.versions import check_requirement, check_versions
+from cascade.cli.doctor import (
+    DEFAULT_PLAN,
+    Finding,
+    Grade,
+    Plan,
+    available_bytes,
+    check_cluster,
+    check_memory,
+    check_plan,
+    check_ports,
+    check_requirement,
+    check_resources,
+    check_server,
+    check_threads,
+    check_versions,
+    resources_of,
+)
 
 Serving = Callable[..., Any]
 NOWHERE = "http://127.0.0.1:9"

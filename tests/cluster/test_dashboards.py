@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.cluster.test_yaml import FOLDER
 
-from cascade.operations.families import ENGINE, ROUTER, Kind
-from cascade.operations.metrics import name_at_ray
-
-from .test_yaml import FOLDER
+from cascade.observability.metric_specs import ENGINE, ROUTER, Kind
+from cascade.observability.metrics import name_at_ray
 
 SERVES = {"application", "deployment", "replica"}
 ENDINGS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum")}

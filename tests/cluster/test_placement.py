@@ -13,11 +13,10 @@ import pytest
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from tests.cluster.test_yaml import CONFIGS
 
 from cascade.app import build
 from cascade.settings import Application
-
-from .test_yaml import CONFIGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

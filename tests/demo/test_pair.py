@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cascade.demo import DRAFTER, EXPERT
-from cascade.demo.examine import Pair, agreement, answers, examine, load
-from cascade.demo.tasks import Family, held_out, score
+from cascade.evaluation.tasks import Family, held_out, score
+from cascade.training.examine import Pair, agreement, answers, examine, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

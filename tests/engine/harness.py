@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cascade.decoding.session import SessionId
-from cascade.engine.loop import Engine
-from cascade.engine.step import Ready, Step
-from cascade.engine.weights import adopt
+from cascade.engine.engine import Engine
+from cascade.engine.model_loader import adopt
+from cascade.engine.request import Ready, Step
+from cascade.types import SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

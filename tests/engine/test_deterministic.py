@@ -6,25 +6,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tests.engine.architectures import build
+from tests.engine.harness import Recorder
 from torch import nn
 
 from cascade import demo
-from cascade.decoding.session import Block, Policy, Sampling, SessionId
-from cascade.decoding.verification import Task, judge
-from cascade.engine.loop import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.model_loader import adopt, load
+from cascade.engine.request import Step
 from cascade.engine.settings import EngineSettings
-from cascade.engine.step import Step
-from cascade.engine.weights import adopt, load
-
-from .architectures import build
-from .harness import Recorder
+from cascade.speculation.verify import Task, judge
+from cascade.types import Block, Policy, Sampling, SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from cascade.engine.weights import LoadedModel
+    from cascade.engine.model_loader import LoadedModel
 
 SETTINGS = EngineSettings(cache_tokens=4096, deterministic=True, prefix_reuse=False)
 GREEDY = Policy(sampling=Sampling(temperature=0))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from numpy.random import Generator, default_rng
+from tests.engine.architectures import FLAT, LEAN, MORE, PADDED, ROPE, VOCABULARY, build
+from tests.engine.harness import Bench
 from torch import nn
 
-from cascade.engine import lean
-from cascade.engine.lean import LeanRunner
-from cascade.engine.runner import FlatRunner, PaddedRunner
+from cascade.engine.backends import cpu_llama
+from cascade.engine.backends.base import PaddedRunner
+from cascade.engine.backends.cpu_llama import LeanRunner
+from cascade.engine.backends.varlen import FlatRunner
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
-
-from .architectures import FLAT, LEAN, MORE, PADDED, ROPE, VOCABULARY, build
-from .harness import Bench
 
 TOLERANCE = 1e-4
 
@@ -84,7 +84,7 @@ def test_lean_rows_in_bfloat16_are_the_plain_rows_but_for_rounding(name: str) ->
 
 
 def test_a_lean_session_may_outgrow_the_table_of_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "_POSITIONS", 16)
+    monkeypatch.setattr(cpu_llama, "_POSITIONS", 16)
     bench = Bench(build("llama"), EngineSettings(cache_tokens=1024, path=Path.LEAN))
 
     ragged_story(bench)

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.engine.architectures import build
 
 from cascade.engine import rope
 from cascade.engine.rope import Regimes
-
-from .architectures import build
 
 
 @pytest.mark.parametrize("name", ["llama", "yarn", "llama3 rope", "gpt2", "bloom"])

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.decoding.session import SessionId
-from cascade.engine.cache import CachedSequence
+from cascade.engine.kv_cache import CachedSequence
+from cascade.engine.request import Step
 from cascade.engine.scheduler import Job, Scheduler, Slice
-from cascade.engine.step import Step
+from cascade.types import SessionId
 
 BUDGET = 128
 

@@ -3,15 +3,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.engine.architectures import build
 
-from cascade.decoding.session import SessionId
-from cascade.engine.loop import Engine
+from cascade.engine.engine import Engine
+from cascade.engine.model_loader import adopt
+from cascade.engine.request import Ready, Step
 from cascade.engine.settings import EngineSettings
 from cascade.engine.stats import BusyMeter
-from cascade.engine.step import Ready, Step
-from cascade.engine.weights import adopt
-
-from .architectures import build
+from cascade.types import SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.serve.test_serve import replica
 
-from cascade.operations.families import ENGINE, ROUTER, Kind
-from cascade.operations.metrics import name_at_ray
-
-from .test_serve import replica
+from cascade.observability.metric_specs import ENGINE, ROUTER, Kind
+from cascade.observability.metrics import name_at_ray
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
+    from tests.serve.conftest import Server
 
-    from cascade.operations.families import Family
-
-    from .conftest import Server
+    from cascade.observability.metric_specs import Family
 
 # Seen only when things go wrong, or where a client sends a prediction or a rule defers.
 RARE = {

@@ -8,11 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .conftest import ROOT
+from tests.serve.conftest import ROOT
 
 if TYPE_CHECKING:
-    from .conftest import Server
+    from tests.serve.conftest import Server
 
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

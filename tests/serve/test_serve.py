@@ -24,7 +24,7 @@ from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator
 
-    from .conftest import Server
+    from tests.serve.conftest import Server
 
 QUESTION = "Who is Buzz Aldrin?"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

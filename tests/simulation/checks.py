@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from cascade.decoding.session import Mode
-from cascade.errors import Overloaded, Unavailable
-from cascade.router import RouterOptions
+from tests.simulation.story import Story
+from tests.simulation.toys import unlawful
+from tests.simulation.world import World, happen
 
-from .story import Story
-from .toys import unlawful
-from .world import World, happen
+from cascade.errors import Overloaded, Unavailable
+from cascade.router.router import RouterOptions
+from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from .leases import Node
-    from .world import Outcome
+    from tests.simulation.leases import Node
+    from tests.simulation.world import Outcome
 
 FREED_S = 2.0  # after the last answer, until both tiers are free
 SETTLED_S = 60.0  # by when every timer has run out

@@ -12,11 +12,10 @@ from cascade.errors import Overloaded
 if TYPE_CHECKING:
     from random import Random
 
-    from cascade.operations.leases import Ticket
-    from cascade.wire.tiers import Kind
+    from tests.simulation.network import Host
+    from tests.simulation.toys import ToyDrafter, ToyExpert
 
-    from .network import Host
-    from .toys import ToyDrafter, ToyExpert
+    from cascade.protocol.services import Kind, Ticket
 
 DETECTION_S = 1.0  # until Serve knows that a replica is gone
 TIMEOUT_S = 8.0  # of a call

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cascade.wire.server import TierServer  # noqa: TC001 - a field of a dataclass
+from cascade.protocol.server import TierServer  # noqa: TC001 - a field of a dataclass
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from random import Random
 
-    from cascade.wire.tiers import Kind
+    from cascade.protocol.services import Kind
 
 KEEPALIVE_S = 10.0  # of silence, until both ends of a stream know
 

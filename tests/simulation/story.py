@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from cascade.decoding.draft_length import Length
-from cascade.decoding.generation import ExpertLoss, Request
-from cascade.decoding.rules import Chow, Lossless, Rule, TokenV3
-from cascade.decoding.session import Mode, Policy, Sampling
+from tests.simulation.network import Weather
+from tests.simulation.toys import STOP, VOCABULARY
 
-from .network import Weather
-from .toys import STOP, VOCABULARY
+from cascade.rules import Chow, Lossless, Rule, TokenV3
+from cascade.speculation.draft_length import Length
+from cascade.types import ExpertLoss, Mode, Policy, Request, Sampling
 
 if TYPE_CHECKING:
-    from cascade.decoding.cost import Lesson
+    from cascade.speculation.cost_model import Lesson
 
 TROUBLES = ("kill", "silent", "cut", "stall", "streams", "leases", "router")
 MENDED = ("streams", "leases")  # troubles after which the replica is there as before

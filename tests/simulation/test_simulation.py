@@ -8,24 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.simulation.checks import live
+from tests.simulation.clock import run
 
-from cascade.operations.leases import LeaseBook
-from cascade.operations.places import Place
-from cascade.operations.seat import Seat
-from cascade.wire import server
-from cascade.wire.channel import _Stream  # pyright: ignore[reportPrivateUsage] - a bug is planted
-from cascade.wire.codec import decode_answer, parse
-from cascade.wire.frames import Close, Open, Refusal
-
-from .checks import live
-from .clock import run
+from cascade.protocol import server
+from cascade.protocol.client import _Stream  # pyright: ignore[reportPrivateUsage] - a bug is planted
+from cascade.protocol.codec import decode_answer, parse
+from cascade.protocol.messages import Close, Open, Refusal
+from cascade.replica.lease_book import LeaseBook
+from cascade.replica.session import Seat
+from cascade.router.tier_session import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cascade.decoding.session import Session
+    from tests.simulation.world import World
 
-    from .world import World
+    from cascade.types import Session
 
 STORIES, PART = 5_000, 500
 

@@ -9,26 +9,26 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from cascade.decoding.confidence import Outlook
-from cascade.decoding.drafting import Draft
-from cascade.decoding.rules import Lossless
-from cascade.decoding.session import Gates, Origin, SessionId, Verdict
-from cascade.drafter import Drafter
+from cascade.drafter.drafter import Drafter
+from cascade.engine.request import Ready
 from cascade.engine.stats import Pass
-from cascade.engine.step import Ready
 from cascade.errors import InvalidRequest, Overloaded
-from cascade.expert import Expert
-from cascade.operations.options import ReplicaOptions
-from cascade.wire.frames import Open
+from cascade.expert.expert import Expert
+from cascade.protocol.messages import Open
+from cascade.replica.replica import ReplicaOptions
+from cascade.rules import Lossless
+from cascade.speculation.confidence import Outlook
+from cascade.speculation.draft import Draft
+from cascade.types import Gates, Origin, SessionId, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
 
-    from cascade.decoding.verification import Task
-    from cascade.engine.step import Head, Step
-    from cascade.operations.seat import Seat
-    from cascade.wire.server import Connection
+    from cascade.engine.request import Head, Step
+    from cascade.protocol.server import Connection
+    from cascade.replica.session import Seat
+    from cascade.speculation.verify import Task
 
 VOCABULARY = 9
 STOP = 0

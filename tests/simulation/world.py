@@ -7,23 +7,22 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cascade.errors import CascadeError
-from cascade.operations.leases import Hedged
-from cascade.operations.places import Tier
-from cascade.router import Router, RouterOptions
-from cascade.wire import tiers
-from cascade.wire.channel import Peers
+from tests.simulation.leases import Node, SimLeases
+from tests.simulation.network import Host, Network
+from tests.simulation.story import Story, Whim
+from tests.simulation.toys import HANGS_S, ToyDrafter, ToyExpert
 
-from .leases import Node, SimLeases
-from .network import Host, Network
-from .story import Story, Whim
-from .toys import HANGS_S, ToyDrafter, ToyExpert
+from cascade.errors import CascadeError
+from cascade.protocol import services
+from cascade.protocol.client import Peers
+from cascade.router.leases import Hedged
+from cascade.router.router import Router, RouterOptions
+from cascade.router.tier_session import Tier
 
 if TYPE_CHECKING:
-    from cascade.decoding.generation import Request, Statistics
-    from cascade.decoding.session import Origin, Policy, SessionId
-    from cascade.wire.channel import Link
-    from cascade.wire.codec import Answer
+    from cascade.protocol.client import Link
+    from cascade.protocol.codec import Answer
+    from cascade.types import Origin, Policy, Request, SessionId, Statistics
 
 
 @dataclass(kw_only=True)
@@ -60,7 +59,7 @@ class World:
             network=Network(story.chance, story.weather),
             leases={
                 kind.name: SimLeases(kind, story.chance, most=story.most)
-                for kind in (tiers.DRAFTER, tiers.EXPERT)
+                for kind in (services.DRAFTER, services.EXPERT)
             },
         )
 
@@ -203,7 +202,7 @@ async def happen(world: World) -> None:
 
 def _router(world: World) -> Router:
     made: dict[str, Tier] = {}
-    for kind in (tiers.DRAFTER, tiers.EXPERT):
+    for kind in (services.DRAFTER, services.EXPERT):
         peers = Watched(kind, dial=world.network.dial)
         peers.broken = world.broken
         world.peers.append(peers)

@@ -19,9 +19,9 @@ from cascade.errors import CascadeError, InvalidMeasurement
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.lab.arrivals import Arrivals
-    from cascade.lab.plans import Json, Plan, Where
-    from cascade.lab.suite import Scale
+    from cascade.benchmark.load import Arrivals
+    from cascade.benchmark.plan import Json, Plan, Where
+    from cascade.benchmark.suite import Scale
     from cascade.settings import Application
 
 bench = typer.Typer(
@@ -93,8 +93,8 @@ def run(  # noqa: PLR0913 - one parameter an option
     out: Out = Path("bench"),
 ) -> None:
     """Let ways of asking, arrangements and peers answer the same requests in turns."""
-    from cascade.lab.figures import parse_objective  # noqa: PLC0415 - after `prepare`
-    from cascade.lab.plans import ASKS, Plan  # noqa: PLC0415 - as above
+    from cascade.benchmark.metrics import parse_objective  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.plan import ASKS, Plan  # noqa: PLC0415 - as above
 
     with _told():
         settings = _settings(config, pad, dtype, expert_threads, drafter_threads)
@@ -133,14 +133,14 @@ def pad(
     import torch  # noqa: PLC0415 - after `prepare`
     from transformers import AutoConfig  # noqa: PLC0415 - as above
 
+    from cascade.benchmark import synthetic_model  # noqa: PLC0415 - as above
     from cascade.demo import EXPERT  # noqa: PLC0415 - as above
-    from cascade.lab import padded  # noqa: PLC0415 - as above
 
     with _told():
         place = str(EXPERT) if source == "demo" else source
-        wanted = padded.parse_parameters(parameters)
-        shape = padded.shape_for(wanted, AutoConfig.from_pretrained(place))
-        written = padded.pad(place, out=out, shape=shape, dtype=getattr(torch, dtype))
+        wanted = synthetic_model.parse_parameters(parameters)
+        shape = synthetic_model.shape_for(wanted, AutoConfig.from_pretrained(place))
+        written = synthetic_model.pad(place, out=out, shape=shape, dtype=getattr(torch, dtype))
         Console().print(f"{out}: {written / 1e6:.0f}M parameters, cost-padded: {shape}")
 
 
@@ -163,7 +163,7 @@ def suite(  # noqa: PLR0913 - one parameter an option
 
     What a report in the folder says of other cases stays.
     """
-    from cascade.lab.suite import CASES, Scale  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.suite import CASES, Scale  # noqa: PLC0415 - after `prepare`
 
     with _told():
         if unknown := set(only or ()) - set(CASES):
@@ -197,15 +197,15 @@ def timeline(  # noqa: PLR0913 - one parameter an option
     out: Out = Path("docs"),
 ) -> None:
     """Write performance.md and its picture: where the time of a round goes."""
-    from cascade.lab import claims  # noqa: PLC0415 - after `prepare`
-    from cascade.lab import timeline as lab  # noqa: PLC0415 - as above
-    from cascade.lab.machine import provenance  # noqa: PLC0415 - as above
-    from cascade.lab.plans import greedy, parse_ask  # noqa: PLC0415 - as above
+    from cascade.benchmark import suite  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark import timeline as lab  # noqa: PLC0415 - as above
+    from cascade.benchmark.plan import greedy, parse_ask  # noqa: PLC0415 - as above
+    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
 
     with _told():
         settings = _settings(config, pad, dtype, expert_threads, drafter_threads)
         where = provenance()
-        told = {"cases": {}} if promises is None else claims.read(promises)
+        told = {"cases": {}} if promises is None else suite.read(promises)
         body = greedy(question) | {"cascade": parse_ask(ask)}
         found = asyncio.run(lab.record(settings, body, delay_s=rtt_ms / 2e3))
         notes = [_padded_note(pad)] if pad else []
@@ -213,7 +213,7 @@ def timeline(  # noqa: PLR0913 - one parameter an option
             notes.append(f"A round trip of {rtt_ms:g} ms is emulated.")
         out.mkdir(parents=True, exist_ok=True)
         lab.picture(found, out / "timeline.png")
-        page = lab.page(found, provenance=where, notes=notes, promises=claims.promised(told))
+        page = lab.page(found, provenance=where, notes=notes, promises=suite.promised(told))
         (out / "performance.md").write_text(page)
         Console(soft_wrap=True).print(f"{out}/performance.md: {found.stages_ms()}", markup=False)
 
@@ -224,9 +224,12 @@ def _padded_note(parameters: str) -> str:
 
 def _suite(scale: Scale, names: Sequence[str], *, out: Path) -> None:
     """Run cases one after another; what is finished is written after each."""
-    from cascade.lab.claims import claim_table, write  # noqa: PLC0415 - after `prepare`
-    from cascade.lab.machine import provenance  # noqa: PLC0415 - as above
-    from cascade.lab.suite import CASES  # noqa: PLC0415 - as above
+    from cascade.benchmark.suite import (  # noqa: PLC0415 - after `prepare`
+        CASES,
+        claim_table,
+        write,
+    )
+    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
 
     console = Console(stderr=True)
     for name in names:
@@ -257,7 +260,7 @@ def _settings(
     expert_threads: int,
     drafter_threads: int,
 ) -> Application:
-    from cascade.lab.plans import padded_expert  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.plan import padded_expert  # noqa: PLC0415 - after `prepare`
 
     settings = application(config)
     expert: dict[str, Any] = {"threads": expert_threads} | ({"dtype": dtype} if dtype else {})
@@ -283,9 +286,9 @@ def _requests(  # noqa: PLR0913 - what and when
     rate: float | None,
     trace: Path | None,
 ) -> tuple[list[Json], Arrivals]:
-    from cascade.lab import workloads  # noqa: PLC0415 - after `prepare`
-    from cascade.lab.answering import body  # noqa: PLC0415 - as above
-    from cascade.lab.arrivals import Closed, poisson, read_trace  # noqa: PLC0415 - as above
+    from cascade.benchmark.load import Closed, poisson, read_trace  # noqa: PLC0415 - as above
+    from cascade.evaluation import workloads  # noqa: PLC0415 - after `prepare`
+    from cascade.evaluation.client import body  # noqa: PLC0415 - as above
 
     items = workloads.load(workload, count=count, seed=seed).items
     if trace is not None:
@@ -311,7 +314,7 @@ def _filler(settings: Application, items: Sequence[Any]) -> Any:
 
 
 def _where(*, url: str | None, here: bool | None, apart: bool) -> list[Where]:
-    from cascade.lab.plans import Apart, Here, Server  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.plan import Apart, Here, Server  # noqa: PLC0415 - after `prepare`
 
     chosen: list[Where] = [Here()] if here or (here is None and not url and not apart) else []
     if apart:
@@ -324,9 +327,9 @@ def _where(*, url: str | None, here: bool | None, apart: bool) -> list[Where]:
 
 
 def _report(plan: Plan, *, out: Path, padded: str | None) -> None:
-    from cascade.lab.machine import provenance  # noqa: PLC0415 - after `prepare`
-    from cascade.lab.plans import execute  # noqa: PLC0415 - as above
-    from cascade.lab.standings import document, table, write  # noqa: PLC0415 - as above
+    from cascade.benchmark.plan import execute  # noqa: PLC0415 - as above
+    from cascade.benchmark.report import document, table, write  # noqa: PLC0415 - as above
+    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - after `prepare`
 
     console = Console(stderr=True)
     where = provenance()

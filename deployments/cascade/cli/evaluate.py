@@ -19,11 +19,11 @@ from cascade.errors import CascadeError, InvalidMeasurement, StartupError
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from cascade.lab import report
-    from cascade.lab.answering import Answerer
-    from cascade.lab.grid import Setting
-    from cascade.lab.results import Results
-    from cascade.lab.workloads import Workload
+    from cascade.evaluation import report
+    from cascade.evaluation.client import Answerer
+    from cascade.evaluation.grid import Setting
+    from cascade.evaluation.results import Results
+    from cascade.evaluation.workloads import Workload
     from cascade.settings import Application
 
 _INTERRUPTED = 130
@@ -106,7 +106,7 @@ def _settings(
     draft_tokens: list[int] | None,
 ) -> list[Setting]:
     """Return the grid of a file, or the one that the options span."""
-    from cascade.lab.grid import Block, joined, read_grid  # noqa: PLC0415 - see `_evaluate`
+    from cascade.evaluation.grid import Block, joined, read_grid  # noqa: PLC0415 - see `_evaluate`
 
     given = rules or alphas or temperatures or draft_tokens
     if grid is not None:
@@ -126,7 +126,7 @@ def _settings(
 
 
 def _workload(name: str, count: int | None, seed: int) -> Workload:
-    from cascade.lab import workloads  # noqa: PLC0415 - see `_evaluate`
+    from cascade.evaluation import workloads  # noqa: PLC0415 - see `_evaluate`
 
     return workloads.load(name, count=count, seed=seed)
 
@@ -134,7 +134,7 @@ def _workload(name: str, count: int | None, seed: int) -> Workload:
 def _answering(
     url: str | None, config: Path | None, api_key: str | None, model: str | None
 ) -> AbstractAsyncContextManager[Answerer]:
-    from cascade.lab.answering import in_process, over_http  # noqa: PLC0415 - see `_evaluate`
+    from cascade.evaluation.client import in_process, over_http  # noqa: PLC0415 - see `_evaluate`
 
     if url is None:
         return in_process(application(config))
@@ -170,7 +170,7 @@ async def _evaluate(
     options: dict[str, int],
 ) -> Results:
     # Imported late, as all of the lab: `cascade ask` need not wait for torch.
-    from cascade.lab import evaluate as lab  # noqa: PLC0415 - as said
+    from cascade.evaluation import evaluate as lab  # noqa: PLC0415 - as said
 
     run = lab.Run(folder=out, **options)
     async with answering as answerer:
@@ -185,8 +185,8 @@ async def _evaluate(
 
 def show(results: Results, folder: Path) -> None:
     """Write the files, and print the findings and the table of all items together."""
-    from cascade.lab import evaluate as lab  # noqa: PLC0415 - see `_evaluate`
-    from cascade.lab import report  # noqa: PLC0415 - see `_evaluate`
+    from cascade.evaluation import evaluate as lab  # noqa: PLC0415 - see `_evaluate`
+    from cascade.evaluation import report  # noqa: PLC0415 - see `_evaluate`
 
     written = lab.write(results, folder)
     overall = [

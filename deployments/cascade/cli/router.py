@@ -38,14 +38,14 @@ def _door(settings: Application, *, drafters: list[str], experts: list[str], tok
     from fastapi.responses import PlainTextResponse  # noqa: PLC0415 - as above
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415 - as above
 
-    from cascade.ingress.http import create_app  # noqa: PLC0415 - as above
-    from cascade.operations.families import ROUTER  # noqa: PLC0415 - as above
-    from cascade.operations.leases import FixedLeases  # noqa: PLC0415 - as above
-    from cascade.operations.logs import to_stderr  # noqa: PLC0415 - as above
-    from cascade.operations.metrics import PlainSink  # noqa: PLC0415 - as above
-    from cascade.operations.places import Tier  # noqa: PLC0415 - as above
-    from cascade.wire import tiers  # noqa: PLC0415 - as above
-    from cascade.wire.channel import Peers  # noqa: PLC0415 - as above
+    from cascade.api.http import create_app  # noqa: PLC0415 - as above
+    from cascade.observability.metric_specs import ROUTER  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PlainSink  # noqa: PLC0415 - as above
+    from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
+    from cascade.protocol import services  # noqa: PLC0415 - as above
+    from cascade.protocol.client import Peers  # noqa: PLC0415 - as above
+    from cascade.router.leases import FixedLeases  # noqa: PLC0415 - as above
+    from cascade.router.tier_session import Tier  # noqa: PLC0415 - as above
 
     pair, sink = settings.pair(), PlainSink(ROUTER)
     to_stderr()
@@ -54,7 +54,7 @@ def _door(settings: Application, *, drafters: list[str], experts: list[str], tok
     async def serving(app: FastAPI) -> AsyncGenerator[None]:
         drafting, judging = (
             Tier(leases=FixedLeases(addresses, token=token), peers=Peers(kind))
-            for addresses, kind in ((drafters, tiers.DRAFTER), (experts, tiers.EXPERT))
+            for addresses, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         )
         loop = settings.router.loop(drafters=drafting, experts=judging)
         app.state.service = settings.service(settings.observed(loop, sink), pair)

@@ -15,7 +15,7 @@ import yaml
 from cascade.engine import threads
 
 if TYPE_CHECKING:
-    from cascade.operations.replica import Replica
+    from cascade.replica.replica import Replica
     from cascade.settings import Application
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
@@ -79,9 +79,9 @@ async def _serve(
 async def _report(replica: Replica[Any], port: int) -> None:
     from prometheus_client import start_http_server  # noqa: PLC0415 - few want it
 
-    from cascade.operations.engine_metrics import keep_reporting  # noqa: PLC0415 - as above
-    from cascade.operations.families import ENGINE  # noqa: PLC0415 - as above
-    from cascade.operations.metrics import PlainSink  # noqa: PLC0415 - as above
+    from cascade.observability.metric_specs import ENGINE  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PlainSink  # noqa: PLC0415 - as above
+    from cascade.replica.metrics import keep_reporting  # noqa: PLC0415 - as above
 
     sink = PlainSink(ENGINE)
     start_http_server(port, registry=sink.registry)
@@ -91,9 +91,9 @@ async def _report(replica: Replica[Any], port: int) -> None:
 def _part(name: TierName) -> type[Replica[Any]]:
     # Imported late: torch reads the environment when it is imported.
     if name is TierName.DRAFTER:
-        from cascade.drafter import Drafter  # noqa: PLC0415 - as above
+        from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - as above
 
         return Drafter
-    from cascade.expert import Expert  # noqa: PLC0415 - as above
+    from cascade.expert.expert import Expert  # noqa: PLC0415 - as above
 
     return Expert

@@ -12,8 +12,8 @@ from cascade.cli.evaluate import failed
 from cascade.errors import CascadeError, InvalidMeasurement
 
 if TYPE_CHECKING:
-    from cascade.lab.results import Results
-    from cascade.lab.tune import Choice, Goal
+    from cascade.evaluation.results import Results
+    from cascade.evaluation.tune import Choice, Goal
 
 
 def tune(  # noqa: PLR0913 - one parameter an option
@@ -42,8 +42,8 @@ def tune(  # noqa: PLR0913 - one parameter an option
 
     The YAML goes under `args:` of the application in a cluster/*.yaml.
     """
-    from cascade.lab import results as lab  # noqa: PLC0415 - `cascade ask` need not wait for it
-    from cascade.lab import tune as tuning  # noqa: PLC0415 - as above
+    from cascade.evaluation import results as lab  # noqa: PLC0415 - `cascade ask` need not wait for it
+    from cascade.evaluation import tune as tuning  # noqa: PLC0415 - as above
 
     try:
         found = lab.load(results)
@@ -61,7 +61,7 @@ def tune(  # noqa: PLR0913 - one parameter an option
 
 
 def _goal(name: str | None) -> Goal | None:
-    from cascade.lab import tune as tuning  # noqa: PLC0415 - as above
+    from cascade.evaluation import tune as tuning  # noqa: PLC0415 - as above
 
     if name is None:
         return None
@@ -72,7 +72,7 @@ def _goal(name: str | None) -> Goal | None:
 
 
 def _tell(choice: Choice, results: Results, out: Path | None) -> None:
-    from cascade.lab.tune import fragment  # noqa: PLC0415 - as above
+    from cascade.evaluation.tune import fragment  # noqa: PLC0415 - as above
 
     text = fragment(choice, results)
     if out is None:

@@ -1,8 +1,12 @@
-"""The pair that ships: where it lies, what it was trained on, and how.
+"""The pair that ships: two complete Hugging Face folders. Importing it imports no torch."""
 
-Importing this package imports no torch.
-"""
+from __future__ import annotations
 
-from cascade.demo.pair import DRAFTER, EXPERT
+from importlib.resources import files
+from pathlib import Path
 
-__all__ = ["DRAFTER", "EXPERT"]
+# The package is always unpacked on disk: a wheel is, and Ray ships folders.
+_HERE = Path(str(files("cascade.demo")))
+
+DRAFTER: Path = _HERE / "drafter"
+EXPERT: Path = _HERE / "expert"

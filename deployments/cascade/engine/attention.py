@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.engine.batch import FlatBatch, Group
-    from cascade.engine.pool import KVPool
+    from cascade.engine.kv_pool import KVPool
 
 FLAT = "cascade_flat"
 _FLASH_HEAD_SIZE = 256

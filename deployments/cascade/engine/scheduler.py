@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cascade.decoding.session import SessionId
-    from cascade.engine.cache import CachedSequence
-    from cascade.engine.step import Step
+    from cascade.engine.kv_cache import CachedSequence
+    from cascade.engine.request import Step
+    from cascade.types import SessionId
 
 _SHORT = 64  # tokens up to which a step is a block rather than a prefill
 _PATIENCE = 4  # passes without a token after which a step goes first

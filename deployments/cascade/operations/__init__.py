@@ -1,1 +1,1 @@
-"""What a running cluster needs: leases, metrics, failover."""
+"""Kept for rolling updates from 0.1, whose deployments name `TierPolicy` by this path."""

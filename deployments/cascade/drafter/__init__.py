@@ -1,0 +1,1 @@
+"""The drafter tier: drafts blocks of tokens."""

@@ -1,0 +1,18 @@
+"""A session as a drafter replica holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cascade.replica.session import Seat
+
+if TYPE_CHECKING:
+    from cascade.drafter.draft_tree import Tree
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class DraftSession(Seat):
+    """The committed answer of a session, and the branches that are drafted after it."""
+
+    tree: Tree | None = None

@@ -1,0 +1,1 @@
+"""The ways to run one forward pass over a ragged batch."""

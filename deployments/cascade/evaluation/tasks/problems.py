@@ -1,0 +1,155 @@
+"""Word problems of one to four steps, in the manner of GSM8K."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cascade.evaluation.tasks.item import Choice, Family, Item, Level, Scorer
+from cascade.evaluation.tasks.words import NAMES, THINGS
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+def draw(random: Random, level: Level) -> Item:
+    """Return a problem; sums at first, products from the third level on."""
+    kinds = {
+        Level.EASY: (_one_step,),
+        Level.MIDDLE: (_two_steps,),
+        Level.HARD: (_boxes,),
+        Level.HARDEST: (_shopping, _sharing, _growing),
+    }
+    return random.choice(kinds[level])(random)
+
+
+def _one_step(random: Random) -> Item:
+    name, thing = random.choice(NAMES), random.choice(THINGS)
+    first, second = random.randint(2, 20), random.randint(2, 12)
+    if random.choice((True, False)) or second >= first:
+        total, verb, sign = first + second, random.choice(("buys", "finds")), "+"
+    else:
+        total, verb, sign = first - second, random.choice(("loses", "sells")), "-"
+    more = "more" if sign == "+" else "of them"
+    return _item(
+        level=Level.EASY,
+        prompt=f"{name} has {first} {thing} and {verb} {second} {more}. "
+        f"How many {thing} does {name} have now?",
+        sums=(f"{first} {sign} {second} = {total}",),
+        total=total,
+        formal=f"{name} starts with {first} {thing} and {verb} {second}.",
+    )
+
+
+def _two_steps(random: Random) -> Item:
+    name, friend = random.sample(NAMES, 2)
+    thing = random.choice(THINGS)
+    first, second = random.randint(3, 20), random.randint(2, 12)
+    third = random.randint(2, min(12, first + second - 1))
+    middle, total = first + second, first + second - third
+    return _item(
+        level=Level.MIDDLE,
+        prompt=f"{name} has {first} {thing}, buys {second} more and gives {third} to {friend}. "
+        f"How many {thing} does {name} have left?",
+        sums=(f"{first} + {second} = {middle}", f"{middle} - {third} = {total}"),
+        total=total,
+        formal=f"{name} starts with {first} {thing}, buys {second} and gives {third} away.",
+    )
+
+
+def _boxes(random: Random) -> Item:
+    name, thing = random.choice(NAMES), random.choice(THINGS)
+    boxes, each, loose = random.randint(2, 9), random.randint(2, 9), random.randint(2, 12)
+    middle, total = boxes * each, boxes * each + loose
+    return _item(
+        level=Level.HARD,
+        prompt=f"{name} fills {boxes} boxes with {each} {thing} each and has {loose} {thing} left. "
+        f"How many {thing} does {name} have in all?",
+        sums=(f"{boxes} * {each} = {middle}", f"{middle} + {loose} = {total}"),
+        total=total,
+        formal=f"{name} fills {boxes} boxes with {each} {thing} each and keeps {loose}.",
+    )
+
+
+def _shopping(random: Random) -> Item:
+    name, (first, second) = random.choice(NAMES), random.sample(THINGS, 2)
+    (cost, price), (count, number) = (
+        [random.randint(2, 9) for _ in range(2)],
+        [random.randint(2, 6) for _ in range(2)],
+    )
+    one, other = count * cost, number * price
+    spent = one + other
+    total = 100 * (1 + (spent - 1) // 100)
+    return _item(
+        level=Level.HARDEST,
+        prompt=f"{name} buys {count} {first} at {cost} euros each and {number} {second} at {price} "
+        f"euros each, and pays with {total} euros. How many euros does {name} get back?",
+        sums=(
+            f"{count} * {cost} = {one}",
+            f"{number} * {price} = {other}",
+            f"{one} + {other} = {spent}",
+            f"{total} - {spent} = {total - spent}",
+        ),
+        total=total - spent,
+        formal=f"{name} buys {count} {first} and {number} {second} and pays with {total} euros.",
+    )
+
+
+def _sharing(random: Random) -> Item:
+    name, friend = random.sample(NAMES, 2)
+    thing = random.choice(THINGS)
+    people, each, bags = random.randint(2, 9), random.randint(3, 12), random.randint(2, 4)
+    given = random.randint(1, each - 1)
+    per_bag, rest = divmod(people * each, bags)
+    loose = "" if not rest else f" and {rest} more"
+    middle = people * each
+    return _item(
+        level=Level.HARDEST,
+        prompt=f"{name} has {bags} bags of {per_bag} {thing}{loose}. {people} children share them "
+        f"equally, and each gives {given} to {friend}. How many {thing} does each child keep?",
+        sums=(
+            f"{bags} * {per_bag} = {bags * per_bag}",
+            *([f"{bags * per_bag} + {rest} = {middle}"] if rest else []),
+            f"{middle} / {people} = {each}",
+            f"{each} - {given} = {each - given}",
+        ),
+        total=each - given,
+        formal=f"{name} has {bags} bags of {per_bag} {thing}{loose} for {people} children.",
+    )
+
+
+def _growing(random: Random) -> Item:
+    name, thing = random.choice(NAMES), random.choice(THINGS)
+    start, daily, days = random.randint(3, 20), random.randint(2, 9), random.randint(2, 9)
+    found = daily * days
+    have = start + found
+    lost = random.randint(2, have - 1)
+    return _item(
+        level=Level.HARDEST,
+        prompt=f"{name} has {start} {thing} and collects {daily} every day. "
+        f"After {days} days {name} loses {lost}. How many {thing} are left?",
+        sums=(
+            f"{daily} * {days} = {found}",
+            f"{start} + {found} = {have}",
+            f"{have} - {lost} = {have - lost}",
+        ),
+        total=have - lost,
+        formal=f"{name} starts with {start} {thing}, collects {daily} on each of {days} days and "
+        f"loses {lost}.",
+    )
+
+
+def _item(*, level: Level, prompt: str, sums: tuple[str, ...], total: int, formal: str) -> Item:
+    steps = ", ".join(sums)
+    return Item(
+        family=Family.PROBLEMS,
+        level=level,
+        prompt=prompt,
+        answer=(
+            Choice(steps, f"{formal} So {steps}"),
+            Choice(". Answer:", ". The answer is"),
+            f" {total}",
+            Choice("", "."),
+        ),
+        references=(str(total),),
+        scorer=Scorer.NUMBER,
+    )

@@ -1,0 +1,1 @@
+"""The expert tier: verifies blocks in one forward pass each."""

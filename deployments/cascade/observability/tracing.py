@@ -1,0 +1,202 @@
+"""OpenTelemetry spans: one of an answer, one of each round, and the tiers' own share of it.
+
+All are in one trace: the router sends its context with `Open`. Nothing is recorded unless the
+process has a tracer provider, as Serve's `tracing_config` gives it one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+from opentelemetry import context, trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from cascade.protocol.messages import Close, Judge, Judgement, Open, Proposal, Propose, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span
+    from opentelemetry.util.types import AttributeValue
+
+    from cascade.observability.observer import Account
+    from cascade.protocol.codec import Answer, Question
+    from cascade.protocol.server import Connection, Tier
+    from cascade.protocol.services import Description
+    from cascade.types import Request, SessionId
+
+T = TypeVar("T")
+
+_TRACER = trace.get_tracer("cascade")
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def traceparent() -> str:
+    """Return the W3C context of the present span; empty where nothing is traced."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier)
+    return carrier.get("traceparent", "")
+
+
+class AnswerSpan:
+    """The span of one answer, and under it one of each round."""
+
+    def __init__(self, request: Request, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._clock_ns = clock_ns
+        span = _TRACER.start_span("cascade.answer", start_time=clock_ns())
+        self._span: Span | None = span if span.is_recording() else None
+        if self._span is None:
+            return
+        self._context = trace.set_span_in_context(span)
+        self._at_ns = clock_ns()
+        self._counts: dict[str, float] = {}
+        span.set_attributes(
+            {
+                "cascade.request": request.name,
+                "cascade.mode": request.mode.value,
+                "cascade.rule": request.policy.rule.kind,
+                "cascade.prompt_tokens": len(request.prompt),
+            }
+        )
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """Await something as a part of the answer."""
+        if self._span is None:
+            return await work
+        token = context.attach(self._context)
+        try:
+            return await work
+        finally:
+            context.detach(token)
+
+    def round(self, account: Account) -> None:
+        """Record the round that has just ended."""
+        if self._span is None:
+            return
+        began_ns, self._at_ns = self._at_ns, self._clock_ns()
+        before, self._counts = self._counts, _counts(account)
+        grown = {key: value - before.get(key, 0) for key, value in self._counts.items()}
+        position = account.tokens - int(grown["cascade.tokens"])
+        span = _TRACER.start_span(
+            "cascade.round",
+            context=self._context,
+            start_time=began_ns,
+            attributes={"cascade.position": position, **grown},
+        )
+        span.end(self._at_ns)
+
+    def end(self, account: Account) -> None:
+        """Record how the answer ended."""
+        if self._span is None:
+            return
+        self._span.set_attributes({"cascade.finish": account.finish, **_counts(account)})
+        if account.error is not None:
+            self._span.set_status(trace.StatusCode.ERROR, type(account.error).__name__)
+        self._span.end(self._clock_ns())
+
+
+class TracedTier:
+    """A tier whose work on traced sessions is recorded, from each question to its answer."""
+
+    def __init__(self, tier: Tier, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._tier = tier
+        self._clock_ns = clock_ns
+        self._sessions: dict[Connection, dict[SessionId, _Traced]] = {}
+
+    @property
+    def traced(self) -> int:
+        """Return the number of open sessions whose requests are traced."""
+        return sum(map(len, self._sessions.values()))
+
+    def receive(self, connection: Connection, item: Question) -> None:
+        """Serve an item."""
+        match item:
+            case Open() if item.traceparent:
+                self._open(connection, item)
+            case Close():
+                self._sessions.get(connection, {}).pop(item.session_id, None)
+            case Propose() | Judge() if connection in self._sessions:
+                if traced := self._sessions[connection].get(item.session_id):
+                    traced.since_ns = self._clock_ns()
+            case _:
+                pass
+        self._tier.receive(connection, item)
+
+    def disconnected(self, connection: Connection) -> None:
+        """Free all sessions of a stream that ended."""
+        self._sessions.pop(connection, None)
+        self._tier.disconnected(connection)
+
+    def describe(self) -> Description:
+        """Return what is served."""
+        return self._tier.describe()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the tier works."""
+        return self._tier.alive
+
+    def _open(self, connection: Connection, item: Open) -> None:
+        parent = _PROPAGATOR.extract({"traceparent": item.traceparent})
+        if not trace.get_current_span(parent).get_span_context().trace_flags.sampled:
+            return
+        if connection not in self._sessions:
+            self._sessions[connection] = {}
+            connection.watch = lambda answer: self._answered(connection, answer)
+        self._sessions[connection][item.session.id] = _Traced(parent, self._clock_ns())
+
+    def _answered(self, connection: Connection, answer: Answer) -> None:
+        sessions = self._sessions.get(connection, {})
+        traced = sessions.get(answer.session_id)
+        if traced is None:
+            return
+        since_ns, traced.since_ns = traced.since_ns, self._clock_ns()
+        span = _TRACER.start_span(
+            f"cascade.{connection.kind.name}",
+            context=traced.parent,
+            kind=trace.SpanKind.SERVER,
+            start_time=since_ns,
+            attributes=_of_answer(answer),
+        )
+        span.end(traced.since_ns)
+        if isinstance(answer, Refusal):
+            del sessions[answer.session_id]
+
+
+class _Traced:
+    """A traced session on a tier: its parent, and when its present work began."""
+
+    def __init__(self, parent: Context, since_ns: int) -> None:
+        self.parent = parent
+        self.since_ns = since_ns
+
+
+def _counts(account: Account) -> dict[str, float]:
+    entry = account.statistics
+    return {
+        "cascade.tokens": account.tokens,
+        "cascade.drafted": entry.drafted,
+        "cascade.accepted": entry.accepted,
+        "cascade.deferred": entry.deferred,
+        "cascade.drafter_s": entry.drafter_s,
+        "cascade.expert_s": entry.expert_s,
+    }
+
+
+def _of_answer(answer: Answer) -> dict[str, AttributeValue]:
+    match answer:
+        case Proposal():
+            return {"cascade.position": answer.position, "cascade.drafted": answer.block.length}
+        case Judgement():
+            return {
+                "cascade.position": answer.position,
+                "cascade.accepted": answer.verdict.accepted,
+                "cascade.tokens": len(answer.verdict.tokens),
+            }
+        case Refusal():
+            return {"cascade.refused": answer.code}
+        case _:
+            return {}

@@ -1,0 +1,150 @@
+"""What crosses between router and tiers, as values; `codec` turns them into protobuf and back.
+
+Every item names its session, its epoch (grows when a session moves to another replica) and a
+position (committed tokens after the prompt). `digest` is that of prompt and committed tokens up to
+the position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from cascade.speculation.cost_model import Timing
+from cascade.types import Block, Session, SessionId, TokenLogprob, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Begin or resume a session on this replica; `lease` is the capability the lease gave."""
+
+    session: Session
+    epoch: int
+    lease: str
+    traceparent: str = ""  # W3C trace context; empty where nobody traces the request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Propose:
+    """Draft up to `count` tokens after `position`; `tokens` are the last committed before it.
+
+    While the block is judged, draft `ahead` blocks more and send them unasked, each on the guess
+    that all before it stands and of what the expert adds. A block that was sent is not sent again:
+    the item then says that its guess was right. Up to `branches` blocks more are drafted, one each,
+    on other likely verdicts, as far as the drafter has capacity to spare. A block ends early where
+    the drafter gives the whole of it less than the chance `floor`.
+    """
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    count: int
+    tokens: tuple[int, ...] = ()
+    until_deferral: bool = False  # stop before the first token that a drafter-only rule defers
+    ahead: int = 0
+    floor: float = 0.0
+    branches: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """Judge a block at `position`; then write `ahead` more tokens alone, one judgement each."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    block: Block = field(default_factory=Block)
+    tokens: tuple[int, ...] = ()
+    ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Return the log-probability of each of `tokens` but the first, with `top` alternatives."""
+
+    session_id: SessionId
+    epoch: int
+    lease: str
+    tokens: tuple[int, ...]
+    top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """Free the session."""
+
+    session_id: SessionId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The block drafted after the prefix with this position and digest.
+
+    `deferred`: it ends where the drafter's own rule defers the next token. `branched`: it was
+    drafted on the guess that not all before it stands, or of another token than the likeliest.
+    """
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    block: Block
+    deferred: bool = False
+    passes: int = 0
+    cached_prompt_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+    branched: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The verdict on the block after the prefix with this position and digest."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+    digest: int
+    verdict: Verdict
+    cached_prompt_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The answer to `Score`."""
+
+    session_id: SessionId
+    epoch: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """The replica lacks the committed tokens from `position` on; send the item again with them."""
+
+    session_id: SessionId
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """This session, and no other on the stream, cannot go on here; `code` is a gRPC status name."""
+
+    session_id: SessionId
+    epoch: int
+    code: str
+    reason: str
+    message: str
+
+
+ToDrafter: TypeAlias = Open | Propose | Close
+
+ToExpert: TypeAlias = Open | Judge | Score | Close
+
+FromDrafter: TypeAlias = Proposal | Need | Refusal
+
+FromExpert: TypeAlias = Judgement | Scores | Need | Refusal

@@ -1,0 +1,114 @@
+"""The two tiers as clients and servers know them: names, frame types, and what is described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from cascade.errors import (
+    DrafterUnavailable,
+    ExpertUnavailable,
+    Unavailable,
+)
+from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
+
+if TYPE_CHECKING:
+    # MOVED
+    from cascade.protocol.codec import FrameType
+
+
+class Ticket(TypedDict):
+    """The first and only answer of a lease call."""
+
+    address: str
+    token: str
+
+
+PROTOCOL_VERSION = 2
+
+FRAME_LIMIT_BYTES = 64 * 2**20
+
+ITEM_LIMIT = 4096
+
+BEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
+
+STREAM_OPTIONS = (
+    # The framing of a frame of the largest size needs a few bytes more.
+    ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
+    ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
+    # A router that is cut off is noticed by its silence, in 10 s. The keepalive timeout alone does
+    # not do it: core waits a minute for the answer to a ping.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A tier's service: one stream and one question, and the error that says nobody answers."""
+
+    name: str
+    service: str
+    stream: str
+    question: str
+    request: FrameType
+    response: FrameType
+    description: Any  # the message that answers the question
+    unavailable: type[Unavailable]
+
+    def path(self, method: str) -> str:
+        """Return the full name of a method."""
+        return f"/{self.service}/{method}"
+
+
+DRAFTER = Kind(
+    name="drafter",
+    service="cascade.v1.DrafterService",
+    stream="Draft",
+    question="DescribeDrafter",
+    request=drafter_pb2.DraftRequest,
+    response=drafter_pb2.DraftResponse,
+    description=drafter_pb2.DescribeDrafterResponse,
+    unavailable=DrafterUnavailable,
+)
+
+EXPERT = Kind(
+    name="expert",
+    service="cascade.v1.ExpertService",
+    stream="Judge",
+    question="DescribeExpert",
+    request=expert_pb2.JudgeRequest,
+    response=expert_pb2.JudgeResponse,
+    description=expert_pb2.DescribeExpertResponse,
+    unavailable=ExpertUnavailable,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a replica serves and what it allows."""
+
+    model: str
+    vocab_size: int  # token ids are below it
+    context_length: int  # tokens of prompt and answer together
+    tokenizer_fingerprint: str
+    protocol_version: int = PROTOCOL_VERSION
+    draft_limit: int = 64  # tokens of a block
+    session_limit: int = 1024  # of one stream
+    item_limit: int = ITEM_LIMIT  # of one frame
+    frame_limit_bytes: int = FRAME_LIMIT_BYTES
+
+
+def encode_description(description: Description, kind: Kind) -> bytes:
+    """Return the bytes of the message that answers `Describe...`."""
+    message = kind.description()
+    for name in Description.__slots__:
+        setattr(message.description, name, getattr(description, name))
+    return message.SerializeToString()
+
+
+def decode_description(data: bytes, kind: Kind) -> Description:
+    """Return the description; raises google.protobuf DecodeError for other bytes."""
+    message: tokens_pb2.Description = kind.description.FromString(data).description
+    return Description(**{name: getattr(message, name) for name in Description.__slots__})

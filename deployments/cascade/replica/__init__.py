@@ -1,0 +1,1 @@
+"""What a running cluster needs: leases, metrics, failover."""

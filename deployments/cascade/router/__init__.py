@@ -1,0 +1,1 @@
+"""The draft-verify loop, and how it reaches the two tiers."""

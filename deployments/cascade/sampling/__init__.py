@@ -1,0 +1,1 @@
+"""From logits to probabilities to tokens, without speculation."""

@@ -1,0 +1,341 @@
+"""A request that cannot be wrong, and what comes back for it: the seam between doors and router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, NewType, Protocol
+
+from cascade.rules import Lossless, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+SessionId = NewType("SessionId", str)
+
+
+class Mode(StrEnum):
+    """How a request is answered; one server offers them all."""
+
+    EXPERT_ONLY = "expert_only"
+    DRAFTER_ONLY = "drafter_only"
+    SEQUENCE_CASCADE = "sequence_cascade"
+    TOKEN_CASCADE = "token_cascade"  # noqa: S105 - no password
+    SPECULATIVE = "speculative"
+    CASCADE = "cascade"
+
+
+class Coupling(StrEnum):
+    """How a draft and the target share their randomness."""
+
+    MAXIMAL = "maximal"  # highest acceptance: 1 - D_TV(pi, q)
+    GUMBEL = "gumbel"  # drafter-invariant: the emitted token is argmax(log pi + g)
+
+
+class Bonus(StrEnum):
+    """What follows a wholly accepted block."""
+
+    NONE = "none"
+    EXPERT = "expert"
+    TARGET = "target"
+
+
+class Verification(StrEnum):
+    """How many drafted tokens stand: token by token, or the longest prefix of the block."""
+
+    TOKEN = "token"  # noqa: S105 - no password
+    BLOCK = "block"
+
+
+class RowFormat(StrEnum):
+    """What the drafter ships of its law; `AUTO` is the least that keeps the rule exact."""
+
+    AUTO = "auto"
+    SPARSE = "sparse"
+    FULL = "full"
+
+
+class Origin(StrEnum):
+    """Who wrote a token."""
+
+    DRAFTER = "d"  # drafted, and the expert's own choice too
+    KEPT = "k"  # drafted, kept though the expert would have said otherwise
+    EXPERT = "e"  # correction, bonus, or decoded alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """What turns a model's logits into its processed row.
+
+    Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p,
+    min-p. Penalties count the tokens of prompt and answer (repetition) or of the answer alone
+    (presence, frequency). `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 truncate nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the processed row is a one-hot at the argmax."""
+        return self.temperature == 0.0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether rows depend on which tokens came before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """All that fixes the law of a session's tokens, and stays for its life."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    rule: Rule = field(default_factory=Lossless)
+    coupling: Coupling = Coupling.MAXIMAL
+    bonus: Bonus = Bonus.EXPERT
+    verification: Verification = Verification.TOKEN
+    rows: RowFormat = RowFormat.AUTO
+    row_entries: int = 64  # K of a sparse row
+    seed: int = 0  # 0 .. 2**63 - 1
+    stop_ids: tuple[int, ...] = ()  # nothing is generated past one of these; they are committed
+    logprobs: int | None = None  # alternatives reported per token; None reports nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One law on few tokens: probability of `ids[i]` is `weights[i]` / sum of `weights`.
+
+    A full row has empty `ids` and V weights. The float16 weights, renormalised in float32, are what
+    the drafter sampled from: the sparse row *is* q.
+    """
+
+    ids: NDArray[np.uint32]  # [K], or [0] in a full row
+    weights: NDArray[np.float16]  # [K] or [V], largest is 1
+    unscaled: NDArray[np.float16] | None = None  # q0 at the same tokens, for rules that read it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates:
+    """What rules read of one unscaled drafter row q0."""
+
+    peak: float  # max q0
+    favourite: int  # argmax q0
+    entropy: float  # H(q0) in nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """What the drafter proposes at a position: L tokens, and what the rule needs to judge them.
+
+    With bonus `target` the last of L + 1 `rows` and `gates` belongs to the place after the block.
+    """
+
+    tokens: tuple[int, ...] = ()
+    likelihoods: tuple[float, ...] = ()  # q(x_j), processed; 1 at temperature 0
+    unscaled: tuple[float, ...] = ()  # q0(x_j)
+    gates: tuple[Gates, ...] = ()  # L, or L + 1
+    rows: tuple[Row, ...] = ()  # L or L + 1, or none where ids are enough
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the drafter's q0, if the policy asks
+
+    @property
+    def length(self) -> int:
+        """Return L."""
+        return len(self.tokens)
+
+    def cut(self, length: int) -> Block:
+        """Return the block's first `length` tokens.
+
+        Exact where the length is chosen without regard to the tokens that are cut off.
+        """
+        if length >= self.length:
+            return self
+        after = length + (max(len(self.gates), len(self.rows)) > self.length)
+        return Block(
+            tokens=self.tokens[:length],
+            likelihoods=self.likelihoods[:length],
+            unscaled=self.unscaled[:length],
+            gates=self.gates[:after],
+            rows=self.rows[:after],
+            logprobs=self.logprobs[:length],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The natural log-probability of a token in an unscaled row, and the likeliest others."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of a block: the tokens to commit and who wrote each.
+
+    `tokens` are the first `accepted` of the block and then, unless the block ended the answer or
+    the bonus policy is `none`, one correction or bonus.
+    """
+
+    accepted: int
+    tokens: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    judged: int = 0  # drafted positions the rule decided on
+    deferred: int = 0  # of those, how many it gave to the expert
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One sequence being generated. Position is the number of committed tokens after the prompt."""
+
+    id: SessionId
+    prompt: tuple[int, ...]
+    policy: Policy
+    tokens: tuple[int, ...] = ()
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """Return the number of committed tokens."""
+        return len(self.tokens)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last committed token ends the answer."""
+        return bool(self.tokens) and self.tokens[-1] in self.policy.stop_ids
+
+
+def advance(session: Session, verdict: Verdict, *, limit: int) -> Session:
+    """Return the session with the verdict's tokens committed, cut at `limit` tokens of answer."""
+    room = limit - session.position
+    return replace(
+        session,
+        tokens=session.tokens + verdict.tokens[:room],
+        origins=session.origins + verdict.origins[:room],
+    )
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class ExpertLoss(StrEnum):
+    """What becomes of an answer that no expert is left for."""
+
+    FAIL = "fail"
+    DRAFTER = "drafter"  # the drafter ends it, and the statistics say so
+
+
+class Confidence(StrEnum):
+    """What a sequence cascade reads of the drafter's token log-probabilities."""
+
+    MEAN = "mean"
+    MINIMUM = "minimum"
+    QUANTILE = "quantile"  # the lowest decile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """When a sequence cascade keeps the drafter's answer: confidence (nats) >= threshold."""
+
+    confidence: Confidence = Confidence.MEAN
+    threshold: float = -0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One answer to generate. Built by `ingress.translate`, which has refused all that is wrong."""
+
+    prompt: tuple[int, ...]  # at least one token; prompt + max_tokens fits the context
+    policy: Policy
+    mode: Mode = Mode.CASCADE
+    max_tokens: int = 16
+    draft_tokens: int | None = None  # None lets the server choose
+    patience: Patience = field(default_factory=Patience)
+    prediction: tuple[int, ...] = ()  # a draft the client supplies for the start of the answer
+    deadline_s: float | None = None
+    on_expert_loss: ExpertLoss = ExpertLoss.FAIL
+    trace: bool = False  # report every round
+    name: str = ""  # what the client calls it, for logs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One block and its verdict, for the trace."""
+
+    position: int
+    drafted: int
+    accepted: int
+    deferred: int
+    tokens: int
+    draft_ms: float
+    judge_ms: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """What an answer cost and who wrote it; grows round by round."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0  # drafted tokens that were committed
+    judged: int = 0
+    deferred: int = 0
+    drafter_tokens: int = 0  # committed tokens by origin
+    kept_tokens: int = 0
+    expert_tokens: int = 0
+    drafter_passes: int = 0
+    expert_passes: int = 0
+    predicted_accepted: int = 0  # tokens of the client's prediction that stood, or fell
+    predicted_rejected: int = 0
+    branched_rounds: int = 0  # whose block was drafted in advance beside the likeliest guess
+    cached_prompt_tokens: int = 0
+    drafter_s: float = 0.0  # seconds the router waited for each tier
+    expert_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    failovers: int = 0
+    expert_losses: int = 0  # 1: no expert was left, and the drafter ended the answer
+    failover_causes: dict[str, int] = field(default_factory=dict)  # "drafter late": 2
+    accepted_lengths: list[int] = field(
+        default_factory=list
+    )  # histogram: index = accepted, value = rounds
+    draft_length_reason: str = ""
+    trace: list[Round] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Tokens committed by one round. The last piece of an answer has a finish reason."""
+
+    tokens: tuple[int, ...]
+    origins: tuple[Origin, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    statistics: Statistics | None = None  # so far, and it grows: a door may end an answer early
+
+
+class Generator(Protocol):
+    """What a door calls. `router.Router` is one; closing the iterator early frees everything."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Piece]:
+        """Yield the pieces of one answer; raises a CascadeError."""
+        ...
+
+    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+        """Return the expert's log-probability of each token but the first, given its past."""
+        ...

@@ -1,0 +1,198 @@
+"""A tiny byte-level vocabulary, a scripted generator, and the real client over both."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+from tests.support.scripted_generator import ScriptedGenerator
+from tokenizers import Tokenizer as Trained
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from cascade.api.context import Limits, Service
+from cascade.api.http import create_app
+from cascade.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from cascade.types import Request
+
+END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+
+WORDS = [
+    "Buzz",
+    "Aldrin",
+    "walked",
+    "on",
+    "the",
+    "Moon",
+    "with",
+    "naïve",
+    "café",
+    "🌙",
+    "Ärger",
+    "日本語",
+    "and",
+    "🧑\u200d🚀",
+    "zażółć",
+]
+
+TEMPLATE = (
+    "{% for turn in messages %}"
+    "{% if loop.last and turn.role == 'assistant' %}"
+    "{{ raise_exception('the last turn is the assistant\\'s own') }}{% endif %}"
+    f"{USER}{{{{ turn.role }}}}: {{{{ turn.content }}}}{END}"
+    f"{{% endfor %}}{ASSISTANT}"
+)
+
+CORPUS = [" ".join(WORDS[at:] + WORDS[:at]) for at in range(len(WORDS))] * 3
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[END, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=TEMPLATE,
+    )
+    return Tokenizer(fast)
+
+
+@pytest.fixture
+def say(words: Tokenizer) -> Callable[[Request], list[int]]:
+    """The words, in an order that prompt and seed decide, as what the generator answers."""
+
+    def script(request: Request) -> list[int]:
+        key = f"{request.prompt} {request.policy.seed}"
+        order = sorted(WORDS, key=lambda word: hashlib.sha256((key + word).encode()).digest())
+        return [*words.encode(" ".join(order)), *words.stop_ids]
+
+    return script
+
+
+@pytest.fixture
+def generator(say: Callable[[Request], list[int]]) -> ScriptedGenerator:
+    return ScriptedGenerator(script=say)
+
+
+@pytest.fixture
+def service(words: Tokenizer, generator: ScriptedGenerator) -> Service:
+    numbers = iter(range(1, 1_000_000))
+    return Service(
+        generator=generator,
+        tokenizer=words,
+        models=("pair", "org/pair"),
+        limits=Limits(context_tokens=512, body_bytes=200_000),
+        keep_alive_s=60.0,
+        created=1_700_000_000,
+        clock=lambda: 1_800_000_000.5,
+        draw_seed=numbers.__next__,
+    )
+
+
+@pytest.fixture
+async def connect(service: Service) -> AsyncIterator[Callable[..., AsyncOpenAI]]:
+    """Return OpenAI's own client of a service with some parts changed."""
+    clients: list[AsyncOpenAI] = []
+
+    def client(*, strict: bool = True, **changes: Any) -> AsyncOpenAI:
+        app = create_app(replace(service, **changes))
+        transport = httpx2.ASGITransport(app=app)
+        clients.append(
+            AsyncOpenAI(
+                api_key="any",
+                base_url="http://door/v1",
+                http_client=httpx2.AsyncClient(transport=transport),
+                max_retries=0,
+                _strict_response_validation=strict,
+            )
+        )
+        return clients[-1]
+
+    yield client
+    for one in clients:
+        await one.close()
+
+
+@pytest.fixture
+async def client(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
+    return connect()
+
+
+@pytest.fixture
+async def loose(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
+    """The client without strict types: its own are stricter than OpenAI's service in two places."""
+    return connect(strict=False)
+
+
+@pytest.fixture
+async def raw(service: Service) -> AsyncIterator[Callable[..., httpx2.AsyncClient]]:
+    """Return a plain HTTP client of a service with some parts changed."""
+    clients: list[httpx2.AsyncClient] = []
+
+    def client(**changes: Any) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(app=create_app(replace(service, **changes)))
+        clients.append(httpx2.AsyncClient(transport=transport, base_url="http://door"))
+        return clients[-1]
+
+    yield client
+    for one in clients:
+        await one.aclose()
+
+
+@pytest.fixture
+async def http(raw: Callable[..., httpx2.AsyncClient]) -> httpx2.AsyncClient:
+    return raw()
+
+
+@pytest.fixture
+async def listen(service: Service) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Return what serves on loopback, for what needs real connections, and says where."""
+    servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+
+    async def serve(**changes: Any) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        app = create_app(replace(service, **changes))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield serve
+    for server, task in servers:
+        server.should_exit = True
+        await task
+
+
+def told(text: str) -> list[Any]:
+    """Return what the events of a stream say, in order; comments too."""
+    parts = [part for part in text.split("\n\n") if part]
+    return [
+        json.loads(part[6:]) if part.startswith("data: {") else part.removeprefix("data: ")
+        for part in parts
+    ]
+
+
+@pytest.fixture
+def events() -> Callable[[str], list[Any]]:
+    return told

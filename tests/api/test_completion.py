@@ -1,0 +1,129 @@
+"""Several streams as one, and statistics added up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.api import build_request
+from cascade.api.completion import Answers, add, merge
+from cascade.api.schema import CompletionBody
+from cascade.errors import Internal, Overloaded
+from cascade.types import Round, Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from cascade.api.context import Service
+    from cascade.types import Piece, Request
+
+ROUND = Round(position=0, drafted=1, accepted=1, deferred=0, tokens=1, draft_ms=1.0, judge_ms=1.0)
+
+
+class Source:
+    """A stream of numbers that knows whether it was closed."""
+
+    def __init__(self, count: int, *, error: Exception | None = None) -> None:
+        self.closed = False
+        self._count = count
+        self._error = error
+
+    async def stream(self) -> AsyncGenerator[int]:
+        try:
+            for number in range(self._count):
+                await asyncio.sleep(0)
+                yield number
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.closed = True
+
+
+@given(counts=st.lists(st.integers(0, 5), max_size=4))
+def test_every_item_of_every_stream_comes_once_and_in_its_order(counts: list[int]) -> None:
+    sources = [Source(count) for count in counts]
+
+    async def collect() -> list[tuple[int, int] | None]:
+        streams = [source.stream() for source in sources]
+        return [item async for item in merge(streams, tick_s=None)]
+
+    items = asyncio.run(collect())
+    for at, count in enumerate(counts):
+        assert [item[1] for item in items if item and item[0] == at] == list(range(count))
+    assert len(items) == sum(counts)
+    assert all(source.closed for source in sources)
+
+
+async def test_the_first_error_ends_all_streams() -> None:
+    sources = [Source(100), Source(1, error=Overloaded("full"))]
+    with pytest.raises(Overloaded):
+        assert [item async for item in merge([one.stream() for one in sources], tick_s=None)]
+    assert all(source.closed for source in sources)
+
+
+async def test_closing_closes_every_stream() -> None:
+    sources = [Source(100), Source(100)]
+    async with aclosing(merge([one.stream() for one in sources], tick_s=None)) as merged:
+        await anext(merged)
+    assert all(source.closed for source in sources)
+
+
+async def test_silence_ticks_and_changes_nothing() -> None:
+    gate = asyncio.Event()
+
+    async def late() -> AsyncGenerator[int]:
+        await gate.wait()
+        yield 1
+
+    items: list[tuple[int, int] | None] = []
+    async for item in merge([late()], tick_s=0.001):
+        items.append(item)
+        gate.set()
+    assert items[0] is None
+    assert items[-1] == (0, 1)
+
+
+def test_statistics_add_up() -> None:
+    causes = {"drafter late": 2}
+    one = Statistics(rounds=2, drafter_s=0.5, accepted_lengths=[1, 0, 1], trace=[ROUND])
+    two = Statistics(rounds=1, drafter_s=0.25, accepted_lengths=[1], draft_length_reason="fixed")
+    one.failover_causes, two.failover_causes = causes, causes | {"expert lost": 1}
+    both = add([one, two])
+    assert (both.rounds, both.drafter_s, both.accepted_lengths) == (3, 0.75, [2, 0, 1])
+    assert (both.draft_length_reason, both.trace) == ("fixed", [ROUND])
+    assert both.failover_causes == {"drafter late": 4, "expert lost": 1}
+    assert add([one]) == one
+
+
+SAID: list[Piece] = []
+
+
+class Mute:
+    """A generator that ends without saying why."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+        del request
+        if SAID:
+            yield SAID[0]
+
+    async def score(self, tokens: object, *, top: int) -> tuple[()]:
+        del tokens, top
+        return ()
+
+
+async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: Service) -> None:
+    call = build_request.completion(CompletionBody(prompt="x"), service)
+    with pytest.raises(Internal):
+        await Answers(call, replace(service, generator=Mute())).finish()
+
+
+async def test_the_generator_hears_what_the_client_calls_the_request(service: Service) -> None:
+    call = build_request.completion(CompletionBody(prompt="x", n=2), service)
+    named = Answers(call, service, name="abc")
+    assert [answer.request.name for answer in named.all] == ["abc", "abc"]

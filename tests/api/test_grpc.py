@@ -1,0 +1,394 @@
+"""The gRPC door, with a real server and channel."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.serve.grpc_util import RayServegRPCContext
+
+from cascade.api.grpc import GrpcDoor
+from cascade.errors import Overloaded
+from cascade.rules import Lossy
+from cascade.types import Confidence, Patience, Sampling
+from cascade.v1 import cascade_pb2 as pb
+from cascade.v1 import cascade_pb2_grpc as rpc
+from cascade.v1 import tokens_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from openai import AsyncOpenAI
+    from tests.support.scripted_generator import ScriptedGenerator
+
+    from cascade.api.context import Service
+    from cascade.types import Request
+
+
+CHOW = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=0.5))
+
+
+@pytest.fixture
+async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server()
+    door = GrpcDoor(lambda: service)
+    rpc.add_GenerationServiceServicer_to_server(door, server)
+    health_pb2_grpc.add_HealthServicer_to_server(door, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+        yield opened
+    await server.stop(None)
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> rpc.GenerationServiceAsyncStub:
+    return rpc.GenerationServiceStub(channel)
+
+
+def generation(**fields: Any) -> pb.Generation:
+    prompts = {"text", "tokens", "chat"} & set(fields)
+    told: dict[str, Any] = fields if prompts else {"text": "Buzz"} | fields
+    return pb.Generation(**told)
+
+
+def whole(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(generation=generation(**fields))
+
+
+def stream(**fields: Any) -> pb.GenerateStreamRequest:
+    return pb.GenerateStreamRequest(generation=generation(**fields))
+
+
+def details(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
+    packed = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
+    info = error_details_pb2.ErrorInfo()
+    status_pb2.Status.FromString(cast("bytes", packed)).details[0].Unpack(info)
+    return info
+
+
+async def test_an_answer_has_its_text_tokens_and_origins(
+    stub: rpc.GenerationServiceAsyncStub, service: Service
+) -> None:
+    answer = await stub.Generate(whole(seed=7, max_tokens=5))
+    (choice,) = answer.choices
+    assert choice.text == service.tokenizer.decode(choice.token_ids)
+    assert len(choice.token_ids) == len(choice.origins) == answer.usage.completion_token_count == 5
+    assert choice.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (answer.model, answer.create_time.seconds) == ("pair", 1_800_000_000)
+
+
+async def test_a_stream_says_piece_by_piece_what_an_answer_says_at_once(
+    stub: rpc.GenerationServiceAsyncStub,
+) -> None:
+    answer = await stub.Generate(whole(seed=7, max_tokens=30, choice_count=2))
+    frames = [
+        frame async for frame in stub.GenerateStream(stream(seed=7, max_tokens=30, choice_count=2))
+    ]
+    texts = ["", ""]
+    for frame in frames:
+        for choice in frame.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in answer.choices]
+    assert frames[-1].usage == answer.usage
+    assert not any(frame.HasField("usage") for frame in frames[:-1])
+    assert len({frame.request_id for frame in frames}) == 1
+
+
+async def test_the_same_request_over_http_gets_the_same_answer(
+    stub: rpc.GenerationServiceAsyncStub, client: AsyncOpenAI
+) -> None:
+    """Conformance 40: same tokens, same usage."""
+    asked = {"rule": {"kind": "token_v3", "alpha": 0.5}, "draft_tokens": 3}
+    by_http = await client.completions.create(
+        model="pair",
+        prompt="Buzz",
+        seed=7,
+        max_tokens=12,
+        n=2,
+        stop="zz",
+        extra_body={"cascade": asked, "return_token_ids": True},
+    )
+    by_grpc = await stub.Generate(
+        whole(
+            seed=7,
+            max_tokens=12,
+            choice_count=2,
+            stop_strings=["zz"],
+            fixed_draft_length=3,
+            rule=tokens_pb2.Rule(token_v3=tokens_pb2.TokenV3(alpha=0.5)),
+        )
+    )
+    for ours, theirs in zip(by_grpc.choices, by_http.choices, strict=True):
+        assert ours.text == theirs.text
+        assert list(ours.token_ids) == (theirs.model_extra or {})["token_ids"]
+    usage = by_http.usage
+    assert usage is not None
+    assert by_grpc.usage.prompt_token_count == usage.prompt_tokens
+    assert by_grpc.usage.completion_token_count == usage.completion_tokens
+    cost = (usage.model_extra or {})["cascade"]
+    assert by_grpc.usage.drafted_count == cost["drafted"]
+    assert list(by_grpc.usage.accepted_lengths) == cost["accepted_lengths"]
+
+
+async def test_the_door_hears_every_field(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: Service
+) -> None:
+    await stub.Generate(
+        whole(
+            sampling=tokens_pb2.Sampling(
+                temperature=0.5,
+                top_k=3,
+                top_p=0.9,
+                min_p=0.1,
+                presence_penalty=1.0,
+                logit_biases=[tokens_pb2.LogitBias(token_id=4, bias=-2.0)],
+            ),
+            stop_token_ids=[9],
+            logprob_count=7,
+            mode=pb.MODE_CASCADE,
+            rule=tokens_pb2.Rule(lossy=tokens_pb2.Lossy(alpha=0.0)),
+            automatic_draft_length=pb.AutomaticDraftLength(),
+            coupling=tokens_pb2.COUPLING_GUMBEL,
+            bonus=tokens_pb2.BONUS_NONE,
+            verification=tokens_pb2.VERIFICATION_TOKEN,
+            row_format=tokens_pb2.ROW_FORMAT_FULL,
+            patience=pb.Patience(confidence=pb.CONFIDENCE_QUANTILE, threshold=-0.0),
+            prediction="on the Moon",
+            trace=True,
+        )
+    )
+    (heard,) = generator.heard
+    policy = heard.policy
+    assert policy.sampling == Sampling(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        presence_penalty=1.0,
+        logit_bias=((4, -2.0),),
+    )
+    assert (policy.rule, policy.coupling, policy.bonus) == (Lossy(alpha=0.0), "gumbel", "none")
+    assert (policy.verification, policy.rows, policy.logprobs) == ("token", "full", 7)
+    assert policy.stop_ids == (*service.tokenizer.stop_ids, 9)
+    assert (heard.mode, heard.draft_tokens, heard.trace) == ("cascade", None, True)
+    assert heard.patience == Patience(confidence=Confidence.QUANTILE, threshold=0.0)
+    assert service.tokenizer.decode(heard.prediction) == "on the Moon"
+
+
+async def test_a_conversation_goes_through_the_template(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: Service
+) -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
+    await stub.Generate(pb.GenerateRequest(generation=pb.Generation(chat=chat)))
+    assert service.tokenizer.decode(generator.heard[0].prompt) == "user: hi"
+
+
+async def test_echo_comes_first_and_has_no_origin(stub: rpc.GenerationServiceAsyncStub) -> None:
+    """The first token of a prompt has no log-probability: NaN."""
+    tokens = pb.TokenIds(token_ids=[5, 6, 7])
+    fields: dict[str, Any] = {"tokens": tokens, "echo": True, "max_tokens": 2, "logprob_count": 1}
+    request = pb.GenerateRequest(generation=pb.Generation(**fields))
+    (choice,) = (await stub.Generate(request)).choices
+    assert list(choice.token_ids[:3]) == [5, 6, 7]
+    assert (len(choice.token_ids), len(choice.origins), len(choice.logprobs)) == (5, 2, 5)
+    assert math.isnan(choice.logprobs[0].logprob)
+
+
+async def test_rounds_are_told_if_asked_for(stub: rpc.GenerationServiceAsyncStub) -> None:
+    (choice,) = (await stub.Generate(whole(max_tokens=4, trace=True))).choices
+    assert [row.token_count for row in choice.rounds] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"choice_count": 99}, "choice_count"),
+        ({"choice_count": 0}, "choice_count"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logprob_count": 21}, "logprob_count"),
+        ({"stop_strings": ["a"] * 5}, "stop_strings"),
+        ({"fixed_draft_length": 99}, "fixed_draft_length"),
+        ({"sampling": tokens_pb2.Sampling(temperature=math.nan)}, "sampling.temperature"),
+        ({"sampling": tokens_pb2.Sampling(top_p=1.5)}, "sampling.top_p"),
+        ({"rule": tokens_pb2.Rule()}, "rule"),
+        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow())}, "rule"),
+        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=math.nan))}, "rule"),
+        ({"mode": 77}, "mode"),
+        ({"mode": pb.MODE_EXPERT_ONLY, "rule": CHOW}, "rule"),
+        ({"text": ""}, "prompt"),
+        ({"tokens": pb.TokenIds()}, "prompt"),
+        ({"tokens": pb.TokenIds(token_ids=[2**32 - 1])}, "prompt"),
+        ({"chat": pb.Chat()}, "chat"),
+        ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")]), "echo": True}, "echo"),
+    ],
+)
+async def test_what_is_wrong_is_named_as_the_protos_name_it(
+    stub: rpc.GenerationServiceAsyncStub, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(whole(**fields))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(caught.value).metadata["param"] == param
+
+
+async def test_an_empty_message_is_refused(stub: rpc.GenerationServiceAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(pb.GenerateRequest())
+    assert details(caught.value).metadata["param"] == "prompt"
+
+
+async def test_an_unknown_model_is_not_found(stub: rpc.GenerationServiceAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(whole(model="other"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert details(caught.value).reason == "MODEL_NOT_FOUND"
+
+
+async def full(_request: Request, _position: int) -> None:
+    raise Overloaded("no room", retry_after_s=2.0)
+
+
+async def broken(_request: Request, position: int) -> None:
+    if position:
+        raise ZeroDivisionError("a secret of the server")
+
+
+async def test_errors_arrive_with_their_details_unary_and_streamed(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
+) -> None:
+    """A stream that fails has one more frame: Ray Serve's proxy would lose the status without."""
+    generator.pause = full
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(whole())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        assert [frame async for frame in stub.GenerateStream(stream())]
+    assert details(streamed.value).reason == details(caught.value).reason == "OVERLOADED"
+
+
+async def test_a_defect_of_ours_is_internal_and_keeps_its_secrets(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
+) -> None:
+    generator.pause = broken
+    call = stub.GenerateStream(stream())
+    frames = [await call.read(), await call.read()]
+    assert await call.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in await call.details()
+    last = cast("pb.GenerateStreamResponse", frames[-1])
+    assert last.choices[0].finish_reason == pb.FINISH_REASON_ERROR
+    assert generator.open == 0
+
+
+async def test_a_client_that_leaves_ends_its_generation(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
+) -> None:
+    async def forever(_request: Request, position: int) -> None:
+        if position:
+            await asyncio.Event().wait()
+
+    generator.pause = forever
+    call = stub.GenerateStream(stream())
+    await call.read()
+    assert generator.open == 1
+    call.cancel()
+    async with asyncio.timeout(10):
+        await generator.idle.wait()
+
+
+async def test_models_are_listed(stub: rpc.GenerationServiceAsyncStub) -> None:
+    listed = (await stub.ListModels(pb.ListModelsRequest())).models
+    assert [(model.name, model.context_length) for model in listed] == [
+        ("pair", 512),
+        ("org/pair", 512),
+    ]
+
+
+async def test_health_is_readiness(channel: grpc.aio.Channel) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    for name in ("", "cascade.v1.GenerationService"):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health.Check(health_pb2.HealthCheckRequest(service="other"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+class Call:
+    """What a door is told of a call, without a channel."""
+
+    def __init__(self, *metadata: tuple[str, str]) -> None:
+        self.metadata = metadata
+        self.code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self.metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        del details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        del trailing_metadata
+
+
+class Proxied:
+    """What Ray Serve's proxy builds its own context from."""
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    def code(self) -> int:
+        return 0
+
+    def details(self) -> str:
+        return ""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("request_id", "by-serve"),)
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("request_id", "by-serve"),)
+
+    peer = peer_identities = peer_identity_key = details
+
+
+async def test_errors_go_through_the_context_of_ray_serve(service: Service) -> None:
+    context: Any = RayServegRPCContext(cast("Any", Proxied()))
+    answer = await GrpcDoor(lambda: service).Generate(whole(model="other"), context)
+    told = dict(context.trailing_metadata())
+    assert answer == pb.GenerateResponse()
+    assert context.code() is grpc.StatusCode.NOT_FOUND
+    assert told["request_id"] == "by-serve"
+    assert status_pb2.Status.FromString(told["grpc-status-details-bin"]).details
+
+
+async def test_keys_are_asked_for_where_there_are_some(service: Service) -> None:
+    door = GrpcDoor(lambda: replace(service, api_keys=frozenset({"secret"})))
+    stranger, friend = Call(), Call(("authorization", "Bearer secret"))
+    await door.ListModels(pb.ListModelsRequest(), stranger)
+    answer = await door.ListModels(pb.ListModelsRequest(), friend)
+    assert (stranger.code, friend.code) == (grpc.StatusCode.UNAUTHENTICATED, None)
+    assert len(answer.models) == 2
+
+
+async def test_a_door_without_its_service_is_unavailable() -> None:
+    call = Call()
+    door = GrpcDoor(lambda: None)
+    await door.Generate(whole(), call)
+    assert call.code is grpc.StatusCode.UNAVAILABLE
+    answer = await door.Check(health_pb2.HealthCheckRequest(), Call())
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_call_keeps_the_name_it_came_with(service: Service) -> None:
+    answer = await GrpcDoor(lambda: service).Generate(whole(), Call(("request_id", "named")))
+    assert answer.request_id == "named"

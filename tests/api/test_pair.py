@@ -1,0 +1,310 @@
+"""The doors over the shipped pair: what only a real drafter and a real expert can show."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import httpx2
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cascade import demo
+from cascade.api.grpc import GrpcDoor
+from cascade.local import Stack, stack
+from cascade.settings import Application
+from cascade.v1 import cascade_pb2 as pb
+from cascade.v1 import cascade_pb2_grpc as rpc
+from cascade.v1 import tokens_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from openai import AsyncOpenAI
+    from torch import Tensor
+
+    from cascade.api.context import Service
+
+ALDRIN: Any = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
+
+RULES: list[dict[str, Any]] = [
+    {"kind": "lossless"},
+    {"kind": "lossy", "alpha": 0.3},
+    {"kind": "ensemble", "weight": 0.5},
+    {"kind": "chow", "alpha": 0.5},
+    {"kind": "diff", "alpha": 0.1},
+    {"kind": "opt", "alpha": 0.1},
+    {"kind": "chow_log", "alpha": 1.0},
+    {"kind": "diff_log", "alpha": 0.1},
+    {"kind": "opt_log", "alpha": 0.1},
+    {"kind": "bild", "alpha": 1.0},
+    {"kind": "fuzzy", "alpha": 0.2},
+    {"kind": "token_v1", "alpha": 0.3},
+    {"kind": "token_v2", "alpha": 0.3},
+    {"kind": "token_v3", "alpha": 0.8},
+    {"kind": "typical"},
+]
+
+ASKED: list[dict[str, Any]] = [
+    *({"rule": rule} for rule in RULES),
+    {"mode": "expert_only"},
+    {"mode": "drafter_only"},
+    {"mode": "sequence_cascade", "patience": {"threshold": -0.1}},
+    {"mode": "token_cascade"},
+    {"mode": "speculative"},
+    {"rule": RULES[-2], "bonus": "none", "verification": "block", "coupling": "maximal"},
+    {"rule": RULES[5], "bonus": "target", "rows": "full", "coupling": "maximal"},
+]
+
+
+@pytest.fixture(scope="session")
+async def pair() -> AsyncIterator[Stack]:
+    """The shipped pair, both tiers and the loop in this process."""
+    engine = {"engine": {"threads": 1}}
+    settings = Application.model_validate({"drafter": engine, "expert": engine})
+    async with stack(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def service(pair: Stack) -> Service:
+    return replace(pair.service, models=("pair",))
+
+
+@cache
+def expert() -> Any:
+    return AutoModelForCausalLM.from_pretrained(demo.EXPERT, dtype=torch.float32).eval()
+
+
+def laws(tokens: list[int]) -> Tensor:
+    """Return the expert's log-probabilities after each token, by a plain forward pass."""
+    with torch.inference_mode():
+        return torch.log_softmax(expert()(torch.tensor([tokens])).logits[0], dim=-1)
+
+
+def extra(model: Any) -> dict[str, Any]:
+    return model.model_extra or {}
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 5, 16])
+async def test_greedy_text_is_the_experts_own(
+    client: AsyncOpenAI, service: Service, draft_tokens: int
+) -> None:
+    """Conformance 12."""
+    answer = await client.chat.completions.create(
+        model="pair",
+        messages=ALDRIN,
+        temperature=0,
+        max_tokens=40,
+        extra_body={"cascade": {"draft_tokens": draft_tokens}},
+    )
+    prompt = torch.tensor([service.tokenizer.chat(ALDRIN)])
+    with torch.inference_mode():
+        whole = expert().generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False
+        )
+    expected = service.tokenizer.decode(whole[0, prompt.shape[1] :].tolist())
+    assert answer.choices[0].message.content == expected
+
+
+async def test_log_probabilities_are_the_experts_laws(
+    client: AsyncOpenAI,
+) -> None:
+    """Of every token under the lossless rule, whatever the temperature; the best come first."""
+    answer = await client.completions.create(
+        model="pair",
+        prompt="The Moon",
+        seed=3,
+        temperature=0.7,
+        max_tokens=20,
+        logprobs=3,
+        extra_body={"return_token_ids": True},
+    )
+    (choice,) = answer.choices
+    said = extra(choice)
+    prompt, tokens = said["prompt_token_ids"], said["token_ids"]
+    expected = laws(prompt + tokens)[len(prompt) - 1 :]
+    assert choice.logprobs is not None
+    for at, token in enumerate(tokens):
+        told = (choice.logprobs.token_logprobs or [])[at]
+        assert told == pytest.approx(expected[at, token].item(), abs=2e-3)
+        best = max((choice.logprobs.top_logprobs or [])[at].values())
+        assert best == pytest.approx(expected[at].max().item(), abs=2e-3)
+    assert "".join(choice.logprobs.tokens or []) == choice.text
+
+
+async def test_an_echo_is_scored_by_the_expert(loose: AsyncOpenAI, service: Service) -> None:
+    """What evaluation harnesses ask for: the likelihood of a given text."""
+    text = "Buzz Aldrin is an American"
+    answer = await loose.completions.create(
+        model="pair", prompt=text, echo=True, logprobs=1, max_tokens=0
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    tokens = list(service.tokenizer.encode(text))
+    expected = laws(tokens)
+    told = logprobs.token_logprobs or []
+    assert told[0] is None
+    for at, token in enumerate(tokens[1:]):
+        assert told[at + 1] == pytest.approx(expected[at, token].item(), abs=2e-3)
+    assert answer.choices[0].text == text
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+async def test_every_rule_and_mode_answers_and_adds_up(
+    client: AsyncOpenAI, asked: dict[str, Any]
+) -> None:
+    """Conformance 35, 37, 38."""
+    answer = await client.chat.completions.create(
+        model="pair",
+        messages=ALDRIN,
+        n=2,
+        max_tokens=16,
+        extra_body={"cascade": asked | {"trace": True}},
+    )
+    usage = answer.usage
+    assert usage is not None
+    assert usage.completion_tokens_details is not None
+    origins = [extra(choice)["cascade"]["origins"] for choice in answer.choices]
+    cost = extra(usage)["cascade"]
+    assert sum(map(len, origins)) == usage.completion_tokens
+    details = usage.completion_tokens_details
+    accepted, rejected = details.accepted_prediction_tokens, details.rejected_prediction_tokens
+    assert accepted is not None
+    assert rejected is not None
+    assert min(accepted, rejected) >= 0
+    assert accepted + rejected == cost["drafted"]
+    assert all(choice.message.content for choice in answer.choices)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"rule": RULES[-2], "draft_tokens": 4}, {"rule": RULES[3], "draft_tokens": 4}],
+    ids=str,
+)
+async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
+    client: AsyncOpenAI, service: Service, asked: dict[str, Any]
+) -> None:
+    """Conformance 5, 17, 40: the same three texts however they are asked for."""
+    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "seed": 7, "n": 3}
+    told |= {"max_tokens": 24, "temperature": 1.5, "extra_body": {"cascade": asked}}
+    whole = await client.chat.completions.create(**told)
+    texts = [choice.message.content or "" for choice in whole.choices]
+    assert len(set(texts)) > 1
+    streamed = ["", "", ""]
+    async for chunk in await client.chat.completions.create(**told, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+    by_grpc = await over_grpc(service, asked)
+    assert [choice.text for choice in by_grpc.choices] == texts
+    assert whole.usage is not None
+    assert by_grpc.usage.completion_token_count == whole.usage.completion_tokens
+    assert by_grpc.usage.prompt_token_count == whole.usage.prompt_tokens
+
+
+async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateResponse:
+    rule = None
+    length: Any = asked.get("draft_tokens")  # None leaves the field unset
+    match asked.get("rule"):
+        case {"kind": "token_v3", "alpha": alpha}:
+            rule = tokens_pb2.Rule(token_v3=tokens_pb2.TokenV3(alpha=alpha))
+        case {"kind": "chow", "alpha": alpha}:
+            rule = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=alpha))
+        case _:
+            assert not asked
+    server = grpc.aio.server()
+    rpc.add_GenerationServiceServicer_to_server(GrpcDoor(lambda: service), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    turns = [pb.ChatMessage(**turn) for turn in ALDRIN]
+    generation = pb.Generation(
+        chat=pb.Chat(messages=turns),
+        seed=7,
+        choice_count=3,
+        max_tokens=24,
+        sampling=tokens_pb2.Sampling(temperature=1.5),
+        rule=rule,
+        fixed_draft_length=length,
+    )
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = rpc.GenerationServiceStub(channel)
+        answer = await stub.Generate(pb.GenerateRequest(generation=generation))
+    await server.stop(None)
+    return answer
+
+
+@pytest.mark.parametrize("stop", ["Aldrin", "zz", '"', " Americ", "an American"])
+async def test_a_stop_string_ends_the_text_where_it_begins(
+    client: AsyncOpenAI, pair: Stack, stop: str
+) -> None:
+    """Conformance 14, 15, with drafted blocks; both tiers are free when the answer is there."""
+    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0}
+    whole = await client.chat.completions.create(**told, max_tokens=40)
+    answer = await client.chat.completions.create(**told, max_tokens=40, stop=stop)
+    text = whole.choices[0].message.content or ""
+    assert answer.choices[0].message.content == text.split(stop)[0]
+    assert answer.usage is not None
+    cost = extra(answer.usage)["cascade"]
+    assert cost["rounds"] > 0
+    assert len(extra(answer.choices[0])["cascade"]["origins"]) == answer.usage.completion_tokens
+    await free(pair)
+
+
+async def free(pair: Stack) -> None:
+    """Wait until neither tier holds a session; fail after a second (conformance 27)."""
+    async with asyncio.timeout(1):
+        while pair.drafter.sessions or pair.expert.sessions:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_leaves_frees_both_tiers(
+    pair: Stack, listen: Callable[..., Awaitable[str]], n: int
+) -> None:
+    """Conformance 27."""
+    body = {"prompt": "The Moon", "stream": True, "max_tokens": 900, "n": n, "ignore_eos": True}
+    async with httpx2.AsyncClient(base_url=await listen()) as http:
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    break
+        await free(pair)
+
+
+async def test_the_stream_helper_runs_to_its_end(client: AsyncOpenAI) -> None:
+    """Conformance 19, 20, over real blocks."""
+    async with client.chat.completions.stream(
+        model="pair",
+        messages=ALDRIN,
+        n=3,
+        seed=7,
+        logprobs=True,
+        top_logprobs=2,
+        stream_options={"include_usage": True},
+    ) as stream:
+        final = await stream.get_final_completion()
+    assert final.usage is not None
+    assert extra(final.usage)["cascade"]["rounds"] > 0
+    for choice in final.choices:
+        assert choice.logprobs is not None
+        told = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content or [])
+        assert told.decode() == choice.message.content
+
+
+async def test_a_right_prediction_is_taken_whole(client: AsyncOpenAI) -> None:
+    """The text that the answer will have serves as its draft: almost all of it stands."""
+    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0, "max_tokens": 30}
+    whole = await client.chat.completions.create(**told)
+    text = whole.choices[0].message.content or ""
+    again = await client.chat.completions.create(
+        **told, prediction={"type": "content", "content": text}
+    )
+    assert again.choices[0].message.content == text
+    assert again.usage is not None
+    assert again.usage.completion_tokens_details is not None
+    taken = again.usage.completion_tokens_details.accepted_prediction_tokens or 0
+    assert taken >= 0.9 * again.usage.completion_tokens

@@ -1,0 +1,104 @@
+"""Events as bytes, and work that ends with its client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cascade.api.sse import EventResponse, event, while_connected
+from cascade.errors import Cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, MutableMapping
+
+
+async def stay() -> dict[str, Any]:
+    await asyncio.Event().wait()
+    return {"type": "http.disconnect"}
+
+
+async def leave() -> dict[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+def test_an_event_is_one_line_of_utf_8() -> None:
+    assert event({"text": "a\nb \N{ROCKET}"}) == 'data: {"text":"a\\nb 🚀"}\n\n'.encode()
+
+
+def test_an_event_never_has_what_javascript_cannot_read() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        event({"logprob": float("-inf")})
+
+
+async def test_work_is_done_while_the_client_stays() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    assert await while_connected(stay, work()) == 7
+
+
+async def test_work_ends_before_anybody_hears_that_the_client_left() -> None:
+    ended = False
+
+    async def work() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended = True
+
+    with pytest.raises(Cancelled):
+        await while_connected(leave, work())
+    assert ended
+
+
+async def test_an_error_of_the_work_is_its_own() -> None:
+    async def work() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await while_connected(stay, work())
+
+
+class Words:
+    """Endless events that know whether they were closed."""
+
+    closed = False
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"data: x\n\n"
+                await asyncio.sleep(0)
+        finally:
+            self.closed = True
+
+
+@pytest.mark.parametrize("how", ["disconnect", "broken pipe"])
+async def test_a_response_closes_its_events_however_it_ends(how: str) -> None:
+    words, spoken = Words(), asyncio.Event()
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            spoken.set()
+        if how == "broken pipe" and len(sent) > 3:
+            raise OSError("nobody there")
+
+    async def receive() -> dict[str, Any]:
+        if how == "broken pipe":
+            return await stay()
+        await spoken.wait()
+        return await leave()
+
+    await EventResponse(words.events())({"type": "http"}, receive, send)
+    assert words.closed
+    assert sent[0]["status"] == 200
+    headers = dict(sent[0]["headers"])
+    assert headers[b"content-type"].startswith(b"text/event-stream")
+    assert b"content-length" not in headers

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tests.engine.harness import Recorder
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from cascade.engine.backends.prepacked_linear import pack, packed
+from cascade.engine.engine import Engine
+from cascade.engine.model_loader import adopt
+from cascade.engine.request import Step
+from cascade.engine.settings import EngineSettings
+from cascade.types import SessionId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+TOKENS = [3 + 7 * place % 200 for place in range(40)]
+
+
+BOTH = (torch.float32, torch.bfloat16)
+
+
+def llama(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, dtype)
+    return model.eval()
+
+
+def gpt2(dtype: torch.dtype = torch.bfloat16) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=128, n_layer=2, n_head=4))
+    nn.Module.to(model, dtype)
+    return model.eval()
+
+
+packs = pytest.mark.skipif(not pack(llama()), reason="this CPU has no bfloat16 kernels")
+
+
+@packs
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
+def test_a_packed_model_computes_what_it_did(
+    build: Callable[..., PreTrainedModel], dtype: torch.dtype, share: float
+) -> None:
+    plain, packed = build(dtype), build(dtype)
+    assert pack(packed)
+    tokens = torch.tensor([TOKENS])
+
+    with torch.inference_mode():
+        difference = (plain(tokens).logits - packed(tokens).logits).abs().max()
+        assert difference < share * plain(tokens).logits.abs().max()
+
+
+def test_other_precisions_stay_as_they_are() -> None:
+    assert pack(llama(torch.float16)) == 0
+
+
+@packs
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("columns", [64, 1024, 1536])
+def test_deterministic_rows_are_the_same_in_any_batch(dtype: torch.dtype, columns: int) -> None:
+    """Beyond 1024 columns the kernels sum a row alone in another order than rows together."""
+    chance = torch.Generator().manual_seed(0)
+    weight_OK = torch.randn(96, columns, generator=chance).to(dtype)
+    rows_NK = torch.randn(70, columns, generator=chance).to(dtype)
+    linear = packed(weight_OK, deterministic=True)
+
+    alone_NO = torch.cat([linear(row) for row in rows_NK.split(1)])
+
+    for size in (2, 3, 31, 32, 33, 70):
+        assert torch.equal(torch.cat([linear(some) for some in rows_NK.split(size)]), alone_NO)
+    assert linear(rows_NK[:0]).shape == (0, 96)
+
+
+def rows(engine: Engine, head: Recorder, session: str, *, first: int, count: int) -> torch.Tensor:
+    tokens = TOKENS[first : first + count]
+    step = Step(session=SessionId(session), base=first, tokens=tokens, rows=count)
+    answer = head.expect(step, context=[])
+    engine.submit(step)
+    while not answer.ended:
+        engine.turn()
+    return torch.stack(answer.rows)
+
+
+@packs
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
+    build: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> None:
+    """Greedy text is the same to the bit at every block length, on both paths."""
+    head = Recorder()
+    settings = EngineSettings(cache_tokens=2048, deterministic=True, prefix_reuse=False)
+    engine = Engine(adopt(build(dtype), name="tiny"), head=head, settings=settings)
+    rows(engine, head, "alone", first=0, count=20)
+    alone = torch.cat(
+        [rows(engine, head, "alone", first=place, count=1) for place in range(20, 40)]
+    )
+
+    for other in range(9):
+        rows(engine, head, f"other {other}", first=0, count=11 + other)
+    rows(engine, head, "block", first=0, count=20)
+    blocks: list[torch.Tensor] = []
+    for place in range(20, 40, 5):
+        for other in range(9):
+            step = Step(session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], rows=6)
+            head.expect(step, context=[])
+            engine.submit(step)
+        blocks.append(rows(engine, head, "block", first=place, count=5))
+
+    assert torch.equal(torch.cat(blocks), alone)
+    assert max(map(len, head.passes)) == 10

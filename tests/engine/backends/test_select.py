@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine.architectures import build
+
+from cascade.engine.backends import select
+from cascade.engine.backends.base import PaddedRunner
+from cascade.engine.backends.cpu_llama import LeanRunner
+from cascade.engine.backends.varlen import FlatRunner
+from cascade.engine.batch import FlatBatch
+from cascade.engine.settings import EngineSettings, Path
+from cascade.errors import UnsupportedModel
+
+AUTO = EngineSettings()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("llama", LeanRunner), ("gpt-oss", FlatRunner), ("llama4", PaddedRunner)]
+)
+def test_the_first_exact_path_is_taken(name: str, path: type) -> None:
+    assert isinstance(select.choose(build(name), settings=AUTO), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3-moe"])
+def test_half_precision_is_no_reason_to_refuse(name: str, dtype: torch.dtype) -> None:
+    model = build(name)
+    torch.nn.Module.to(model, dtype)
+
+    assert isinstance(select.choose(model, settings=AUTO), FlatRunner | LeanRunner)
+
+
+def test_a_path_that_is_asked_for_is_not_replaced() -> None:
+    for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, FlatRunner)):
+        only = EngineSettings(path=path)
+        assert isinstance(select.choose(build("llama"), settings=only), kind)
+
+    with pytest.raises(UnsupportedModel, match="lean path: it is no Llama-like model"):
+        select.choose(build("gpt2"), settings=EngineSettings(path=Path.LEAN))
+    with pytest.raises(UnsupportedModel, match="flat path: its layers do not use"):
+        select.choose(build("bloom"), settings=EngineSettings(path=Path.FLAT))
+
+
+def test_a_model_can_be_checked_again_after_an_engine_had_it() -> None:
+    model = build("llama")
+
+    assert isinstance(select.choose(model, settings=AUTO), LeanRunner)
+    assert isinstance(select.choose(model, settings=AUTO), LeanRunner)
+
+
+def unmasked(*_: object) -> None:
+    """Return no mask, as where every query sees every key."""
+
+
+def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that forgets to mask the refused tokens would speak fluently, and wrongly."""
+    monkeypatch.setattr(FlatBatch, "mask", unmasked)
+
+    for path in (Path.LEAN, Path.FLAT):
+        with pytest.raises(UnsupportedModel, match=f"{path} path: its logits differ"):
+            select.choose(build("llama"), settings=EngineSettings(path=path))
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused() -> None:
+    model = build("llama")
+    model.forward = model.model.rotary_emb.forward
+
+    with pytest.raises(UnsupportedModel, match="cannot run on token ids alone"):
+        select.choose(model, settings=AUTO)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade.engine.kv_allocator import (
+    SMALLEST,
+    Extent,
+    ExtentAllocator,
+    capacity_tokens,
+    size_class,
+)
+from cascade.engine.settings import EngineSettings
+
+TOKENS = st.integers(1, 3000)
+
+
+@settings(deadline=None)
+@given(TOKENS)
+def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
+    size = size_class(tokens)
+
+    assert size >= tokens
+    assert size_class(size) == size
+    assert size < max(2 * tokens, SMALLEST + 1) or size - tokens < 1024
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["take", "give", "grow"]), TOKENS), max_size=60))
+def test_extents_never_overlap_and_nothing_leaks(acts: list[tuple[str, int]]) -> None:
+    allocator = ExtentAllocator(capacity=8192)
+    held: list[Extent] = []
+    for act, number in acts:
+        if act == "take":
+            got = allocator.allocate(number)
+            held += [got] if got else []
+        elif held and act == "give":
+            allocator.release(held.pop(number % len(held)))
+        elif held:
+            place = number % len(held)
+            grown = allocator.extend(held[place], held[place].size + number)
+            held[place] = grown or held[place]
+
+        rows = [row for extent in held for row in range(extent.start, extent.end)]
+        assert len(rows) == len(set(rows)) == allocator.used
+        assert all(0 <= row < 8192 for row in rows)
+
+    for extent in held:
+        allocator.release(extent)
+    assert allocator.allocate(8192) == Extent(start=0, size=8192)
+
+
+def test_an_extent_grows_into_free_rows_only() -> None:
+    allocator = ExtentAllocator(capacity=1024)
+    first, second = allocator.allocate(100), allocator.allocate(100)
+    assert first
+    assert second
+
+    assert allocator.extend(first, 200) is None
+    assert allocator.extend(second, 200) == Extent(start=128, size=256)
+
+
+def test_no_extent_where_no_stretch_is_long_enough() -> None:
+    allocator = ExtentAllocator(capacity=512)
+    held = [allocator.allocate(128) for _ in range(4)]
+    for extent in held[::2]:
+        assert extent
+        allocator.release(extent)
+
+    assert allocator.allocate(200) is None
+    assert allocator.used == 256
+
+
+CPU = torch.device("cpu")
+
+
+def capacity(settings: EngineSettings, *, context_length: int | None = 512) -> int:
+    return capacity_tokens(
+        settings, device=CPU, bytes_per_token=1000, context_length=context_length
+    )
+
+
+def test_tokens_that_are_set_stand() -> None:
+    assert capacity(EngineSettings(cache_tokens=900)) == 1024
+
+
+def test_memory_that_is_set_is_divided_by_what_a_token_takes() -> None:
+    assert capacity(EngineSettings(cache_bytes=5_000_000)) == 5120
+
+
+def test_no_more_is_taken_than_the_sessions_can_use() -> None:
+    settings = EngineSettings(cache_bytes=10**12, max_sessions=4)
+
+    assert capacity(settings) == 4 * 512
+    assert capacity(settings, context_length=None) == 4 * 8192
+
+
+def test_by_default_a_part_of_the_free_memory_is_taken() -> None:
+    assert 1024 <= capacity(EngineSettings(max_sessions=10**6)) <= 2**30 // 1000 + 1024

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from cascade.evaluation.tasks.sandbox import harmless, passed
+
+HONEST = {
+    "a method": "def f(x):\n    xs = []\n    xs.append(x)\n    return xs[0]",
+    "a class": (
+        "class A:\n    def __init__(self, x):\n        self.x = x\ndef f(x):\n    return A(x).x"
+    ),
+    "a loop": "def f(x):\n    while True:\n        return x",
+    "printing": "def f(x):\n    print('working')\n    return x",
+    "an error caught": (
+        "def f(x):\n    try:\n        x // 0\n    except ZeroDivisionError:\n        return x"
+    ),
+}
+
+ESCAPES = {
+    "an import": "import os",
+    "an import from": "from os import path",
+    "the import function": "__import__('os')",
+    "a file": "open('/etc/hostname')",
+    "code": "exec('1')",
+    "an attribute by name": "getattr((), '__class__')",
+    "an attribute": "().__class__.__base__.__subclasses__()",
+    "a pattern": "match ():\n    case object(__class__=kind):\n        pass",
+    "a format": "'{0.__class__}'.format(())",
+    "a frame": "g = (g.gi_frame for _ in [1])",
+    "a traceback": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    e.__traceback__",
+    "a type": "type('A', (), {})",
+    "the builtins": "__builtins__['open']",
+    "an answer equal to all": "class A:\n    def __eq__(self, _):\n        return True",
+    "leaving": "raise SystemExit",
+    "a breakpoint": "breakpoint()",
+}
+
+
+@pytest.mark.parametrize("program", HONEST.values(), ids=HONEST)
+def test_an_honest_program_passes(program: str) -> None:
+    assert passed(program, ["assert f(3) == 3"]) == 1
+
+
+def test_every_assertion_must_hold() -> None:
+    assert passed("x = 1", ["assert x == 1", "assert x == 2"]) == 0
+
+
+@pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
+def test_a_way_out_fails_though_the_assertions_would_hold(program: str) -> None:
+    assert passed(f"x = 1\n{program}", ["assert x == 1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True:\n    pass",
+        "x = 'x' * 10 ** 9",
+        "def f():\n    f()\nf()",
+        "x = " + "(" * 10_000,
+        "x = " + "-" * 100_000 + "1",
+        "x = '\ud800'",
+        "x = '\0'",
+        "x =",
+    ],
+)
+def test_a_program_that_breaks_its_limits_scores_nothing(program: str) -> None:
+    assert passed(program, ["assert True"]) == 0
+
+
+def test_a_result_cannot_be_printed() -> None:
+    assert passed("print(1)\nraise ValueError", ["assert True"]) == 0
+
+
+def test_a_flood_of_output_goes_nowhere() -> None:
+    assert passed("for _ in range(1000):\n    print('x' * 1000000)", ["assert True"]) == 1
+
+
+@pytest.mark.parametrize("program", ["x.format()", "x._y", "__y", "async def f(): pass"])
+def test_what_reaches_out_is_seen_before_it_runs(program: str) -> None:
+    assert not harmless(ast.parse(program))
+
+
+def test_plain_code_is_harmless() -> None:
+    assert harmless(ast.parse("def f(xs):\n    return sorted(xs)[0].lower()"))

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cascade.errors import InvalidMeasurement
+from cascade.evaluation.client import over_http
+from cascade.evaluation.evaluate import Run, evaluate, unfinished, write
+from cascade.evaluation.grid import Block, joined
+from cascade.evaluation.results import ALL, Results, load
+from cascade.evaluation.workloads import load as workload
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cascade.evaluation.client import InProcess
+
+ITEMS = workload("families", count=1)
+
+CURVES = {
+    "chow": [0.3], "token_v3": [0.95], "lossy": [0.9], "token_cascade": [0.3],
+    "sequence_cascade": [-0.1],
+}  # fmt: skip
+
+SETTINGS = joined([Block(temperatures=[1.0], curves=CURVES)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+async def results(shipped: InProcess, folder: Path) -> Results:
+    return await evaluate(ITEMS, SETTINGS, shipped, run=Run(folder=folder))
+
+
+async def test_the_real_pair_is_evaluated(results: Results) -> None:
+    assert [cell.setting for cell in results.cells] == SETTINGS
+    assert results.groups == (ALL, *ITEMS.families)
+    draws = results.draws[ALL]
+    rates = {cell.setting.name: draws.figure(cell, "rejection_rate") for cell in results.cells}
+    assert rates["expert_only"].value == 1
+    assert rates["drafter_only"].value == 0
+    assert 0 <= rates["token_v3 0.95"].value <= rates["lossless"].value < 1
+    expert = results.find("expert_only", temperature=1)
+    assert draws.figure(expert, "tokens_per_expert_pass").value == pytest.approx(1)
+    assert draws.figure(expert, "latency").value == 1
+
+
+async def test_translation_has_a_corpus_score_beside_its_matches(results: Results) -> None:
+    expert = results.find("expert_only", temperature=1)
+    assert set(expert.corpus_bleu) == {"translation"}
+    assert 0 <= expert.corpus_bleu["translation"] <= 100.001
+
+
+async def test_a_finished_evaluation_asks_nothing_more(
+    shipped: InProcess, results: Results, folder: Path
+) -> None:
+    run = Run(folder=folder)
+    assert unfinished(ITEMS, SETTINGS, shipped, run=run) == 0
+    more = joined([Block(temperatures=[1.0], curves={"opt": [0.1]})])
+    assert unfinished(ITEMS, more, shipped, run=run) == len(ITEMS.items)
+    again = await evaluate(ITEMS, SETTINGS, shipped, run=run)
+    assert again.about["costs"] == results.about["costs"]
+    assert [list(cell.columns["quality"]) for cell in again.cells] == [
+        list(cell.columns["quality"]) for cell in results.cells
+    ]
+
+
+async def test_another_workload_does_not_enter_the_folder(
+    shipped: InProcess, results: Results, folder: Path
+) -> None:
+    del results
+    with pytest.raises(InvalidMeasurement, match="another evaluation"):
+        await evaluate(workload("facts", count=1), SETTINGS, shipped, run=Run(folder=folder))
+
+
+async def test_a_server_is_evaluated_over_http(door: str, tmp_path: Path) -> None:
+    """At temperature 0 lossless speculation says what the expert says, and no more passes."""
+    settings = joined([Block(temperatures=[0.0], curves={"opt": [0.2]})])
+    async with over_http(door) as server:
+        found = await evaluate(
+            workload("facts", count=2), settings, server, run=Run(folder=tmp_path)
+        )
+    expert, lossless = (found.find(name, temperature=0, draft_tokens=length)
+                        for name, length in (("expert_only", None), ("lossless", 5)))  # fmt: skip
+    assert list(expert.columns["quality"]) == list(lossless.columns["quality"])
+    assert (lossless.columns["expert_passes"] <= expert.columns["expert_passes"]).all()
+    assert found.groups == ("facts",)
+
+
+async def test_json_plots_tables_and_a_page_are_written(results: Results, tmp_path: Path) -> None:
+    written = write(results, tmp_path)
+    names = {path.name for path in written}
+    assert names == {
+        "results.json", "quality-rejection-t1-d5.png", "quality-latency-t1-d5.png", "tables.md",
+        "report.html",
+    }  # fmt: skip
+    for path in written:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+            assert path.stat().st_size > 50_000  # panels with curves, not an empty sheet
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert 'src="http' not in page
+    assert "token_v3 0.95" in page
+    assert "rejections of lossless speculation on" in page
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| chow |" in tables
+    assert "BLEU" in tables
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert len(told["figures"]) == len(SETTINGS) * len(results.groups)
+    assert load(tmp_path).families == results.families

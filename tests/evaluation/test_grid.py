@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cascade.api.schema import Options
+from cascade.errors import InvalidMeasurement
+from cascade.evaluation import grid
+from cascade.evaluation.grid import BASELINES, CURVES, USUAL, Block, Setting, joined, read_grid
+from cascade.types import Bonus, Mode
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+DIALS = dict.fromkeys(CURVES, 0.5) | {"sequence_cascade": -0.1}
+
+
+def read(folder: Path, text: str) -> list[Setting]:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return read_grid(path)
+
+
+def test_every_curve_makes_a_request_that_the_server_takes() -> None:
+    curves = {curve: [dial] for curve, dial in DIALS.items()}
+    settings = Block(curves=curves, bonus=Bonus.TARGET).settings()
+    options = {setting.curve: Options.model_validate(setting.options()) for setting in settings}
+    assert set(options) == {*CURVES, *BASELINES}
+    assert {option.mode for option in options.values()} == set(Mode)
+    assert {curve for curve, told in options.items() if told.draft_tokens is None} == {
+        "expert_only", "drafter_only", "token_cascade", "sequence_cascade",
+    }  # fmt: skip
+
+
+def test_every_curve_and_mode_is_described() -> None:
+    for name in ("lossy_solved", *(mode.value for mode in Mode)):
+        assert name in (grid.__doc__ or "")
+
+
+def test_baselines_stand_in_every_grid_and_nothing_twice() -> None:
+    settings = Block(temperatures=[0, 1], draft_tokens=[3, 5], curves={"chow": [0.1, 0.1]})
+    found = settings.settings()
+    assert len(found) == len(set(found)) == 2 * (2 + 2 * (1 + 1))
+    assert len({setting.key for setting in found}) == len(found)
+
+
+def test_a_usual_grid_needs_no_file() -> None:
+    curves = {setting.curve for setting in joined([Block()])}
+    assert curves == {*USUAL, *BASELINES}
+
+
+def test_a_file_may_have_several_blocks(tmp_path: Path) -> None:
+    settings = read(
+        tmp_path,
+        "- {temperatures: [0], curves: {chow: [0.1]}}\n"
+        "- {temperatures: [1], curves: {lossy: [0.1]}, draft_tokens: [3]}\n",
+    )
+    dialled = {setting.key for setting in settings if setting.dial is not None}
+    assert dialled == {"chow_0.1_t0_d5", "lossy_0.1_t1_d3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("curves: {chaw: [0.1]}", "no curve `chaw`.*chow"),
+        ("curves: {chow: [1.5]}", "`chow` has no dial 1.5.*less than or equal to 1"),
+        ("curves: {lossy: [1]}", "`lossy` has no dial 1.*less than 1"),
+        ("curves: {opt: [.nan]}", "`opt` has no dial nan"),
+        ("curves: {chow: [high]}", "`0.curves.chow.0`|`curves.chow.0`: input should be a valid"),
+        ("temperatures: [3]", "temperatures.0.*less than or equal to 2"),
+        ("temperatures: []", "temperatures.*at least 1 item"),
+        ("draft_tokens: [0]", "draft_tokens.0.*greater than or equal to 1"),
+        ("alphas: [1]", "alphas.*a block has temperatures, draft_tokens, curves, bonus"),
+        ("- 1", "valid dictionary"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_grid_that_is_none_says_why(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(InvalidMeasurement, match=told):
+        read(tmp_path, text)
+
+
+def test_a_grid_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidMeasurement, match="cannot be read"):
+        read_grid(tmp_path / "none.yaml")
+
+
+def test_the_grid_of_the_docs_has_every_curve_that_they_compare() -> None:
+    settings = read_grid(DOCS / "evaluate-grid.yaml")
+    for temperature in (0, 1):
+        found = {one.curve for one in settings if one.temperature == temperature}
+        assert found == {*USUAL, *BASELINES}

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cascade.errors import InvalidMeasurement
+from cascade.evaluation import scoring
+from cascade.evaluation.scoring import Scorer, corpus_bleu, extra, score
+
+PROGRAM = "def twice(x):\n    return 2 * x"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "references", "quality"),
+    [
+        (Scorer.EXACT, " Rome \n", ["Paris", "Rome"], 1),
+        (Scorer.EXACT, "rome", ["Rome"], 0),
+        (Scorer.MATCH, "The rome.", ["Paris", "Rome"], 1),
+        (Scorer.MATCH, "Rome, Italy", ["Rome"], 0),
+        (Scorer.CONTAINS, "It is the city of New York.", ["new york"], 1),
+        (Scorer.CONTAINS, "It is York, the new.", ["new york"], 0),
+        (Scorer.NUMBER, "2 + 2 = 4", ["5", "4"], 1),
+        (Scorer.NUMBER, "none", ["4"], 0),
+        (Scorer.BIGRAMS, "a fire broke out", ["no", "a fire broke out"], 1),
+        (Scorer.BIGRAMS, "a fire broke out", ["a fire broke down"], 2 / 3),
+        (Scorer.BLEU, "le trois mai", ["le trois mai"], 1),
+        (Scorer.BLEU, "", ["le trois mai"], 0),
+        (Scorer.PROGRAM, PROGRAM, ["assert twice(2) == 4"], 1),
+        (Scorer.PROGRAM, PROGRAM, ["assert twice(2) == 4", "assert twice(2) == 5"], 0),
+    ],
+)
+def test_each_scorer_knows_right_from_wrong(
+    scorer: Scorer, answer: str, references: list[str], quality: float
+) -> None:
+    assert score(scorer, answer, references) == pytest.approx(quality)
+
+
+def test_every_scorer_is_described() -> None:
+    assert all(f"`{scorer}`" in (scoring.__doc__ or "") for scorer in Scorer)
+
+
+def test_bleu_of_a_sentence_lies_between_wrong_and_right() -> None:
+    near = score(Scorer.BLEU, "je vois le chat noir", ["je vois le chat blanc"])
+    assert 0.5 < near < 1
+
+
+def test_bleu_of_a_corpus_takes_as_many_references_as_an_item_has() -> None:
+    answers = ["je vois le chat noir", "il fait beau ce matin"]
+    references = [["je vois le chat noir"], ["il pleut", "il fait beau ce matin"]]
+    assert corpus_bleu(answers, references) == pytest.approx(100)
+    assert corpus_bleu(answers, [references[0], ["il fait froid ce soir"]]) < 70
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: Any) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
+    with pytest.raises(InvalidMeasurement, match=r"pip install 'speculative-cascades\[lab\]'"):
+        extra("sacrebleu")

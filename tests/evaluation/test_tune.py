@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tests.support.synthetic import cell, made
+
+from cascade.errors import InvalidMeasurement
+from cascade.evaluation.grid import BASELINES, CURVES, Setting, checked
+from cascade.evaluation.tune import Goal, Target, defaults, fragment, parse, tune
+from cascade.settings import Application
+from cascade.types import Mode
+
+COUNT = 40
+
+RESULTS = made(
+    cells=[
+        cell("expert_only", quality=[1.0] * 30 + [0.0] * 10),
+        cell("drafter_only", quality=[1.0] * 10 + [0.0] * 30),
+        cell("lossless", quality=[1.0] * 30 + [0.0] * 10, rejected=[4.0] * COUNT,
+             expert_passes=[4.0] * COUNT),
+        cell("chow", dial=0.1, quality=[1.0] * 30 + [0.0] * 10, rejected=[2.0] * COUNT,
+             expert_passes=[3.0] * COUNT),
+        cell("chow", dial=0.5, quality=[1.0] * 29 + [0.0] * 11, rejected=[1.0] * COUNT,
+             expert_passes=[2.0] * COUNT),
+        cell("token_v3", dial=0.9, quality=[1.0] * 20 + [0.0] * 20, rejected=[0.5] * COUNT,
+             expert_passes=[1.0] * COUNT),
+    ],
+    families="a" * COUNT,
+)  # fmt: skip
+
+
+def chosen(*targets: str, **more: Any) -> str:
+    return tune(RESULTS, [parse(told) for told in targets], group="a", **more).setting.name
+
+
+@pytest.mark.parametrize(
+    ("told", "target"),
+    [
+        ("quality >= expert - 0.5",
+         {"metric": "quality", "at_least": True, "baseline": "expert", "change": -0.5}),
+        ("expert_passes <= 60%",
+         {"metric": "expert_passes", "at_least": False, "baseline": "expert", "share": 0.6}),
+        ("rejections<=60 % of lossless",
+         {"metric": "rejections", "at_least": False, "baseline": "lossless", "share": 0.6}),
+        ("Quality >= 85.5", {"metric": "quality", "at_least": True, "change": 85.5}),
+        ("latency <= drafter + 1",
+         {"metric": "latency", "at_least": False, "baseline": "drafter", "change": 1.0}),
+    ],
+)  # fmt: skip
+def test_a_target_is_read(told: str, target: dict[str, Any]) -> None:
+    assert parse(told) == Target(told=told, **target)
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("good", "is no target; wanted one like"),
+        ("quality > 3", "is no target"),
+        ("beauty >= 3", "no metric `beauty`; wanted one of quality"),
+        ("quality >= teacher", "no baseline `teacher`; wanted one of expert"),
+        ("quality >= 90% of teacher", "no baseline `teacher`"),
+    ],
+)
+def test_a_target_that_is_none_says_what_is_wanted(told: str, wanted: str) -> None:
+    with pytest.raises(InvalidMeasurement, match=wanted):
+        parse(told)
+
+
+def test_fewest_rejections_at_a_quality_are_chosen() -> None:
+    assert chosen("quality >= expert") == "chow 0.1"
+    assert chosen("quality >= expert - 3") == "chow 0.5"
+    assert chosen("quality >= 40") == "token_v3 0.9"
+
+
+def test_best_quality_under_a_bound_of_cost_is_chosen() -> None:
+    assert chosen("expert_passes <= 25%") == "chow 0.5"
+    assert chosen("rejections <= 5") == "token_v3 0.9"
+
+
+def test_targets_combine_and_the_goal_can_be_named() -> None:
+    assert chosen("quality >= 50", "expert_passes <= 3", goal=Goal.QUALITY) == "chow 0.1"
+    assert chosen("quality >= 50", "rejections <= 60% of lossless") == "token_v3 0.9"
+    assert chosen("quality >= 60", goal=Goal.EXPERT_PASSES) == "chow 0.5"
+
+
+def test_more_confidence_takes_a_surer_setting() -> None:
+    """One item of 40 below the expert: surely within 3 points less often than not at all below."""
+    unsure = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
+    assert 0.5 < unsure.probability < 0.95
+    assert chosen("quality >= expert - 3", confidence=0.95) == "chow 0.1"
+
+
+def test_where_no_setting_meets_a_target_the_nearest_is_told() -> None:
+    with pytest.raises(InvalidMeasurement, match=r"nearest is .*quality >= 99: .*short by 24"):
+        chosen("quality >= 99")
+
+
+def test_an_unknown_family_or_temperature_says_what_there_is() -> None:
+    with pytest.raises(InvalidMeasurement, match="no family `z`; wanted one of a"):
+        tune(RESULTS, [parse("quality >= 1")], group="z")
+    with pytest.raises(InvalidMeasurement, match="no temperature 1; wanted one of 0"):
+        chosen("quality >= 1", temperature=1.0)
+
+
+def test_several_temperatures_need_one_to_be_named() -> None:
+    both = made(cells=[cell("chow", dial=0.1), cell("expert_only", temperature=1)], families="aa")
+    with pytest.raises(InvalidMeasurement, match="temperatures 0, 1; name the one"):
+        tune(both, [parse("quality >= 1")], group="a")
+
+
+@pytest.mark.parametrize("curve", [*CURVES, *BASELINES])
+def test_every_setting_drops_into_the_settings_of_a_server(curve: str) -> None:
+    dial = {"sequence_cascade": -0.3}.get(curve, None if curve in BASELINES else 0.5)
+    setting = checked(Setting(curve=curve, dial=dial, temperature=0.5, draft_tokens=3))
+    found = Application.model_validate({"defaults": defaults(setting)}).defaults
+    assert found.mode is setting.mode
+    assert found.temperature == 0.5
+    if setting.rule is not None:
+        assert found.rule.kind == setting.rule["kind"]
+    if setting.mode is Mode.SEQUENCE_CASCADE:
+        assert found.confidence_threshold == -0.3
+    if setting.mode is Mode.CASCADE:
+        assert found.draft_tokens == 3
+
+
+def test_the_fragment_is_yaml_whose_comments_say_how_sure_it_is() -> None:
+    choice = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
+    text = fragment(choice, RESULTS)
+    Application.model_validate(yaml.safe_load(text))
+    assert "chow 0.5: rejections 10" in text
+    assert "quality >= expert - 3: 72.5 [" in text
+    assert f"all met with probability {choice.probability:.2f}" in text
+    assert yaml.safe_load(text)["defaults"]["rule"] == {"kind": "chow", "alpha": 0.5}
+
+
+def test_the_probability_is_of_all_targets_together() -> None:
+    choice = tune(RESULTS, [parse("quality >= expert - 3"), parse("rejections <= 20")], group="a")
+    alone = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
+    assert choice.probability == pytest.approx(alone.probability)
+    assert np.isfinite(choice.reached.low)

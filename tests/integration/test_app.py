@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import ValidationError
+from ray import serve
+from tests.conftest import Pair, words
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+
+from cascade.app import build
+from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.local import stack
+from cascade.replica.autoscaling import TierPolicy
+from cascade.settings import Application
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_pair_that_shares_no_vocabulary_is_refused_by_name(toy: Pair, tmp_path: Path) -> None:
+    """Before anything is deployed, and with the tokens that differ."""
+    other = tmp_path / "other"
+    shutil.copytree(toy.expert.path, other)
+    tokenizer: Any = words(8)
+    vocabulary = tokenizer.get_vocab() | {"C": 3, "D": 2}
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
+        vocabulary,
+        unk_token="A",  # noqa: S106 - a word
+    )
+    tokenizer.save_pretrained(other)
+    settings = toy.settings(expert={"model": str(other)})
+    with pytest.raises(MismatchedPair, match=r"id 2 is 'C' to the drafter and 'D' to the expert"):
+        build(settings)
+
+
+async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
+    """Logits without a token are never written, however likely."""
+    padded = tmp_path / "padded"
+    known: dict[str, Any] = toy.drafter.model.config.to_dict()
+    config = LlamaConfig.from_dict(known | {"vocab_size": 13})
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(padded)
+    words(8).save_pretrained(padded)
+    async with stack(toy.settings(drafter={"model": str(padded)})) as running:
+        assert running.drafter.describe().vocab_size == running.expert.describe().vocab_size == 8
+
+
+def test_a_model_that_is_nowhere_is_refused(toy: Pair, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="nowhere"):
+        build(toy.settings(expert={"model": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        {"num_replicas": 3},
+        {
+            "autoscaling_config": {
+                "min_replicas": 1,
+                "max_replicas": 4,
+                "target_ongoing_requests": 8,
+            }
+        },
+    ],
+)
+def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None:
+    resources = {"num_cpus": 2, "num_gpus": 0.5, "resources": {"tier": 1}}
+    settings = Application.model_validate(
+        {"drafter": {"deployment": {**count, "ray_actor_options": resources}}}
+    )
+    tier = settings.drafter
+    options = tier.deployment.options(environment=tier.environment())
+    deployed: Any = serve.deployment(name="Drafter")(type("Tier", (), {})).options(**options)
+    given = deployed.ray_actor_options
+    assert {key: given[key] for key in resources} == resources
+    assert given["runtime_env"]["env_vars"]["OMP_WAIT_POLICY"] == "PASSIVE"
+    config = deployed._deployment_config.autoscaling_config
+    assert (config is None) == ("num_replicas" in count)
+
+
+def test_serve_takes_a_tiers_own_way_to_scale() -> None:
+    """With the policy by its import path, and what one replica should bear."""
+    settings = Application.model_validate(
+        {
+            "drafter": {"scaling": {"min_replicas": 0, "max_replicas": 4, "wait_s": 0.02}},
+            "expert": {
+                "scaling": {"max_replicas": 2, "backlog": 3},
+                "deployment": {"max_ongoing_requests": 16},
+            },
+        }
+    )
+    assert not settings.drafter.always_there
+    assert settings.expert.always_there
+    for tier, bounds in ((settings.drafter, (0, 4)), (settings.expert, (1, 2))):
+        options = tier.serve_options(environment={})
+        deployed: Any = serve.deployment(name="Tier")(type("Tier", (), {})).options(**options)
+        config = deployed._deployment_config.autoscaling_config
+        assert (config.min_replicas, config.max_replicas) == bounds
+        assert config.policy.get_policy() is TierPolicy
+        TierPolicy(**config.policy.policy_kwargs)
+    kwargs = config.policy.policy_kwargs
+    assert (kwargs["backlog"], kwargs["sessions"], kwargs["cache"]) == (3, 12, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"drafter": {"colour": "x"}}, "drafter.colour"),
+        ({"defaults": {"rule": {"kind": "chow", "alpha": 2}}}, "defaults.rule.chow.alpha"),
+        ({"router": {"draft_tokens": 0}}, "router.draft_tokens"),
+        (
+            {"expert": {"deployment": {"num_replicas": 2, "autoscaling_config": {}}}},
+            "num_replicas or autoscaling_config",
+        ),
+        (
+            {"expert": {"deployment": {"num_replicas": 2}, "scaling": {"max_replicas": 2}}},
+            "scaling or deployment.num_replicas",
+        ),
+        ({"drafter": {"scaling": {"max_replicas": 2, "cache": 0.5}}}, "drafter.scaling.cache"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Application.model_validate(wrong)
+    places = [".".join(map(str, one["loc"])) + one["msg"] for one in refused.value.errors()]
+    assert any(named in place for place in places)
+
+
+def test_a_recurrent_model_is_refused_before_anything_is_deployed(
+    toy: Pair, tmp_path: Path
+) -> None:
+    """Its state cannot be rolled back, and its configuration says so."""
+    folder = tmp_path / "mamba"
+    MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1).save_pretrained(folder)
+    words(8).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="recurrent state"):
+        build(toy.settings(expert={"model": str(folder)}))

@@ -1,0 +1,289 @@
+"""What a tier does with bytes and items that no router of ours would send."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascade.protocol import services
+from cascade.protocol.client import Peer
+from cascade.protocol.codec import decode_question, encode, parse
+from cascade.protocol.messages import (
+    Judge,
+    Judgement,
+    Need,
+    Open,
+    Proposal,
+    Propose,
+    Refusal,
+    Score,
+)
+from cascade.protocol.prefix_hash import extend
+from cascade.rules import (
+    Bild,
+    Chow,
+    ChowLog,
+    Ensemble,
+    Fuzzy,
+    Lossless,
+    Lossy,
+    Opt,
+    OptLog,
+    Rule,
+    TokenV1,
+    TokenV3,
+    Typical,
+)
+from cascade.speculation.verify import Task, rows_needed
+from cascade.speculation.verify import judge as judge_all
+from cascade.types import (
+    Block,
+    Bonus,
+    Coupling,
+    Gates,
+    Mode,
+    Policy,
+    Request,
+    Row,
+    RowFormat,
+    Sampling,
+    Session,
+    SessionId,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from cascade.local import Stack
+    from cascade.protocol.client import Link
+
+PROMPT: tuple[int, ...] = (3, 1, 4, 1, 5)
+
+GREEDY = Policy(sampling=Sampling(temperature=0.0))
+
+NAME = SessionId("mine")
+
+
+@pytest.fixture
+async def expert(toy_stack: Stack) -> AsyncIterator[Peer]:
+    peer = Peer(toy_stack.expert.address, services.EXPERT)
+    yield peer
+    await peer.close()
+
+
+@pytest.fixture
+async def drafter(toy_stack: Stack) -> AsyncIterator[Peer]:
+    peer = Peer(toy_stack.drafter.address, services.DRAFTER)
+    yield peer
+    await peer.close()
+
+
+def opened(stack: Stack, peer: Peer, **session: Any) -> Link:
+    link = peer.link(NAME, 1)
+    known = replace(Session(id=NAME, prompt=PROMPT, policy=GREEDY), **session)
+    link.send(Open(session=known, epoch=1, lease=stack.token))
+    return link
+
+
+def judge(**changes: Any) -> Judge:
+    plain = Judge(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT))
+    return replace(plain, **changes)
+
+
+async def refusal(link: Link) -> Refusal:
+    answer = await link.receive()
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+async def still_serves(stack: Stack) -> None:
+    """Another's session goes on as if nothing had happened."""
+    request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=6)
+    pieces = [piece async for piece in stack.router.generate(request)]
+    assert sum(len(piece.tokens) for piece in pieces) == 6
+
+
+@pytest.mark.parametrize("kind", [services.DRAFTER, services.EXPERT], ids=["drafter", "expert"])
+async def test_garbage_ends_its_own_stream_alone(toy_stack: Stack, kind: services.Kind) -> None:
+    replica = toy_stack.drafter if kind is services.DRAFTER else toy_stack.expert
+    chance = random.Random(5)  # noqa: S311 - reproducible garbage, no secret
+    request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=60)
+    running = toy_stack.router.generate(request)
+    await anext(running)
+    async with grpc.aio.insecure_channel(replica.address) as channel:
+        for size in (1, 7, 100, 5000):
+            call = channel.stream_stream(kind.path(kind.stream))()
+            await call.write(b"\xff" + chance.randbytes(size))
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    rest = [piece async for piece in running]
+    assert rest[-1].finish is not None
+    await still_serves(toy_stack)
+
+
+async def test_a_session_that_was_never_opened_is_refused(
+    toy_stack: Stack, expert: Peer, drafter: Peer
+) -> None:
+    link = expert.link(NAME, 1)
+    link.send(judge())
+    assert (await refusal(link)).code == "NOT_FOUND"
+    other = drafter.link(NAME, 1)
+    other.send(Propose(session_id=NAME, epoch=1, position=0, digest=0, count=3))
+    assert (await refusal(other)).code == "NOT_FOUND"
+    await still_serves(toy_stack)
+
+
+async def test_without_a_lease_nothing_opens(toy_stack: Stack, expert: Peer) -> None:
+    stranger = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
+    assert (await refusal(opened(stranger, expert))).code == "UNAUTHENTICATED"
+    link = expert.link(SessionId("score"), 1)
+    link.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
+    assert (await refusal(link)).code == "UNAUTHENTICATED"
+
+
+async def test_tokens_outside_the_vocabulary_are_refused(toy_stack: Stack, expert: Peer) -> None:
+    assert (await refusal(opened(toy_stack, expert, prompt=(3, 8)))).code == "INVALID_ARGUMENT"
+    link = opened(toy_stack, expert)
+    link.send(judge(block=Block(tokens=(99,), likelihoods=(1.0,))))
+    assert "99" in (await refusal(link)).message
+    await still_serves(toy_stack)
+
+
+async def test_more_than_the_context_is_refused(toy_stack: Stack, expert: Peer) -> None:
+    refused = await refusal(opened(toy_stack, expert, prompt=(1,) * 513))
+    assert refused.code == "INVALID_ARGUMENT"
+    assert "512" in refused.message
+
+
+async def test_a_block_without_what_its_rule_reads_is_refused(
+    toy_stack: Stack, expert: Peer
+) -> None:
+    """Opt reads the drafter's gates; a block without them is judged by nobody."""
+    link = opened(toy_stack, expert, policy=Policy(rule=Opt(alpha=0.2)))
+    link.send(judge(block=Block(tokens=(1, 2), likelihoods=(0.5, 0.5))))
+    assert isinstance(await link.receive(), Judgement)
+    await still_serves(toy_stack)
+
+
+UNITS = st.floats(0, 1)
+
+RULES: tuple[Rule, ...] = (
+    Lossless(),
+    Lossy(alpha=0.3, beta="solved"),
+    Ensemble(weight=0.5),
+    Chow(alpha=0.5),
+    ChowLog(alpha=1.0),
+    Opt(alpha=0.2),
+    OptLog(alpha=0.2),
+    Bild(alpha=1.0),
+    Fuzzy(alpha=0.1),
+    TokenV1(alpha=0.3),
+    TokenV3(alpha=0.5),
+    Typical(),
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    return Policy(
+        rule=draw(st.sampled_from(RULES)),
+        coupling=draw(st.sampled_from(Coupling)),
+        bonus=draw(st.sampled_from(Bonus)),
+        verification=draw(st.sampled_from(Verification)),
+        rows=draw(st.sampled_from(RowFormat)),
+        sampling=Sampling(temperature=draw(st.sampled_from([0.0, 0.7, 1.0]))),
+    )
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Row:
+    ids = draw(st.lists(st.integers(0, 7), unique=True, max_size=4))
+    size = len(ids) or draw(st.sampled_from([0, 8]))
+    weights = np.array([draw(UNITS) for _ in range(size)], np.float16)
+    weights[:1] = 1
+    unscaled = np.array([draw(UNITS) for _ in range(size)], np.float16)
+    return Row(
+        ids=np.array(ids, np.uint32),
+        weights=weights,
+        unscaled=unscaled if draw(st.booleans()) else None,
+    )
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    """A block that the wire lets pass, whatever the rule would need of it."""
+    length = draw(st.integers(0, 3))
+    tokens = tuple(draw(st.integers(0, 7)) for _ in range(length))
+
+    def some(values: st.SearchStrategy[Any], *, more: int = 0) -> tuple[Any, ...]:
+        size = draw(st.sampled_from([0, length, length + more]))
+        return tuple(draw(values) for _ in range(size))
+
+    gates = st.builds(Gates, peak=UNITS, favourite=st.integers(0, 7), entropy=st.floats(0, 9))
+    return Block(
+        tokens=tokens,
+        likelihoods=some(UNITS),
+        unscaled=some(UNITS),
+        gates=some(gates, more=1),
+        rows=some(rows(), more=1),
+    )
+
+
+@given(policies(), blocks())
+@settings(max_examples=300, deadline=None)
+def test_no_block_that_passes_the_wire_breaks_the_pass_of_others(
+    policy: Policy, block: Block
+) -> None:
+    """A replica judges all sessions in one call; a strange block is judged too, or its own loss."""
+    sent = encode(judge(block=block), services.EXPERT.request)
+    strange = decode_question(parse(sent, services.EXPERT.request)[0])
+    assert isinstance(strange, Judge)
+    innocent = Task(policy=policy, position=0, block=Block(tokens=(1,)))
+    task = Task(policy=policy, position=0, block=strange.block)
+    chance = torch.Generator().manual_seed(3)
+    counts = [rows_needed(policy, each.block.tokens) for each in (innocent, task)]
+    logits_NV = torch.randn(sum(counts), 8, generator=chance)
+    together = judge_all(logits_NV, [innocent, task])
+    assert together[0] == judge_all(logits_NV[: counts[0]], [innocent])[0]
+    assert all(0 <= token < 8 for token in together[1].tokens)
+
+
+async def test_another_history_is_asked_for_and_then_refused(
+    toy_stack: Stack, expert: Peer
+) -> None:
+    link = opened(toy_stack, expert)
+    link.send(judge(position=4, tokens=(1,)))
+    assert await link.receive() == Need(session_id=NAME, epoch=1, position=0)
+    link.send(judge(position=2, tokens=(1, 2), digest=7))
+    assert "digest" in (await refusal(link)).message
+    await still_serves(toy_stack)
+
+
+async def test_a_repeated_round_is_answered_alike(toy_stack: Stack, expert: Peer) -> None:
+    link = opened(toy_stack, expert)
+    block = Block(tokens=(1, 2, 3), likelihoods=(1.0, 1.0, 1.0))
+    link.send(judge(block=block))
+    first = await link.receive()
+    link.send(judge(block=block))
+    again = await link.receive()
+    assert isinstance(first, Judgement)
+    assert isinstance(again, Judgement)
+    assert replace(again, timing=first.timing) == first
+
+
+async def test_an_item_of_an_old_epoch_changes_nothing(toy_stack: Stack, drafter: Peer) -> None:
+    link = opened(toy_stack, drafter)
+    ask = Propose(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT), count=2)
+    link.send(replace(ask, epoch=0))
+    link.send(ask)
+    answer = await link.receive()
+    assert isinstance(answer, Proposal)
+    assert (answer.epoch, answer.block.length) == (1, 2)

@@ -1,0 +1,250 @@
+"""Whatever the end of an answer, it is counted once, logged once, and nothing of its text is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.observability.test_metrics import exposed, key
+
+from cascade.errors import ExpertUnavailable
+from cascade.observability.metric_specs import ROUTER
+from cascade.observability.metrics import PlainSink
+from cascade.observability.observer import Observed
+from cascade.observability.request_log import AnswerLog, JsonLines
+from cascade.observability.request_metrics import AnswerMetrics
+from cascade.rules import Chow
+from cascade.types import FinishReason, Mode, Origin, Piece, Policy, Request, Sampling, Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from cascade.local import Stack
+    from cascade.types import TokenLogprob
+
+VLLM = "vllm:spec_decode_num"
+
+GREEDY = Policy(sampling=Sampling(temperature=0))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Scripted:
+    """Writes pieces of one token, then calls `end`; notes what happens to it."""
+
+    def __init__(
+        self,
+        pieces: int,
+        *,
+        end: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
+        reason: Callable[[int], str] = lambda _: "fixed",
+    ) -> None:
+        self.closed = False
+        self._pieces = pieces
+        self._end = end
+        self._clock = clock or Clock()
+        self._reason = reason
+
+    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+        del request
+        entry = Statistics()
+        try:
+            for number in range(self._pieces):
+                self._clock.now_s += 0.4
+                entry.rounds += 1
+                entry.expert_tokens += 1
+                entry.draft_length_reason = self._reason(number)
+                last = number == self._pieces - 1
+                yield Piece(
+                    tokens=(number,),
+                    origins=(Origin.EXPERT,),
+                    finish=FinishReason.LENGTH if last else None,
+                    statistics=entry,
+                )
+            self._end()
+        finally:
+            entry.sent_bytes = 7  # known only when the session has left its place
+            self.closed = True
+
+    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+        del tokens, top
+        return ()
+
+
+class Watched:
+    """A generator under observation, and what was seen."""
+
+    def __init__(self, generator: Any, *, clock: Clock | None = None) -> None:
+        clock = clock or Clock()
+        self.sink = PlainSink(ROUTER)
+        metrics = AnswerMetrics(self.sink, model="pair", clock=clock)
+        self.generator = Observed(
+            generator, observers=(metrics, AnswerLog(clock=clock)), clock=clock
+        )
+
+    def samples(self) -> dict[str, float]:
+        return exposed(self.sink.registry)
+
+    async def answer(self, request: Request) -> list[Piece]:
+        return [piece async for piece in self.generator.generate(request)]
+
+
+@pytest.fixture
+def lines() -> Any:
+    """The log's lines, as JSON."""
+    said: list[dict[str, Any]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(json.loads(JsonLines().format(record)))
+
+    logger, handler = logging.getLogger("cascade.answers"), Keep()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def ended(mode: str, finish: str) -> str:
+    return key("cascade_answers_total", mode=mode, rule="lossless", finish=finish)
+
+
+def asked(**more: Any) -> Request:
+    return Request(prompt=(1, 2, 3), policy=GREEDY, name="abc", **more)
+
+
+async def test_metrics_say_what_the_answer_says_of_itself(toy_stack: Stack) -> None:
+    watched = Watched(toy_stack.router)
+    request = asked(max_tokens=30, draft_tokens=4, mode=Mode.SPECULATIVE)
+    entry = (await watched.answer(request))[-1].statistics
+    assert entry is not None
+    found = watched.samples()
+    assert found[key("cascade_rounds_total", rule="lossless", reason="requested")] == entry.rounds
+    assert found[key("cascade_drafted_tokens_total", rule="lossless")] == entry.drafted
+    assert found[key("cascade_accepted_tokens_total", rule="lossless")] == entry.accepted
+    assert (
+        found[key("cascade_tokens_total", rule="lossless", origin="expert")] == entry.expert_tokens
+    )
+    assert found[key("cascade_passes_total", tier="expert")] == entry.expert_passes
+    assert found[key("cascade_wire_bytes_total", direction="sent")] == entry.sent_bytes > 0
+    assert found[key("cascade_waited_seconds_total", tier="expert")] == pytest.approx(
+        entry.expert_s
+    )
+    assert found[ended("speculative", "length")] == 1
+    assert found[key("cascade_prompt_tokens_total")] == 3
+    blocks = sum(entry.accepted_lengths)
+    assert found[key(f"{VLLM}_drafts_total", model_name="pair")] == blocks
+    assert found[key(f"{VLLM}_draft_tokens_total", model_name="pair")] == entry.drafted
+    assert found[key(f"{VLLM}_accepted_tokens_total", model_name="pair")] == entry.accepted
+    for place in range(4):
+        accepted = sum(entry.accepted_lengths[place + 1 :])
+        ours = key("cascade_accepted_at_position_total", position=str(place))
+        vllms = key(f"{VLLM}_accepted_tokens_per_pos_total", model_name="pair", position=str(place))
+        assert found.get(ours, 0) == found.get(vllms, 0) == accepted
+
+
+async def test_an_answer_reports_while_it_is_written_and_counts_nothing_twice() -> None:
+    clock = Clock()
+    watched = Watched(Scripted(10, clock=clock), clock=clock)
+    name = key("cascade_tokens_total", rule="lossless", origin="expert")
+    pieces = watched.generator.generate(asked())
+    seen = [watched.samples().get(name, 0) async for _ in pieces]
+    assert seen == [0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
+    assert watched.samples()[name] == 10
+    assert watched.samples()[key("cascade_running_answers")] == 0
+    assert watched.samples()[key("cascade_token_seconds_sum", mode="cascade")] == pytest.approx(0.4)
+
+
+async def test_reasons_beyond_the_bound_are_counted_as_others() -> None:
+    watched = Watched(Scripted(40, reason=str))
+    await watched.answer(asked())
+    rounds = {k: v for k, v in watched.samples().items() if k.startswith("cascade_rounds_total")}
+    assert len(rounds) == 17
+    assert rounds[key("cascade_rounds_total", rule="lossless", reason="other")] == 40 - 16
+
+
+def _break() -> None:
+    raise ExpertUnavailable("no expert answers")
+
+
+def _defect() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "finish"),
+    [
+        (_break, ExpertUnavailable, "unavailable"),
+        (_defect, ZeroDivisionError, "internal"),
+    ],
+)
+async def test_an_error_passes_through_and_is_counted(
+    end: Callable[[], None], error: type[Exception], finish: str, lines: list[dict[str, Any]]
+) -> None:
+    inner = Scripted(3, end=end)
+    watched = Watched(inner)
+    with pytest.raises(error):
+        await watched.answer(asked())
+    found = watched.samples()
+    assert found[ended("cascade", finish)] == 1
+    assert inner.closed
+    (line,) = lines
+    assert line["levelname"] == "WARNING"
+    assert (line["answer"]["finish"], line["answer"]["error"]) == (finish, error.__name__)
+
+
+async def test_an_answer_that_is_closed_early_is_counted_whole() -> None:
+    inner = Scripted(5)
+    watched = Watched(inner)
+    pieces = watched.generator.generate(asked())
+    await anext(pieces)
+    await pieces.aclose()
+    found = watched.samples()
+    assert found[ended("cascade", "closed")] == 1
+    assert found[key("cascade_wire_bytes_total", direction="sent")] == 7
+    assert inner.closed
+
+
+async def test_a_client_that_leaves_is_no_error(lines: list[dict[str, Any]]) -> None:
+    class Stuck(Scripted):
+        async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+            del request
+            await asyncio.Event().wait()
+            yield Piece(tokens=(), origins=())
+
+    watched = Watched(Stuck(1))
+    task = asyncio.create_task(watched.answer(asked()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [(line["levelname"], line["answer"]["finish"]) for line in lines] == [("INFO", "closed")]
+
+
+async def test_the_log_has_one_line_with_figures_and_no_text(
+    lines: list[dict[str, Any]],
+) -> None:
+    watched = Watched(Scripted(4))
+    request = asked(mode=Mode.TOKEN_CASCADE)
+    request = replace(request, policy=replace(GREEDY, rule=Chow(alpha=0.5)))
+    await watched.answer(request)
+    (line,) = lines
+    told = line["answer"]
+    assert (told["id"], told["mode"], told["rule"]) == ("abc", "token_cascade", "chow")
+    assert (told["tokens"], told["rounds"], told["finish"]) == (4, 4, "length")
+    assert told["draft_lengths"] == {"fixed": 4}
+    assert "abc: 4 tokens" in line["message"]
+    assert not {"prompt", "text", "token_ids"} & set(told)

@@ -1,0 +1,152 @@
+"""Processed rows: what sampling parameters make of logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.reference import processed
+
+from cascade.sampling import tensor_ops
+from cascade.sampling.penalties import Context
+from cascade.sampling.probs import Hard, Soft, process, unscaled
+from cascade.types import Sampling
+
+VOCAB = 40
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 5, 39, 40, 1000]),
+    top_p=st.sampled_from([1.0, 0.93, 0.5, 0.011]),
+    min_p=st.sampled_from([0.0, 0.07, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -0.4]),
+    frequency_penalty=st.sampled_from([0.0, 0.3]),
+    logit_bias=st.sampled_from([(), ((3, 2.5), (7, -100.0))]),
+)
+
+texts = st.lists(st.integers(0, VOCAB - 1), max_size=12)
+
+
+def logits(rows: int, seed: int, *, vocab: int = VOCAB) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
+
+
+@given(
+    chosen=st.lists(st.tuples(samplings, texts, texts), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    piece=st.sampled_from([1, 2 * VOCAB, tensor_ops.PIECE]),
+)
+def test_a_batch_of_any_samplings_is_each_row_by_its_definition(
+    chosen: list[tuple[Sampling, list[int], list[int]]], seed: int, piece: int
+) -> None:
+    """Rows with different samplings in one batch are what the slow twin makes of each."""
+    logits_NV = logits(len(chosen), seed)
+    contexts = [Context(prompt=prompt, answer=answer) for _, prompt, answer in chosen]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_ops, "PIECE", piece)
+        law = process(logits_NV, [sampling for sampling, _, _ in chosen], contexts)
+    for i, (sampling, prompt, answer) in enumerate(chosen):
+        wanted = processed(logits_NV[i], sampling, prompt, answer)
+        torch.testing.assert_close(law.dense()[i], wanted, atol=1e-12, rtol=1e-9)
+
+
+@given(sampling=samplings, seed=st.integers(0, 1000))
+def test_some_tokens_are_read_as_the_whole_row_says(sampling: Sampling, seed: int) -> None:
+    """`at`, `log_at`, `rows` and `log_dense` agree with `dense`."""
+    law = process(logits(3, seed), [sampling] * 3, [Context()] * 3)
+    assert isinstance(law, Soft)
+    ids_NK = torch.tensor([[0, 5, 39], [1, 1, 2], [9, 8, 7]])
+    dense_NV = law.dense()
+    torch.testing.assert_close(law.at(ids_NK), dense_NV.gather(1, ids_NK))
+    torch.testing.assert_close(law.log_dense().exp(), dense_NV)
+    torch.testing.assert_close(law.rows(torch.tensor([2, 0])).dense(), dense_NV[[2, 0]])
+    torch.testing.assert_close(law.peaks(), dense_NV.amax(dim=1))
+    torch.testing.assert_close(law.entropies(), torch.special.entr(dense_NV).sum(dim=1))
+
+
+def test_a_plain_row_is_the_softmax_of_its_logits() -> None:
+    """The common case copies no logits."""
+    logits_NV = logits(2, 0).float()
+    law = process(logits_NV, [Sampling()] * 2, [Context()] * 2)
+    assert isinstance(law, Soft)
+    assert law.logits_NV is logits_NV
+    torch.testing.assert_close(law.dense(), logits_NV.softmax(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Any float type goes in; what comes out sums to one in float32."""
+    law = process(logits(2, 1).to(dtype), [Sampling(top_p=0.9)] * 2, [Context()] * 2)
+    assert law.dense().dtype == torch.float32
+    torch.testing.assert_close(law.dense().sum(dim=1), torch.ones(2))
+
+
+def test_temperature_0_is_a_one_hot_at_the_lowest_of_equals() -> None:
+    """Ties go to the lowest id; penalties are applied before the choice."""
+    logits_NV = torch.tensor([[1.0, 4.0, 4.0, 0.0], [4.0, 1.0, 3.9, 0.0]])
+    samplings_N = [Sampling(temperature=0), Sampling(temperature=0, presence_penalty=0.5)]
+    law = process(logits_NV, samplings_N, [Context(), Context(answer=(0,))])
+    assert isinstance(law, Hard)
+    assert law.favourites().tolist() == [1, 2]
+    assert law.dense().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    assert law.at(torch.tensor([[0, 1], [2, 2]])).tolist() == [[0, 1], [1, 1]]
+    assert law.rows(torch.tensor([1])).log_dense().tolist() == [
+        [-math.inf, -math.inf, 0, -math.inf]
+    ]
+
+
+def test_top_k_and_top_p_keep_what_ties_with_the_last_kept() -> None:
+    """Equal logits are treated equally: none is dropped for its place."""
+    logits_NV = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
+    for sampling in (Sampling(top_k=2), Sampling(top_p=0.55)):
+        assert (process(logits_NV, [sampling], [Context()]).dense() > 0).tolist() == [[1, 1, 1, 0]]
+
+
+def test_a_nucleus_deeper_than_the_first_look_is_found() -> None:
+    """A flat row of many tokens needs the full sort."""
+    law = process(torch.zeros(1, 5000), [Sampling(top_p=0.5)], [Context()])
+    assert int((law.dense() > 0).sum()) == 5000
+    steep_NV = -torch.arange(5000)[None, :] / 5000
+    law = process(steep_NV, [Sampling(top_p=0.5)], [Context()])
+    mass_V = steep_NV.softmax(dim=1)[0].cumsum(0)
+    assert int((law.dense() > 0).sum()) == int((mass_V < 0.5).sum()) + 1
+
+
+def test_bias_outside_the_vocabulary_is_no_bias() -> None:
+    """A door may know a longer vocabulary than a padded model shows."""
+    logits_NV = logits(1, 2)
+    biased = process(logits_NV, [Sampling(logit_bias=((VOCAB, 5.0),))], [Context()])
+    torch.testing.assert_close(biased.dense(), logits_NV.softmax(dim=1))
+
+
+def test_unscaled_rows_ignore_all_sampling() -> None:
+    """What gates read is the softmax at temperature 1."""
+    logits_NV = logits(3, 3).float()
+    torch.testing.assert_close(unscaled(logits_NV).dense(), logits_NV.softmax(dim=1))
+
+
+@given(
+    values=st.lists(
+        st.sampled_from([-math.inf, -1e30, -1e4, -70.0, 0.0, 1e-30, 88.0, 1e4, 1e30]), min_size=4
+    ).filter(lambda v: max(v) > -math.inf),
+    sampling=samplings,
+    temperature=st.sampled_from([1e-40, 1e-5, 1.0, 2.0]),
+)
+def test_no_logits_give_nan(values: list[float], sampling: Sampling, temperature: float) -> None:
+    """Infinite and huge logits, tiny temperatures: rows stay finite and sum to one."""
+    law = process(
+        torch.tensor([values]),
+        [replace(sampling, temperature=temperature, logit_bias=())],
+        [Context()],
+    )
+    dense_NV = law.dense()
+    torch.testing.assert_close(dense_NV.sum(dim=1), torch.ones(1))
+    assert isinstance(law, Soft)
+    assert bool(law.entropies().isfinite().all())

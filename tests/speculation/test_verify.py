@@ -1,0 +1,519 @@
+"""Verdicts: the fast path against its slow twin, and what a verdict must and must not do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tests import reference
+from tests.reference import Place, target
+from tests.support import enumeration
+from tests.support.bigram_models import Bigrams, Writing, gates_of
+
+from cascade.rules import Bild, Chow, Diff, Ensemble, Lossless, Lossy, Opt, TokenV1, TokenV3
+from cascade.sampling import rng
+from cascade.speculation.draft_length import reserved
+from cascade.speculation.verify import Task, judge, live_length, rows_needed
+from cascade.types import (
+    Block,
+    Bonus,
+    Coupling,
+    Gates,
+    Origin,
+    Policy,
+    RowFormat,
+    Sampling,
+    Verdict,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cascade.rules import Rule
+
+VOCAB = 12
+
+PAIR = Bigrams.random(vocab=VOCAB)
+
+ALL_RULES: tuple[Rule, ...] = (*enumeration.RULES, Lossy(alpha=0.3137, beta="solved"))
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0),
+    Sampling(temperature=0.7, top_p=0.9),
+    Sampling(temperature=1.3, top_k=5, min_p=0.05),
+    Sampling(repetition_penalty=1.2, frequency_penalty=0.1, logit_bias=((3, 1.0),)),
+]
+
+GRID = list(
+    itertools.product(ALL_RULES, Coupling, Bonus, Verification, RowFormat, range(len(SAMPLINGS)))
+)
+
+
+def policy_at(index: int) -> Policy:
+    """Return one policy of the grid, with a seed and sometimes a stop token of its own."""
+    rule, coupling, bonus, verification, rows, sampling = GRID[index]
+    return Policy(
+        rule=rule,
+        coupling=coupling,
+        bonus=bonus,
+        verification=verification,
+        rows=rows,
+        row_entries=6,
+        sampling=SAMPLINGS[sampling],
+        seed=index * 7919 + 2**33,
+        stop_ids=(5,) if index % 3 == 0 else (),
+    )
+
+
+def judged_blocks(
+    prompt: Sequence[int], policy: Policy, *, draft_tokens: int, max_tokens: int
+) -> list[reference.Token]:
+    """Return what the slow twin writes where every block is judged, whatever the rule."""
+    pair = reference.Pair(
+        prompt=tuple(prompt), drafter=PAIR.drafter, expert=PAIR.expert, policy=policy
+    )
+    text: list[reference.Token] = []
+    while len(text) < max_tokens and not pair.ended(answer := [token for token, _ in text]):
+        room = max_tokens - len(text) - reserved(policy)
+        text += reference.judged(pair, answer, length=min(draft_tokens, room))
+    return text[:max_tokens]
+
+
+def assert_twins_agree(indices: Sequence[int]) -> None:
+    """Decode many policies in one batch, and each alone by the slow twin."""
+    policies = [policy_at(i) for i in indices]
+    prompts = [(i % VOCAB, (i // 7) % VOCAB) for i in indices]
+    lengths = [i % 6 for i in indices]
+    fast = PAIR.decode(policies, prompts, draft_tokens=lengths, max_tokens=14)
+    for policy, prompt, length, text in zip(policies, prompts, lengths, fast, strict=True):
+        slow = judged_blocks(prompt, policy, draft_tokens=length, max_tokens=14)
+        assert text == slow, policy
+
+
+def test_the_fast_path_writes_what_its_slow_twin_writes() -> None:
+    """Token for token and origin for origin, batches of mixed policies against one at a time."""
+    chosen = random.Random(7).sample(range(len(GRID)), 160)  # noqa: S311 - a fixed choice
+    assert_twins_agree(chosen)
+
+
+@pytest.mark.slow
+def test_the_fast_path_writes_what_its_slow_twin_writes_everywhere() -> None:
+    """The whole grid of rules, couplings, bonuses, verifications, formats and samplings."""
+    for first in range(0, len(GRID), 120):
+        assert_twins_agree(range(first, min(first + 120, len(GRID))))
+
+
+def judged(
+    policy: Policy,
+    block: Block,
+    rows_NV: torch.Tensor,
+    *,
+    position: int = 0,
+    vocab_limit: int | None = None,
+) -> Verdict:
+    task = Task(policy=policy, position=position, block=block)
+    return judge(rows_NV, [task], vocab_limit=vocab_limit)[0]
+
+
+def log_rows(*rows: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+def told(*tokens: int, q: Sequence[float] | None = None) -> Block:
+    """Return a greedy block with all that any rule reads, every row being `q`."""
+    q = q or [0.0] * VOCAB
+    return Block(
+        tokens=tokens,
+        likelihoods=(1.0,) * len(tokens),
+        unscaled=tuple(q[token] for token in tokens),
+        gates=(gates_of(q),) * len(tokens),
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "rows"),
+    [
+        (Policy(), (), 1),
+        (Policy(), (1, 2, 3), 4),
+        (Policy(bonus=Bonus.NONE), (1, 2, 3), 3),
+        (Policy(bonus=Bonus.NONE), (), 1),
+        (Policy(stop_ids=(2,)), (1, 2, 3), 2),
+        (Policy(stop_ids=(2,)), (2,), 1),
+        (Policy(stop_ids=(9,)), (1, 2), 3),
+    ],
+)
+def test_rows_needed(policy: Policy, tokens: tuple[int, ...], rows: int) -> None:
+    """One a live token and one for the bonus; nothing past what ends the answer."""
+    assert rows_needed(policy, tokens) == rows
+
+
+def test_nothing_follows_a_stop_token() -> None:
+    """A stop inside a block ends it: later drafts are not judged, and no bonus follows."""
+    greedy = Policy(sampling=Sampling(temperature=0), stop_ids=(2,))
+    assert live_length(greedy, (1, 2, 3)) == 2
+    found = judged(greedy, told(1, 2, 3), log_rows([0.1, 0.8, 0.1, 0], [0.1, 0.1, 0.8, 0]))
+    assert (found.accepted, found.tokens, found.judged) == (2, (1, 2), 2)
+    refused = judged(greedy, told(1, 2, 3), log_rows([0.1, 0.8, 0.1, 0], [0.8, 0.1, 0.1, 0]))
+    assert (refused.accepted, refused.tokens) == (1, (1, 0))
+
+
+def test_an_empty_block_is_plain_decoding() -> None:
+    """Without a draft the token follows p, whatever the rule and the bonus."""
+    row_1V = PAIR.expert_VV[:1]
+    samples = 3000
+    for rule, bonus in ((Lossless(), Bonus.NONE), (Chow(alpha=1), Bonus.TARGET)):
+        tasks = [
+            Task(policy=Policy(rule=rule, bonus=bonus, seed=seed), position=0)
+            for seed in range(samples)
+        ]
+        verdicts = judge(row_1V.expand(samples, -1), tasks)
+        counts = Counter(verdict.tokens[0] for verdict in verdicts)
+        wanted = (row_1V[0].softmax(0) * samples).tolist()
+        found = [counts[v] for v in range(VOCAB)]
+        assert stats.chisquare(found, [w * samples / sum(wanted) for w in wanted]).pvalue > 1e-3
+        assert all(v.accepted == v.judged == 0 for v in verdicts)
+        assert all(v.origins == (Origin.EXPERT,) for v in verdicts)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+def test_batches_of_empty_blocks_are_judged_under_every_policy(rule: Rule) -> None:
+    """No rule, coupling, bonus, verification or temperature minds that nothing was drafted."""
+    assert judge(torch.empty(0, VOCAB), []) == []
+    for coupling, bonus, verification, temperature in itertools.product(
+        Coupling, Bonus, Verification, (0.0, 1.0)
+    ):
+        policy = Policy(
+            rule=rule,
+            coupling=coupling,
+            bonus=bonus,
+            verification=verification,
+            sampling=Sampling(temperature=temperature),
+        )
+        tasks = [Task(policy=policy, position=3)] * 2
+        verdicts = judge(PAIR.expert_VV[:2], tasks)
+        assert [len(verdict.tokens) for verdict in verdicts] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("verification", "coupling"),
+    [
+        (Verification.TOKEN, Coupling.MAXIMAL),
+        (Verification.BLOCK, Coupling.MAXIMAL),
+        (Verification.TOKEN, Coupling.GUMBEL),
+    ],
+)
+@pytest.mark.parametrize(
+    "rule",
+    [Lossless(), Opt(alpha=0.3), Chow(alpha=0.55), TokenV3(alpha=0.6)],
+    ids=lambda rule: rule.kind,
+)
+def test_sampled_answers_follow_the_product_of_pi(
+    rule: Rule, verification: Verification, coupling: Coupling
+) -> None:
+    """A chi-square test of whole answers over many rounds: coins of dropped tokens do no harm."""
+    policy = Policy(
+        rule=rule,
+        coupling=coupling,
+        bonus=Bonus.NONE,
+        verification=verification,
+        rows=RowFormat.FULL,
+    )
+    assert p_value(policy, samples=3000) > 1e-4
+
+
+@pytest.mark.slow
+def test_coins_of_dropped_blocks_must_not_be_tossed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong variant: block verification with coins of positions alone has another law."""
+    policy = Policy(bonus=Bonus.NONE, verification=Verification.BLOCK, rows=RowFormat.FULL)
+    assert p_value(policy, samples=20_000) > 1e-4
+    uniforms = rng.uniforms
+
+    def forgetful(
+        seeds_N: Sequence[int],
+        positions_N: Sequence[int],
+        *purposes: rng.Purpose,
+        starts_N: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        del starts_N
+        return uniforms(seeds_N, positions_N, *purposes)
+
+    monkeypatch.setattr(rng, "uniforms", forgetful)
+    assert p_value(policy, samples=20_000) < 1e-4
+
+
+def p_value(policy: Policy, *, samples: int) -> float:
+    """Return how well answers of several rounds fit the product of pi."""
+    length, pair = 4, Bigrams.random(vocab=3, seed=4, apart=1.5)
+    texts = pair.decode(
+        [replace(policy, seed=seed) for seed in range(samples)],
+        [(0,)] * samples,
+        draft_tokens=[3] * samples,
+        max_tokens=length,
+    )
+    counts = Counter(tuple(token for token, _ in text) for text in texts)
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for position in range(length):
+        longer: dict[tuple[int, ...], float] = {}
+        for text, mass in law.items():
+            q, p = (m((0, *text)).double().softmax(0) for m in (pair.drafter, pair.expert))
+            pi, _ = target(policy.rule, Place(position=position, q=q, p=p, q0=q, p0=p))
+            longer |= {(*text, v): mass * float(pi[v]) for v in range(3)}
+        law = longer
+    likely = [text for text, mass in law.items() if mass * samples >= 5]
+    found = [counts[text] for text in likely]
+    wanted = [law[text] * samples for text in likely]
+    found, wanted = [*found, samples - sum(found)], [*wanted, samples - sum(wanted)]
+    return float(stats.chisquare(found, wanted).pvalue)
+
+
+def test_shared_noise_makes_text_a_function_of_the_expert() -> None:
+    """gumbel, lossless: any drafter, any block length, any batch, any bonus: the same text."""
+    other = Bigrams.random(vocab=VOCAB, seed=99)
+    strangers = Bigrams(drafter_VV=other.drafter_VV, expert_VV=PAIR.expert_VV)
+    texts: set[tuple[int, ...]] = set()
+    for pair, bonus in itertools.product((PAIR, strangers), Bonus):
+        policy = Policy(
+            coupling=Coupling.GUMBEL,
+            bonus=bonus,
+            seed=2**50 + 1,
+            sampling=Sampling(temperature=0.8, top_p=0.95),
+        )
+        lengths = [0, 1, 2, 3, 5, 8, 13]
+        found = pair.decode(
+            [policy] * len(lengths), [(3,)] * len(lengths), draft_tokens=lengths, max_tokens=20
+        )
+        texts |= {tuple(token for token, _ in text) for text in found}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+def test_under_shared_noise_the_emitted_token_is_the_targets(rule: Rule) -> None:
+    """Whatever the draft, what a position emits is argmax(log pi + g)."""
+    policy = Policy(rule=rule, coupling=Coupling.GUMBEL, bonus=Bonus.NONE, rows=RowFormat.FULL)
+    seeds = [replace(policy, seed=seed) for seed in range(40)]
+    writings = [Writing(policy=p, prompt=(p.seed % VOCAB,)) for p in seeds]
+    blocks = PAIR.blocks(writings, counts=[1] * len(seeds))
+    for writing, block in zip(writings, blocks, strict=True):
+        rows_NV = PAIR.rows(writing.policy, writing.prompt, block.tokens)
+        found = judge(rows_NV, [writing.task(block)])[0]
+        pair = reference.Pair(
+            prompt=writing.prompt,
+            drafter=PAIR.drafter,
+            expert=PAIR.expert,
+            policy=writing.policy,
+        )
+        pi, _ = target(rule, pair.place(()))
+        wanted = pair.draw(pi, reference.Purpose.EMIT, position=0, start=0)
+        assert found.tokens == (wanted,)
+        assert found.accepted == int(block.tokens == (wanted,))
+
+
+def test_a_drafted_token_knows_who_would_have_written_it() -> None:
+    """Lossless accepts its drafts as the drafter's own; a rule that keeps more calls them kept."""
+    q, p = [0.6, 0.4, 0, 0], [0.0, 1, 0, 0]
+    block = Block(tokens=(0,), likelihoods=(0.6,), gates=(gates_of(q),))
+    keeps = judged(Policy(rule=Chow(alpha=1), bonus=Bonus.NONE), block, log_rows(p))
+    assert (keeps.tokens, keeps.origins) == ((0,), (Origin.KEPT,))
+    assert (keeps.judged, keeps.deferred) == (1, 0)
+    shared = replace(block, tokens=(1,), likelihoods=(0.4,))
+    agrees = judged(Policy(rule=Chow(alpha=1), bonus=Bonus.NONE), shared, log_rows(p))
+    assert agrees.origins == (Origin.DRAFTER,)
+    defers = judged(Policy(rule=Bild(alpha=0), bonus=Bonus.NONE), block, log_rows(p))
+    assert (defers.tokens, defers.origins) == ((1,), (Origin.EXPERT,))
+    assert (defers.judged, defers.deferred) == (1, 1)
+
+
+def test_token_rules_count_the_tokens_they_cannot_accept() -> None:
+    """Deferred counts the drafted tokens that are not acceptable, judged those looked at."""
+    policy = Policy(rule=TokenV3(alpha=0.5), bonus=Bonus.NONE)
+    rows_NV = log_rows([0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4])
+    found = judged(policy, Block(tokens=(1, 0, 2), likelihoods=(0.5, 0.5, 0.5)), rows_NV)
+    assert (found.accepted, found.judged, found.deferred) == (1, 2, 1)
+    assert found.tokens[0] == 1
+
+
+def test_a_clients_prediction_is_verified_like_a_certain_draft() -> None:
+    """Tokens without likelihoods stand if the expert says so; no rule believes them blindly."""
+    rows_NV = log_rows([0.1, 0.7, 0.2], [0.1, 0.2, 0.7], [0.7, 0.2, 0.1])
+    prediction = Block(tokens=(1, 2))
+    greedy = Policy(sampling=Sampling(temperature=0))
+    assert judged(greedy, prediction, rows_NV).tokens == (1, 2, 0)
+    for rule in (Chow(alpha=1), Diff(alpha=1), Opt(alpha=5), TokenV1(alpha=0.9)):
+        found = judged(replace(greedy, rule=rule), Block(tokens=(0, 2)), rows_NV)
+        assert (found.accepted, found.tokens) == (0, (1,)), rule
+    samples = 3000
+    policies = [Policy(bonus=Bonus.NONE, seed=seed) for seed in range(samples)]
+    tasks = [Task(policy=p, position=0, block=Block(tokens=(1,))) for p in policies]
+    counts = Counter(v.tokens[0] for v in judge(rows_NV[:1].expand(samples, -1), tasks))
+    found = [counts[v] for v in range(3)]
+    assert stats.chisquare(found, [samples * x for x in (0.1, 0.7, 0.2)]).pvalue > 1e-3
+
+
+def test_padding_is_never_emitted() -> None:
+    """Entries from the limit on are impossible, even the likeliest."""
+    row_1V = torch.cat([PAIR.expert_VV[:1], torch.full((1, 4), 50.0)], dim=1)
+    for coupling, temperature in itertools.product(Coupling, (0.0, 1.0)):
+        for seed in range(20):
+            policy = Policy(
+                coupling=coupling,
+                seed=seed,
+                sampling=Sampling(temperature=temperature),
+                logprobs=3,
+            )
+            found = judged(policy, Block(), row_1V, vocab_limit=VOCAB)
+            assert found.tokens[0] < VOCAB
+            assert all(token < VOCAB for token, _ in found.logprobs[0].top)
+
+
+def test_log_probabilities_are_those_of_p0() -> None:
+    """One entry a committed token, at temperature 1 and without penalties, best first."""
+    policy = Policy(
+        sampling=Sampling(temperature=0, presence_penalty=1.0), logprobs=2, rule=TokenV3(alpha=1)
+    )
+    block = told(4, 7)
+    rows_NV = PAIR.rows(policy, [0], block.tokens)
+    found = judged(policy, block, rows_NV)
+    assert found.accepted == 2
+    log_NV = rows_NV.log_softmax(1)
+    for j, (token, entry) in enumerate(zip(found.tokens, found.logprobs, strict=True)):
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(float(log_NV[j, token]), abs=1e-5)
+        best = log_NV[j].topk(2)
+        assert [t for t, _ in entry.top] == best.indices.tolist()
+    assert judged(replace(policy, logprobs=None), block, rows_NV).logprobs == ()
+
+
+def test_buzz_aldrin() -> None:
+    """Strict matching refuses the drafter's first word; token_v3 keeps the sentence."""
+    words = ["Buzz", "Edwin", "Aldrin", "is", "an", "Buzz-in-quotes"]
+    buzz, edwin, aldrin, is_, an, quoted = range(len(words))
+    q = [[0.9, 0.02, 0.02, 0.02, 0.02, 0.02], [0.02] * 2 + [0.9] + [0.02] * 3]
+    q += [[0.02] * 3 + [0.9] + [0.02] * 2]
+    block = Block(
+        tokens=(buzz, aldrin, is_),
+        likelihoods=(1.0, 1.0, 1.0),
+        gates=tuple(gates_of(row) for row in q),
+    )
+    rows_NV = log_rows(
+        [0.44, 0.5, 0.02, 0.02, 0.01, 0.01],  # Edwin "Buzz" Aldrin, or plainly Buzz Aldrin
+        [0.02, 0.02, 0.9, 0.02, 0.02, 0.02],
+        [0.02, 0.02, 0.02, 0.9, 0.02, 0.02],
+        [0.02, 0.02, 0.02, 0.02, 0.9, 0.02],
+    )
+    greedy = Policy(sampling=Sampling(temperature=0))
+    strict = judged(greedy, block, rows_NV)
+    assert (strict.accepted, strict.tokens) == (0, (edwin,))
+    kind = judged(replace(greedy, rule=TokenV3(alpha=0.2)), block, rows_NV)
+    assert kind.tokens == (buzz, aldrin, is_, an)
+    assert kind.origins[:3] == (Origin.KEPT, Origin.DRAFTER, Origin.DRAFTER)
+    assert quoted not in kind.tokens
+
+
+halves = st.integers(-12, 12).map(lambda x: x / 2)
+
+rows = st.lists(st.lists(halves, min_size=5, max_size=5), min_size=3, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drafter=rows, expert=rows, alpha=st.floats(0, 0.99))
+def test_greedy_rules_coincide_as_they_should(
+    drafter: list[list[float]], expert: list[list[float]], alpha: float
+) -> None:
+    """lossless = lossy; opt = diff = token_v1; token_v3 keeps iff p0(x) >= (1 - alpha) max p0."""
+    q0 = torch.tensor(drafter, dtype=torch.float64).softmax(1)
+    tokens = tuple(q0.argmax(1).tolist())
+    peaks = q0.amax(1).tolist()
+    block = Block(
+        tokens=tokens,
+        likelihoods=(1.0,) * 3,
+        unscaled=tuple(peaks),
+        gates=tuple(
+            Gates(peak=peak, favourite=token, entropy=0.0)
+            for peak, token in zip(peaks, tokens, strict=True)
+        ),
+    )
+    rows_NV = torch.tensor(expert, dtype=torch.float64)
+    greedy = Policy(sampling=Sampling(temperature=0), bonus=Bonus.NONE)
+
+    def written(rule: Rule) -> tuple[int, ...]:
+        return judged(replace(greedy, rule=rule), block, rows_NV).tokens
+
+    assert written(Lossless()) == written(Lossy(alpha=alpha))
+    assert written(Lossless()) == written(Lossy(alpha=alpha, beta="solved"))
+    assert written(Opt(alpha=alpha)) == written(Diff(alpha=alpha)) == written(TokenV1(alpha=alpha))
+    p0 = rows_NV.softmax(1)
+    kept = [
+        float(p0[j, token]) >= (1 - alpha) * float(p0[j].max()) for j, token in enumerate(tokens)
+    ]
+    first = kept.index(False) if False in kept else 3
+    wanted = (*tokens[:first], *([int(p0[first].argmax())] if first < 3 else []))
+    assert written(TokenV3(alpha=alpha)) == wanted
+
+
+def test_a_greedy_ensemble_still_tosses_a_coin() -> None:
+    """w p + (1 - w) q of two different one-hots is a fair mixture, not a winner."""
+    samples = 2000
+    block = Block(tokens=(0,), likelihoods=(1.0,))
+    policy = Policy(rule=Ensemble(weight=0.25), sampling=Sampling(temperature=0), bonus=Bonus.NONE)
+    tasks = [
+        Task(policy=replace(policy, seed=seed), position=0, block=block) for seed in range(samples)
+    ]
+    verdicts = judge(log_rows([0.1, 0.9]).expand(samples, -1), tasks)
+    switched = sum(verdict.tokens == (1,) for verdict in verdicts)
+    assert stats.binomtest(switched, samples, 0.25).pvalue > 1e-3
+
+
+EXTREMES = st.sampled_from([-math.inf, -1e30, -200.0, -69.0, -1.0, 0.0, 1.0, 80.0, 1e30])
+
+hard_rows = st.lists(
+    st.lists(EXTREMES, min_size=5, max_size=5).filter(lambda row: max(row) > -math.inf),
+    min_size=4,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    drafter=hard_rows,
+    expert=hard_rows,
+    index=st.integers(0, len(GRID) - 1),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_nothing_impossible_is_ever_written(
+    drafter: list[list[float]], expert: list[list[float]], index: int, seed: int
+) -> None:
+    """Impossible tokens, masses of 1e-30 and one-hots: what is committed was possible somewhere."""
+    policy = replace(policy_at(index), seed=seed, stop_ids=())
+    pair = Bigrams(
+        drafter_VV=torch.tensor([*drafter, drafter[0]]),
+        expert_VV=torch.tensor([*expert, expert[0]]),
+    )
+    [text] = pair.decode([policy], [(0,)], draft_tokens=[3], max_tokens=5)
+    assert len(text) == 5
+    before = 0
+    for token, origin in text:
+        by_drafter = pair.drafter_VV[before, token] > -math.inf
+        by_expert = pair.expert_VV[before, token] > -math.inf
+        assert bool(by_drafter if origin is not Origin.EXPERT else by_drafter | by_expert)
+        before = token
+
+
+def test_a_token_that_its_own_row_lacks_is_refused() -> None:
+    """A draft that cannot have been drawn from the row it came with does not stand."""
+    row = [0.5, 0.5, 0.0]
+    pair = Bigrams(drafter_VV=log_rows(row, row, row), expert_VV=log_rows(row, row, row))
+    policy = Policy(bonus=Bonus.NONE)
+    [block] = pair.blocks([Writing(policy=policy, prompt=(0,))], counts=[1])
+    liar = replace(block, tokens=(2,))
+    assert judged(policy, liar, log_rows([0.2, 0.3, 0.5])).accepted == 0

@@ -1,0 +1,185 @@
+"""The mathematics once more, in exact rationals: a third voice beside the fast path and its twin.
+
+Laws are tuples of `Fraction`; a law of texts is a dict from tokens to `Fraction`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, TypeAlias
+
+from cascade.rules import (
+    Bild,
+    Chow,
+    ChowLog,
+    Diff,
+    DiffLog,
+    Ensemble,
+    Fuzzy,
+    Lossless,
+    Lossy,
+    Opt,
+    OptLog,
+    Rule,
+    TokenV1,
+    TokenV2,
+    TokenV3,
+    Typical,
+)
+from cascade.types import Bonus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Row: TypeAlias = tuple[Fraction, ...]
+
+Texts: TypeAlias = dict[tuple[int, ...], Fraction]
+
+# Parameters of rules are floats; none of the laws under test ties with one of these.
+RULES: tuple[Rule, ...] = (
+    Lossless(),
+    Lossy(alpha=0.3137),
+    Ensemble(weight=0.6271),
+    Chow(alpha=0.4519),
+    Diff(alpha=0.0517),
+    Opt(alpha=0.4217),
+    ChowLog(alpha=0.8917),
+    DiffLog(alpha=0.0713),
+    OptLog(alpha=0.3119),
+    Bild(alpha=0.7919),
+    Fuzzy(alpha=0.0313),
+    TokenV1(alpha=0.1517),
+    TokenV2(alpha=0.1517),
+    TokenV3(alpha=0.5119),
+    Typical(),
+)
+
+
+def norm(weights: tuple[Fraction, ...]) -> Row:
+    total = sum(weights)
+    return tuple(w / total for w in weights)
+
+
+def distance(p: Row, q: Row) -> Fraction:
+    return sum((max(Fraction(0), a - b) for a, b in zip(p, q, strict=True)), Fraction(0))
+
+
+def entropy(row: Row) -> float:
+    return -sum(float(x) * math.log(x) for x in row if x > 0)
+
+
+def unacceptable(rule: Rule, q0: Row, p0: Row) -> tuple[bool, ...]:
+    top = max(p0)
+    match rule:
+        case TokenV1(alpha=alpha):
+            return tuple(x < top - Fraction(alpha) for x in q0)
+        case TokenV2(alpha=alpha):
+            return tuple(x < top - Fraction(alpha) for x in p0)
+        case TokenV3(alpha=alpha):
+            return tuple(x < (1 - Fraction(alpha)) * top for x in p0)
+        case Typical(epsilon=epsilon, delta=delta):
+            return tuple(x < min(epsilon, delta * math.exp(-entropy(p0))) for x in p0)
+        case _:
+            raise TypeError(rule)
+
+
+def defers(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> bool:
+    sure, surer, apart = max(q0), max(p0), distance(p, q)
+    match rule:
+        case Chow(alpha=alpha):
+            deferred = sure < 1 - Fraction(alpha)
+        case Diff(alpha=alpha):
+            deferred = sure < surer - Fraction(alpha)
+        case Opt(alpha=alpha):
+            deferred = sure < surer - Fraction(alpha) * apart
+        case ChowLog(alpha=alpha):
+            deferred = entropy(q0) > alpha
+        case DiffLog(alpha=alpha):
+            deferred = entropy(q0) > entropy(p0) + alpha
+        case OptLog(alpha=alpha):
+            deferred = entropy(q0) > entropy(p0) + alpha * float(apart)
+        case Bild(alpha=alpha):
+            deferred = p0[q0.index(max(q0))] < math.exp(-alpha)
+        case Fuzzy(alpha=alpha):
+            middle = tuple((a + b) / 2 for a, b in zip(p, q, strict=True))
+            deferred = entropy(middle) - (entropy(p) + entropy(q)) / 2 > alpha
+        case _:
+            raise TypeError(rule)
+    return deferred
+
+
+def target(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> Row:
+    """Return pi = T(q, p)."""
+    pairs = list(zip(q, p, strict=True))
+    match rule:
+        case Lossless():
+            return p
+        case Ensemble(weight=weight):
+            return tuple(Fraction(weight) * b + (1 - Fraction(weight)) * a for a, b in pairs)
+        case Lossy(alpha=alpha, beta="one"):
+            lenient = [min(a, b / (1 - Fraction(alpha))) for a, b in pairs]
+            left, total = sum(q) - sum(lenient), distance(p, q)
+            if not total:
+                return q
+            over = [left * max(Fraction(0), b - a) / total for a, b in pairs]
+            return tuple(x + y for x, y in zip(lenient, over, strict=True))
+        case TokenV1() | TokenV2() | TokenV3() | Typical():
+            deferred = unacceptable(rule, q0, p0)
+            eta = sum((a for a, d in zip(q, deferred, strict=True) if d), Fraction(0))
+            return tuple(
+                (Fraction(0) if d else a) + eta * b
+                for (a, b), d in zip(pairs, deferred, strict=True)
+            )
+        case _:
+            return p if defers(rule, q, p, q0, p0) else q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """Two models on few tokens: rows for every text so far."""
+
+    q: Callable[[tuple[int, ...]], Row]
+    p: Callable[[tuple[int, ...]], Row]
+    rule: Rule
+
+    def pi(self, text: tuple[int, ...]) -> Row:
+        q, p = self.q(text), self.p(text)
+        return target(self.rule, q, p, q, p)
+
+
+def product(tree: Tree, length: int) -> Texts:
+    """Return the law that is the product of pi."""
+    laws: Texts = {(): Fraction(1)}
+    for _ in range(length):
+        laws = {
+            (*text, v): mass * x for text, mass in laws.items() for v, x in enumerate(tree.pi(text))
+        }
+    return laws
+
+
+def gen_spec_sample(tree: Tree, text: tuple[int, ...], *, drafted: int, bonus: Bonus) -> Texts:
+    """Return the law of one round after a text: GenSpecSample (Alg. 4) by enumeration."""
+    out: defaultdict[tuple[int, ...], Fraction] = defaultdict(Fraction)
+
+    def descend(done: tuple[int, ...], mass: Fraction) -> None:
+        if len(done) == drafted:
+            law = {Bonus.EXPERT: tree.p, Bonus.TARGET: tree.pi}.get(bonus)
+            if law is None:
+                out[done] += mass
+                return
+            for v, x in enumerate(law((*text, *done))):
+                out[(*done, v)] += mass * x
+            return
+        q, pi = tree.q((*text, *done)), tree.pi((*text, *done))
+        for v, (a, b) in enumerate(zip(q, pi, strict=True)):
+            descend((*done, v), mass * min(a, b))
+        if refused := distance(pi, q):
+            over = norm(tuple(max(Fraction(0), b - a) for a, b in zip(q, pi, strict=True)))
+            for v, x in enumerate(over):
+                out[(*done, v)] += mass * refused * x
+
+    descend((), Fraction(1))
+    return {done: mass for done, mass in out.items() if mass}

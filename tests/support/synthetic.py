@@ -1,0 +1,67 @@
+"""Results that were never measured: columns as a test wants them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cascade.evaluation.grid import Setting
+from cascade.evaluation.records import COLUMNS
+from cascade.evaluation.results import Cell, Results
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BLOCKS = ("lossless", "lossy", "chow", "opt", "token_v3")
+
+
+def cell(
+    curve: str, *, dial: float | None = None, temperature: float = 0, **columns: Sequence[float]
+) -> Cell:
+    """Return a setting with some columns; the others follow from how many items those have."""
+    setting = Setting(
+        curve=curve,
+        dial=dial,
+        temperature=temperature,
+        draft_tokens=5 if curve in BLOCKS else None,
+    )
+    return Cell(
+        setting=setting,
+        columns={name: np.array(column, dtype=float) for name, column in columns.items()},
+        corpus_bleu={},
+    )
+
+
+def filled(one: Cell, *, count: int) -> Cell:
+    """Return the cell with every column: 10 tokens, and as many offered and judged."""
+    alone = one.setting.curve == "expert_only"
+    passes = {"expert_only": 10, "drafter_only": 0}.get(one.setting.curve, 4)
+    usual = dict.fromkeys(COLUMNS, 0.0) | {
+        "quality": 1.0,
+        "tokens": 10.0,
+        "offered": 10.0,
+        "judged": 10.0,
+        "rejected": 10.0 if alone else 0.0,
+        "expert_passes": float(passes),
+        "modelled_s": float(passes),
+    }
+    del usual["bleu"]
+    columns = {name: np.full(count, value) for name, value in usual.items()}
+    return Cell(setting=one.setting, columns=columns | dict(one.columns), corpus_bleu={})
+
+
+def made(
+    *, cells: Sequence[Cell] = (), families: str = "aaabbb", temperature: float = 0
+) -> Results:
+    """Return results with the baselines before `cells`; a letter of `families` is an item's."""
+    baselines = [
+        cell(name, temperature=temperature) for name in ("expert_only", "drafter_only", "lossless")
+    ]
+    known = {one.setting for one in cells}
+    everything = [one for one in baselines if one.setting not in known] + list(cells)
+    return Results(
+        about={"workload": "made up"},
+        families=tuple(families),
+        cells=tuple(filled(one, count=len(families)) for one in everything),
+    )
