@@ -18,8 +18,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cascade.local import Stack, stack
-from cascade.router.circuit_breaker import Trust
+from cascade.local import LocalServer, local_server
+from cascade.router.circuit_breaker import CircuitBreaker
 from cascade.settings import Application
 
 if TYPE_CHECKING:
@@ -112,17 +112,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="session")
-async def toy_stack(toy: Pair) -> AsyncIterator[Stack]:
+async def toy_stack(toy: Pair) -> AsyncIterator[LocalServer]:
     """A server of the toy pair, whose drafter is never too late: a busy machine changes nothing.
 
     Nor is it left alone, though next to all that its random weights draft is refused.
     """
-    with mock.patch("cascade.router.router.Trust", Unshaken):
-        async with stack(toy.settings(router={"draft_deadline_s": 120})) as running:
+    with mock.patch("cascade.router.router.CircuitBreaker", Unshaken):
+        async with local_server(toy.settings(router={"draft_deadline_s": 120})) as running:
             yield running
 
 
-class Unshaken(Trust):
+class Unshaken(CircuitBreaker):
     """Trusts every drafter."""
 
     def shuns(self, address: str) -> bool:

@@ -35,10 +35,25 @@ from cascade.rules import (
 )
 from cascade.sampling import rng
 from cascade.sampling.rng import Purpose
-from cascade.speculation.draft_length import reserved
-from cascade.speculation.modes import keeps_unasked, policy_in
-from cascade.speculation.payload import Rows, is_blockwise, is_fresh, is_gumbel, needs
-from cascade.types import Bonus, Confidence, Mode, Origin, Patience, Policy, RowFormat, Sampling
+from cascade.speculation.draft_length import expert_slots
+from cascade.speculation.modes import accepts_without_expert, policy_in
+from cascade.speculation.payload import (
+    ProbsPayload,
+    is_blockwise,
+    is_gumbel,
+    payload_spec,
+    sends_ids_only,
+)
+from cascade.types import (
+    Bonus,
+    Confidence,
+    DecodingParams,
+    Mode,
+    Origin,
+    RowFormat,
+    SamplingParams,
+    SequenceCascadeParams,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +68,7 @@ class Place:
 
 
 def processed(
-    logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]
+    logits: Tensor, sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
 ) -> Tensor:
     """Return the processed row of logits."""
     logits = logits.clone()
@@ -70,7 +85,7 @@ def processed(
     return _truncated((logits / sampling.temperature).softmax(0), sampling)
 
 
-def _truncated(row: Tensor, sampling: Sampling) -> Tensor:
+def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:
     """Return the row after top-k, top-p and min-p, each on what the one before left."""
     if 0 < sampling.top_k < len(row):
         row = row * (row >= row.sort(descending=True).values[sampling.top_k - 1])
@@ -82,7 +97,7 @@ def _truncated(row: Tensor, sampling: Sampling) -> Tensor:
     return row / row.sum()
 
 
-def shipped(q: Tensor, policy: Policy) -> Tensor:
+def shipped(q: Tensor, policy: DecodingParams) -> Tensor:
     """Return the row as the wire carries it: its top in float16, renormalised."""
     weights = (q / q.max()).half().double()
     if policy.rows is not RowFormat.FULL and policy.row_entries < len(q):
@@ -187,7 +202,7 @@ class Pair:
     prompt: tuple[int, ...]
     drafter: Model
     expert: Model
-    policy: Policy
+    policy: DecodingParams
 
     def place(self, answer: Sequence[int]) -> Place:
         """Return the rows of the token after an answer."""
@@ -195,9 +210,9 @@ class Pair:
         q0, p0 = z_q.double().softmax(0), z_p.double().softmax(0)
         q = processed(z_q.double(), self.policy.sampling, self.prompt, answer)
         p = processed(z_p.double(), self.policy.sampling, self.prompt, answer)
-        need, rule = needs(self.policy), self.policy.rule
+        need, rule = payload_spec(self.policy), self.policy.rule
         kept = isinstance(rule, Chow | ChowLog) and not defers(rule, q, p, q0, p0)
-        if need.rows is Rows.ALL or (need.rows is Rows.DEFERRED and not kept):
+        if need.rows is ProbsPayload.ALL or (need.rows is ProbsPayload.DEFERRED and not kept):
             q = q if self.policy.sampling.greedy else shipped(q, self.policy)
         q0 = q0.half().double() if need.row_unscaled else q0
         return Place(position=len(answer), q=q, p=p, q0=q0, p0=p0)
@@ -224,11 +239,11 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
     *,
     drafter: Model,
     expert: Model,
-    policy: Policy,
+    policy: DecodingParams,
     mode: Mode = Mode.CASCADE,
     draft_tokens: int = 4,
     max_tokens: int = 16,
-    patience: Patience | None = None,
+    patience: SequenceCascadeParams | None = None,
 ) -> list[Token]:
     """Return the tokens of one answer and who wrote each.
 
@@ -247,7 +262,10 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
     )
     if mode is Mode.SEQUENCE_CASCADE:
         drafted = _write(pair, Mode.DRAFTER_ONLY, 0, max_tokens)
-        if confidence(pair, drafted, patience or Patience()) >= (patience or Patience()).threshold:
+        if (
+            confidence(pair, drafted, patience or SequenceCascadeParams())
+            >= (patience or SequenceCascadeParams()).threshold
+        ):
             return drafted
         pair = replace(pair, policy=policy_in(Mode.EXPERT_ONLY, policy))
         return _write(pair, Mode.EXPERT_ONLY, 0, max_tokens)
@@ -265,8 +283,10 @@ def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[T
                 text += judged(pair, answer, length=0)
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
                 text += [alone(pair, answer)]
-            case Mode.SPECULATIVE | Mode.CASCADE if not keeps_unasked(mode, pair.policy):
-                text += judged(pair, answer, length=min(draft_tokens, room - reserved(pair.policy)))
+            case Mode.SPECULATIVE | Mode.CASCADE if not accepts_without_expert(mode, pair.policy):
+                text += judged(
+                    pair, answer, length=min(draft_tokens, room - expert_slots(pair.policy))
+                )
             case Mode.TOKEN_CASCADE | Mode.SPECULATIVE | Mode.CASCADE:
                 text += (
                     [alone(pair, answer)] if keeps(pair, answer) else judged(pair, answer, length=0)
@@ -309,7 +329,7 @@ def tokenwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tup
     for i, (token, place) in enumerate(zip(tokens, places[:-1], strict=True)):
         pi, deferred = target(pair.policy.rule, place)
         coin = pair.coin(Purpose.ACCEPT, position=place.position, start=places[0].position)
-        if is_fresh(pair.policy):
+        if sends_ids_only(pair.policy):
             if bool(deferred[token]) and coin >= place.p[token]:
                 rest = place.p.clone().index_fill_(0, torch.tensor(token), 0.0)
                 return i, rest if rest.sum() > 0 else place.p
@@ -379,7 +399,7 @@ def _origin(pair: Pair, token: int, place: Place, start: int) -> Origin:
     return Origin.DRAFTER if own else Origin.KEPT
 
 
-def confidence(pair: Pair, text: Sequence[Token], patience: Patience) -> float:
+def confidence(pair: Pair, text: Sequence[Token], patience: SequenceCascadeParams) -> float:
     """Return how sure the drafter was of its answer, in nats a token."""
     tokens = [token for token, _ in text]
     found = sorted(

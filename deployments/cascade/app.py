@@ -20,19 +20,19 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cascade.api.grpc import GrpcDoor
+from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
 from cascade.errors import Unavailable
 from cascade.observability.metric_specs import ENGINE, ROUTER
-from cascade.observability.metrics import ServeSink
+from cascade.observability.metrics import ServeMetrics
 from cascade.observability.request_log import to_serve
 from cascade.protocol import services
-from cascade.protocol.client import Peers
-from cascade.protocol.services import Ticket
-from cascade.replica.metrics import LoadMeter, holdings, keep_reporting
+from cascade.protocol.client import ReplicaClients
+from cascade.protocol.services import LeaseTicket
+from cascade.replica.metrics import LoadMeter, keep_reporting, resource_counts
 from cascade.replica.replica import ReplicaOptions
-from cascade.router.leases import Hedged, ServeLeases
-from cascade.router.tier_session import Tier
+from cascade.router.leases import HedgedLeases, ServeLeases
+from cascade.router.tier_session import TierClient
 from cascade.settings import Application
 from cascade.settings import Tier as TierSettings
 from cascade.v1 import cascade_pb2
@@ -58,14 +58,14 @@ class _TierDeployment(ABC):
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
         )
         self._load = LoadMeter(self._replica.engine.stats())
-        self._reports = asyncio.create_task(keep_reporting(self._replica, ServeSink(ENGINE)))
+        self._reports = asyncio.create_task(keep_reporting(self._replica, ServeMetrics(ENGINE)))
 
     @staticmethod
     @abstractmethod
     def part() -> "type[Replica[Any]]":
         """Return what runs here; imported late, so that the router's process has no torch."""
 
-    async def lease(self) -> AsyncGenerator[Ticket]:
+    async def lease(self) -> AsyncGenerator[LeaseTicket]:
         """Grant one session, and stay until it is over."""
         assert self._replica is not None, "Serve calls replicas that have started"
         async for ticket in self._replica.lease():
@@ -76,11 +76,11 @@ class _TierDeployment(ABC):
         assert self._replica is not None, "Serve asks replicas that have started"
         return self._load.read(self._replica.engine.stats())
 
-    async def look(self) -> dict[str, int]:
+    async def debug_state(self) -> dict[str, int]:
         """Return what this replica holds for sessions, and what it did to hold them."""
         assert self._replica is not None, "Serve calls replicas that have started"
         stats = self._replica.engine.stats()
-        return holdings(
+        return resource_counts(
             leases=len(self._replica.leases),
             sessions=self._replica.sessions,
             cache_tokens=stats.cache_tokens_live,
@@ -130,30 +130,30 @@ class RouterDeployment:
         to_serve()
         timeout_s = settings.router.lease_timeout_s
         self._tiers = [
-            Tier(
-                leases=Hedged(
+            TierClient(
+                leases=HedgedLeases(
                     ServeLeases(handle, kind=kind, timeout_s=timeout_s),
                     after_s=settings.router.lease_hedge_s,
                 ),
-                peers=Peers(kind),
+                clients=ReplicaClients(kind),
             )
             for handle, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         ]
         drafting, judging = self._tiers
         router = settings.router.loop(drafters=drafting, experts=judging)
         wanted = self._tiers if settings.drafter.always_there else [judging]
-        self._greetings = [asyncio.create_task(tier.greet()) for tier in wanted]
-        observed = settings.observed(router, ServeSink(ROUTER))
-        self._service = settings.service(observed, settings.pair(), ready=self._ready)
-        self._door = GrpcDoor(lambda: self._service)
+        self._greetings = [asyncio.create_task(tier.wait_ready()) for tier in wanted]
+        observed = settings.observe(router, ServeMetrics(ROUTER))
+        self._service = settings.serving_context(observed, settings.pair(), ready=self._ready)
+        self._door = GenerationServicer(lambda: self._service)
 
     def _ready(self) -> bool:
         """Whether each tier has once answered; raises what it said if it does not fit."""
         return all(task.done() and task.result() is None for task in self._greetings)
 
-    async def look(self) -> dict[str, int]:
+    async def debug_state(self) -> dict[str, int]:
         """Return what this replica holds."""
-        return holdings()
+        return resource_counts()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""
@@ -190,7 +190,7 @@ class RouterDeployment:
         for task in self._greetings:
             task.cancel()
         for tier in self._tiers:
-            await tier.peers.close()
+            await tier.clients.close()
 
 
 def build(args: Application) -> serve.Application:

@@ -11,19 +11,19 @@ from cascade.drafter.drafter import Drafter
 from cascade.errors import CascadeError, Unavailable
 from cascade.expert.expert import Expert
 from cascade.protocol import grpc_status, services
-from cascade.protocol.client import Link, Peer, Peers
+from cascade.protocol.client import ReplicaClient, ReplicaClients, SessionStream
 from cascade.protocol.messages import Close, Refusal
 from cascade.protocol.server import Connection
 from cascade.router.leases import FixedLeases
-from cascade.router.tier_session import Tier
+from cascade.router.tier_session import TierClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from cascade.api.context import Service
-    from cascade.protocol.codec import Answer, Question
-    from cascade.protocol.server import Tier as TierServer
-    from cascade.protocol.services import Description, Kind
+    from cascade.api.context import ServingContext
+    from cascade.protocol.codec import ClientMessage, ServerMessage
+    from cascade.protocol.server import TierServicer as TierServer
+    from cascade.protocol.services import Description, TierKind
     from cascade.router.router import Router
     from cascade.settings import Application
     from cascade.types import SessionId
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class DirectStream(Connection):
     """Both ends of one session's stream: items are handed over by calls."""
 
-    def __init__(self, tier: TierServer, kind: Kind, session_id: SessionId, epoch: int) -> None:
+    def __init__(self, tier: TierServer, kind: TierKind, session_id: SessionId, epoch: int) -> None:
         super().__init__(kind)
-        self.link = Link(_Caller(self), session_id, epoch)
+        self.link = SessionStream(_Caller(self), session_id, epoch)
         self._tier = tier
         self._open = True
 
-    def ask(self, item: Question) -> None:
+    def ask(self, item: ClientMessage) -> None:
         """Hand an item to the tier; an error refuses the session."""
         if not self._open:
             raise self.lost()
@@ -47,7 +47,7 @@ class DirectStream(Connection):
         except CascadeError as error:
             self.send(grpc_status.refusal(self.link.session_id, self.link.epoch, error))
 
-    def send(self, item: Answer) -> None:
+    def send(self, item: ServerMessage) -> None:
         """Hand an answer to the link."""
         self._open = self._open and not isinstance(item, Refusal)
         self.link.deliver(item, 0)
@@ -73,11 +73,11 @@ class _Caller:
     def __init__(self, stream: DirectStream) -> None:
         self._stream = stream
 
-    def send(self, item: Question) -> int:
+    def send(self, item: ClientMessage) -> int:
         self._stream.ask(item)
         return 0
 
-    def leave(self, link: Link) -> None:
+    def leave(self, link: SessionStream) -> None:
         del link
         self._stream.leave()
 
@@ -85,14 +85,14 @@ class _Caller:
         return self._stream.lost()
 
 
-class DirectPeer(Peer):
+class DirectPeer(ReplicaClient):
     """A tier of this process."""
 
-    def __init__(self, tier: TierServer, kind: Kind) -> None:
+    def __init__(self, tier: TierServer, kind: TierKind) -> None:
         super().__init__("here", kind)
         self._tier = tier
 
-    def link(self, session_id: SessionId, epoch: int) -> Link:
+    def link(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link for the session."""
         return DirectStream(self._tier, self.kind, session_id, epoch).link
 
@@ -102,14 +102,14 @@ class DirectPeer(Peer):
         return self._tier.describe()
 
 
-class DirectPeers(Peers):
+class DirectPeers(ReplicaClients):
     """The one replica of a tier, in this process, whatever the address."""
 
-    def __init__(self, tier: TierServer, kind: Kind) -> None:
+    def __init__(self, tier: TierServer, kind: TierKind) -> None:
         super().__init__(kind)
         self._peer = DirectPeer(tier, kind)
 
-    def __getitem__(self, address: str) -> Peer:
+    def __getitem__(self, address: str) -> ReplicaClient:
         return self._peer
 
 
@@ -117,20 +117,20 @@ ANY_PORT = "127.0.0.1:0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
+class LocalServer:
     """A server without Ray: its parts, each reachable."""
 
     drafter: Drafter
     expert: Expert
     router: Router
-    service: Service
+    service: ServingContext
     token: str  # of both tiers' leases
 
 
 @asynccontextmanager
-async def stack(
+async def local_server(
     settings: Application, *, delay_s: float = 0.0, direct: bool = False
-) -> AsyncGenerator[Stack]:
+) -> AsyncGenerator[LocalServer]:
     """Start one replica of each tier and a router over them; stop all at the end.
 
     Args:
@@ -149,19 +149,21 @@ async def stack(
         expert = await Expert.start(settings.expert.options(), address=ANY_PORT, token=token)
         cleanup.push_async_callback(expert.stop)
         reached = {
-            kind.name: Tier(
+            kind.name: TierClient(
                 leases=FixedLeases([replica.address], token=token),
-                peers=DirectPeers(replica, kind) if direct else Peers(kind, delay_s=delay_s),
+                clients=DirectPeers(replica, kind)
+                if direct
+                else ReplicaClients(kind, delay_s=delay_s),
             )
             for kind, replica in ((services.DRAFTER, drafter), (services.EXPERT, expert))
         }
         for tier in reached.values():
-            cleanup.push_async_callback(tier.peers.close)
+            cleanup.push_async_callback(tier.clients.close)
         router = settings.router.loop(drafters=reached["drafter"], experts=reached["expert"])
-        yield Stack(
+        yield LocalServer(
             drafter=drafter,
             expert=expert,
             router=router,
-            service=settings.service(router, pair),
+            service=settings.serving_context(router, pair),
             token=token,
         )

@@ -15,19 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from cascade import demo
 from cascade.api.context import Defaults as DoorDefaults
 from cascade.api.context import Limits as DoorLimits
-from cascade.api.context import Service
+from cascade.api.context import ServingContext
 from cascade.engine import model_pair, threads
 from cascade.engine.settings import EngineSettings
 from cascade.engine.settings import Path as EnginePath
-from cascade.observability.metrics import Sink
+from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import Observed
-from cascade.observability.request_log import AnswerLog
-from cascade.observability.request_metrics import AnswerMetrics
+from cascade.observability.request_log import RequestLog
+from cascade.observability.request_metrics import RequestMetrics
 from cascade.replica.autoscaling import Targets
 from cascade.replica.replica import ReplicaOptions
 from cascade.router import router, tier_session
 from cascade.rules import Lossless, Rule
-from cascade.speculation.draft_length import Experience
+from cascade.speculation.draft_length import DraftLengthTuner
 from cascade.types import (
     Bonus,
     Confidence,
@@ -35,8 +35,8 @@ from cascade.types import (
     ExpertLoss,
     Generator,
     Mode,
-    Patience,
     RowFormat,
+    SequenceCascadeParams,
     Verification,
 )
 
@@ -182,20 +182,20 @@ class Tier(Settings):
         return self.scaling.min_replicas > 0
 
     @property
-    def place(self) -> str:
+    def model_path(self) -> str:
         """Return the hub id or the folder."""
         return str(self.own) if self.model == "demo" else self.model
 
     def source(self) -> model_pair.Source:
         """Return where the model comes from."""
         return model_pair.Source(
-            name=self.place, revision=self.revision, trust_remote_code=self.trust_remote_code
+            name=self.model_path, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
     def options(self) -> ReplicaOptions:
         """Return what a replica takes."""
         return ReplicaOptions(
-            model=self.place,
+            model=self.model_path,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             engine=EngineSettings(
@@ -250,12 +250,14 @@ class Router(Settings):
     overlap_blocks: Natural = 1  # drafted on while the expert judges; 0 waits for it
     overlap_branches: Natural = 4  # other likely verdicts drafted on, as far as drafters are idle
 
-    def loop(self, *, drafters: tier_session.Tier, experts: tier_session.Tier) -> router.Router:
+    def loop(
+        self, *, drafters: tier_session.TierClient, experts: tier_session.TierClient
+    ) -> router.Router:
         """Return the loop over two tiers."""
         return router.Router(
             drafters=drafters,
             experts=experts,
-            automatic=Experience(first=self.draft_tokens).session,
+            automatic=DraftLengthTuner(first=self.draft_tokens).session,
             options=router.RouterOptions(
                 max_generation_s=self.max_generation_s,
                 draft_deadline_s=self.draft_deadline_s,
@@ -291,7 +293,7 @@ class Defaults(Settings):
     def for_doors(self) -> DoorDefaults:
         """Return what the doors take."""
         chosen = {name: getattr(self, name) for name in type(self).model_fields}
-        patience = Patience(
+        patience = SequenceCascadeParams(
             confidence=chosen.pop("confidence"), threshold=chosen.pop("confidence_threshold")
         )
         if self.draft_tokens == "auto":
@@ -329,27 +331,27 @@ class Application(Settings):
     api_keys: tuple[SecretStr, ...] = ()
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, comma separated
 
-    def pair(self) -> model_pair.Outline:
+    def pair(self) -> model_pair.ModelPair:
         """Return what the pair shares; raises StartupError for one that cannot be served."""
         return model_pair.of_pair(self.drafter.source(), self.expert.source())
 
-    def observed(self, generator: Generator, sink: Sink) -> Observed:
+    def observe(self, generator: Generator, sink: MetricBackend) -> Observed:
         """Return the generator with its answers counted in `sink`, logged and traced."""
-        metrics = AnswerMetrics(sink, model=self.name)
-        observers = (metrics, AnswerLog()) if self.log_answers else (metrics,)
+        metrics = RequestMetrics(sink, model=self.name)
+        observers = (metrics, RequestLog()) if self.log_answers else (metrics,)
         return Observed(generator, observers=observers)
 
-    def service(
+    def serving_context(
         self,
         generator: Generator,
-        pair: model_pair.Outline,
+        pair: model_pair.ModelPair,
         *,
         ready: Callable[[], bool] = lambda: True,
-    ) -> Service:
+    ) -> ServingContext:
         """Return what the doors stand on; `ready` says whether the tiers are there."""
         keys = [key.get_secret_value() for key in self.api_keys]
         keys += os.environ.get(self.api_key_variable, "").split(",")
-        return Service(
+        return ServingContext(
             generator=generator,
             tokenizer=pair.tokenizer,
             models=(self.name,),

@@ -67,7 +67,7 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """What turns a model's logits into its processed row.
 
     Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p,
@@ -96,10 +96,10 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class DecodingParams:
     """All that fixes the law of a session's tokens, and stays for its life."""
 
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     rule: Rule = field(default_factory=Lossless)
     coupling: Coupling = Coupling.MAXIMAL
     bonus: Bonus = Bonus.EXPERT
@@ -112,7 +112,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class SparseProbs:
     """One law on few tokens: probability of `ids[i]` is `weights[i]` / sum of `weights`.
 
     A full row has empty `ids` and V weights. The float16 weights, renormalised in float32, are what
@@ -125,7 +125,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gates:
+class DraftStats:
     """What rules read of one unscaled drafter row q0."""
 
     peak: float  # max q0
@@ -143,8 +143,8 @@ class Block:
     tokens: tuple[int, ...] = ()
     likelihoods: tuple[float, ...] = ()  # q(x_j), processed; 1 at temperature 0
     unscaled: tuple[float, ...] = ()  # q0(x_j)
-    gates: tuple[Gates, ...] = ()  # L, or L + 1
-    rows: tuple[Row, ...] = ()  # L or L + 1, or none where ids are enough
+    draft_stats: tuple[DraftStats, ...] = ()  # L, or L + 1
+    rows: tuple[SparseProbs, ...] = ()  # L or L + 1, or none where ids are enough
     logprobs: tuple[TokenLogprob, ...] = ()  # of the drafter's q0, if the policy asks
 
     @property
@@ -159,12 +159,12 @@ class Block:
         """
         if length >= self.length:
             return self
-        after = length + (max(len(self.gates), len(self.rows)) > self.length)
+        after = length + (max(len(self.draft_stats), len(self.rows)) > self.length)
         return Block(
             tokens=self.tokens[:length],
             likelihoods=self.likelihoods[:length],
             unscaled=self.unscaled[:length],
-            gates=self.gates[:after],
+            draft_stats=self.draft_stats[:after],
             rows=self.rows[:after],
             logprobs=self.logprobs[:length],
         )
@@ -201,7 +201,7 @@ class Session:
 
     id: SessionId
     prompt: tuple[int, ...]
-    policy: Policy
+    policy: DecodingParams
     tokens: tuple[int, ...] = ()
     origins: tuple[Origin, ...] = ()
 
@@ -249,7 +249,7 @@ class Confidence(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class SequenceCascadeParams:
     """When a sequence cascade keeps the drafter's answer: confidence (nats) >= threshold."""
 
     confidence: Confidence = Confidence.MEAN
@@ -261,11 +261,11 @@ class Request:
     """One answer to generate. Built by `ingress.translate`, which has refused all that is wrong."""
 
     prompt: tuple[int, ...]  # at least one token; prompt + max_tokens fits the context
-    policy: Policy
+    policy: DecodingParams
     mode: Mode = Mode.CASCADE
     max_tokens: int = 16
     draft_tokens: int | None = None  # None lets the server choose
-    patience: Patience = field(default_factory=Patience)
+    patience: SequenceCascadeParams = field(default_factory=SequenceCascadeParams)
     prediction: tuple[int, ...] = ()  # a draft the client supplies for the start of the answer
     deadline_s: float | None = None
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
@@ -319,7 +319,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class OutputChunk:
     """Tokens committed by one round. The last piece of an answer has a finish reason."""
 
     tokens: tuple[int, ...]
@@ -332,7 +332,7 @@ class Piece:
 class Generator(Protocol):
     """What a door calls. `router.Router` is one; closing the iterator early frees everything."""
 
-    def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield the pieces of one answer; raises a CascadeError."""
         ...
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cascade.api.context import Limits, Service
+from cascade.api.context import Limits, ServingContext
 from cascade.api.http import create_app
 from cascade.engine.tokenizer import Tokenizer
 
@@ -97,9 +97,9 @@ def generator(say: Callable[[Request], list[int]]) -> ScriptedGenerator:
 
 
 @pytest.fixture
-def service(words: Tokenizer, generator: ScriptedGenerator) -> Service:
+def service(words: Tokenizer, generator: ScriptedGenerator) -> ServingContext:
     numbers = iter(range(1, 1_000_000))
-    return Service(
+    return ServingContext(
         generator=generator,
         tokenizer=words,
         models=("pair", "org/pair"),
@@ -112,7 +112,7 @@ def service(words: Tokenizer, generator: ScriptedGenerator) -> Service:
 
 
 @pytest.fixture
-async def connect(service: Service) -> AsyncIterator[Callable[..., AsyncOpenAI]]:
+async def connect(service: ServingContext) -> AsyncIterator[Callable[..., AsyncOpenAI]]:
     """Return OpenAI's own client of a service with some parts changed."""
     clients: list[AsyncOpenAI] = []
 
@@ -147,7 +147,7 @@ async def loose(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
 
 
 @pytest.fixture
-async def raw(service: Service) -> AsyncIterator[Callable[..., httpx2.AsyncClient]]:
+async def raw(service: ServingContext) -> AsyncIterator[Callable[..., httpx2.AsyncClient]]:
     """Return a plain HTTP client of a service with some parts changed."""
     clients: list[httpx2.AsyncClient] = []
 
@@ -167,7 +167,7 @@ async def http(raw: Callable[..., httpx2.AsyncClient]) -> httpx2.AsyncClient:
 
 
 @pytest.fixture
-async def listen(service: Service) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+async def listen(service: ServingContext) -> AsyncIterator[Callable[..., Awaitable[str]]]:
     """Return what serves on loopback, for what needs real connections, and says where."""
     servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
 

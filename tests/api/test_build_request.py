@@ -17,43 +17,43 @@ from cascade.types import (
     Confidence,
     Coupling,
     Mode,
-    Patience,
     RowFormat,
-    Sampling,
+    SamplingParams,
+    SequenceCascadeParams,
     Verification,
 )
 
 if TYPE_CHECKING:
-    from cascade.api.build_request import Call
-    from cascade.api.context import Service
+    from cascade.api.build_request import CompletionCall
+    from cascade.api.context import ServingContext
     from cascade.types import Request
 
 
 DEEP = "[" * 100_000
 
 
-def complete(service: Service, **fields: Any) -> Call:
+def complete(service: ServingContext, **fields: Any) -> CompletionCall:
     return build_request.completion(
         CompletionBody.model_validate({"prompt": "Buzz"} | fields), service
     )
 
 
-def request(service: Service, **fields: Any) -> Request:
+def request(service: ServingContext, **fields: Any) -> Request:
     return complete(service, **fields).requests[0]
 
 
-def chat(service: Service, **fields: Any) -> Call:
+def chat(service: ServingContext, **fields: Any) -> CompletionCall:
     turns = [{"role": "user", "content": "Buzz"}]
     return build_request.chat(ChatBody.model_validate({"messages": turns} | fields), service)
 
 
-def refused(service: Service, **fields: Any) -> str | None:
+def refused(service: ServingContext, **fields: Any) -> str | None:
     with pytest.raises(InvalidRequest) as caught:
         complete(service, **fields)
     return caught.value.param
 
 
-def test_a_body_that_says_nothing_gets_the_defaults(service: Service) -> None:
+def test_a_body_that_says_nothing_gets_the_defaults(service: ServingContext) -> None:
     defaults = Defaults(
         mode=Mode.CASCADE,
         rule=TokenV3(alpha=0.8),
@@ -62,22 +62,22 @@ def test_a_body_that_says_nothing_gets_the_defaults(service: Service) -> None:
         bonus=Bonus.TARGET,
         rows=RowFormat.FULL,
         row_entries=9,
-        patience=Patience(threshold=-2.0),
+        patience=SequenceCascadeParams(threshold=-2.0),
         temperature=0.5,
         top_p=0.9,
         top_k=11,
         deadline_s=3.0,
     )
     got = request(replace(service, defaults=defaults))
-    assert got.policy.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=11)
+    assert got.policy.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=11)
     assert (got.policy.rule, got.policy.coupling) == (TokenV3(alpha=0.8), Coupling.GUMBEL)
     assert (got.policy.bonus, got.policy.rows, got.policy.row_entries) == ("target", "full", 9)
     assert (got.mode, got.draft_tokens, got.max_tokens, got.deadline_s) == ("cascade", 4, 16, 3.0)
-    assert got.patience == Patience(threshold=-2.0)
+    assert got.patience == SequenceCascadeParams(threshold=-2.0)
     assert (got.policy.logprobs, got.trace, got.prediction) == (None, False, ())
 
 
-def test_a_body_that_says_everything_is_heard(service: Service) -> None:
+def test_a_body_that_says_everything_is_heard(service: ServingContext) -> None:
     got = request(
         service,
         temperature=0.3,
@@ -102,7 +102,7 @@ def test_a_body_that_says_everything_is_heard(service: Service) -> None:
             "trace": True,
         },
     )
-    assert got.policy.sampling == Sampling(
+    assert got.policy.sampling == SamplingParams(
         temperature=0.3,
         top_k=5,
         top_p=0.7,
@@ -116,18 +116,18 @@ def test_a_body_that_says_everything_is_heard(service: Service) -> None:
     assert (policy.rule, policy.coupling, policy.bonus) == (Chow(alpha=0.25), "maximal", "none")
     assert (policy.verification, policy.rows) == (Verification.BLOCK, RowFormat.SPARSE)
     assert (policy.seed, policy.logprobs) == (5, 2)
-    assert got.patience == Patience(confidence=Confidence.MINIMUM, threshold=-1.5)
+    assert got.patience == SequenceCascadeParams(confidence=Confidence.MINIMUM, threshold=-1.5)
     assert (got.draft_tokens, got.trace) == (3, True)
 
 
-def test_seeds_count_up_over_the_choices_of_each_prompt(service: Service) -> None:
+def test_seeds_count_up_over_the_choices_of_each_prompt(service: ServingContext) -> None:
     """So a prompt in a batch gets the text that it gets alone."""
     call = complete(service, prompt=["a", "b"], n=3, seed=7)
     assert [one.policy.seed for one in call.requests] == [7, 8, 9, 7, 8, 9]
     assert [len(set(call.requests[at : at + 3])) for at in (0, 3)] == [3, 3]
 
 
-def test_seeds_of_all_sizes_fit(service: Service) -> None:
+def test_seeds_of_all_sizes_fit(service: ServingContext) -> None:
     assert request(service, seed=-1).policy.seed == MAX_SEED - 1
     assert [one.policy.seed for one in complete(service, seed=MAX_SEED - 1, n=2).requests] == [
         MAX_SEED - 1,
@@ -135,18 +135,18 @@ def test_seeds_of_all_sizes_fit(service: Service) -> None:
     ]
 
 
-def test_a_seed_brings_the_coupling_that_makes_it_mean_something(service: Service) -> None:
+def test_a_seed_brings_the_coupling_that_makes_it_mean_something(service: ServingContext) -> None:
     assert request(service, seed=7).policy.coupling is Coupling.GUMBEL
     assert request(service).policy.coupling is Coupling.MAXIMAL
     asked = {"coupling": "maximal"}
     assert request(service, seed=7, cascade=asked).policy.coupling is Coupling.MAXIMAL
 
 
-def test_without_a_seed_each_call_draws_its_own(service: Service) -> None:
+def test_without_a_seed_each_call_draws_its_own(service: ServingContext) -> None:
     assert request(service).policy.seed != request(service).policy.seed
 
 
-def test_gumbel_has_no_block_verification(service: Service) -> None:
+def test_gumbel_has_no_block_verification(service: ServingContext) -> None:
     """Asked for together they are refused; a default gives way."""
     asked = {"verification": "block"}
     assert refused(service, seed=7, cascade=asked) == "cascade.verification"
@@ -169,7 +169,7 @@ def test_gumbel_has_no_block_verification(service: Service) -> None:
     ],
 )
 def test_a_mode_takes_the_default_rule_where_it_can(
-    service: Service, mode: str, default: Any, rule: Any
+    service: ServingContext, mode: str, default: Any, rule: Any
 ) -> None:
     got = request(replace(service, defaults=Defaults(rule=default)), cascade={"mode": mode})
     assert (got.mode, got.policy.rule) == (mode, rule)
@@ -178,18 +178,18 @@ def test_a_mode_takes_the_default_rule_where_it_can(
 @pytest.mark.parametrize(
     "mode", ["speculative", "token_cascade", "expert_only", "drafter_only", "sequence_cascade"]
 )
-def test_a_rule_that_a_mode_cannot_use_is_refused(service: Service, mode: str) -> None:
+def test_a_rule_that_a_mode_cannot_use_is_refused(service: ServingContext, mode: str) -> None:
     asked = {"mode": mode, "rule": {"kind": "token_v3", "alpha": 0.5}}
     assert refused(service, cascade=asked) == "cascade.rule"
 
 
-def test_a_rule_alone_means_a_cascade(service: Service) -> None:
+def test_a_rule_alone_means_a_cascade(service: ServingContext) -> None:
     alone = replace(service, defaults=Defaults(mode=Mode.EXPERT_ONLY))
     assert request(alone).mode is Mode.EXPERT_ONLY
     assert request(alone, cascade={"rule": {"kind": "lossless"}}).mode is Mode.CASCADE
 
 
-def test_draft_lengths_are_bounded_and_auto_is_the_routers(service: Service) -> None:
+def test_draft_lengths_are_bounded_and_auto_is_the_routers(service: ServingContext) -> None:
     fixed = replace(service, defaults=Defaults(draft_tokens=5))
     assert request(fixed).draft_tokens == 5
     assert request(fixed, cascade={"draft_tokens": "auto"}).draft_tokens is None
@@ -198,17 +198,17 @@ def test_draft_lengths_are_bounded_and_auto_is_the_routers(service: Service) -> 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-6])
-def test_the_coldest_temperatures_are_greedy(service: Service, temperature: float) -> None:
+def test_the_coldest_temperatures_are_greedy(service: ServingContext, temperature: float) -> None:
     assert request(service, temperature=temperature).policy.sampling.greedy
 
 
-def test_no_mass_at_all_still_leaves_the_likeliest_token(service: Service) -> None:
+def test_no_mass_at_all_still_leaves_the_likeliest_token(service: ServingContext) -> None:
     sampling = request(service, top_p=0, top_k=40).policy.sampling
     assert (sampling.top_k, sampling.top_p) == (1, 1.0)
     assert request(service, top_k=-1).policy.sampling.top_k == 0
 
 
-def test_ends_of_text_stop_unless_they_are_to_be_ignored(service: Service) -> None:
+def test_ends_of_text_stop_unless_they_are_to_be_ignored(service: ServingContext) -> None:
     (end,) = service.tokenizer.stop_ids
     more = replace(service, stop_ids=(2,))
     assert request(more).policy.stop_ids == (end, 2)
@@ -216,7 +216,7 @@ def test_ends_of_text_stop_unless_they_are_to_be_ignored(service: Service) -> No
     assert request(more, ignore_eos=True, stop_token_ids=[9]).policy.stop_ids == (9,)
 
 
-def test_prompts_come_as_text_or_tokens_alone_or_many(service: Service) -> None:
+def test_prompts_come_as_text_or_tokens_alone_or_many(service: ServingContext) -> None:
     one, two = service.tokenizer.encode("Buzz"), service.tokenizer.encode("Moon")
     assert complete(service, prompt="Buzz").prompts == (one,)
     assert complete(service, prompt=["Buzz", "Moon"]).prompts == (one, two)
@@ -225,12 +225,12 @@ def test_prompts_come_as_text_or_tokens_alone_or_many(service: Service) -> None:
 
 
 @pytest.mark.parametrize("prompt", [[10**6], [[1], [330]], [2**32 - 1]])
-def test_tokens_outside_the_vocabulary_are_refused(service: Service, prompt: Any) -> None:
+def test_tokens_outside_the_vocabulary_are_refused(service: ServingContext, prompt: Any) -> None:
     assert refused(service, prompt=prompt) == "prompt"
 
 
 @pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias"])
-def test_so_are_they_elsewhere(service: Service, name: str) -> None:
+def test_so_are_they_elsewhere(service: ServingContext, name: str) -> None:
     value: Any = {10**6: 1.0} if name == "logit_bias" else [10**6]
     assert refused(service, **{name: value}) == name
     negative: Any = {-1: 1.0}
@@ -249,11 +249,11 @@ def test_so_are_they_elsewhere(service: Service, name: str) -> None:
         ({"max_tokens": 9}, Limits(max_tokens=8), "max_tokens"),
     ],
 )
-def test_limits_are_kept(service: Service, fields: Any, limits: Limits, param: str) -> None:
+def test_limits_are_kept(service: ServingContext, fields: Any, limits: Limits, param: str) -> None:
     assert refused(replace(service, limits=limits), **fields) == param
 
 
-def test_prompt_and_answer_fit_the_context_together(service: Service) -> None:
+def test_prompt_and_answer_fit_the_context_together(service: ServingContext) -> None:
     small = replace(service, limits=Limits(context_tokens=10))
     assert request(small, prompt=[5] * 6, max_tokens=4).max_tokens == 4
     for fields, param in [
@@ -268,7 +268,7 @@ def test_prompt_and_answer_fit_the_context_together(service: Service) -> None:
 
 
 def test_what_is_left_of_the_context_bounds_an_answer_that_names_no_length(
-    service: Service,
+    service: ServingContext,
 ) -> None:
     small = replace(service, limits=Limits(context_tokens=20))
     assert request(small, prompt=[5] * 15).max_tokens == 5
@@ -279,7 +279,7 @@ def test_what_is_left_of_the_context_bounds_an_answer_that_names_no_length(
     assert chat(short).requests[0].max_tokens == 2
 
 
-def test_both_names_of_the_length_of_a_chat_must_agree(service: Service) -> None:
+def test_both_names_of_the_length_of_a_chat_must_agree(service: ServingContext) -> None:
     assert chat(service, max_tokens=5).requests[0].max_tokens == 5
     assert chat(service, max_completion_tokens=6).requests[0].max_tokens == 6
     assert chat(service, max_tokens=7, max_completion_tokens=7).requests[0].max_tokens == 7
@@ -287,20 +287,20 @@ def test_both_names_of_the_length_of_a_chat_must_agree(service: Service) -> None
         chat(service, max_tokens=5, max_completion_tokens=6)
 
 
-def test_a_model_must_be_one_of_this_server(service: Service) -> None:
+def test_a_model_must_be_one_of_this_server(service: ServingContext) -> None:
     assert complete(service).model == "pair"
     assert complete(service, model="org/pair").model == "org/pair"
     with pytest.raises(ModelNotFound):
         complete(service, model="other")
 
 
-def test_a_prediction_becomes_a_draft(service: Service) -> None:
+def test_a_prediction_becomes_a_draft(service: ServingContext) -> None:
     content = [{"type": "text", "text": "on the"}, {"type": "text", "text": "Moon"}]
     got = chat(service, prediction={"type": "content", "content": content}).requests[0]
     assert service.tokenizer.decode(got.prediction) == "on the\nMoon"
 
 
-def test_roles_and_parts_reach_the_template(service: Service) -> None:
+def test_roles_and_parts_reach_the_template(service: ServingContext) -> None:
     turns = [
         {"role": "developer", "content": "be"},
         {"role": "system", "content": "brief"},
@@ -319,7 +319,7 @@ def test_roles_and_parts_reach_the_template(service: Service) -> None:
     assert text == "system: besystem: briefuser: a\nbassistant: tool: 42"
 
 
-def test_a_conversation_that_the_template_refuses_is_refused(service: Service) -> None:
+def test_a_conversation_that_the_template_refuses_is_refused(service: ServingContext) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chat(service, messages=[{"role": "assistant", "content": "hello"}])
     assert caught.value.param == "messages"
@@ -345,7 +345,7 @@ def test_a_conversation_that_the_template_refuses_is_refused(service: Service) -
         },
     ],
 )
-def test_turns_that_say_nothing_or_nonsense_are_refused(service: Service, turn: Any) -> None:
+def test_turns_that_say_nothing_or_nonsense_are_refused(service: ServingContext, turn: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chat(service, messages=[turn, {"role": "user", "content": "hi"}])
     assert (caught.value.param or "").startswith("messages")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
     from tests.support.scripted_generator import ScriptedGenerator
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
@@ -29,7 +29,7 @@ async def refused(client: AsyncOpenAI, **fields: Any) -> str | None:
 
 
 async def test_every_role_and_text_in_parts_is_heard(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 8."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -113,7 +113,7 @@ async def test_a_conversation_that_the_template_refuses_is_a_bad_request(
 
 
 async def test_a_prediction_is_a_draft(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     answer = await ask(client, prediction={"type": "content", "content": "on the Moon"})
     assert service.tokenizer.decode(generator.heard[0].prediction) == "on the Moon"

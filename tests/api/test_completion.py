@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.api import build_request
-from cascade.api.completion import Answers, add, merge
+from cascade.api.completion import Completions, add, merge
 from cascade.api.schema import CompletionBody
 from cascade.errors import Internal, Overloaded
 from cascade.types import Round, Statistics
@@ -20,8 +20,8 @@ from cascade.types import Round, Statistics
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from cascade.api.context import Service
-    from cascade.types import Piece, Request
+    from cascade.api.context import ServingContext
+    from cascade.types import OutputChunk, Request
 
 ROUND = Round(position=0, drafted=1, accepted=1, deferred=0, tokens=1, draft_ms=1.0, judge_ms=1.0)
 
@@ -101,13 +101,13 @@ def test_statistics_add_up() -> None:
     assert add([one]) == one
 
 
-SAID: list[Piece] = []
+SAID: list[OutputChunk] = []
 
 
 class Mute:
     """A generator that ends without saying why."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         del request
         if SAID:
             yield SAID[0]
@@ -117,13 +117,15 @@ class Mute:
         return ()
 
 
-async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: Service) -> None:
+async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: ServingContext) -> None:
     call = build_request.completion(CompletionBody(prompt="x"), service)
     with pytest.raises(Internal):
-        await Answers(call, replace(service, generator=Mute())).finish()
+        await Completions(call, replace(service, generator=Mute())).finish()
 
 
-async def test_the_generator_hears_what_the_client_calls_the_request(service: Service) -> None:
+async def test_the_generator_hears_what_the_client_calls_the_request(
+    service: ServingContext,
+) -> None:
     call = build_request.completion(CompletionBody(prompt="x", n=2), service)
-    named = Answers(call, service, name="abc")
+    named = Completions(call, service, name="abc")
     assert [answer.request.name for answer in named.all] == ["abc", "abc"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from openai.types import Completion
     from tests.support.scripted_generator import ScriptedGenerator
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 
 async def ask(client: AsyncOpenAI, **fields: Any) -> Completion:
@@ -27,7 +27,7 @@ def texts(answer: Completion) -> list[str]:
 
 
 async def test_every_form_of_prompt_is_answered_in_order(
-    client: AsyncOpenAI, service: Service
+    client: AsyncOpenAI, service: ServingContext
 ) -> None:
     """Conformance 1: the index of a choice is its prompt's index times n plus its number."""
     buzz, moon = (list(service.tokenizer.encode(text)) for text in ("Buzz", "Moon"))
@@ -65,7 +65,7 @@ async def test_nothing_at_all_can_be_asked_for(client: AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 8])
 async def test_an_echo_has_the_log_probabilities_of_the_prompt(
-    loose: AsyncOpenAI, service: Service, max_tokens: int
+    loose: AsyncOpenAI, service: ServingContext, max_tokens: int
 ) -> None:
     """Conformance 3: the first token has none; OpenAI's types rule that out, its service does."""
     prompt = "Buzz \N{CRESCENT MOON} Moon"
@@ -120,7 +120,7 @@ async def test_a_seed_gives_different_choices_and_the_same_ones_again(client: As
 
 
 async def test_a_prompt_is_counted_once_and_answers_are_summed(
-    client: AsyncOpenAI, service: Service
+    client: AsyncOpenAI, service: ServingContext
 ) -> None:
     """Conformance 6."""
     answer = await ask(client, prompt=["Buzz", "on the Moon"], n=3, max_tokens=5)
@@ -177,7 +177,7 @@ async def test_four_stop_strings_are_allowed_and_five_are_not(client: AsyncOpenA
 
 
 async def test_nothing_counts_after_the_token_that_completes_a_stop_string(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 15: inside an accepted block, for text, log-probabilities, usage and origins."""
     generator.blocks = (60,)
@@ -197,7 +197,7 @@ async def test_nothing_counts_after_the_token_that_completes_a_stop_string(
 
 
 async def test_nothing_counts_after_the_end_of_text(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 15: the end of text counts as a token and has no text."""
     end = service.tokenizer.stop_ids
@@ -220,7 +220,7 @@ async def test_a_stop_token_of_the_callers_is_told(
 
 @pytest.mark.parametrize("ending", ["text", "token"])
 async def test_stop_wins_where_the_limit_applies_too(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service, ending: str
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext, ending: str
 ) -> None:
     """Conformance 16."""
     moon = service.tokenizer.encode("on the Moon")
@@ -232,7 +232,7 @@ async def test_stop_wins_where_the_limit_applies_too(
 
 
 async def test_ends_of_text_can_be_ignored(
-    client: AsyncOpenAI, generator: ScriptedGenerator, service: Service
+    client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     moon = service.tokenizer.encode("Moon")
     generator.script = lambda _: [*moon, *service.tokenizer.stop_ids, *moon]
@@ -240,7 +240,9 @@ async def test_ends_of_text_can_be_ignored(
     assert texts(answer) == ["MoonMoon"]
 
 
-async def test_token_ids_are_returned_if_asked_for(client: AsyncOpenAI, service: Service) -> None:
+async def test_token_ids_are_returned_if_asked_for(
+    client: AsyncOpenAI, service: ServingContext
+) -> None:
     answer = await ask(client, extra_body={"return_token_ids": True})
     extra = answer.choices[0].model_extra or {}
     assert extra["prompt_token_ids"] == list(service.tokenizer.encode("Buzz"))

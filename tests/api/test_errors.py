@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.support.scripted_generator import ScriptedGenerator
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
     from cascade.types import Request
 
 
@@ -141,7 +141,7 @@ async def test_retries_are_told_when(client: AsyncOpenAI, generator: ScriptedGen
 
 @pytest.mark.parametrize("kind", [errors.Overloaded, errors.ExpertUnavailable])
 async def test_a_client_that_retries_succeeds(
-    service: Service, generator: ScriptedGenerator, kind: type[errors.Overloaded]
+    service: ServingContext, generator: ScriptedGenerator, kind: type[errors.Overloaded]
 ) -> None:
     """Conformance 31: the client of openai retries twice unless told otherwise."""
     generator.pause = failing(kind("busy", retry_after_s=0.001), times=2)
@@ -160,7 +160,7 @@ async def test_a_client_that_retries_succeeds(
     "error", [errors.Internal("x"), errors.DeadlineExceeded("x"), KeyError("x")]
 )
 async def test_work_that_was_done_is_not_done_again(
-    service: Service, generator: ScriptedGenerator, error: Exception
+    service: ServingContext, generator: ScriptedGenerator, error: Exception
 ) -> None:
     """Conformance 32: a client that retries by itself does not."""
     generator.pause = failing(error)

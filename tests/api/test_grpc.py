@@ -13,10 +13,10 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cascade.api.grpc import GrpcDoor
+from cascade.api.grpc import GenerationServicer
 from cascade.errors import Overloaded
 from cascade.rules import Lossy
-from cascade.types import Confidence, Patience, Sampling
+from cascade.types import Confidence, SamplingParams, SequenceCascadeParams
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
 from cascade.v1 import tokens_pb2
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from tests.support.scripted_generator import ScriptedGenerator
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
     from cascade.types import Request
 
 
@@ -35,9 +35,9 @@ CHOW = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=0.5))
 
 
 @pytest.fixture
-async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
+async def channel(service: ServingContext) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    door = GrpcDoor(lambda: service)
+    door = GenerationServicer(lambda: service)
     rpc.add_GenerationServiceServicer_to_server(door, server)
     health_pb2_grpc.add_HealthServicer_to_server(door, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -74,7 +74,7 @@ def details(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
 
 
 async def test_an_answer_has_its_text_tokens_and_origins(
-    stub: rpc.GenerationServiceAsyncStub, service: Service
+    stub: rpc.GenerationServiceAsyncStub, service: ServingContext
 ) -> None:
     answer = await stub.Generate(whole(seed=7, max_tokens=5))
     (choice,) = answer.choices
@@ -138,7 +138,7 @@ async def test_the_same_request_over_http_gets_the_same_answer(
 
 
 async def test_the_door_hears_every_field(
-    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: Service
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     await stub.Generate(
         whole(
@@ -166,7 +166,7 @@ async def test_the_door_hears_every_field(
     )
     (heard,) = generator.heard
     policy = heard.policy
-    assert policy.sampling == Sampling(
+    assert policy.sampling == SamplingParams(
         temperature=0.5,
         top_k=3,
         top_p=0.9,
@@ -178,12 +178,12 @@ async def test_the_door_hears_every_field(
     assert (policy.verification, policy.rows, policy.logprobs) == ("token", "full", 7)
     assert policy.stop_ids == (*service.tokenizer.stop_ids, 9)
     assert (heard.mode, heard.draft_tokens, heard.trace) == ("cascade", None, True)
-    assert heard.patience == Patience(confidence=Confidence.QUANTILE, threshold=0.0)
+    assert heard.patience == SequenceCascadeParams(confidence=Confidence.QUANTILE, threshold=0.0)
     assert service.tokenizer.decode(heard.prediction) == "on the Moon"
 
 
 async def test_a_conversation_goes_through_the_template(
-    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: Service
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
     await stub.Generate(pb.GenerateRequest(generation=pb.Generation(chat=chat)))
@@ -361,9 +361,9 @@ class Proxied:
     peer = peer_identities = peer_identity_key = details
 
 
-async def test_errors_go_through_the_context_of_ray_serve(service: Service) -> None:
+async def test_errors_go_through_the_context_of_ray_serve(service: ServingContext) -> None:
     context: Any = RayServegRPCContext(cast("Any", Proxied()))
-    answer = await GrpcDoor(lambda: service).Generate(whole(model="other"), context)
+    answer = await GenerationServicer(lambda: service).Generate(whole(model="other"), context)
     told = dict(context.trailing_metadata())
     assert answer == pb.GenerateResponse()
     assert context.code() is grpc.StatusCode.NOT_FOUND
@@ -371,8 +371,8 @@ async def test_errors_go_through_the_context_of_ray_serve(service: Service) -> N
     assert status_pb2.Status.FromString(told["grpc-status-details-bin"]).details
 
 
-async def test_keys_are_asked_for_where_there_are_some(service: Service) -> None:
-    door = GrpcDoor(lambda: replace(service, api_keys=frozenset({"secret"})))
+async def test_keys_are_asked_for_where_there_are_some(service: ServingContext) -> None:
+    door = GenerationServicer(lambda: replace(service, api_keys=frozenset({"secret"})))
     stranger, friend = Call(), Call(("authorization", "Bearer secret"))
     await door.ListModels(pb.ListModelsRequest(), stranger)
     answer = await door.ListModels(pb.ListModelsRequest(), friend)
@@ -382,13 +382,15 @@ async def test_keys_are_asked_for_where_there_are_some(service: Service) -> None
 
 async def test_a_door_without_its_service_is_unavailable() -> None:
     call = Call()
-    door = GrpcDoor(lambda: None)
+    door = GenerationServicer(lambda: None)
     await door.Generate(whole(), call)
     assert call.code is grpc.StatusCode.UNAVAILABLE
     answer = await door.Check(health_pb2.HealthCheckRequest(), Call())
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_a_call_keeps_the_name_it_came_with(service: Service) -> None:
-    answer = await GrpcDoor(lambda: service).Generate(whole(), Call(("request_id", "named")))
+async def test_a_call_keeps_the_name_it_came_with(service: ServingContext) -> None:
+    answer = await GenerationServicer(lambda: service).Generate(
+        whole(), Call(("request_id", "named"))
+    )
     assert answer.request_id == "named"

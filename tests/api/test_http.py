@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from openai import AsyncOpenAI
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 
-def door(service: Service | None) -> httpx2.AsyncClient:
+def door(service: ServingContext | None) -> httpx2.AsyncClient:
     transport = httpx2.ASGITransport(app=create_app(service))
     return httpx2.AsyncClient(transport=transport, base_url="http://door")
 
@@ -36,12 +36,12 @@ async def test_an_unknown_model_is_not_found(client: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz"])
-async def test_health_follows_readiness(service: Service, path: str) -> None:
+async def test_health_follows_readiness(service: ServingContext, path: str) -> None:
     async with door(service) as http:
         assert (await http.get(path)).json() == {"status": "ok"}
 
 
-async def test_a_door_without_its_service_says_that_it_is_starting(service: Service) -> None:
+async def test_a_door_without_its_service_says_that_it_is_starting(service: ServingContext) -> None:
     """The app can be built before the service; until it is set, everything is 503."""
     app = create_app()
     transport = httpx2.ASGITransport(app=app)
@@ -54,7 +54,7 @@ async def test_a_door_without_its_service_says_that_it_is_starting(service: Serv
     assert late.status_code == 200
 
 
-async def test_a_layer_in_front_may_name_the_answers_instead(service: Service) -> None:
+async def test_a_layer_in_front_may_name_the_answers_instead(service: ServingContext) -> None:
     """The name that the layer gave the request is the one in the answer's id."""
     transport = httpx2.ASGITransport(app=create_app(service, names_answers=False))
     async with httpx2.AsyncClient(transport=transport, base_url="http://door") as http:

@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from cascade.api.http import create_app
 
 if TYPE_CHECKING:
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 OPERATIONS = [
     ("/health", "GET"),
@@ -38,7 +38,7 @@ BOUNDED = settings(
 
 
 @pytest.fixture
-def described(service: Service) -> Any:
+def described(service: ServingContext) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cascade.api.output_processor import Delta, Scribe, StopMatcher
-from cascade.types import FinishReason, Origin, Piece
+from cascade.api.output_processor import Delta, OutputProcessor, StopMatcher
+from cascade.types import FinishReason, Origin, OutputChunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,19 +94,21 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=12)
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def pieces(tokens: Sequence[int], sizes: Sequence[int]) -> list[Piece]:
+def pieces(tokens: Sequence[int], sizes: Sequence[int]) -> list[OutputChunk]:
     """Return the tokens in blocks; the last ends for length."""
-    result: list[Piece] = []
+    result: list[OutputChunk] = []
     at, number = 0, 0
     while at < len(tokens):
         block = tuple(tokens[at : at + sizes[number % len(sizes)]])
         at, number = at + len(block), number + 1
         finish = LENGTH if at == len(tokens) else None
-        result.append(Piece(tokens=block, origins=(Origin.DRAFTER,) * len(block), finish=finish))
+        result.append(
+            OutputChunk(tokens=block, origins=(Origin.DRAFTER,) * len(block), finish=finish)
+        )
     return result
 
 
-def write(scribe: Scribe, parts: Sequence[Piece]) -> list[Delta]:
+def write(scribe: OutputProcessor, parts: Sequence[OutputChunk]) -> list[Delta]:
     deltas: list[Delta] = []
     for part in parts:
         deltas.append(scribe.push(part))
@@ -121,7 +123,7 @@ def test_the_deltas_join_to_the_text_and_carry_every_token_once(
     words: Tokenizer, text: str, sizes: list[int]
 ) -> None:
     tokens = words.encode(text)
-    deltas = write(Scribe(words), pieces(tokens, sizes))
+    deltas = write(OutputProcessor(words), pieces(tokens, sizes))
     assert "".join(delta.text for delta in deltas) == text
     assert [entry.token for delta in deltas for entry in delta.entries] == list(tokens)
 
@@ -129,7 +131,7 @@ def test_the_deltas_join_to_the_text_and_carry_every_token_once(
 @SHARED
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
 def test_no_delta_has_half_a_character(words: Tokenizer, text: str, sizes: list[int]) -> None:
-    deltas = write(Scribe(words), pieces(words.encode(text), sizes))
+    deltas = write(OutputProcessor(words), pieces(words.encode(text), sizes))
     assert not any("\ufffd" in delta.text for delta in deltas)
 
 
@@ -140,8 +142,8 @@ def test_an_answer_ends_before_its_stop_string_however_blocks_fall(
 ) -> None:
     """Text and tokens are those of one block; the last token is the one that completed it."""
     tokens = words.encode(text)
-    deltas = write(Scribe(words, stops=[stop]), pieces(tokens, sizes))
-    at_once = write(Scribe(words, stops=[stop]), pieces(tokens, [len(tokens)]))
+    deltas = write(OutputProcessor(words, stops=[stop]), pieces(tokens, sizes))
+    at_once = write(OutputProcessor(words, stops=[stop]), pieces(tokens, [len(tokens)]))
     assert "".join(delta.text for delta in deltas) == text.split(stop, maxsplit=1)[0]
     assert deltas[-1].finish == (STOP if stop in text else LENGTH)
     entries = [entry for delta in deltas for entry in delta.entries]
@@ -157,7 +159,7 @@ def test_nothing_after_a_stop_token_is_told(words: Tokenizer, text: str, sizes: 
     tokens = words.encode(text)
     (end,) = words.stop_ids
     parts = pieces([*tokens, end, *tokens], sizes)
-    deltas = write(Scribe(words, stop_ids=[end]), parts)
+    deltas = write(OutputProcessor(words, stop_ids=[end]), parts)
     assert "".join(delta.text for delta in deltas) == text
     assert deltas[-1].finish is STOP
     assert deltas[-1].entries[-1].token == end
@@ -167,7 +169,7 @@ def test_nothing_after_a_stop_token_is_told(words: Tokenizer, text: str, sizes: 
 def test_an_answer_cut_inside_a_character_says_so_at_its_end(words: Tokenizer) -> None:
     """What the model left unfinished is U+FFFD, as the decoder of the whole answer writes it."""
     half = words.encode("\N{ROCKET}")[:1]
-    (delta,) = write(Scribe(words), pieces(half, [1]))
+    (delta,) = write(OutputProcessor(words), pieces(half, [1]))
     assert delta.text == words.decode(half) == "\ufffd"
 
 
@@ -176,17 +178,17 @@ def test_a_stop_string_may_be_what_an_unfinished_character_becomes(
     words: Tokenizer, stop: str
 ) -> None:
     tokens = (*words.encode("x"), *words.encode("\N{ROCKET}")[:1])
-    (delta,) = write(Scribe(words, stops=[stop]), pieces(tokens, [2]))
+    (delta,) = write(OutputProcessor(words, stops=[stop]), pieces(tokens, [2]))
     assert (delta.text, delta.finish, delta.stop) == ("x\ufffd".removesuffix(stop), STOP, stop)
 
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end(words: Tokenizer) -> None:
     tokens = words.encode("on the Moon")
-    deltas = write(Scribe(words, stops=["the Moonlight"]), pieces(tokens, [1]))
+    deltas = write(OutputProcessor(words, stops=["the Moonlight"]), pieces(tokens, [1]))
     assert deltas[-1].text.endswith("the Moon")
     assert "".join(delta.text for delta in deltas) == "on the Moon"
     assert deltas[-1].text.endswith("the Moon")
 
 
 def test_a_piece_without_tokens_says_nothing(words: Tokenizer) -> None:
-    assert Scribe(words).push(Piece(tokens=(), origins=())) == Delta()
+    assert OutputProcessor(words).push(OutputChunk(tokens=(), origins=())) == Delta()

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade import demo
-from cascade.api.grpc import GrpcDoor
-from cascade.local import Stack, stack
+from cascade.api.grpc import GenerationServicer
+from cascade.local import LocalServer, local_server
 from cascade.settings import Application
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from torch import Tensor
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 ALDRIN: Any = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
@@ -62,16 +62,16 @@ ASKED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="session")
-async def pair() -> AsyncIterator[Stack]:
+async def pair() -> AsyncIterator[LocalServer]:
     """The shipped pair, both tiers and the loop in this process."""
     engine = {"engine": {"threads": 1}}
     settings = Application.model_validate({"drafter": engine, "expert": engine})
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         yield running
 
 
 @pytest.fixture
-def service(pair: Stack) -> Service:
+def service(pair: LocalServer) -> ServingContext:
     return replace(pair.service, models=("pair",))
 
 
@@ -92,7 +92,7 @@ def extra(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 5, 16])
 async def test_greedy_text_is_the_experts_own(
-    client: AsyncOpenAI, service: Service, draft_tokens: int
+    client: AsyncOpenAI, service: ServingContext, draft_tokens: int
 ) -> None:
     """Conformance 12."""
     answer = await client.chat.completions.create(
@@ -137,7 +137,7 @@ async def test_log_probabilities_are_the_experts_laws(
     assert "".join(choice.logprobs.tokens or []) == choice.text
 
 
-async def test_an_echo_is_scored_by_the_expert(loose: AsyncOpenAI, service: Service) -> None:
+async def test_an_echo_is_scored_by_the_expert(loose: AsyncOpenAI, service: ServingContext) -> None:
     """What evaluation harnesses ask for: the likelihood of a given text."""
     text = "Buzz Aldrin is an American"
     answer = await loose.completions.create(
@@ -187,7 +187,7 @@ async def test_every_rule_and_mode_answers_and_adds_up(
     ids=str,
 )
 async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
-    client: AsyncOpenAI, service: Service, asked: dict[str, Any]
+    client: AsyncOpenAI, service: ServingContext, asked: dict[str, Any]
 ) -> None:
     """Conformance 5, 17, 40: the same three texts however they are asked for."""
     told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "seed": 7, "n": 3}
@@ -206,7 +206,7 @@ async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
     assert by_grpc.usage.prompt_token_count == whole.usage.prompt_tokens
 
 
-async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateResponse:
+async def over_grpc(service: ServingContext, asked: dict[str, Any]) -> pb.GenerateResponse:
     rule = None
     length: Any = asked.get("draft_tokens")  # None leaves the field unset
     match asked.get("rule"):
@@ -217,7 +217,7 @@ async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateRespo
         case _:
             assert not asked
     server = grpc.aio.server()
-    rpc.add_GenerationServiceServicer_to_server(GrpcDoor(lambda: service), server)
+    rpc.add_GenerationServiceServicer_to_server(GenerationServicer(lambda: service), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     turns = [pb.ChatMessage(**turn) for turn in ALDRIN]
@@ -239,7 +239,7 @@ async def over_grpc(service: Service, asked: dict[str, Any]) -> pb.GenerateRespo
 
 @pytest.mark.parametrize("stop", ["Aldrin", "zz", '"', " Americ", "an American"])
 async def test_a_stop_string_ends_the_text_where_it_begins(
-    client: AsyncOpenAI, pair: Stack, stop: str
+    client: AsyncOpenAI, pair: LocalServer, stop: str
 ) -> None:
     """Conformance 14, 15, with drafted blocks; both tiers are free when the answer is there."""
     told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0}
@@ -254,7 +254,7 @@ async def test_a_stop_string_ends_the_text_where_it_begins(
     await free(pair)
 
 
-async def free(pair: Stack) -> None:
+async def free(pair: LocalServer) -> None:
     """Wait until neither tier holds a session; fail after a second (conformance 27)."""
     async with asyncio.timeout(1):
         while pair.drafter.sessions or pair.expert.sessions:  # noqa: ASYNC110 - it has no event
@@ -263,7 +263,7 @@ async def free(pair: Stack) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_client_that_leaves_frees_both_tiers(
-    pair: Stack, listen: Callable[..., Awaitable[str]], n: int
+    pair: LocalServer, listen: Callable[..., Awaitable[str]], n: int
 ) -> None:
     """Conformance 27."""
     body = {"prompt": "The Moon", "stream": True, "max_tokens": 900, "n": n, "ignore_eos": True}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tests.support.scripted_generator import ScriptedGenerator
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
     from cascade.types import Request
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -304,7 +304,7 @@ async def test_a_client_that_leaves_before_a_whole_answer_frees_it(
 
 
 async def test_a_long_answer_waits_for_a_slow_reader_and_loses_nothing(
-    generator: ScriptedGenerator, service: Service, listen: Callable[..., Awaitable[str]]
+    generator: ScriptedGenerator, service: ServingContext, listen: Callable[..., Awaitable[str]]
 ) -> None:
     moon = service.tokenizer.encode(" Moon")
     generator.script = lambda _: [*moon * 400]

@@ -5,7 +5,7 @@ import pytest
 from cascade import demo
 from cascade.benchmark.microbench import Work, measure_step
 from cascade.engine.settings import EngineSettings
-from cascade.types import Policy, Sampling
+from cascade.types import DecodingParams, SamplingParams
 
 SETTINGS = EngineSettings(threads=1, cache_tokens=2048)
 
@@ -13,7 +13,7 @@ SETTINGS = EngineSettings(threads=1, cache_tokens=2048)
 @pytest.mark.parametrize(("work", "tokens"), [(Work.DRAFT, 1), (Work.JUDGE, 4)])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_each_number_of_sessions_has_its_row(work: Work, tokens: int, temperature: float) -> None:
-    policy = Policy(sampling=Sampling(temperature=temperature))
+    policy = DecodingParams(sampling=SamplingParams(temperature=temperature))
 
     found = measure_step(
         str(demo.DRAFTER),

@@ -108,10 +108,10 @@ def test_a_padded_expert_is_made_once_and_kept(
     def small(*_: object) -> Shape:
         return shape
 
-    monkeypatch.setattr("cascade.lab.padded.shape_for", small)
-    first = padded_expert(settings(), parameters="20M").expert.place
+    monkeypatch.setattr("cascade.benchmark.synthetic_model.shape_for", small)
+    first = padded_expert(settings(), parameters="20M").expert.model_path
     weights = next(path for path in sorted(tmp_path.rglob("*.safetensors")))
     before = weights.stat().st_mtime_ns
-    assert padded_expert(settings(), parameters="20M").expert.place == first
+    assert padded_expert(settings(), parameters="20M").expert.model_path == first
     assert weights.stat().st_mtime_ns == before
     assert is_padded(weights.parent)

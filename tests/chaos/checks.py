@@ -35,7 +35,9 @@ async def until_free(cluster: Ground, *, timeout_s: float = 60.0) -> float:
 
 async def burdens(cluster: Ground) -> dict[int, dict[str, int]]:
     """Return the tasks and open files of each replica's process."""
-    found = [one for tier in ("Drafter", "Expert", "Router") for one in await cluster.look(tier)]
+    found = [
+        one for tier in ("Drafter", "Expert", "Router") for one in await cluster.debug_state(tier)
+    ]
     return {one["pid"]: {name: one[name] for name in ("tasks", "files")} for one in found}
 
 

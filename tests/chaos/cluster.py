@@ -210,10 +210,10 @@ class Ground:
             if one["state"] == state and one.get("pid")
         ]
 
-    async def look(self, name: str) -> list[dict[str, int]]:
+    async def debug_state(self, name: str) -> list[dict[str, int]]:
         """Return what every running replica of a tier holds, with its open files."""
         handle = serve.get_deployment_handle(name, "cascade")
-        found = await handle.broadcast("look").results_async(timeout_s=60)
+        found = await handle.broadcast("debug_state").results_async(timeout_s=60)
         return [one | {"files": psutil.Process(one["pid"]).num_fds()} for one in found]
 
     async def spent_s(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ class Ground:
 
     async def held(self) -> dict[str, int]:
         """Return what both tiers hold for sessions: all of it is 0 when none is open."""
-        found = [one for name in ("Drafter", "Expert") for one in await self.look(name)]
+        found = [one for name in ("Drafter", "Expert") for one in await self.debug_state(name)]
         return {
             name: sum(one[name] for one in found) for name in ("leases", "sessions", "cache_tokens")
         }

@@ -44,7 +44,7 @@ async def test_a_full_cache_delays_streams_and_changes_no_word(
     async with streams(asking, bodies, count=64) as answers:
         await asyncio.sleep(20)
     assert_exact(answers, texts)
-    looked = await cluster.look("Expert")
+    looked = await cluster.debug_state("Expert")
     report.note("full cache", "streams that ended with their text", len(answers))
     report.note("full cache", "open at once", asking.most)
     report.note("full cache", "caches dropped to make room", looked[0]["preemptions"])

@@ -10,7 +10,7 @@ import torch
 
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import Ready, Step
+from cascade.engine.request import ForwardRequest, LogitsOutput
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class Recorder:
         self.answers: dict[int, Answer] = {}
         self.passes: list[list[str]] = []
 
-    def expect(self, step: Step, *, context: list[int]) -> Answer:
+    def expect(self, step: ForwardRequest, *, context: list[int]) -> Answer:
         answer = Answer(context=context)
         self.answers[id(step)] = answer
         return answer
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         assert logits_NV.shape[0] == sum(one.count for one in ready)
         self.passes.append([one.step.session for one in ready])
         for one, rows in zip(ready, logits_NV.split([one.count for one in ready]), strict=True):
@@ -57,7 +57,7 @@ class Recorder:
             answer.ended = one.last
         return []
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         answer = self.answers[id(step)]
         assert not answer.ended
         answer.error, answer.ended = error, True
@@ -71,7 +71,7 @@ class Bench:
         self.head = Recorder()
         self.engine = Engine(adopt(model, name="tiny"), head=self.head, settings=settings)
         self.tokens: dict[str, list[int]] = {}
-        self._steps: list[Step] = []  # alive, so that no two share an id
+        self._steps: list[ForwardRequest] = []  # alive, so that no two share an id
         self.worst = 0.0
         self.largest = 0.0
 
@@ -80,7 +80,7 @@ class Bench:
         known = self.tokens.get(session, [])
         base = len(known) - drop
         self.tokens[session] = [*known[:base], *tokens]
-        step = Step(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
+        step = ForwardRequest(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
         self._steps.append(step)
         answer = self.head.expect(step, context=self.tokens[session])
         self.engine.submit(step)
@@ -89,7 +89,7 @@ class Bench:
     def branch(self, session: str, tokens: Sequence[int], *, trunk: str, base: int) -> Answer:
         """Queue the first step of a branch that has the first `base` tokens of its trunk."""
         self.tokens[session] = [*self.tokens[trunk][:base], *tokens]
-        step = Step(
+        step = ForwardRequest(
             session=SessionId(session),
             base=base,
             tokens=list(tokens),
@@ -114,7 +114,7 @@ class Bench:
         for _ in range(1000):
             if all(answer.ended for answer in answers):
                 break
-            self.engine.turn()
+            self.engine.step()
         for answer in answers:
             self.check(answer)
 
@@ -143,4 +143,4 @@ class Bench:
         self.head.answers.clear()
         for session in list(self.tokens):
             self.release(session)
-            self.engine.turn()
+            self.engine.step()

@@ -13,10 +13,10 @@ from torch import nn
 from cascade import demo
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt, load
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
-from cascade.speculation.verify import Task, judge
-from cascade.types import Block, Policy, Sampling, SessionId
+from cascade.speculation.verify import VerifyTask, verify
+from cascade.types import Block, DecodingParams, SamplingParams, SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cascade.engine.model_loader import LoadedModel
 
 SETTINGS = EngineSettings(cache_tokens=4096, deterministic=True, prefix_reuse=False)
-GREEDY = Policy(sampling=Sampling(temperature=0))
+GREEDY = DecodingParams(sampling=SamplingParams(temperature=0))
 PROMPT = [(5 * place + 3) % 50 for place in range(33)]
 LENGTH = 24
 
@@ -47,19 +47,19 @@ class Desk:
     def __init__(self, model: LoadedModel) -> None:
         self.head = Recorder()
         self.engine = Engine(model, head=self.head, settings=SETTINGS)
-        self._steps: list[Step] = []
+        self._steps: list[ForwardRequest] = []
 
     def submit(
         self, session: str, tokens: Sequence[int], *, base: int, rows: int
     ) -> Callable[[], Tensor]:
-        step = Step(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
+        step = ForwardRequest(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
         self._steps.append(step)
         answer = self.head.expect(step, context=[])
         self.engine.submit(step)
 
         def wait() -> Tensor:
             while not answer.ended:
-                self.engine.turn()
+                self.engine.step()
             assert answer.error is None
             return torch.stack(answer.rows)
 
@@ -94,8 +94,8 @@ def in_company(desk: Desk, drafts: list[int]) -> tuple[list[int], list[Tensor]]:
         base = len(held) - 1 if text else 0
         fed = [*held[base:], *block]
         found_NV = desk.submit("company", fed, base=base, rows=len(block) + 1)()
-        task = Task(policy=GREEDY, position=len(text), block=Block(tokens=tuple(block)))
-        (verdict,) = judge(found_NV, [task])
+        task = VerifyTask(policy=GREEDY, position=len(text), block=Block(tokens=tuple(block)))
+        (verdict,) = verify(found_NV, [task])
         rows += found_NV[: len(verdict.tokens)]
         text += verdict.tokens
     return text[:LENGTH], rows[:LENGTH]

@@ -15,7 +15,7 @@ from tests.engine.harness import Answer, Bench
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import Ready, Step
+from cascade.engine.request import ForwardRequest, LogitsOutput
 from cascade.engine.settings import EngineSettings
 from cascade.errors import ContextTooLong, Internal, InvalidRequest, Overloaded, Unavailable
 from cascade.types import SessionId
@@ -105,7 +105,7 @@ def test_a_released_session_is_found_again_by_its_prefix(bench: Bench) -> None:
     assert (stats.prefix_hits, stats.prefix_tokens, stats.sessions) == (1, 40, 1)
     assert 42 <= stats.cache_tokens_live <= stats.cache_tokens_used
     bench.release("b")
-    bench.engine.turn()
+    bench.engine.step()
     stats = bench.engine.stats()
     assert stats.cache_tokens_live == 0 < stats.cache_tokens_used
     assert bench.worst < 1e-4
@@ -113,7 +113,7 @@ def test_a_released_session_is_found_again_by_its_prefix(bench: Bench) -> None:
 
 def test_release_drops_the_waiting_step_unheard(bench: Bench) -> None:
     answer = bench.submit("a", numbers(200), rows=1)
-    bench.engine.turn()
+    bench.engine.step()
 
     bench.release("a")
     bench.settle(bench.submit("b", numbers(5), rows=1))
@@ -136,7 +136,7 @@ def test_release_drops_the_waiting_step_unheard(bench: Bench) -> None:
 def test_a_step_that_cannot_run_fails_alone(
     bench: Bench, step: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    wrong = Step(session=SessionId("wrong"), **step)  # pyright: ignore[reportArgumentType] - rows of the table
+    wrong = ForwardRequest(session=SessionId("wrong"), **step)  # pyright: ignore[reportArgumentType] - rows of the table
     answer = bench.head.expect(wrong, context=[])
     bench.engine.submit(wrong)
 
@@ -149,7 +149,7 @@ def test_a_step_that_cannot_run_fails_alone(
 
 def test_a_second_step_of_a_session_must_wait_for_the_first(bench: Bench) -> None:
     first = bench.submit("a", numbers(200), rows=1)
-    second = Step(session=SessionId("a"), base=0, tokens=[5], rows=1)
+    second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1)
     answer = bench.head.expect(second, context=[])
     bench.engine.submit(second)
 
@@ -162,7 +162,7 @@ def test_one_session_too_many_is_told_to_come_again(bench: Bench) -> None:
     bench.settle(*(bench.submit(str(number), numbers(5), rows=1) for number in range(4)))
 
     refused = bench.submit("fifth", numbers(5), rows=1)
-    bench.engine.turn()
+    bench.engine.step()
     assert isinstance(refused.error, Overloaded)
 
     bench.release("0")
@@ -182,7 +182,7 @@ def test_a_branch_runs_its_own_tokens_alone(bench: Bench) -> None:
     assert stats.tokens - before == 4
     assert (stats.sessions, stats.branches) == (1, 1)
     bench.engine.release(SessionId("a"))
-    bench.engine.turn()
+    bench.engine.step()
     stats = bench.engine.stats()
     assert (stats.sessions, stats.branches) == (0, 0)
     assert bench.worst < 1e-4
@@ -221,7 +221,7 @@ def test_branches_keep_no_session_out() -> None:
         bench.settle(bench.submit(name, numbers(50, start=ord(name)), rows=1))
     bench.settle(*(bench.branch(f"{name}~", [5], trunk=name, base=40) for name in "ab"))
     refused = bench.branch("a~~", [6], trunk="a", base=40)
-    bench.engine.turn()
+    bench.engine.step()
     assert isinstance(refused.error, Overloaded)
 
     for name in "cd":
@@ -229,7 +229,7 @@ def test_branches_keep_no_session_out() -> None:
     for name in "abcd":
         bench.settle(bench.submit(name, [8], rows=1))
     late = bench.submit("a~", [6], rows=1)
-    bench.engine.turn()
+    bench.engine.step()
 
     assert isinstance(late.error, Overloaded)
     assert (bench.engine.stats().sessions, bench.engine.stats().preemptions) == (4, 0)
@@ -245,16 +245,18 @@ class Chain:
     done: threading.Event = field(default_factory=threading.Event)
     errors: dict[str, Exception] = field(default_factory=dict)
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         (one,) = ready
         self.written.append(int(logits_NV[-1].argmax()))
         if len(self.written) == self.length:
             self.done.set()
             return []
         base = one.step.base + len(one.step.tokens)
-        return [Step(session=one.step.session, base=base, tokens=self.written[-1:], rows=1)]
+        return [
+            ForwardRequest(session=one.step.session, base=base, tokens=self.written[-1:], rows=1)
+        ]
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         self.errors[step.session] = error
         self.done.set()
 
@@ -265,10 +267,10 @@ def test_steps_that_follow_run_in_the_very_next_passes() -> None:
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)  # pyright: ignore[reportCallIssue] - mixed into the class at run time
     head = Chain(length=12)
     engine = Engine(adopt(model, name="tiny"), head=head, settings=SMALL)
-    engine.submit(Step(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
 
     for _ in range(12):
-        engine.turn()
+        engine.step()
 
     assert head.written == expected[0, 7:].tolist()
 
@@ -282,23 +284,23 @@ class Chains:
     written: dict[str, list[int]] = field(default_factory=dict)
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         steps = [
             self._next(one, int(row.argmax())) for one, row in zip(ready, logits_NV, strict=True)
         ]
         return [step for step in steps if step]
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         raise AssertionError(step) from error
 
-    def _next(self, one: Ready, token: int) -> Step | None:
+    def _next(self, one: LogitsOutput, token: int) -> ForwardRequest | None:
         written = self.written.setdefault(one.step.session, [])
         written.append(token)
         if len(written) == self.length:
             self.ended.release()
             return None
         base = self.prompt + len(written) - 1
-        return Step(session=one.step.session, base=base, tokens=[token], rows=1)
+        return ForwardRequest(session=one.step.session, base=base, tokens=[token], rows=1)
 
 
 def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
@@ -315,7 +317,7 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
         adopt(model, name="tiny"), head=head, settings=EngineSettings(cache_tokens=1024)
     )
     steps = [
-        Step(session=SessionId(str(place)), base=0, tokens=prompt, rows=1)
+        ForwardRequest(session=SessionId(str(place)), base=0, tokens=prompt, rows=1)
         for place, prompt in enumerate(prompts)
     ]
     callers = [threading.Thread(target=engine.submit, args=(step,)) for step in steps]
@@ -336,7 +338,7 @@ def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
     head = Chain(length=5)
     engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
     engine.start()
-    engine.submit(Step(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
     assert head.done.wait(60)
     assert engine.alive
     engine.stop()
@@ -351,7 +353,7 @@ def test_what_waits_when_the_engine_stops_is_told() -> None:
     head = Chain(length=5)
     engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
     engine.stop()
-    engine.submit(Step(session=SessionId("late"), base=0, tokens=[5], rows=1))
+    engine.submit(ForwardRequest(session=SessionId("late"), base=0, tokens=[5], rows=1))
     engine.start()
     assert head.done.wait(60)
     engine.stop()
@@ -361,14 +363,14 @@ def test_what_waits_when_the_engine_stops_is_told() -> None:
 
 def test_a_pass_that_fails_fails_its_own_steps_and_the_engine_lives(bench: Bench) -> None:
     wrong = bench.submit("wrong", [VOCABULARY + 5], rows=1)
-    bench.engine.turn()
+    bench.engine.step()
     assert isinstance(wrong.error, IndexError)
 
     bench.settle(bench.submit("right", numbers(5), rows=1))
 
 
 class Careless(Chain):
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         if ready[0].step.session == "bad":
             raise ZeroDivisionError
         return super().finish(ready, logits_NV)
@@ -378,11 +380,11 @@ def test_a_head_that_fails_does_not_end_the_engine() -> None:
     head = Careless(length=2)
     engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
 
-    engine.submit(Step(session=SessionId("bad"), base=0, tokens=[5], rows=1))
-    engine.turn()
-    engine.submit(Step(session=SessionId("good"), base=0, tokens=[5], rows=1))
-    engine.turn()
-    engine.turn()
+    engine.submit(ForwardRequest(session=SessionId("bad"), base=0, tokens=[5], rows=1))
+    engine.step()
+    engine.submit(ForwardRequest(session=SessionId("good"), base=0, tokens=[5], rows=1))
+    engine.step()
+    engine.step()
 
     assert isinstance(head.errors["bad"], ZeroDivisionError)
     assert len(head.written) == 2
@@ -395,7 +397,7 @@ class Watching(Chain):
     engine: Engine | None = None
     working_s: list[float] = field(default_factory=list)
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         assert self.engine is not None
         self.working_s.append(self.engine.working_s)
         return super().finish(ready, logits_NV)
@@ -408,9 +410,9 @@ def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
     )
     head.engine = engine
     assert engine.working_s == 0
-    engine.submit(Step(session=SessionId("a"), base=0, tokens=[5], rows=1))
-    engine.turn()
-    engine.turn()
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1))
+    engine.step()
+    engine.step()
     assert all(0 < seconds < 10 for seconds in head.working_s)
     assert engine.working_s == 0
 
@@ -420,7 +422,7 @@ class Counting(Chain):
 
     threads: int = 0
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         self.threads = torch.get_num_threads()
         return super().finish(ready, logits_NV)
 
@@ -438,7 +440,7 @@ def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
     ]
     for engine, head in zip(engines, heads, strict=True):
         engine.start()
-        engine.submit(Step(session=SessionId("a"), base=0, tokens=[5], rows=1))
+        engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1))
         assert head.done.wait(60)
     for engine in engines:
         engine.stop()
@@ -450,8 +452,8 @@ def test_only_the_pairs_vocabulary_has_logits() -> None:
     head = Chain(length=1)
     cut = EngineSettings(cache_tokens=1024, vocabulary=100)
     engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=cut)
-    engine.submit(Step(session=SessionId("a"), base=0, tokens=numbers(90), rows=90))
-    engine.turn()
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(90), rows=90))
+    engine.step()
 
     assert head.written[0] < 100
 
@@ -493,7 +495,7 @@ def test_any_interleaving_gives_the_plain_rows(shared: Bench, story: list[list[M
                     drop=min(move.drop, known),
                     rows=min(move.rows, move.tokens),
                 )
-        shared.engine.turn()
+        shared.engine.step()
         waiting = {name: answer for name, answer in waiting.items() if not answer.ended}
     shared.settle(*waiting.values())
     for answer in shared.head.answers.values():

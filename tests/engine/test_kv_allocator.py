@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cascade.engine.kv_allocator import (
     SMALLEST,
-    Extent,
-    ExtentAllocator,
+    KVRange,
+    KVRangeAllocator,
     capacity_tokens,
     size_class,
 )
@@ -29,8 +29,8 @@ def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "give", "grow"]), TOKENS), max_size=60))
 def test_extents_never_overlap_and_nothing_leaks(acts: list[tuple[str, int]]) -> None:
-    allocator = ExtentAllocator(capacity=8192)
-    held: list[Extent] = []
+    allocator = KVRangeAllocator(capacity=8192)
+    held: list[KVRange] = []
     for act, number in acts:
         if act == "take":
             got = allocator.allocate(number)
@@ -48,21 +48,21 @@ def test_extents_never_overlap_and_nothing_leaks(acts: list[tuple[str, int]]) ->
 
     for extent in held:
         allocator.release(extent)
-    assert allocator.allocate(8192) == Extent(start=0, size=8192)
+    assert allocator.allocate(8192) == KVRange(start=0, size=8192)
 
 
 def test_an_extent_grows_into_free_rows_only() -> None:
-    allocator = ExtentAllocator(capacity=1024)
+    allocator = KVRangeAllocator(capacity=1024)
     first, second = allocator.allocate(100), allocator.allocate(100)
     assert first
     assert second
 
     assert allocator.extend(first, 200) is None
-    assert allocator.extend(second, 200) == Extent(start=128, size=256)
+    assert allocator.extend(second, 200) == KVRange(start=128, size=256)
 
 
 def test_no_extent_where_no_stretch_is_long_enough() -> None:
-    allocator = ExtentAllocator(capacity=512)
+    allocator = KVRangeAllocator(capacity=512)
     held = [allocator.allocate(128) for _ in range(4)]
     for extent in held[::2]:
         assert extent

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.engine.kv_cache import CachedSequence, SequenceStore, common_prefix
+from cascade.engine.kv_cache import CachedSequence, KVCacheManager, common_prefix
 from cascade.engine.kv_pool import KVPool
 from cascade.types import SessionId
 
@@ -16,12 +16,12 @@ TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
 def store(
     *, capacity: int = 1024, prefix_reuse: bool = True, pool: KVPool | None = None
-) -> SequenceStore:
+) -> KVCacheManager:
     pool = pool or KVPool(rows=capacity)
-    return SequenceStore(pool=pool, capacity=capacity, prefix_reuse=prefix_reuse, max_idle=4)
+    return KVCacheManager(pool=pool, capacity=capacity, prefix_reuse=prefix_reuse, max_idle=4)
 
 
-def filled(held: SequenceStore, session: SessionId, tokens: list[int]) -> CachedSequence:
+def filled(held: KVCacheManager, session: SessionId, tokens: list[int]) -> CachedSequence:
     sequence = held.open(session, tokens=tokens)
     assert held.reserve(sequence, tokens=len(tokens), victims=())
     sequence.cached = len(tokens)

@@ -4,7 +4,7 @@ import pytest
 from tests.engine.architectures import build
 
 from cascade.engine import rope
-from cascade.engine.rope import Regimes
+from cascade.engine.rope import RopeLengths
 
 
 @pytest.mark.parametrize("name", ["llama", "yarn", "llama3 rope", "gpt2", "bloom"])
@@ -23,5 +23,5 @@ def test_longrope_changes_once() -> None:
 def test_dynamic_rope_changes_with_every_length() -> None:
     regimes = rope.find(build("dynamic"))
 
-    assert regimes == Regimes(original=64, dynamic=True)
+    assert regimes == RopeLengths(original=64, dynamic=True)
     assert [regimes.of(length) for length in (1, 64, 65, 500)] == [0, 0, 65, 500]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.engine.kv_cache import CachedSequence
-from cascade.engine.request import Step
-from cascade.engine.scheduler import Job, Scheduler, Slice
+from cascade.engine.request import ForwardRequest
+from cascade.engine.scheduler import ScheduledStep, Scheduler, StepChunk
 from cascade.types import SessionId
 
 BUDGET = 128
@@ -24,19 +24,19 @@ wishes = st.integers(1, 700).flatmap(
 )
 
 
-def add(scheduler: Scheduler, name: str, wish: Wish, *, whole: bool = False) -> Job:
+def add(scheduler: Scheduler, name: str, wish: Wish, *, whole: bool = False) -> ScheduledStep:
     session = SessionId(name)
     tokens = [1] * wish.tokens
     sequence = CachedSequence(session=session, tokens=tokens)
-    step = Step(session=session, base=0, tokens=tokens, rows=wish.rows)
+    step = ForwardRequest(session=session, base=0, tokens=tokens, rows=wish.rows)
     return scheduler.add(step, sequence=sequence, whole=whole)
 
 
-def granted(_: Job) -> bool:
+def granted(_: ScheduledStep) -> bool:
     return True
 
 
-def run(scheduler: Scheduler) -> list[Slice]:
+def run(scheduler: Scheduler) -> list[StepChunk]:
     slices = scheduler.plan(reserve=granted)
     for piece in slices:
         piece.job.sequence.cached += piece.count

@@ -7,7 +7,7 @@ from tests.engine.architectures import build
 
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import Ready, Step
+from cascade.engine.request import ForwardRequest, LogitsOutput
 from cascade.engine.settings import EngineSettings
 from cascade.engine.stats import BusyMeter
 from cascade.types import SessionId
@@ -55,11 +55,11 @@ def test_time_without_a_note_is_idle() -> None:
 class Deaf:
     """A head that wants nothing more."""
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         del ready, logits_NV
         return []
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         raise AssertionError(step) from error
 
 
@@ -69,12 +69,12 @@ def test_waits_and_queues_are_summed_over_what_ran() -> None:
     engine = Engine(adopt(build("llama"), name="tiny"), head=Deaf(), settings=settings, clock=clock)
     for session, count in (("a", 10), ("b", 60)):
         tokens = [3] * count
-        engine.submit(Step(session=SessionId(session), base=0, tokens=tokens, rows=1))
+        engine.submit(ForwardRequest(session=SessionId(session), base=0, tokens=tokens, rows=1))
         clock.now_s += 2
 
-    engine.turn()
+    engine.step()
     clock.now_s += 5
-    engine.turn()
+    engine.step()
 
     stats = engine.stats()
     assert (stats.passes, stats.turns, stats.tokens) == (2, 3, 70)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from cascade.app import build
 from cascade.errors import MismatchedPair, UnsupportedModel
-from cascade.local import stack
+from cascade.local import local_server
 from cascade.replica.autoscaling import TierPolicy
 from cascade.settings import Application
 
@@ -43,7 +43,7 @@ async def test_a_padded_vocabulary_is_served(toy: Pair, tmp_path: Path) -> None:
     model = LlamaForCausalLM(config)
     model.save_pretrained(padded)
     words(8).save_pretrained(padded)
-    async with stack(toy.settings(drafter={"model": str(padded)})) as running:
+    async with local_server(toy.settings(drafter={"model": str(padded)})) as running:
         assert running.drafter.describe().vocab_size == running.expert.describe().vocab_size == 8
 
 

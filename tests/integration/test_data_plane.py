@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.protocol import services
-from cascade.protocol.client import Peer
-from cascade.protocol.codec import decode_question, encode, parse
+from cascade.protocol.client import ReplicaClient
+from cascade.protocol.codec import decode_client_message, encode, parse
 from cascade.protocol.messages import (
     Judge,
     Judgement,
@@ -42,53 +42,53 @@ from cascade.rules import (
     TokenV3,
     Typical,
 )
-from cascade.speculation.verify import Task, rows_needed
-from cascade.speculation.verify import judge as judge_all
+from cascade.speculation.verify import VerifyTask, rows_needed
+from cascade.speculation.verify import verify as judge_all
 from cascade.types import (
     Block,
     Bonus,
     Coupling,
-    Gates,
+    DecodingParams,
+    DraftStats,
     Mode,
-    Policy,
     Request,
-    Row,
     RowFormat,
-    Sampling,
+    SamplingParams,
     Session,
     SessionId,
+    SparseProbs,
     Verification,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from cascade.local import Stack
-    from cascade.protocol.client import Link
+    from cascade.local import LocalServer
+    from cascade.protocol.client import SessionStream
 
 PROMPT: tuple[int, ...] = (3, 1, 4, 1, 5)
 
-GREEDY = Policy(sampling=Sampling(temperature=0.0))
+GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 
 NAME = SessionId("mine")
 
 
 @pytest.fixture
-async def expert(toy_stack: Stack) -> AsyncIterator[Peer]:
-    peer = Peer(toy_stack.expert.address, services.EXPERT)
+async def expert(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
+    peer = ReplicaClient(toy_stack.expert.address, services.EXPERT)
     yield peer
     await peer.close()
 
 
 @pytest.fixture
-async def drafter(toy_stack: Stack) -> AsyncIterator[Peer]:
-    peer = Peer(toy_stack.drafter.address, services.DRAFTER)
+async def drafter(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
+    peer = ReplicaClient(toy_stack.drafter.address, services.DRAFTER)
     yield peer
     await peer.close()
 
 
-def opened(stack: Stack, peer: Peer, **session: Any) -> Link:
-    link = peer.link(NAME, 1)
+def opened(stack: LocalServer, peer: ReplicaClient, **session: Any) -> SessionStream:
+    link = peer.open_stream(NAME, 1)
     known = replace(Session(id=NAME, prompt=PROMPT, policy=GREEDY), **session)
     link.send(Open(session=known, epoch=1, lease=stack.token))
     return link
@@ -99,13 +99,13 @@ def judge(**changes: Any) -> Judge:
     return replace(plain, **changes)
 
 
-async def refusal(link: Link) -> Refusal:
+async def refusal(link: SessionStream) -> Refusal:
     answer = await link.receive()
     assert isinstance(answer, Refusal), answer
     return answer
 
 
-async def still_serves(stack: Stack) -> None:
+async def still_serves(stack: LocalServer) -> None:
     """Another's session goes on as if nothing had happened."""
     request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=6)
     pieces = [piece async for piece in stack.router.generate(request)]
@@ -113,7 +113,9 @@ async def still_serves(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("kind", [services.DRAFTER, services.EXPERT], ids=["drafter", "expert"])
-async def test_garbage_ends_its_own_stream_alone(toy_stack: Stack, kind: services.Kind) -> None:
+async def test_garbage_ends_its_own_stream_alone(
+    toy_stack: LocalServer, kind: services.TierKind
+) -> None:
     replica = toy_stack.drafter if kind is services.DRAFTER else toy_stack.expert
     chance = random.Random(5)  # noqa: S311 - reproducible garbage, no secret
     request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=60)
@@ -130,26 +132,28 @@ async def test_garbage_ends_its_own_stream_alone(toy_stack: Stack, kind: service
 
 
 async def test_a_session_that_was_never_opened_is_refused(
-    toy_stack: Stack, expert: Peer, drafter: Peer
+    toy_stack: LocalServer, expert: ReplicaClient, drafter: ReplicaClient
 ) -> None:
-    link = expert.link(NAME, 1)
+    link = expert.open_stream(NAME, 1)
     link.send(judge())
     assert (await refusal(link)).code == "NOT_FOUND"
-    other = drafter.link(NAME, 1)
+    other = drafter.open_stream(NAME, 1)
     other.send(Propose(session_id=NAME, epoch=1, position=0, digest=0, count=3))
     assert (await refusal(other)).code == "NOT_FOUND"
     await still_serves(toy_stack)
 
 
-async def test_without_a_lease_nothing_opens(toy_stack: Stack, expert: Peer) -> None:
+async def test_without_a_lease_nothing_opens(toy_stack: LocalServer, expert: ReplicaClient) -> None:
     stranger = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
     assert (await refusal(opened(stranger, expert))).code == "UNAUTHENTICATED"
-    link = expert.link(SessionId("score"), 1)
+    link = expert.open_stream(SessionId("score"), 1)
     link.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
     assert (await refusal(link)).code == "UNAUTHENTICATED"
 
 
-async def test_tokens_outside_the_vocabulary_are_refused(toy_stack: Stack, expert: Peer) -> None:
+async def test_tokens_outside_the_vocabulary_are_refused(
+    toy_stack: LocalServer, expert: ReplicaClient
+) -> None:
     assert (await refusal(opened(toy_stack, expert, prompt=(3, 8)))).code == "INVALID_ARGUMENT"
     link = opened(toy_stack, expert)
     link.send(judge(block=Block(tokens=(99,), likelihoods=(1.0,))))
@@ -157,17 +161,19 @@ async def test_tokens_outside_the_vocabulary_are_refused(toy_stack: Stack, exper
     await still_serves(toy_stack)
 
 
-async def test_more_than_the_context_is_refused(toy_stack: Stack, expert: Peer) -> None:
+async def test_more_than_the_context_is_refused(
+    toy_stack: LocalServer, expert: ReplicaClient
+) -> None:
     refused = await refusal(opened(toy_stack, expert, prompt=(1,) * 513))
     assert refused.code == "INVALID_ARGUMENT"
     assert "512" in refused.message
 
 
 async def test_a_block_without_what_its_rule_reads_is_refused(
-    toy_stack: Stack, expert: Peer
+    toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
     """Opt reads the drafter's gates; a block without them is judged by nobody."""
-    link = opened(toy_stack, expert, policy=Policy(rule=Opt(alpha=0.2)))
+    link = opened(toy_stack, expert, policy=DecodingParams(rule=Opt(alpha=0.2)))
     link.send(judge(block=Block(tokens=(1, 2), likelihoods=(0.5, 0.5))))
     assert isinstance(await link.receive(), Judgement)
     await still_serves(toy_stack)
@@ -192,25 +198,25 @@ RULES: tuple[Rule, ...] = (
 
 
 @st.composite
-def policies(draw: st.DrawFn) -> Policy:
-    return Policy(
+def policies(draw: st.DrawFn) -> DecodingParams:
+    return DecodingParams(
         rule=draw(st.sampled_from(RULES)),
         coupling=draw(st.sampled_from(Coupling)),
         bonus=draw(st.sampled_from(Bonus)),
         verification=draw(st.sampled_from(Verification)),
         rows=draw(st.sampled_from(RowFormat)),
-        sampling=Sampling(temperature=draw(st.sampled_from([0.0, 0.7, 1.0]))),
+        sampling=SamplingParams(temperature=draw(st.sampled_from([0.0, 0.7, 1.0]))),
     )
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> Row:
+def rows(draw: st.DrawFn) -> SparseProbs:
     ids = draw(st.lists(st.integers(0, 7), unique=True, max_size=4))
     size = len(ids) or draw(st.sampled_from([0, 8]))
     weights = np.array([draw(UNITS) for _ in range(size)], np.float16)
     weights[:1] = 1
     unscaled = np.array([draw(UNITS) for _ in range(size)], np.float16)
-    return Row(
+    return SparseProbs(
         ids=np.array(ids, np.uint32),
         weights=weights,
         unscaled=unscaled if draw(st.booleans()) else None,
@@ -227,12 +233,12 @@ def blocks(draw: st.DrawFn) -> Block:
         size = draw(st.sampled_from([0, length, length + more]))
         return tuple(draw(values) for _ in range(size))
 
-    gates = st.builds(Gates, peak=UNITS, favourite=st.integers(0, 7), entropy=st.floats(0, 9))
+    gates = st.builds(DraftStats, peak=UNITS, favourite=st.integers(0, 7), entropy=st.floats(0, 9))
     return Block(
         tokens=tokens,
         likelihoods=some(UNITS),
         unscaled=some(UNITS),
-        gates=some(gates, more=1),
+        draft_stats=some(gates, more=1),
         rows=some(rows(), more=1),
     )
 
@@ -240,14 +246,14 @@ def blocks(draw: st.DrawFn) -> Block:
 @given(policies(), blocks())
 @settings(max_examples=300, deadline=None)
 def test_no_block_that_passes_the_wire_breaks_the_pass_of_others(
-    policy: Policy, block: Block
+    policy: DecodingParams, block: Block
 ) -> None:
     """A replica judges all sessions in one call; a strange block is judged too, or its own loss."""
     sent = encode(judge(block=block), services.EXPERT.request)
-    strange = decode_question(parse(sent, services.EXPERT.request)[0])
+    strange = decode_client_message(parse(sent, services.EXPERT.request)[0])
     assert isinstance(strange, Judge)
-    innocent = Task(policy=policy, position=0, block=Block(tokens=(1,)))
-    task = Task(policy=policy, position=0, block=strange.block)
+    innocent = VerifyTask(policy=policy, position=0, block=Block(tokens=(1,)))
+    task = VerifyTask(policy=policy, position=0, block=strange.block)
     chance = torch.Generator().manual_seed(3)
     counts = [rows_needed(policy, each.block.tokens) for each in (innocent, task)]
     logits_NV = torch.randn(sum(counts), 8, generator=chance)
@@ -257,7 +263,7 @@ def test_no_block_that_passes_the_wire_breaks_the_pass_of_others(
 
 
 async def test_another_history_is_asked_for_and_then_refused(
-    toy_stack: Stack, expert: Peer
+    toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
     link = opened(toy_stack, expert)
     link.send(judge(position=4, tokens=(1,)))
@@ -267,7 +273,9 @@ async def test_another_history_is_asked_for_and_then_refused(
     await still_serves(toy_stack)
 
 
-async def test_a_repeated_round_is_answered_alike(toy_stack: Stack, expert: Peer) -> None:
+async def test_a_repeated_round_is_answered_alike(
+    toy_stack: LocalServer, expert: ReplicaClient
+) -> None:
     link = opened(toy_stack, expert)
     block = Block(tokens=(1, 2, 3), likelihoods=(1.0, 1.0, 1.0))
     link.send(judge(block=block))
@@ -279,7 +287,9 @@ async def test_a_repeated_round_is_answered_alike(toy_stack: Stack, expert: Peer
     assert replace(again, timing=first.timing) == first
 
 
-async def test_an_item_of_an_old_epoch_changes_nothing(toy_stack: Stack, drafter: Peer) -> None:
+async def test_an_item_of_an_old_epoch_changes_nothing(
+    toy_stack: LocalServer, drafter: ReplicaClient
+) -> None:
     link = opened(toy_stack, drafter)
     ask = Propose(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT), count=2)
     link.send(replace(ask, epoch=0))

@@ -15,9 +15,9 @@ from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cascade import demo
-from cascade.api.grpc import GrpcDoor
+from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
-from cascade.local import Stack, stack
+from cascade.local import LocalServer, local_server
 from cascade.settings import Application
 from cascade.types import Mode
 from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
@@ -29,18 +29,18 @@ QUESTION = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
 
 @pytest.fixture(scope="module")
-async def server() -> AsyncIterator[Stack]:
+async def server() -> AsyncIterator[LocalServer]:
     """The shipped pair with blocks of a fixed length: `auto` drafts as the clock tells it to."""
     tier = {"engine": {"threads": 1}}
     settings = Application.model_validate(
         {"drafter": tier, "expert": tier, "defaults": {"draft_tokens": 5}}
     )
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-async def client(server: Stack) -> AsyncIterator[AsyncOpenAI]:
+async def client(server: LocalServer) -> AsyncIterator[AsyncOpenAI]:
     transport = httpx2.ASGITransport(app=create_app(server.service))
     async with AsyncOpenAI(
         base_url="http://server/v1",
@@ -144,7 +144,7 @@ async def test_a_prediction_is_the_draft(client: AsyncOpenAI) -> None:
 
 
 @asynccontextmanager
-async def on_loopback(server: Stack) -> AsyncGenerator[str]:
+async def on_loopback(server: LocalServer) -> AsyncGenerator[str]:
     """Serve HTTP on a real port."""
     config = uvicorn.Config(create_app(server.service), port=0, log_level="error", lifespan="off")
     running = uvicorn.Server(config)
@@ -159,7 +159,7 @@ async def on_loopback(server: Stack) -> AsyncGenerator[str]:
         await task
 
 
-async def test_a_client_that_leaves_frees_both_tiers(server: Stack) -> None:
+async def test_a_client_that_leaves_frees_both_tiers(server: LocalServer) -> None:
     """Within the second that a user would not notice."""
     async with (
         on_loopback(server) as url,
@@ -181,10 +181,10 @@ async def test_a_client_that_leaves_frees_both_tiers(server: Stack) -> None:
 
 
 async def test_both_doors_give_the_same_tokens_and_the_same_bill(
-    server: Stack, client: AsyncOpenAI
+    server: LocalServer, client: AsyncOpenAI
 ) -> None:
     rpc = grpc.aio.server()
-    door = GrpcDoor(lambda: server.service)
+    door = GenerationServicer(lambda: server.service)
     cascade_pb2_grpc.add_GenerationServiceServicer_to_server(door, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
     port = rpc.add_insecure_port("127.0.0.1:0")
     await rpc.start()

@@ -12,12 +12,20 @@ from scipy import stats
 from tests.reference import Place, target
 
 from cascade.rules import Chow, Lossless, Opt, TokenV3
-from cascade.types import Bonus, Coupling, Mode, Policy, Request, Sampling, Verification
+from cascade.types import (
+    Bonus,
+    Coupling,
+    DecodingParams,
+    Mode,
+    Request,
+    SamplingParams,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import Pair
 
-    from cascade.local import Stack
+    from cascade.local import LocalServer
     from cascade.rules import Rule
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -49,7 +57,7 @@ def law(pair: Pair, rule: Rule, *, length: int = LENGTH) -> dict[tuple[int, ...]
 
 
 async def sample(
-    server: Stack, policy: Policy, count: int, *, length: int = LENGTH
+    server: LocalServer, policy: DecodingParams, count: int, *, length: int = LENGTH
 ) -> Counter[tuple[int, ...]]:
     """Return how often each answer came."""
     turn = asyncio.Semaphore(AT_ONCE)
@@ -93,9 +101,11 @@ RULES = {
 @pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 async def test_answers_follow_the_product_of_targets(
-    toy: Pair, toy_stack: Stack, rule: Rule, bonus: Bonus
+    toy: Pair, toy_stack: LocalServer, rule: Rule, bonus: Bonus
 ) -> None:
-    policy = Policy(rule=rule, bonus=bonus, sampling=Sampling(temperature=TEMPERATURE))
+    policy = DecodingParams(
+        rule=rule, bonus=bonus, sampling=SamplingParams(temperature=TEMPERATURE)
+    )
     expected = law(toy, rule)
     assert sum(expected.values()) == pytest.approx(1)
     assert p_value(await sample(toy_stack, policy, SAMPLES), expected) > UNLIKELY
@@ -103,36 +113,40 @@ async def test_answers_follow_the_product_of_targets(
 
 @pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
 async def test_the_last_token_follows_its_target_too(
-    toy: Pair, toy_stack: Stack, bonus: Bonus
+    toy: Pair, toy_stack: LocalServer, bonus: Bonus
 ) -> None:
     """An answer of one token leaves room for a draft, not for the expert's own choice."""
     rule = RULES["token_v3"]
-    policy = Policy(rule=rule, bonus=bonus, sampling=Sampling(temperature=TEMPERATURE))
+    policy = DecodingParams(
+        rule=rule, bonus=bonus, sampling=SamplingParams(temperature=TEMPERATURE)
+    )
     seen = await sample(toy_stack, policy, SAMPLES, length=1)
     assert p_value(seen, law(toy, rule, length=1)) > UNLIKELY
     assert p_value(seen, law(toy, RULES["lossless"], length=1)) < UNLIKELY
 
 
 VARIANTS = {
-    "gumbel": Policy(coupling=Coupling.GUMBEL, bonus=Bonus.TARGET, rule=TokenV3(alpha=0.6)),
-    "block": Policy(verification=Verification.BLOCK, bonus=Bonus.TARGET, rule=Opt(alpha=0.3)),
+    "gumbel": DecodingParams(coupling=Coupling.GUMBEL, bonus=Bonus.TARGET, rule=TokenV3(alpha=0.6)),
+    "block": DecodingParams(
+        verification=Verification.BLOCK, bonus=Bonus.TARGET, rule=Opt(alpha=0.3)
+    ),
 }
 
 
 @pytest.mark.parametrize("policy", VARIANTS.values(), ids=VARIANTS)
 async def test_couplings_and_block_verification_change_no_law(
-    toy: Pair, toy_stack: Stack, policy: Policy
+    toy: Pair, toy_stack: LocalServer, policy: DecodingParams
 ) -> None:
 
-    policy = replace(policy, sampling=Sampling(temperature=TEMPERATURE))
+    policy = replace(policy, sampling=SamplingParams(temperature=TEMPERATURE))
     seen = await sample(toy_stack, policy, SAMPLES)
     assert p_value(seen, law(toy, policy.rule)) > UNLIKELY
 
 
-async def test_the_laws_are_far_enough_apart_to_tell(toy: Pair, toy_stack: Stack) -> None:
+async def test_the_laws_are_far_enough_apart_to_tell(toy: Pair, toy_stack: LocalServer) -> None:
     """The same samples refute every other rule's law."""
-    policy = Policy(
-        rule=TokenV3(alpha=0.6), bonus=Bonus.NONE, sampling=Sampling(temperature=TEMPERATURE)
+    policy = DecodingParams(
+        rule=TokenV3(alpha=0.6), bonus=Bonus.NONE, sampling=SamplingParams(temperature=TEMPERATURE)
     )
     seen = await sample(toy_stack, policy, SAMPLES)
     for name, other in RULES.items():

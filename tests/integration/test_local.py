@@ -9,8 +9,8 @@ import pytest
 
 from cascade.benchmark import microbench
 from cascade.errors import ContextTooLong
-from cascade.local import stack
-from cascade.types import Mode, Policy, Request, Sampling
+from cascade.local import local_server
+from cascade.types import DecodingParams, Mode, Request, SamplingParams
 
 if TYPE_CHECKING:
     from tests.conftest import Pair
@@ -19,7 +19,7 @@ PROMPT = (3, 1, 4, 1, 5)
 
 
 def request(*, max_tokens: int) -> Request:
-    policy = Policy(sampling=Sampling(temperature=1.1), seed=5)
+    policy = DecodingParams(sampling=SamplingParams(temperature=1.1), seed=5)
     return Request(
         prompt=PROMPT, policy=policy, mode=Mode.CASCADE, max_tokens=max_tokens, draft_tokens=3
     )
@@ -28,7 +28,9 @@ def request(*, max_tokens: int) -> Request:
 async def test_a_loop_by_calls_writes_what_the_wire_writes(toy: Pair) -> None:
     answers: list[tuple[int, ...]] = []
     for direct in (True, False):
-        async with stack(toy.settings(router={"draft_deadline_s": 60}), direct=direct) as running:
+        async with local_server(
+            toy.settings(router={"draft_deadline_s": 60}), direct=direct
+        ) as running:
             pieces = [piece async for piece in running.router.generate(request(max_tokens=30))]
             answers.append(tuple(token for piece in pieces for token in piece.tokens))
             assert (running.drafter.sessions, running.expert.sessions) == (0, 0) or not direct
@@ -36,7 +38,7 @@ async def test_a_loop_by_calls_writes_what_the_wire_writes(toy: Pair) -> None:
 
 
 async def test_a_refusal_reaches_the_caller_without_a_wire_too(toy: Pair) -> None:
-    async with stack(toy.settings(), direct=True) as running:
+    async with local_server(toy.settings(), direct=True) as running:
         with pytest.raises(ContextTooLong, match="512"):
             _ = [piece async for piece in running.router.generate(request(max_tokens=600))]
 

@@ -13,20 +13,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cascade import demo
-from cascade.engine.backends.cuda_graph import CapturedRunner
+from cascade.engine.backends.cuda_graph import CudaGraphRunner
 from cascade.evaluation.tasks.generate import held_out
 from cascade.evaluation.tasks.item import Family
-from cascade.local import Stack, stack
+from cascade.local import LocalServer, local_server
 from cascade.settings import Application
-from cascade.types import Coupling, Mode, Policy, Request, Sampling
+from cascade.types import Coupling, DecodingParams, Mode, Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-GREEDY = Policy(sampling=Sampling(temperature=0.0))
+GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 
-SEEDED = Policy(sampling=Sampling(temperature=0.9, top_p=0.95), coupling=Coupling.GUMBEL, seed=11)
+SEEDED = DecodingParams(
+    sampling=SamplingParams(temperature=0.9, top_p=0.95), coupling=Coupling.GUMBEL, seed=11
+)
 
 LONGEST = 24
 
@@ -46,7 +48,7 @@ class Work:
         model: Any = AutoModelForCausalLM.from_pretrained(demo.EXPERT, dtype=torch.float32)
         return tuple(tuple(self._answer(model, prompt)) for prompt in self.prompts)
 
-    def request(self, number: int, policy: Policy, **more: Any) -> Request:
+    def request(self, number: int, policy: DecodingParams, **more: Any) -> Request:
         """Return the request for a prompt; answers differ in their longest length."""
         defaults: dict[str, Any] = {"mode": Mode.SPECULATIVE, "max_tokens": LONGEST - number % 5}
         return Request(
@@ -92,18 +94,18 @@ def shipped(**engine: Any) -> Application:
 
 
 @pytest.fixture(scope="module")
-async def server() -> AsyncIterator[Stack]:
-    async with stack(shipped()) as running:
+async def server() -> AsyncIterator[LocalServer]:
+    async with local_server(shipped()) as running:
         yield running
 
 
-async def write(server: Stack, request: Request) -> tuple[int, ...]:
+async def write(server: LocalServer, request: Request) -> tuple[int, ...]:
     """Return the tokens of one answer."""
     pieces = [piece async for piece in server.router.generate(request)]
     return tuple(token for piece in pieces for token in piece.tokens)
 
 
-async def write_all(server: Stack, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+async def write_all(server: LocalServer, requests: Sequence[Request]) -> list[tuple[int, ...]]:
     """Return answers written at once, 16 at a time."""
     turn = asyncio.Semaphore(16)
 
@@ -120,7 +122,7 @@ def own(works: Work, number: int, *, longest: int) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("block", BLOCKS)
 async def test_greedy_text_is_the_experts_own_at_every_block_length(
-    few: Work, server: Stack, block: int
+    few: Work, server: LocalServer, block: int
 ) -> None:
     """Sixteen sessions of different lengths at once, and one alone."""
     requests = [few.request(i, GREEDY, draft_tokens=block) for i in range(len(few.prompts))]
@@ -132,23 +134,23 @@ async def test_greedy_text_is_the_experts_own_at_every_block_length(
 
 
 async def test_replayed_steps_write_the_experts_own_text_too(few: Work) -> None:
-    async with stack(shipped(path="captured")) as server:
+    async with local_server(shipped(path="captured")) as server:
         for mode in (Mode.SPECULATIVE, Mode.EXPERT_ONLY):
             requests = [few.request(i, GREEDY, mode=mode) for i in range(len(few.prompts))]
             for number, answer in enumerate(await write_all(server, requests)):
                 assert answer == own(few, number, longest=requests[number].max_tokens)
         for tier in (server.drafter, server.expert):
-            assert isinstance(tier.engine.runner, CapturedRunner)
+            assert isinstance(tier.engine.runner, CudaGraphRunner)
             assert tier.engine.runner.recorded
 
 
-async def test_the_expert_alone_writes_the_same(few: Work, server: Stack) -> None:
+async def test_the_expert_alone_writes_the_same(few: Work, server: LocalServer) -> None:
     requests = [few.request(i, GREEDY, mode=Mode.EXPERT_ONLY) for i in range(len(few.prompts))]
     for number, answer in enumerate(await write_all(server, requests)):
         assert answer == own(few, number, longest=requests[number].max_tokens)
 
 
-async def test_seeded_text_depends_on_the_expert_alone(few: Work, server: Stack) -> None:
+async def test_seeded_text_depends_on_the_expert_alone(few: Work, server: LocalServer) -> None:
     """Under the gumbel coupling block length, company and drafting change nothing."""
     alone = [few.request(i, SEEDED, mode=Mode.EXPERT_ONLY) for i in range(len(few.prompts))]
     expected = await write_all(server, alone)
@@ -161,7 +163,7 @@ async def test_seeded_text_depends_on_the_expert_alone(few: Work, server: Stack)
 
 
 @pytest.fixture(scope="module")
-async def guessing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+async def guessing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalServer]:
     """A server whose drafter knows the words and nothing else."""
     folder: Path = tmp_path_factory.mktemp("guessing")
     torch.manual_seed(0)
@@ -174,11 +176,13 @@ async def guessing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[St
             "expert": {"model": "demo", "engine": {"threads": 1, "prefix_reuse": False}},
         }
     )
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         yield running
 
 
-async def test_a_random_drafter_changes_no_token(few: Work, server: Stack, guessing: Stack) -> None:
+async def test_a_random_drafter_changes_no_token(
+    few: Work, server: LocalServer, guessing: LocalServer
+) -> None:
     """Nor does the expert's reuse of prefixes, which is off there."""
     for policy in (GREEDY, SEEDED):
         requests = [few.request(i, policy, draft_tokens=4) for i in range(len(few.prompts))]
@@ -193,7 +197,7 @@ async def test_two_hundred_prompts_at_every_block_length(*, reuse: bool) -> None
     many = work(200)
     tier = {"model": "demo", "engine": {"threads": 1, "prefix_reuse": reuse}}
     settings = Application.model_validate({"drafter": tier, "expert": tier})
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         for block in BLOCKS:
             requests = [many.request(i, GREEDY, draft_tokens=block) for i in range(200)]
             together = await write_all(running, requests)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests import reference
 
 from cascade.engine.engine import Engine
-from cascade.protocol.client import Peer
+from cascade.protocol.client import ReplicaClient
 from cascade.protocol.messages import Open, Proposal, Propose
 from cascade.protocol.prefix_hash import extend
 from cascade.protocol.services import DRAFTER
@@ -26,11 +26,11 @@ from cascade.sampling.rng import Purpose
 from cascade.types import (
     Bonus,
     Coupling,
+    DecodingParams,
     Mode,
     Origin,
-    Policy,
     Request,
-    Sampling,
+    SamplingParams,
     Session,
     SessionId,
     Verification,
@@ -41,25 +41,27 @@ if TYPE_CHECKING:
 
     from tests.conftest import Pair
 
-    from cascade.local import Stack
-    from cascade.protocol.client import Link
+    from cascade.local import LocalServer
+    from cascade.protocol.client import SessionStream
     from cascade.router.router import Router as Loop
     from cascade.types import Statistics
 
 PROMPT = (3, 1, 4, 1, 5)
 
-WARM = Sampling(temperature=1.3)
+WARM = SamplingParams(temperature=1.3)
 
 POLICIES = {
-    "greedy": Policy(sampling=Sampling(temperature=0.0)),
-    "sampled": Policy(sampling=WARM),
-    "gumbel": Policy(sampling=WARM, coupling=Coupling.GUMBEL, rule=TokenV3(alpha=0.5)),
-    "no bonus": Policy(sampling=WARM, bonus=Bonus.NONE, rule=Opt(alpha=0.2)),
-    "bonus of the target": Policy(sampling=WARM, bonus=Bonus.TARGET, rule=Opt(alpha=0.2)),
-    "block": Policy(sampling=WARM, verification=Verification.BLOCK),
-    "stop": Policy(sampling=WARM, stop_ids=(2,)),
-    "penalties": Policy(sampling=replace(WARM, presence_penalty=0.7, repetition_penalty=1.2)),
-    "deferring": Policy(sampling=WARM, rule=Chow(alpha=0.6), bonus=Bonus.NONE),
+    "greedy": DecodingParams(sampling=SamplingParams(temperature=0.0)),
+    "sampled": DecodingParams(sampling=WARM),
+    "gumbel": DecodingParams(sampling=WARM, coupling=Coupling.GUMBEL, rule=TokenV3(alpha=0.5)),
+    "no bonus": DecodingParams(sampling=WARM, bonus=Bonus.NONE, rule=Opt(alpha=0.2)),
+    "bonus of the target": DecodingParams(sampling=WARM, bonus=Bonus.TARGET, rule=Opt(alpha=0.2)),
+    "block": DecodingParams(sampling=WARM, verification=Verification.BLOCK),
+    "stop": DecodingParams(sampling=WARM, stop_ids=(2,)),
+    "penalties": DecodingParams(
+        sampling=replace(WARM, presence_penalty=0.7, repetition_penalty=1.2)
+    ),
+    "deferring": DecodingParams(sampling=WARM, rule=Chow(alpha=0.6), bonus=Bonus.NONE),
 }
 
 RIVAL = -1  # the drafter's second choice
@@ -95,7 +97,7 @@ turns = st.builds(
 class Router:
     """A session on a real drafter, whose committed tokens the test chooses."""
 
-    def __init__(self, link: Link, pair: Pair, policy: Policy) -> None:
+    def __init__(self, link: SessionStream, pair: Pair, policy: DecodingParams) -> None:
         self.link = link
         self.drafter = pair.drafter
         self.twin = reference.Pair(
@@ -177,15 +179,15 @@ class Router:
 
 
 @pytest.fixture
-async def drafter(toy_stack: Stack) -> AsyncIterator[Peer]:
-    peer = Peer(toy_stack.drafter.address, DRAFTER)
+async def drafter(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
+    peer = ReplicaClient(toy_stack.drafter.address, DRAFTER)
     yield peer
     await peer.close()
 
 
-def opened(peer: Peer, server: Stack, pair: Pair, policy: Policy) -> Router:
+def opened(peer: ReplicaClient, server: LocalServer, pair: Pair, policy: DecodingParams) -> Router:
     name = SessionId(f"overlap/{next(_names)}")
-    link = peer.link(name, 1)
+    link = peer.open_stream(name, 1)
     session = Session(id=name, prompt=PROMPT, policy=policy)
     link.send(Open(session=session, epoch=1, lease=server.token))
     return Router(link, pair, policy)
@@ -195,7 +197,7 @@ def opened(peer: Peer, server: Stack, pair: Pair, policy: Policy) -> Router:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let drafters have capacity to spare however busy the machine and the tests before are."""
     monkeypatch.setattr(Engine, "spare", 1.0)
-    monkeypatch.setattr("cascade.drafter.STRETCH", 1e9)
+    monkeypatch.setattr("cascade.drafter.drafter.STRETCH", 1e9)
 
 
 @pytest.mark.usefixtures("idle")
@@ -205,7 +207,11 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @given(script=st.lists(turns, min_size=2, max_size=5))
 async def test_no_schedule_changes_a_block(
-    toy: Pair, toy_stack: Stack, drafter: Peer, policy: Policy, script: list[Turn]
+    toy: Pair,
+    toy_stack: LocalServer,
+    drafter: ReplicaClient,
+    policy: DecodingParams,
+    script: list[Turn],
 ) -> None:
     """Right guesses, wrong ones, hasty and patient routers: each block is a function of its past.
 
@@ -229,7 +235,7 @@ async def test_no_schedule_changes_a_block(
 
 
 async def test_a_right_guess_is_there_before_it_is_asked_for(
-    toy: Pair, toy_stack: Stack, drafter: Peer
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     turn = Turn(count=3, ahead=1, accepted=9, token=None, patient=False)
@@ -244,7 +250,7 @@ async def test_a_right_guess_is_there_before_it_is_asked_for(
 
 
 async def test_a_guess_that_was_right_is_not_sent_again(
-    toy: Pair, toy_stack: Stack, drafter: Peer
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     """What comes next is the block after it: asking for it only let the line go on."""
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
@@ -264,7 +270,7 @@ async def test_a_guess_that_was_right_is_not_sent_again(
 
 
 async def test_nothing_is_sent_unasked_where_nothing_ahead_is_wanted(
-    toy: Pair, toy_stack: Stack, drafter: Peer
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats().passes
@@ -275,7 +281,7 @@ async def test_nothing_is_sent_unasked_where_nothing_ahead_is_wanted(
 
 
 async def test_nothing_is_drafted_on_from_a_block_that_ended_in_doubt(
-    toy: Pair, toy_stack: Stack, drafter: Peer
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats().passes
@@ -287,7 +293,9 @@ async def test_nothing_is_drafted_on_from_a_block_that_ended_in_doubt(
     router.link.close()
 
 
-async def test_a_deferral_is_guessed_past(toy: Pair, toy_stack: Stack, drafter: Peer) -> None:
+async def test_a_deferral_is_guessed_past(
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
+) -> None:
     """The line goes on after the token that the expert is to write."""
     router = opened(drafter, toy_stack, toy, replace(POLICIES["deferring"], seed=3))
     turn = Turn(count=8, ahead=1, accepted=9, token=None, patient=False)
@@ -305,7 +313,7 @@ BRANCHED = Turn(count=3, ahead=0, accepted=9, token=None, patient=False, branche
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel"])
 async def test_another_verdict_that_was_guessed_takes_no_pass(
-    toy: Pair, toy_stack: Stack, drafter: Peer, name: str
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient, name: str
 ) -> None:
     """Its block is there; what follows goes on from its rows, of which none is computed twice."""
     router = opened(drafter, toy_stack, toy, replace(POLICIES[name], seed=5))
@@ -329,7 +337,7 @@ async def test_another_verdict_that_was_guessed_takes_no_pass(
 
 @pytest.mark.usefixtures("idle")
 async def test_a_branch_that_is_asked_for_is_gone_on_from(
-    toy: Pair, toy_stack: Stack, drafter: Peer
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     """It is the session's line then, with a chain of its own."""
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
@@ -347,9 +355,16 @@ async def test_a_branch_that_is_asked_for_is_gone_on_from(
 
 
 @pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("limit", ["cascade.engine.loop.Engine.spare", "cascade.drafter.STRETCH"])
+@pytest.mark.parametrize(
+    "limit",
+    ["cascade.engine.engine.Engine.spare", "cascade.drafter.drafter.STRETCH"],
+)
 async def test_no_branch_is_drafted_where_no_capacity_is_left(
-    toy: Pair, toy_stack: Stack, drafter: Peer, monkeypatch: pytest.MonkeyPatch, limit: str
+    toy: Pair,
+    toy_stack: LocalServer,
+    drafter: ReplicaClient,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
 ) -> None:
     """Of the drafter's time, or of its passes."""
     monkeypatch.setattr(limit, 0.0)
@@ -366,7 +381,7 @@ async def test_no_branch_is_drafted_where_no_capacity_is_left(
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("heard", [0, 1, 2])
 async def test_a_session_that_ends_leaves_no_branch(
-    toy: Pair, toy_stack: Stack, drafter: Peer, heard: int
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient, heard: int
 ) -> None:
     """Wherever its branches are: not begun, being drafted, or at rest."""
     router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
@@ -384,7 +399,7 @@ async def test_a_session_that_ends_leaves_no_branch(
 
 
 async def written(
-    loop: Loop, policy: Policy, *, draft_tokens: int
+    loop: Loop, policy: DecodingParams, *, draft_tokens: int
 ) -> tuple[list[tuple[int, Origin]], Statistics]:
     request = Request(
         prompt=PROMPT,
@@ -403,7 +418,7 @@ async def written(
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel", "block"])
 async def test_an_answer_is_the_same_without_overlap(
-    toy: Pair, toy_stack: Stack, name: str
+    toy: Pair, toy_stack: LocalServer, name: str
 ) -> None:
     """Token for token, and who wrote it; and some of it did come from branches."""
     tiers = {"drafters": toy_stack.router._drafters, "experts": toy_stack.router._experts}  # pyright: ignore[reportPrivateUsage] - the stack's own

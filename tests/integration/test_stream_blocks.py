@@ -11,17 +11,17 @@ import pytest
 from cascade.api.http import create_app
 from cascade.demo import DRAFTER, EXPERT
 from cascade.errors import Overloaded
-from cascade.local import stack
+from cascade.local import local_server
 from cascade.protocol import services
-from cascade.protocol.client import Peers
-from cascade.router.tier_session import Tier
+from cascade.protocol.client import ReplicaClients
+from cascade.router.tier_session import TierClient
 from cascade.settings import Application
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from cascade.api.context import Service
-    from cascade.local import Stack
+    from cascade.api.context import ServingContext
+    from cascade.local import LocalServer
     from cascade.router.leases import Lease
 
 QUESTION = "Felix fills 9 boxes with 7 coins each and has 7 more. How many coins does he have?"
@@ -44,7 +44,7 @@ class Taken:
 
 
 @pytest.fixture(scope="module")
-async def running() -> AsyncIterator[Stack]:
+async def running() -> AsyncIterator[LocalServer]:
     """The pair that ships, whose drafter is never too late."""
     engine = {"threads": 1}
     settings = Application.model_validate(
@@ -54,11 +54,11 @@ async def running() -> AsyncIterator[Stack]:
             "router": {"draft_deadline_s": 120},
         }
     )
-    async with stack(settings) as started:
+    async with local_server(settings) as started:
         yield started
 
 
-async def posted(service: Service) -> httpx.Response:
+async def posted(service: ServingContext) -> httpx.Response:
     transport = httpx.ASGITransport(app=create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         return await client.post("/v1/chat/completions", json=BODY, timeout=120)
@@ -72,7 +72,7 @@ def choices(response: httpx.Response) -> list[dict[str, Any]]:
     return [choice for event in events for choice in event["choices"]]
 
 
-async def test_a_stream_has_one_event_for_each_committed_block(running: Stack) -> None:
+async def test_a_stream_has_one_event_for_each_committed_block(running: LocalServer) -> None:
     response = await posted(running.service)
     heard = choices(response)
     trace = heard[-1]["cascade"]["trace"]
@@ -86,10 +86,10 @@ async def test_a_tier_that_is_full_is_an_answers_status_and_no_event() -> None:
     """Leases are taken before a response begins: a client may still go elsewhere."""
     settings = Application()
     router = settings.router.loop(
-        drafters=Tier(leases=Taken(), peers=Peers(services.DRAFTER)),
-        experts=Tier(leases=Taken(), peers=Peers(services.EXPERT)),
+        drafters=TierClient(leases=Taken(), clients=ReplicaClients(services.DRAFTER)),
+        experts=TierClient(leases=Taken(), clients=ReplicaClients(services.EXPERT)),
     )
-    service = settings.service(router, settings.pair())
+    service = settings.serving_context(router, settings.pair())
     response = await posted(service)
     assert response.status_code == 429
     assert response.json()["error"]["code"] == "overloaded"

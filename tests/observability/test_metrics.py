@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cascade.observability import metric_specs
-from cascade.observability.metric_specs import ENGINE, ROUTER, Family, Kind
-from cascade.observability.metrics import Bounded, PlainSink, ServeSink, name_at_ray
+from cascade.observability.metric_specs import ENGINE, ROUTER, Kind, MetricSpec
+from cascade.observability.metrics import BoundedLabel, PrometheusMetrics, ServeMetrics, name_at_ray
 
 
 def exposed(registry: CollectorRegistry) -> dict[str, float]:
@@ -29,8 +29,8 @@ def key(name: str, **labels: str) -> str:
 
 
 def test_every_family_can_be_made_with_both_libraries() -> None:
-    PlainSink((*ROUTER, *ENGINE))
-    ServeSink((*ROUTER, *ENGINE))
+    PrometheusMetrics((*ROUTER, *ENGINE))
+    ServeMetrics((*ROUTER, *ENGINE))
 
 
 def test_names_are_those_that_prometheus_and_ray_take() -> None:
@@ -49,7 +49,7 @@ def test_a_histogram_has_bounds_and_nothing_else_has() -> None:
 
 
 def test_a_plain_sink_counts_sets_and_observes() -> None:
-    sink = PlainSink(ROUTER)
+    sink = PrometheusMetrics(ROUTER)
     sink.add(metric_specs.PASSES, 2, "expert")
     sink.add(metric_specs.PASSES, 3, "expert")
     sink.set(metric_specs.RUNNING, 4)
@@ -62,20 +62,22 @@ def test_a_plain_sink_counts_sets_and_observes() -> None:
 
 def test_a_serve_sink_records_through_rays_library() -> None:
     """What it shows is for `tests/serve`; here, that every kind takes its labels."""
-    sink = ServeSink(ROUTER)
+    sink = ServeMetrics(ROUTER)
     sink.add(metric_specs.PASSES, 2, "expert")
     sink.set(metric_specs.RUNNING, 4)
     sink.observe(metric_specs.ANSWER_S, 0.3, "cascade")
 
 
-@pytest.mark.parametrize("sink", [PlainSink(ROUTER), ServeSink(ROUTER)], ids=["plain", "serve"])
-def test_a_label_too_few_is_a_defect(sink: PlainSink | ServeSink) -> None:
+@pytest.mark.parametrize(
+    "sink", [PrometheusMetrics(ROUTER), ServeMetrics(ROUTER)], ids=["plain", "serve"]
+)
+def test_a_label_too_few_is_a_defect(sink: PrometheusMetrics | ServeMetrics) -> None:
     with pytest.raises(ValueError, match=r"label|argument|tag"):
         sink.add(metric_specs.ANSWERS, 1, "cascade")
 
 
 def test_a_label_cannot_grow_without_bound() -> None:
-    bounded = Bounded(2)
+    bounded = BoundedLabel(2)
     assert [bounded(value) for value in ("a", "b", "c", "a", "d")] == [
         *("a", "b", "other", "a", "other")
     ]
@@ -85,4 +87,4 @@ def test_only_names_with_a_colon_change_for_ray() -> None:
     changed = [family for family in ROUTER if name_at_ray(family) != family.name]
     assert changed
     assert all(family.name.startswith("vllm:spec_decode_") for family in changed)
-    assert name_at_ray(Family(name="vllm:x", about="")) == "vllm_x"
+    assert name_at_ray(MetricSpec(name="vllm:x", about="")) == "vllm_x"

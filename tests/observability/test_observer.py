@@ -13,22 +13,31 @@ from tests.observability.test_metrics import exposed, key
 
 from cascade.errors import ExpertUnavailable
 from cascade.observability.metric_specs import ROUTER
-from cascade.observability.metrics import PlainSink
+from cascade.observability.metrics import PrometheusMetrics
 from cascade.observability.observer import Observed
-from cascade.observability.request_log import AnswerLog, JsonLines
-from cascade.observability.request_metrics import AnswerMetrics
+from cascade.observability.request_log import JsonLines, RequestLog
+from cascade.observability.request_metrics import RequestMetrics
 from cascade.rules import Chow
-from cascade.types import FinishReason, Mode, Origin, Piece, Policy, Request, Sampling, Statistics
+from cascade.types import (
+    DecodingParams,
+    FinishReason,
+    Mode,
+    Origin,
+    OutputChunk,
+    Request,
+    SamplingParams,
+    Statistics,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from cascade.local import Stack
+    from cascade.local import LocalServer
     from cascade.types import TokenLogprob
 
 VLLM = "vllm:spec_decode_num"
 
-GREEDY = Policy(sampling=Sampling(temperature=0))
+GREEDY = DecodingParams(sampling=SamplingParams(temperature=0))
 
 
 class Clock:
@@ -56,7 +65,7 @@ class Scripted:
         self._clock = clock or Clock()
         self._reason = reason
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         del request
         entry = Statistics()
         try:
@@ -66,7 +75,7 @@ class Scripted:
                 entry.expert_tokens += 1
                 entry.draft_length_reason = self._reason(number)
                 last = number == self._pieces - 1
-                yield Piece(
+                yield OutputChunk(
                     tokens=(number,),
                     origins=(Origin.EXPERT,),
                     finish=FinishReason.LENGTH if last else None,
@@ -87,16 +96,16 @@ class Watched:
 
     def __init__(self, generator: Any, *, clock: Clock | None = None) -> None:
         clock = clock or Clock()
-        self.sink = PlainSink(ROUTER)
-        metrics = AnswerMetrics(self.sink, model="pair", clock=clock)
+        self.sink = PrometheusMetrics(ROUTER)
+        metrics = RequestMetrics(self.sink, model="pair", clock=clock)
         self.generator = Observed(
-            generator, observers=(metrics, AnswerLog(clock=clock)), clock=clock
+            generator, observers=(metrics, RequestLog(clock=clock)), clock=clock
         )
 
     def samples(self) -> dict[str, float]:
         return exposed(self.sink.registry)
 
-    async def answer(self, request: Request) -> list[Piece]:
+    async def answer(self, request: Request) -> list[OutputChunk]:
         return [piece async for piece in self.generator.generate(request)]
 
 
@@ -126,7 +135,7 @@ def asked(**more: Any) -> Request:
     return Request(prompt=(1, 2, 3), policy=GREEDY, name="abc", **more)
 
 
-async def test_metrics_say_what_the_answer_says_of_itself(toy_stack: Stack) -> None:
+async def test_metrics_say_what_the_answer_says_of_itself(toy_stack: LocalServer) -> None:
     watched = Watched(toy_stack.router)
     request = asked(max_tokens=30, draft_tokens=4, mode=Mode.SPECULATIVE)
     entry = (await watched.answer(request))[-1].statistics
@@ -220,10 +229,10 @@ async def test_an_answer_that_is_closed_early_is_counted_whole() -> None:
 
 async def test_a_client_that_leaves_is_no_error(lines: list[dict[str, Any]]) -> None:
     class Stuck(Scripted):
-        async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+        async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
             del request
             await asyncio.Event().wait()
-            yield Piece(tokens=(), origins=())
+            yield OutputChunk(tokens=(), origins=())
 
     watched = Watched(Stuck(1))
     task = asyncio.create_task(watched.answer(asked()))

@@ -19,14 +19,14 @@ from cascade.observability.tracing import TracedTier
 from cascade.protocol.messages import Close, Judge, Open
 from cascade.protocol.server import Connection
 from cascade.protocol.services import EXPERT
-from cascade.types import Mode, Policy, Request, Sampling, Session, SessionId
+from cascade.types import DecodingParams, Mode, Request, SamplingParams, Session, SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from cascade.local import Stack
+    from cascade.local import LocalServer
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -41,7 +41,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
 
 
 def asked() -> Request:
-    policy = Policy(sampling=Sampling(temperature=0))
+    policy = DecodingParams(sampling=SamplingParams(temperature=0))
     return Request(
         prompt=(1, 2), policy=policy, mode=Mode.SPECULATIVE, max_tokens=20, draft_tokens=4, name="n"
     )
@@ -52,7 +52,7 @@ def named(spans: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
 
 
 async def test_rounds_and_tiers_are_in_one_trace(
-    toy_stack: Stack, spans: InMemorySpanExporter
+    toy_stack: LocalServer, spans: InMemorySpanExporter
 ) -> None:
     pieces = [piece async for piece in Observed(toy_stack.router, observers=()).generate(asked())]
     entry = pieces[-1].statistics
@@ -81,7 +81,7 @@ async def test_rounds_and_tiers_are_in_one_trace(
     assert places == judged
 
 
-async def test_what_is_not_traced_sends_no_context(toy_stack: Stack) -> None:
+async def test_what_is_not_traced_sends_no_context(toy_stack: LocalServer) -> None:
     """As it comes: no provider, so no span records and `Open` is as it was."""
     assert tracing.traceparent() == ""
     pieces = [piece async for piece in Observed(toy_stack.router, observers=()).generate(asked())]
@@ -89,7 +89,7 @@ async def test_what_is_not_traced_sends_no_context(toy_stack: Stack) -> None:
 
 
 async def test_a_trace_that_is_not_sampled_costs_no_spans(
-    toy_stack: Stack, monkeypatch: pytest.MonkeyPatch
+    toy_stack: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider(sampler=ALWAYS_OFF)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -115,7 +115,7 @@ async def test_a_tier_forgets_the_traces_of_sessions_that_are_over(
 ) -> None:
     tier, connection = TracedTier(EchoTier()), Connection(EXPERT)
     for name in ("a", "b"):
-        session = Session(id=SessionId(name), prompt=(1,), policy=Policy())
+        session = Session(id=SessionId(name), prompt=(1,), policy=DecodingParams())
         tier.receive(connection, Open(session=session, epoch=1, lease="", traceparent=SAMPLED))
         ask = Judge(session_id=session.id, epoch=1, position=0, digest=0)
         tier.receive(connection, ask)

@@ -18,14 +18,14 @@ from cascade.types import (
     Block,
     Bonus,
     Coupling,
-    Gates,
+    DecodingParams,
+    DraftStats,
     Origin,
-    Policy,
-    Row,
     RowFormat,
-    Sampling,
+    SamplingParams,
     Session,
     SessionId,
+    SparseProbs,
     TokenLogprob,
     Verdict,
     Verification,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from cascade.benchmark.microbench import EchoTier
-    from cascade.protocol.services import Kind
+    from cascade.protocol.services import TierKind
 
 Value = TypeVar("Value")
 
@@ -73,7 +73,7 @@ def exactly(values: st.SearchStrategy[Value], count: int) -> st.SearchStrategy[t
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> Row:
+def rows(draw: st.DrawFn) -> SparseProbs:
     """Sparse or full, with or without unscaled weights."""
     count = draw(st.integers(1, 6))
     floats = arrays(np.float16, count, elements=st.floats(0, 1, width=16))
@@ -81,10 +81,12 @@ def rows(draw: st.DrawFn) -> Row:
     weights[draw(st.integers(0, count - 1))] = 1
     width = draw(st.sampled_from((0, count)))
     ids = draw(arrays(np.uint32, width, elements=TOKENS))
-    return Row(ids=ids, weights=np.abs(weights), unscaled=draw(st.none() | floats.map(np.abs)))
+    return SparseProbs(
+        ids=ids, weights=np.abs(weights), unscaled=draw(st.none() | floats.map(np.abs))
+    )
 
 
-gates = st.builds(Gates, peak=PROBABILITIES, favourite=TOKENS, entropy=FINITE)
+gates = st.builds(DraftStats, peak=PROBABILITIES, favourite=TOKENS, entropy=FINITE)
 
 logprobs = st.builds(
     TokenLogprob,
@@ -106,7 +108,7 @@ def blocks(draw: st.DrawFn) -> Block:
         tokens=draw(exactly(TOKENS, count)),
         likelihoods=maybe(PROBABILITIES, count),
         unscaled=maybe(PROBABILITIES, count),
-        gates=maybe(gates, count, count + 1),
+        draft_stats=maybe(gates, count, count + 1),
         rows=maybe(rows(), count, count + 1),
         logprobs=maybe(logprobs, count),
     )
@@ -141,7 +143,7 @@ def sessions(draw: st.DrawFn) -> Session:
 
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.floats(0, allow_infinity=False),
     top_k=COUNTS,
     top_p=st.floats(0, 1, exclude_min=True),
@@ -153,7 +155,7 @@ samplings = st.builds(
 )
 
 policies = st.builds(
-    Policy,
+    DecodingParams,
     sampling=samplings,
     rule=st.one_of(*(st.from_type(kind) for kind in get_args(Rule))),
     coupling=st.sampled_from(Coupling),
@@ -182,12 +184,12 @@ steps = heads | {"position": st.integers(8, 2**63 - 1), "digest": DIGESTS}
 answers = heads | {"position": LONGS, "cached_prompt_tokens": COUNTS}
 
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
-    Gates: gates,
+    DraftStats: gates,
     TokenLogprob: logprobs,
-    Row: rows(),
+    SparseProbs: rows(),
     Block: blocks(),
     Verdict: verdicts(),
-    Policy: policies,
+    DecodingParams: policies,
     Session: sessions(),
     messages.Open: st.builds(
         messages.Open, session=sessions(), epoch=LONGS, lease=TEXTS, traceparent=TEXTS
@@ -232,11 +234,11 @@ for kind, strategy in STRATEGIES.items():
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[[EchoTier, Kind], Awaitable[str]]]:
+async def serve() -> AsyncIterator[Callable[[EchoTier, TierKind], Awaitable[str]]]:
     """Serve a tier on loopback and return its address."""
     servers: list[TierServer] = []
 
-    async def start(tier: EchoTier, kind: Kind) -> str:
+    async def start(tier: EchoTier, kind: TierKind) -> str:
         servers.append(TierServer(tier, kind))
         return await servers[-1].start("127.0.0.1:0")
 

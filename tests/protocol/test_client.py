@@ -9,23 +9,23 @@ import pytest
 from cascade.benchmark.microbench import DESCRIPTION, EchoTier
 from cascade.errors import DrafterUnavailable, ExpertUnavailable, InvalidRequest
 from cascade.protocol import client, server, write_buffer
-from cascade.protocol.client import Link, Peer, Peers
-from cascade.protocol.codec import decode_question, encode, parse
+from cascade.protocol.client import ReplicaClient, ReplicaClients, SessionStream
+from cascade.protocol.codec import decode_client_message, encode, parse
 from cascade.protocol.messages import Close, Judge, Judgement, Need, Open, Propose, Refusal
 from cascade.protocol.server import TierServer
-from cascade.protocol.services import DRAFTER, EXPERT, Kind
-from cascade.types import Block, Policy, Session, SessionId
+from cascade.protocol.services import DRAFTER, EXPERT, TierKind
+from cascade.types import Block, DecodingParams, Session, SessionId
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from cascade.protocol.codec import Question
+    from cascade.protocol.codec import ClientMessage
     from cascade.protocol.server import Connection
 
-    Serve: TypeAlias = Callable[[EchoTier, Kind], Awaitable[str]]
+    Serve: TypeAlias = Callable[[EchoTier, TierKind], Awaitable[str]]
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
     Handler: TypeAlias = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
-    Dial: TypeAlias = Callable[[str], Peer]
+    Dial: TypeAlias = Callable[[str], ReplicaClient]
     Raw: TypeAlias = Callable[[Handler], Awaitable[str]]
 
 
@@ -44,7 +44,7 @@ Relay: TypeAlias = "Callable[[str], Awaitable[Line]]"
 @pytest.fixture
 async def dial() -> AsyncIterator[Dial]:
     """Return experts by address, as one router would know them."""
-    peers = Peers(EXPERT)
+    peers = ReplicaClients(EXPERT)
     yield peers.__getitem__
     await peers.close()
 
@@ -70,7 +70,7 @@ async def raw() -> AsyncIterator[Raw]:
 
 
 def opened(name: str = "s", *, epoch: int = 1) -> Open:
-    session = Session(id=SessionId(name), prompt=(1, 2), policy=Policy())
+    session = Session(id=SessionId(name), prompt=(1, 2), policy=DecodingParams())
     return Open(session=session, epoch=epoch, lease="lease")
 
 
@@ -79,13 +79,13 @@ def judge(name: str = "s", *, epoch: int = 1, position: int = 0) -> Judge:
     return Judge(session_id=SessionId(name), epoch=epoch, position=position, digest=0, block=block)
 
 
-def join(peer: Peer, name: str = "s", *, epoch: int = 1) -> Link:
-    link = peer.link(SessionId(name), epoch)
+def join(peer: ReplicaClient, name: str = "s", *, epoch: int = 1) -> SessionStream:
+    link = peer.open_stream(SessionId(name), epoch)
     link.send(opened(name, epoch=epoch))
     return link
 
 
-async def ask(link: Link, *, position: int = 0) -> Judgement:
+async def ask(link: SessionStream, *, position: int = 0) -> Judgement:
     link.send(judge(link.session_id, epoch=link.epoch, position=position))
     answer = await link.receive()
     assert isinstance(answer, Judgement)
@@ -109,12 +109,12 @@ async def test_sessions_share_one_stream(serve: Serve, dial: Dial) -> None:
 
 
 async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> None:
-    frames: asyncio.Queue[list[Question]] = asyncio.Queue()
+    frames: asyncio.Queue[list[ClientMessage]] = asyncio.Queue()
 
     async def keep(requests: AsyncIterator[bytes], context: Context) -> None:
         del context
         async for data in requests:
-            frames.put_nowait([decode_question(item) for item in parse(data, EXPERT.request)])
+            frames.put_nowait([decode_client_message(item) for item in parse(data, EXPERT.request)])
 
     peer = dial(await raw(keep))
     one, two = join(peer, "one"), join(peer, "two")
@@ -179,7 +179,7 @@ async def test_bytes_are_counted_both_ways(serve: Serve, dial: Dial) -> None:
 
 async def test_a_refusal_reaches_its_session(serve: Serve, dial: Dial) -> None:
     peer = dial(await serve(EchoTier(), EXPERT))
-    good, bad = join(peer, "good"), peer.link(SessionId("bad"), 1)
+    good, bad = join(peer, "good"), peer.open_stream(SessionId("bad"), 1)
     bad.send(judge("bad"))
     refusal = await bad.receive()
     assert isinstance(refusal, Refusal)
@@ -245,11 +245,13 @@ async def test_the_next_link_opens_another_stream(serve: Serve, relay: Relay, di
 @pytest.mark.parametrize(
     ("kind", "error"), [(DRAFTER, DrafterUnavailable), (EXPERT, ExpertUnavailable)]
 )
-async def test_nobody_at_the_address_is_a_broken_stream(kind: Kind, error: type[Exception]) -> None:
+async def test_nobody_at_the_address_is_a_broken_stream(
+    kind: TierKind, error: type[Exception]
+) -> None:
     server = TierServer(EchoTier(), kind)
     address = await server.start("127.0.0.1:0")
     await server.stop()
-    peer = Peer(address, kind)
+    peer = ReplicaClient(address, kind)
     link = join(peer)
     with pytest.raises(error, match=f"the {kind.name} at {address}: UNAVAILABLE"):
         await link.receive()
@@ -312,8 +314,8 @@ async def test_an_item_that_fits_no_wire_harms_nobody(serve: Serve, dial: Dial) 
 async def test_a_closed_pool_ends_its_links(serve: Serve) -> None:
     tier = EchoTier()
     address = await serve(tier, DRAFTER)
-    peers = Peers(DRAFTER)
-    link = peers.link(address, SessionId("s"), 1)
+    peers = ReplicaClients(DRAFTER)
+    link = peers.open_stream(address, SessionId("s"), 1)
     link.send(opened())
     link.send(Propose(session_id=SessionId("s"), epoch=1, position=0, digest=0, count=1))
     await link.receive()
@@ -328,7 +330,7 @@ async def test_a_replica_describes_itself(serve: Serve, dial: Dial) -> None:
 
 
 async def test_a_delay_keeps_the_order(serve: Serve) -> None:
-    peer = Peer(await serve(EchoTier(), EXPERT), EXPERT, delay_s=0.001)
+    peer = ReplicaClient(await serve(EchoTier(), EXPERT), EXPERT, delay_s=0.001)
     link = join(peer)
     for position in range(50):
         link.send(judge(position=position))
@@ -343,9 +345,9 @@ class Slow(EchoTier):
     def __init__(self) -> None:
         super().__init__()
         self.beats = 0
-        self.waiting: tuple[Connection, Question] | None = None
+        self.waiting: tuple[Connection, ClientMessage] | None = None
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         if isinstance(item, Judge):
             self.waiting = connection, item
 
@@ -360,7 +362,7 @@ class Slow(EchoTier):
 class Hung(EchoTier):
     """Never answers, and says that its engine hangs."""
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         pass
 
     @property

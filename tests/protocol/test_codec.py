@@ -9,14 +9,20 @@ from hypothesis import strategies as st
 
 from cascade.errors import InvalidRequest
 from cascade.protocol import messages
-from cascade.protocol.codec import decode_answer, decode_question, encode, owner, parse
+from cascade.protocol.codec import (
+    decode_client_message,
+    decode_server_message,
+    encode,
+    owner,
+    parse,
+)
 from cascade.protocol.services import DRAFTER, EXPERT
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cascade.protocol.codec import Answer, FrameType, Question
+    from cascade.protocol.codec import ClientMessage, FrameType, ServerMessage
 
 QUESTIONS = [(DRAFTER.request, kind) for kind in get_args(messages.ToDrafter)] + [
     (EXPERT.request, kind) for kind in get_args(messages.ToExpert)
@@ -32,11 +38,11 @@ FRAME_TYPES = [DRAFTER.request, EXPERT.request, DRAFTER.response, EXPERT.respons
 @pytest.mark.parametrize(("frame_type", "kind"), QUESTIONS)
 @given(data=st.data())
 def test_every_question_comes_back_as_it_was(
-    frame_type: FrameType, kind: type[Question], data: st.DataObject
+    frame_type: FrameType, kind: type[ClientMessage], data: st.DataObject
 ) -> None:
     item = data.draw(st.from_type(kind))
     (message,) = parse(encode(item, frame_type), frame_type)
-    assert repr(decode_question(message)) == repr(item)
+    assert repr(decode_client_message(message)) == repr(item)
     named = item.session.id if isinstance(item, messages.Open) else item.session_id
     assert owner(message) == (named, item.epoch)
 
@@ -44,19 +50,19 @@ def test_every_question_comes_back_as_it_was(
 @pytest.mark.parametrize(("frame_type", "kind"), ANSWERS)
 @given(data=st.data())
 def test_every_answer_comes_back_as_it_was(
-    frame_type: FrameType, kind: type[Answer], data: st.DataObject
+    frame_type: FrameType, kind: type[ServerMessage], data: st.DataObject
 ) -> None:
     item = data.draw(st.from_type(kind))
     (message,) = parse(encode(item, frame_type), frame_type)
-    assert repr(decode_answer(message)) == repr(item)
+    assert repr(decode_server_message(message)) == repr(item)
     assert owner(message) == (item.session_id, item.epoch)
 
 
 @given(items=st.lists(st.from_type(messages.Judge) | st.from_type(messages.Close), max_size=4))
-def test_frames_joined_are_one_frame_of_all_items(items: list[Question]) -> None:
+def test_frames_joined_are_one_frame_of_all_items(items: list[ClientMessage]) -> None:
     joined = b"".join(encode(item, EXPERT.request) for item in items)
     parsed = parse(joined, EXPERT.request)
-    assert repr([decode_question(message) for message in parsed]) == repr(items)
+    assert repr([decode_client_message(message) for message in parsed]) == repr(items)
 
 
 @pytest.mark.parametrize("frame_type", FRAME_TYPES)
@@ -68,7 +74,7 @@ def test_any_bytes_are_read_or_refused(frame_type: FrameType, data: bytes) -> No
 @pytest.mark.parametrize(("frame_type", "kind"), QUESTIONS + ANSWERS)
 @given(data=st.data())
 def test_damaged_frames_are_read_or_refused(
-    frame_type: FrameType, kind: type[Question | Answer], data: st.DataObject
+    frame_type: FrameType, kind: type[ClientMessage | ServerMessage], data: st.DataObject
 ) -> None:
     damaged = bytearray(encode(data.draw(st.from_type(kind)), frame_type))
     for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=4)):
@@ -77,8 +83,10 @@ def test_damaged_frames_are_read_or_refused(
 
 
 def _read_or_refuse(data: bytes, frame_type: FrameType) -> None:
-    decode: Callable[[Any], Question | Answer] = (
-        decode_question if frame_type in (DRAFTER.request, EXPERT.request) else decode_answer
+    decode: Callable[[Any], ClientMessage | ServerMessage] = (
+        decode_client_message
+        if frame_type in (DRAFTER.request, EXPERT.request)
+        else decode_server_message
     )
     try:
         for message in parse(data, frame_type):
@@ -200,7 +208,7 @@ def test_a_hostile_value_is_refused_by_name(
     says: str, message: expert_pb2.JudgeRequestItem
 ) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        decode_question(message)
+        decode_client_message(message)
     assert says in refused.value.message
 
 

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from cascade.benchmark.microbench import DESCRIPTION, EchoTier
 from cascade.errors import ContextTooLong, StartupError
 from cascade.protocol import grpc_status, write_buffer
-from cascade.protocol.codec import decode_answer, encode, parse
+from cascade.protocol.codec import decode_server_message, encode, parse
 from cascade.protocol.messages import (
     Close,
     Judge,
@@ -28,16 +28,16 @@ from cascade.protocol.messages import (
     Scores,
 )
 from cascade.protocol.server import Connection, TierServer
-from cascade.protocol.services import DRAFTER, EXPERT, Description, Kind
-from cascade.types import Block, Policy, Session, SessionId
+from cascade.protocol.services import DRAFTER, EXPERT, Description, TierKind
+from cascade.types import Block, DecodingParams, Session, SessionId
 from cascade.v1 import drafter_pb2, drafter_pb2_grpc, expert_pb2, expert_pb2_grpc, tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from cascade.protocol.codec import Answer, Question
+    from cascade.protocol.codec import ClientMessage, ServerMessage
 
-    Serve: TypeAlias = Callable[[EchoTier, Kind], Awaitable[str]]
+    Serve: TypeAlias = Callable[[EchoTier, TierKind], Awaitable[str]]
     Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -64,7 +64,7 @@ SMALL = Description(
 
 
 @asynccontextmanager
-async def dialled(address: str, kind: Kind = EXPERT) -> AsyncGenerator[Call]:
+async def dialled(address: str, kind: TierKind = EXPERT) -> AsyncGenerator[Call]:
     unlimited = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
     async with grpc.aio.insecure_channel(address, options=unlimited) as channel:
         call: Call = channel.stream_stream(kind.path(kind.stream))()
@@ -72,15 +72,15 @@ async def dialled(address: str, kind: Kind = EXPERT) -> AsyncGenerator[Call]:
         call.cancel()
 
 
-async def tell(call: Call, *items: Question, kind: Kind = EXPERT) -> None:
+async def tell(call: Call, *items: ClientMessage, kind: TierKind = EXPERT) -> None:
     await call.write(b"".join(encode(item, kind.request) for item in items))
 
 
-async def hear(call: Call, kind: Kind = EXPERT) -> list[Answer]:
+async def hear(call: Call, kind: TierKind = EXPERT) -> list[ServerMessage]:
     while (data := await call.read()) == b"":
         pass
     assert isinstance(data, bytes), "the stream ended"
-    return [decode_answer(message) for message in parse(data, kind.response)]
+    return [decode_server_message(message) for message in parse(data, kind.response)]
 
 
 async def drain(call: Call) -> None:
@@ -95,7 +95,7 @@ async def failure(call: Call) -> tuple[grpc.StatusCode, str | None]:
 
 
 def opened(name: str = "s", *, epoch: int = 1, prompt: tuple[int, ...] = (1, 2)) -> Open:
-    session = Session(id=SessionId(name), prompt=prompt, policy=Policy())
+    session = Session(id=SessionId(name), prompt=prompt, policy=DecodingParams())
     return Open(session=session, epoch=epoch, lease="lease")
 
 
@@ -110,7 +110,7 @@ def close(name: str = "s", *, epoch: int = 1) -> Close:
     return Close(session_id=SessionId(name), epoch=epoch)
 
 
-def refusals(answers: list[Answer]) -> list[tuple[str, int, str, str]]:
+def refusals(answers: list[ServerMessage]) -> list[tuple[str, int, str, str]]:
     return [
         (item.session_id, item.epoch, item.code, item.reason)
         for item in answers
@@ -118,7 +118,7 @@ def refusals(answers: list[Answer]) -> list[tuple[str, int, str, str]]:
     ]
 
 
-async def seen(tier: EchoTier, count: int) -> list[Question]:
+async def seen(tier: EchoTier, count: int) -> list[ClientMessage]:
     return [(await tier.received.get())[1] for _ in range(count)]
 
 
@@ -137,7 +137,7 @@ async def test_an_expert_judges_and_scores(serve: Serve) -> None:
 
 async def test_who_watches_a_connection_hears_what_leaves() -> None:
     connection = Connection(EXPERT)
-    heard: list[Answer] = []
+    heard: list[ServerMessage] = []
     connection.watch = heard.append
     need = Need(session_id=SessionId("s"), epoch=1, position=0)
     connection.send(need)
@@ -156,7 +156,7 @@ async def test_a_drafter_proposes(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
-async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: Kind) -> None:
+async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: TierKind) -> None:
     address = await serve(EchoTier(SMALL), kind)
     async with grpc.aio.insecure_channel(address) as channel:
         if kind is DRAFTER:
@@ -365,7 +365,7 @@ async def test_items_of_an_old_epoch_change_nothing(serve: Serve) -> None:
 class Strict(EchoTier):
     """Refuses every block, as a tier does: by raising."""
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         super().receive(connection, item)
         if isinstance(item, Judge):
             raise ContextTooLong("no room")
@@ -410,7 +410,7 @@ async def test_many_sessions_share_a_stream(serve: Serve) -> None:
     async with dialled(await serve(EchoTier(), EXPERT)) as call:
         await tell(call, *(opened(name) for name in names))
         await tell(call, *(judge(name) for name in reversed(names)))
-        answers: list[Answer] = []
+        answers: list[ServerMessage] = []
         while len(answers) < len(names):
             answers += await hear(call)
     assert [item.session_id for item in answers] == names[::-1]
@@ -489,7 +489,7 @@ async def test_a_defect_of_the_tier_ends_the_stream_and_frees_its_sessions(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(EchoTier):
-        def receive(self, connection: Connection, item: Question) -> None:
+        def receive(self, connection: Connection, item: ClientMessage) -> None:
             super().receive(connection, item)
             raise ZeroDivisionError
 

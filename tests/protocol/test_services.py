@@ -11,7 +11,7 @@ from cascade.protocol.services import (
     DRAFTER,
     EXPERT,
     Description,
-    Kind,
+    TierKind,
     decode_description,
     encode_description,
 )
@@ -33,7 +33,7 @@ def test_no_two_calls_share_a_name() -> None:
 
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
-def test_a_kind_names_what_the_protos_define(kind: Kind) -> None:
+def test_a_kind_names_what_the_protos_define(kind: TierKind) -> None:
     methods = SERVICES[kind.service].methods_by_name
     stream = methods[kind.stream]
     assert (stream.client_streaming, stream.server_streaming) == (True, True)
@@ -46,7 +46,7 @@ def test_a_kind_names_what_the_protos_define(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
 @given(data=st.data())
-def test_a_description_comes_back_as_it_was(kind: Kind, data: st.DataObject) -> None:
+def test_a_description_comes_back_as_it_was(kind: TierKind, data: st.DataObject) -> None:
     counts, names = st.integers(0, 2**31 - 1), st.text(st.characters(codec="utf-8"))
     description = data.draw(
         st.builds(

@@ -9,10 +9,18 @@ from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Close, Judge, Open, Propose, Score
 from cascade.protocol.services import Description
 from cascade.protocol.validation import check
-from cascade.types import Block, Gates, Policy, Row, Sampling, Session, SessionId
+from cascade.types import (
+    Block,
+    DecodingParams,
+    DraftStats,
+    SamplingParams,
+    Session,
+    SessionId,
+    SparseProbs,
+)
 
 if TYPE_CHECKING:
-    from cascade.protocol.codec import Question
+    from cascade.protocol.codec import ClientMessage
 
 ALLOWED = Description(
     model="m", vocab_size=10, context_length=100, tokenizer_fingerprint="f", draft_limit=2
@@ -29,7 +37,7 @@ def opened(
     tokens: tuple[int, ...] = (),
     bias: tuple[tuple[int, float], ...] = (),
 ) -> Open:
-    policy = Policy(sampling=Sampling(logit_bias=bias))
+    policy = DecodingParams(sampling=SamplingParams(logit_bias=bias))
     return Open(
         session=Session(id=ID, prompt=prompt, tokens=tokens, policy=policy), epoch=1, lease=""
     )
@@ -43,8 +51,8 @@ def propose(*tokens: int) -> Propose:
     return Propose(session_id=ID, epoch=1, position=1, digest=0, count=1, tokens=tokens)
 
 
-def sparse(token: int) -> Row:
-    return Row(ids=np.array([token], np.uint32), weights=HALF)
+def sparse(token: int) -> SparseProbs:
+    return SparseProbs(ids=np.array([token], np.uint32), weights=HALF)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +61,16 @@ def sparse(token: int) -> Row:
         opened(prompt=(0, 9), tokens=(9,), bias=((9, 1.0),)),
         propose(9),
         judge(
-            Block(tokens=(9, 9), rows=(sparse(9), Row(ids=np.empty(0, np.uint32), weights=FULL)))
+            Block(
+                tokens=(9, 9),
+                rows=(sparse(9), SparseProbs(ids=np.empty(0, np.uint32), weights=FULL)),
+            )
         ),
         Score(session_id=ID, epoch=1, lease="", tokens=(9,), top=1),
         Close(session_id=ID, epoch=1),
     ],
 )
-def test_the_last_id_of_the_vocabulary_is_allowed(item: Question) -> None:
+def test_the_last_id_of_the_vocabulary_is_allowed(item: ClientMessage) -> None:
     check(item, ALLOWED)
 
 
@@ -73,11 +84,11 @@ def test_the_last_id_of_the_vocabulary_is_allowed(item: Question) -> None:
         judge(Block(), tokens=(10,)),
         judge(Block(tokens=(10,))),
         judge(Block(tokens=(1,), rows=(sparse(10),))),
-        judge(Block(tokens=(1,), gates=(Gates(peak=1, favourite=10, entropy=0),))),
+        judge(Block(tokens=(1,), draft_stats=(DraftStats(peak=1, favourite=10, entropy=0),))),
         Score(session_id=ID, epoch=1, lease="", tokens=(1, 10), top=1),
     ],
 )
-def test_an_id_past_the_vocabulary_is_refused(item: Question) -> None:
+def test_an_id_past_the_vocabulary_is_refused(item: ClientMessage) -> None:
     with pytest.raises(
         InvalidRequest, match="token id 10 is not in the vocabulary; ids are 0 to 9"
     ):
@@ -90,6 +101,6 @@ def test_a_block_longer_than_agreed_is_refused() -> None:
 
 
 def test_a_row_wider_than_the_vocabulary_is_refused() -> None:
-    wide = Row(ids=np.empty(0, np.uint32), weights=np.ones(11, np.float16))
+    wide = SparseProbs(ids=np.empty(0, np.uint32), weights=np.ones(11, np.float16))
     with pytest.raises(InvalidRequest, match="a row has 11 weights; the vocabulary has 10 tokens"):
         check(judge(Block(tokens=(1,), rows=(wide,))), ALLOWED)

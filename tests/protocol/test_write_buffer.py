@@ -4,11 +4,11 @@ import pytest
 
 from cascade.errors import InvalidRequest, Overloaded
 from cascade.protocol import write_buffer
-from cascade.protocol.write_buffer import Outbox
+from cascade.protocol.write_buffer import WriteBuffer
 
 
 async def test_what_is_put_in_one_tick_is_taken_as_one() -> None:
-    box = Outbox()
+    box = WriteBuffer()
     box.put(b"a")
     box.put(b"b")
     assert await box.take() == b"ab"
@@ -16,7 +16,7 @@ async def test_what_is_put_in_one_tick_is_taken_as_one() -> None:
 
 async def test_a_frame_holds_no_more_items_than_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_buffer, "ITEM_LIMIT", 2)
-    box = Outbox()
+    box = WriteBuffer()
     for item in (b"a", b"b", b"c"):
         box.put(item)
     assert [await box.take(), await box.take()] == [b"ab", b"c"]
@@ -24,7 +24,7 @@ async def test_a_frame_holds_no_more_items_than_agreed(monkeypatch: pytest.Monke
 
 async def test_a_frame_is_no_larger_than_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_buffer, "FRAME_LIMIT_BYTES", 5)
-    box = Outbox()
+    box = WriteBuffer()
     for item in (b"aaa", b"bb", b"c", b"ddddd"):
         box.put(item)
     assert [await box.take() for _ in range(3)] == [b"aaabb", b"c", b"ddddd"]
@@ -33,12 +33,12 @@ async def test_a_frame_is_no_larger_than_agreed(monkeypatch: pytest.MonkeyPatch)
 async def test_an_item_larger_than_a_frame_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_buffer, "FRAME_LIMIT_BYTES", 5)
     with pytest.raises(InvalidRequest, match="6 bytes is too large"):
-        Outbox().put(b"aaaaaa")
+        WriteBuffer().put(b"aaaaaa")
 
 
 async def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_buffer, "BACKLOG_LIMIT_BYTES", 10)
-    box = Outbox()
+    box = WriteBuffer()
     box.put(b"aaaaaaaaaa")
     with pytest.raises(Overloaded, match="10 bytes wait"):
         box.put(b"b")
@@ -48,14 +48,14 @@ async def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_closed_outbox_is_emptied_and_then_ends() -> None:
-    box = Outbox()
+    box = WriteBuffer()
     box.put(b"a")
     box.close()
     assert [await box.take(), await box.take()] == [b"a", None]
 
 
 async def test_what_is_discarded_is_not_taken() -> None:
-    box = Outbox()
+    box = WriteBuffer()
     box.put(b"a")
     box.discard()
     box.put(b"b")

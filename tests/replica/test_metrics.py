@@ -15,11 +15,18 @@ from tests.observability.test_observer import asked
 
 from cascade.engine.stats import EngineStats
 from cascade.observability.metric_specs import ENGINE
-from cascade.observability.metrics import PlainSink
-from cascade.replica.metrics import COUNTED, EngineMetrics, Load, LoadMeter, between, holdings
+from cascade.observability.metrics import PrometheusMetrics
+from cascade.replica.metrics import (
+    COUNTED,
+    EngineMetrics,
+    Load,
+    LoadMeter,
+    between,
+    resource_counts,
+)
 
 if TYPE_CHECKING:
-    from cascade.local import Stack
+    from cascade.local import LocalServer
 
 IDLE = EngineStats(
     busy=0.0,
@@ -54,7 +61,7 @@ def test_a_meter_reads_from_where_it_read_last() -> None:
 
 @given(looks=st.lists(st.integers(0, 50), min_size=1))
 def test_counters_end_where_the_engine_is_however_often_it_was_looked_at(looks: list[int]) -> None:
-    sink, passes = PlainSink(ENGINE), 0
+    sink, passes = PrometheusMetrics(ENGINE), 0
     metrics = EngineMetrics(sink, tier="expert")
     for more in looks:
         passes += more
@@ -64,7 +71,7 @@ def test_counters_end_where_the_engine_is_however_often_it_was_looked_at(looks: 
 
 
 def test_every_part_of_the_cache_is_told() -> None:
-    sink = PlainSink(ENGINE)
+    sink = PrometheusMetrics(ENGINE)
     now = replace(IDLE, cache_tokens_live=300, cache_tokens_used=500)
     EngineMetrics(sink, tier="drafter").report(now, leases=3)
     found = exposed(sink.registry)
@@ -78,9 +85,9 @@ def test_what_is_counted_is_in_the_stats() -> None:
     assert {name for _, name in COUNTED} <= {field.name for field in fields(EngineStats)}
 
 
-async def test_a_real_expert_reports_its_work(toy_stack: Stack) -> None:
+async def test_a_real_expert_reports_its_work(toy_stack: LocalServer) -> None:
     before = toy_stack.expert.engine.stats()
-    meter, sink = LoadMeter(before), PlainSink(ENGINE)
+    meter, sink = LoadMeter(before), PrometheusMetrics(ENGINE)
     async for _ in toy_stack.router.generate(asked(max_tokens=20)):
         pass
     after = toy_stack.expert.engine.stats()
@@ -95,11 +102,11 @@ async def test_a_real_expert_reports_its_work(toy_stack: Stack) -> None:
 
 
 async def test_a_task_is_held_until_it_ends() -> None:
-    before = holdings(leases=2)
+    before = resource_counts(leases=2)
     assert before["pid"] == os.getpid()
     assert before["leases"] == 2
     task = asyncio.create_task(asyncio.Event().wait())
-    assert holdings()["tasks"] == before["tasks"] + 1
+    assert resource_counts()["tasks"] == before["tasks"] + 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert holdings()["tasks"] == before["tasks"]
+    assert resource_counts()["tasks"] == before["tasks"]

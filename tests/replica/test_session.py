@@ -6,21 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.protocol.prefix_hash import extend
-from cascade.replica.session import Seat
-from cascade.types import Policy, Session, SessionId
+from cascade.replica.session import ReplicaSession
+from cascade.types import DecodingParams, Session, SessionId
 
 if TYPE_CHECKING:
-    from cascade.engine.request import Step
+    from cascade.engine.request import ForwardRequest
 
 PROMPT = (7, 8, 9)
 
 TOKENS = st.lists(st.integers(0, 3), max_size=4)
 
 
-def seat(answer: list[int] | None = None) -> Seat:
-    return Seat(
+def seat(answer: list[int] | None = None) -> ReplicaSession:
+    return ReplicaSession(
         connection=cast("Any", None),
-        session=Session(id=SessionId("s"), prompt=PROMPT, policy=Policy()),
+        opened=Session(id=SessionId("s"), prompt=PROMPT, policy=DecodingParams()),
         epoch=1,
         token="t",  # noqa: S106 - not a password
         key=SessionId("s/0"),
@@ -38,7 +38,7 @@ class Fed:
     def __init__(self) -> None:
         self.tokens: list[int] = []
 
-    def run(self, step: Step) -> None:
+    def run(self, step: ForwardRequest) -> None:
         assert 0 <= step.base <= len(self.tokens)
         assert step.rows <= len(step.tokens)
         self.tokens[step.base :] = step.tokens
@@ -46,26 +46,26 @@ class Fed:
 
 def test_tokens_that_connect_are_committed() -> None:
     here = seat([1, 2])
-    assert here.catch_up(position=3, tokens=(3,), digest=digest([1, 2, 3])) is None
+    assert here.sync_tokens(position=3, tokens=(3,), digest=digest([1, 2, 3])) is None
     assert here.answer == [1, 2, 3]
 
 
 def test_a_gap_is_asked_for() -> None:
     here = seat([1, 2])
-    assert here.catch_up(position=5, tokens=(5,), digest=0) == 2
+    assert here.sync_tokens(position=5, tokens=(5,), digest=0) == 2
     assert here.answer == [1, 2]
 
 
 def test_an_earlier_position_takes_the_session_back() -> None:
     here = seat([1, 2, 3])
-    assert here.catch_up(position=2, tokens=(), digest=digest([1, 2])) is None
+    assert here.sync_tokens(position=2, tokens=(), digest=digest([1, 2])) is None
     assert here.answer == [1, 2]
 
 
 def test_another_history_is_asked_for_from_the_start() -> None:
     here = seat([1, 2])
-    assert here.catch_up(position=2, tokens=(), digest=digest([1, 3])) == 0
-    assert here.catch_up(position=2, tokens=(1, 3), digest=digest([1, 3])) is None
+    assert here.sync_tokens(position=2, tokens=(), digest=digest([1, 3])) == 0
+    assert here.sync_tokens(position=2, tokens=(1, 3), digest=digest([1, 3])) is None
 
 
 @given(st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), max_size=8))
@@ -91,7 +91,7 @@ def test_a_session_taken_back_feeds_the_truth(answer: list[int], data: st.DataOb
     position = data.draw(st.integers(0, len(answer)))
     other = data.draw(TOKENS)
     told = [*answer[:position], *other]
-    assert here.catch_up(position=len(told), tokens=tuple(other), digest=digest(told)) is None
+    assert here.sync_tokens(position=len(told), tokens=tuple(other), digest=digest(told)) is None
     fed.run(here.step([], rows=1, task=None))
     assert fed.tokens == [*PROMPT, *told]
 
@@ -100,6 +100,6 @@ def test_a_session_that_went_on_before_its_first_item_is_fed_the_whole_prompt() 
     """The prefill leaves the prompt's last token to the first item, which may come late."""
     here, fed = seat(), Fed()
     fed.run(here.prefill(None))
-    assert here.catch_up(position=2, tokens=(1, 2), digest=digest([1, 2])) is None
+    assert here.sync_tokens(position=2, tokens=(1, 2), digest=digest([1, 2])) is None
     fed.run(here.step([], rows=1, task=None))
     assert fed.tokens == [*PROMPT, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 
 from cascade.errors import Overloaded, Unauthenticated
 from cascade.replica.lease_book import LeaseBook
-from cascade.router.leases import FixedLease, FixedLeases, Hedged
+from cascade.router.leases import FixedLease, FixedLeases, HedgedLeases
 
 
 class Clock:
@@ -122,7 +122,7 @@ class Noted(FixedLease):
 
 async def test_a_replica_that_hangs_is_not_waited_for() -> None:
     source, granted = Hesitant(), FixedLease("b:1", "")
-    taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
+    taking = asyncio.ensure_future(HedgedLeases(source, after_s=0).take())
     first, second = await source.calls.get(), await source.calls.get()
     second.set_result(granted)
     assert await taking is granted
@@ -132,7 +132,7 @@ async def test_a_replica_that_hangs_is_not_waited_for() -> None:
 
 async def test_a_lease_that_comes_second_is_given_back() -> None:
     source, one, two = Hesitant(), Noted("a:1", ""), Noted("b:1", "")
-    taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
+    taking = asyncio.ensure_future(HedgedLeases(source, after_s=0).take())
     first, second = await source.calls.get(), await source.calls.get()
     first.set_result(one)
     second.set_result(two)
@@ -143,7 +143,7 @@ async def test_a_lease_that_comes_second_is_given_back() -> None:
 
 async def test_a_tier_that_says_no_is_not_asked_twice() -> None:
     source = Hesitant()
-    taking = asyncio.ensure_future(Hedged(source, after_s=60).take())
+    taking = asyncio.ensure_future(HedgedLeases(source, after_s=60).take())
     (await source.calls.get()).set_exception(Overloaded("full"))
     with pytest.raises(Overloaded):
         await taking
@@ -152,7 +152,7 @@ async def test_a_tier_that_says_no_is_not_asked_twice() -> None:
 
 async def test_one_call_that_fails_leaves_the_other() -> None:
     source = Hesitant()
-    taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
+    taking = asyncio.ensure_future(HedgedLeases(source, after_s=0).take())
     first, second = await source.calls.get(), await source.calls.get()
     second.set_exception(Overloaded("full"))
     await asyncio.wait([second])
@@ -162,7 +162,7 @@ async def test_one_call_that_fails_leaves_the_other() -> None:
 
 async def test_a_caller_that_leaves_takes_its_calls_along() -> None:
     source = Hesitant()
-    taking = asyncio.ensure_future(Hedged(source, after_s=0).take())
+    taking = asyncio.ensure_future(HedgedLeases(source, after_s=0).take())
     calls = [await source.calls.get() for _ in range(2)]
     taking.cancel()
     await asyncio.wait([taking])

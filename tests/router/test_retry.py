@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from cascade.router.retry import SERVED, Failure, Patience, Standing
+from cascade.router.retry import SERVED, Failure, RetryPolicy, RetryState
 
-PATIENCE = Patience(pauses_s=(0.0, 1.0, 2.0), entry_s=2.0, loss_s=30.0)
+PATIENCE = RetryPolicy(pauses_s=(0.0, 1.0, 2.0), entry_s=2.0, loss_s=30.0)
 
 
-def after(*failures: Failure, start: Standing = SERVED) -> Standing:
+def after(*failures: Failure, start: RetryState = SERVED) -> RetryState:
     """Return how things stand when each failure comes as soon as the tier is asked again."""
     for failure in failures:
-        start = start.failed(failure, PATIENCE, now_s=start.resume_s)
+        start = start.after_failure(failure, PATIENCE, now_s=start.resume_s)
     return start
 
 
@@ -19,22 +19,22 @@ def test_pauses_grow_and_the_last_repeats() -> None:
     assert lost == [0.0, 1.0, 3.0, 5.0, 7.0]
 
 
-@pytest.mark.parametrize(("start", "longest_s"), [(Standing(), 2.0), (SERVED, 30.0)])
-def test_a_tier_is_given_up_when_it_was_away_too_long(start: Standing, longest_s: float) -> None:
+@pytest.mark.parametrize(("start", "longest_s"), [(RetryState(), 2.0), (SERVED, 30.0)])
+def test_a_tier_is_given_up_when_it_was_away_too_long(start: RetryState, longest_s: float) -> None:
     standing = start
     while not standing.given_up(PATIENCE):
-        standing = standing.failed(Failure.LOST, PATIENCE, now_s=standing.resume_s)
+        standing = standing.after_failure(Failure.LOST, PATIENCE, now_s=standing.resume_s)
     assert longest_s < standing.resume_s - standing.since_s <= longest_s + 2.0
 
 
 def test_the_time_in_which_a_lease_was_sought_counts() -> None:
-    tried = Standing().failed(Failure.LOST, PATIENCE, now_s=8.0, since_s=0.0)
+    tried = RetryState().after_failure(Failure.LOST, PATIENCE, now_s=8.0, since_s=0.0)
     assert tried.given_up(PATIENCE)
-    assert not Standing().failed(Failure.LOST, PATIENCE, now_s=8.0).given_up(PATIENCE)
+    assert not RetryState().after_failure(Failure.LOST, PATIENCE, now_s=8.0).given_up(PATIENCE)
 
 
 def test_who_finds_all_full_at_the_door_is_told_at_once() -> None:
-    assert after(Failure.FULL, start=Standing()).given_up(PATIENCE)
+    assert after(Failure.FULL, start=RetryState()).given_up(PATIENCE)
     assert not after(Failure.FULL).given_up(PATIENCE)
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests import reference
 
 from cascade.errors import ContextTooLong, DeadlineExceeded, ExpertUnavailable
-from cascade.local import Stack, stack
+from cascade.local import LocalServer, local_server
 from cascade.rules import (
     Bild,
     Chow,
@@ -28,16 +28,16 @@ from cascade.rules import (
 from cascade.types import (
     Bonus,
     Coupling,
+    DecodingParams,
     ExpertLoss,
     FinishReason,
     Mode,
     Origin,
-    Patience,
-    Piece,
-    Policy,
+    OutputChunk,
     Request,
     RowFormat,
-    Sampling,
+    SamplingParams,
+    SequenceCascadeParams,
     Verification,
 )
 
@@ -53,13 +53,19 @@ DEFAULTS: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "draft_tokens": 
 MODES: dict[str, dict[str, Any]] = {
     "expert_only": {"mode": Mode.EXPERT_ONLY},
     "drafter_only": {"mode": Mode.DRAFTER_ONLY},
-    "token_cascade": {"mode": Mode.TOKEN_CASCADE, "policy": Policy(rule=Chow(alpha=0.6))},
-    "patient": {"mode": Mode.SEQUENCE_CASCADE, "patience": Patience(threshold=-9)},
-    "impatient": {"mode": Mode.SEQUENCE_CASCADE, "patience": Patience(threshold=-0.01)},
+    "token_cascade": {"mode": Mode.TOKEN_CASCADE, "policy": DecodingParams(rule=Chow(alpha=0.6))},
+    "patient": {"mode": Mode.SEQUENCE_CASCADE, "patience": SequenceCascadeParams(threshold=-9)},
+    "impatient": {
+        "mode": Mode.SEQUENCE_CASCADE,
+        "patience": SequenceCascadeParams(threshold=-0.01),
+    },
     "speculative": {"mode": Mode.SPECULATIVE},
-    "lossy": {"mode": Mode.SPECULATIVE, "policy": Policy(rule=Lossy(alpha=0.3, beta="solved"))},
+    "lossy": {
+        "mode": Mode.SPECULATIVE,
+        "policy": DecodingParams(rule=Lossy(alpha=0.3, beta="solved")),
+    },
 } | {
-    type(rule).__name__: {"policy": Policy(rule=rule)}
+    type(rule).__name__: {"policy": DecodingParams(rule=rule)}
     for rule in (
         Chow(alpha=0.6),
         ChowLog(alpha=1.0),
@@ -80,9 +86,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bonus": {"bonus": Bonus.NONE},
     "bonus of the target": {"bonus": Bonus.TARGET, "rows": RowFormat.FULL},
     "block": {"verification": Verification.BLOCK},
-    "greedy": {"sampling": Sampling(temperature=0.0)},
+    "greedy": {"sampling": SamplingParams(temperature=0.0)},
     "penalties": {
-        "sampling": Sampling(
+        "sampling": SamplingParams(
             temperature=0.8,
             top_k=6,
             top_p=0.95,
@@ -95,22 +101,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-async def answer(server: Stack, request: Request) -> list[Piece]:
+async def answer(server: LocalServer, request: Request) -> list[OutputChunk]:
     return [piece async for piece in server.router.generate(request)]
 
 
-def origins(pieces: list[Piece]) -> list[tuple[int, Origin]]:
+def origins(pieces: list[OutputChunk]) -> list[tuple[int, Origin]]:
     return [pair for piece in pieces for pair in zip(piece.tokens, piece.origins, strict=True)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("how", MODES.values(), ids=MODES)
 async def test_every_mode_writes_what_its_slow_twin_writes(
-    toy: Pair, toy_stack: Stack, how: dict[str, Any], variant: dict[str, Any]
+    toy: Pair, toy_stack: LocalServer, how: dict[str, Any], variant: dict[str, Any]
 ) -> None:
     """No cache, batch or wire changes a token, nor who wrote it."""
     for seed in (7,):
-        policy = replace(how.get("policy", Policy()), **variant, seed=seed)
+        policy = replace(how.get("policy", DecodingParams()), **variant, seed=seed)
         request = Request(**(DEFAULTS | how | {"policy": policy}))
         twin = reference.decode(
             PROMPT,
@@ -125,13 +131,13 @@ async def test_every_mode_writes_what_its_slow_twin_writes(
         assert origins(await answer(toy_stack, request)) == twin
 
 
-def tokens(pieces: list[Piece]) -> tuple[int, ...]:
+def tokens(pieces: list[OutputChunk]) -> tuple[int, ...]:
     return tuple(token for piece in pieces for token in piece.tokens)
 
 
 def greedy(length: int = 60, **more: Any) -> Request:
     defaults: dict[str, Any] = {"mode": Mode.SPECULATIVE, "draft_tokens": 3}
-    policy = Policy(sampling=Sampling(temperature=0.0))
+    policy = DecodingParams(sampling=SamplingParams(temperature=0.0))
     return Request(prompt=PROMPT, policy=policy, max_tokens=length, **(defaults | more))
 
 
@@ -144,14 +150,14 @@ def alone(pair: Pair, length: int = 60) -> tuple[int, ...]:
 
 
 @pytest.fixture
-async def fragile(toy: Pair) -> AsyncIterator[Stack]:
+async def fragile(toy: Pair) -> AsyncIterator[LocalServer]:
     """A server of one's own, to be broken; a lost drafter is tried again at once."""
     settings = toy.settings(router={"draft_pause_s": 1e-9, "draft_deadline_s": 60})
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         yield running
 
 
-async def test_an_answer_reports_what_it_cost(toy_stack: Stack) -> None:
+async def test_an_answer_reports_what_it_cost(toy_stack: LocalServer) -> None:
     pieces = await answer(toy_stack, greedy(20, trace=True))
     last = pieces[-1]
     entry = last.statistics
@@ -169,7 +175,7 @@ async def test_an_answer_reports_what_it_cost(toy_stack: Stack) -> None:
 async def test_the_next_block_is_asked_for_before_a_piece_is_read(toy: Pair) -> None:
     """A reader that takes its time keeps nobody from drafting."""
     settings = toy.settings(router={"overlap_blocks": 0, "overlap_branches": 0})
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         async with aclosing(running.router.generate(greedy())) as pieces:
             await anext(pieces)
             before = running.drafter.engine.stats().passes
@@ -182,7 +188,7 @@ async def test_the_next_block_is_asked_for_before_a_piece_is_read(toy: Pair) -> 
         assert text[-1].statistics.drafter_passes <= passes <= before + 3 * len(text)
 
 
-async def test_a_stop_token_ends_the_answer(toy: Pair, toy_stack: Stack) -> None:
+async def test_a_stop_token_ends_the_answer(toy: Pair, toy_stack: LocalServer) -> None:
     """Nothing after it is committed, though the block went on."""
     text = alone(toy, 30)
     stop = text[10]
@@ -194,9 +200,9 @@ async def test_a_stop_token_ends_the_answer(toy: Pair, toy_stack: Stack) -> None
     assert pieces[-1].finish is FinishReason.STOP
 
 
-async def test_a_drafter_that_dies_costs_no_token(toy: Pair, fragile: Stack) -> None:
+async def test_a_drafter_that_dies_costs_no_token(toy: Pair, fragile: LocalServer) -> None:
     """The expert goes on alone; what was drafted before was really drafted."""
-    pieces = list[Piece]()
+    pieces = list[OutputChunk]()
     async for piece in fragile.router.generate(greedy(trace=True)):
         pieces.append(piece)
         if len(pieces) == 3:
@@ -210,10 +216,10 @@ async def test_a_drafter_that_dies_costs_no_token(toy: Pair, fragile: Stack) -> 
     assert set(entry.failover_causes) == {"drafter lost"}
 
 
-async def test_speculation_comes_back_with_the_drafter(toy: Pair, fragile: Stack) -> None:
+async def test_speculation_comes_back_with_the_drafter(toy: Pair, fragile: LocalServer) -> None:
     from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - one test needs it
 
-    pieces = list[Piece]()
+    pieces = list[OutputChunk]()
     reborn: Drafter | None = None
     async for piece in fragile.router.generate(greedy(80, trace=True)):
         pieces.append(piece)
@@ -233,11 +239,11 @@ async def test_speculation_comes_back_with_the_drafter(toy: Pair, fragile: Stack
     assert any(one.drafted for one in entry.trace[6:])
 
 
-async def test_an_expert_that_dies_is_replaced_mid_answer(toy: Pair, fragile: Stack) -> None:
+async def test_an_expert_that_dies_is_replaced_mid_answer(toy: Pair, fragile: LocalServer) -> None:
     """The session moves to another replica with all that is committed."""
     from cascade.expert.expert import Expert  # noqa: PLC0415 - one test needs it
 
-    pieces = list[Piece]()
+    pieces = list[OutputChunk]()
     reborn: Expert | None = None
     async for piece in fragile.router.generate(greedy()):
         pieces.append(piece)
@@ -260,8 +266,8 @@ async def test_an_expert_that_dies_is_replaced_mid_answer(toy: Pair, fragile: St
 async def test_the_drafter_ends_an_answer_that_no_expert_is_left_for(toy: Pair) -> None:
     """Where the client wishes so; and the answer says it."""
     settings = toy.settings(router={"loss_deadline_s": 0.1, "draft_deadline_s": 60})
-    async with stack(settings) as running:
-        pieces = list[Piece]()
+    async with local_server(settings) as running:
+        pieces = list[OutputChunk]()
         async for piece in running.router.generate(greedy(on_expert_loss=ExpertLoss.DRAFTER)):
             pieces.append(piece)
             if len(pieces) == 3:
@@ -277,14 +283,14 @@ async def test_the_drafter_ends_an_answer_that_no_expert_is_left_for(toy: Pair) 
     assert (entry.expert_losses, pieces[-1].finish) == (1, FinishReason.LENGTH)
 
 
-async def test_no_expert_at_all_is_a_clean_error(fragile: Stack) -> None:
+async def test_no_expert_at_all_is_a_clean_error(fragile: LocalServer) -> None:
     await fragile.expert.stop()
     with pytest.raises(ExpertUnavailable):
         await answer(fragile, greedy())
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-async def test_a_caller_that_leaves_frees_both_tiers(fragile: Stack, mode: Mode) -> None:
+async def test_a_caller_that_leaves_frees_both_tiers(fragile: LocalServer, mode: Mode) -> None:
     request = greedy(200, mode=mode)
     async with aclosing(fragile.router.generate(request)) as pieces:
         async for _ in pieces:
@@ -295,18 +301,18 @@ async def test_a_caller_that_leaves_frees_both_tiers(fragile: Stack, mode: Mode)
     assert len(fragile.expert.leases) == 0
 
 
-async def test_a_deadline_ends_the_answer(toy_stack: Stack) -> None:
+async def test_a_deadline_ends_the_answer(toy_stack: LocalServer) -> None:
     with pytest.raises(DeadlineExceeded):
         await answer(toy_stack, greedy(deadline_s=0.0))
 
 
-async def test_a_prompt_longer_than_the_context_is_refused(toy_stack: Stack) -> None:
+async def test_a_prompt_longer_than_the_context_is_refused(toy_stack: LocalServer) -> None:
     request = replace(greedy(), prompt=(1,) * 600)
     with pytest.raises(ContextTooLong, match="512"):
         await answer(toy_stack, request)
 
 
-async def test_a_prediction_that_comes_true_saves_rounds(toy: Pair, toy_stack: Stack) -> None:
+async def test_a_prediction_that_comes_true_saves_rounds(toy: Pair, toy_stack: LocalServer) -> None:
     text = alone(toy, 40)
     pieces = await answer(toy_stack, greedy(40, prediction=text, draft_tokens=8))
     assert tokens(pieces) == text
@@ -316,14 +322,14 @@ async def test_a_prediction_that_comes_true_saves_rounds(toy: Pair, toy_stack: S
     assert (entry.predicted_accepted, entry.predicted_rejected) == (35, 0)
 
 
-async def test_a_false_prediction_changes_nothing(toy: Pair, toy_stack: Stack) -> None:
+async def test_a_false_prediction_changes_nothing(toy: Pair, toy_stack: LocalServer) -> None:
     text = alone(toy, 40)
     false = tuple((token + 1) % 8 for token in text)
     pieces = await answer(toy_stack, greedy(40, prediction=false))
     assert tokens(pieces) == text
 
 
-async def test_scores_are_the_experts_log_probabilities(toy: Pair, toy_stack: Stack) -> None:
+async def test_scores_are_the_experts_log_probabilities(toy: Pair, toy_stack: LocalServer) -> None:
     text = (*PROMPT, 2, 6, 5)
     scores = await toy_stack.router.score(text, top=3)
     assert [one.token for one in scores] == list(text[1:])

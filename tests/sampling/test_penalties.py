@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tests.reference import processed
 
 from cascade.sampling.penalties import Context, adjusted
-from cascade.types import Sampling
+from cascade.types import SamplingParams
 
 VOCAB = 20
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
     presence_penalty=st.sampled_from([0.0, 0.7, -0.4]),
     frequency_penalty=st.sampled_from([0.0, 0.3]),
@@ -29,7 +29,9 @@ blocks = st.tuples(samplings, texts, texts, st.lists(st.integers(0, VOCAB - 1), 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @given(chosen=st.lists(blocks, min_size=1, max_size=3), seed=st.integers(0, 1000))
 def test_a_row_of_a_block_is_what_it_is_alone(
-    dtype: torch.dtype, chosen: list[tuple[Sampling, list[int], list[int], list[int]]], seed: int
+    dtype: torch.dtype,
+    chosen: list[tuple[SamplingParams, list[int], list[int], list[int]]],
+    seed: int,
 ) -> None:
     """To the last bit, or greedy text would depend on how long blocks are."""
     rows = [
@@ -51,7 +53,7 @@ def test_a_row_of_a_block_is_what_it_is_alone(
 
 @given(block=blocks, seed=st.integers(0, 1000))
 def test_a_block_is_each_row_by_its_definition(
-    block: tuple[Sampling, list[int], list[int], list[int]], seed: int
+    block: tuple[SamplingParams, list[int], list[int], list[int]], seed: int
 ) -> None:
     sampling, prompt, answer, drafted = block
     chance = torch.Generator().manual_seed(seed)

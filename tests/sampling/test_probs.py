@@ -13,13 +13,13 @@ from tests.reference import processed
 
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import Context
-from cascade.sampling.probs import Hard, Soft, process, unscaled
-from cascade.types import Sampling
+from cascade.sampling.probs import OneHotProbs, SoftmaxProbs, process, unscaled
+from cascade.types import SamplingParams
 
 VOCAB = 40
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 5, 39, 40, 1000]),
     top_p=st.sampled_from([1.0, 0.93, 0.5, 0.011]),
@@ -44,7 +44,7 @@ def logits(rows: int, seed: int, *, vocab: int = VOCAB) -> torch.Tensor:
     piece=st.sampled_from([1, 2 * VOCAB, tensor_ops.PIECE]),
 )
 def test_a_batch_of_any_samplings_is_each_row_by_its_definition(
-    chosen: list[tuple[Sampling, list[int], list[int]]], seed: int, piece: int
+    chosen: list[tuple[SamplingParams, list[int], list[int]]], seed: int, piece: int
 ) -> None:
     """Rows with different samplings in one batch are what the slow twin makes of each."""
     logits_NV = logits(len(chosen), seed)
@@ -58,10 +58,10 @@ def test_a_batch_of_any_samplings_is_each_row_by_its_definition(
 
 
 @given(sampling=samplings, seed=st.integers(0, 1000))
-def test_some_tokens_are_read_as_the_whole_row_says(sampling: Sampling, seed: int) -> None:
+def test_some_tokens_are_read_as_the_whole_row_says(sampling: SamplingParams, seed: int) -> None:
     """`at`, `log_at`, `rows` and `log_dense` agree with `dense`."""
     law = process(logits(3, seed), [sampling] * 3, [Context()] * 3)
-    assert isinstance(law, Soft)
+    assert isinstance(law, SoftmaxProbs)
     ids_NK = torch.tensor([[0, 5, 39], [1, 1, 2], [9, 8, 7]])
     dense_NV = law.dense()
     torch.testing.assert_close(law.at(ids_NK), dense_NV.gather(1, ids_NK))
@@ -74,8 +74,8 @@ def test_some_tokens_are_read_as_the_whole_row_says(sampling: Sampling, seed: in
 def test_a_plain_row_is_the_softmax_of_its_logits() -> None:
     """The common case copies no logits."""
     logits_NV = logits(2, 0).float()
-    law = process(logits_NV, [Sampling()] * 2, [Context()] * 2)
-    assert isinstance(law, Soft)
+    law = process(logits_NV, [SamplingParams()] * 2, [Context()] * 2)
+    assert isinstance(law, SoftmaxProbs)
     assert law.logits_NV is logits_NV
     torch.testing.assert_close(law.dense(), logits_NV.softmax(dim=1))
 
@@ -83,7 +83,7 @@ def test_a_plain_row_is_the_softmax_of_its_logits() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     """Any float type goes in; what comes out sums to one in float32."""
-    law = process(logits(2, 1).to(dtype), [Sampling(top_p=0.9)] * 2, [Context()] * 2)
+    law = process(logits(2, 1).to(dtype), [SamplingParams(top_p=0.9)] * 2, [Context()] * 2)
     assert law.dense().dtype == torch.float32
     torch.testing.assert_close(law.dense().sum(dim=1), torch.ones(2))
 
@@ -91,9 +91,12 @@ def test_narrow_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
 def test_temperature_0_is_a_one_hot_at_the_lowest_of_equals() -> None:
     """Ties go to the lowest id; penalties are applied before the choice."""
     logits_NV = torch.tensor([[1.0, 4.0, 4.0, 0.0], [4.0, 1.0, 3.9, 0.0]])
-    samplings_N = [Sampling(temperature=0), Sampling(temperature=0, presence_penalty=0.5)]
+    samplings_N = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, presence_penalty=0.5),
+    ]
     law = process(logits_NV, samplings_N, [Context(), Context(answer=(0,))])
-    assert isinstance(law, Hard)
+    assert isinstance(law, OneHotProbs)
     assert law.favourites().tolist() == [1, 2]
     assert law.dense().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
     assert law.at(torch.tensor([[0, 1], [2, 2]])).tolist() == [[0, 1], [1, 1]]
@@ -105,16 +108,16 @@ def test_temperature_0_is_a_one_hot_at_the_lowest_of_equals() -> None:
 def test_top_k_and_top_p_keep_what_ties_with_the_last_kept() -> None:
     """Equal logits are treated equally: none is dropped for its place."""
     logits_NV = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
-    for sampling in (Sampling(top_k=2), Sampling(top_p=0.55)):
+    for sampling in (SamplingParams(top_k=2), SamplingParams(top_p=0.55)):
         assert (process(logits_NV, [sampling], [Context()]).dense() > 0).tolist() == [[1, 1, 1, 0]]
 
 
 def test_a_nucleus_deeper_than_the_first_look_is_found() -> None:
     """A flat row of many tokens needs the full sort."""
-    law = process(torch.zeros(1, 5000), [Sampling(top_p=0.5)], [Context()])
+    law = process(torch.zeros(1, 5000), [SamplingParams(top_p=0.5)], [Context()])
     assert int((law.dense() > 0).sum()) == 5000
     steep_NV = -torch.arange(5000)[None, :] / 5000
-    law = process(steep_NV, [Sampling(top_p=0.5)], [Context()])
+    law = process(steep_NV, [SamplingParams(top_p=0.5)], [Context()])
     mass_V = steep_NV.softmax(dim=1)[0].cumsum(0)
     assert int((law.dense() > 0).sum()) == int((mass_V < 0.5).sum()) + 1
 
@@ -122,7 +125,7 @@ def test_a_nucleus_deeper_than_the_first_look_is_found() -> None:
 def test_bias_outside_the_vocabulary_is_no_bias() -> None:
     """A door may know a longer vocabulary than a padded model shows."""
     logits_NV = logits(1, 2)
-    biased = process(logits_NV, [Sampling(logit_bias=((VOCAB, 5.0),))], [Context()])
+    biased = process(logits_NV, [SamplingParams(logit_bias=((VOCAB, 5.0),))], [Context()])
     torch.testing.assert_close(biased.dense(), logits_NV.softmax(dim=1))
 
 
@@ -139,7 +142,9 @@ def test_unscaled_rows_ignore_all_sampling() -> None:
     sampling=samplings,
     temperature=st.sampled_from([1e-40, 1e-5, 1.0, 2.0]),
 )
-def test_no_logits_give_nan(values: list[float], sampling: Sampling, temperature: float) -> None:
+def test_no_logits_give_nan(
+    values: list[float], sampling: SamplingParams, temperature: float
+) -> None:
     """Infinite and huge logits, tiny temperatures: rows stay finite and sum to one."""
     law = process(
         torch.tensor([values]),
@@ -148,5 +153,5 @@ def test_no_logits_give_nan(values: list[float], sampling: Sampling, temperature
     )
     dense_NV = law.dense()
     torch.testing.assert_close(dense_NV.sum(dim=1), torch.ones(1))
-    assert isinstance(law, Soft)
+    assert isinstance(law, SoftmaxProbs)
     assert bool(law.entropies().isfinite().all())

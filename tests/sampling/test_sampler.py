@@ -16,14 +16,16 @@ ROUNDING = 1e-6  # of float32 sums of a block
 
 
 def drawn(weights_1V: torch.Tensor, coin: float) -> int:
-    return int(Weights(weights_NK=weights_1V).invert(torch.tensor([coin], dtype=torch.float64)))
+    return int(
+        Weights(weights_NK=weights_1V).inverse_cdf(torch.tensor([coin], dtype=torch.float64))
+    )
 
 
 def test_a_coin_falls_where_the_weights_say() -> None:
     """The first index whose cumulated weight exceeds the coin; zeros are never hit."""
     weights_NK = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).expand(5, -1)
     coins_N = torch.tensor([0.0, 0.49, 0.5, 0.75, LAST], dtype=torch.float64)
-    assert Weights(weights_NK=weights_NK).invert(coins_N).tolist() == [1, 1, 3, 4, 4]
+    assert Weights(weights_NK=weights_NK).inverse_cdf(coins_N).tolist() == [1, 1, 3, 4, 4]
 
 
 @given(

@@ -24,7 +24,7 @@ def laws(rows: int, vocab: int, seed: int) -> torch.Tensor:
 def test_what_is_read_back_is_what_was_sampled(entries: int, seed: int) -> None:
     """The expert's support holds the drafter's law to the bit, in ascending order of tokens."""
     sparse = sparsify(laws(3, 50, seed), entries)
-    law_NK = sparse.law(torch.float32)
+    law_NK = sparse.probs(torch.float32)
     rows = [sparse.row(i) for i in range(3)]
     support = received(rows, [0, 0, 0], [1.0] * 3, [-math.inf] * 3, like=LIKE)
     for i, row in enumerate(rows):

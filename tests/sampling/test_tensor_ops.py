@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from cascade.rules import Chow, DiffLog, Ensemble, Lossless, Opt, TokenV1, TokenV3
 from cascade.sampling import tensor_ops
 from cascade.speculation.draft import DraftTask, draft_step
-from cascade.speculation.verify import judge
-from cascade.types import Bonus, Coupling, Policy, RowFormat, Sampling, Verification
+from cascade.speculation.verify import verify
+from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,16 +112,18 @@ class Waits(TorchFunctionMode):
 @pytest.mark.parametrize(
     ("policy", "most"),
     [
-        (Policy(sampling=Sampling(temperature=0)), 2),
-        (Policy(sampling=Sampling(temperature=0), bonus=Bonus.TARGET), 2),
-        (Policy(), 3),
-        (Policy(sampling=Sampling(temperature=0.7, top_k=4, min_p=0.1)), 3),
-        (Policy(verification=Verification.BLOCK), 5),
-        (Policy(coupling=Coupling.GUMBEL), 2),
+        (DecodingParams(sampling=SamplingParams(temperature=0)), 2),
+        (DecodingParams(sampling=SamplingParams(temperature=0), bonus=Bonus.TARGET), 2),
+        (DecodingParams(), 3),
+        (DecodingParams(sampling=SamplingParams(temperature=0.7, top_k=4, min_p=0.1)), 3),
+        (DecodingParams(verification=Verification.BLOCK), 5),
+        (DecodingParams(coupling=Coupling.GUMBEL), 2),
     ],
     ids=["greedy", "greedy target", "sampled", "truncated", "block", "gumbel"],
 )
-def test_verdicts_on_many_sessions_wait_a_few_times(rule: Rule, policy: Policy, most: int) -> None:
+def test_verdicts_on_many_sessions_wait_a_few_times(
+    rule: Rule, policy: DecodingParams, most: int
+) -> None:
     """However many sessions there are; a mixture has coins at temperature 0 too."""
     policy = replace(policy, rule=rule, rows=RowFormat.SPARSE, row_entries=8)
     most += policy.sampling.greedy and isinstance(rule, Ensemble)
@@ -135,7 +137,7 @@ def test_verdicts_on_many_sessions_wait_a_few_times(rule: Rule, policy: Policy, 
         ]
         before, logits_NV = tensor_ops.reads(), torch.cat(rows)
         with Waits() as waits:
-            judge(logits_NV, tasks)
+            verify(logits_NV, tasks)
 
         assert tensor_ops.reads() - before <= most
         assert waits.count == tensor_ops.reads() - before
@@ -144,7 +146,7 @@ def test_verdicts_on_many_sessions_wait_a_few_times(rule: Rule, policy: Policy, 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_drafting_reads_through_the_same_door(rule: Rule, temperature: float) -> None:
-    policy = Policy(rule=rule, sampling=Sampling(temperature=temperature))
+    policy = DecodingParams(rule=rule, sampling=SamplingParams(temperature=temperature))
     tasks = [DraftTask(policy=replace(policy, seed=i), position=4, start=2) for i in range(5)]
     logits_BV = torch.stack([PAIR.drafter([i]) for i in range(5)])
     before = tensor_ops.reads()

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.sampling.truncation import cut, cut_on_device
-from cascade.types import Sampling
+from cascade.sampling.truncation import truncate, truncate_on_device
+from cascade.types import SamplingParams
 
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.floats(0.05, 3),
     top_k=st.sampled_from([0, 1, 7, 50, 600, 1699, 1700, 5000]),
     top_p=st.one_of(st.just(1.0), st.floats(1e-6, 1)),
@@ -22,7 +22,7 @@ samplings = st.builds(
 
 
 def rows(
-    sampling: Sampling, *, spread: float, levels: int | None, vocab: int, seed: int
+    sampling: SamplingParams, *, spread: float, levels: int | None, vocab: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits, with ties if there are levels, and their probabilities, float64 [2, V]."""
     chance = torch.Generator().manual_seed(seed)
@@ -41,11 +41,11 @@ def rows(
     seed=st.integers(0, 2**31),
 )
 def test_a_cut_keeps_what_its_definition_keeps(
-    sampling: Sampling, spread: float, levels: int | None, vocab: int, seed: int
+    sampling: SamplingParams, spread: float, levels: int | None, vocab: int, seed: int
 ) -> None:
     """Flat rows and steep ones, short and long, with ties or without."""
     logits_NV, p_NV = rows(sampling, spread=spread, levels=levels, vocab=vocab, seed=seed)
-    least_N1, kept_N1 = cut(logits_NV, p_NV, [sampling] * 2)
+    least_N1, kept_N1 = truncate(logits_NV, p_NV, [sampling] * 2)
     for logits_V, p_V, least, kept in zip(logits_NV, p_NV, least_N1, kept_N1, strict=True):
         stays_V = logits_V >= least
         assert p_V[stays_V].sum().item() == pytest.approx(kept.item(), rel=1e-12)
@@ -70,13 +70,13 @@ def test_a_cut_keeps_what_its_definition_keeps(
 @settings(deadline=None, max_examples=100)
 @given(sampling=samplings, spread=st.floats(0.1, 12), seed=st.integers(0, 2**31))
 def test_a_device_finds_the_same_cut_without_a_look(
-    sampling: Sampling, spread: float, seed: int
+    sampling: SamplingParams, spread: float, seed: int
 ) -> None:
     """Beside a row that is not cut, and to what sums in another order tell apart."""
     logits_NV, p_NV = rows(sampling, spread=spread, levels=None, vocab=1700, seed=seed)
-    pair = [sampling, Sampling()]
+    pair = [sampling, SamplingParams()]
     (least_N1, kept_N1), (device_N1, mass_N1) = (
-        find(logits_NV, p_NV, pair) for find in (cut, cut_on_device)
+        find(logits_NV, p_NV, pair) for find in (truncate, truncate_on_device)
     )
     torch.testing.assert_close(mass_N1, kept_N1, rtol=1e-9, atol=1e-9)
     assert (least_N1[1], device_N1[1]) == (-math.inf, -math.inf)
@@ -86,8 +86,12 @@ def test_a_device_finds_the_same_cut_without_a_look(
 
 def test_float32_rows_are_cut_as_float64_rows_are() -> None:
     """What models give is float32; where a mass is reached, rounding decides between neighbours."""
-    logits_NV, p_NV = rows(Sampling(), spread=3, levels=None, vocab=32_000, seed=3)
-    for sampling in (Sampling(top_p=0.95), Sampling(top_k=40), Sampling(top_k=200, top_p=0.5)):
-        _, kept_N1 = cut(logits_NV.float(), p_NV.float(), [sampling] * 2)
-        _, wanted_N1 = cut(logits_NV, p_NV, [sampling] * 2)
+    logits_NV, p_NV = rows(SamplingParams(), spread=3, levels=None, vocab=32_000, seed=3)
+    for sampling in (
+        SamplingParams(top_p=0.95),
+        SamplingParams(top_k=40),
+        SamplingParams(top_k=200, top_p=0.5),
+    ):
+        _, kept_N1 = truncate(logits_NV.float(), p_NV.float(), [sampling] * 2)
+        _, wanted_N1 = truncate(logits_NV, p_NV, [sampling] * 2)
         torch.testing.assert_close(kept_N1.double(), wanted_N1, rtol=2e-5, atol=0)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client.samples import Sample
     from tests.serve.conftest import Server
 
-    from cascade.observability.metric_specs import Family
+    from cascade.observability.metric_specs import MetricSpec
 
 # Seen only when things go wrong, or where a client sends a prediction or a rule defers.
 RARE = {
@@ -33,7 +33,7 @@ RARE = {
 }
 
 
-def exported(family: Family) -> str:
+def exported(family: MetricSpec) -> str:
     ending = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: "_count"}
     return f"ray_{name_at_ray(family)}{ending[family.kind]}"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.simulation.network import Host
     from tests.simulation.toys import ToyDrafter, ToyExpert
 
-    from cascade.protocol.services import Kind, Ticket
+    from cascade.protocol.services import LeaseTicket, TierKind
 
 DETECTION_S = 1.0  # until Serve knows that a replica is gone
 TIMEOUT_S = 8.0  # of a call
@@ -56,7 +56,7 @@ class SimLease:
         self.address = node.replica.address
         self.token = ""
         self._node = node
-        self._granted: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        self._granted: asyncio.Future[LeaseTicket] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._hold())
         node.holds.add(self._task)
         self._task.add_done_callback(node.holds.discard)
@@ -80,7 +80,7 @@ class SimLease:
 class SimLeases:
     """Takes leases on whichever nodes Serve believes in."""
 
-    def __init__(self, kind: Kind, chance: Random, *, most: int) -> None:
+    def __init__(self, kind: TierKind, chance: Random, *, most: int) -> None:
         self.nodes: list[Node] = []
         self._kind = kind
         self._chance = chance

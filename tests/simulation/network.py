@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from random import Random
 
-    from cascade.protocol.services import Kind
+    from cascade.protocol.services import TierKind
 
 KEEPALIVE_S = 10.0  # of silence, until both ends of a stream know
 
@@ -46,7 +46,7 @@ class Network:
         self.weather = weather
         self.hosts: dict[str, Host] = {}
 
-    def dial(self, address: str, kind: Kind) -> SimCall:
+    def dial(self, address: str, kind: TierKind) -> SimCall:
         """Begin a call; a host that is down refuses it a moment later."""
         call = SimCall(self, self.hosts[address], kind)
         if call.host.up:
@@ -108,7 +108,7 @@ class _Way:
 class SimCall:
     """One call: the client's end, and the server's as a task."""
 
-    def __init__(self, network: Network, host: Host, kind: Kind) -> None:
+    def __init__(self, network: Network, host: Host, kind: TierKind) -> None:
         self.host = host
         self._kind = kind
         self._up = _Way(network, host)

@@ -10,11 +10,11 @@ from tests.simulation.network import Weather
 from tests.simulation.toys import STOP, VOCABULARY
 
 from cascade.rules import Chow, Lossless, Rule, TokenV3
-from cascade.speculation.draft_length import Length
-from cascade.types import ExpertLoss, Mode, Policy, Request, Sampling
+from cascade.speculation.draft_length import DraftPlan
+from cascade.types import DecodingParams, ExpertLoss, Mode, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from cascade.speculation.cost_model import Lesson
+    from cascade.speculation.cost_model import RoundSample
 
 TROUBLES = ("kill", "silent", "cut", "stall", "streams", "leases", "router")
 MENDED = ("streams", "leases")  # troubles after which the replica is there as before
@@ -80,7 +80,9 @@ class Story:
         chance = self.chance
         mode, rule = chance.choice(WAYS)
         stop_ids = (STOP,) if chance.random() < 0.3 else ()
-        policy = Policy(sampling=Sampling(temperature=0.0), rule=rule, stop_ids=stop_ids)
+        policy = DecodingParams(
+            sampling=SamplingParams(temperature=0.0), rule=rule, stop_ids=stop_ids
+        )
         return Request(
             prompt=tuple(chance.randrange(VOCABULARY) for _ in range(chance.choice([1, 2, 6]))),
             policy=policy,
@@ -96,10 +98,10 @@ class Whim:
 
     chance: Random
 
-    def next(self, *, room: int) -> Length:
+    def next(self, *, room: int) -> DraftPlan:
         """Return any length."""
         tokens = max(0, min(room, self.chance.choice([0, 1, 2, 3, 5])))
-        return Length(tokens=tokens, reason="whim", alone=self.chance.choice([1, 2, 4]))
+        return DraftPlan(tokens=tokens, reason="whim", alone=self.chance.choice([1, 2, 4]))
 
-    def learn(self, lesson: Lesson) -> None:
+    def learn(self, lesson: RoundSample) -> None:
         """Learn nothing."""

@@ -12,12 +12,12 @@ from tests.simulation.checks import live
 from tests.simulation.clock import run
 
 from cascade.protocol import server
-from cascade.protocol.client import _Stream  # pyright: ignore[reportPrivateUsage] - a bug is planted
-from cascade.protocol.codec import decode_answer, parse
+from cascade.protocol.client import ReplicaConnection  # pyright: ignore[reportPrivateUsage] - a bug is planted
+from cascade.protocol.codec import decode_server_message, parse
 from cascade.protocol.messages import Close, Open, Refusal
 from cascade.replica.lease_book import LeaseBook
-from cascade.replica.session import Seat
-from cascade.router.tier_session import Place
+from cascade.replica.session import ReplicaSession
+from cascade.router.tier_session import TierSession
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,7 +61,7 @@ def test_the_stories_meet_every_way_of_losing_a_replica() -> None:
     assert causes >= {"drafter lost", "drafter late", "drafter full", "expert lost"}
 
 
-async def _any_answer(self: Place, session: Session) -> Any:
+async def _any_answer(self: TierSession, session: Session) -> Any:
     """Take an answer whatever it answers."""
     del session
     answer: Any = await self._link.receive()  # pyright: ignore[reportOptionalMemberAccess, reportPrivateUsage] - as is
@@ -70,15 +70,15 @@ async def _any_answer(self: Place, session: Session) -> Any:
     return answer
 
 
-def _never_leave(self: Place) -> None:
+def _never_leave(self: TierSession) -> None:
     """Forget leases instead of giving them back."""
     self._link = self._lease = self._calling = None  # pyright: ignore[reportPrivateUsage] - as it is
 
 
-def _hear_old_epochs(self: _Stream, data: bytes) -> None:
+def _hear_old_epochs(self: ReplicaConnection, data: bytes) -> None:
     """Deliver answers of every epoch."""
     for message in parse(data, self.kind.response):
-        answer = decode_answer(message)
+        answer = decode_server_message(message)
         link = self._links.get(answer.session_id)  # pyright: ignore[reportPrivateUsage] - as it is
         if link is not None:
             link.deliver(answer, 0)
@@ -97,7 +97,9 @@ def _admit_old_epochs(connection: server.Connection, item: Any, limits: object) 
             return item.session_id in connection.epochs
 
 
-def _trust_any_prefix(self: Seat, *, position: int, tokens: Any, digest: int) -> int | None:
+def _trust_any_prefix(
+    self: ReplicaSession, *, position: int, tokens: Any, digest: int
+) -> int | None:
     """Take tokens without looking at the digest, or at what they follow."""
     del digest
     del self.answer[position - len(tokens) :]
@@ -117,12 +119,12 @@ def _keep_dropped(self: LeaseBook, token: str) -> None:
 
 
 PLANTED: dict[str, tuple[Any, str, Any]] = {
-    "answers of old epochs": (_Stream, "_receive", _hear_old_epochs),
+    "answers of old epochs": (ReplicaConnection, "_receive", _hear_old_epochs),
     "items of old epochs": (server, "_admit", _admit_old_epochs),
-    "answers to other positions": (Place, "_answer", _any_answer),
-    "blocks of other prefixes": (Place, "_continues", _always_continue),
-    "digests unread": (Seat, "catch_up", _trust_any_prefix),
-    "leases not given back": (Place, "leave", _never_leave),
+    "answers to other positions": (TierSession, "_next_reply", _any_answer),
+    "blocks of other prefixes": (TierSession, "_continues", _always_continue),
+    "digests unread": (ReplicaSession, "sync_tokens", _trust_any_prefix),
+    "leases not given back": (TierSession, "close", _never_leave),
     "leases not ended": (LeaseBook, "end", _keep_dropped),
 }
 

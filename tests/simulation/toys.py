@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from cascade.drafter.drafter import Drafter
-from cascade.engine.request import Ready
+from cascade.engine.request import LogitsOutput
 from cascade.engine.stats import Pass
 from cascade.errors import InvalidRequest, Overloaded
 from cascade.expert.expert import Expert
 from cascade.protocol.messages import Open
 from cascade.replica.replica import ReplicaOptions
 from cascade.rules import Lossless
-from cascade.speculation.confidence import Outlook
-from cascade.speculation.draft import Draft
-from cascade.types import Gates, Origin, SessionId, Verdict
+from cascade.speculation.confidence import TokenConfidence
+from cascade.speculation.draft import DraftToken
+from cascade.types import DraftStats, Origin, SessionId, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
 
-    from cascade.engine.request import Head, Step
+    from cascade.engine.request import ForwardRequest, LogitsHandler
     from cascade.protocol.server import Connection
-    from cascade.replica.session import Seat
-    from cascade.speculation.verify import Task
+    from cascade.replica.session import ReplicaSession
+    from cascade.speculation.verify import VerifyTask
 
 VOCABULARY = 9
 STOP = 0
@@ -78,7 +78,7 @@ def unlawful(prompt: Sequence[int], written: Sequence[tuple[int, Origin]], *, ke
 class ToyEngine:
     """Keeps what each session was fed; a step takes a while, and some have no room."""
 
-    head: Head
+    head: LogitsHandler
     chance: Random
     step_s: float
     full: float  # chance that a new session finds no room, or a branch
@@ -86,7 +86,9 @@ class ToyEngine:
     fed: dict[str, bytearray] = field(default_factory=dict[str, bytearray])
     trunks: dict[str, str] = field(default_factory=dict[str, str])  # of branches
     waiting: dict[str, asyncio.TimerHandle] = field(default_factory=dict[str, asyncio.TimerHandle])
-    steps: dict[str, Step] = field(default_factory=dict["str", "Step"])  # that wait
+    steps: dict[str, ForwardRequest] = field(
+        default_factory=dict["str", "ForwardRequest"]
+    )  # that wait
     current: Pass = field(default_factory=Pass)
     stalled_until_s: float = 0.0
     stalled_since_s: float = 0.0
@@ -103,7 +105,7 @@ class ToyEngine:
         stalled = self.waiting and now_s < self.stalled_until_s
         return now_s - self.stalled_since_s if stalled else 0.0
 
-    def submit(self, step: Step) -> None:
+    def submit(self, step: ForwardRequest) -> None:
         assert step.session not in self.waiting, "one step in flight"
         loop = asyncio.get_running_loop()
         begins_s = max(loop.time(), self.stalled_until_s)
@@ -118,7 +120,7 @@ class ToyEngine:
     def spare(self) -> float:
         return self.chance.choice((0.0, 0.5, 1.0))
 
-    def _branch(self, step: Step) -> bool:
+    def _branch(self, step: ForwardRequest) -> bool:
         trunk = self.fed.get(str(step.trunk), b"")
         if len(trunk) < step.base or self.chance.random() < self.full:
             return False
@@ -157,7 +159,7 @@ class ToyEngine:
         del session
         return 0
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: ForwardRequest) -> None:
         del self.waiting[step.session], self.steps[step.session]
         text = self.fed.setdefault(step.session, bytearray())
         if not text and self.chance.random() < self.full:
@@ -170,7 +172,7 @@ class ToyEngine:
         text[step.base :] = bytes(step.tokens)
         first = len(text) - step.rows
         rows: Any = [crc32(text[:end]) for end in range(first + 1, len(text) + 1)]
-        ready = Ready(step=step, first=0, count=step.rows, index=first)
+        ready = LogitsOutput(step=step, first=0, count=step.rows, index=first)
         for follow in self.head.finish([ready], rows):
             self.submit(follow)
 
@@ -180,7 +182,7 @@ class _Toy:
 
     engine: Any
     broken: list[str]  # what should not have happened
-    _seats: dict[Any, Seat]
+    _sessions: dict[Any, ReplicaSession]
     clock = staticmethod(lambda: asyncio.get_running_loop().time())
 
     def __init__(self, chance: Random, *, step_s: float, full: float, broken: list[str]) -> None:
@@ -196,7 +198,7 @@ class _Toy:
     def receive(self, connection: Connection, item: Any) -> None:
         """Serve an item; one of an old epoch should have been stopped before."""
         if not isinstance(item, Open):
-            seat = self._seats.get((connection, item.session_id))
+            seat = self._sessions.get((connection, item.session_id))
             if seat is not None and seat.epoch != item.epoch:
                 self.broken.append(f"epoch {item.epoch} reached a seat of epoch {seat.epoch}")
         super().receive(connection, item)  # pyright: ignore[reportAttributeAccessIssue] - as above
@@ -208,26 +210,26 @@ class _Toy:
 
 
 class ToyDrafter(_Toy, Drafter):
-    def draft(self, logits_NV: Any, tasks: Sequence[Any]) -> Sequence[Draft]:
+    def draft(self, logits_NV: Any, tasks: Sequence[Any]) -> Sequence[DraftToken]:
         return [_draft(row) for row, _ in zip(logits_NV, tasks, strict=True)]
 
 
 class ToyExpert(_Toy, Expert):
-    def verdicts(self, rows: Sequence[Any], tasks: Sequence[Task]) -> Sequence[Verdict]:
+    def verdicts(self, rows: Sequence[Any], tasks: Sequence[VerifyTask]) -> Sequence[Verdict]:
         return [_verdict(own, task) for own, task in zip(rows, tasks, strict=True)]
 
 
-def _draft(row: int) -> Draft:
+def _draft(row: int) -> DraftToken:
     token, other = drafter_token(row), (row + 1) % VOCABULARY
     rival = expert_token(row) if expert_token(row) != token else other
-    return Draft(
+    return DraftToken(
         token=token,
-        gates=Gates(peak=float(keeps(row)), favourite=token, entropy=0.0),
-        outlook=Outlook(confidence=0.5, rival=rival, share=0.5),
+        gates=DraftStats(peak=float(keeps(row)), favourite=token, entropy=0.0),
+        confidence=TokenConfidence(confidence=0.5, rival=rival, share=0.5),
     )
 
 
-def _verdict(rows: Sequence[int], task: Task) -> Verdict:
+def _verdict(rows: Sequence[int], task: VerifyTask) -> Verdict:
     """Judge greedily; any rule but lossless keeps where `keeps` says so."""
     tokens: list[int] = []
     origins: list[Origin] = []

@@ -14,15 +14,15 @@ from tests.simulation.toys import HANGS_S, ToyDrafter, ToyExpert
 
 from cascade.errors import CascadeError
 from cascade.protocol import services
-from cascade.protocol.client import Peers
-from cascade.router.leases import Hedged
+from cascade.protocol.client import ReplicaClients
+from cascade.router.leases import HedgedLeases
 from cascade.router.router import Router, RouterOptions
-from cascade.router.tier_session import Tier
+from cascade.router.tier_session import TierClient
 
 if TYPE_CHECKING:
-    from cascade.protocol.client import Link
-    from cascade.protocol.codec import Answer
-    from cascade.types import Origin, Policy, Request, SessionId, Statistics
+    from cascade.protocol.client import SessionStream
+    from cascade.protocol.codec import ServerMessage
+    from cascade.types import DecodingParams, Origin, Request, SessionId, Statistics
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class World:
     story: Story
     network: Network
     leases: dict[str, SimLeases]
-    peers: list[Peers] = field(default_factory=list[Peers])
+    peers: list[ReplicaClients] = field(default_factory=list[ReplicaClients])
     log: list[str] = field(default_factory=list[str])
     broken: list[str] = field(default_factory=list[str])  # what should never happen, and did
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
@@ -125,17 +125,17 @@ class World:
             answer.cancel()
 
 
-class Watched(Peers):
+class Watched(ReplicaClients):
     """Notes answers of another epoch than the session's."""
 
     broken: list[str]
 
-    def link(self, address: str, session_id: SessionId, epoch: int) -> Link:
+    def link(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link that is watched."""
-        link = super().link(address, session_id, epoch)
+        link = super().open_stream(address, session_id, epoch)
         deliver = link.deliver
 
-        def watched(answer: Answer, size: int) -> None:
+        def watched(answer: ServerMessage, size: int) -> None:
             if answer.epoch != epoch:
                 self.broken.append(f"an answer of epoch {answer.epoch} reached epoch {epoch}")
             deliver(answer, size)
@@ -201,15 +201,17 @@ async def happen(world: World) -> None:
 
 
 def _router(world: World) -> Router:
-    made: dict[str, Tier] = {}
+    made: dict[str, TierClient] = {}
     for kind in (services.DRAFTER, services.EXPERT):
         peers = Watched(kind, dial=world.network.dial)
         peers.broken = world.broken
         world.peers.append(peers)
-        made[kind.name] = Tier(leases=Hedged(world.leases[kind.name], after_s=1.0), peers=peers)
+        made[kind.name] = TierClient(
+            leases=HedgedLeases(world.leases[kind.name], after_s=1.0), clients=peers
+        )
     chance = world.story.chance
 
-    def automatic(policy: Policy) -> Whim:
+    def automatic(policy: DecodingParams) -> Whim:
         del policy
         return Whim(chance=chance)
 

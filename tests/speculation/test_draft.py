@@ -14,20 +14,20 @@ from tests.support import enumeration
 from cascade.rules import Chow, ChowLog, Diff, Lossless, TokenV1, TokenV3
 from cascade.sampling.sparse_probs import ABSENT, size
 from cascade.speculation.draft import DraftTask, block_of, defers_alone, draft_step
-from cascade.speculation.payload import Rows, needs
-from cascade.types import Bonus, Coupling, Policy, RowFormat, Sampling, Verification
+from cascade.speculation.payload import ProbsPayload, payload_spec
+from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
 
 VOCAB = 30
 
-SPARSE = Policy(rows=RowFormat.SPARSE, row_entries=6)
+SPARSE = DecodingParams(rows=RowFormat.SPARSE, row_entries=6)
 
 POLICIES = [
     SPARSE,
     replace(SPARSE, rows=RowFormat.FULL),
     replace(SPARSE, coupling=Coupling.GUMBEL, rule=Diff(alpha=0.1)),
-    Policy(coupling=Coupling.GUMBEL),
-    Policy(rule=TokenV3(alpha=0.5)),
-    Policy(rule=Chow(alpha=0.4), row_entries=6),
+    DecodingParams(coupling=Coupling.GUMBEL),
+    DecodingParams(rule=TokenV3(alpha=0.5)),
+    DecodingParams(rule=Chow(alpha=0.4), row_entries=6),
 ]
 
 
@@ -35,12 +35,12 @@ def logits(rows: int, *, seed: int = 0) -> torch.Tensor:
     return 2 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def task(policy: Policy, *, position: int = 0, start: int = 0) -> DraftTask:
+def task(policy: DecodingParams, *, position: int = 0, start: int = 0) -> DraftTask:
     return DraftTask(policy=policy, position=position, start=start)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
-def test_tokens_follow_the_reported_law(policy: Policy) -> None:
+def test_tokens_follow_the_reported_law(policy: DecodingParams) -> None:
     """Over many seeds a token's frequency is its reported likelihood; rows say the same."""
     samples = 4000
     one_1V = logits(1, seed=3)
@@ -69,8 +69,10 @@ def test_a_batch_of_all_policies_is_each_alone() -> None:
     """Grouping changes no draft."""
     policies = [
         replace(
-            Policy(rule=rule, coupling=coupling, row_entries=6, seed=i, logprobs=i % 3 or None),
-            sampling=Sampling(temperature=(0.0, 1.0, 0.6)[i % 3], top_p=0.9),
+            DecodingParams(
+                rule=rule, coupling=coupling, row_entries=6, seed=i, logprobs=i % 3 or None
+            ),
+            sampling=SamplingParams(temperature=(0.0, 1.0, 0.6)[i % 3], top_p=0.9),
             bonus=tuple(Bonus)[i % 3],
             verification=tuple(Verification)[i % 2],
         )
@@ -99,14 +101,14 @@ def test_chow_ships_a_row_only_where_it_defers() -> None:
     """Sure rows stay at home, and their tokens come from the whole of q."""
     sure, unsure = torch.zeros(VOCAB), torch.zeros(VOCAB)
     sure[3] = 6.0
-    policy = Policy(rule=Chow(alpha=0.4), row_entries=6)
+    policy = DecodingParams(rule=Chow(alpha=0.4), row_entries=6)
     drafts = draft_step(torch.stack([sure, unsure, sure]), [task(policy)] * 3)
     assert [draft.row is ABSENT for draft in drafts] == [True, False, True]
     assert [defers_alone(policy, draft) for draft in drafts] == [False, True, False]
     assert drafts[1].row is not None
     assert size(drafts[1].row) == 6
     block = block_of(drafts)
-    assert (len(block.rows), len(block.gates), len(block.likelihoods)) == (3, 3, 3)
+    assert (len(block.rows), len(block.draft_stats), len(block.likelihoods)) == (3, 3, 3)
 
 
 def test_only_rules_of_the_drafter_defer_alone() -> None:
@@ -118,14 +120,14 @@ def test_only_rules_of_the_drafter_defer_alone() -> None:
         (Lossless(), False),
         (Diff(alpha=-1), False),
     ):
-        policy = Policy(rule=rule)
+        policy = DecodingParams(rule=rule)
         assert defers_alone(policy, draft_step(logits_BV, [task(policy)])[0]) is deferred
 
 
 def test_gates_read_the_unscaled_row() -> None:
     """Temperature, truncation and penalties touch q, not q0."""
-    sampling = Sampling(temperature=0.2, top_k=2, presence_penalty=2.0)
-    policy = Policy(rule=ChowLog(alpha=1), sampling=sampling)
+    sampling = SamplingParams(temperature=0.2, top_k=2, presence_penalty=2.0)
+    policy = DecodingParams(rule=ChowLog(alpha=1), sampling=sampling)
     logits_BV = logits(1)
     q0_V = logits_BV[0].softmax(0)
     answered = DraftTask(policy=policy, position=1, start=0, answer=(int(q0_V.argmax()),))
@@ -138,7 +140,7 @@ def test_gates_read_the_unscaled_row() -> None:
 
 def test_greedy_drafts_report_a_one_hot() -> None:
     """Temperature 0: the favourite, certain, with nothing else unless the rule reads it."""
-    greedy = Policy(sampling=Sampling(temperature=0))
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0))
     logits_BV = logits(1)
     draft = draft_step(logits_BV, [task(greedy)])[0]
     assert draft.token == int(logits_BV.argmax())
@@ -164,7 +166,7 @@ def test_padding_is_never_drafted() -> None:
 
 def test_log_probabilities_are_those_of_q0() -> None:
     """The token's, and the likeliest others, at temperature 1."""
-    policy = Policy(logprobs=3, sampling=Sampling(temperature=0.5))
+    policy = DecodingParams(logprobs=3, sampling=SamplingParams(temperature=0.5))
     logits_BV = logits(1)
     draft = draft_step(logits_BV, [task(policy)])[0]
     log_V = logits_BV[0].log_softmax(0)
@@ -179,15 +181,15 @@ def test_log_probabilities_are_those_of_q0() -> None:
 @pytest.mark.parametrize("rows", list(RowFormat))
 def test_a_weighed_draft_names_the_rival_of_its_token(coupling: Coupling, rows: RowFormat) -> None:
     """Also where the row is shipped with fewer entries than the vocabulary has."""
-    policy = Policy(coupling=coupling, rows=rows, row_entries=8, seed=3)
+    policy = DecodingParams(coupling=coupling, rows=rows, row_entries=8, seed=3)
     places = range(20)
     wide_BV = torch.linspace(0, 5, 50).repeat(len(places), 1)
     tasks = [replace(task(policy, position=place), weighed=True) for place in places]
     for draft in draft_step(wide_BV, tasks):
-        assert draft.outlook is not None
-        assert draft.outlook.rival != draft.token
-        assert 0 < draft.outlook.share <= 1
-        assert draft.outlook.confidence == pytest.approx(
+        assert draft.confidence is not None
+        assert draft.confidence.rival != draft.token
+        assert 0 < draft.confidence.share <= 1
+        assert draft.confidence.confidence == pytest.approx(
             float(wide_BV[0].softmax(0)[draft.token]), rel=1e-4
         )
 
@@ -208,7 +210,7 @@ def test_a_block_of_verified_blocks_tosses_its_own_coins() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
-def test_extreme_rows_are_drafted_from(policy: Policy) -> None:
+def test_extreme_rows_are_drafted_from(policy: DecodingParams) -> None:
     """Huge logits, impossible tokens and flat rows give tokens that are possible, and no NaN."""
     rows = torch.stack(
         [
@@ -228,10 +230,10 @@ def test_every_format_carries_what_needs_says() -> None:
     """Rows, gates and q0 are there exactly when the needs ask."""
     for rule in enumeration.RULES:
         for coupling in Coupling:
-            policy = Policy(rule=rule, coupling=coupling, rows=RowFormat.SPARSE)
-            need, draft = needs(policy), draft_step(logits(1), [task(policy)])[0]
-            assert (draft.row is not None) == (need.rows is not Rows.NONE)
-            assert (draft.gates is not None) == need.gates
+            policy = DecodingParams(rule=rule, coupling=coupling, rows=RowFormat.SPARSE)
+            need, draft = payload_spec(policy), draft_step(logits(1), [task(policy)])[0]
+            assert (draft.row is not None) == (need.rows is not ProbsPayload.NONE)
+            assert (draft.gates is not None) == need.draft_stats
             assert (draft.unscaled is not None) == need.unscaled
             if draft.row is not None:
                 assert (draft.row.unscaled is not None) == need.row_unscaled

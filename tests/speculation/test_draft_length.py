@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cascade.rules import TokenV3
-from cascade.speculation.cost_model import FEWEST, MOST_TOKENS, Lesson, StepTime, Timing, Yield
+from cascade.speculation.cost_model import FEWEST, MOST_TOKENS, RoundSample, StepTime, Timing, Yield
 from cascade.speculation.draft_length import (
     FIRST_PAUSE,
-    Automatic,
+    AdaptiveDraftLength,
     DraftLength,
-    Experience,
+    DraftLengthTuner,
+    DraftPlan,
     Fixed,
-    Length,
-    reserved,
+    expert_slots,
 )
-from cascade.types import Bonus, Policy
+from cascade.types import Bonus, DecodingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NOTHING = Lesson(drafted=0, accepted=0, draft_s=0, judge_s=0, draft=Timing(), judge=Timing())
+NOTHING = RoundSample(drafted=0, accepted=0, draft_s=0, judge_s=0, draft=Timing(), judge=Timing())
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class World:
     luck: random.Random = field(default_factory=lambda: random.Random(1))  # noqa: S311 - luck, not secrets
     stood: bool = False
 
-    def round(self, tokens: int) -> tuple[float, int, Lesson]:
+    def round(self, tokens: int) -> tuple[float, int, RoundSample]:
         """Return the seconds, the committed tokens, and what there is to learn of a round.
 
         Every other session is taken to do the same.
@@ -50,20 +50,20 @@ class World:
         (lesson,) = self.rounds([tokens], others=self.sessions - 1)
         return lesson.draft_s + lesson.judge_s, lesson.accepted + 1, lesson
 
-    def rounds(self, lengths: Sequence[int], *, others: int = 0) -> list[Lesson]:
+    def rounds(self, lengths: Sequence[int], *, others: int = 0) -> list[RoundSample]:
         """Return what there is to learn of one round of sessions that share every pass."""
         tokens = sum(length + 1 for length in lengths) * (1 + others)
         step_s = self.judge_s + self.token_s * tokens
         return [self._lesson(length, step_s=step_s, tokens=tokens) for length in lengths]
 
-    def _lesson(self, length: int, *, step_s: float, tokens: int) -> Lesson:
+    def _lesson(self, length: int, *, step_s: float, tokens: int) -> RoundSample:
         accepted = 0
         while accepted < length and self.luck.random() < self.chance:
             accepted += 1
         pushed = self.hidden and self.stood
         self.stood = 0 < length == accepted
         drafting_s = length * self.draft_s
-        return Lesson(
+        return RoundSample(
             drafted=length,
             accepted=accepted,
             draft_s=0.0 if pushed or not length else drafting_s + self.trip_s,
@@ -91,9 +91,9 @@ class World:
             seconds, written = seconds + took_s, written + more
         return written / seconds
 
-    def shared_speed(self, experience: Experience, *, tokens: int = 6_000) -> float:
+    def shared_speed(self, experience: DraftLengthTuner, *, tokens: int = 6_000) -> float:
         """Return the committed tokens a second of each of the sessions, in step with each other."""
-        lengths = [experience.session(Policy()) for _ in range(self.sessions)]
+        lengths = [experience.session(DecodingParams()) for _ in range(self.sessions)]
         seconds, written = 0.0, 0
         while written < tokens * self.sessions:
             lessons = self.rounds([length.next(room=100).tokens for length in lengths])
@@ -121,13 +121,13 @@ WORLDS = {
 def test_automatic_lengths_are_nearly_the_best_fixed_one(world: dict[str, float]) -> None:
     """Within 5 % of the best of all fixed lengths, and hardly slower than the expert alone."""
     fixed = [World(**world).expected(length) for length in range(17)]  # pyright: ignore[reportArgumentType] - of the names above
-    automatic = World(**world).shared_speed(Experience())  # pyright: ignore[reportArgumentType] - as above
+    automatic = World(**world).shared_speed(DraftLengthTuner())  # pyright: ignore[reportArgumentType] - as above
     assert automatic >= 0.95 * max(fixed)
     assert automatic >= 0.97 * fixed[0]
 
 
-def session(**more: float) -> tuple[Automatic, World]:
-    return Experience().session(Policy()), World(**more)  # pyright: ignore[reportArgumentType] - of World's fields
+def session(**more: float) -> tuple[AdaptiveDraftLength, World]:
+    return DraftLengthTuner().session(DecodingParams()), World(**more)  # pyright: ignore[reportArgumentType] - of World's fields
 
 
 def test_a_change_of_luck_is_noticed() -> None:
@@ -190,8 +190,8 @@ def test_the_first_trial_comes_soon_however_bad_the_first_guess() -> None:
 
 def test_a_session_that_drafts_does_not_keep_the_others_from_a_trial() -> None:
     """Of two that differ in luck one drafts throughout; the other tries again all the same."""
-    experience = Experience()
-    lucky, unlucky = (experience.session(Policy()) for _ in range(2))
+    experience = DraftLengthTuner()
+    lucky, unlucky = (experience.session(DecodingParams()) for _ in range(2))
     good, bad = World(chance=0.95, sessions=2), World(chance=0.0, sessions=2, draft_s=0.005)
     reasons: set[str] = set()
     for _ in range(8 * FIRST_PAUSE):
@@ -204,11 +204,11 @@ def test_a_session_that_drafts_does_not_keep_the_others_from_a_trial() -> None:
 
 
 def test_sessions_of_one_kind_learn_from_each_other() -> None:
-    experience, world = Experience(), World(chance=0.0, draft_s=0.005)
-    assert experience.session(Policy()).next(room=9).reason == "measuring"
-    world.speed(experience.session(Policy()), tokens=100)
-    assert experience.session(Policy()).next(room=9).tokens == 0
-    assert experience.session(Policy(rule=TokenV3(alpha=0.9))).next(room=9).tokens > 0
+    experience, world = DraftLengthTuner(), World(chance=0.0, draft_s=0.005)
+    assert experience.session(DecodingParams()).next(room=9).reason == "measuring"
+    world.speed(experience.session(DecodingParams()), tokens=100)
+    assert experience.session(DecodingParams()).next(room=9).tokens == 0
+    assert experience.session(DecodingParams(rule=TokenV3(alpha=0.9))).next(room=9).tokens > 0
 
 
 def test_a_length_says_how_likely_its_block_stands() -> None:
@@ -217,27 +217,29 @@ def test_a_length_says_how_likely_its_block_stands() -> None:
         length, world = session(chance=chance)
         world.speed(length, tokens=500)
         wanted = length.next(room=100)
-        assert wanted.whole == pytest.approx(chance**wanted.tokens, abs=0.2)
+        assert wanted.sure == pytest.approx(chance**wanted.tokens, abs=0.2)
 
 
 def test_a_round_without_news_teaches_nothing() -> None:
-    experience = Experience()
-    experience.session(Policy()).learn(NOTHING)
+    experience = DraftLengthTuner()
+    experience.session(DecodingParams()).learn(NOTHING)
     assert not experience.costs.known
 
 
 def test_a_cold_start_and_a_stall_do_not_decide() -> None:
     """One round that takes a hundred times as long leaves speculation where it was."""
-    experience, world = Experience(), World(chance=0.9)
+    experience, world = DraftLengthTuner(), World(chance=0.9)
     slow = replace(world, draft_s=0.1, luck=random.Random(2))  # noqa: S311 - luck, not secrets
     for place in range(60):
-        length = experience.session(Policy())
+        length = experience.session(DecodingParams())
         assert length.next(room=50).tokens > 0
         length.learn((slow if place in {0, 30} else world).round(5)[2])
 
 
 def test_no_room_is_the_experts() -> None:
-    assert Experience().session(Policy()).next(room=0) == Length(tokens=0, reason="room")
+    assert DraftLengthTuner().session(DecodingParams()).next(room=0) == DraftPlan(
+        tokens=0, reason="room"
+    )
 
 
 @pytest.mark.parametrize(("room", "tokens"), [(9, 5), (5, 5), (2, 2), (0, 0), (-1, 0)])
@@ -256,7 +258,7 @@ def test_a_fixed_length_learns_nothing() -> None:
 
 def test_the_bonus_takes_its_room() -> None:
     """A round that may end in the expert's bonus drafts one token less than the answer lacks."""
-    rooms = {bonus: reserved(Policy(bonus=bonus)) for bonus in Bonus}
+    rooms = {bonus: expert_slots(DecodingParams(bonus=bonus)) for bonus in Bonus}
     assert rooms == {Bonus.NONE: 0, Bonus.EXPERT: 1, Bonus.TARGET: 0}
 
 
@@ -272,11 +274,13 @@ def test_a_pass_has_room_for_what_lengthens_it_by_no_more_than_a_share() -> None
 
 def test_blocks_drafted_on_other_verdicts_make_longer_drafts_pay() -> None:
     """What is hidden after a block that fell costs no time either."""
-    costs = Experience().costs
+    costs = DraftLengthTuner().costs
     for place in range(100):
         asked = Timing(service_s=0.0 if place % 2 else 0.01, step_s=0.001)
         judge = Timing(service_s=0.02, step_s=0.02, tokens=2, sessions=1)
-        lesson = Lesson(drafted=1, accepted=0, draft_s=0.01, judge_s=0.02, draft=asked, judge=judge)
+        lesson = RoundSample(
+            drafted=1, accepted=0, draft_s=0.01, judge_s=0.02, draft=asked, judge=judge
+        )
         costs.learn(lesson, stood=False if place else None)
     assert costs.branched.value == pytest.approx(0.5, abs=0.05)
     fallen = Yield(length=4, tokens=2.0, whole=0.0)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.support import bigram_models, enumeration
 
 from cascade.rules import Lossy, TokenV1, TokenV2, TokenV3
-from cascade.speculation.payload import is_fresh, wants_target
+from cascade.speculation.payload import sends_ids_only, wants_target
 from cascade.speculation.verify import rows_needed
-from cascade.speculation.verify_batch import Task, lay_out
-from cascade.types import Block, Bonus, Policy, RowFormat, Verification
+from cascade.speculation.verify_batch import VerifyTask, build_batch
+from cascade.types import Block, Bonus, DecodingParams, RowFormat, Verification
 
 if TYPE_CHECKING:
     from cascade.rules import Rule
@@ -64,9 +64,9 @@ def rows(least: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
 worlds = st.builds(World, drafter=rows(1), expert=rows(0))
 
 
-def fast_round(world: World, policy: Policy, text: tuple[int, ...]) -> bigram_models.Floats:
+def fast_round(world: World, policy: DecodingParams, text: tuple[int, ...]) -> bigram_models.Floats:
     """Return the law of one round after a text, as the fast path computes it, in float64."""
-    tasks, logits, chances = list[Task](), list[torch.Tensor](), list[float]()
+    tasks, logits, chances = list[VerifyTask](), list[torch.Tensor](), list[float]()
     for draft in itertools.product(range(VOCAB), repeat=DRAFTED):
         prefixes = [(*text, *draft[:j]) for j in range(DRAFTED + 1)]
         qs = [world.q(prefix) for prefix in prefixes]
@@ -76,22 +76,22 @@ def fast_round(world: World, policy: Policy, text: tuple[int, ...]) -> bigram_mo
             tokens=draft,
             likelihoods=tuple(float(x) for x in here),
             unscaled=tuple(float(x) for x in here),
-            gates=tuple(bigram_models.gates_of(q) for q in qs[:told]),
+            draft_stats=tuple(bigram_models.gates_of(q) for q in qs[:told]),
             rows=()
-            if is_fresh(policy)
+            if sends_ids_only(policy)
             else tuple(
                 bigram_models.wire_row(world.weights_q(x), unscaled=True) for x in prefixes[:told]
             ),
         )
-        tasks.append(Task(policy=policy, position=len(text), block=block))
+        tasks.append(VerifyTask(policy=policy, position=len(text), block=block))
         count = rows_needed(policy, draft)
         p = [[float(x) for x in world.p(prefix)] for prefix in prefixes[:count]]
         logits.append(torch.tensor(p, dtype=torch.float64).log())
         chances.append(float(math.prod(here)))
-    return bigram_models.round_law(lay_out(torch.cat(logits), tasks), chances)
+    return bigram_models.round_law(build_batch(torch.cat(logits), tasks), chances)
 
 
-def texts(world: World, policy: Policy) -> bigram_models.Floats:
+def texts(world: World, policy: DecodingParams) -> bigram_models.Floats:
     """Return the law of the first tokens of an answer, round after round."""
     done: defaultdict[tuple[int, ...], float] = defaultdict(float)
     open_: bigram_models.Floats = {(): 1.0}
@@ -110,8 +110,8 @@ def assert_same(found: bigram_models.Floats, wanted: enumeration.Texts) -> None:
         assert found.get(text, 0.0) == pytest.approx(float(wanted.get(text, 0)), abs=CLOSE), text
 
 
-def policies(rule: Rule, **changes: object) -> Policy:
-    return replace(Policy(rule=rule, rows=RowFormat.FULL), **changes)
+def policies(rule: Rule, **changes: object) -> DecodingParams:
+    return replace(DecodingParams(rule=rule, rows=RowFormat.FULL), **changes)
 
 
 @pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
@@ -139,14 +139,16 @@ def test_an_answer_is_the_product_of_pi(
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in enumeration.RULES if is_fresh(Policy(rule=r))], ids=lambda rule: rule.kind
+    "rule",
+    [r for r in enumeration.RULES if sends_ids_only(DecodingParams(rule=r))],
+    ids=lambda rule: rule.kind,
 )
 @PROOF
 @given(world=worlds)
 def test_token_rules_need_no_rows(rule: Rule, world: World) -> None:
     """Judged as one-hots, drafts give the same law, and it refuses sum r q (1 - p)."""
-    policy = Policy(rule=rule, bonus=Bonus.NONE)
-    assert is_fresh(policy)
+    policy = DecodingParams(rule=rule, bonus=Bonus.NONE)
+    assert sends_ids_only(policy)
     assert_same(texts(world, policy), enumeration.product(world.tree(rule), LENGTH))
     q, p = world.q(()), world.p(())
     deferred = enumeration.unacceptable(rule, q, p)

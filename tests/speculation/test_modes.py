@@ -10,40 +10,40 @@ from tests import reference
 from tests.support.bigram_models import Bigrams
 
 from cascade.rules import Chow, ChowLog, Lossless, Opt, TokenV3
-from cascade.speculation.modes import keeps_unasked, policy_in
-from cascade.speculation.payload import Rows, needs
+from cascade.speculation.modes import accepts_without_expert, policy_in
+from cascade.speculation.payload import ProbsPayload, payload_spec
 from cascade.types import (
     Bonus,
     Confidence,
     Coupling,
+    DecodingParams,
     Mode,
     Origin,
-    Patience,
-    Policy,
     RowFormat,
-    Sampling,
+    SamplingParams,
+    SequenceCascadeParams,
     Verification,
 )
 
 PAIR = Bigrams.random()
 
-POLICY = Policy(
+POLICY = DecodingParams(
     rule=TokenV3(alpha=0.5),
     bonus=Bonus.TARGET,
     verification=Verification.BLOCK,
     rows=RowFormat.FULL,
     seed=11,
-    sampling=Sampling(temperature=0.9),
+    sampling=SamplingParams(temperature=0.9),
 )
 
 
 def written(
     mode: Mode,
-    policy: Policy = POLICY,
+    policy: DecodingParams = POLICY,
     *,
     draft_tokens: int = 3,
     max_tokens: int = 12,
-    patience: Patience | None = None,
+    patience: SequenceCascadeParams | None = None,
 ) -> list[tuple[int, Origin]]:
     return reference.decode(
         (1, 2),
@@ -68,11 +68,11 @@ def test_modes_with_a_block_to_judge_follow_the_request() -> None:
 )
 def test_modes_without_one_neither_ship_nor_truncate(mode: Mode) -> None:
     """The sampling stays, the rows stay at home."""
-    policy = policy_in(mode, Policy(rule=Chow(alpha=0.3), sampling=POLICY.sampling))
+    policy = policy_in(mode, DecodingParams(rule=Chow(alpha=0.3), sampling=POLICY.sampling))
     assert policy.sampling == POLICY.sampling
     assert policy.verification is Verification.TOKEN
     if mode is not Mode.EXPERT_ONLY:
-        assert needs(policy).rows is not Rows.ALL
+        assert payload_spec(policy).rows is not ProbsPayload.ALL
     assert policy_in(mode, policy_in(mode, POLICY)) == policy_in(mode, POLICY)
 
 
@@ -80,12 +80,14 @@ def test_a_mode_of_one_model_has_its_rule() -> None:
     """The expert alone is lossless; the drafter alone never defers."""
     assert policy_in(Mode.EXPERT_ONLY, POLICY).rule == Lossless()
     assert policy_in(Mode.DRAFTER_ONLY, POLICY).rule == Chow(alpha=1)
-    assert policy_in(Mode.TOKEN_CASCADE, Policy(rule=Chow(alpha=0.3))).rule == Chow(alpha=0.3)
+    assert policy_in(Mode.TOKEN_CASCADE, DecodingParams(rule=Chow(alpha=0.3))).rule == Chow(
+        alpha=0.3
+    )
 
 
 def test_expert_only_and_drafter_only_are_each_models_text() -> None:
     """Greedy: the argmax of one model, token after token."""
-    greedy = Policy(sampling=Sampling(temperature=0))
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0))
     for mode, rows_VV, origin in (
         (Mode.EXPERT_ONLY, PAIR.expert_VV, Origin.EXPERT),
         (Mode.DRAFTER_ONLY, PAIR.drafter_VV, Origin.KEPT),
@@ -99,7 +101,7 @@ def test_expert_only_and_drafter_only_are_each_models_text() -> None:
 
 def test_a_token_cascade_is_chow_without_speculation() -> None:
     """Each token is the drafter's where it is sure, and else the expert's."""
-    policy = Policy(rule=Chow(alpha=0.55), sampling=Sampling(temperature=0))
+    policy = DecodingParams(rule=Chow(alpha=0.55), sampling=SamplingParams(temperature=0))
     last = 2
     for token, origin in written(Mode.TOKEN_CASCADE, policy):
         sure = float(PAIR.drafter_VV[last].softmax(0).max()) >= 0.45
@@ -112,15 +114,15 @@ def test_a_token_cascade_is_chow_without_speculation() -> None:
 @pytest.mark.parametrize("confidence", Confidence)
 def test_a_sequence_cascade_waits_and_sees(confidence: Confidence) -> None:
     """A sure drafter answers whole, an unsure one not at all."""
-    patient = Patience(confidence=confidence, threshold=-100.0)
-    strict = Patience(confidence=confidence, threshold=0.0)
+    patient = SequenceCascadeParams(confidence=confidence, threshold=-100.0)
+    strict = SequenceCascadeParams(confidence=confidence, threshold=0.0)
     assert written(Mode.SEQUENCE_CASCADE, patience=patient) == written(Mode.DRAFTER_ONLY)
     assert written(Mode.SEQUENCE_CASCADE, patience=strict) == written(Mode.EXPERT_ONLY)
 
 
 def test_shared_noise_makes_speculation_invisible() -> None:
     """gumbel, lossless: the text of expert_only, with or without a drafter."""
-    policy = Policy(coupling=Coupling.GUMBEL, seed=5)
+    policy = DecodingParams(coupling=Coupling.GUMBEL, seed=5)
     alone = [token for token, _ in written(Mode.EXPERT_ONLY, policy)]
     for length in (0, 1, 4, 9):
         text = written(Mode.SPECULATIVE, policy, draft_tokens=length)
@@ -131,11 +133,11 @@ def test_no_mode_writes_past_a_stop_token_or_the_limit() -> None:
     """An answer ends at its stop token, or at its length."""
     for mode in Mode:
         rule = Chow(alpha=0.5) if mode is Mode.TOKEN_CASCADE else POLICY.rule
-        policy = Policy(rule=rule, seed=3, stop_ids=(2, 9))
+        policy = DecodingParams(rule=rule, seed=3, stop_ids=(2, 9))
         tokens = [token for token, _ in written(mode, policy, max_tokens=40)]
         assert tokens[-1] in policy.stop_ids
         assert not set(tokens[:-1]) & set(policy.stop_ids)
-        assert len(written(mode, Policy(rule=rule), max_tokens=7)) == 7
+        assert len(written(mode, DecodingParams(rule=rule), max_tokens=7)) == 7
 
 
 def test_a_rule_of_tokens_has_no_token_cascade() -> None:
@@ -161,15 +163,15 @@ def test_models_may_speak_any_float_type() -> None:
 def test_a_rule_of_the_drafter_alone_ships_nothing(mode: Mode, rule: Chow | ChowLog) -> None:
     """Its decisions are taken where the rows are: no expert verifies, no bonus follows."""
     policy = policy_in(mode, replace(POLICY, rule=rule))
-    assert keeps_unasked(mode, policy)
+    assert accepts_without_expert(mode, policy)
     assert (policy.rule, policy.bonus, policy.rows) == (rule, Bonus.NONE, RowFormat.AUTO)
     assert policy.verification is Verification.TOKEN
 
 
 @pytest.mark.parametrize("mode", [Mode.EXPERT_ONLY, Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE])
 def test_modes_without_judgement_keep_nothing_unasked(mode: Mode) -> None:
-    assert not keeps_unasked(mode, Policy(rule=Chow(alpha=0.3)))
+    assert not accepts_without_expert(mode, DecodingParams(rule=Chow(alpha=0.3)))
 
 
 def test_rules_that_read_the_expert_ask_it() -> None:
-    assert not keeps_unasked(Mode.CASCADE, Policy(rule=Opt(alpha=0.3)))
+    assert not accepts_without_expert(Mode.CASCADE, DecodingParams(rule=Opt(alpha=0.3)))

@@ -33,8 +33,12 @@ from cascade.rules import (
 )
 from cascade.sampling.penalties import Context
 from cascade.sampling.probs import process
-from cascade.speculation.target_distribution import Evidence, Target, target
-from cascade.types import Sampling
+from cascade.speculation.target_distribution import (
+    RuleInputs,
+    TargetDistribution,
+    target_distribution,
+)
+from cascade.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,14 +145,14 @@ def evidence(
     q0: Sequence[float] | None = None,
     p0: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Evidence:
+) -> RuleInputs:
     """Return one row of evidence on the whole vocabulary."""
     gates = gates_of(q0 or q)
     raw = torch.tensor([p0 or p], dtype=dtype)
-    return Evidence(
+    return RuleInputs(
         q_NK=torch.tensor([q], dtype=dtype),
         p_NK=torch.tensor([p], dtype=dtype),
-        gates_N=(gates,),
+        draft_stats_N=(gates,),
         q0_NK=torch.tensor([q0 or q], dtype=dtype),
         p0_NK=raw,
         p0_peak_N=raw.amax(dim=1),
@@ -158,7 +162,7 @@ def evidence(
 
 
 def judged(rule: Rule, q: Sequence[float], p: Sequence[float]) -> Judged:
-    pi = target(rule, evidence(q, p)).on_NK[0]
+    pi = target_distribution(rule, evidence(q, p)).on_NK[0]
     q_V = torch.tensor(q, dtype=torch.float64)
     over = (pi - q_V).clamp_min(0)
     over = torch.where(over > 1e-12, over, 0)
@@ -190,7 +194,7 @@ def test_the_worked_numbers(
 
 def test_the_example_in_the_docstring_of_target() -> None:
     """`TokenV3(alpha=.4)` on example A."""
-    found = target(TokenV3(alpha=0.4), evidence(A_Q, A_P))
+    found = target_distribution(TokenV3(alpha=0.4), evidence(A_Q, A_P))
     assert found.on_NK[0].tolist() == pytest.approx([0.11, 0.5475, 0.315, 0.0275])
 
 
@@ -198,7 +202,7 @@ def test_the_example_in_the_docstring_of_target() -> None:
 def test_the_golden_records(record: dict[str, Any]) -> None:
     """Decision, pi, acceptance, residual and refusal of every record."""
     rule: Rule = MAKERS[record["rule"]](record.get("alpha", 0.0))
-    found = target(
+    found = target_distribution(
         rule, evidence(record["q"], record["p"], q0=record.get("q0"), p0=record.get("p0"))
     )
     assert found.on_NK[0].tolist() == pytest.approx(record["pi"], abs=1e-9)
@@ -216,7 +220,7 @@ def test_the_golden_records(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", named([r for r in GOLDEN if "T" in r]))
 def test_the_golden_rows_are_processed_so(record: dict[str, Any]) -> None:
     """q and p of the records come from q0 and p0 by temperature, top-k and top-p."""
-    sampling = Sampling(temperature=record["T"], top_k=record["top_k"], top_p=record["top_p"])
+    sampling = SamplingParams(temperature=record["T"], top_k=record["top_k"], top_p=record["top_p"])
     for raw, row in (("q0", "q"), ("p0", "p")):
         logits_NV = torch.tensor([record[raw]], dtype=torch.float64).log()
         law = process(logits_NV, [sampling], [Context()])
@@ -225,7 +229,7 @@ def test_the_golden_rows_are_processed_so(record: dict[str, Any]) -> None:
 
 def test_wrong_variants_are_refused() -> None:
     """Five plausible mistakes about token_v3 and chow have laws that the check tells apart."""
-    right = target(TokenV3(alpha=0.4), evidence(A_Q, A_P)).on_NK[0].tolist()
+    right = target_distribution(TokenV3(alpha=0.4), evidence(A_Q, A_P)).on_NK[0].tolist()
     kept = [0, 1, 1, 0]
     q, p = torch.tensor(A_Q), torch.tensor(A_P)
     eta = float((q * (1 - torch.tensor(kept))).sum())
@@ -249,14 +253,14 @@ def test_wrong_variants_are_refused() -> None:
     for name, (law, printed) in wrong.items():
         assert law.tolist() == pytest.approx(printed, abs=6e-5), name
         assert not same_law(right, law.tolist()), name
-    kept_by_chow = target(Chow(alpha=0.55), evidence(A_Q, A_P)).on_NK[0].tolist()
+    kept_by_chow = target_distribution(Chow(alpha=0.55), evidence(A_Q, A_P)).on_NK[0].tolist()
     assert same_law(kept_by_chow, A_Q)
     assert not same_law(kept_by_chow, [1.0, 0, 0, 0]), "an argmax draft is not a draw from q"
 
 
 def test_token_v3_at_0_is_not_lossless() -> None:
     """q = [.7, .3], p = [.4, .6] gives [.28, .72]."""
-    found = target(TokenV3(alpha=0), evidence((0.7, 0.3), (0.4, 0.6)))
+    found = target_distribution(TokenV3(alpha=0), evidence((0.7, 0.3), (0.4, 0.6)))
     assert found.on_NK[0].tolist() == pytest.approx([0.28, 0.72])
 
 
@@ -273,7 +277,7 @@ def normed(values: Sequence[float]) -> list[float]:
 def test_two_token_rules_can_be_lossless(q: list[float], p: list[float]) -> None:
     """`token_v1` at alpha -1 and `token_v2` under 0 defer every token: pi = p."""
     for rule in (TokenV1(alpha=-1), TokenV2(alpha=-1e-9)):
-        found = target(rule, evidence(normed(q), normed(p)))
+        found = target_distribution(rule, evidence(normed(q), normed(p)))
         assert found.on_NK[0].tolist() == pytest.approx(normed(p))
 
 
@@ -305,7 +309,7 @@ def test_token_v3_is_not_monotone() -> None:
 @given(q=weights, p=weights)
 def test_every_target_is_a_law(rule: Rule, q: list[float], p: list[float]) -> None:
     """pi is not negative, sums to one, and lies where q or p do."""
-    pi = target(rule, evidence(normed(q), normed(p))).on_NK[0]
+    pi = target_distribution(rule, evidence(normed(q), normed(p))).on_NK[0]
     assert bool((pi >= 0).all())
     assert float(pi.sum()) == pytest.approx(1)
 
@@ -326,7 +330,7 @@ def test_a_sparse_support_says_what_the_whole_vocabulary_says(
         q0_NK=None if whole.q0_NK is None else whole.q0_NK[:, :3],
         p0_NK=None if whole.p0_NK is None else whole.p0_NK[:, :3],
     )
-    dense, some = target(rule, whole), target(rule, cut)
+    dense, some = target_distribution(rule, whole), target_distribution(rule, cut)
     spread = torch.cat([some.on_NK, some.tail_N[:, None] * whole.p_NK[:, 3:]], dim=1)
     torch.testing.assert_close(spread, dense.on_NK, atol=1e-12, rtol=1e-9)
 
@@ -341,7 +345,9 @@ def test_no_row_gives_nan_in_float32(rule: Rule, q: list[float], p: list[float])
     """Zeros, masses of 1e-38 and one-hots: pi stays finite and sums to one."""
     if not (sum(q) > 0 < sum(p)):
         return
-    found: Target = target(rule, evidence(normed(q), normed(p), dtype=torch.float32))
+    found: TargetDistribution = target_distribution(
+        rule, evidence(normed(q), normed(p), dtype=torch.float32)
+    )
     assert bool(found.on_NK.isfinite().all())
     assert bool(found.tail_N.isfinite().all())
     assert float(found.on_NK.sum()) == pytest.approx(1, abs=1e-5)

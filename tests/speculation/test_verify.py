@@ -21,17 +21,17 @@ from tests.support.bigram_models import Bigrams, Writing, gates_of
 
 from cascade.rules import Bild, Chow, Diff, Ensemble, Lossless, Lossy, Opt, TokenV1, TokenV3
 from cascade.sampling import rng
-from cascade.speculation.draft_length import reserved
-from cascade.speculation.verify import Task, judge, live_length, rows_needed
+from cascade.speculation.draft_length import expert_slots
+from cascade.speculation.verify import VerifyTask, live_length, rows_needed, verify
 from cascade.types import (
     Block,
     Bonus,
     Coupling,
-    Gates,
+    DecodingParams,
+    DraftStats,
     Origin,
-    Policy,
     RowFormat,
-    Sampling,
+    SamplingParams,
     Verdict,
     Verification,
 )
@@ -48,11 +48,11 @@ PAIR = Bigrams.random(vocab=VOCAB)
 ALL_RULES: tuple[Rule, ...] = (*enumeration.RULES, Lossy(alpha=0.3137, beta="solved"))
 
 SAMPLINGS = [
-    Sampling(),
-    Sampling(temperature=0),
-    Sampling(temperature=0.7, top_p=0.9),
-    Sampling(temperature=1.3, top_k=5, min_p=0.05),
-    Sampling(repetition_penalty=1.2, frequency_penalty=0.1, logit_bias=((3, 1.0),)),
+    SamplingParams(),
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=1.3, top_k=5, min_p=0.05),
+    SamplingParams(repetition_penalty=1.2, frequency_penalty=0.1, logit_bias=((3, 1.0),)),
 ]
 
 GRID = list(
@@ -60,10 +60,10 @@ GRID = list(
 )
 
 
-def policy_at(index: int) -> Policy:
+def policy_at(index: int) -> DecodingParams:
     """Return one policy of the grid, with a seed and sometimes a stop token of its own."""
     rule, coupling, bonus, verification, rows, sampling = GRID[index]
-    return Policy(
+    return DecodingParams(
         rule=rule,
         coupling=coupling,
         bonus=bonus,
@@ -77,7 +77,7 @@ def policy_at(index: int) -> Policy:
 
 
 def judged_blocks(
-    prompt: Sequence[int], policy: Policy, *, draft_tokens: int, max_tokens: int
+    prompt: Sequence[int], policy: DecodingParams, *, draft_tokens: int, max_tokens: int
 ) -> list[reference.Token]:
     """Return what the slow twin writes where every block is judged, whatever the rule."""
     pair = reference.Pair(
@@ -85,7 +85,7 @@ def judged_blocks(
     )
     text: list[reference.Token] = []
     while len(text) < max_tokens and not pair.ended(answer := [token for token, _ in text]):
-        room = max_tokens - len(text) - reserved(policy)
+        room = max_tokens - len(text) - expert_slots(policy)
         text += reference.judged(pair, answer, length=min(draft_tokens, room))
     return text[:max_tokens]
 
@@ -115,15 +115,15 @@ def test_the_fast_path_writes_what_its_slow_twin_writes_everywhere() -> None:
 
 
 def judged(
-    policy: Policy,
+    policy: DecodingParams,
     block: Block,
     rows_NV: torch.Tensor,
     *,
     position: int = 0,
     vocab_limit: int | None = None,
 ) -> Verdict:
-    task = Task(policy=policy, position=position, block=block)
-    return judge(rows_NV, [task], vocab_limit=vocab_limit)[0]
+    task = VerifyTask(policy=policy, position=position, block=block)
+    return verify(rows_NV, [task], vocab_limit=vocab_limit)[0]
 
 
 def log_rows(*rows: Sequence[float]) -> torch.Tensor:
@@ -137,30 +137,30 @@ def told(*tokens: int, q: Sequence[float] | None = None) -> Block:
         tokens=tokens,
         likelihoods=(1.0,) * len(tokens),
         unscaled=tuple(q[token] for token in tokens),
-        gates=(gates_of(q),) * len(tokens),
+        draft_stats=(gates_of(q),) * len(tokens),
     )
 
 
 @pytest.mark.parametrize(
     ("policy", "tokens", "rows"),
     [
-        (Policy(), (), 1),
-        (Policy(), (1, 2, 3), 4),
-        (Policy(bonus=Bonus.NONE), (1, 2, 3), 3),
-        (Policy(bonus=Bonus.NONE), (), 1),
-        (Policy(stop_ids=(2,)), (1, 2, 3), 2),
-        (Policy(stop_ids=(2,)), (2,), 1),
-        (Policy(stop_ids=(9,)), (1, 2), 3),
+        (DecodingParams(), (), 1),
+        (DecodingParams(), (1, 2, 3), 4),
+        (DecodingParams(bonus=Bonus.NONE), (1, 2, 3), 3),
+        (DecodingParams(bonus=Bonus.NONE), (), 1),
+        (DecodingParams(stop_ids=(2,)), (1, 2, 3), 2),
+        (DecodingParams(stop_ids=(2,)), (2,), 1),
+        (DecodingParams(stop_ids=(9,)), (1, 2), 3),
     ],
 )
-def test_rows_needed(policy: Policy, tokens: tuple[int, ...], rows: int) -> None:
+def test_rows_needed(policy: DecodingParams, tokens: tuple[int, ...], rows: int) -> None:
     """One a live token and one for the bonus; nothing past what ends the answer."""
     assert rows_needed(policy, tokens) == rows
 
 
 def test_nothing_follows_a_stop_token() -> None:
     """A stop inside a block ends it: later drafts are not judged, and no bonus follows."""
-    greedy = Policy(sampling=Sampling(temperature=0), stop_ids=(2,))
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0), stop_ids=(2,))
     assert live_length(greedy, (1, 2, 3)) == 2
     found = judged(greedy, told(1, 2, 3), log_rows([0.1, 0.8, 0.1, 0], [0.1, 0.1, 0.8, 0]))
     assert (found.accepted, found.tokens, found.judged) == (2, (1, 2), 2)
@@ -174,10 +174,10 @@ def test_an_empty_block_is_plain_decoding() -> None:
     samples = 3000
     for rule, bonus in ((Lossless(), Bonus.NONE), (Chow(alpha=1), Bonus.TARGET)):
         tasks = [
-            Task(policy=Policy(rule=rule, bonus=bonus, seed=seed), position=0)
+            VerifyTask(policy=DecodingParams(rule=rule, bonus=bonus, seed=seed), position=0)
             for seed in range(samples)
         ]
-        verdicts = judge(row_1V.expand(samples, -1), tasks)
+        verdicts = verify(row_1V.expand(samples, -1), tasks)
         counts = Counter(verdict.tokens[0] for verdict in verdicts)
         wanted = (row_1V[0].softmax(0) * samples).tolist()
         found = [counts[v] for v in range(VOCAB)]
@@ -189,19 +189,19 @@ def test_an_empty_block_is_plain_decoding() -> None:
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
 def test_batches_of_empty_blocks_are_judged_under_every_policy(rule: Rule) -> None:
     """No rule, coupling, bonus, verification or temperature minds that nothing was drafted."""
-    assert judge(torch.empty(0, VOCAB), []) == []
+    assert verify(torch.empty(0, VOCAB), []) == []
     for coupling, bonus, verification, temperature in itertools.product(
         Coupling, Bonus, Verification, (0.0, 1.0)
     ):
-        policy = Policy(
+        policy = DecodingParams(
             rule=rule,
             coupling=coupling,
             bonus=bonus,
             verification=verification,
-            sampling=Sampling(temperature=temperature),
+            sampling=SamplingParams(temperature=temperature),
         )
-        tasks = [Task(policy=policy, position=3)] * 2
-        verdicts = judge(PAIR.expert_VV[:2], tasks)
+        tasks = [VerifyTask(policy=policy, position=3)] * 2
+        verdicts = verify(PAIR.expert_VV[:2], tasks)
         assert [len(verdict.tokens) for verdict in verdicts] == [1, 1]
 
 
@@ -222,7 +222,7 @@ def test_sampled_answers_follow_the_product_of_pi(
     rule: Rule, verification: Verification, coupling: Coupling
 ) -> None:
     """A chi-square test of whole answers over many rounds: coins of dropped tokens do no harm."""
-    policy = Policy(
+    policy = DecodingParams(
         rule=rule,
         coupling=coupling,
         bonus=Bonus.NONE,
@@ -235,7 +235,7 @@ def test_sampled_answers_follow_the_product_of_pi(
 @pytest.mark.slow
 def test_coins_of_dropped_blocks_must_not_be_tossed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong variant: block verification with coins of positions alone has another law."""
-    policy = Policy(bonus=Bonus.NONE, verification=Verification.BLOCK, rows=RowFormat.FULL)
+    policy = DecodingParams(bonus=Bonus.NONE, verification=Verification.BLOCK, rows=RowFormat.FULL)
     assert p_value(policy, samples=20_000) > 1e-4
     uniforms = rng.uniforms
 
@@ -252,7 +252,7 @@ def test_coins_of_dropped_blocks_must_not_be_tossed_again(monkeypatch: pytest.Mo
     assert p_value(policy, samples=20_000) < 1e-4
 
 
-def p_value(policy: Policy, *, samples: int) -> float:
+def p_value(policy: DecodingParams, *, samples: int) -> float:
     """Return how well answers of several rounds fit the product of pi."""
     length, pair = 4, Bigrams.random(vocab=3, seed=4, apart=1.5)
     texts = pair.decode(
@@ -283,11 +283,11 @@ def test_shared_noise_makes_text_a_function_of_the_expert() -> None:
     strangers = Bigrams(drafter_VV=other.drafter_VV, expert_VV=PAIR.expert_VV)
     texts: set[tuple[int, ...]] = set()
     for pair, bonus in itertools.product((PAIR, strangers), Bonus):
-        policy = Policy(
+        policy = DecodingParams(
             coupling=Coupling.GUMBEL,
             bonus=bonus,
             seed=2**50 + 1,
-            sampling=Sampling(temperature=0.8, top_p=0.95),
+            sampling=SamplingParams(temperature=0.8, top_p=0.95),
         )
         lengths = [0, 1, 2, 3, 5, 8, 13]
         found = pair.decode(
@@ -300,13 +300,15 @@ def test_shared_noise_makes_text_a_function_of_the_expert() -> None:
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
 def test_under_shared_noise_the_emitted_token_is_the_targets(rule: Rule) -> None:
     """Whatever the draft, what a position emits is argmax(log pi + g)."""
-    policy = Policy(rule=rule, coupling=Coupling.GUMBEL, bonus=Bonus.NONE, rows=RowFormat.FULL)
+    policy = DecodingParams(
+        rule=rule, coupling=Coupling.GUMBEL, bonus=Bonus.NONE, rows=RowFormat.FULL
+    )
     seeds = [replace(policy, seed=seed) for seed in range(40)]
     writings = [Writing(policy=p, prompt=(p.seed % VOCAB,)) for p in seeds]
     blocks = PAIR.blocks(writings, counts=[1] * len(seeds))
     for writing, block in zip(writings, blocks, strict=True):
         rows_NV = PAIR.rows(writing.policy, writing.prompt, block.tokens)
-        found = judge(rows_NV, [writing.task(block)])[0]
+        found = verify(rows_NV, [writing.task(block)])[0]
         pair = reference.Pair(
             prompt=writing.prompt,
             drafter=PAIR.drafter,
@@ -322,21 +324,21 @@ def test_under_shared_noise_the_emitted_token_is_the_targets(rule: Rule) -> None
 def test_a_drafted_token_knows_who_would_have_written_it() -> None:
     """Lossless accepts its drafts as the drafter's own; a rule that keeps more calls them kept."""
     q, p = [0.6, 0.4, 0, 0], [0.0, 1, 0, 0]
-    block = Block(tokens=(0,), likelihoods=(0.6,), gates=(gates_of(q),))
-    keeps = judged(Policy(rule=Chow(alpha=1), bonus=Bonus.NONE), block, log_rows(p))
+    block = Block(tokens=(0,), likelihoods=(0.6,), draft_stats=(gates_of(q),))
+    keeps = judged(DecodingParams(rule=Chow(alpha=1), bonus=Bonus.NONE), block, log_rows(p))
     assert (keeps.tokens, keeps.origins) == ((0,), (Origin.KEPT,))
     assert (keeps.judged, keeps.deferred) == (1, 0)
     shared = replace(block, tokens=(1,), likelihoods=(0.4,))
-    agrees = judged(Policy(rule=Chow(alpha=1), bonus=Bonus.NONE), shared, log_rows(p))
+    agrees = judged(DecodingParams(rule=Chow(alpha=1), bonus=Bonus.NONE), shared, log_rows(p))
     assert agrees.origins == (Origin.DRAFTER,)
-    defers = judged(Policy(rule=Bild(alpha=0), bonus=Bonus.NONE), block, log_rows(p))
+    defers = judged(DecodingParams(rule=Bild(alpha=0), bonus=Bonus.NONE), block, log_rows(p))
     assert (defers.tokens, defers.origins) == ((1,), (Origin.EXPERT,))
     assert (defers.judged, defers.deferred) == (1, 1)
 
 
 def test_token_rules_count_the_tokens_they_cannot_accept() -> None:
     """Deferred counts the drafted tokens that are not acceptable, judged those looked at."""
-    policy = Policy(rule=TokenV3(alpha=0.5), bonus=Bonus.NONE)
+    policy = DecodingParams(rule=TokenV3(alpha=0.5), bonus=Bonus.NONE)
     rows_NV = log_rows([0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4])
     found = judged(policy, Block(tokens=(1, 0, 2), likelihoods=(0.5, 0.5, 0.5)), rows_NV)
     assert (found.accepted, found.judged, found.deferred) == (1, 2, 1)
@@ -347,15 +349,15 @@ def test_a_clients_prediction_is_verified_like_a_certain_draft() -> None:
     """Tokens without likelihoods stand if the expert says so; no rule believes them blindly."""
     rows_NV = log_rows([0.1, 0.7, 0.2], [0.1, 0.2, 0.7], [0.7, 0.2, 0.1])
     prediction = Block(tokens=(1, 2))
-    greedy = Policy(sampling=Sampling(temperature=0))
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0))
     assert judged(greedy, prediction, rows_NV).tokens == (1, 2, 0)
     for rule in (Chow(alpha=1), Diff(alpha=1), Opt(alpha=5), TokenV1(alpha=0.9)):
         found = judged(replace(greedy, rule=rule), Block(tokens=(0, 2)), rows_NV)
         assert (found.accepted, found.tokens) == (0, (1,)), rule
     samples = 3000
-    policies = [Policy(bonus=Bonus.NONE, seed=seed) for seed in range(samples)]
-    tasks = [Task(policy=p, position=0, block=Block(tokens=(1,))) for p in policies]
-    counts = Counter(v.tokens[0] for v in judge(rows_NV[:1].expand(samples, -1), tasks))
+    policies = [DecodingParams(bonus=Bonus.NONE, seed=seed) for seed in range(samples)]
+    tasks = [VerifyTask(policy=p, position=0, block=Block(tokens=(1,))) for p in policies]
+    counts = Counter(v.tokens[0] for v in verify(rows_NV[:1].expand(samples, -1), tasks))
     found = [counts[v] for v in range(3)]
     assert stats.chisquare(found, [samples * x for x in (0.1, 0.7, 0.2)]).pvalue > 1e-3
 
@@ -365,10 +367,10 @@ def test_padding_is_never_emitted() -> None:
     row_1V = torch.cat([PAIR.expert_VV[:1], torch.full((1, 4), 50.0)], dim=1)
     for coupling, temperature in itertools.product(Coupling, (0.0, 1.0)):
         for seed in range(20):
-            policy = Policy(
+            policy = DecodingParams(
                 coupling=coupling,
                 seed=seed,
-                sampling=Sampling(temperature=temperature),
+                sampling=SamplingParams(temperature=temperature),
                 logprobs=3,
             )
             found = judged(policy, Block(), row_1V, vocab_limit=VOCAB)
@@ -378,8 +380,10 @@ def test_padding_is_never_emitted() -> None:
 
 def test_log_probabilities_are_those_of_p0() -> None:
     """One entry a committed token, at temperature 1 and without penalties, best first."""
-    policy = Policy(
-        sampling=Sampling(temperature=0, presence_penalty=1.0), logprobs=2, rule=TokenV3(alpha=1)
+    policy = DecodingParams(
+        sampling=SamplingParams(temperature=0, presence_penalty=1.0),
+        logprobs=2,
+        rule=TokenV3(alpha=1),
     )
     block = told(4, 7)
     rows_NV = PAIR.rows(policy, [0], block.tokens)
@@ -403,7 +407,7 @@ def test_buzz_aldrin() -> None:
     block = Block(
         tokens=(buzz, aldrin, is_),
         likelihoods=(1.0, 1.0, 1.0),
-        gates=tuple(gates_of(row) for row in q),
+        draft_stats=tuple(gates_of(row) for row in q),
     )
     rows_NV = log_rows(
         [0.44, 0.5, 0.02, 0.02, 0.01, 0.01],  # Edwin "Buzz" Aldrin, or plainly Buzz Aldrin
@@ -411,7 +415,7 @@ def test_buzz_aldrin() -> None:
         [0.02, 0.02, 0.02, 0.9, 0.02, 0.02],
         [0.02, 0.02, 0.02, 0.02, 0.9, 0.02],
     )
-    greedy = Policy(sampling=Sampling(temperature=0))
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0))
     strict = judged(greedy, block, rows_NV)
     assert (strict.accepted, strict.tokens) == (0, (edwin,))
     kind = judged(replace(greedy, rule=TokenV3(alpha=0.2)), block, rows_NV)
@@ -438,13 +442,13 @@ def test_greedy_rules_coincide_as_they_should(
         tokens=tokens,
         likelihoods=(1.0,) * 3,
         unscaled=tuple(peaks),
-        gates=tuple(
-            Gates(peak=peak, favourite=token, entropy=0.0)
+        draft_stats=tuple(
+            DraftStats(peak=peak, favourite=token, entropy=0.0)
             for peak, token in zip(peaks, tokens, strict=True)
         ),
     )
     rows_NV = torch.tensor(expert, dtype=torch.float64)
-    greedy = Policy(sampling=Sampling(temperature=0), bonus=Bonus.NONE)
+    greedy = DecodingParams(sampling=SamplingParams(temperature=0), bonus=Bonus.NONE)
 
     def written(rule: Rule) -> tuple[int, ...]:
         return judged(replace(greedy, rule=rule), block, rows_NV).tokens
@@ -465,11 +469,14 @@ def test_a_greedy_ensemble_still_tosses_a_coin() -> None:
     """w p + (1 - w) q of two different one-hots is a fair mixture, not a winner."""
     samples = 2000
     block = Block(tokens=(0,), likelihoods=(1.0,))
-    policy = Policy(rule=Ensemble(weight=0.25), sampling=Sampling(temperature=0), bonus=Bonus.NONE)
+    policy = DecodingParams(
+        rule=Ensemble(weight=0.25), sampling=SamplingParams(temperature=0), bonus=Bonus.NONE
+    )
     tasks = [
-        Task(policy=replace(policy, seed=seed), position=0, block=block) for seed in range(samples)
+        VerifyTask(policy=replace(policy, seed=seed), position=0, block=block)
+        for seed in range(samples)
     ]
-    verdicts = judge(log_rows([0.1, 0.9]).expand(samples, -1), tasks)
+    verdicts = verify(log_rows([0.1, 0.9]).expand(samples, -1), tasks)
     switched = sum(verdict.tokens == (1,) for verdict in verdicts)
     assert stats.binomtest(switched, samples, 0.25).pvalue > 1e-3
 
@@ -513,7 +520,7 @@ def test_a_token_that_its_own_row_lacks_is_refused() -> None:
     """A draft that cannot have been drawn from the row it came with does not stand."""
     row = [0.5, 0.5, 0.0]
     pair = Bigrams(drafter_VV=log_rows(row, row, row), expert_VV=log_rows(row, row, row))
-    policy = Policy(bonus=Bonus.NONE)
+    policy = DecodingParams(bonus=Bonus.NONE)
     [block] = pair.blocks([Writing(policy=policy, prompt=(0,))], counts=[1])
     liar = replace(block, tokens=(2,))
     assert judged(policy, liar, log_rows([0.2, 0.3, 0.5])).accepted == 0

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from cascade.speculation import acceptance
-from cascade.speculation.draft import Draft, DraftTask, block_of, draft_step
-from cascade.speculation.draft_length import reserved
+from cascade.speculation.draft import DraftTask, DraftToken, block_of, draft_step
+from cascade.speculation.draft_length import expert_slots
 from cascade.speculation.payload import is_blockwise, wants_target
-from cascade.speculation.residual import emission_weights
-from cascade.speculation.verify import Task, judge, rows_needed
-from cascade.types import Block, Gates, Origin, Policy, Row
+from cascade.speculation.residual import next_token_weights
+from cascade.speculation.verify import VerifyTask, rows_needed, verify
+from cascade.types import Block, DecodingParams, DraftStats, Origin, SparseProbs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.speculation.verify_batch import Bench
+    from cascade.speculation.verify_batch import VerifyBatch
 
 Floats: TypeAlias = dict[tuple[int, ...], float]
 
@@ -50,7 +50,7 @@ class Bigrams:
 
     def blocks(self, writings: Sequence[Writing], *, counts: Sequence[int]) -> list[Block]:
         """Return blocks drafted by the fast path, each with the row after it if the bonus asks."""
-        drafts: list[list[Draft]] = [[] for _ in writings]
+        drafts: list[list[DraftToken]] = [[] for _ in writings]
         wanted = [
             n + wants_target(w.policy) if n else 0 for w, n in zip(writings, counts, strict=True)
         ]
@@ -75,14 +75,14 @@ class Bigrams:
             for ds, count in zip(drafts, counts, strict=True)
         ]
 
-    def rows(self, policy: Policy, before: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def rows(self, policy: DecodingParams, before: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Return the expert's rows that judge drafted tokens."""
         fed = [*before, *tokens][: len(before) + rows_needed(policy, tokens) - 1]
         return torch.stack([self.expert(fed[:n]) for n in range(len(before), len(fed) + 1)])
 
     def decode(
         self,
-        policies: Sequence[Policy],
+        policies: Sequence[DecodingParams],
         prompts: Sequence[Sequence[int]],
         *,
         draft_tokens: Sequence[int],
@@ -104,7 +104,7 @@ class Bigrams:
                 self.rows(w.policy, [*w.prompt, *w.answer], block.tokens)
                 for w, block in zip(here, blocks, strict=True)
             ]
-            for writing, verdict in zip(here, judge(torch.cat(rows), tasks), strict=True):
+            for writing, verdict in zip(here, verify(torch.cat(rows), tasks), strict=True):
                 writing.text += zip(verdict.tokens, verdict.origins, strict=True)
         return [w.text[:max_tokens] for w in writings]
 
@@ -113,7 +113,7 @@ class Bigrams:
 class Writing:
     """One answer in the making."""
 
-    policy: Policy
+    policy: DecodingParams
     prompt: tuple[int, ...]
     text: list[tuple[int, Origin]] = field(default_factory=list[tuple[int, Origin]])
 
@@ -127,9 +127,9 @@ class Writing:
         )
 
     def count(self, wanted: int, max_tokens: int) -> int:
-        return min(wanted, max_tokens - len(self.text) - reserved(self.policy))
+        return min(wanted, max_tokens - len(self.text) - expert_slots(self.policy))
 
-    def draft_task(self, drafts: Sequence[Draft]) -> DraftTask:
+    def draft_task(self, drafts: Sequence[DraftToken]) -> DraftTask:
         answer = [*self.answer, *(draft.token for draft in drafts)]
         start = len(self.text)
         return DraftTask(
@@ -140,8 +140,8 @@ class Writing:
             answer=answer,
         )
 
-    def task(self, block: Block) -> Task:
-        return Task(
+    def task(self, block: Block) -> VerifyTask:
+        return VerifyTask(
             policy=self.policy,
             position=len(self.text),
             block=block,
@@ -150,22 +150,22 @@ class Writing:
         )
 
 
-def wire_row(weights: Sequence[Fraction], *, unscaled: bool = False) -> Row:
+def wire_row(weights: Sequence[Fraction], *, unscaled: bool = False) -> SparseProbs:
     """Return a full row; the weights must be exact in float16."""
     weights_V = np.array([float(w) for w in weights], np.float16)
     q0_V = np.array([float(w / sum(weights)) for w in weights], np.float16) if unscaled else None
-    return Row(ids=np.empty(0, np.uint32), weights=weights_V, unscaled=q0_V)
+    return SparseProbs(ids=np.empty(0, np.uint32), weights=weights_V, unscaled=q0_V)
 
 
-def gates_of(row: Sequence[Fraction | float]) -> Gates:
+def gates_of(row: Sequence[Fraction | float]) -> DraftStats:
     """Return what rules read of an unscaled row."""
     values = [float(x) for x in row]
     q0_V = torch.tensor(values, dtype=torch.float64)
     entropy = float(torch.special.entr(q0_V).sum())
-    return Gates(peak=max(values), favourite=values.index(max(values)), entropy=entropy)
+    return DraftStats(peak=max(values), favourite=values.index(max(values)), entropy=entropy)
 
 
-def round_law(bench: Bench, chances: Sequence[float]) -> Floats:
+def round_law(bench: VerifyBatch, chances: Sequence[float]) -> Floats:
     """Return the law of what a round commits, from the probabilities that the fast path computes.
 
     Args:
@@ -178,7 +178,7 @@ def round_law(bench: Bench, chances: Sequence[float]) -> Floats:
         acceptance.following(bench, i, count, factor=factor) for i, count, factor, _ in endings
     ]
     wanted = [e for e in emissions if e is not None]
-    laws = emission_weights(bench, wanted).weights_NK if wanted else torch.empty(0, 1)
+    laws = next_token_weights(bench, wanted).weights_NK if wanted else torch.empty(0, 1)
     laws = (laws / laws.sum(dim=1, keepdim=True)).tolist()
     for (i, count, _, chance), emission in zip(endings, emissions, strict=True):
         tokens = bench.tasks[i].block.tokens[:count]
@@ -190,7 +190,7 @@ def round_law(bench: Bench, chances: Sequence[float]) -> Floats:
     return out
 
 
-def _token_endings(bench: Bench) -> list[tuple[int, int, float, float]]:
+def _token_endings(bench: VerifyBatch) -> list[tuple[int, int, float, float]]:
     """Return (task, tokens accepted, factor, probability) of every ending, token by token."""
     accept = acceptance.accept_probabilities(bench).tolist()
     endings: list[tuple[int, int, float, float]] = []
@@ -203,9 +203,9 @@ def _token_endings(bench: Bench) -> list[tuple[int, int, float, float]]:
     return [ending for ending in endings if ending[3] > 0]
 
 
-def _block_endings(bench: Bench) -> list[tuple[int, int, float, float]]:
+def _block_endings(bench: VerifyBatch) -> list[tuple[int, int, float, float]]:
     """Return (task, tokens accepted, factor, probability) of every ending, block verification."""
-    standing = acceptance.standing_probabilities(bench)
+    standing = acceptance.prefix_acceptance(bench)
     endings: list[tuple[int, int, float, float]] = []
     for i, (prefixes, factors) in enumerate(zip(standing.prefixes, standing.factors, strict=True)):
         left = 1.0

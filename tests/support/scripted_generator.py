@@ -11,7 +11,7 @@ from cascade.types import (
     FinishReason,
     Mode,
     Origin,
-    Piece,
+    OutputChunk,
     Request,
     Round,
     Statistics,
@@ -45,7 +45,7 @@ class ScriptedGenerator:
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last of them ends
     heard: list[Request] = field(default_factory=list)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield the script in blocks, up to the request's limit or its first stop token."""
         self.open += 1
         self.idle.clear()
@@ -62,7 +62,7 @@ class ScriptedGenerator:
         """Return a made-up log-probability for each token but the first."""
         return tuple(_logprob(token, top) for token in tokens[1:])
 
-    async def _pieces(self, request: Request) -> AsyncGenerator[Piece]:
+    async def _pieces(self, request: Request) -> AsyncGenerator[OutputChunk]:
         answer, finish = _answer(self.script(request), request)
         statistics = Statistics()
         at = 0
@@ -86,9 +86,9 @@ def _answer(script: Sequence[int], request: Request) -> tuple[tuple[int, ...], F
 
 def _piece(
     tokens: tuple[int, ...], request: Request, finish: FinishReason | None, statistics: Statistics
-) -> Piece:
+) -> OutputChunk:
     top = request.policy.logprobs
-    return Piece(
+    return OutputChunk(
         tokens=tokens,
         origins=_origins(tokens, request),
         logprobs=() if top is None else tuple(_logprob(token, top) for token in tokens),

@@ -10,12 +10,20 @@ from cascade.api.prompts import check_ids, conversation, most_tokens, prompts
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from cascade.rules import Chow, ChowLog, Lossless, Lossy, Rule
-from cascade.types import Coupling, Mode, Patience, Policy, Request, Sampling, Verification
+from cascade.types import (
+    Coupling,
+    DecodingParams,
+    Mode,
+    Request,
+    SamplingParams,
+    SequenceCascadeParams,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.api.context import Defaults, Service
+    from cascade.api.context import Defaults, ServingContext
 
 _COMPLETION_TOKENS = 16
 
@@ -25,7 +33,7 @@ _TOKEN_CASCADE = Chow(alpha=0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class CompletionCall:
     """Which answers to generate, prompt by prompt, and what to say about them."""
 
     model: str
@@ -59,7 +67,7 @@ class _Wish:
     options: Options = field(default_factory=Options)
 
 
-def completion(body: CompletionBody, service: Service) -> Call:
+def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
     """Return what a text completion asks for.
 
     Raises:
@@ -80,7 +88,7 @@ def completion(body: CompletionBody, service: Service) -> Call:
     return _call(wish, service, echo=bool(body.echo))
 
 
-def chat(body: ChatBody, service: Service) -> Call:
+def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
     """Return what a chat completion asks for; raises as `completion` does."""
     _check(body, service)
     if body.top_logprobs is not None and not body.logprobs:
@@ -98,7 +106,7 @@ def chat(body: ChatBody, service: Service) -> Call:
     return _call(wish, service)
 
 
-def _check(body: Generated, service: Service) -> None:
+def _check(body: Generated, service: ServingContext) -> None:
     limits = service.limits
     if body.model is not None and body.model not in service.models:
         served = ", ".join(service.models)
@@ -122,7 +130,7 @@ def _check(body: Generated, service: Service) -> None:
         )
 
 
-def _check_stops(stops: Sequence[str], service: Service) -> None:
+def _check_stops(stops: Sequence[str], service: ServingContext) -> None:
     limits = service.limits
     if len(stops) > limits.stop_strings:
         raise InvalidRequest(
@@ -134,7 +142,7 @@ def _check_stops(stops: Sequence[str], service: Service) -> None:
         )
 
 
-def _call(wish: _Wish, service: Service, *, echo: bool = False) -> Call:
+def _call(wish: _Wish, service: ServingContext, *, echo: bool = False) -> CompletionCall:
     body = wish.body
     n = body.n or 1
     if n * len(wish.prompts) > service.limits.answers:
@@ -146,7 +154,7 @@ def _call(wish: _Wish, service: Service, *, echo: bool = False) -> Call:
     seed = service.draw_seed() if body.seed is None else body.seed
     seeds = [(seed + number) % MAX_SEED for number in range(n)]
     options = body.stream_options
-    return Call(
+    return CompletionCall(
         model=body.model or service.models[0],
         requests=tuple(
             _request(wish, service, prompt=prompt, seed=seed)
@@ -164,7 +172,9 @@ def _call(wish: _Wish, service: Service, *, echo: bool = False) -> Call:
     )
 
 
-def _request(wish: _Wish, service: Service, *, prompt: tuple[int, ...], seed: int) -> Request:
+def _request(
+    wish: _Wish, service: ServingContext, *, prompt: tuple[int, ...], seed: int
+) -> Request:
     options, defaults = wish.options, service.defaults
     mode = _mode(options, defaults)
     patience = options.patience
@@ -176,7 +186,7 @@ def _request(wish: _Wish, service: Service, *, prompt: tuple[int, ...], seed: in
         draft_tokens=_draft_tokens(options, service),
         patience=defaults.patience
         if patience is None
-        else Patience(confidence=patience.confidence, threshold=patience.threshold),
+        else SequenceCascadeParams(confidence=patience.confidence, threshold=patience.threshold),
         prediction=_prediction(wish.body, service),
         deadline_s=options.deadline_s or defaults.deadline_s,
         on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
@@ -184,10 +194,10 @@ def _request(wish: _Wish, service: Service, *, prompt: tuple[int, ...], seed: in
     )
 
 
-def _policy(wish: _Wish, service: Service, *, mode: Mode, seed: int) -> Policy:
+def _policy(wish: _Wish, service: ServingContext, *, mode: Mode, seed: int) -> DecodingParams:
     options, defaults = wish.options, service.defaults
     coupling = _coupling(wish.body, options, defaults)
-    return Policy(
+    return DecodingParams(
         sampling=_sampling(wish.body, defaults),
         rule=_rule(options, defaults, mode),
         coupling=coupling,
@@ -201,11 +211,11 @@ def _policy(wish: _Wish, service: Service, *, mode: Mode, seed: int) -> Policy:
     )
 
 
-def _sampling(body: Generated, defaults: Defaults) -> Sampling:
+def _sampling(body: Generated, defaults: Defaults) -> SamplingParams:
     temperature = defaults.temperature if body.temperature is None else body.temperature
     top_p = defaults.top_p if body.top_p is None else body.top_p
     top_k = defaults.top_k if body.top_k is None else max(body.top_k, 0)
-    return Sampling(
+    return SamplingParams(
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
         top_k=top_k if top_p > 0 else 1,
         top_p=top_p if top_p > 0 else 1.0,
@@ -273,7 +283,7 @@ def _verification(options: Options, defaults: Defaults, coupling: Coupling) -> V
     return Verification.TOKEN
 
 
-def _draft_tokens(options: Options, service: Service) -> int | None:
+def _draft_tokens(options: Options, service: ServingContext) -> int | None:
     wanted, most = options.draft_tokens, service.limits.draft_tokens
     if wanted is None:
         return service.defaults.draft_tokens
@@ -287,7 +297,7 @@ def _draft_tokens(options: Options, service: Service) -> int | None:
     return wanted
 
 
-def _prediction(body: Generated, service: Service) -> tuple[int, ...]:
+def _prediction(body: Generated, service: ServingContext) -> tuple[int, ...]:
     if body.prediction is None:
         return ()
     return tuple(service.tokenizer.encode(plain(body.prediction.content), add_special=False))
@@ -297,12 +307,12 @@ def _stops(body: Generated) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def _stop_ids(body: Generated, service: Service) -> tuple[int, ...]:
+def _stop_ids(body: Generated, service: ServingContext) -> tuple[int, ...]:
     ends = () if body.ignore_eos else (*service.tokenizer.stop_ids, *service.stop_ids)
     return tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
 
 
-def _max_tokens(wish: _Wish, service: Service, prompt: tuple[int, ...]) -> int:
+def _max_tokens(wish: _Wish, service: ServingContext, prompt: tuple[int, ...]) -> int:
     """Return how long the answer may be; prompt and answer fit the context together."""
     limits, param, most = service.limits, wish.max_param, most_tokens(service)
     room = limits.context_tokens - len(prompt)

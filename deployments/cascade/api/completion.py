@@ -9,28 +9,30 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cascade.api.output_processor import Delta, Entry, Scribe
+from cascade.api.output_processor import Delta, OutputProcessor, TokenText
 from cascade.errors import Internal
 from cascade.types import FinishReason, Origin, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Sequence
 
-    from cascade.api.build_request import Call
-    from cascade.api.context import Service
-    from cascade.types import Piece, Request
+    from cascade.api.build_request import CompletionCall
+    from cascade.api.context import ServingContext
+    from cascade.types import OutputChunk, Request
 
 T = TypeVar("T")
 
 
-class Answer:
+class Completion:
     """One answer of a call: its request, what was said so far, and what it cost."""
 
-    def __init__(self, request: Request, service: Service, *, index: int, call: Call) -> None:
+    def __init__(
+        self, request: Request, service: ServingContext, *, index: int, call: CompletionCall
+    ) -> None:
         self.index = index
         self.request = request
         self.call = call
-        self.entries: list[Entry] = []  # the prompt's tokens too if the call echoes it
+        self.entries: list[TokenText] = []  # the prompt's tokens too if the call echoes it
         self.characters = 0
         self.end = Delta()
         self._service = service
@@ -67,7 +69,7 @@ class Answer:
         if not self.request.max_tokens:
             yield self._said(Delta(finish=FinishReason.LENGTH))
             return
-        scribe = Scribe(
+        scribe = OutputProcessor(
             self._service.tokenizer, stops=self.call.stops, stop_ids=self.request.policy.stop_ids
         )
         async with aclosing(self._service.generator.generate(self.request)) as pieces:
@@ -79,7 +81,7 @@ class Answer:
                     return
         raise Internal("An answer ended without a reason")
 
-    def _hear(self, piece: Piece, scribe: Scribe) -> Delta:
+    def _hear(self, piece: OutputChunk, scribe: OutputProcessor) -> Delta:
         self._statistics = piece.statistics or self._statistics
         return scribe.push(piece)
 
@@ -89,7 +91,7 @@ class Answer:
         self.end = replace(delta, entries=())
         return delta
 
-    async def _prompt(self) -> tuple[Entry, ...]:
+    async def _prompt(self) -> tuple[TokenText, ...]:
         """Return the prompt as entries, with its log-probabilities if the request asks for some."""
         prompt, top = self.request.prompt, self.request.policy.logprobs
         known = () if top is None else await self._service.generator.score(prompt, top=top)
@@ -97,7 +99,7 @@ class Answer:
         texts = [words.push([token]) for token in prompt]
         texts[-1] += words.flush()
         return tuple(
-            Entry(token=token, text=text, logprob=logprob)
+            TokenText(token=token, text=text, logprob=logprob)
             for token, text, logprob in zip_longest(prompt, texts, (None, *known))
         )
 
@@ -114,23 +116,25 @@ class Usage:
     statistics: Statistics
 
 
-class Answers:
+class Completions:
     """All answers of a call, written side by side."""
 
-    def __init__(self, call: Call, service: Service, *, name: str = "") -> None:
+    def __init__(self, call: CompletionCall, service: ServingContext, *, name: str = "") -> None:
         self.call = call
         self.all = tuple(
-            Answer(replace(request, name=name), service, index=index, call=call)
+            Completion(replace(request, name=name), service, index=index, call=call)
             for index, request in enumerate(call.requests)
         )
 
-    def write(self, *, tick_s: float | None = None) -> AsyncGenerator[tuple[Answer, Delta] | None]:
+    def write(
+        self, *, tick_s: float | None = None
+    ) -> AsyncGenerator[tuple[Completion, Delta] | None]:
         """Yield deltas as they come, and `None` after each `tick_s` seconds of silence."""
         return self._write(merge([answer.write() for answer in self.all], tick_s=tick_s))
 
     async def _write(
         self, merged: AsyncGenerator[tuple[int, Delta] | None]
-    ) -> AsyncGenerator[tuple[Answer, Delta] | None]:
+    ) -> AsyncGenerator[tuple[Completion, Delta] | None]:
         async with aclosing(merged):
             async for item in merged:
                 yield None if item is None else (self.all[item[0]], item[1])

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cascade.rules import Lossless, Rule
-from cascade.types import Bonus, Coupling, ExpertLoss, Mode, Patience, RowFormat, Verification
+from cascade.types import (
+    Bonus,
+    Coupling,
+    ExpertLoss,
+    Mode,
+    RowFormat,
+    SequenceCascadeParams,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,7 +105,7 @@ class Defaults:
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
     row_entries: int = 64
-    patience: Patience = field(default_factory=Patience)
+    patience: SequenceCascadeParams = field(default_factory=SequenceCascadeParams)
     chat_tokens: int | None = (
         None  # a chat's `max_completion_tokens`; None: what the context leaves
     )
@@ -109,7 +117,7 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
+class ServingContext:
     """All that a door needs. `models[0]` is the name in answers to requests that name none."""
 
     generator: Generator

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cascade.api import grpc_convert
-from cascade.api.completion import Answers
+from cascade.api.completion import Completions
 from cascade.api.middleware import REQUEST_ID, authenticate, defect, told
 from cascade.errors import CascadeError, ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
@@ -24,7 +24,7 @@ from cascade.v1 import cascade_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,12 @@ class Context(grpc_status.Context, Protocol):
         ...
 
 
-class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer):
+class GenerationServicer(
+    cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer
+):
     """Answers the RPCs. `service` is asked for at each call, so it may come later."""
 
-    def __init__(self, service: Callable[[], Service | None]) -> None:
+    def __init__(self, service: Callable[[], ServingContext | None]) -> None:
         self._given = service
 
     async def Generate(  # noqa: N802 - the RPC's name
@@ -84,7 +86,7 @@ class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.Healt
         with _sealed(name):
             service = self._service(context)
             call = grpc_convert.call(request.generation, service)
-            answers = Answers(call, service, name=name)
+            answers = Completions(call, service, name=name)
             created = grpc_convert.timestamp(service.clock())
             await answers.finish()
             return pb.GenerateResponse(
@@ -102,7 +104,7 @@ class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.Healt
         with _sealed(name):
             service = self._service(context)
             call = grpc_convert.call(request.generation, service)
-            answers = Answers(call, service, name=name)
+            answers = Completions(call, service, name=name)
             frame = pb.GenerateStreamResponse(
                 request_id=name,
                 create_time=grpc_convert.timestamp(service.clock()),
@@ -137,7 +139,7 @@ class GrpcDoor(cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.Healt
         answer = health_pb2.HealthCheckResponse
         return answer(status=answer.SERVING if ready else answer.NOT_SERVING)
 
-    def _service(self, context: Context) -> Service:
+    def _service(self, context: Context) -> ServingContext:
         service = self._given()
         if service is None:
             raise Unavailable("The server is starting")

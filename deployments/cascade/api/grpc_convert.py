@@ -22,10 +22,10 @@ from cascade.v1 import cascade_pb2 as pb
 if TYPE_CHECKING:
     from enum import StrEnum
 
-    from cascade.api.build_request import Call
-    from cascade.api.completion import Answer, Usage
-    from cascade.api.context import Service
-    from cascade.api.output_processor import Delta, Entry
+    from cascade.api.build_request import CompletionCall
+    from cascade.api.completion import Completion, Usage
+    from cascade.api.context import ServingContext
+    from cascade.api.output_processor import Delta, TokenText
     from cascade.types import Round, Statistics
 
 _NAMES = {
@@ -67,7 +67,7 @@ class _Text(CompletionBody):
     logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
 
 
-def call(message: pb.Generation, service: Service) -> Call:
+def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
     """Return what a message asks for.
 
     Raises:
@@ -181,7 +181,7 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def choice(answer: Answer, delta: Delta) -> pb.Choice:
+def choice(answer: Completion, delta: Delta) -> pb.Choice:
     """Return what a delta adds to an answer, or the whole answer as one delta."""
     own = [entry.origin for entry in delta.entries if entry.origin is not None]
     message = pb.Choice(
@@ -198,7 +198,7 @@ def choice(answer: Answer, delta: Delta) -> pb.Choice:
     return message
 
 
-def _logprob(entry: Entry) -> TokenLogprob:
+def _logprob(entry: TokenText) -> TokenLogprob:
     """Return an entry's log-probability; the first token of a prompt has none, which is NaN."""
     return entry.logprob or TokenLogprob(token=entry.token, logprob=math.nan)
 

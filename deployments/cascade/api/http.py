@@ -9,10 +9,10 @@ from fastapi import Depends, FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response
 
 from cascade.api import build_request, middleware, responses
-from cascade.api.completion import Answers
+from cascade.api.completion import Completions
 from cascade.api.middleware import authenticate
 from cascade.api.openapi import describe, request_body
-from cascade.api.responses import ChatShape, Shape, TextShape
+from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.api.sse import EventResponse, Stream, while_connected
 from cascade.api.validation import parse
@@ -21,15 +21,15 @@ from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cascade.api.build_request import Call
-    from cascade.api.context import Service
+    from cascade.api.build_request import CompletionCall
+    from cascade.api.context import ServingContext
 
 _DRAINED_BODIES = 16  # a body this many times too large is not even read to its end
 
 _THREAD_BYTES = 2**16  # from this size on, tokenizing would hold other streams up
 
 
-def create_app(service: Service | None = None, *, names_answers: bool = True) -> FastAPI:
+def create_app(service: ServingContext | None = None, *, names_answers: bool = True) -> FastAPI:
     """Return the door.
 
     Args:
@@ -84,7 +84,7 @@ async def completions(request: Request) -> Response:
     call = await _translate(
         data, lambda: build_request.completion(parse(data, CompletionBody), service)
     )
-    return await _answer(request, service, call, TextShape(service.tokenizer))
+    return await _answer(request, service, call, TextCompletionFormat(service.tokenizer))
 
 
 async def chat_completions(request: Request) -> Response:
@@ -92,12 +92,14 @@ async def chat_completions(request: Request) -> Response:
     service = _service(request)
     data = await _body(request, most=service.limits.body_bytes)
     call = await _translate(data, lambda: build_request.chat(parse(data, ChatBody), service))
-    return await _answer(request, service, call, ChatShape(service.tokenizer))
+    return await _answer(request, service, call, ChatCompletionFormat(service.tokenizer))
 
 
-async def _answer(request: Request, service: Service, call: Call, shape: Shape) -> Response:
+async def _answer(
+    request: Request, service: ServingContext, call: CompletionCall, shape: ResponseFormat
+) -> Response:
     name, created = request.state.request_id, int(service.clock())
-    answers = Answers(call, service, name=name)
+    answers = Completions(call, service, name=name)
     if not call.stream:
         await while_connected(request.receive, answers.finish())
         id_ = f"{shape.prefix}-{name}"
@@ -107,7 +109,7 @@ async def _answer(request: Request, service: Service, call: Call, shape: Shape) 
     return EventResponse(stream.events())
 
 
-async def _translate(data: bytes, work: Callable[[], Call]) -> Call:
+async def _translate(data: bytes, work: Callable[[], CompletionCall]) -> CompletionCall:
     return work() if len(data) < _THREAD_BYTES else await asyncio.to_thread(work)
 
 
@@ -125,8 +127,8 @@ async def _body(request: Request, *, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _service(request: Request) -> Service:
-    service: Service | None = request.app.state.service
+def _service(request: Request) -> ServingContext:
+    service: ServingContext | None = request.app.state.service
     if service is None:
         raise Unavailable("The server is starting")
     return service

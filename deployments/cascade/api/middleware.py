@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 _SCHEME = "bearer "
 
 
-def authenticate(service: Service, authorization: str | None) -> None:
+def authenticate(service: ServingContext, authorization: str | None) -> None:
     """Let a caller pass that has one of the service's keys, or any caller if there are none.
 
     Raises:
@@ -50,7 +50,7 @@ REQUEST_ID = "x-request-id"
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class Rim:
+class ErrorMiddleware:
     """ASGI middleware: every request has a name, and no exception ends without a body."""
 
     def __init__(self, app: ASGIApp, *, names_answers: bool) -> None:
@@ -109,7 +109,7 @@ def install(app: FastAPI, *, names_answers: bool) -> None:
     app.add_exception_handler(CascadeError, _ours)
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(RequestValidationError, _validation)
-    app.add_middleware(Rim, names_answers=names_answers)
+    app.add_middleware(ErrorMiddleware, names_answers=names_answers)
 
 
 def _request_id(headers: Headers) -> str:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cascade.api.context import Tokenizer
-    from cascade.types import Origin, Piece, TokenLogprob
+    from cascade.types import Origin, OutputChunk, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
+class StopMatch:
     """Text that may go out, and the stop string that ended it, if one did."""
 
     text: str
@@ -37,7 +37,7 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> Passage:
+    def push(self, text: str) -> StopMatch:
         """Return what of the held and the new text can no longer belong to a stop string."""
         text = self._held + text
         found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
@@ -45,10 +45,10 @@ class StopMatcher:
         if matches:
             _, start, stop = min(matches)
             self._held = ""
-            return Passage(text=text[:start], stop=stop)
+            return StopMatch(text=text[:start], stop=stop)
         room = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[room:]
-        return Passage(text=text[:room])
+        return StopMatch(text=text[:room])
 
     def flush(self) -> str:
         """Return the held text: no more comes, so it is no stop string."""
@@ -67,7 +67,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class TokenText:
     """One token and the text it added; empty while a character waits for its other bytes."""
 
     token: int
@@ -80,7 +80,7 @@ class Entry:
 class Delta:
     """What was added to an answer. The last one says why it ended."""
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[TokenText, ...] = ()
     finish: FinishReason | None = None
     stop: str | int | None = None  # the stop string or stop id that ended it
 
@@ -90,7 +90,7 @@ class Delta:
         return "".join(entry.text for entry in self.entries)
 
 
-class Scribe:
+class OutputProcessor:
     """Writes one answer down, token by token.
 
     A token goes out once all of its text is certain: no unfinished character, no possible beginning
@@ -104,16 +104,16 @@ class Scribe:
         self._words = tokenizer.detokenizer()
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[TokenText] = deque()
         self._free = 0  # characters of the waiting entries that may go out
 
-    def push(self, piece: Piece) -> Delta:
+    def push(self, piece: OutputChunk) -> Delta:
         """Return what the piece makes certain."""
         logprobs = piece.logprobs or (None,) * len(piece.tokens)
         for token, origin, logprob in zip(piece.tokens, piece.origins, logprobs, strict=True):
             ends = token in self._stop_ids
             text = "" if ends else self._words.push([token])
-            entry = Entry(token=token, text=text, origin=origin, logprob=logprob)
+            entry = TokenText(token=token, text=text, origin=origin, logprob=logprob)
             stop = self._write(entry)
             if stop is not None:
                 return self._end(FinishReason.STOP, stop)
@@ -123,7 +123,7 @@ class Scribe:
             return self._finish(piece.finish, None)
         return Delta(entries=tuple(self._certain()))
 
-    def _write(self, entry: Entry) -> str | None:
+    def _write(self, entry: TokenText) -> str | None:
         """Let an entry wait; return the stop string that it completes."""
         self._waiting.append(entry)
         passage = self._matcher.push(entry.text)
@@ -147,14 +147,14 @@ class Scribe:
 
     def _end(self, finish: FinishReason, stop: str | int | None) -> Delta:
         """Let out all waiting tokens, with the text that is free."""
-        entries: list[Entry] = []
+        entries: list[TokenText] = []
         for entry in self._waiting:
             entries.append(replace(entry, text=entry.text[: self._free]))
             self._free -= len(entries[-1].text)
         self._waiting.clear()
         return Delta(entries=tuple(entries), finish=finish, stop=stop)
 
-    def _certain(self) -> Iterable[Entry]:
+    def _certain(self) -> Iterable[TokenText]:
         """Take out the tokens whose text is free; one without text waits for the next with some."""
         while count := self._ready():
             for _ in range(count):

@@ -13,10 +13,10 @@ from cascade.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from cascade.api.context import Service
+    from cascade.api.context import ServingContext
 
 
-def prompts(body: CompletionBody, service: Service) -> tuple[tuple[int, ...], ...]:
+def prompts(body: CompletionBody, service: ServingContext) -> tuple[tuple[int, ...], ...]:
     """Return the prompts of a text completion, each at least one token.
 
     Raises:
@@ -31,7 +31,7 @@ def prompts(body: CompletionBody, service: Service) -> tuple[tuple[int, ...], ..
     return tuple(_tokens(prompt, service) for prompt in listed)
 
 
-def conversation(messages: Sequence[Message], service: Service) -> tuple[int, ...]:
+def conversation(messages: Sequence[Message], service: ServingContext) -> tuple[int, ...]:
     """Return a conversation under the model's chat template.
 
     Raises:
@@ -42,13 +42,13 @@ def conversation(messages: Sequence[Message], service: Service) -> tuple[int, ..
         return _nonempty(service.tokenizer.chat(turns, limit=most_tokens(service)), "messages")
 
 
-def most_tokens(service: Service) -> int:
+def most_tokens(service: ServingContext) -> int:
     """Return how many tokens a prompt may have."""
     limits = service.limits
     return min(limits.prompt_tokens or limits.context_tokens, limits.context_tokens)
 
 
-def check_ids(ids: Sequence[int], param: str, service: Service) -> None:
+def check_ids(ids: Sequence[int], param: str, service: ServingContext) -> None:
     """Refuse token ids that the pair does not have; raises InvalidRequest, which names `param`."""
     size = service.tokenizer.vocabulary
     bad = next((token for token in ids if not 0 <= token < size), None)
@@ -64,7 +64,7 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[s
     return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
 
 
-def _tokens(prompt: str | list[int], service: Service) -> tuple[int, ...]:
+def _tokens(prompt: str | list[int], service: ServingContext) -> tuple[int, ...]:
     if isinstance(prompt, list):
         check_ids(prompt, "prompt", service)
         return tuple(prompt)

@@ -17,9 +17,9 @@ from cascade.api.output_processor import Delta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.api.completion import Answer, Answers, Usage
-    from cascade.api.context import Service, Tokenizer
-    from cascade.api.output_processor import Entry
+    from cascade.api.completion import Completion, Completions, Usage
+    from cascade.api.context import ServingContext, Tokenizer
+    from cascade.api.output_processor import TokenText
     from cascade.errors import CascadeError
     from cascade.types import Statistics
 
@@ -27,7 +27,7 @@ _IMPOSSIBLE = -9999.0  # JavaScript cannot read -Infinity; OpenAI documents this
 
 
 def text_logprobs(
-    entries: Sequence[Entry], tokenizer: Tokenizer, *, offset: int
+    entries: Sequence[TokenText], tokenizer: Tokenizer, *, offset: int
 ) -> dict[str, list[Any]]:
     """Return the `logprobs` of a text completion whose first entry is `offset` characters in."""
     lengths = [len(entry.text) for entry in entries]
@@ -39,7 +39,7 @@ def text_logprobs(
     }
 
 
-def chat_logprobs(entries: Sequence[Entry], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(entries: Sequence[TokenText], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the `logprobs` of a chat completion; the bytes of all tokens decode to the text."""
     content = [
         _chat_token(entry.text.encode(), _own(entry))
@@ -49,11 +49,11 @@ def chat_logprobs(entries: Sequence[Entry], tokenizer: Tokenizer) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def _own(entry: Entry) -> float | None:
+def _own(entry: TokenText) -> float | None:
     return None if entry.logprob is None else _finite(entry.logprob.logprob)
 
 
-def _alternatives(entry: Entry, tokenizer: Tokenizer) -> dict[str, float] | None:
+def _alternatives(entry: TokenText, tokenizer: Tokenizer) -> dict[str, float] | None:
     """Return the likeliest texts, and the token itself among them whether it is likely or not."""
     if entry.logprob is None:
         return None
@@ -61,7 +61,7 @@ def _alternatives(entry: Entry, tokenizer: Tokenizer) -> dict[str, float] | None
     return tops | {entry.text: _finite(entry.logprob.logprob)}
 
 
-def _tops(entry: Entry, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
+def _tops(entry: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
     """Return the likeliest tokens as bytes; the token itself has those it has in the text."""
     if entry.logprob is None:
         return []
@@ -90,7 +90,7 @@ def _finite(logprob: float) -> float:
 Json: TypeAlias = dict[str, Any]
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     """How one kind of completion looks."""
 
     @property
@@ -103,20 +103,20 @@ class Shape(Protocol):
         """The `object` of an answer and of a chunk."""
         ...
 
-    def choice(self, answer: Answer) -> Json:
+    def choice(self, answer: Completion) -> Json:
         """Return a finished choice."""
         ...
 
-    def opening(self, answer: Answer) -> list[Json]:
+    def opening(self, answer: Completion) -> list[Json]:
         """Return what introduces a choice before it has tokens."""
         ...
 
-    def chunks(self, answer: Answer, delta: Delta) -> list[Json]:
+    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
         """Return what a delta adds to its choice; the answer has it already."""
         ...
 
 
-class TextShape:
+class TextCompletionFormat:
     """`/v1/completions`."""
 
     prefix = "cmpl"
@@ -125,24 +125,24 @@ class TextShape:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def choice(self, answer: Answer) -> Json:
+    def choice(self, answer: Completion) -> Json:
         """Return a finished choice."""
         choice = self._choice(answer, answer.whole, offset=0)
         if answer.call.token_ids:
             choice["prompt_token_ids"] = list(answer.request.prompt)
         return choice
 
-    def opening(self, answer: Answer) -> list[Json]:
+    def opening(self, answer: Completion) -> list[Json]:
         """Return an empty choice where there are several: they come in order for the first time."""
         if len(answer.call.requests) == 1:
             return []
         return [{"index": answer.index, "text": "", "logprobs": None, "finish_reason": None}]
 
-    def chunks(self, answer: Answer, delta: Delta) -> list[Json]:
+    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
         """Return what a delta adds."""
         return [self._choice(answer, delta, offset=answer.characters - len(delta.text))]
 
-    def _choice(self, answer: Answer, delta: Delta, *, offset: int) -> Json:
+    def _choice(self, answer: Completion, delta: Delta, *, offset: int) -> Json:
         asked = answer.request.policy.logprobs is not None
         logprobs = text_logprobs(delta.entries, self._tokenizer, offset=offset) if asked else None
         return {
@@ -154,7 +154,7 @@ class TextShape:
         }
 
 
-class ChatShape:
+class ChatCompletionFormat:
     """`/v1/chat/completions`."""
 
     prefix = "chatcmpl"
@@ -163,18 +163,18 @@ class ChatShape:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def choice(self, answer: Answer) -> Json:
+    def choice(self, answer: Completion) -> Json:
         """Return a finished choice."""
         delta = answer.whole
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {**self._frame(answer, delta), "message": message}
 
-    def opening(self, answer: Answer) -> list[Json]:
+    def opening(self, answer: Completion) -> list[Json]:
         """Return the role, once a choice."""
         delta = {"role": "assistant", "content": ""}
         return [{"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunks(self, answer: Answer, delta: Delta) -> list[Json]:
+    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
         """Return the text; and after it, with an empty delta, why the answer ended."""
         chunks: list[Json] = []
         if delta.entries:
@@ -186,7 +186,7 @@ class ChatShape:
             )
         return chunks
 
-    def _frame(self, answer: Answer, delta: Delta) -> Json:
+    def _frame(self, answer: Completion, delta: Delta) -> Json:
         asked = answer.request.policy.logprobs is not None and delta.entries
         return {
             "index": answer.index,
@@ -196,7 +196,7 @@ class ChatShape:
         }
 
 
-def _extensions(answer: Answer, delta: Delta) -> Json:
+def _extensions(answer: Completion, delta: Delta) -> Json:
     """Return what a choice says beyond OpenAI: who wrote each token, and vLLM's extras."""
     own = [entry for entry in delta.entries if entry.origin is not None]
     cascade: Json = {
@@ -213,7 +213,7 @@ def _extensions(answer: Answer, delta: Delta) -> Json:
     return extensions
 
 
-def completion(answers: Answers, shape: Shape, *, id_: str, created: int) -> Json:
+def completion(answers: Completions, shape: ResponseFormat, *, id_: str, created: int) -> Json:
     """Return whole answers."""
     usage = answers.usage
     return {
@@ -281,7 +281,7 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def model(name: str, service: Service) -> Json:
+def model(name: str, service: ServingContext) -> Json:
     """Return a model."""
     return {
         "id": name,

@@ -7,15 +7,13 @@ see `UNSUPPORTED`. Everything unknown is refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from cascade.rules import Rule  # noqa: TC001 - pydantic reads annotations
 from cascade.types import Bonus, Confidence, Coupling, ExpertLoss, Mode, RowFormat, Verification
-
-if TYPE_CHECKING:
-    from cascade.rules import Rule
 
 UNSUPPORTED = frozenset(
     {

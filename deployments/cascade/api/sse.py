@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from cascade.api.completion import Answer, Answers
+    from cascade.api.completion import Completion, Completions
     from cascade.api.output_processor import Delta
-    from cascade.api.responses import Json, Shape
+    from cascade.api.responses import Json, ResponseFormat
 
 T = TypeVar("T")
 
@@ -90,14 +90,20 @@ class EventResponse(Response):
 
 logger = logging.getLogger(__name__)
 
-Item: TypeAlias = "tuple[Answer, Delta] | None"
+Item: TypeAlias = "tuple[Completion, Delta] | None"
 
 
 class Stream:
     """A streamed call: its first words, and then the bytes of everything."""
 
     def __init__(
-        self, answers: Answers, shape: Shape, *, request_id: str, created: int, tick_s: float
+        self,
+        answers: Completions,
+        shape: ResponseFormat,
+        *,
+        request_id: str,
+        created: int,
+        tick_s: float,
     ) -> None:
         self._answers = answers
         self._shape = shape

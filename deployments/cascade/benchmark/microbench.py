@@ -21,10 +21,10 @@ import numpy as np
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import load
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.local import DirectPeers
-from cascade.protocol.client import Peers
+from cascade.protocol.client import ReplicaClients
 from cascade.protocol.messages import (
     Close,
     Judge,
@@ -39,21 +39,21 @@ from cascade.protocol.server import TierServer
 from cascade.protocol.services import DRAFTER, EXPERT, Description
 from cascade.router.leases import FixedLeases
 from cascade.router.router import Router, RouterOptions
-from cascade.router.tier_session import Tier
+from cascade.router.tier_session import TierClient
 from cascade.speculation.draft import DraftTask, draft_step
-from cascade.speculation.draft_length import Experience
-from cascade.speculation.payload import Rows, needs
-from cascade.speculation.verify import Task, judge, rows_needed
+from cascade.speculation.draft_length import DraftLengthTuner
+from cascade.speculation.payload import ProbsPayload, payload_spec
+from cascade.speculation.verify import VerifyTask, rows_needed, verify
 from cascade.types import (
     Block,
     Bonus,
+    DecodingParams,
     Mode,
     Origin,
-    Policy,
     Request,
-    Row,
-    Sampling,
+    SamplingParams,
     SessionId,
+    SparseProbs,
     TokenLogprob,
     Verdict,
 )
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.engine.model_loader import LoadedModel
-    from cascade.engine.request import Ready
-    from cascade.protocol.codec import Answer, Question
+    from cascade.engine.request import LogitsOutput
+    from cascade.protocol.codec import ClientMessage, ServerMessage
     from cascade.protocol.server import Connection
-    from cascade.protocol.services import Kind
+    from cascade.protocol.services import TierKind
 
 DESCRIPTION = Description(
     model="echo",
@@ -83,10 +83,10 @@ class EchoTier:
 
     def __init__(self, description: Description = DESCRIPTION) -> None:
         self.description = description
-        self.received: asyncio.Queue[tuple[Connection, Question]] = asyncio.Queue()
+        self.received: asyncio.Queue[tuple[Connection, ClientMessage]] = asyncio.Queue()
         self.ended: asyncio.Queue[Connection] = asyncio.Queue()
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         """Answer the item and note it in `received`."""
         self.received.put_nowait((connection, item))
         answer = echo(item)
@@ -107,7 +107,7 @@ class EchoTier:
         return True
 
 
-def echo(item: Question) -> Answer | None:
+def echo(item: ClientMessage) -> ServerMessage | None:
     """Return the answer to an item; `Open` and `Close` have none."""
     match item:
         case Propose(session_id=session_id, epoch=epoch, position=position, count=count):
@@ -159,7 +159,7 @@ class Rounds:
 class InstantTier:
     """Drafts and accepts at once, and keeps nothing."""
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         """Answer the item."""
         answer = echo(item)
         if answer is not None:
@@ -190,7 +190,7 @@ async def measure_router(*, streams: int, rounds: int, direct: bool = False) -> 
         router = Router(
             drafters=await _tier(DRAFTER, cleanup, direct=direct),
             experts=await _tier(EXPERT, cleanup, direct=direct),
-            automatic=Experience().session,
+            automatic=DraftLengthTuner().session,
             options=RouterOptions(),
         )
         done = await _run(router, streams=streams, rounds=rounds // 10)
@@ -203,16 +203,16 @@ async def measure_router(*, streams: int, rounds: int, direct: bool = False) -> 
     return Rounds(rounds=done, seconds=seconds, cpu_s=cpu_s, grown_bytes=grown_bytes)
 
 
-async def _tier(kind: Kind, cleanup: AsyncExitStack, *, direct: bool) -> Tier:
+async def _tier(kind: TierKind, cleanup: AsyncExitStack, *, direct: bool) -> TierClient:
     tier = InstantTier()
     if direct:
-        return Tier(leases=FixedLeases(["here"], token=""), peers=DirectPeers(tier, kind))
+        return TierClient(leases=FixedLeases(["here"], token=""), clients=DirectPeers(tier, kind))
     server = TierServer(tier, kind)
     address = await server.start("127.0.0.1:0")
     cleanup.push_async_callback(server.stop)
-    peers = Peers(kind)
+    peers = ReplicaClients(kind)
     cleanup.push_async_callback(peers.close)
-    return Tier(leases=FixedLeases([address], token=""), peers=peers)
+    return TierClient(leases=FixedLeases([address], token=""), clients=peers)
 
 
 async def _run(router: Router, *, streams: int, rounds: int) -> int:
@@ -222,7 +222,7 @@ async def _run(router: Router, *, streams: int, rounds: int) -> int:
 
 
 async def _stream(router: Router, *, answers: int) -> int:
-    policy = Policy(sampling=Sampling(temperature=0.0), bonus=Bonus.NONE)
+    policy = DecodingParams(sampling=SamplingParams(temperature=0.0), bonus=Bonus.NONE)
     request = Request(
         prompt=(1,) * 32,
         policy=policy,
@@ -286,7 +286,7 @@ class Rig:
         model: LoadedModel | str,
         *,
         work: Work = Work.DRAFT,
-        policy: Policy | None = None,
+        policy: DecodingParams | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
         self._settings = settings or EngineSettings()
@@ -295,7 +295,7 @@ class Rig:
         self._head = _Head(
             model=model.name,
             work=work,
-            policy=policy or Policy(),
+            policy=policy or DecodingParams(),
             likelihood=1 / (_STANDS * model.vocabulary),
         )
         self._engine = Engine(model, head=self._head, settings=self._settings)
@@ -323,7 +323,7 @@ def measure_step(
     *,
     work: Work = Work.DRAFT,
     sessions: Sequence[int] = (1, 16),
-    policy: Policy | None = None,
+    policy: DecodingParams | None = None,
     settings: EngineSettings | None = None,
     **more: int,
 ) -> list[StepTime]:
@@ -342,17 +342,17 @@ class _Head:
 
     model: str
     work: Work
-    policy: Policy
+    policy: DecodingParams
     block_tokens: int = 5
     likelihood: float = 0.5  # that the drafter is taken to have given its tokens
     seconds: list[float] = field(default_factory=list[float])
     running: bool = True  # whether another step follows
 
-    def step(self, number: int, *, context_tokens: int) -> Step:
+    def step(self, number: int, *, context_tokens: int) -> ForwardRequest:
         """Return one session's step; always the same, so that contexts keep their length."""
         block = tuple((7 * place + number) % _IDS for place in range(self._drafted))
         rows = rows_needed(self.policy, block) if self.work is Work.JUDGE else 1
-        return Step(
+        return ForwardRequest(
             session=SessionId(str(number)),
             base=context_tokens - 1,
             tokens=(number % _IDS, *block[: rows - 1]),
@@ -368,16 +368,19 @@ class _Head:
     def _drafted(self) -> int:
         return self.block_tokens if self.work is Work.JUDGE else 0
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Draw or judge, and ask for the same step again."""
         steps = [one.step for one in ready if one.step.task is not None]
         if not steps:
             return []
         began_s = time.perf_counter()
         if self.work is Work.JUDGE:
-            judge(
+            verify(
                 logits_NV,
-                [Task(policy=self.policy, position=step.base, block=step.task) for step in steps],
+                [
+                    VerifyTask(policy=self.policy, position=step.base, block=step.task)
+                    for step in steps
+                ],
             )
         else:
             draft_step(
@@ -387,20 +390,20 @@ class _Head:
         self.seconds.append(time.perf_counter() - began_s)
         return steps if self.running else []
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         """Raise what went wrong."""
         del step
         raise error
 
 
-def _rows(policy: Policy, count: int, *, likelihood: float) -> tuple[Row, ...]:
+def _rows(policy: DecodingParams, count: int, *, likelihood: float) -> tuple[SparseProbs, ...]:
     """Return rows as a drafter ships them, with every entry there, if the policy wants any."""
-    if needs(policy).rows is not Rows.ALL:
+    if payload_spec(policy).rows is not ProbsPayload.ALL:
         return ()
     ids = np.arange(max(policy.row_entries, _IDS + 1), dtype=np.uint32)
     weights = np.full(len(ids), likelihood, np.float16)
     weights[-1] = 1
-    return (Row(ids=ids, weights=weights),) * count
+    return (SparseProbs(ids=ids, weights=weights),) * count
 
 
 _WARM = 3  # first steps, that allocate
@@ -419,12 +422,12 @@ def _time(
         engine.submit(step)
     head.running = True
     for _ in range(_WARM):
-        engine.turn()
+        engine.step()
     head.seconds.clear()
     taken_s = [_turn(engine) for _ in range(passes)]
     head_s = list(head.seconds)
     head.running = False
-    engine.turn()
+    engine.step()
     for step in steps:
         engine.release(step.session)
     return StepTime(
@@ -444,13 +447,13 @@ def _fill(engine: Engine, sessions: int, *, context_tokens: int) -> None:
     """Put every session's context into the cache."""
     for number in range(sessions):
         tokens = [(3 * place + number) % _IDS for place in range(context_tokens)]
-        engine.submit(Step(session=SessionId(str(number)), base=0, tokens=tokens, rows=0))
-    engine.turn()
+        engine.submit(ForwardRequest(session=SessionId(str(number)), base=0, tokens=tokens, rows=0))
+    engine.step()
     while engine.stats().waiting:
-        engine.turn()
+        engine.step()
 
 
 def _turn(engine: Engine) -> float:
     began_s = time.perf_counter()
-    engine.turn()
+    engine.step()
     return time.perf_counter() - began_s

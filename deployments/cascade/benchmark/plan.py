@@ -148,7 +148,7 @@ def padded_expert(settings: Application, *, parameters: str) -> Application:
     Raises:
         UnsupportedModel: The expert cannot be padded, or `parameters` is no number.
     """
-    source = settings.expert.place
+    source = settings.expert.model_path
     count = synthetic_model.parse_parameters(parameters)
     shape = synthetic_model.shape_for(count, AutoConfig.from_pretrained(source))
     dtype = settings.expert.engine.dtype
@@ -228,8 +228,8 @@ async def _theirs(plan: Plan, *, told: Callable[[str], object]) -> AsyncGenerato
         raise InvalidMeasurement(f"no peer {min(unknown)!r}; there are {', '.join(PEERS)}")
     drafter, expert = plan.settings.drafter, plan.settings.expert
     pair = transformers_baselines.load_pair(
-        drafter=drafter.place,
-        expert=expert.place,
+        drafter=drafter.model_path,
+        expert=expert.model_path,
         device=expert.engine.device,
         drafter_dtype=drafter.engine.dtype,
         expert_dtype=expert.engine.dtype,

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from cascade.engine import threads
 from cascade.errors import StartupError
 from cascade.protocol import services
-from cascade.protocol.client import Peers
+from cascade.protocol.client import ReplicaClients
 from cascade.router.leases import FixedLeases
-from cascade.router.tier_session import Tier
+from cascade.router.tier_session import TierClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 
-    from cascade.api.context import Service
-    from cascade.protocol.services import Kind
+    from cascade.api.context import ServingContext
+    from cascade.protocol.services import TierKind
     from cascade.settings import Application
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name, as `cascade tier` reads it
@@ -105,8 +105,8 @@ async def routed(
     drafter: str,
     expert: str,
     token: str,
-    peers: Callable[[Kind], Peers] = Peers,
-) -> AsyncGenerator[Service]:
+    peers: Callable[[TierKind], ReplicaClients] = ReplicaClients,
+) -> AsyncGenerator[ServingContext]:
     """Route over tiers at two addresses, in this process.
 
     Args:
@@ -117,15 +117,15 @@ async def routed(
         peers: Makes what reaches a tier, such as `partial(Peers, delay_s=0.005)`.
     """
     drafters, experts = (
-        Tier(leases=FixedLeases([address], token=token), peers=peers(kind))
+        TierClient(leases=FixedLeases([address], token=token), clients=peers(kind))
         for kind, address in ((services.DRAFTER, drafter), (services.EXPERT, expert))
     )
     try:
         router = settings.router.loop(drafters=drafters, experts=experts)
-        yield settings.service(router, settings.pair())
+        yield settings.serving_context(router, settings.pair())
     finally:
-        await drafters.peers.close()
-        await experts.peers.close()
+        await drafters.clients.close()
+        await experts.clients.close()
 
 
 @asynccontextmanager

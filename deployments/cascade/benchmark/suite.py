@@ -25,7 +25,7 @@ from cascade.engine.model_loader import adopt
 from cascade.engine.settings import EngineSettings
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.tasks import Level
-from cascade.types import Policy, Sampling
+from cascade.types import DecodingParams, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -176,7 +176,7 @@ EASY, HARD = (Level.EASY,), (Level.HARD, Level.HARDEST)
 
 _ALL = (*EASY, Level.MIDDLE, *HARD)
 
-_GREEDY = Policy(sampling=Sampling(temperature=0.0))
+_GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 
 _PEER = "transformers assisted"
 
@@ -187,10 +187,10 @@ _PASSES = 4  # of the expert alone over blocks of each length, after each round
 _WIDE_VOCABULARY = 32_000
 
 _JUDGED = {
-    "sampled": Sampling(),
-    "top-p 0.95": Sampling(top_p=0.95),
-    "top-k 50": Sampling(top_k=50),
-    "repetition penalty 1.1": Sampling(repetition_penalty=1.1),
+    "sampled": SamplingParams(),
+    "top-p 0.95": SamplingParams(top_p=0.95),
+    "top-k 50": SamplingParams(top_k=50),
+    "repetition penalty 1.1": SamplingParams(repetition_penalty=1.1),
 }
 
 _MEBIBYTE = 2**20
@@ -360,7 +360,10 @@ async def drafter_steps(scale: Scale, told: Told) -> Outcome:
     """One token of the drafter that ships."""
     tier = scale.settings.drafter
     found = microbench.measure_step(
-        tier.place, sessions=(1, 16), policy=_GREEDY, settings=_engine(scale.settings, "drafter")
+        tier.model_path,
+        sessions=(1, 16),
+        policy=_GREEDY,
+        settings=_engine(scale.settings, "drafter"),
     )
     told(f"drafter: {', '.join(f'{one.step_ms:.2f} ms' for one in found)}")
     case = "drafter's step, ms"
@@ -390,7 +393,10 @@ async def verification(scale: Scale, told: Told) -> Outcome:
     shares: list[float] = []
     for name, sampling in _JUDGED.items():
         rig = microbench.Rig(
-            model, work=microbench.Work.JUDGE, policy=Policy(sampling=sampling), settings=settings
+            model,
+            work=microbench.Work.JUDGE,
+            policy=DecodingParams(sampling=sampling),
+            settings=settings,
         )
         found = rig.time(sessions=16)
         told(f"expert, {name}: {found.head_ms:.2f} of {found.step_ms:.2f} ms")
@@ -438,7 +444,7 @@ def _plan(
 def _share_of_ideal(settings: Application, name: str) -> Gauge:
     """Return what measures passes alone, over blocks as long as a contender's, and their share."""
     rig = microbench.Rig(
-        settings.expert.place,
+        settings.expert.model_path,
         work=microbench.Work.JUDGE,
         policy=_GREEDY,
         settings=_engine(settings, "expert"),

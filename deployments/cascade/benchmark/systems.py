@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cascade.benchmark.processes import routed, tier_processes
 from cascade.evaluation.client import InProcess
-from cascade.local import stack
-from cascade.protocol.client import Peers
+from cascade.local import local_server
+from cascade.protocol.client import ReplicaClients
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 
     from cascade.evaluation.client import Answerer
-    from cascade.local import Stack
+    from cascade.local import LocalServer
     from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
@@ -56,7 +56,7 @@ class Running:
             drafter=self.drafter,
             expert=self.expert,
             token=self.token,
-            peers=partial(Peers, delay_s=delay_s),
+            peers=partial(ReplicaClients, delay_s=delay_s),
         ) as service:
             answerer = InProcess(service, name=name)
             yield Contender(name=name, answerer=answerer, busy_s=self.busy_s)
@@ -65,7 +65,7 @@ class Running:
 @asynccontextmanager
 async def together(settings: Application) -> AsyncGenerator[Running]:
     """Run both tiers in this process; a tier is busy while its engine runs a pass."""
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         yield Running(
             settings=settings,
             drafter=running.drafter.address,
@@ -78,13 +78,13 @@ async def together(settings: Application) -> AsyncGenerator[Running]:
 @asynccontextmanager
 async def direct(settings: Application) -> AsyncGenerator[Contender]:
     """Run the loop and both tiers in this process without gRPC: what a network is held against."""
-    async with stack(settings, direct=True) as running:
+    async with local_server(settings, direct=True) as running:
         name = "one process"
         answerer = InProcess(running.service, name=name)
         yield Contender(name=name, answerer=answerer, busy_s=partial(_passes_s, running))
 
 
-def _passes_s(running: Stack) -> Busy:
+def _passes_s(running: LocalServer) -> Busy:
     return {
         "drafter": running.drafter.engine.stats().busy_s,
         "expert": running.expert.engine.stats().busy_s,

@@ -20,8 +20,8 @@ from cascade.benchmark.report import heading
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.client import InProcess
 from cascade.evaluation.scoring import extra
-from cascade.local import stack
-from cascade.protocol.client import Peers
+from cascade.local import local_server
+from cascade.protocol.client import ReplicaClients
 from cascade.protocol.messages import Judge, Judgement
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cascade.evaluation.environment import Provenance
-    from cascade.protocol.client import Link
-    from cascade.protocol.services import Kind
+    from cascade.protocol.client import SessionStream
+    from cascade.protocol.services import TierKind
     from cascade.replica.replica import Replica
     from cascade.settings import Application
     from cascade.types import SessionId
@@ -131,7 +131,7 @@ class Recorder:
         replica.finish = finish
         replica.receive = received
 
-    def watch_link(self, link: Link) -> Link:
+    def watch_link(self, link: SessionStream) -> SessionStream:
         """Note what goes over a link and what comes."""
         send, deliver = link.send, link.deliver
 
@@ -152,16 +152,16 @@ class Recorder:
         self.notes.append(Note(what=f"{what} {type(item).__name__}", at_s=self._clock()))
 
 
-class WatchedPeers(Peers):
+class WatchedPeers(ReplicaClients):
     """Peers whose links are watched."""
 
-    def __init__(self, kind: Kind, *, recorder: Recorder, delay_s: float = 0.0) -> None:
+    def __init__(self, kind: TierKind, *, recorder: Recorder, delay_s: float = 0.0) -> None:
         super().__init__(kind, delay_s=delay_s)
         self._recorder = recorder
 
-    def link(self, address: str, session_id: SessionId, epoch: int) -> Link:
+    def link(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a watched link."""
-        return self._recorder.watch_link(super().link(address, session_id, epoch))
+        return self._recorder.watch_link(super().open_stream(address, session_id, epoch))
 
 
 async def record(settings: Application, body: Json, *, delay_s: float = 0.0) -> Timeline:
@@ -306,7 +306,7 @@ def _times(notes: Sequence[Note], what: str) -> list[float]:
 async def _watched(
     settings: Application, recorder: Recorder, delay_s: float
 ) -> AsyncGenerator[InProcess]:
-    async with stack(settings) as running:
+    async with local_server(settings) as running:
         recorder.watch_replica(running.drafter, tier="drafter")
         recorder.watch_replica(running.expert, tier="expert")
         async with routed(

@@ -40,27 +40,27 @@ def _door(settings: Application, *, drafters: list[str], experts: list[str], tok
 
     from cascade.api.http import create_app  # noqa: PLC0415 - as above
     from cascade.observability.metric_specs import ROUTER  # noqa: PLC0415 - as above
-    from cascade.observability.metrics import PlainSink  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PrometheusMetrics  # noqa: PLC0415 - as above
     from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
     from cascade.protocol import services  # noqa: PLC0415 - as above
-    from cascade.protocol.client import Peers  # noqa: PLC0415 - as above
+    from cascade.protocol.client import ReplicaClients  # noqa: PLC0415 - as above
     from cascade.router.leases import FixedLeases  # noqa: PLC0415 - as above
-    from cascade.router.tier_session import Tier  # noqa: PLC0415 - as above
+    from cascade.router.tier_session import TierClient  # noqa: PLC0415 - as above
 
-    pair, sink = settings.pair(), PlainSink(ROUTER)
+    pair, sink = settings.pair(), PrometheusMetrics(ROUTER)
     to_stderr()
 
     @asynccontextmanager
     async def serving(app: FastAPI) -> AsyncGenerator[None]:
         drafting, judging = (
-            Tier(leases=FixedLeases(addresses, token=token), peers=Peers(kind))
+            TierClient(leases=FixedLeases(addresses, token=token), clients=ReplicaClients(kind))
             for addresses, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         )
         loop = settings.router.loop(drafters=drafting, experts=judging)
-        app.state.service = settings.service(settings.observed(loop, sink), pair)
+        app.state.service = settings.serving_context(settings.observe(loop, sink), pair)
         yield
-        await drafting.peers.close()
-        await judging.peers.close()
+        await drafting.clients.close()
+        await judging.clients.close()
 
     door = create_app()
 

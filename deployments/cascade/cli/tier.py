@@ -80,10 +80,10 @@ async def _report(replica: Replica[Any], port: int) -> None:
     from prometheus_client import start_http_server  # noqa: PLC0415 - few want it
 
     from cascade.observability.metric_specs import ENGINE  # noqa: PLC0415 - as above
-    from cascade.observability.metrics import PlainSink  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PrometheusMetrics  # noqa: PLC0415 - as above
     from cascade.replica.metrics import keep_reporting  # noqa: PLC0415 - as above
 
-    sink = PlainSink(ENGINE)
+    sink = PrometheusMetrics(ENGINE)
     start_http_server(port, registry=sink.registry)
     await keep_reporting(replica, sink)
 

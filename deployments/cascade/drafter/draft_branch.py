@@ -13,33 +13,33 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.protocol.messages import Proposal, Propose
 from cascade.protocol.prefix_hash import extend
 from cascade.sampling.rng import Purpose
-from cascade.speculation.draft import Draft, DraftTask, block_of, defers_alone
+from cascade.speculation.draft import DraftTask, DraftToken, block_of, defers_alone
 from cascade.speculation.modes import policy_in
 from cascade.speculation.payload import is_gumbel, wants_target
-from cascade.types import Bonus, Mode, Policy
+from cascade.types import Bonus, DecodingParams, Mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cascade.replica.session import Seat
+    from cascade.replica.session import ReplicaSession
     from cascade.speculation.confidence import Calibration
     from cascade.types import SessionId
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Making:
+class PendingBlock:
     """A block in the making after a prefix with this position and digest."""
 
     position: int
     digest: int
     count: int  # of tokens, at most
     branched: bool = False  # the prefix is another than the likeliest
-    drafts: list[Draft] = field(default_factory=list[Draft])
-    after: Draft | None = None  # the guess of what follows
+    drafts: list[DraftToken] = field(default_factory=list[DraftToken])
+    after: DraftToken | None = None  # the guess of what follows
     deferred: bool = False
     passes: int = 0
     survival: float = 1.0  # the chance that all of it stands, as far as confidences tell
@@ -51,7 +51,7 @@ class Making:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class BranchCandidate:
     """A verdict on a block: so many drafts stand, and this token follows them."""
 
     chance: float
@@ -60,25 +60,25 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Line:
+class DraftBranch:
     """The blocks of a line from the one last asked for.
 
     The engine's thread owns it while the seat is busy, the event loop while it is free.
     """
 
-    seat: Seat
+    seat: ReplicaSession
     asked: Propose
     answer: list[int]  # committed, drafted and guessed tokens: what the engine is fed
     limit: int  # of prompt and answer, in tokens
     calibration: Calibration
-    block: Making
+    block: PendingBlock
     branch: SessionId | None = None  # the engine's name for it, unless it is the seat's own
     guessing: bool = field(init=False, default=False)  # the next row yields a guess
     ended: bool = field(init=False, default=False)
     resting: bool = field(init=False, default=False)  # no step of it is on its way
     _last: int = field(init=False, default=0)  # drafted or guessed, and not fed yet
-    _blocks: deque[Making] = field(init=False)  # from the one asked for last
-    _parted: int | None = field(init=False, default=None)  # drafts of the first that it keeps
+    _blocks: deque[PendingBlock] = field(init=False)  # from the one asked for last
+    _forked_at: int | None = field(init=False, default=None)  # drafts of the first that it keeps
 
     def __post_init__(self) -> None:
         self._blocks = deque([self.block])
@@ -89,7 +89,7 @@ class Line:
         Args:
             curious: There is capacity for branches, if any are wanted.
         """
-        session = self.seat.session
+        session = self.seat.opened
         rivals = curious and self.asked.branches > 0
         return DraftTask(
             policy=_alone(session.policy) if self.guessing else session.policy,
@@ -111,12 +111,14 @@ class Line:
             return False
         while self._blocks[0].base != base:
             block = self._blocks.popleft()
-            self._learn(block, stood=len(block.drafts) if self._parted is None else self._parted)
-            self._parted = None
+            self._learn(
+                block, stood=len(block.drafts) if self._forked_at is None else self._forked_at
+            )
+            self._forked_at = None
         self.asked = item
         return True
 
-    def refuted(self, answer: Sequence[int]) -> None:
+    def learn_mismatch(self, answer: Sequence[int]) -> None:
         """Learn from an answer that went on otherwise how far the block asked for last stood."""
         block = self._blocks[0]
         committed = answer[block.position :]
@@ -125,12 +127,12 @@ class Line:
         if stood is not None:
             self._learn(block, stood=stood)
 
-    def _learn(self, block: Making, *, stood: int) -> None:
+    def _learn(self, block: PendingBlock, *, stood: int) -> None:
         if self.asked.until_deferral:
             return
         for place, draft in enumerate(block.drafts[: min(stood + 1, block.count)]):
-            if draft.outlook is not None:
-                self.calibration.learn(draft.outlook.confidence, stood=place < stood)
+            if draft.confidence is not None:
+                self.calibration.learn(draft.confidence.confidence, stood=place < stood)
 
     def is_asked(self, proposal: Proposal) -> bool:
         """Return whether the proposal answers what was asked last, rather than a guess."""
@@ -139,9 +141,9 @@ class Line:
     @property
     def doubts(self) -> bool:
         """Whether low confidence may end the block: not where a row must follow it."""
-        return self.asked.floor > 0 and not wants_target(self.seat.session.policy)
+        return self.asked.floor > 0 and not wants_target(self.seat.opened.policy)
 
-    def take(self, draft: Draft) -> tuple[Proposal | None, Step | None]:
+    def take(self, draft: DraftToken) -> tuple[Proposal | None, ForwardRequest | None]:
         """Add the token of a row; return the block that it completes and the step that follows."""
         self.block.passes += 1
         if self.guessing:
@@ -150,7 +152,7 @@ class Line:
             return None, self._feed(draft.token)
         return self._proposal(), self.resume()
 
-    def resume(self) -> Step | None:
+    def resume(self) -> ForwardRequest | None:
         """Return the step that leads to the next block, or None if no more was asked for."""
         more = self.branch is None and len(self._blocks) <= self.asked.ahead
         # A block that ended in doubt is unlikely to stand: what followed it would be in vain.
@@ -159,23 +161,23 @@ class Line:
             self.resting = True
             return None
         self.resting = False
-        policy = self.seat.session.policy
+        policy = self.seat.opened.policy
         if self._begun or policy.bonus is Bonus.NONE:
             return self._begin(self._last)
         self.guessing = True
         return self._feed(self._last)
 
     @property
-    def ripe(self) -> bool:
+    def can_branch(self) -> bool:
         """Whether all is known of the block asked for last that this line will ever know."""
         return self.resting or self.block is not self._blocks[0]
 
     @property
-    def first(self) -> Making:
+    def first(self) -> PendingBlock:
         """Return the block asked for last."""
         return self._blocks[0]
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def candidates(self) -> Iterator[BranchCandidate]:
         """Yield other likely verdicts on the block asked for last than this line goes on with.
 
         A block drafted until a deferral is not judged: the token after it alone is in doubt.
@@ -183,20 +185,22 @@ class Line:
         block, stands = self.first, 1.0
         after = () if block.after is None else (block.after,)
         for place, draft in enumerate((*block.drafts, *after)):
-            if draft.outlook is None or not self._fits(block.position + place):
+            if draft.confidence is None or not self._fits(block.position + place):
                 return
-            chance = self.calibration.chance(draft.outlook.confidence)
+            chance = self.calibration.chance(draft.confidence.confidence)
             if self.asked.until_deferral and draft is not block.after:
                 chance = 1.0
-            other, token = stands * (1 - chance) * draft.outlook.share, draft.outlook.rival
-            if token not in self.seat.session.policy.stop_ids:
-                yield Outcome(chance=other, stand=place, token=token)
+            other, token = stands * (1 - chance) * draft.confidence.share, draft.confidence.rival
+            if token not in self.seat.opened.policy.stop_ids:
+                yield BranchCandidate(chance=other, stand=place, token=token)
             stands *= chance
 
-    def part(self, outcome: Outcome, *, branch: SessionId) -> tuple[Line, Step]:
+    def fork(
+        self, outcome: BranchCandidate, *, branch: SessionId
+    ) -> tuple[DraftBranch, ForwardRequest]:
         """Return the line that stands on another verdict, and its first step."""
         first = self.first
-        line = Line(
+        line = DraftBranch(
             seat=self.seat,
             asked=self.asked,
             answer=self.answer[: first.position + outcome.stand],
@@ -205,7 +209,7 @@ class Line:
             block=first,
             branch=branch,
         )
-        line._parted = outcome.stand
+        line._forked_at = outcome.stand
         step = line._begin(outcome.token)
         line.block.branched = True
         return line, replace(step, trunk=self.seat.key)
@@ -213,14 +217,14 @@ class Line:
     @property
     def _begun(self) -> bool:
         """Whether the row after the block was read already: its token is the guess."""
-        return self.block.deferred or wants_target(self.seat.session.policy)
+        return self.block.deferred or wants_target(self.seat.opened.policy)
 
     def _fits(self, position: int) -> bool:
-        room = self.limit - len(self.seat.session.prompt) - position
+        room = self.limit - len(self.seat.opened.prompt) - position
         return room > self.asked.count + 2
 
-    def _completes(self, draft: Draft) -> bool:
-        block, policy = self.block, self.seat.session.policy
+    def _completes(self, draft: DraftToken) -> bool:
+        block, policy = self.block, self.seat.opened.policy
         self._last = draft.token
         if self.asked.until_deferral and defers_alone(policy, draft):
             block.deferred, block.after = True, draft
@@ -230,32 +234,32 @@ class Line:
         self.ended = draft.token in policy.stop_ids
         if self.ended or len(block.drafts) >= wanted:
             return True
-        if draft.outlook is None or not self.doubts:
+        if draft.confidence is None or not self.doubts:
             return False
-        block.survival *= self.calibration.chance(draft.outlook.confidence)
+        block.survival *= self.calibration.chance(draft.confidence.confidence)
         return block.survival < self.asked.floor
 
-    def _after_guess(self, guess: Draft) -> Step | None:
+    def _after_guess(self, guess: DraftToken) -> ForwardRequest | None:
         self.guessing = False
         self.block.after = guess
-        self.ended = guess.token in self.seat.session.policy.stop_ids
+        self.ended = guess.token in self.seat.opened.policy.stop_ids
         self.resting = self.ended
         return None if self.ended else self._begin(guess.token)
 
-    def _begin(self, token: int) -> Step:
+    def _begin(self, token: int) -> ForwardRequest:
         """Begin the block after a token that is guessed, or the last of its block."""
         step = self._feed(token)
         digest = extend(self.block.digest, self.answer[self.block.position :])
         count = self.asked.count
-        self.block = Making(position=len(self.answer), digest=digest, count=count)
+        self.block = PendingBlock(position=len(self.answer), digest=digest, count=count)
         self._blocks.append(self.block)
         return step
 
-    def _feed(self, token: int) -> Step:
-        base = len(self.seat.session.prompt) + len(self.answer)
+    def _feed(self, token: int) -> ForwardRequest:
+        base = len(self.seat.opened.prompt) + len(self.answer)
         self.answer.append(token)
         session = self.branch or self.seat.key
-        return Step(session=session, base=base, tokens=(token,), rows=1, task=self)
+        return ForwardRequest(session=session, base=base, tokens=(token,), rows=1, task=self)
 
     def _proposal(self) -> Proposal:
         block = self.block
@@ -273,7 +277,7 @@ class Line:
 
 
 @lru_cache
-def _alone(policy: Policy) -> Policy:
+def _alone(policy: DecodingParams) -> DecodingParams:
     """Return a policy whose tokens are what the expert would write if it were the drafter.
 
     Where rows are shipped truncated, a coin chooses otherwise than from the whole row.

@@ -11,14 +11,14 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cascade.drafter.draft_branch import Line, Making
-from cascade.drafter.draft_tree import Tree
+from cascade.drafter.draft_branch import DraftBranch, PendingBlock
+from cascade.drafter.draft_tree import DraftTree
 from cascade.drafter.session import DraftSession
 from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Propose
 from cascade.protocol.services import DRAFTER
 from cascade.replica.replica import Replica, Result
-from cascade.replica.session import Seat
+from cascade.replica.session import ReplicaSession
 from cascade.speculation.confidence import Calibration
 from cascade.speculation.cost_model import StepTime, Timing
 from cascade.speculation.draft import draft_step
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.engine.request import Ready, Step
+    from cascade.engine.request import ForwardRequest, LogitsOutput
     from cascade.protocol.messages import Proposal
     from cascade.rules import Rule
-    from cascade.speculation.draft import Draft, DraftTask
+    from cascade.speculation.draft import DraftTask, DraftToken
 
 STRETCH = 1.0  # of a pass: by how much of its time branches may lengthen it
 
@@ -49,118 +49,126 @@ class Drafter(Replica[Propose]):
         self._calibrations = defaultdict(Calibration)
         self._passes = StepTime()
 
-    def begin(self, seat: Seat, item: Propose) -> Sequence[Step]:
+    def begin(self, seat: ReplicaSession, item: Propose) -> Sequence[ForwardRequest]:
         """Return the steps whose rows yield the next tokens, unless those were sent already."""
         if item.count < 1:
             raise InvalidRequest(
                 f"a proposal of {item.count} tokens was asked for; ask for at least 1"
             )
-        self.check_room(seat.length, item.count)
+        self.check_context(seat.length, item.count)
         spare, tree = self.engine.spare, _tree_of(seat)
         if tree is None or not tree.follow(item):
-            return [self._plant(seat, item)]
-        return [*tree.resume(), *tree.grow(spare=spare, most=self._room(1))]
+            return [self._new_tree(seat, item)]
+        return [*tree.resume(), *tree.grow(spare=spare, most=self._branch_budget(1))]
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Draft one token of every line."""
         spare = self.engine.spare
-        lines = [one.step.task for one in ready if isinstance(one.step.task, Line)]
-        results = [Result(seat=one.step.task) for one in ready if isinstance(one.step.task, Seat)]
+        lines = [one.step.task for one in ready if isinstance(one.step.task, DraftBranch)]
+        results = [
+            Result(session=one.step.task)
+            for one in ready
+            if isinstance(one.step.task, ReplicaSession)
+        ]
         drafts = self.draft(logits_NV, [line.task(curious=spare > 0) for line in lines])
-        self._time()
-        turns: defaultdict[Seat, list[tuple[Line, Draft]]] = defaultdict(list)
+        self._record_step_time()
+        turns: defaultdict[ReplicaSession, list[tuple[DraftBranch, DraftToken]]] = defaultdict(list)
         for line, draft in zip(lines, drafts, strict=True):
             turns[line.seat].append((line, draft))
-        follow: list[Step] = []
-        room = self._room(len(turns))
+        follow: list[ForwardRequest] = []
+        room = self._branch_budget(len(turns))
         for seat, turn in turns.items():
-            follow += self._turn(seat, turn, results, spare=spare, room=room)
+            follow += self._step_session(seat, turn, results, spare=spare, room=room)
         self.publish(results)
         return follow
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         """Refuse the session whose step cannot run; a branch is given up in silence."""
         line = step.task
-        tree = _tree_of(line.seat) if isinstance(line, Line) and line.branch is not None else None
+        tree = (
+            _tree_of(line.seat)
+            if isinstance(line, DraftBranch) and line.branch is not None
+            else None
+        )
         if tree is None:
             super().fail(step, error)
         elif tree.lose(line):
-            self.publish([Result(seat=line.seat)])
+            self.publish([Result(session=line.seat)])
 
-    def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[Draft]:
+    def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[DraftToken]:
         """Return the token that each row yields."""
         return draft_step(logits_NV, tasks)
 
-    def seat_of(self, step: Step) -> Seat | None:
+    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
         """Return the seat a step belongs to."""
         task = step.task
-        return task.seat if isinstance(task, Line) else task
+        return task.seat if isinstance(task, DraftBranch) else task
 
-    def _plant(self, seat: Seat, item: Propose) -> Step:
+    def _new_tree(self, seat: ReplicaSession, item: Propose) -> ForwardRequest:
         """Begin a line after the answer; return its first step."""
         assert isinstance(seat, DraftSession), "a drafter opens sessions of this class"
         if seat.tree is not None:
-            seat.tree.trunk.refuted(seat.answer)
+            seat.tree.trunk.learn_mismatch(seat.answer)
             seat.tree.end()
         step = seat.step((), rows=1, task=None)
-        step.task = line = Line(
+        step.task = line = DraftBranch(
             seat=seat,
             asked=item,
             answer=seat.fed,
             limit=self.describe().context_length,
-            calibration=self._calibrations[seat.session.policy.rule],
-            block=Making(position=item.position, digest=item.digest, count=item.count),
+            calibration=self._calibrations[seat.opened.policy.rule],
+            block=PendingBlock(position=item.position, digest=item.digest, count=item.count),
         )
-        seat.tree = Tree(seat=seat, engine=self.engine, trunk=line, names=self._keys)
+        seat.tree = DraftTree(seat=seat, engine=self.engine, trunk=line, names=self._keys)
         return step
 
-    def _turn(
+    def _step_session(
         self,
-        seat: Seat,
-        turn: Sequence[tuple[Line, Draft]],
+        seat: ReplicaSession,
+        turn: Sequence[tuple[DraftBranch, DraftToken]],
         results: list[Result],
         *,
         spare: float,
         room: int,
-    ) -> Sequence[Step]:
+    ) -> Sequence[ForwardRequest]:
         """Give the lines of a seat their tokens; return the steps that follow at once."""
         tree = _tree_of(seat)
-        heard = [] if tree is None else [one for one in turn if one[0] in tree.flying]
+        heard = [] if tree is None else [one for one in turn if one[0] in tree.in_flight]
         if tree is None or not heard:
             return ()
-        adopted = tree.heed()
-        follow: list[Step] = []
+        adopted = tree.sync()
+        follow: list[ForwardRequest] = []
         for line, draft in heard:
-            tree.flying.discard(line)
+            tree.in_flight.discard(line)
             if not tree.has(line):
                 continue
             proposal, step = line.take(draft)
             if step is not None:
-                tree.flying.add(line)
+                tree.in_flight.add(line)
                 follow.append(step)
             if proposal is not None:
                 results.append(self._result(line, proposal))
         follow += [*tree.resume(), *tree.grow(spare=spare, most=room)]
-        if not tree.flying:
-            results.append(Result(seat=seat))
+        if not tree.in_flight:
+            results.append(Result(session=seat))
         if not adopted:
             return follow
         for step in follow:
             self.engine.submit(step)
         return ()
 
-    def _time(self) -> None:
+    def _record_step_time(self) -> None:
         """Learn what the pass in hand took, unless it read a prompt."""
         current = self.engine.current
         if 0 < current.tokens <= 2 * current.sessions:
             seconds = self.clock() - current.began_s
             self._passes.learn(tokens=current.tokens, seconds=seconds)
 
-    def _room(self, sessions: int) -> int:
+    def _branch_budget(self, sessions: int) -> int:
         """Return how many branches each of so many sessions may have in a pass beside them all."""
         return self._passes.more(sessions, share=STRETCH) // max(1, sessions)
 
-    def _result(self, line: Line, proposal: Proposal) -> Result:
+    def _result(self, line: DraftBranch, proposal: Proposal) -> Result:
         now_s, current = self.clock(), self.engine.current
         timing = Timing(
             service_s=now_s - line.seat.asked_s if line.is_asked(proposal) else 0.0,
@@ -171,9 +179,9 @@ class Drafter(Replica[Propose]):
         )
         cached = self.engine.cached_tokens(line.seat.key)
         item = replace(proposal, timing=timing, cached_prompt_tokens=cached)
-        return Result(seat=line.seat, item=item, done=False)
+        return Result(session=line.seat, item=item, done=False)
 
 
-def _tree_of(seat: Seat) -> Tree | None:
+def _tree_of(seat: ReplicaSession) -> DraftTree | None:
     assert isinstance(seat, DraftSession), "a drafter opens sessions of this class"
     return seat.tree

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.replica.session import Seat
+from cascade.replica.session import ReplicaSession
 
 if TYPE_CHECKING:
-    from cascade.drafter.draft_tree import Tree
+    from cascade.drafter.draft_tree import DraftTree
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class DraftSession(Seat):
+class DraftSession(ReplicaSession):
     """The committed answer of a session, and the branches that are drafted after it."""
 
-    tree: Tree | None = None
+    tree: DraftTree | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.engine.batch import FlatBatch, Group
+    from cascade.engine.batch import Group, RaggedBatch
     from cascade.engine.kv_pool import KVPool
 
 FLAT = "cascade_flat"
@@ -132,7 +132,7 @@ def flat_attention(  # noqa: PLR0913 - the signature is transformers'
 
 
 def grouped(
-    batch: FlatBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
+    batch: RaggedBatch, query_THD: Tensor, keys_JRD: Tensor, values_JRD: Tensor, form: Form
 ) -> Tensor:
     """Return the attention `[T, H, D]` of every token, group by group."""
     parts: list[Tensor] = []

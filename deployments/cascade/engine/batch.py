@@ -86,7 +86,7 @@ class Group:
         return self.size == 1 and self.queries == self.keys
 
 
-class FlatBatch:
+class RaggedBatch:
     """Segments laid end to end in one row, with all that attention needs, built once a pass."""
 
     def __init__(

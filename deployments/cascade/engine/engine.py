@@ -15,10 +15,10 @@ from cascade.engine import threads
 from cascade.engine.backends import select
 from cascade.engine.batch import Segment
 from cascade.engine.kv_allocator import capacity_tokens
-from cascade.engine.kv_cache import SequenceStore
-from cascade.engine.preemption import Room
-from cascade.engine.request import Head, Ready, Step
-from cascade.engine.scheduler import Job, Scheduler, Slice
+from cascade.engine.kv_cache import KVCacheManager
+from cascade.engine.preemption import Preemptor
+from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
+from cascade.engine.scheduler import ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
 from cascade.engine.stats import BusyMeter, EngineStats, Pass
 from cascade.engine.threads import IdleCores
@@ -61,7 +61,7 @@ class _Stop:
     pass
 
 
-_Message: TypeAlias = Step | _Release | _Adopt | _Stop
+_Message: TypeAlias = ForwardRequest | _Release | _Adopt | _Stop
 
 
 class Engine:
@@ -78,7 +78,7 @@ class Engine:
         self,
         model: LoadedModel,
         *,
-        head: Head,
+        head: LogitsHandler,
         settings: EngineSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,7 +90,7 @@ class Engine:
         device = model.model.device
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
-        self._store = SequenceStore(
+        self._store = KVCacheManager(
             pool=self.runner.pool,
             capacity=capacity,
             prefix_reuse=settings.prefix_reuse,
@@ -135,7 +135,7 @@ class Engine:
         planned_s = self._planned_s
         return 0.0 if planned_s is None else self._clock() - planned_s
 
-    def submit(self, step: Step) -> None:
+    def submit(self, step: ForwardRequest) -> None:
         """Queue a step. A session has at most one that is not finished."""
         step.submitted_s = self._clock()
         self._inbox.put(step)
@@ -196,7 +196,7 @@ class Engine:
             preemptions=self._store.preemptions,
         )
 
-    def turn(self) -> bool:
+    def step(self) -> bool:
         """Take in what was submitted and run one plan; the thread repeats this until it is False.
 
         Waits for a message where there is nothing to run. Without `start`, a caller may turn the
@@ -211,7 +211,7 @@ class Engine:
     def _run(self) -> None:
         threads.apply(threads=self._settings.threads)
         try:
-            while self.turn():
+            while self.step():
                 pass
         finally:
             self._give_up()
@@ -223,7 +223,7 @@ class Engine:
             self._abandon(job, stopped)
         while not self._inbox.empty():
             message = self._inbox.get()
-            if isinstance(message, Step):
+            if isinstance(message, ForwardRequest):
                 self._fail(message, stopped)
 
     def _receive(self) -> bool:
@@ -238,7 +238,7 @@ class Engine:
                         self._store.release(name)
                 case _Adopt(session=session, branch=branch):
                     self._replace(session, branch)
-                case Step():
+                case ForwardRequest():
                     self._accept(message)
         return True
 
@@ -253,7 +253,7 @@ class Engine:
             except Empty:
                 return
 
-    def _accept(self, step: Step) -> None:
+    def _accept(self, step: ForwardRequest) -> None:
         """Put a step's tokens into its sequence and the step in the queue, or fail it."""
         try:
             sequence = self._admit(step)
@@ -276,7 +276,7 @@ class Engine:
         self._store.adopt(session, branch=branch)
         self._scheduler.rename(branch, to=session)
 
-    def _admit(self, step: Step) -> CachedSequence:
+    def _admit(self, step: ForwardRequest) -> CachedSequence:
         sequence = self._store.find(step.session)
         if sequence is None and step.trunk is not None:
             sequence = self._store.branch(step.session, trunk=step.trunk, base=step.base)
@@ -291,7 +291,7 @@ class Engine:
         self._store.touch(sequence)
         return sequence
 
-    def _check(self, step: Step, *, known: int) -> None:
+    def _check(self, step: ForwardRequest, *, known: int) -> None:
         length = step.base + len(step.tokens)
         if self._scheduler.find(step.session):
             raise Internal(f"Session {step.session} has a step in flight; wait until it is done")
@@ -323,7 +323,7 @@ class Engine:
         self._meter.note(busy=True)
         self._planned_s = None
 
-    def _begin(self, slices: Sequence[Slice]) -> None:
+    def _begin(self, slices: Sequence[StepChunk]) -> None:
         """Count the wait of the steps that run for the first time."""
         now_s = self._clock()
         for step in (piece.job.step for piece in slices):
@@ -332,15 +332,15 @@ class Engine:
                 self._waited_s += now_s - step.submitted_s
                 step.submitted_s = None
 
-    def _plan(self) -> list[Slice]:
-        room = Room(store=self._store, scheduler=self._scheduler)
+    def _plan(self) -> list[StepChunk]:
+        room = Preemptor(store=self._store, scheduler=self._scheduler)
         slices = self._scheduler.plan(reserve=room.reserve)
         for job in room.stunted:
             self._abandon(job, _no_room())
         # Neighbours in the pool are read together, so passes follow the pool's order.
         return sorted(slices, key=_row)
 
-    def _pass(self, slices: list[Slice]) -> None:
+    def _pass(self, slices: list[StepChunk]) -> None:
         """Run one forward pass; what goes wrong in it concerns its own steps alone."""
         segments = [_segment(piece) for piece in slices]
         tokens = sum(piece.count for piece in slices)
@@ -362,7 +362,7 @@ class Engine:
         done = [(p.job, s.rows) for p, s in zip(slices, segments, strict=True)]
         self._deliver([(job, rows) for job, rows in done if rows or not job.remaining], logits_NV)
 
-    def _deliver(self, done: Sequence[tuple[Job, int]], logits_NV: Tensor) -> None:
+    def _deliver(self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor) -> None:
         """Give the head its rows and queue the steps that follow."""
         ready = [_ready(job, rows) for job, rows in done]
         for job, rows in done:
@@ -382,18 +382,18 @@ class Engine:
         for step in follow:
             self._accept(step)
 
-    def _finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def _finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         before = tensor_ops.reads()
         try:
             return self._head.finish(ready, logits_NV)
         finally:
             self._reads += tensor_ops.reads() - before
 
-    def _abandon(self, job: Job, error: Exception) -> None:
+    def _abandon(self, job: ScheduledStep, error: Exception) -> None:
         self._scheduler.remove(job.step.session)
         self._fail(job.step, error)
 
-    def _fail(self, step: Step, error: Exception) -> None:
+    def _fail(self, step: ForwardRequest, error: Exception) -> None:
         try:
             self._head.fail(step, error)
         # As in `_deliver`.
@@ -413,7 +413,7 @@ def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]
     runner.resize(rows=capacity)
     runner.warm()
     if model.owned:
-        runner.take_over()
+        runner.free_hf_weights()
     return runner, capacity
 
 
@@ -421,7 +421,7 @@ def _no_room() -> Overloaded:
     return Overloaded("The cache has no room to spare for a branch")
 
 
-def _segment(piece: Slice) -> Segment:
+def _segment(piece: StepChunk) -> Segment:
     sequence = piece.job.sequence
     assert sequence.extent is not None, "a planned step has its rows reserved"
     first, last = sequence.cached, sequence.cached + piece.count
@@ -435,8 +435,8 @@ def _segment(piece: Slice) -> Segment:
     )
 
 
-def _ready(job: Job, rows: int) -> Ready:
-    return Ready(
+def _ready(job: ScheduledStep, rows: int) -> LogitsOutput:
+    return LogitsOutput(
         step=job.step,
         first=job.delivered,
         count=rows,
@@ -445,6 +445,6 @@ def _ready(job: Job, rows: int) -> Ready:
     )
 
 
-def _row(piece: Slice) -> int:
+def _row(piece: StepChunk) -> int:
     extent = piece.job.sequence.extent
     return extent.start if extent else 0

@@ -18,7 +18,7 @@ _UNIT = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
+class KVRange:
     """Rows `start .. start + size` of the pool."""
 
     start: int
@@ -41,7 +41,7 @@ def size_class(tokens: int) -> int:
     return size if size >= tokens else -(-tokens // _UNIT) * _UNIT
 
 
-class ExtentAllocator:
+class KVRangeAllocator:
     """First fit over a sorted list of free stretches; neighbours merge when they come back."""
 
     def __init__(self, *, capacity: int) -> None:
@@ -53,16 +53,16 @@ class ExtentAllocator:
         """Return the rows that are given out."""
         return self.capacity - sum(size for _, size in self._free)
 
-    def allocate(self, tokens: int) -> Extent | None:
+    def allocate(self, tokens: int) -> KVRange | None:
         """Return an extent of at least `tokens` rows, or None if no free stretch is long enough."""
         wanted = size_class(tokens)
         for place, (start, size) in enumerate(self._free):
             if size >= wanted:
                 self._take(place, wanted)
-                return Extent(start=start, size=wanted)
+                return KVRange(start=start, size=wanted)
         return None
 
-    def extend(self, extent: Extent, tokens: int) -> Extent | None:
+    def extend(self, extent: KVRange, tokens: int) -> KVRange | None:
         """Return `extent` grown in place to `tokens` rows, or None if what follows is not free."""
         more = size_class(tokens) - extent.size
         place = bisect.bisect_left(self._free, (extent.end, 0))
@@ -71,9 +71,9 @@ class ExtentAllocator:
         if self._free[place][1] < more:
             return None
         self._take(place, more)
-        return Extent(start=extent.start, size=extent.size + more)
+        return KVRange(start=extent.start, size=extent.size + more)
 
-    def release(self, extent: Extent) -> None:
+    def release(self, extent: KVRange) -> None:
         """Take `extent` back."""
         start, size = extent.start, extent.size
         place = bisect.bisect_left(self._free, (start, 0))

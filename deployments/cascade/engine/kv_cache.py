@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from cascade.engine.kv_allocator import Extent, ExtentAllocator
+from cascade.engine.kv_allocator import KVRange, KVRangeAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ class CachedSequence:
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     regime: int = 0
-    extent: Extent | None = None
+    extent: KVRange | None = None
     reused: int = 0  # tokens found in the cache when the session opened
     used: int = 0  # tick of the last use
 
@@ -55,12 +55,12 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
-class SequenceStore:
+class KVCacheManager:
     """Every sequence that has tokens, live and idle, and the extents they hold."""
 
     def __init__(self, *, pool: Pool, capacity: int, prefix_reuse: bool, max_idle: int) -> None:
         self._pool = pool
-        self._allocator = ExtentAllocator(capacity=capacity)
+        self._allocator = KVRangeAllocator(capacity=capacity)
         self._live: dict[SessionId, CachedSequence] = {}
         self._idle: list[CachedSequence] = []  # least recently used first
         self._max_idle = max_idle if prefix_reuse else 0
@@ -193,7 +193,7 @@ class SequenceStore:
 
     def _attempts(
         self, sequence: CachedSequence, tokens: int, victims: Iterable[CachedSequence]
-    ) -> Iterator[Extent | None]:
+    ) -> Iterator[KVRange | None]:
         yield self._place(sequence, tokens)
         for victim in chain(self._evict_idle(), victims):
             if victim.extent is None or victim is sequence:
@@ -209,14 +209,14 @@ class SequenceStore:
         while self._idle:
             yield self._idle.pop(0)
 
-    def _place(self, sequence: CachedSequence, tokens: int) -> Extent | None:
+    def _place(self, sequence: CachedSequence, tokens: int) -> KVRange | None:
         if sequence.extent is not None:
             grown = self._allocator.extend(sequence.extent, tokens)
             if grown is not None:
                 return grown
         return self._allocator.allocate(tokens)
 
-    def _move(self, sequence: CachedSequence, extent: Extent) -> None:
+    def _move(self, sequence: CachedSequence, extent: KVRange) -> None:
         old = sequence.extent
         sequence.extent = extent
         if old is None or old.start == extent.start:

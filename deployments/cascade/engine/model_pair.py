@@ -105,7 +105,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
+class ModelPair:
     """A pair as its doors see it."""
 
     tokenizer: Tokenizer  # of the expert, narrowed to what both models know
@@ -113,7 +113,7 @@ class Outline:
     stop_ids: tuple[int, ...]  # that end an answer
 
 
-def of_pair(drafter: Source, expert: Source) -> Outline:
+def of_pair(drafter: Source, expert: Source) -> ModelPair:
     """Return what the two models share; reads configurations and tokenizers alone.
 
     Raises:
@@ -129,7 +129,7 @@ def of_pair(drafter: Source, expert: Source) -> Outline:
         expert_vocabulary=right.vocab_size,
     )
     lengths = [length for length in map(context_length, (left, right)) if length is not None]
-    return Outline(
+    return ModelPair(
         tokenizer=words.narrowed(vocabulary),
         context_tokens=min(lengths, default=None),
         stop_ids=tuple(dict.fromkeys((*words.stop_ids, *_stop_ids(expert)))),

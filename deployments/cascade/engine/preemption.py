@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cascade.engine.kv_cache import CachedSequence, SequenceStore
-    from cascade.engine.scheduler import Job, Scheduler
+    from cascade.engine.kv_cache import CachedSequence, KVCacheManager
+    from cascade.engine.scheduler import ScheduledStep, Scheduler
 
 
 @dataclass(slots=True, kw_only=True)
-class Room:
+class Preemptor:
     """Makes room for steps one by one; what was reserved stays while the plan is made."""
 
-    store: SequenceStore
+    store: KVCacheManager
     scheduler: Scheduler
-    stunted: list[Job] = field(default_factory=list["Job"])  # branches that found none
+    stunted: list[ScheduledStep] = field(
+        default_factory=list["ScheduledStep"]
+    )  # branches that found none
     _reserved: set[CachedSequence] = field(default_factory=set["CachedSequence"])
 
-    def reserve(self, job: Job) -> bool:
+    def reserve(self, job: ScheduledStep) -> bool:
         """Give a step room; False where it has to wait, or to be given up because it is stunted."""
         sequence = job.sequence
         if sequence.trunk is not None and not self._keeps(job):
@@ -32,13 +34,13 @@ class Room:
         self._reserved.add(sequence)
         return True
 
-    def _keeps(self, branch: Job) -> bool:
+    def _keeps(self, branch: ScheduledStep) -> bool:
         """Return whether a branch has its rows still, and room that no session has to give up."""
         if branch.sequence.extent is None:
             return False
         return self.store.reserve(branch.sequence, tokens=branch.end, victims=())
 
-    def _victims(self, job: Job) -> Iterator[CachedSequence]:
+    def _victims(self, job: ScheduledStep) -> Iterator[CachedSequence]:
         """Yield sequences that may lose their rows for `job`: resting ones, then younger steps'."""
         for sequence in self.store.least_recent():
             waiting = self.scheduler.find(sequence.session)
@@ -49,5 +51,5 @@ class Room:
                 yield other.sequence
 
 
-def _number(job: Job) -> int:
+def _number(job: ScheduledStep) -> int:
     return job.number

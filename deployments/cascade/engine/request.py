@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, kw_only=True)
-class Step:
+class ForwardRequest:
     """One session's wish: keep `base` tokens, append `tokens`, return logits of the last `rows`.
 
     The engine remembers the tokens of every session, so an evicted cache is filled again unseen.
@@ -36,26 +36,26 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class LogitsOutput:
     """Rows `first .. first + count` of the step's logits; `index` is the first row's token's place.
 
     `last` is false only for a chunk of a step that wants more rows than one pass holds.
     """
 
-    step: Step
+    step: ForwardRequest
     first: int
     count: int
     index: int
     last: bool = True
 
 
-class Head(Protocol):
+class LogitsHandler(Protocol):
     """What becomes of logits. Called on the engine's thread, once a forward pass."""
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Consume the rows of every ready step and return the steps that follow at once."""
         ...
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         """Hear that a step cannot run."""
         ...

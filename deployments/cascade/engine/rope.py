@@ -19,7 +19,7 @@ _CACHED_LENGTH = "max_seq_len_cached"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regimes:
+class RopeLengths:
     """Which lengths share their frequencies."""
 
     original: int = 0  # tokens up to which the usual frequencies hold; 0: always
@@ -32,16 +32,16 @@ class Regimes:
         return length if self.dynamic else self.original + 1
 
 
-def find(model: torch.nn.Module) -> Regimes:
+def find(model: torch.nn.Module) -> RopeLengths:
     """Return the regimes of `model`, read from its rotary modules."""
     for module in model.modules():
         kinds: Any = getattr(module, "rope_type", "")
         names = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if any("dynamic" in str(name) for name in names):
-            return Regimes(original=int(_original(module)), dynamic=True)
+            return RopeLengths(original=int(_original(module)), dynamic=True)
         if "longrope" in names:
-            return Regimes(original=int(_original(module)))
-    return Regimes()
+            return RopeLengths(original=int(_original(module)))
+    return RopeLengths()
 
 
 def forget(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cascade.engine.kv_cache import CachedSequence
-    from cascade.engine.request import Step
+    from cascade.engine.request import ForwardRequest
     from cascade.types import SessionId
 
 _SHORT = 64  # tokens up to which a step is a block rather than a prefill
@@ -23,10 +23,10 @@ _LEAST_SHARE = 64  # tokens of a prefill below which a pass is not worth its ove
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Job:
+class ScheduledStep:
     """A step on its way; its sequence already has the step's tokens."""
 
-    step: Step
+    step: ForwardRequest
     sequence: CachedSequence
     number: int  # order of arrival
     whole: bool = False  # must run in one pass from the first token
@@ -56,10 +56,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
+class StepChunk:
     """The next `count` tokens of a job."""
 
-    job: Job
+    job: ScheduledStep
     count: int
 
 
@@ -68,29 +68,31 @@ class Scheduler:
 
     def __init__(self, *, budget: int) -> None:
         self._budget = budget
-        self._jobs: dict[SessionId, Job] = {}
+        self._jobs: dict[SessionId, ScheduledStep] = {}
         self._number = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[ScheduledStep]:
         return iter(self._jobs.values())
 
-    def find(self, session: SessionId | None) -> Job | None:
+    def find(self, session: SessionId | None) -> ScheduledStep | None:
         """Return the waiting step of `session`."""
         return None if session is None else self._jobs.get(session)
 
-    def add(self, step: Step, *, sequence: CachedSequence, whole: bool = False) -> Job:
+    def add(
+        self, step: ForwardRequest, *, sequence: CachedSequence, whole: bool = False
+    ) -> ScheduledStep:
         """Queue a step whose tokens are already in `sequence`."""
         assert step.session not in self._jobs, "a session has one step at a time"
         self._number += 1
-        job = Job(step=step, sequence=sequence, number=self._number, whole=whole)
+        job = ScheduledStep(step=step, sequence=sequence, number=self._number, whole=whole)
         job.prefill = job.remaining > _SHORT
         self._jobs[step.session] = job
         return job
 
-    def remove(self, session: SessionId) -> Job | None:
+    def remove(self, session: SessionId) -> ScheduledStep | None:
         """Forget the step of `session`, done or not."""
         return self._jobs.pop(session, None)
 
@@ -101,13 +103,13 @@ class Scheduler:
             job.step.session = to
             self._jobs[to] = job
 
-    def plan(self, *, reserve: Callable[[Job], bool]) -> list[Slice]:
+    def plan(self, *, reserve: Callable[[ScheduledStep], bool]) -> list[StepChunk]:
         """Return what the next pass runs: at most the budget, unless one whole step exceeds it.
 
         Args:
             reserve: gives a job room in the cache; where it cannot, the job waits.
         """
-        slices: list[Slice] = []
+        slices: list[StepChunk] = []
         room = self._budget
         jobs = self._order()
         prefills = sum(job.long for job in jobs)
@@ -124,7 +126,7 @@ class Scheduler:
             # Making room may have dropped the job's own rows.
             count = self._take(job, room=room, share=share)
             if count:
-                slices.append(Slice(job=job, count=count))
+                slices.append(StepChunk(job=job, count=count))
                 room = max(0, room - count)
         # A crumb left over by blocks does not count: prefills would live on crumbs under load.
         least = min(_LEAST_SHARE, self._budget)
@@ -133,7 +135,7 @@ class Scheduler:
         )
         return slices
 
-    def _order(self) -> list[Job]:
+    def _order(self) -> list[ScheduledStep]:
         """Return the jobs in the order of their turns.
 
         Of the prefills that starve only one a pass goes before the blocks: many prompts at once
@@ -143,7 +145,7 @@ class Scheduler:
         first = max(long, key=_patience_lost, default=None)
         return sorted(self._jobs.values(), key=lambda job: (_rank(job, first=first), job.number))
 
-    def _take(self, job: Job, *, room: int, share: int) -> int:
+    def _take(self, job: ScheduledStep, *, room: int, share: int) -> int:
         """Return how many tokens of `job` run; rows that fit a pass are not split."""
         most = min(room, share)
         if job.whole:
@@ -162,11 +164,11 @@ class Scheduler:
             job.passed_over = 0 if job.number in served else job.passed_over + 1
 
 
-def _patience_lost(job: Job) -> tuple[int, int]:
+def _patience_lost(job: ScheduledStep) -> tuple[int, int]:
     return job.passed_over, -job.number
 
 
-def _rank(job: Job, *, first: Job | None) -> int:
+def _rank(job: ScheduledStep, *, first: ScheduledStep | None) -> int:
     if job is first:
         return 0 if job.whole else 2
     if job.long:

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cascade.api import build_request, responses
-from cascade.api.completion import Answers
+from cascade.api.completion import Completions
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import CascadeError, Internal, InvalidMeasurement, Overloaded, Unavailable
 from cascade.evaluation.scoring import extra
-from cascade.local import stack
+from cascade.local import local_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
-    from cascade.api.build_request import Call
-    from cascade.api.context import Service
+    from cascade.api.build_request import CompletionCall
+    from cascade.api.context import ServingContext
     from cascade.evaluation.workloads import Item
     from cascade.settings import Application
 
@@ -160,7 +160,7 @@ class _Watch:
 class InProcess:
     """Asks a service, without HTTP: the doors' own translation, and the loop over gRPC."""
 
-    def __init__(self, service: Service, *, name: str) -> None:
+    def __init__(self, service: ServingContext, *, name: str) -> None:
         self.service = service
         self.name = name
 
@@ -179,7 +179,7 @@ class InProcess:
                 await asyncio.sleep(error.retry_after_s or 1)
         return await self._answer(call)
 
-    def _call(self, body: Mapping[str, Any]) -> Call:
+    def _call(self, body: Mapping[str, Any]) -> CompletionCall:
         try:
             if "messages" in body:
                 return build_request.chat(ChatBody.model_validate(body), self.service)
@@ -187,8 +187,8 @@ class InProcess:
         except (CascadeError, ValueError) as error:
             raise InvalidMeasurement(f"the request is refused: {error}") from error
 
-    async def _answer(self, call: Call) -> Answer:
-        answers = Answers(call, self.service)
+    async def _answer(self, call: CompletionCall) -> Answer:
+        answers = Completions(call, self.service)
         began_s = time.perf_counter()
         marks_s = [
             time.perf_counter() - began_s
@@ -256,8 +256,10 @@ async def in_process(settings: Application) -> AsyncGenerator[InProcess]:
         StartupError: The pair cannot be served.
     """
     patient = settings.router.model_copy(update={"draft_deadline_s": PATIENT_S})
-    names = [identity(tier.place, tier.revision) for tier in (settings.drafter, settings.expert)]
-    async with stack(settings.model_copy(update={"router": patient})) as running:
+    names = [
+        identity(tier.model_path, tier.revision) for tier in (settings.drafter, settings.expert)
+    ]
+    async with local_server(settings.model_copy(update={"router": patient})) as running:
         yield InProcess(running.service, name=f"in process: {' and '.join(names)}")
 
 

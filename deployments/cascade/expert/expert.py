@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.errors import CascadeError, Internal
 from cascade.protocol.grpc_status import refusal
 from cascade.protocol.messages import Judge, Judgement, Score, Scores
 from cascade.protocol.prefix_hash import extend
 from cascade.protocol.services import EXPERT
 from cascade.replica.replica import Replica, Result
-from cascade.replica.session import Seat
+from cascade.replica.session import ReplicaSession
 from cascade.sampling.probs import unscaled
 from cascade.sampling.sampler import logprobs
 from cascade.speculation.cost_model import Timing
-from cascade.speculation.verify import Task, judge, rows_needed
+from cascade.speculation.verify import VerifyTask, rows_needed, verify
 from cascade.types import Block, SessionId
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.engine.request import Ready
+    from cascade.engine.request import LogitsOutput
     from cascade.protocol.server import Connection
     from cascade.types import TokenLogprob, Verdict
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Judging:
+class _Verification:
     """A block under judgement, and then the tokens written alone."""
 
-    seat: Seat
+    seat: ReplicaSession
     item: Judge
     block: Block
     answer: list[int]  # committed
@@ -48,9 +48,9 @@ class _Judging:
     since_s: float  # when the item came, or the verdict before
 
     @property
-    def task(self) -> Task:
-        session = self.seat.session
-        return Task(
+    def task(self) -> VerifyTask:
+        session = self.seat.opened
+        return VerifyTask(
             policy=session.policy,
             position=len(self.answer),
             block=self.block,
@@ -58,20 +58,20 @@ class _Judging:
             answer=self.answer,
         )
 
-    def take(self, verdict: Verdict) -> Step | None:
+    def take(self, verdict: Verdict) -> ForwardRequest | None:
         """Commit a verdict; return the step that leads to the next token, if one is wanted."""
         kept = len(self.answer) + verdict.accepted
         self.answer.extend(verdict.tokens)
         self.digest = extend(self.digest, verdict.tokens)
-        done = not verdict.tokens or verdict.tokens[-1] in self.seat.session.policy.stop_ids
-        if done or self.ahead == 0 or self.seat.closed or self.seat.parked:
+        done = not verdict.tokens or verdict.tokens[-1] in self.seat.opened.policy.stop_ids
+        if done or self.ahead == 0 or self.seat.closed or self.seat.queued:
             return None
         self.ahead -= 1
         self.block = Block()
         self.seat.fed[kept:] = self.answer[kept:]
-        return Step(
+        return ForwardRequest(
             session=self.seat.key,
-            base=len(self.seat.session.prompt) + kept,
+            base=len(self.seat.opened.prompt) + kept,
             tokens=tuple(self.answer[kept:]),
             rows=1,
             task=self,
@@ -98,11 +98,11 @@ class Expert(Replica[Judge]):
 
     kind = EXPERT
 
-    def begin(self, seat: Seat, item: Judge) -> Sequence[Step]:
+    def begin(self, seat: ReplicaSession, item: Judge) -> Sequence[ForwardRequest]:
         """Return the step whose rows judge the block."""
-        self.check_room(seat.length, item.block.length)
+        self.check_context(seat.length, item.block.length)
         room = self.describe().context_length - seat.length - item.block.length
-        task = _Judging(
+        task = _Verification(
             seat=seat,
             item=item,
             block=item.block,
@@ -111,63 +111,67 @@ class Expert(Replica[Judge]):
             ahead=max(0, min(item.ahead, room)),
             since_s=seat.asked_s,
         )
-        rows = rows_needed(seat.session.policy, item.block.tokens)
+        rows = rows_needed(seat.opened.policy, item.block.tokens)
         return [seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)]
 
-    def verdicts(self, rows: Sequence[Tensor], tasks: Sequence[Task]) -> Sequence[Verdict]:
+    def verdicts(self, rows: Sequence[Tensor], tasks: Sequence[VerifyTask]) -> Sequence[Verdict]:
         """Return what the rows, [N, V] of each task, say of the tasks' blocks."""
-        return judge(torch.cat(list(rows)), tasks)
+        return verify(torch.cat(list(rows)), tasks)
 
     def score(self, connection: Connection, item: Score) -> None:
         """Begin to score a text."""
-        self.check_room(len(item.tokens), 0)
+        self.check_context(len(item.tokens), 0)
         key = SessionId(f"score/{next(self._keys)}")
         task = _Scoring(connection=connection, item=item, key=key)
         fed = item.tokens[:-1]
         if fed:
-            self.engine.submit(Step(session=key, base=0, tokens=fed, rows=len(fed), task=task))
+            self.engine.submit(
+                ForwardRequest(session=key, base=0, tokens=fed, rows=len(fed), task=task)
+            )
         else:
             self._scored(task)
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Judge every block and score every text whose rows are there."""
         ends = list(accumulate(one.count for one in ready))
-        blocks: list[tuple[_Judging, Tensor]] = []
+        blocks: list[tuple[_Verification, Tensor]] = []
         results: list[Result] = []
         for one, end in zip(ready, ends, strict=True):
             rows_NV = logits_NV[end - one.count : end]
             match one.step.task:
-                case _Judging() as block:
+                case _Verification() as block:
                     blocks.append((block, rows_NV))
                 case _Scoring() as scoring:
                     self._score(scoring, rows_NV, one)
                 case seat:
-                    results.append(Result(seat=seat))
-        follow = self._judge(blocks, results)
+                    results.append(Result(session=seat))
+        follow = self._verify(blocks, results)
         self.publish(results)
         return follow
 
-    def seat_of(self, step: Step) -> Seat | None:
+    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
         """Return the seat that a step belongs to; a score has none."""
         match step.task:
-            case _Judging() as block:
+            case _Verification() as block:
                 return block.seat
-            case Seat() as seat:
+            case ReplicaSession() as seat:
                 return seat
             case _:
                 return None
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         """Refuse the session or the score whose step cannot run."""
         if isinstance(step.task, _Scoring):
             self._loop.call_soon_threadsafe(self._unscored, step.task, error)
         else:
             super().fail(step, error)
 
-    def _judge(self, blocks: list[tuple[_Judging, Tensor]], results: list[Result]) -> list[Step]:
+    def _verify(
+        self, blocks: list[tuple[_Verification, Tensor]], results: list[Result]
+    ) -> list[ForwardRequest]:
         if not blocks:
             return []
-        follow: list[Step] = []
+        follow: list[ForwardRequest] = []
         verdicts = self.verdicts([rows for _, rows in blocks], [block.task for block, _ in blocks])
         now_s = self.clock()
         for (block, _), verdict in zip(blocks, verdicts, strict=True):
@@ -176,11 +180,11 @@ class Expert(Replica[Judge]):
             if step is not None:
                 follow.append(step)
             results.append(
-                Result(seat=block.seat, item=item, committed=verdict.tokens, done=step is None)
+                Result(session=block.seat, item=item, committed=verdict.tokens, done=step is None)
             )
         return follow
 
-    def _judgement(self, block: _Judging, verdict: Verdict, *, now_s: float) -> Judgement:
+    def _judgement(self, block: _Verification, verdict: Verdict, *, now_s: float) -> Judgement:
         current = self.engine.current
         service_s, block.since_s = now_s - block.since_s, now_s
         return Judgement(
@@ -199,7 +203,7 @@ class Expert(Replica[Judge]):
             ),
         )
 
-    def _score(self, scoring: _Scoring, rows_NV: Tensor, one: Ready) -> None:
+    def _score(self, scoring: _Scoring, rows_NV: Tensor, one: LogitsOutput) -> None:
         scoring.take(rows_NV, index=one.index)
         if one.last:
             self._loop.call_soon_threadsafe(self._scored, scoring)

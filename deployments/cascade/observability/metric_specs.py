@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class MetricSpec:
     """A metric and its labels."""
 
     name: str
@@ -35,77 +35,77 @@ class Family:
 
 # What answers cost: from the router, at most once a second of each answer.
 
-ANSWERS = Family(
+ANSWERS = MetricSpec(
     name="cascade_answers",
     about="Answers that ended; finish is stop, length, closed (by the client or a stop string), "
     "or the gRPC status of the error",
     labels=("mode", "rule", "finish"),
 )
 
-RUNNING = Family(name="cascade_running_answers", about="Answers being written", kind=Kind.GAUGE)
+RUNNING = MetricSpec(name="cascade_running_answers", about="Answers being written", kind=Kind.GAUGE)
 
-PROMPT_TOKENS = Family(name="cascade_prompt_tokens", about="Tokens of the prompts")
+PROMPT_TOKENS = MetricSpec(name="cascade_prompt_tokens", about="Tokens of the prompts")
 
-CACHED_PROMPT_TOKENS = Family(
+CACHED_PROMPT_TOKENS = MetricSpec(
     name="cascade_cached_prompt_tokens", about="Tokens of the prompts found in a cache"
 )
 
-TOKENS = Family(
+TOKENS = MetricSpec(
     name="cascade_tokens",
     about="Tokens committed, by who wrote them: drafter, kept or expert",
     labels=("rule", "origin"),
 )
 
-ROUNDS = Family(
+ROUNDS = MetricSpec(
     name="cascade_rounds",
     about="Blocks and verdicts, by what decided the length of the block",
     labels=("rule", "reason"),
 )
 
-DRAFTED = Family(name="cascade_drafted_tokens", about="Tokens drafted", labels=("rule",))
+DRAFTED = MetricSpec(name="cascade_drafted_tokens", about="Tokens drafted", labels=("rule",))
 
-ACCEPTED = Family(
+ACCEPTED = MetricSpec(
     name="cascade_accepted_tokens", about="Drafted tokens that were committed", labels=("rule",)
 )
 
-ACCEPTED_AT = Family(
+ACCEPTED_AT = MetricSpec(
     name="cascade_accepted_at_position",
     about="Blocks whose token at this place, from 0, was accepted",
     labels=("position",),
 )
 
-JUDGED = Family(
+JUDGED = MetricSpec(
     name="cascade_judged_tokens", about="Drafted tokens that a rule decided on", labels=("rule",)
 )
 
-DEFERRED = Family(
+DEFERRED = MetricSpec(
     name="cascade_deferred_tokens", about="Tokens that a rule gave to the expert", labels=("rule",)
 )
 
-PREDICTED = Family(
+PREDICTED = MetricSpec(
     name="cascade_predicted_tokens",
     about="Tokens of clients' predictions that stood or fell",
     labels=("outcome",),
 )
 
-PASSES = Family(name="cascade_passes", about="Forward passes for answers", labels=("tier",))
+PASSES = MetricSpec(name="cascade_passes", about="Forward passes for answers", labels=("tier",))
 
-WAITED_S = Family(
+WAITED_S = MetricSpec(
     name="cascade_waited_seconds", about="Seconds that answers waited for a tier", labels=("tier",)
 )
 
-BYTES = Family(
+BYTES = MetricSpec(
     name="cascade_wire_bytes", about="Bytes between router and tiers", labels=("direction",)
 )
 
-FAILOVERS = Family(
+FAILOVERS = MetricSpec(
     name="cascade_failovers",
     about="Times a session went on elsewhere or without the tier: "
     "lost, full, late, broken (its passes fail) or collapsed (what it drafts is refused)",
     labels=("tier", "cause"),
 )
 
-ANSWER_S = Family(
+ANSWER_S = MetricSpec(
     name="cascade_answer_seconds",
     about="Time of an answer",
     kind=Kind.HISTOGRAM,
@@ -113,7 +113,7 @@ ANSWER_S = Family(
     buckets=SLOW_S,
 )
 
-FIRST_TOKEN_S = Family(
+FIRST_TOKEN_S = MetricSpec(
     name="cascade_first_token_seconds",
     about="Time to the first token",
     kind=Kind.HISTOGRAM,
@@ -121,7 +121,7 @@ FIRST_TOKEN_S = Family(
     buckets=(*FAST_S, 5.0, 10.0),
 )
 
-TOKEN_S = Family(
+TOKEN_S = MetricSpec(
     name="cascade_token_seconds",
     about="Time for each token after the first, the mean of an answer",
     kind=Kind.HISTOGRAM,
@@ -129,7 +129,7 @@ TOKEN_S = Family(
     buckets=FAST_S,
 )
 
-ROUND_TRIP_S = Family(
+ROUND_TRIP_S = MetricSpec(
     name="cascade_round_trip_seconds",
     about="Time from a question to a tier's answer as the router sees it, the mean of an answer",
     kind=Kind.HISTOGRAM,
@@ -139,21 +139,21 @@ ROUND_TRIP_S = Family(
 
 # The same under the names that dashboards for vLLM read; Ray's names take no colon.
 
-VLLM_DRAFTS = Family(
+VLLM_DRAFTS = MetricSpec(
     name="vllm:spec_decode_num_drafts", about="Blocks drafted", labels=("model_name",)
 )
 
-VLLM_DRAFT_TOKENS = Family(
+VLLM_DRAFT_TOKENS = MetricSpec(
     name="vllm:spec_decode_num_draft_tokens", about="Tokens drafted", labels=("model_name",)
 )
 
-VLLM_ACCEPTED = Family(
+VLLM_ACCEPTED = MetricSpec(
     name="vllm:spec_decode_num_accepted_tokens",
     about="Drafted tokens that were accepted",
     labels=("model_name",),
 )
 
-VLLM_ACCEPTED_AT = Family(
+VLLM_ACCEPTED_AT = MetricSpec(
     name="vllm:spec_decode_num_accepted_tokens_per_pos",
     about="Blocks whose token at this place was accepted",
     labels=("model_name", "position"),
@@ -170,75 +170,75 @@ ROUTER = (
 
 _TIER = ("tier",)
 
-ENGINE_PASSES = Family(name="cascade_engine_passes", about="Forward passes", labels=_TIER)
+ENGINE_PASSES = MetricSpec(name="cascade_engine_passes", about="Forward passes", labels=_TIER)
 
-ENGINE_TOKENS = Family(
+ENGINE_TOKENS = MetricSpec(
     name="cascade_engine_tokens", about="Tokens run through the model", labels=_TIER
 )
 
-ENGINE_TURNS = Family(
+ENGINE_TURNS = MetricSpec(
     name="cascade_engine_turns",
     about="Sessions in passes; by passes, the mean batch",
     labels=_TIER,
 )
 
-ENGINE_WAITS = Family(
+ENGINE_WAITS = MetricSpec(
     name="cascade_engine_waits", about="Questions whose first pass has begun", labels=_TIER
 )
 
-ENGINE_WAITED_S = Family(
+ENGINE_WAITED_S = MetricSpec(
     name="cascade_engine_waited_seconds",
     about="Seconds that questions waited for their first pass; by waits, the mean queue wait",
     labels=_TIER,
 )
 
-ENGINE_QUEUED_TOKENS = Family(
+ENGINE_QUEUED_TOKENS = MetricSpec(
     name="cascade_engine_queued_tokens",
     about="Tokens that waited when a pass was planned; by passes, the mean backlog",
     labels=_TIER,
 )
 
-ENGINE_PREFIX_HITS = Family(
+ENGINE_PREFIX_HITS = MetricSpec(
     name="cascade_engine_prefix_hits", about="Sessions that began with cached tokens", labels=_TIER
 )
 
-ENGINE_PREFIX_TOKENS = Family(
+ENGINE_PREFIX_TOKENS = MetricSpec(
     name="cascade_engine_prefix_tokens", about="Tokens found so", labels=_TIER
 )
 
-ENGINE_PREEMPTIONS = Family(
+ENGINE_PREEMPTIONS = MetricSpec(
     name="cascade_engine_preemptions",
     about="Caches of open sessions dropped to make room",
     labels=_TIER,
 )
 
-ENGINE_BUSY = Family(
+ENGINE_BUSY = MetricSpec(
     name="cascade_engine_busy_ratio",
     about="Share of the last ten seconds or so spent in passes",
     kind=Kind.GAUGE,
     labels=_TIER,
 )
 
-ENGINE_WAITING = Family(
+ENGINE_WAITING = MetricSpec(
     name="cascade_engine_waiting", about="Questions not answered", kind=Kind.GAUGE, labels=_TIER
 )
 
-ENGINE_SESSIONS = Family(
+ENGINE_SESSIONS = MetricSpec(
     name="cascade_engine_sessions", about="Sessions open", kind=Kind.GAUGE, labels=_TIER
 )
 
-ENGINE_LEASES = Family(
+ENGINE_LEASES = MetricSpec(
     name="cascade_engine_leases", about="Leases held", kind=Kind.GAUGE, labels=_TIER
 )
 
-ENGINE_BUDGET = Family(
+ENGINE_BUDGET = MetricSpec(
     name="cascade_engine_budget_tokens",
     about="Most tokens that a pass runs",
     kind=Kind.GAUGE,
     labels=_TIER,
 )
 
-CACHE_TOKENS = Family(
+CACHE_TOKENS = MetricSpec(
     name="cascade_engine_cache_tokens",
     about="Tokens in the KV cache: live (of open sessions), idle (kept for like prompts) or free",
     kind=Kind.GAUGE,

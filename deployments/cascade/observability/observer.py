@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.errors import CascadeError
-from cascade.observability.tracing import AnswerSpan
+from cascade.observability.tracing import RequestSpan
 from cascade.types import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from cascade.types import Generator, Piece, Request, TokenLogprob
+    from cascade.types import Generator, OutputChunk, Request, TokenLogprob
 
 CLOSED = "closed"  # by the door: a stop string, or a client that left
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Account:
+class RequestRecord:
     """Grows piece by piece; times are seconds of one clock."""
 
     request: Request
     began_s: float
-    heard_s: float = 0.0  # when the last piece came
+    last_s: float = 0.0  # when the last piece came
     first_s: float | None = None  # when the first came
     tokens: int = 0
     finish: str = CLOSED
@@ -33,9 +33,9 @@ class Account:
     statistics: Statistics = field(default_factory=Statistics)
     reasons: dict[str, int] = field(default_factory=dict)  # rounds by what decided their length
 
-    def hear(self, piece: Piece, *, now_s: float) -> None:
+    def add(self, piece: OutputChunk, *, now_s: float) -> None:
         """Take in a piece; the statistics it has go on growing."""
-        self.heard_s = now_s
+        self.last_s = now_s
         if self.first_s is None and piece.tokens:
             self.first_s = now_s
         self.tokens += len(piece.tokens)
@@ -72,15 +72,15 @@ class Account:
 class Observer(Protocol):
     """Hears of answers; called on the event loop, so it must not wait."""
 
-    def begin(self, account: Account) -> None:
+    def begin(self, account: RequestRecord) -> None:
         """Hear that an answer begins."""
         ...
 
-    def progress(self, account: Account) -> None:
+    def progress(self, account: RequestRecord) -> None:
         """Hear that the account has grown by a piece."""
         ...
 
-    def end(self, account: Account) -> None:
+    def end(self, account: RequestRecord) -> None:
         """Hear that the answer has ended; its statistics are complete."""
         ...
 
@@ -99,10 +99,10 @@ class Observed:
         self._observers = observers
         self._clock = clock
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield the pieces of one answer; raises what the generator raises."""
-        account = Account(request=request, began_s=self._clock())
-        span = AnswerSpan(request)
+        account = RequestRecord(request=request, began_s=self._clock())
+        span = RequestSpan(request)
         for observer in self._observers:
             observer.begin(account)
         pieces = self._generator.generate(request)
@@ -124,7 +124,7 @@ class Observed:
         """Return the expert's log-probability of each token but the first."""
         return await self._generator.score(tokens, top=top)
 
-    def _hear(self, account: Account, piece: Piece) -> None:
-        account.hear(piece, now_s=self._clock())
+    def _hear(self, account: RequestRecord, piece: OutputChunk) -> None:
+        account.add(piece, now_s=self._clock())
         for observer in self._observers:
             observer.progress(account)

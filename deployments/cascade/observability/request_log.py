@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cascade.observability.observer import Account
+    from cascade.observability.observer import RequestRecord
 
 FIELD = "answer"  # of the record: Serve's JSON encoding writes it out
 
 logger = logging.getLogger("cascade.answers")
 
 
-class AnswerLog:
+class RequestLog:
     """An observer that writes a line when an answer ends."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
 
-    def begin(self, account: Account) -> None:
+    def begin(self, account: RequestRecord) -> None:
         """Write nothing yet."""
 
-    def progress(self, account: Account) -> None:
+    def progress(self, account: RequestRecord) -> None:
         """Write nothing yet."""
 
-    def end(self, account: Account) -> None:
+    def end(self, account: RequestRecord) -> None:
         """Write the line: a sentence for people, and the figures beside it."""
         if not logger.isEnabledFor(logging.INFO):
             return
@@ -78,7 +78,7 @@ def to_stderr() -> None:
     ours.propagate = False
 
 
-def _figures(account: Account, *, now_s: float) -> dict[str, Any]:
+def _figures(account: RequestRecord, *, now_s: float) -> dict[str, Any]:
     entry, request = account.statistics, account.request
     first_s = None if account.first_s is None else round(account.first_s - account.began_s, 6)
     return {

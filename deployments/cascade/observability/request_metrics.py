@@ -7,16 +7,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, TypeAlias
 
 from cascade.observability import metric_specs
-from cascade.observability.metrics import Bounded
+from cascade.observability.metrics import BoundedLabel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cascade.observability.metric_specs import Family
-    from cascade.observability.metrics import Sink
-    from cascade.observability.observer import Account
+    from cascade.observability.metric_specs import MetricSpec
+    from cascade.observability.metrics import MetricBackend
+    from cascade.observability.observer import RequestRecord
 
-    Series: TypeAlias = tuple[Family, tuple[str, ...]]
+    Series: TypeAlias = tuple[MetricSpec, tuple[str, ...]]
 
 PERIOD_S = 1.0
 
@@ -25,31 +25,31 @@ MOST_REASONS = 16
 LONGEST_BLOCK = 32  # places in a block with a series of their own
 
 
-class AnswerMetrics:
+class RequestMetrics:
     """An observer that adds up what answers cost in a sink."""
 
     def __init__(
-        self, sink: Sink, *, model: str, clock: Callable[[], float] = time.monotonic
+        self, sink: MetricBackend, *, model: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._sink = sink
         self._model = model
         self._clock = clock
-        self._reason = Bounded(MOST_REASONS)
-        self._reports: dict[Account, _Report] = {}
+        self._reason = BoundedLabel(MOST_REASONS)
+        self._reports: dict[RequestRecord, _Report] = {}
 
-    def begin(self, account: Account) -> None:
+    def begin(self, account: RequestRecord) -> None:
         """Count an answer as running."""
         self._reports[account] = _Report(due_s=account.began_s + PERIOD_S)
         self._sink.set(metric_specs.RUNNING, len(self._reports))
 
-    def progress(self, account: Account) -> None:
+    def progress(self, account: RequestRecord) -> None:
         """Report what is new, if the last time is long enough ago."""
         report = self._reports[account]
-        if account.heard_s >= report.due_s:
-            report.due_s = account.heard_s + PERIOD_S
+        if account.last_s >= report.due_s:
+            report.due_s = account.last_s + PERIOD_S
             self._flush(account, report)
 
-    def end(self, account: Account) -> None:
+    def end(self, account: RequestRecord) -> None:
         """Report the rest, and the answer's times."""
         self._flush(account, self._reports.pop(account))
         sink, mode = self._sink, account.request.mode.value
@@ -59,7 +59,7 @@ class AnswerMetrics:
         if account.first_s is not None:
             sink.observe(metric_specs.FIRST_TOKEN_S, account.first_s - account.began_s, mode)
             if account.tokens > 1:
-                writing_s = account.heard_s - account.first_s
+                writing_s = account.last_s - account.first_s
                 sink.observe(metric_specs.TOKEN_S, writing_s / (account.tokens - 1), mode)
         entry = account.statistics
         if account.drafts:
@@ -67,14 +67,14 @@ class AnswerMetrics:
         if entry.expert_passes:
             sink.observe(metric_specs.ROUND_TRIP_S, entry.expert_s / entry.expert_passes, "expert")
 
-    def _flush(self, account: Account, report: _Report) -> None:
+    def _flush(self, account: RequestRecord, report: _Report) -> None:
         for (family, labels), total in self._totals(account):
             fresh = total - report.known.get((family.name, labels), 0)
             if fresh > 0:
                 report.known[family.name, labels] = total
                 self._sink.add(family, fresh, *labels)
 
-    def _totals(self, account: Account) -> Iterator[tuple[Series, float]]:
+    def _totals(self, account: RequestRecord) -> Iterator[tuple[Series, float]]:
         """Yield what an answer has added to each counter so far."""
         yield from _costs(account)
         reasons = Counter[str]()
@@ -99,7 +99,7 @@ class _Report:
         self.known: dict[tuple[str, tuple[str, ...]], float] = {}
 
 
-def _costs(account: Account) -> Iterator[tuple[Series, float]]:
+def _costs(account: RequestRecord) -> Iterator[tuple[Series, float]]:
     entry, rule = account.statistics, account.rule
     if account.first_s is not None:
         yield (metric_specs.PROMPT_TOKENS, ()), len(account.request.prompt)

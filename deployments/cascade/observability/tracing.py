@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
-    from cascade.observability.observer import Account
-    from cascade.protocol.codec import Answer, Question
-    from cascade.protocol.server import Connection, Tier
+    from cascade.observability.observer import RequestRecord
+    from cascade.protocol.codec import ClientMessage, ServerMessage
+    from cascade.protocol.server import Connection, TierServicer
     from cascade.protocol.services import Description
     from cascade.types import Request, SessionId
 
@@ -41,7 +41,7 @@ def traceparent() -> str:
     return carrier.get("traceparent", "")
 
 
-class AnswerSpan:
+class RequestSpan:
     """The span of one answer, and under it one of each round."""
 
     def __init__(self, request: Request, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
@@ -72,7 +72,7 @@ class AnswerSpan:
         finally:
             context.detach(token)
 
-    def round(self, account: Account) -> None:
+    def round(self, account: RequestRecord) -> None:
         """Record the round that has just ended."""
         if self._span is None:
             return
@@ -88,7 +88,7 @@ class AnswerSpan:
         )
         span.end(self._at_ns)
 
-    def end(self, account: Account) -> None:
+    def end(self, account: RequestRecord) -> None:
         """Record how the answer ended."""
         if self._span is None:
             return
@@ -101,7 +101,7 @@ class AnswerSpan:
 class TracedTier:
     """A tier whose work on traced sessions is recorded, from each question to its answer."""
 
-    def __init__(self, tier: Tier, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, tier: TierServicer, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._tier = tier
         self._clock_ns = clock_ns
         self._sessions: dict[Connection, dict[SessionId, _Traced]] = {}
@@ -111,7 +111,7 @@ class TracedTier:
         """Return the number of open sessions whose requests are traced."""
         return sum(map(len, self._sessions.values()))
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         """Serve an item."""
         match item:
             case Open() if item.traceparent:
@@ -148,7 +148,7 @@ class TracedTier:
             connection.watch = lambda answer: self._answered(connection, answer)
         self._sessions[connection][item.session.id] = _Traced(parent, self._clock_ns())
 
-    def _answered(self, connection: Connection, answer: Answer) -> None:
+    def _answered(self, connection: Connection, answer: ServerMessage) -> None:
         sessions = self._sessions.get(connection, {})
         traced = sessions.get(answer.session_id)
         if traced is None:
@@ -174,7 +174,7 @@ class _Traced:
         self.since_ns = since_ns
 
 
-def _counts(account: Account) -> dict[str, float]:
+def _counts(account: RequestRecord) -> dict[str, float]:
     entry = account.statistics
     return {
         "cascade.tokens": account.tokens,
@@ -186,7 +186,7 @@ def _counts(account: Account) -> dict[str, float]:
     }
 
 
-def _of_answer(answer: Answer) -> dict[str, AttributeValue]:
+def _of_answer(answer: ServerMessage) -> dict[str, AttributeValue]:
     match answer:
         case Proposal():
             return {"cascade.position": answer.position, "cascade.drafted": answer.block.length}

@@ -15,18 +15,24 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cascade.errors import CascadeError, Overloaded, Unavailable
-from cascade.protocol.codec import decode_answer, encode, parse
+from cascade.protocol.codec import decode_server_message, encode, parse
 from cascade.protocol.messages import Close
-from cascade.protocol.services import BEAT_S, STREAM_OPTIONS, Description, Kind, decode_description
-from cascade.protocol.write_buffer import Outbox
+from cascade.protocol.services import (
+    BEAT_S,
+    STREAM_OPTIONS,
+    Description,
+    TierKind,
+    decode_description,
+)
+from cascade.protocol.write_buffer import WriteBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cascade.protocol.codec import Answer, Question
+    from cascade.protocol.codec import ClientMessage, ServerMessage
     from cascade.types import SessionId
 
-    Dial: TypeAlias = Callable[[str, Kind], "Call"]
+    Dial: TypeAlias = Callable[[str, TierKind], "Call"]
 
 SILENT_BEATS = 3  # after which a replica is taken for lost; counted, for our own loop may be late
 
@@ -49,11 +55,11 @@ class Stream(Protocol):
 
     frames: int  # received
 
-    def send(self, item: Question) -> int:
+    def send(self, item: ClientMessage) -> int:
         """Put the item on its way and return its size in bytes; never blocks."""
         ...
 
-    def leave(self, link: Link) -> None:
+    def leave(self, link: SessionStream) -> None:
         """End the link, and the session on the replica."""
         ...
 
@@ -62,7 +68,7 @@ class Stream(Protocol):
         ...
 
 
-class Link:
+class SessionStream:
     """One session on one replica, until `close` or the end of the stream."""
 
     def __init__(self, stream: Stream, session_id: SessionId, epoch: int) -> None:
@@ -72,9 +78,9 @@ class Link:
         self.received_bytes = 0
         self._stream = stream
         self._frames = stream.frames
-        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[ServerMessage | None] = asyncio.Queue()
 
-    def send(self, item: Question) -> None:
+    def send(self, item: ClientMessage) -> None:
         """Send an item with all others of this tick; never blocks.
 
         Raises:
@@ -83,7 +89,7 @@ class Link:
         """
         self.sent_bytes += self._stream.send(item)
 
-    async def receive(self) -> Answer:
+    async def receive(self) -> ServerMessage:
         """Return the next answer; raises Unavailable once the stream is broken."""
         answer = await self._answers.get()
         if answer is None:
@@ -105,7 +111,7 @@ class Link:
         """Free the session on the replica; safe to repeat and on a broken stream."""
         self._stream.leave(self)
 
-    def deliver(self, answer: Answer, size: int) -> None:
+    def deliver(self, answer: ServerMessage, size: int) -> None:
         """Take an answer that came over the stream, `size` bytes long."""
         self.received_bytes += size
         self._answers.put_nowait(answer)
@@ -134,7 +140,7 @@ class Call(Protocol):
 class GrpcCall:
     """A call on a connection of its own."""
 
-    def __init__(self, address: str, kind: Kind) -> None:
+    def __init__(self, address: str, kind: TierKind) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(
             kind.path(kind.stream)
@@ -153,30 +159,30 @@ class GrpcCall:
         await self._channel.close()
 
 
-class _Stream:
+class ReplicaConnection:
     """One call, from its first link until it breaks."""
 
-    def __init__(self, address: str, kind: Kind, delay_s: float, dial: Dial) -> None:
+    def __init__(self, address: str, kind: TierKind, delay_s: float, dial: Dial) -> None:
         self.kind = kind
         self.address = address
         self.failure: str | None = None
         self._delay_s = delay_s
         self._loop = asyncio.get_running_loop()
-        self._links: dict[SessionId, Link] = {}
-        self._outbox = Outbox()
+        self._links: dict[SessionId, SessionStream] = {}
+        self._outbox = WriteBuffer()
         self.frames = 0
         self._silence = 0  # beats since the last frame
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
 
-    def join(self, session_id: SessionId, epoch: int) -> Link:
+    def join(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link for the session; one of an older epoch ends."""
         if (old := self._links.get(session_id)) is not None:
             old.end()
-        link = self._links[session_id] = Link(self, session_id, epoch)
+        link = self._links[session_id] = SessionStream(self, session_id, epoch)
         return link
 
-    def leave(self, link: Link) -> None:
+    def leave(self, link: SessionStream) -> None:
         """End the link, and the session on the replica."""
         link.end()
         if self._links.get(link.session_id) is link:
@@ -184,7 +190,7 @@ class _Stream:
             if self.failure is None:
                 self.send(Close(session_id=link.session_id, epoch=link.epoch))
 
-    def send(self, item: Question) -> int:
+    def send(self, item: ClientMessage) -> int:
         """Put the item on its way and return its size in bytes."""
         if self.failure is not None:
             raise self.lost()
@@ -253,32 +259,32 @@ class _Stream:
     def _receive(self, data: bytes) -> None:
         messages = parse(data, self.kind.response)
         for message in messages:
-            answer = decode_answer(message)
+            answer = decode_server_message(message)
             link = self._links.get(answer.session_id)
             if link is not None and link.epoch == answer.epoch:
                 size = len(data) if len(messages) == 1 else message.ByteSize()
                 self._later(link.deliver, answer, size)
 
 
-class Peer:
+class ReplicaClient:
     """One replica, reached on its own address. Must be used on one event loop.
 
     `delay_s` is added to every item each way, to emulate a network; `dial` begins a stream's call.
     """
 
     def __init__(
-        self, address: str, kind: Kind, *, delay_s: float = 0.0, dial: Dial = GrpcCall
+        self, address: str, kind: TierKind, *, delay_s: float = 0.0, dial: Dial = GrpcCall
     ) -> None:
         self.address = address
         self.kind = kind
         self.delay_s = delay_s
         self._dial = dial
-        self._stream: _Stream | None = None
+        self._stream: ReplicaConnection | None = None
 
-    def link(self, session_id: SessionId, epoch: int) -> Link:
+    def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link for the session, on a new stream if there is none or it is broken."""
         if self._stream is None or self._stream.failure is not None:
-            self._stream = _Stream(self.address, self.kind, self.delay_s, self._dial)
+            self._stream = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
         return self._stream.join(session_id, epoch)
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
@@ -300,23 +306,25 @@ class Peer:
             self._stream = None
 
 
-class Peers:
+class ReplicaClients:
     """The replicas of one tier by address, each with at most one stream."""
 
-    def __init__(self, kind: Kind, *, delay_s: float = 0.0, dial: Dial = GrpcCall) -> None:
+    def __init__(self, kind: TierKind, *, delay_s: float = 0.0, dial: Dial = GrpcCall) -> None:
         self.kind = kind
         self.delay_s = delay_s
         self._dial = dial
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[str, ReplicaClient] = {}
 
-    def __getitem__(self, address: str) -> Peer:
+    def __getitem__(self, address: str) -> ReplicaClient:
         if address not in self._peers:
-            self._peers[address] = Peer(address, self.kind, delay_s=self.delay_s, dial=self._dial)
+            self._peers[address] = ReplicaClient(
+                address, self.kind, delay_s=self.delay_s, dial=self._dial
+            )
         return self._peers[address]
 
-    def link(self, address: str, session_id: SessionId, epoch: int) -> Link:
+    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link for the session to the replica at the address."""
-        return self[address].link(session_id, epoch)
+        return self[address].open_stream(session_id, epoch)
 
     async def close(self) -> None:
         """Cut all streams."""

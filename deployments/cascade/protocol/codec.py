@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from cascade.types import SessionId
 
-Question: TypeAlias = messages.ToDrafter | messages.ToExpert
+ClientMessage: TypeAlias = messages.ToDrafter | messages.ToExpert
 
-Answer: TypeAlias = messages.FromDrafter | messages.FromExpert
+ServerMessage: TypeAlias = messages.FromDrafter | messages.FromExpert
 
 FrameType: TypeAlias = (
     type[drafter_pb2.DraftRequest]
@@ -52,7 +52,7 @@ Message: TypeAlias = (
 )
 
 
-def encode(item: Question | Answer, frame_type: FrameType) -> bytes:
+def encode(item: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
     """Return the bytes of a frame that holds the item.
 
     Raises:
@@ -79,13 +79,13 @@ def parse(data: bytes, frame_type: FrameType) -> Sequence[Message]:
         ) from error
 
 
-def decode_question(message: Message) -> Question:
+def decode_client_message(message: Message) -> ClientMessage:
     """Return what a client asks; raises InvalidRequest for what `encode` cannot have written."""
     name = _kind(message)
     return _QUESTIONS[name](getattr(message, name))
 
 
-def decode_answer(message: Message) -> Answer:
+def decode_server_message(message: Message) -> ServerMessage:
     """Return what a replica answers; raises InvalidRequest as `decode_question` does."""
     name = _kind(message)
     return _ANSWERS[name](getattr(message, name))
@@ -321,7 +321,7 @@ _ENCODERS: dict[type, tuple[str, Callable[[Any, Any], None]]] = {
     messages.Refusal: ("refusal", _encode_refusal),
 }
 
-_QUESTIONS: dict[str, Callable[[Any], Question]] = {
+_QUESTIONS: dict[str, Callable[[Any], ClientMessage]] = {
     "open": _decode_open,
     "propose": _decode_propose,
     "judge": _decode_judge,
@@ -329,7 +329,7 @@ _QUESTIONS: dict[str, Callable[[Any], Question]] = {
     "close": _decode_close,
 }
 
-_ANSWERS: dict[str, Callable[[Any], Answer]] = {
+_ANSWERS: dict[str, Callable[[Any], ServerMessage]] = {
     "proposal": _decode_proposal,
     "judgement": _decode_judgement,
     "scores": _decode_scores,

@@ -21,17 +21,17 @@ from cascade.types import (
     Bonus,
     Confidence,
     Coupling,
+    DecodingParams,
+    DraftStats,
     ExpertLoss,
     FinishReason,
-    Gates,
     Mode,
     Origin,
-    Policy,
-    Row,
     RowFormat,
-    Sampling,
+    SamplingParams,
     Session,
     SessionId,
+    SparseProbs,
     TokenLogprob,
     Verdict,
     Verification,
@@ -235,7 +235,7 @@ def _holds(value: Any, bound: Bound) -> bool:
 _INFINITY_BITS = 0x7C00
 
 
-def encode_row(row: Row, to: tokens_pb2.Row) -> None:
+def encode_row(row: SparseProbs, to: tokens_pb2.Row) -> None:
     """Write the row into the message."""
     to.token_ids = row.ids.astype("<u4", copy=False).tobytes()
     to.weights = row.weights.astype("<f2", copy=False).tobytes()
@@ -243,7 +243,7 @@ def encode_row(row: Row, to: tokens_pb2.Row) -> None:
         to.unscaled_weights = row.unscaled.astype("<f2", copy=False).tobytes()
 
 
-def decode_row(message: tokens_pb2.Row) -> Row:
+def decode_row(message: tokens_pb2.Row) -> SparseProbs:
     """Return the row, its arrays read-only; raises InvalidRequest if it is no law.
 
     A row without any entry is `decoding.rows.ABSENT`: at its position the drafter alone decides.
@@ -255,11 +255,11 @@ def decode_row(message: tokens_pb2.Row) -> Row:
     if ids.size not in (0, weights.size):
         raise InvalidRequest(f"a row has {ids.size} ids and {weights.size} weights")
     if not message.HasField("unscaled_weights"):
-        return Row(ids=ids, weights=weights)
+        return SparseProbs(ids=ids, weights=weights)
     unscaled = _weights(message.unscaled_weights, "unscaled_weights")
     if unscaled.size != weights.size:
         raise InvalidRequest(f"a row has {weights.size} weights and {unscaled.size} unscaled ones")
-    return Row(ids=ids, weights=weights, unscaled=unscaled)
+    return SparseProbs(ids=ids, weights=weights, unscaled=unscaled)
 
 
 def _ids(data: bytes) -> NDArray[np.uint32]:
@@ -277,7 +277,7 @@ def _weights(data: bytes, name: str) -> NDArray[np.float16]:
     return bits.view("<f2")
 
 
-_DEFAULT = Sampling()
+_DEFAULT = SamplingParams()
 
 _LONGEST_ID = 128
 
@@ -317,7 +317,7 @@ def decode_session(message: tokens_pb2.Session) -> Session:
     )
 
 
-def _encode_policy(policy: Policy, to: tokens_pb2.Policy) -> None:
+def _encode_policy(policy: DecodingParams, to: tokens_pb2.Policy) -> None:
     encode_sampling(policy.sampling, to.sampling)
     encode_rule(policy.rule, to.rule)
     to.coupling = COUPLING.encode(policy.coupling)
@@ -331,9 +331,9 @@ def _encode_policy(policy: Policy, to: tokens_pb2.Policy) -> None:
         to.logprob_count = policy.logprobs
 
 
-def _decode_policy(message: tokens_pb2.Policy) -> Policy:
+def _decode_policy(message: tokens_pb2.Policy) -> DecodingParams:
     logprobs = message.logprob_count if message.HasField("logprob_count") else None
-    return Policy(
+    return DecodingParams(
         sampling=decode_sampling(message.sampling),
         rule=decode_rule(message.rule),
         coupling=COUPLING.decode(message.coupling),
@@ -347,7 +347,7 @@ def _decode_policy(message: tokens_pb2.Policy) -> Policy:
     )
 
 
-def encode_sampling(sampling: Sampling, to: tokens_pb2.Sampling) -> None:
+def encode_sampling(sampling: SamplingParams, to: tokens_pb2.Sampling) -> None:
     """Write the sampling into the message, defaults too."""
     to.temperature = sampling.temperature
     to.top_k = sampling.top_k
@@ -360,13 +360,15 @@ def encode_sampling(sampling: Sampling, to: tokens_pb2.Sampling) -> None:
         to.logit_biases.add(token_id=token, bias=bias)
 
 
-def decode_sampling(message: tokens_pb2.Sampling, *, default: Sampling = _DEFAULT) -> Sampling:
+def decode_sampling(
+    message: tokens_pb2.Sampling, *, default: SamplingParams = _DEFAULT
+) -> SamplingParams:
     """Return the sampling; what is absent comes from `default`."""
 
     def given(name: str, absent: float) -> float:
         return getattr(message, name) if message.HasField(name) else absent  # pyright: ignore[reportArgumentType] - the stubs want a literal
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=given("temperature", default.temperature),
         top_k=int(given("top_k", default.top_k)),
         top_p=given("top_p", default.top_p),
@@ -381,7 +383,7 @@ def decode_sampling(message: tokens_pb2.Sampling, *, default: Sampling = _DEFAUL
     return sampling
 
 
-def _check_sampling(sampling: Sampling) -> None:
+def _check_sampling(sampling: SamplingParams) -> None:
     for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         finite(getattr(sampling, name), name)
     for _, bias in sampling.logit_bias:
@@ -403,7 +405,7 @@ def encode_block(block: Block, to: tokens_pb2.Block) -> None:
     to.token_ids.extend(block.tokens)
     to.likelihoods.extend(block.likelihoods)
     to.unscaled_likelihoods.extend(block.unscaled)
-    for gates in block.gates:
+    for gates in block.draft_stats:
         to.gates.add(peak=gates.peak, favourite_token_id=gates.favourite, entropy=gates.entropy)
     for row in block.rows:
         encode_row(row, to.rows.add())
@@ -422,14 +424,14 @@ def decode_block(message: tokens_pb2.Block) -> Block:
         tokens=tuple(message.token_ids),
         likelihoods=probabilities(message.likelihoods, "likelihoods"),
         unscaled=probabilities(message.unscaled_likelihoods, "unscaled_likelihoods"),
-        gates=tuple(map(_decode_gates, message.gates)),
+        draft_stats=tuple(map(_decode_gates, message.gates)),
         rows=tuple(map(decode_row, message.rows)),
         logprobs=decode_logprobs(message.logprobs),
     )
 
 
-def _decode_gates(message: tokens_pb2.Gates) -> Gates:
-    return Gates(
+def _decode_gates(message: tokens_pb2.Gates) -> DraftStats:
+    return DraftStats(
         peak=within(message.peak, "gates.peak", 0.0, LARGEST_PROBABILITY),
         favourite=message.favourite_token_id,
         entropy=finite(message.entropy, "gates.entropy"),

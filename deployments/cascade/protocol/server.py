@@ -17,16 +17,22 @@ from grpc_reflection.v1alpha import reflection
 
 from cascade.errors import CascadeError, Internal, InvalidRequest, Overloaded, StartupError
 from cascade.protocol import grpc_status
-from cascade.protocol.codec import decode_question, encode, owner, parse
+from cascade.protocol.codec import decode_client_message, encode, owner, parse
 from cascade.protocol.messages import Close, Judge, Open, Propose, Refusal, Score
-from cascade.protocol.services import BEAT_S, STREAM_OPTIONS, Description, Kind, encode_description
+from cascade.protocol.services import (
+    BEAT_S,
+    STREAM_OPTIONS,
+    Description,
+    TierKind,
+    encode_description,
+)
 from cascade.protocol.validation import check
-from cascade.protocol.write_buffer import Outbox
+from cascade.protocol.write_buffer import WriteBuffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from cascade.protocol.codec import Answer, Message, Question
+    from cascade.protocol.codec import ClientMessage, Message, ServerMessage
     from cascade.types import SessionId
 
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -44,10 +50,10 @@ _OPTIONS = (
 )
 
 
-class Tier(Protocol):
+class TierServicer(Protocol):
     """What a server serves. Called on the event loop; nothing here may block."""
 
-    def receive(self, connection: Connection, item: Question) -> None:
+    def receive(self, connection: Connection, item: ClientMessage) -> None:
         """Take an item of an open session; a CascadeError refuses that session."""
         ...
 
@@ -68,15 +74,15 @@ class Tier(Protocol):
 class Connection:
     """One client's stream. Equal only to itself."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: TierKind) -> None:
         self.kind = kind
         self.epochs: dict[SessionId, int] = {}  # of the open sessions
-        self.outbox = Outbox()
+        self.outbox = WriteBuffer()
         self.ended = asyncio.Event()
         self.failure: CascadeError | None = None
-        self.watch: Callable[[Answer], None] = lambda _: None  # hears of every answer
+        self.watch: Callable[[ServerMessage], None] = lambda _: None  # hears of every answer
 
-    def send(self, item: Answer) -> None:
+    def send(self, item: ServerMessage) -> None:
         """Send an answer with all others of this tick; on the event loop, never blocks.
 
         What is sent to a client that has gone is dropped.
@@ -109,7 +115,7 @@ class Connection:
         self.outbox.discard()
         self.close()
 
-    def _refuse(self, item: Answer, error: InvalidRequest) -> None:
+    def _refuse(self, item: ServerMessage, error: InvalidRequest) -> None:
         # The session stays in `epochs`: the tier has not refused it and must hear the `Close`.
         defect = Internal(f"an answer could not be sent: {error.message}")
         refusal = grpc_status.refusal(item.session_id, item.epoch, defect)
@@ -119,7 +125,7 @@ class Connection:
 class TierServer:
     """Serves a tier on one address, with `grpc.health.v1` and reflection."""
 
-    def __init__(self, tier: Tier, kind: Kind) -> None:
+    def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         self.tier = tier
         self.kind = kind
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - absent from the stubs
@@ -225,7 +231,7 @@ class TierServer:
 
     def _take(self, connection: Connection, message: Message, limits: Description) -> None:
         try:
-            item = decode_question(message)
+            item = decode_client_message(message)
             check(item, limits)
             if _admit(connection, item, limits):
                 self.tier.receive(connection, item)
@@ -256,7 +262,7 @@ async def _abort(context: Context, error: CascadeError) -> None:
     await context.abort(grpc_status.code(error), grpc_status.message(error), metadata)
 
 
-def _admit(connection: Connection, item: Question, limits: Description) -> bool:
+def _admit(connection: Connection, item: ClientMessage, limits: Description) -> bool:
     """Keep account of the open sessions; return whether the tier should see the item."""
     match item:
         case Score():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cascade.protocol.codec import FrameType
 
 
-class Ticket(TypedDict):
+class LeaseTicket(TypedDict):
     """The first and only answer of a lease call."""
 
     address: str
@@ -45,7 +45,7 @@ STREAM_OPTIONS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class TierKind:
     """A tier's service: one stream and one question, and the error that says nobody answers."""
 
     name: str
@@ -62,7 +62,7 @@ class Kind:
         return f"/{self.service}/{method}"
 
 
-DRAFTER = Kind(
+DRAFTER = TierKind(
     name="drafter",
     service="cascade.v1.DrafterService",
     stream="Draft",
@@ -73,7 +73,7 @@ DRAFTER = Kind(
     unavailable=DrafterUnavailable,
 )
 
-EXPERT = Kind(
+EXPERT = TierKind(
     name="expert",
     service="cascade.v1.ExpertService",
     stream="Judge",
@@ -100,7 +100,7 @@ class Description:
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
 
 
-def encode_description(description: Description, kind: Kind) -> bytes:
+def encode_description(description: Description, kind: TierKind) -> bytes:
     """Return the bytes of the message that answers `Describe...`."""
     message = kind.description()
     for name in Description.__slots__:
@@ -108,7 +108,7 @@ def encode_description(description: Description, kind: Kind) -> bytes:
     return message.SerializeToString()
 
 
-def decode_description(data: bytes, kind: Kind) -> Description:
+def decode_description(data: bytes, kind: TierKind) -> Description:
     """Return the description; raises google.protobuf DecodeError for other bytes."""
     message: tokens_pb2.Description = kind.description.FromString(data).description
     return Description(**{name: getattr(message, name) for name in Description.__slots__})

@@ -11,12 +11,12 @@ from cascade.protocol.messages import Close, Judge, Open, Propose, Score
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cascade.protocol.codec import Question
+    from cascade.protocol.codec import ClientMessage
     from cascade.protocol.services import Description
-    from cascade.types import Block, Row
+    from cascade.types import Block, SparseProbs
 
 
-def check(item: Question, allowed: Description) -> None:
+def check(item: ClientMessage, allowed: Description) -> None:
     """Raise InvalidRequest if the model cannot read the item."""
     match item:
         case Open(session=session):
@@ -44,12 +44,12 @@ def _check_block(block: Block, allowed: Description) -> None:
         raise InvalidRequest(
             f"the block has {block.length} tokens; this replica judges up to {allowed.draft_limit}"
         )
-    _check_ids((gates.favourite for gates in block.gates), allowed)
+    _check_ids((gates.favourite for gates in block.draft_stats), allowed)
     for row in block.rows:
         _check_row(row, allowed)
 
 
-def _check_row(row: Row, allowed: Description) -> None:
+def _check_row(row: SparseProbs, allowed: Description) -> None:
     if row.weights.size > allowed.vocab_size:
         raise InvalidRequest(
             f"a row has {row.weights.size} weights; the vocabulary has {allowed.vocab_size} tokens"

@@ -12,7 +12,7 @@ from cascade.protocol.services import FRAME_LIMIT_BYTES, ITEM_LIMIT
 BACKLOG_LIMIT_BYTES = 4 * FRAME_LIMIT_BYTES
 
 
-class Outbox:
+class WriteBuffer:
     """One-item frames on their way to a single writer; lives on one event loop."""
 
     def __init__(self) -> None:

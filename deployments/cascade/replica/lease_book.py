@@ -18,11 +18,11 @@ from cascade.errors import Unauthenticated
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from cascade.protocol.services import Ticket
+    from cascade.protocol.services import LeaseTicket
 
 
 @dataclass(slots=True)
-class Grant:
+class LeaseGrant:
     """One lease on this replica, from the grant to the end of its session."""
 
     token: str
@@ -46,7 +46,7 @@ class LeaseBook:
         self._idle_timeout_s = idle_timeout_s
         self._standing = standing
         self._clock = clock
-        self._grants: dict[str, Grant] = {}
+        self._grants: dict[str, LeaseGrant] = {}
 
     def __len__(self) -> int:
         return len(self._grants)
@@ -71,12 +71,12 @@ class LeaseBook:
         if grant := self._grants.pop(token, None):
             grant.ended.set()
 
-    async def hold(self, address: str, drop: Callable[[str], None]) -> AsyncGenerator[Ticket]:
+    async def hold(self, address: str, drop: Callable[[str], None]) -> AsyncGenerator[LeaseTicket]:
         """Yield one ticket, then stay until its session ends, idles too long or the caller leaves.
 
         `drop(token)` is called last, whatever the reason, to free what the session still holds.
         """
-        grant = Grant(secrets.token_urlsafe(24), self._clock())
+        grant = LeaseGrant(secrets.token_urlsafe(24), self._clock())
         self._grants[grant.token] = grant
         try:
             yield {"address": address, "token": grant.token}
@@ -86,7 +86,7 @@ class LeaseBook:
             self.end(grant.token)
             drop(grant.token)
 
-    async def _until_ended(self, grant: Grant) -> None:
+    async def _until_ended(self, grant: LeaseGrant) -> None:
         while (left_s := grant.used_s + self._idle_timeout_s - self._clock()) > 0:
             if await _within(grant.ended, left_s):
                 return

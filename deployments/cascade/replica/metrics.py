@@ -11,8 +11,8 @@ from cascade.observability import metric_specs
 
 if TYPE_CHECKING:
     from cascade.engine.stats import EngineStats
-    from cascade.observability.metric_specs import Family
-    from cascade.observability.metrics import Sink
+    from cascade.observability.metric_specs import MetricSpec
+    from cascade.observability.metrics import MetricBackend
     from cascade.replica.replica import Replica
 
 
@@ -50,14 +50,14 @@ class LoadMeter:
         return asdict(between(before, stats))
 
 
-def holdings(**held: int) -> dict[str, int]:
+def resource_counts(**held: int) -> dict[str, int]:
     """Return the process id, the tasks of the running event loop, and what else is held."""
     return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), **held}
 
 
 PERIOD_S = 2.0
 
-COUNTED: tuple[tuple[Family, str], ...] = (
+COUNTED: tuple[tuple[MetricSpec, str], ...] = (
     (metric_specs.ENGINE_PASSES, "passes"),
     (metric_specs.ENGINE_TOKENS, "tokens"),
     (metric_specs.ENGINE_TURNS, "turns"),
@@ -70,7 +70,7 @@ COUNTED: tuple[tuple[Family, str], ...] = (
 )
 
 
-async def keep_reporting(replica: Replica[Any], sink: Sink) -> None:
+async def keep_reporting(replica: Replica[Any], sink: MetricBackend) -> None:
     """Report what a replica does every two seconds, until cancelled."""
     metrics = EngineMetrics(sink, tier=replica.kind.name)
     while True:
@@ -81,7 +81,7 @@ async def keep_reporting(replica: Replica[Any], sink: Sink) -> None:
 class EngineMetrics:
     """Puts an engine's figures into a sink."""
 
-    def __init__(self, sink: Sink, *, tier: str) -> None:
+    def __init__(self, sink: MetricBackend, *, tier: str) -> None:
         self._sink = sink
         self._tier = tier
         self._known: dict[str, float] = {}

@@ -25,7 +25,7 @@ from cascade.protocol.messages import Close, Judge, Need, Open, Propose, Score
 from cascade.protocol.server import TierServer
 from cascade.protocol.services import Description
 from cascade.replica.lease_book import LeaseBook
-from cascade.replica.session import Seat
+from cascade.replica.session import ReplicaSession
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.engine.model_loader import LoadedModel
-    from cascade.engine.request import Ready, Step
+    from cascade.engine.request import ForwardRequest, LogitsOutput
     from cascade.engine.tokenizer import Tokenizer
 
     # MOVED
     from cascade.protocol.messages import FromDrafter, FromExpert, ToDrafter, ToExpert
     from cascade.protocol.server import Connection
-    from cascade.protocol.services import Kind, Ticket
+    from cascade.protocol.services import LeaseTicket, TierKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ Item = TypeVar("Item", Propose, Judge)
 class Result:
     """What the engine's thread hands to the event loop for one seat after a pass."""
 
-    seat: Seat
+    session: ReplicaSession
     item: FromDrafter | FromExpert | None = None
     committed: tuple[int, ...] = ()  # by this replica itself
     done: bool = True  # the seat is free for its next item
@@ -75,8 +75,8 @@ class Replica(ABC, Generic[Item]):
     Made by `start`, inside a running event loop.
     """
 
-    kind: ClassVar[Kind]
-    session_class: ClassVar[type[Seat]] = Seat
+    kind: ClassVar[TierKind]
+    session_class: ClassVar[type[ReplicaSession]] = ReplicaSession
     clock = staticmethod(time.monotonic)  # the engine's
 
     def __init__(
@@ -105,7 +105,7 @@ class Replica(ABC, Generic[Item]):
         self.server = TierServer(TracedTier(self), self.kind)
         self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._seats: dict[tuple[Connection, SessionId], Seat] = {}
+        self._sessions: dict[tuple[Connection, SessionId], ReplicaSession] = {}
         self._keys = itertools.count()
 
     @classmethod
@@ -159,15 +159,15 @@ class Replica(ABC, Generic[Item]):
         return Engine(model, head=self, settings=settings, clock=self.clock)
 
     @abstractmethod
-    def begin(self, seat: Seat, item: Item) -> Sequence[Step]:
+    def begin(self, seat: ReplicaSession, item: Item) -> Sequence[ForwardRequest]:
         """Return the steps that serve the item, if it takes any; the seat is free and caught up."""
 
     @abstractmethod
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Consume a pass's logits on the engine's thread; return the steps that follow at once."""
 
     @abstractmethod
-    def seat_of(self, step: Step) -> Seat | None:
+    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
         """Return the seat that a step belongs to."""
 
     def score(self, connection: Connection, item: Score) -> None:
@@ -178,7 +178,7 @@ class Replica(ABC, Generic[Item]):
     @property
     def sessions(self) -> int:
         """Return the number of open sessions."""
-        return len(self._seats)
+        return len(self._sessions)
 
     @property
     def alive(self) -> bool:
@@ -189,7 +189,7 @@ class Replica(ABC, Generic[Item]):
         """Return what is served here."""
         return self._description
 
-    async def lease(self) -> AsyncGenerator[Ticket]:
+    async def lease(self) -> AsyncGenerator[LeaseTicket]:
         """Hold a lease for the caller (a streaming Serve method)."""
         async for ticket in self.leases.hold(self.address, self._drop):
             yield ticket
@@ -203,28 +203,28 @@ class Replica(ABC, Generic[Item]):
                 self.leases.claim(item.lease)
                 self.score(connection, item)
             case Close():
-                if seat := self._seats.get((connection, item.session_id)):
-                    self._leave(seat)
+                if seat := self._sessions.get((connection, item.session_id)):
+                    self._close(seat)
             case Propose() | Judge():
-                self._take(self._seats[connection, item.session_id], item)
+                self._take(self._sessions[connection, item.session_id], item)
 
     def disconnected(self, connection: Connection) -> None:
         """Free every session of a stream that ended."""
-        for seat in [seat for seat in self._seats.values() if seat.connection is connection]:
-            self._leave(seat)
+        for seat in [seat for seat in self._sessions.values() if seat.connection is connection]:
+            self._close(seat)
 
     def publish(self, results: Sequence[Result]) -> None:
         """Hand the results of one pass to the event loop; called on the engine's thread."""
         if results and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, results)
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         """Refuse the session whose step cannot run; called on the engine's thread."""
         known = error if isinstance(error, CascadeError) else Internal(f"a pass failed: {error}")
-        if seat := self.seat_of(step):
+        if seat := self.session_of(step):
             self._loop.call_soon_threadsafe(self._refuse, seat, known)
 
-    def check_room(self, held: int, more: int) -> None:
+    def check_context(self, held: int, more: int) -> None:
         """Raise ContextTooLong unless `more` tokens fit after `held`."""
         room = self._description.context_length - held
         if more > room:
@@ -238,35 +238,35 @@ class Replica(ABC, Generic[Item]):
         session = item.session
         if not session.prompt:
             raise InvalidRequest("the prompt is empty; a session needs at least one token")
-        self.check_room(len(session.prompt) + session.position, 0)
+        self.check_context(len(session.prompt) + session.position, 0)
         place = (connection, session.id)
-        if old := self._seats.get(place):
-            self._leave(old)
+        if old := self._sessions.get(place):
+            self._close(old)
         seat = self.session_class(
             connection=connection,
-            session=session,
+            opened=session,
             epoch=item.epoch,
             token=item.lease,
             key=SessionId(f"{session.id}/{next(self._keys)}"),
             answer=list(session.tokens),
         )
-        self._seats[place] = seat
+        self._sessions[place] = seat
         if seat.length > 1:
             seat.busy = True
             self.engine.submit(seat.prefill(seat))
 
-    def _take(self, seat: Seat, item: Propose | Judge) -> None:
+    def _take(self, seat: ReplicaSession, item: Propose | Judge) -> None:
         self.leases.touch(seat.token)
         if seat.busy and seat.repeats(item):
             return
         seat.asked_s = self.clock()
         if seat.busy:
-            seat.parked.append(item)
+            seat.queued.append(item)
         else:
             self._serve(seat, item)
 
-    def _serve(self, seat: Seat, item: Propose | Judge) -> None:
-        lacking = seat.catch_up(position=item.position, tokens=item.tokens, digest=item.digest)
+    def _serve(self, seat: ReplicaSession, item: Propose | Judge) -> None:
+        lacking = seat.sync_tokens(position=item.position, tokens=item.tokens, digest=item.digest)
         if lacking is None:
             steps = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
             if steps:
@@ -284,11 +284,11 @@ class Replica(ABC, Generic[Item]):
 
     def _deliver(self, results: Sequence[Result]) -> None:
         for result in results:
-            if not result.seat.closed:
+            if not result.session.closed:
                 self._settle(result)
 
     def _settle(self, result: Result) -> None:
-        seat = result.seat
+        seat = result.session
         self.leases.touch(seat.token)
         seat.commit(result.committed)
         if result.item is not None:
@@ -296,30 +296,30 @@ class Replica(ABC, Generic[Item]):
         if not result.done:
             return
         seat.busy = False
-        if not seat.parked:
+        if not seat.queued:
             return
-        *passed, item = seat.parked
-        seat.parked.clear()
+        *passed, item = seat.queued
+        seat.queued.clear()
         for one in passed:
-            seat.catch_up(position=one.position, tokens=one.tokens, digest=one.digest)
+            seat.sync_tokens(position=one.position, tokens=one.tokens, digest=one.digest)
         try:
             self._serve(seat, item)
         except CascadeError as error:
             self._refuse(seat, error)
 
-    def _refuse(self, seat: Seat, error: CascadeError) -> None:
+    def _refuse(self, seat: ReplicaSession, error: CascadeError) -> None:
         if not seat.closed:
-            self._leave(seat)
-            seat.connection.send(refusal(seat.session.id, seat.epoch, error))
+            self._close(seat)
+            seat.connection.send(refusal(seat.opened.id, seat.epoch, error))
 
-    def _leave(self, seat: Seat) -> None:
+    def _close(self, seat: ReplicaSession) -> None:
         seat.closed = True
-        del self._seats[seat.connection, seat.session.id]
+        del self._sessions[seat.connection, seat.opened.id]
         self.engine.release(seat.key)
         self.leases.end(seat.token)
 
     def _drop(self, token: str) -> None:
-        for seat in [seat for seat in self._seats.values() if seat.token == token]:
+        for seat in [seat for seat in self._sessions.values() if seat.token == token]:
             self._refuse(seat, Unauthenticated("the lease has ended; take another"))
 
 

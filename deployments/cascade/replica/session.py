@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.protocol.prefix_hash import extend
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Seat:
+class ReplicaSession:
     """The committed answer of a session, and what the engine was fed of it.
 
     The event loop owns a seat; the engine's thread reads it only while `busy`.
     """
 
     connection: Connection
-    session: Session
+    opened: Session
     epoch: int
     token: str  # of its lease
     key: SessionId  # the engine's name for it: no two seats share one
@@ -36,21 +36,21 @@ class Seat:
     prompted: bool = field(init=False, default=False)  # the engine was fed the whole prompt
     busy: bool = False
     closed: bool = False
-    parked: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
+    queued: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
     serving: Propose | Judge | None = None  # the item that the step in flight is for
     asked_s: float = 0.0  # when the last item came
 
     def __post_init__(self) -> None:
-        self.digest = extend(extend(0, self.session.prompt), self.answer)
+        self.digest = extend(extend(0, self.opened.prompt), self.answer)
 
     @property
     def length(self) -> int:
         """Return the number of tokens of prompt and committed answer."""
-        return len(self.session.prompt) + len(self.answer)
+        return len(self.opened.prompt) + len(self.answer)
 
     def repeats(self, item: Propose | Judge) -> bool:
         """Return whether the item asks again, impatiently, for what will be answered anyway."""
-        last = self.parked[-1] if self.parked else self.serving
+        last = self.queued[-1] if self.queued else self.serving
         return last is not None and (last.position, last.digest) == (item.position, item.digest)
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -58,7 +58,7 @@ class Seat:
         self.answer.extend(tokens)
         self.digest = extend(self.digest, tokens)
 
-    def catch_up(self, *, position: int, tokens: Sequence[int], digest: int) -> int | None:
+    def sync_tokens(self, *, position: int, tokens: Sequence[int], digest: int) -> int | None:
         """Make `tokens` the last committed before `position`.
 
         Returns None, or the position from which tokens are needed because these do not connect.
@@ -69,11 +69,11 @@ class Seat:
         if start < len(self.answer):
             del self.answer[start:]
             self.agreed = min(self.agreed, start)
-            self.digest = extend(extend(0, self.session.prompt), self.answer)
+            self.digest = extend(extend(0, self.opened.prompt), self.answer)
         self.commit(tokens)
         return None if self.digest == digest else 0
 
-    def step(self, draft: Sequence[int], *, rows: int, task: object) -> Step:
+    def step(self, draft: Sequence[int], *, rows: int, task: object) -> ForwardRequest:
         """Return the step that feeds answer and draft, with logits of the last `rows` tokens."""
         known = min(len(self.fed), len(self.answer))
         while self.agreed < known and self.fed[self.agreed] == self.answer[self.agreed]:
@@ -83,18 +83,18 @@ class Seat:
         self.prompted = True
         fresh = (*self.answer[max(keep, 0) :], *draft)
         self.fed[max(keep, 0) :] = fresh
-        tokens = fresh if keep >= 0 else (self.session.prompt[-1], *fresh)
-        return Step(
+        tokens = fresh if keep >= 0 else (self.opened.prompt[-1], *fresh)
+        return ForwardRequest(
             session=self.key,
-            base=len(self.session.prompt) + keep,
+            base=len(self.opened.prompt) + keep,
             tokens=tokens,
             rows=rows,
             task=task,
         )
 
-    def prefill(self, task: object) -> Step:
+    def prefill(self, task: object) -> ForwardRequest:
         """Return the step that feeds all but the last known token, without logits."""
-        known = (*self.session.prompt, *self.answer)[:-1]
+        known = (*self.opened.prompt, *self.answer)[:-1]
         self.fed = list(self.answer[:-1])
         self.prompted = bool(self.answer)
-        return Step(session=self.key, base=0, tokens=known, rows=0, task=task)
+        return ForwardRequest(session=self.key, base=0, tokens=known, rows=0, task=task)

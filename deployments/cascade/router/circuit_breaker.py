@@ -39,7 +39,7 @@ class _Record:
     ban_s: float = 0.0  # how long that lasted
     until_s: float = 0.0
 
-    def convict(self, *, now_s: float) -> None:
+    def trip(self, *, now_s: float) -> None:
         """Ban the drafter, for twice as long as the last time unless it did well since."""
         longer_s = 2 * self.ban_s if self.stood < ACQUITTED else 0.0
         self.ban_s = min(max(FIRST_BAN_S, longer_s), LONGEST_BAN_S)
@@ -47,21 +47,21 @@ class _Record:
         self.until_s = now_s + self.ban_s
 
 
-class Trust:
+class CircuitBreaker:
     """What a router thinks of each drafter by its address."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._records: defaultdict[str, _Record] = defaultdict(_Record)
 
-    def learn(self, address: str, *, drafted: int, accepted: int) -> None:
+    def record(self, address: str, *, drafted: int, accepted: int) -> None:
         """Hear how many tokens of a block stood; those after the first refused one say nothing."""
         record, now_s = self._records[address], self._clock()
         refused = accepted < drafted
         record.doubt = max(0.0, record.doubt + accepted * STANDS + refused * REFUSED)
         record.stood += accepted
         if record.doubt > LIMIT and now_s >= record.until_s:
-            record.convict(now_s=now_s)
+            record.trip(now_s=now_s)
             logger.warning(
                 "The drafter at %s is not asked for %g s: the expert refuses all it drafts. "
                 "Is it the expert's pair?",
@@ -69,7 +69,7 @@ class Trust:
                 record.ban_s,
             )
 
-    def shuns(self, address: str) -> bool:
+    def is_open(self, address: str) -> bool:
         """Return whether the drafter should not be asked now."""
         record = self._records.get(address)
         return record is not None and self._clock() < record.until_s

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cascade.protocol.messages import Proposal, Propose
 from cascade.router.retry import Failure
-from cascade.router.tier_session import MISFORTUNES, failure_of, now_s
+from cascade.router.tier_session import REPLICA_ERRORS, failure_of, now_s
 from cascade.rules import Lossless, Lossy
 from cascade.speculation.cost_model import Timing
 from cascade.types import Block, Session, Verdict
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     # MOVED
-    from cascade.router.circuit_breaker import Trust
-    from cascade.router.tier_session import Answer, Place, Question
-    from cascade.speculation.draft_length import Length
-    from cascade.types import Policy, Session, Verdict
+    from cascade.router.circuit_breaker import CircuitBreaker
+    from cascade.router.tier_session import MessageFactory, Reply, TierSession
+    from cascade.speculation.draft_length import DraftPlan
+    from cascade.types import DecodingParams, Session, Verdict
 
 LIKELY = 0.2  # chance of a block's standing below which drafting on from its end is in vain
 
@@ -28,7 +28,7 @@ ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Draft:
     """A block on its way to whoever judges."""
 
     block: Block = field(default_factory=Block)
@@ -39,7 +39,7 @@ class Offer:
     branched: bool = False  # drafted in advance, on another guess than that all before it stands
 
 
-NOTHING = Offer()
+NO_DRAFT = Draft()
 
 """The expert writes the next token itself."""
 
@@ -47,63 +47,63 @@ NOTHING = Offer()
 class Drafter(Protocol):
     """Proposes blocks."""
 
-    def hint(self, session: Session, wanted: Length) -> None:
+    def hint(self, session: Session, wanted: DraftPlan) -> None:
         """Hear what `propose` will be asked next, to begin with it if that takes no waiting."""
         ...
 
-    async def propose(self, session: Session, wanted: Length) -> Offer:
+    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
         """Return a block no longer than is wanted after the session's; none is an answer."""
         ...
 
-    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
         """Hear what became of a block."""
         ...
 
 
-class Silent:
+class NoDrafter:
     """Never drafts."""
 
-    def hint(self, session: Session, wanted: Length) -> None:
+    def hint(self, session: Session, wanted: DraftPlan) -> None:
         """Think nothing of it."""
 
-    async def propose(self, session: Session, wanted: Length) -> Offer:
+    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
         """Return nothing."""
         del session, wanted
-        return NOTHING
+        return NO_DRAFT
 
-    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
         """Think nothing of it."""
 
 
-class Drafting:
+class RemoteDrafter:
     """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert.
 
     It also drafts on up to `branches` other verdicts than that all stands.
     """
 
     def __init__(
-        self, place: Place, *, ahead: int = 0, branches: int = 0, until_deferral: bool = False
+        self, place: TierSession, *, ahead: int = 0, branches: int = 0, until_deferral: bool = False
     ) -> None:
         self.place = place
         self._ahead = ahead
         self._branches = branches
         self._until_deferral = until_deferral
 
-    def hint(self, session: Session, wanted: Length) -> None:
+    def hint(self, session: Session, wanted: DraftPlan) -> None:
         """Ask for the block in advance."""
         if wanted.tokens:
             self.place.hint(session, self.question(session, wanted))
 
-    async def propose(self, session: Session, wanted: Length) -> Offer:
+    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
         """Return the replica's block; raises DrafterUnavailable when none is left."""
         if wanted.tokens == 0:
-            return NOTHING
+            return NO_DRAFT
         return self.offer(await self.place.ask(session, self.question(session, wanted)), wanted)
 
-    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
         """Think nothing of it."""
 
-    def question(self, session: Session, wanted: Length) -> Question:
+    def question(self, session: Session, wanted: DraftPlan) -> MessageFactory:
         """Return what builds the question for a block."""
 
         def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
@@ -115,19 +115,19 @@ class Drafting:
                 count=wanted.tokens,
                 tokens=lacking,
                 until_deferral=self._until_deferral,
-                ahead=self._ahead if wanted.whole >= LIKELY else 0,
+                ahead=self._ahead if wanted.sure >= LIKELY else 0,
                 floor=wanted.floor,
                 branches=self._branches,
             )
 
         return item
 
-    def offer(self, answer: Answer, wanted: Length) -> Offer:
+    def offer(self, answer: Reply, wanted: DraftPlan) -> Draft:
         """Return the block that the replica answered with."""
         assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
         block = answer.block.cut(wanted.tokens)
         deferred = answer.deferred and block is answer.block
-        return Offer(
+        return Draft(
             block=block,
             deferred=deferred,
             passes=answer.passes,
@@ -136,7 +136,7 @@ class Drafting:
         )
 
 
-class Predicted:
+class PredictionDrafter:
     """Proposes from the client's prediction, and asks `other` where that does not fit.
 
     A prediction costs no drafting, so blocks of it are long even where drafting would not pay.
@@ -146,28 +146,28 @@ class Predicted:
         self, prediction: Sequence[int], other: Drafter, *, block_tokens: int, limit: int
     ) -> None:
         self._prediction = tuple(prediction)
-        self._other = other
+        self._fallback = other
         self._block_tokens = block_tokens
         self._limit = limit  # position that no block goes beyond
         self._next = 0  # place in the prediction of the session's next token
         self._seen = 0  # committed tokens looked at
 
-    def hint(self, session: Session, wanted: Length) -> None:
+    def hint(self, session: Session, wanted: DraftPlan) -> None:
         """Tell the other if it is its turn."""
         if not self._predicted(session):
-            self._other.hint(session, wanted)
+            self._fallback.hint(session, wanted)
 
-    async def propose(self, session: Session, wanted: Length) -> Offer:
+    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
         """Return the prediction's next tokens while the answer follows it."""
         tokens = self._predicted(session)
         if not tokens:
-            return await self._other.propose(session, wanted)
-        return Offer(block=Block(tokens=tokens), predicted=True)
+            return await self._fallback.propose(session, wanted)
+        return Draft(block=Block(tokens=tokens), predicted=True)
 
-    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
         """Tell the other of its own blocks."""
         if not offer.predicted:
-            self._other.hear(policy, offer, verdict)
+            self._fallback.observe(policy, offer, verdict)
 
     def _predicted(self, session: Session) -> tuple[int, ...]:
         self._follow(session.tokens)
@@ -191,7 +191,7 @@ class Predicted:
 ENTRY_SHARE = 0.1  # of the deadline: for which a session waits for a drafter when it begins
 
 
-class Hurried:
+class BestEffortDrafter:
     """Drafts while a drafter is there, in time, and worth asking; else offers nothing.
 
     The answer waits for a block until the deadline, once. A late drafter keeps the session, for it
@@ -199,56 +199,58 @@ class Hurried:
     answers in time. A lease is waited for at the very beginning alone, and not for long.
     """
 
-    def __init__(self, drafting: Drafting, *, trust: Trust, deadline_s: float) -> None:
+    def __init__(
+        self, drafting: RemoteDrafter, *, trust: CircuitBreaker, deadline_s: float
+    ) -> None:
         self._drafting = drafting
         self._place = drafting.place
         self._trust = trust
         self._deadline_s = deadline_s
         self._entry_s = ENTRY_SHARE * deadline_s
 
-    def hint(self, session: Session, wanted: Length) -> None:
+    def hint(self, session: Session, wanted: DraftPlan) -> None:
         """Ask for the block in advance."""
         self._drafting.hint(session, wanted)
 
-    async def propose(self, session: Session, wanted: Length) -> Offer:
+    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
         """Return a block, or nothing where the drafter does not answer in time."""
         if wanted.tokens == 0:
-            return NOTHING
+            return NO_DRAFT
         try:
             if not await self._ready(session, wanted):
-                return NOTHING
+                return NO_DRAFT
             async with asyncio.timeout(self._deadline_s):
                 question = self._drafting.question(session, wanted)
                 answer = await self._place.attempt(session, question)
         except TimeoutError:
             self._place.fail(Failure.LATE)
-        except MISFORTUNES as error:
+        except REPLICA_ERRORS as error:
             self._place.fail(failure_of(error))
         else:
             return self._drafting.offer(answer, wanted)
-        return NOTHING
+        return NO_DRAFT
 
-    def hear(self, policy: Policy, offer: Offer, verdict: Verdict) -> None:
+    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
         """Learn whether the drafter is worth asking, where no rule wishes its tokens away."""
         if offer.block.length and isinstance(policy.rule, Lossless | Lossy):
             accepted = verdict.accepted
-            self._trust.learn(self._place.address, drafted=offer.block.length, accepted=accepted)
+            self._trust.record(self._place.address, drafted=offer.block.length, accepted=accepted)
 
-    async def _ready(self, session: Session, wanted: Length) -> bool:
+    async def _ready(self, session: Session, wanted: DraftPlan) -> bool:
         place = self._place
-        if place.standing.late:
+        if place.retry_state.late:
             return await self._in_time_again(session, wanted)
         if place.paused:
             return False
         entry_s, self._entry_s = self._entry_s, 0.0
         if not await place.leased(within_s=entry_s):
             return False
-        if self._trust.shuns(place.address):
+        if self._trust.is_open(place.address):
             place.fail(Failure.COLLAPSED)
             return False
         return True
 
-    async def _in_time_again(self, session: Session, wanted: Length) -> bool:
+    async def _in_time_again(self, session: Session, wanted: DraftPlan) -> bool:
         """Return whether the drafter has answered the last question in time, or ask it another."""
         place = self._place
         heard = await place.poll()

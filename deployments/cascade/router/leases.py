@@ -17,7 +17,7 @@ from cascade.errors import CascadeError, Overloaded
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cascade.protocol.services import Kind, Ticket
+    from cascade.protocol.services import LeaseTicket, TierKind
 
 
 class Lease(Protocol):
@@ -62,7 +62,7 @@ class FixedLeases:
         return FixedLease(next(self._addresses), self._token)
 
 
-class Hedged:
+class HedgedLeases:
     """Asks again beside a call that is not answered soon, for its replica may have hung.
 
     It waits twice as long each time. The first lease that is granted counts, other calls end.
@@ -105,7 +105,7 @@ def give_back(call: asyncio.Future[Lease]) -> None:
 class ServeLease:
     """A lease call of Serve, held open until `close`."""
 
-    def __init__(self, call: Any, ticket: Ticket, *, released: Callable[[], None]) -> None:
+    def __init__(self, call: Any, ticket: LeaseTicket, *, released: Callable[[], None]) -> None:
         self.address = ticket["address"]
         self.token = ticket["token"]
         self._call = call
@@ -122,7 +122,7 @@ class ServeLease:
 class ServeLeases:
     """Takes leases on the replicas of a Serve deployment, through its handle."""
 
-    def __init__(self, handle: Any, *, kind: Kind, timeout_s: float) -> None:
+    def __init__(self, handle: Any, *, kind: TierKind, timeout_s: float) -> None:
         # Serve's gRPC transport ends the call when its caller is killed; actor calls leak then.
         self._handle = handle.options(stream=True, _by_reference=False)
         self._kind = kind
@@ -144,7 +144,7 @@ class ServeLeases:
 
         call = self._handle.lease.remote()
         try:
-            ticket: Ticket = await asyncio.wait_for(anext(aiter(call)), self._timeout_s)
+            ticket: LeaseTicket = await asyncio.wait_for(anext(aiter(call)), self._timeout_s)
         except BackPressureError as error:
             raise Overloaded(
                 f"every {self._kind.name} replica is taken and the queue is full"

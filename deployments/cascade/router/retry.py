@@ -37,18 +37,20 @@ class Failure(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long a session bears with a tier, in seconds."""
 
     # The first move is free: only those after it need the time in which a death becomes known.
     pauses_s: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 1.0)  # the last repeats
     entry_s: float = 2.0  # without the tier since the session began, until it is given up
     loss_s: float = 30.0  # without the tier since its last answer
-    answer_s: float = 2.0  # for an answer, until it is asked for again: twice as long each time
+    reply_timeout_s: float = (
+        2.0  # for an answer, until it is asked for again: twice as long each time
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class RetryState:
     """How a session stands with a tier: failures since the last answer, and what follows."""
 
     served: bool = False  # the tier has answered before
@@ -63,9 +65,9 @@ class Standing:
         """Whether an answer is awaited that came too late."""
         return self.last is Failure.LATE
 
-    def failed(
-        self, failure: Failure, patience: Patience, *, now_s: float, since_s: float | None = None
-    ) -> Standing:
+    def after_failure(
+        self, failure: Failure, patience: RetryPolicy, *, now_s: float, since_s: float | None = None
+    ) -> RetryState:
         """Return how things stand after a failure, which began earlier if `since_s` says so."""
         pauses_s = patience.pauses_s
         return replace(
@@ -77,11 +79,11 @@ class Standing:
             resume_s=now_s + pauses_s[min(self.failures, len(pauses_s) - 1)],
         )
 
-    def stayed(self) -> Standing:
+    def after_stay(self) -> RetryState:
         """Return how things stand where a replica lived for a while, though it gave no answer."""
         return replace(self, failures=0)
 
-    def given_up(self, patience: Patience) -> bool:
+    def given_up(self, patience: RetryPolicy) -> bool:
         """Return whether a session that needs the tier ends here.
 
         One that has not begun is told at once that all is full: it has stood in the queue already.
@@ -93,6 +95,6 @@ class Standing:
         return self.failures > 0 and (late or self.breakdowns >= MOST_BREAKDOWNS)
 
 
-SERVED = Standing(served=True)
+SERVED = RetryState(served=True)
 
 """After an answer."""

@@ -14,20 +14,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cascade.errors import DeadlineExceeded, ExpertUnavailable
-from cascade.router.circuit_breaker import Trust
-from cascade.router.drafters import Drafter, Drafting, Hurried, Predicted, Silent
-from cascade.router.retry import Patience
-from cascade.router.statistics import Ledger
-from cascade.router.tier_session import Place, Tier, now_s, score
-from cascade.router.verifiers import Absent, Expert, Judging, Late
-from cascade.speculation.draft_length import DraftLength, Fixed, reserved
-from cascade.speculation.modes import keeps_unasked, policy_in
+from cascade.router.circuit_breaker import CircuitBreaker
+from cascade.router.drafters import (
+    BestEffortDrafter,
+    Drafter,
+    NoDrafter,
+    PredictionDrafter,
+    RemoteDrafter,
+)
+from cascade.router.retry import RetryPolicy
+from cascade.router.statistics import RoundRecorder
+from cascade.router.tier_session import TierClient, TierSession, now_s, score
+from cascade.router.verifiers import AcceptAll, RemoteVerifier, Verifier, VerifyOnDeferral
+from cascade.speculation.draft_length import DraftLength, Fixed, expert_slots
+from cascade.speculation.modes import accepts_without_expert, policy_in
 from cascade.types import (
     Confidence,
     ExpertLoss,
     FinishReason,
     Mode,
-    Piece,
+    OutputChunk,
     Request,
     Session,
     SessionId,
@@ -39,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from cascade import types
-    from cascade.types import Policy, TokenLogprob, Verdict
+    from cascade.types import DecodingParams, TokenLogprob, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +64,19 @@ class RouterOptions:
     overlap_branches: int = 4  # other likely verdicts that it drafts on, at most
 
     @property
-    def needed(self) -> Patience:
+    def needed(self) -> RetryPolicy:
         """Return how long an answer bears with a tier that it needs."""
-        return Patience(
-            answer_s=self.answer_deadline_s,
+        return RetryPolicy(
+            reply_timeout_s=self.answer_deadline_s,
             entry_s=self.entry_deadline_s,
             loss_s=self.loss_deadline_s,
         )
 
     @property
-    def spared(self) -> Patience:
+    def spared(self) -> RetryPolicy:
         """Return how often an answer asks a drafter that it can do without."""
         pauses_s = tuple(times * self.draft_pause_s for times in (1, 2, 4))
-        return Patience(answer_s=self.draft_deadline_s, pauses_s=pauses_s)
+        return RetryPolicy(reply_timeout_s=self.draft_deadline_s, pauses_s=pauses_s)
 
 
 class Router:
@@ -79,18 +85,18 @@ class Router:
     def __init__(
         self,
         *,
-        drafters: Tier,
-        experts: Tier,
-        automatic: Callable[[Policy], DraftLength],
+        drafters: TierClient,
+        experts: TierClient,
+        automatic: Callable[[DecodingParams], DraftLength],
         options: RouterOptions,
     ) -> None:
         self._drafters = drafters
         self._experts = experts
         self._automatic = automatic
         self._options = options
-        self._trust = Trust(clock=now_s)
+        self._trust = CircuitBreaker(clock=now_s)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Piece]:
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield the pieces of one answer; the last has a finish reason and the statistics.
 
         Closing the iterator frees both tiers. Raises the CascadeError that ended the answer early.
@@ -99,7 +105,7 @@ class Router:
         if request.mode is Mode.SEQUENCE_CASCADE:
             pieces = self._sequence_cascade(request, deadline_s=deadline_s)
         else:
-            pieces = self._surviving(request, Statistics(), deadline_s=deadline_s)
+            pieces = self._with_expert_fallback(request, Statistics(), deadline_s=deadline_s)
         try:
             async for piece in pieces:
                 yield piece
@@ -110,11 +116,11 @@ class Router:
         """Return the expert's log-probability of each token but the first."""
         return await score(self._experts, tuple(tokens), top=top)
 
-    async def _surviving(
+    async def _with_expert_fallback(
         self, request: Request, entry: Statistics, *, deadline_s: float
-    ) -> AsyncGenerator[Piece]:
+    ) -> AsyncGenerator[OutputChunk]:
         """Yield the answer; the drafter ends it where no expert is left, if the client wishes."""
-        written = Piece(tokens=(), origins=())
+        written = OutputChunk(tokens=(), origins=())
         try:
             async with aclosing(self._loop(request, entry, deadline_s=deadline_s)) as pieces:
                 async for piece in pieces:
@@ -136,36 +142,36 @@ class Router:
         entry: Statistics,
         *,
         deadline_s: float,
-        written: Piece | None = None,
-    ) -> AsyncGenerator[Piece]:
+        written: OutputChunk | None = None,
+    ) -> AsyncGenerator[OutputChunk]:
         session = _session(request, written)
-        ledger = Ledger(entry, trace=request.trace)
+        ledger = RoundRecorder(entry, trace=request.trace)
         length = self._draft_length(request)
-        async with self._cast(request, session, entry, deadline_s) as (drafter, expert):
+        async with self._open_roles(request, session, entry, deadline_s) as (drafter, expert):
             finish = None
-            wanted = length.next(room=_room(request, session))
+            wanted = length.next(room=_draft_budget(request, session))
             while finish is None:
                 alone = self._options.ahead_tokens if wanted.tokens else wanted.alone
                 async with _until(deadline_s):
-                    with ledger.drafting():
+                    with ledger.time_draft():
                         offer = await drafter.propose(session, wanted)
-                    with ledger.judging():
+                    with ledger.time_verify():
                         room = request.max_tokens - session.position
-                        judged = await expert.judge(session, offer, room=room, alone=alone)
+                        judged = await expert.verify(session, offer, room=room, alone=alone)
                 verdict = judged.verdict
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
-                ledger.note(before, session, offer, verdict, reason=wanted.reason)
-                length.learn(ledger.lesson(offer, judged))
-                drafter.hear(session.policy, offer, verdict)
+                ledger.record(before, session, offer, verdict, reason=wanted.reason)
+                length.learn(ledger.sample(offer, judged))
+                drafter.observe(session.policy, offer, verdict)
                 finish = _finish(session, request)
                 if finish is None:
-                    wanted = length.next(room=_room(request, session))
+                    wanted = length.next(room=_draft_budget(request, session))
                     drafter.hint(session, wanted)
-                yield _piece(before, session, verdict, finish, entry)
+                yield _output_chunk(before, session, verdict, finish, entry)
 
     async def _sequence_cascade(
         self, request: Request, *, deadline_s: float
-    ) -> AsyncGenerator[Piece]:
+    ) -> AsyncGenerator[OutputChunk]:
         """Yield the drafter's whole answer where it is sure, else the expert's from scratch."""
         entry = Statistics()
         policy = replace(request.policy, logprobs=request.policy.logprobs or 0)
@@ -180,53 +186,60 @@ class Router:
         entry.accepted -= drafted
         entry.judged, entry.deferred = drafted, drafted
         judged = replace(request, mode=Mode.EXPERT_ONLY)
-        async with aclosing(self._surviving(judged, entry, deadline_s=deadline_s)) as rest:
+        async with aclosing(
+            self._with_expert_fallback(judged, entry, deadline_s=deadline_s)
+        ) as rest:
             async for piece in rest:
                 yield piece
 
     @asynccontextmanager
-    async def _cast(
+    async def _open_roles(
         self, request: Request, session: Session, entry: Statistics, deadline_s: float
-    ) -> AsyncGenerator[tuple[Drafter, Expert]]:
+    ) -> AsyncGenerator[tuple[Drafter, Verifier]]:
         """Choose who drafts and who judges, start both on the prompt, and free both at the end."""
-        drafters = Place(self._drafters, entry, patience=self._options.needed)
-        experts = Place(self._experts, entry, patience=self._options.needed)
-        judging = Judging(experts)
-        unasked = keeps_unasked(request.mode, session.policy)
+        drafters = TierSession(self._drafters, entry, patience=self._options.needed)
+        experts = TierSession(self._experts, entry, patience=self._options.needed)
+        judging = RemoteVerifier(experts)
+        unasked = accepts_without_expert(request.mode, session.policy)
         drafter: Drafter
-        expert: Expert
+        expert: Verifier
         match request.mode:
             case Mode.EXPERT_ONLY:
-                drafter, expert, needed = Silent(), judging, experts
+                drafter, expert, needed = NoDrafter(), judging, experts
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-                drafter, expert, needed = Drafting(drafters), Absent(), drafters
+                drafter, expert, needed = RemoteDrafter(drafters), AcceptAll(), drafters
             case Mode.TOKEN_CASCADE:
-                drafter, expert = Drafting(drafters, until_deferral=True), Late(judging)
+                drafter, expert = (
+                    RemoteDrafter(drafters, until_deferral=True),
+                    VerifyOnDeferral(judging),
+                )
                 needed = drafters
             case Mode.SPECULATIVE | Mode.CASCADE:
-                drafters = Place(self._drafters, entry, patience=self._options.spared)
+                drafters = TierSession(self._drafters, entry, patience=self._options.spared)
                 drafter = self._hurried(drafters, until_deferral=unasked)
-                expert, needed = (Late(judging), None) if unasked else (judging, experts)
+                expert, needed = (
+                    (VerifyOnDeferral(judging), None) if unasked else (judging, experts)
+                )
         if request.prediction and not unasked:
-            drafter = Predicted(
+            drafter = PredictionDrafter(
                 request.prediction,
                 drafter,
                 block_tokens=request.draft_tokens or self._options.chunk_tokens,
-                limit=request.max_tokens - reserved(session.policy),
+                limit=request.max_tokens - expert_slots(session.policy),
             )
         try:
             if needed is not None:
                 async with _until(deadline_s):
-                    await needed.enter(session)
+                    await needed.open(session)
             yield drafter, expert
         finally:
-            drafters.leave()
-            experts.leave()
+            drafters.close()
+            experts.close()
 
-    def _hurried(self, place: Place, *, until_deferral: bool) -> Hurried:
+    def _hurried(self, place: TierSession, *, until_deferral: bool) -> BestEffortDrafter:
         options = self._options
-        return Hurried(
-            Drafting(
+        return BestEffortDrafter(
+            RemoteDrafter(
                 place,
                 ahead=options.overlap_blocks,
                 branches=options.overlap_branches,
@@ -243,7 +256,7 @@ class Router:
             return Fixed(tokens=self._options.chunk_tokens, reason="no expert waits")
         if request.draft_tokens is not None:
             return Fixed(tokens=request.draft_tokens, reason="requested")
-        if keeps_unasked(request.mode, request.policy):
+        if accepts_without_expert(request.mode, request.policy):
             return Fixed(tokens=self._options.chunk_tokens, reason="until deferral")
         return self._automatic(request.policy)
 
@@ -263,7 +276,7 @@ async def _until(deadline_s: float) -> AsyncGenerator[None]:
         raise DeadlineExceeded("the answer took longer than its deadline") from error
 
 
-def _session(request: Request, written: Piece | None) -> Session:
+def _session(request: Request, written: OutputChunk | None) -> Session:
     begun = Session(
         id=SessionId(uuid.uuid4().hex),
         prompt=request.prompt,
@@ -272,14 +285,14 @@ def _session(request: Request, written: Piece | None) -> Session:
     return replace(begun, tokens=written.tokens, origins=written.origins) if written else begun
 
 
-def _room(request: Request, session: Session) -> int:
+def _draft_budget(request: Request, session: Session) -> int:
     """Return how many tokens it is of use to draft."""
-    return request.max_tokens - session.position - reserved(session.policy)
+    return request.max_tokens - session.position - expert_slots(session.policy)
 
 
-def _joined(before: Piece, after: Piece) -> Piece:
+def _joined(before: OutputChunk, after: OutputChunk) -> OutputChunk:
     tokens, origins = before.tokens + after.tokens, before.origins + after.origins
-    return Piece(tokens=tokens, origins=origins)
+    return OutputChunk(tokens=tokens, origins=origins)
 
 
 def _finish(session: Session, request: Request) -> FinishReason | None:
@@ -288,14 +301,14 @@ def _finish(session: Session, request: Request) -> FinishReason | None:
     return FinishReason.LENGTH if session.position >= request.max_tokens else None
 
 
-def _piece(
+def _output_chunk(
     before: Session,
     after: Session,
     verdict: Verdict,
     finish: FinishReason | None,
     entry: Statistics,
-) -> Piece:
-    return Piece(
+) -> OutputChunk:
+    return OutputChunk(
         tokens=after.tokens[before.position :],
         origins=after.origins[before.position :],
         logprobs=verdict.logprobs[: after.position - before.position],
@@ -304,7 +317,7 @@ def _piece(
     )
 
 
-def _confidence(pieces: Sequence[Piece], patience: types.Patience) -> float:
+def _confidence(pieces: Sequence[OutputChunk], patience: types.SequenceCascadeParams) -> float:
     """Return how sure the drafter was of its answer, in nats per token."""
     logprobs = sorted(entry.logprob for piece in pieces for entry in piece.logprobs)
     match patience.confidence:

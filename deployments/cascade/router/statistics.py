@@ -6,18 +6,18 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cascade.speculation.cost_model import Lesson
+from cascade.speculation.cost_model import RoundSample
 from cascade.types import Origin, Round, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from cascade.router.drafters import Offer
-    from cascade.router.verifiers import Judged
+    from cascade.router.drafters import Draft
+    from cascade.router.verifiers import VerifyResult
     from cascade.types import Session, Verdict
 
 
-class Ledger:
+class RoundRecorder:
     """Fills one `Statistics`; `trace` keeps a `Round` for each block.
 
     `draft_s` and `judge_s` are the last round's waits, in seconds.
@@ -37,7 +37,7 @@ class Ledger:
         self.judge_s = 0.0
 
     @contextmanager
-    def drafting(self) -> Generator[None]:
+    def time_draft(self) -> Generator[None]:
         """Time the wait for a block."""
         began_s = self._clock()
         try:
@@ -47,7 +47,7 @@ class Ledger:
             self.statistics.drafter_s += self.draft_s
 
     @contextmanager
-    def judging(self) -> Generator[None]:
+    def time_verify(self) -> Generator[None]:
         """Time the wait for a verdict."""
         began_s = self._clock()
         try:
@@ -56,9 +56,9 @@ class Ledger:
             self.judge_s = self._clock() - began_s
             self.statistics.expert_s += self.judge_s
 
-    def lesson(self, offer: Offer, judged: Judged) -> Lesson:
+    def sample(self, offer: Draft, judged: VerifyResult) -> RoundSample:
         """Return what the last round teaches of draft lengths; a client's words teach nothing."""
-        return Lesson(
+        return RoundSample(
             drafted=0 if offer.predicted else offer.block.length,
             accepted=judged.verdict.accepted,
             draft_s=self.draft_s,
@@ -67,11 +67,11 @@ class Ledger:
             judge=judged.timing,
         )
 
-    def note(
+    def record(
         self,
         before: Session,
         after: Session,
-        offer: Offer,
+        offer: Draft,
         verdict: Verdict,
         *,
         reason: str,

@@ -29,40 +29,40 @@ from cascade.protocol.messages import (
 from cascade.protocol.prefix_hash import extend
 from cascade.protocol.services import PROTOCOL_VERSION
 from cascade.router.leases import give_back
-from cascade.router.retry import SERVED, STAY_S, Failure, Patience, Standing
+from cascade.router.retry import SERVED, STAY_S, Failure, RetryPolicy, RetryState
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from cascade.protocol.client import Link, Peers
+    from cascade.protocol.client import ReplicaClients, SessionStream
     from cascade.router.leases import Lease, LeaseSource
     from cascade.types import Session, Statistics, TokenLogprob
 
 GREETING_PAUSE_S = 0.5
 
-MISFORTUNES = (Unavailable, Overloaded, Internal)  # of a replica; others are the request's own
+REPLICA_ERRORS = (Unavailable, Overloaded, Internal)  # of a replica; others are the request's own
 
 Found = TypeVar("Found")
 
-Answer: TypeAlias = Proposal | Judgement
+Reply: TypeAlias = Proposal | Judgement
 
-Question: TypeAlias = "Callable[[int, int, tuple[int, ...]], Propose | Judge]"
+MessageFactory: TypeAlias = "Callable[[int, int, tuple[int, ...]], Propose | Judge]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tier:
+class TierClient:
     """All replicas of one kind, as the router reaches them."""
 
     leases: LeaseSource
-    peers: Peers
+    clients: ReplicaClients
 
     @property
     def name(self) -> str:
         """Return drafter or expert."""
-        return self.peers.kind.name
+        return self.clients.kind.name
 
-    async def greet(self) -> None:
+    async def wait_ready(self) -> None:
         """Wait until a replica grants a lease and says what it serves.
 
         Raises:
@@ -75,7 +75,7 @@ class Tier:
                 await asyncio.sleep(GREETING_PAUSE_S)
                 continue
             try:
-                described = await self.peers[lease.address].describe()
+                described = await self.clients[lease.address].describe()
             except Unavailable:
                 continue
             finally:
@@ -90,24 +90,24 @@ class Tier:
 
     def error(self, refusal: Refusal) -> CascadeError:
         """Return what a refusal means to the router; a lost lease is a lost replica."""
-        lost = self.peers.kind.unavailable
+        lost = self.clients.kind.unavailable
         error = refused(refusal, lost=lost)
         return lost(error.message) if isinstance(error, Unauthenticated) else error
 
 
-class Place:
+class TierSession:
     """One session's place on one tier; not entered until first asked."""
 
-    def __init__(self, tier: Tier, statistics: Statistics, *, patience: Patience) -> None:
+    def __init__(self, tier: TierClient, statistics: Statistics, *, patience: RetryPolicy) -> None:
         self.tier = tier
-        self.standing = Standing()
+        self.retry_state = RetryState()
         self.asked_s = 0.0  # when the last question was sent
         self._statistics = statistics
         self._patience = patience
         self._calling: asyncio.Task[Lease] | None = None
         self._called_s: float | None = None  # since when a lease is being sought
         self._lease: Lease | None = None
-        self._link: Link | None = None
+        self._link: SessionStream | None = None
         self._epoch = 0
         self._entered_s = 0.0
         self._known = 0  # answer tokens the replica has committed
@@ -123,7 +123,7 @@ class Place:
     @property
     def paused(self) -> bool:
         """Whether it is too early to ask the tier again."""
-        return now_s() < self.standing.resume_s
+        return now_s() < self.retry_state.resume_s
 
     async def leased(self, *, within_s: float) -> bool:
         """Return whether there is a lease, after waiting a while; what is not there yet may come.
@@ -132,18 +132,18 @@ class Place:
             CascadeError: The tier has none.
         """
         if self._lease is None:
-            call = self._call()
+            call = self._request_lease()
             if not call.done():
                 await asyncio.wait({call}, timeout=within_s)
             if call.done():
-                await self._take()
+                await self._take_lease()
         return self._lease is not None
 
-    async def enter(self, session: Session) -> None:
+    async def open(self, session: Session) -> None:
         """Open the session on a replica, which starts its prefill; as patient as `ask`."""
-        await self._persist(lambda: self._enter(session))
+        await self._persist(lambda: self._open(session))
 
-    async def ask(self, session: Session, make: Question, *, coming: bool = False) -> Answer:
+    async def ask(self, session: Session, make: MessageFactory, *, coming: bool = False) -> Reply:
         """Ask until there is an answer, on other replicas where this one fails.
 
         Args:
@@ -156,38 +156,40 @@ class Place:
         """
         return await self._persist(lambda: self.attempt(session, make, coming=coming))
 
-    async def attempt(self, session: Session, make: Question, *, coming: bool = False) -> Answer:
+    async def attempt(
+        self, session: Session, make: MessageFactory, *, coming: bool = False
+    ) -> Reply:
         """Ask one replica, again where its answer is long in coming: rounds are idempotent."""
         coming = coming or self._asked is session
         self._asked = None
         if self._link is None:
-            await self._enter(session)
+            await self._open(session)
             coming = False
-        patience_s = self._patience.answer_s
+        patience_s = self._patience.reply_timeout_s
         while True:
             if not coming:
                 self.send(session, make)
             coming = False
             try:
                 async with asyncio.timeout(patience_s):
-                    answer = await self._answer(session)
+                    answer = await self._next_reply(session)
             except TimeoutError:
                 patience_s *= 2
                 continue
             if not isinstance(answer, Need):
                 self._known = session.position
-                self.standing = SERVED
+                self.retry_state = SERVED
                 return answer
             self._known = answer.position
 
-    def hint(self, session: Session, make: Question) -> None:
+    def hint(self, session: Session, make: MessageFactory) -> None:
         """Send the next question before `attempt` asks it, where the replica has served so far."""
-        if self._link is not None and self.standing == SERVED:
+        if self._link is not None and self.retry_state == SERVED:
             with suppress(Unavailable):  # `attempt` will see it
                 self.send(session, make)
                 self._asked = session
 
-    def send(self, session: Session, make: Question) -> None:
+    def send(self, session: Session, make: MessageFactory) -> None:
         """Send a question without waiting for its answer."""
         assert self._link is not None, "enter first"
         self.asked_s = now_s()
@@ -211,18 +213,18 @@ class Place:
 
     def fail(self, failure: Failure) -> None:
         """Note why the session goes on elsewhere or without this tier; leave, unless it is late."""
-        if not (failure is Failure.LATE and self.standing.late):
+        if not (failure is Failure.LATE and self.retry_state.late):
             causes, name = self._statistics.failover_causes, f"{self.tier.name} {failure}"
             causes[name] = causes.get(name, 0) + 1
         if failure is not Failure.LATE and self._stayed:
-            self.standing = self.standing.stayed()
-        self.standing = self.standing.failed(
+            self.retry_state = self.retry_state.after_stay()
+        self.retry_state = self.retry_state.after_failure(
             failure, self._patience, now_s=now_s(), since_s=self._called_s
         )
         if failure is not Failure.LATE:
-            self.leave()
+            self.close()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Free the session there and give the lease back; safe to repeat."""
         if self._calling is not None:
             self._calling.add_done_callback(give_back)
@@ -237,7 +239,7 @@ class Place:
             self._lease.close()
             self._lease = None
 
-    def judged(self, committed: int) -> None:
+    def record_verdict(self, committed: int) -> None:
         """Note that the expert made a pass, and itself committed so many tokens more."""
         self._statistics.expert_passes += 1
         self._known += committed
@@ -251,36 +253,36 @@ class Place:
         while True:
             try:
                 return await attempt()
-            except MISFORTUNES as error:
+            except REPLICA_ERRORS as error:
                 self.fail(failure_of(error))
-                if self.standing.given_up(self._patience):
+                if self.retry_state.given_up(self._patience):
                     raise
                 self._statistics.failovers += 1
-            await asyncio.sleep(self.standing.resume_s - now_s())
+            await asyncio.sleep(self.retry_state.resume_s - now_s())
 
-    async def _enter(self, session: Session) -> None:
+    async def _open(self, session: Session) -> None:
         if self._lease is None:
-            await self._take()
+            await self._take_lease()
         assert self._lease is not None
         self._epoch += 1
         self._entered_s = now_s()
-        self._link = self.tier.peers.link(self._lease.address, session.id, self._epoch)
+        self._link = self.tier.clients.open_stream(self._lease.address, session.id, self._epoch)
         lease, trace = self._lease.token, traceparent()
         self._link.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
         self._known = session.position
 
-    def _call(self) -> asyncio.Task[Lease]:
+    def _request_lease(self) -> asyncio.Task[Lease]:
         if self._calling is None:
             self._called_s = now_s()
             self._calling = asyncio.ensure_future(self.tier.leases.take())
         return self._calling
 
-    async def _take(self) -> None:
-        call = self._call()
+    async def _take_lease(self) -> None:
+        call = self._request_lease()
         self._lease = await call
         self._calling = self._called_s = None
 
-    async def _answer(self, session: Session) -> Answer | Need:
+    async def _next_reply(self, session: Session) -> Reply | Need:
         """Return the next answer that stands after the session; others came late."""
         while True:
             match await self._receive():
@@ -303,7 +305,7 @@ class Place:
             raise self.tier.error(item)
         return item
 
-    def _continues(self, item: Answer, session: Session) -> bool:
+    def _continues(self, item: Reply, session: Session) -> bool:
         """Return whether the block was drafted, or judged, after just these tokens."""
         return item.position == session.position and item.digest == self._digest_of(session)
 
@@ -335,11 +337,11 @@ def now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def score(tier: Tier, tokens: tuple[int, ...], *, top: int) -> tuple[TokenLogprob, ...]:
+async def score(tier: TierClient, tokens: tuple[int, ...], *, top: int) -> tuple[TokenLogprob, ...]:
     """Return a replica's log-probability of each token but the first, under a lease of its own."""
     lease = await tier.leases.take()
     session_id = SessionId(uuid.uuid4().hex)
-    link = tier.peers.link(lease.address, session_id, 1)
+    link = tier.clients.open_stream(lease.address, session_id, 1)
     try:
         link.send(Score(session_id=session_id, epoch=1, lease=lease.token, tokens=tokens, top=top))
         match await link.receive():

@@ -15,27 +15,29 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.protocol.messages import Judge, Judgement
-from cascade.router.drafters import NOTHING
+from cascade.router.drafters import NO_DRAFT
 from cascade.speculation.cost_model import Timing
 from cascade.types import Block, Origin, Session, Verdict, advance
 
 if TYPE_CHECKING:
-    from cascade.router.drafters import Offer
-    from cascade.router.tier_session import Place
+    from cascade.router.drafters import Draft
+    from cascade.router.tier_session import TierSession
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class VerifyResult:
     """A verdict, and what it took."""
 
     verdict: Verdict
     timing: Timing = field(default_factory=Timing)
 
 
-class Expert(Protocol):
+class Verifier(Protocol):
     """Judges blocks."""
 
-    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+    async def verify(
+        self, session: Session, offer: Draft, *, room: int, alone: int
+    ) -> VerifyResult:
         """Return the verdict; at most `room` tokens of it will be committed.
 
         Where nothing is offered, the expert goes on by itself until it has written `alone` tokens.
@@ -43,15 +45,17 @@ class Expert(Protocol):
         ...
 
 
-class Judging:
+class RemoteVerifier:
     """Judges on a replica of the expert tier; what it writes alone is streamed."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: TierSession) -> None:
         self._place = place
         self._coming = 0  # verdicts the replica sends without being asked
         self._next_position = 0  # of the first of them
 
-    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+    async def verify(
+        self, session: Session, offer: Draft, *, room: int, alone: int
+    ) -> VerifyResult:
         """Return the replica's verdict; raises ExpertUnavailable when none is left."""
         block = offer.block
         coming = self._coming > 0 and session.position == self._next_position and not block.length
@@ -74,39 +78,43 @@ class Judging:
 
         return self._take(await self._place.ask(session, item, coming=coming))
 
-    def _take(self, answer: object) -> Judged:
+    def _take(self, answer: object) -> VerifyResult:
         assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"
-        self._place.judged(len(answer.verdict.tokens))
+        self._place.record_verdict(len(answer.verdict.tokens))
         self._next_position = answer.position + len(answer.verdict.tokens)
-        return Judged(verdict=answer.verdict, timing=answer.timing)
+        return VerifyResult(verdict=answer.verdict, timing=answer.timing)
 
 
-class Absent:
+class AcceptAll:
     """Keeps whatever was drafted: no expert is asked."""
 
-    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+    async def verify(
+        self, session: Session, offer: Draft, *, room: int, alone: int
+    ) -> VerifyResult:
         """Return the whole block, kept."""
         del session, room, alone
-        return Judged(verdict=_kept(offer.block))
+        return VerifyResult(verdict=_kept(offer.block))
 
 
-class Late:
+class VerifyOnDeferral:
     """Keeps what was drafted, and asks the expert for one token where the drafter defers."""
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: Verifier) -> None:
         self._expert = expert
 
-    async def judge(self, session: Session, offer: Offer, *, room: int, alone: int) -> Judged:
+    async def verify(
+        self, session: Session, offer: Draft, *, room: int, alone: int
+    ) -> VerifyResult:
         """Return the kept tokens, and the expert's next one after a deferral.
 
         Where nothing was drafted at all, the expert goes on alone.
         """
         kept = _kept(offer.block)
         if room <= kept.accepted or (kept.accepted and not offer.deferred):
-            return Judged(verdict=replace(kept, judged=kept.accepted))
+            return VerifyResult(verdict=replace(kept, judged=kept.accepted))
         ahead = advance(session, kept, limit=session.position + room)
         alone = 1 if offer.deferred else alone
-        judged = await self._expert.judge(ahead, NOTHING, room=room - kept.accepted, alone=alone)
+        judged = await self._expert.verify(ahead, NO_DRAFT, room=room - kept.accepted, alone=alone)
         verdict = Verdict(
             accepted=kept.accepted,
             tokens=kept.tokens + judged.verdict.tokens,
@@ -115,7 +123,7 @@ class Late:
             deferred=int(offer.deferred),
             logprobs=kept.logprobs + judged.verdict.logprobs,
         )
-        return Judged(verdict=verdict, timing=judged.timing)
+        return VerifyResult(verdict=verdict, timing=judged.timing)
 
 
 def _kept(block: Block) -> Verdict:

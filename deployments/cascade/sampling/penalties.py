@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cascade.types import Sampling
+    from cascade.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Context:
 
 
 def adjusted(
-    logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
+    logits_NV: Tensor, samplings_N: Sequence[SamplingParams], contexts_N: Sequence[Context]
 ) -> Tensor:
     """Return logits with bias and penalties, widened.
 
@@ -54,12 +54,12 @@ def adjusted(
     return logits_NV
 
 
-def _block(row: tuple[Sampling, Context]) -> tuple[int, int, int]:
+def _block(row: tuple[SamplingParams, Context]) -> tuple[int, int, int]:
     sampling, context = row
     return id(sampling), id(context.prompt), id(context.answer)
 
 
-def _bias(logits_RV: Tensor, sampling: Sampling) -> None:
+def _bias(logits_RV: Tensor, sampling: SamplingParams) -> None:
     """Add the logit bias in place; tokens outside the vocabulary have no logit to bias."""
     known = [(token, bias) for token, bias in sampling.logit_bias if token < logits_RV.shape[1]]
     ids_RK = _everywhere(logits_RV, [token for token, _ in known])
@@ -67,7 +67,7 @@ def _bias(logits_RV: Tensor, sampling: Sampling) -> None:
     logits_RV.scatter_add_(1, ids_RK, bias_K.expand_as(ids_RK))
 
 
-def _repetition(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> None:
+def _repetition(logits_RV: Tensor, sampling: SamplingParams, contexts: Sequence[Context]) -> None:
     """Divide logits of tokens that were seen, or multiply them if negative, in place."""
     factor = sampling.repetition_penalty
     if factor == 1:
@@ -80,7 +80,7 @@ def _repetition(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Contex
     logits_RV[places] = _damped(logits_RV[places], factor)
 
 
-def _counts(logits_RV: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> None:
+def _counts(logits_RV: Tensor, sampling: SamplingParams, contexts: Sequence[Context]) -> None:
     """Subtract presence and frequency penalties in place: of tokens that were answered."""
     presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
     if not (presence or frequency):

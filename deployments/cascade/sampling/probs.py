@@ -21,8 +21,8 @@ from torch import Tensor
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import adjusted
 from cascade.sampling.tensor_ops import widen
-from cascade.sampling.truncation import cut
-from cascade.types import Sampling
+from cascade.sampling.truncation import truncate
+from cascade.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 # A temperature under this is greedy but for ties; its inverse still times zero is zero.
 _LEAST_TEMPERATURE = 1e-30
 
-_PLAIN = Sampling()
+_PLAIN = SamplingParams()
 
 _LEAST_LOG = -1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Truncation:
     """Which tokens of rows stay, and what they sum to."""
 
     least_N1: Tensor  # least logit kept, -inf where all are
@@ -47,7 +47,7 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Soft:
+class SoftmaxProbs:
     """Rows softmax(logits / temperature) over the tokens that a cut leaves.
 
     What is costly and not always read is computed when it is.
@@ -55,7 +55,7 @@ class Soft:
 
     logits_NV: Tensor  # of any float type, widened where they are read
     inverse_N1: Tensor | None  # 1 / temperature; None: all are 1
-    cut: Cut | None  # None keeps all
+    cut: Truncation | None  # None keeps all
     whole: bool = False  # all probabilities are computed at once, and kept
 
     def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
@@ -77,14 +77,14 @@ class Soft:
             return log_EK
         return log_EK.masked_fill(logits_EK < self.cut.least_N1[rows_E], -math.inf)
 
-    def rows(self, rows_E: Tensor | slice) -> Soft:
+    def rows(self, rows_E: Tensor | slice) -> SoftmaxProbs:
         """Return a selection of the rows."""
         cut = self.cut
-        return Soft(
+        return SoftmaxProbs(
             logits_NV=self.logits_NV[rows_E],
             inverse_N1=None if self.inverse_N1 is None else self.inverse_N1[rows_E],
             cut=cut
-            and Cut(
+            and Truncation(
                 least_N1=cut.least_N1[rows_E],
                 peak_N1=cut.peak_N1[rows_E],
                 norm_N1=cut.norm_N1[rows_E],
@@ -176,7 +176,7 @@ def _every(ids_EK: Tensor, rows_E: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hard:
+class OneHotProbs:
     """Rows at temperature 0: all mass on the likeliest token."""
 
     best_N: Tensor
@@ -188,9 +188,9 @@ class Hard:
         best_E = self.best_N if rows_E is None else self.best_N[rows_E]
         return (ids_EK == best_E[:, None]).to(self.dtype)
 
-    def rows(self, rows_E: Tensor) -> Hard:
+    def rows(self, rows_E: Tensor) -> OneHotProbs:
         """Return a selection of the rows."""
-        return Hard(best_N=self.best_N[rows_E], vocab=self.vocab, dtype=self.dtype)
+        return OneHotProbs(best_N=self.best_N[rows_E], vocab=self.vocab, dtype=self.dtype)
 
     def log_dense(self) -> Tensor:
         """Return the log-probabilities of every token, [N, V]: 0, or -inf where impossible."""
@@ -208,12 +208,12 @@ class Hard:
         return self.best_N
 
 
-Law: TypeAlias = Soft | Hard
+Probs: TypeAlias = SoftmaxProbs | OneHotProbs
 
 
 def process(
-    logits_NV: Tensor, samplings_N: Sequence[Sampling], contexts_N: Sequence[Context]
-) -> Law:
+    logits_NV: Tensor, samplings_N: Sequence[SamplingParams], contexts_N: Sequence[Context]
+) -> Probs:
     """Return the processed rows; either all samplings are greedy or none is.
 
     The order is that of `Sampling`. Top-k keeps every token that ties with the last kept. Top-p
@@ -227,11 +227,11 @@ def process(
     like = widen(logits_NV[:0])
     if samplings_N and samplings_N[0].greedy:
         best_N, vocab = tensor_ops.argmax(logits_NV), logits_NV.shape[1]
-        return Hard(best_N=best_N, vocab=vocab, dtype=like.dtype)
+        return OneHotProbs(best_N=best_N, vocab=vocab, dtype=like.dtype)
     inverse = [1.0 / max(s.temperature, _LEAST_TEMPERATURE) for s in samplings_N]
     inverse_N1 = like.new_tensor(inverse)[:, None]
     cuts = any(map(_truncates, distinct))
-    return Soft(
+    return SoftmaxProbs(
         logits_NV=logits_NV,
         inverse_N1=inverse_N1 if any(s.temperature != 1 for s in distinct) else None,
         cut=_cut(logits_NV, inverse_N1, samplings_N) if cuts else None,
@@ -239,44 +239,46 @@ def process(
     )
 
 
-def _distinct(samplings_N: Sequence[Sampling]) -> list[Sampling]:
+def _distinct(samplings_N: Sequence[SamplingParams]) -> list[SamplingParams]:
     """Return each object once: the rows of a block share theirs."""
     return list({id(sampling): sampling for sampling in samplings_N}.values())
 
 
-def _truncates(sampling: Sampling) -> bool:
+def _truncates(sampling: SamplingParams) -> bool:
     """Whether rows may lose tokens."""
     return bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
 
 
-def _cut(logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]) -> Cut:
+def _cut(
+    logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[SamplingParams]
+) -> Truncation:
     """Return what top-k, top-p and min-p leave."""
     found = [
         _cut_at_once(widen(logits_NV[some]), inverse_N1[some], samplings_N[some])
         for some in tensor_ops.pieces(logits_NV)
     ]
     least, peaks, norms = zip(*found, strict=True)
-    return Cut(least_N1=torch.cat(least), peak_N1=torch.cat(peaks), norm_N1=torch.cat(norms))
+    return Truncation(least_N1=torch.cat(least), peak_N1=torch.cat(peaks), norm_N1=torch.cat(norms))
 
 
 def _cut_at_once(
-    logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[Sampling]
+    logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the least logit kept, peak and norm of some rows, [N, 1] each."""
     peak_N1 = logits_NV.amax(dim=1, keepdim=True)
     scaled_NV = (logits_NV - peak_N1).mul_(inverse_N1)
     p_NV = torch.softmax(scaled_NV, dim=1, out=scaled_NV)
-    least_N1, kept_N1 = cut(logits_NV, p_NV, samplings_N)
+    least_N1, kept_N1 = truncate(logits_NV, p_NV, samplings_N)
     return least_N1, peak_N1, (kept_N1 / p_NV.amax(dim=1, keepdim=True)).log_()
 
 
-def unscaled(logits_NV: Tensor) -> Soft:
+def unscaled(logits_NV: Tensor) -> SoftmaxProbs:
     """Return the rows at temperature 1, untruncated, without penalties or bias: what gates read."""
     law = process(logits_NV, [_PLAIN] * logits_NV.shape[0], [])
-    assert isinstance(law, Soft), "temperature 1 is not greedy"
+    assert isinstance(law, SoftmaxProbs), "temperature 1 is not greedy"
     return law
 
 
-def is_plain(sampling: Sampling) -> bool:
+def is_plain(sampling: SamplingParams) -> bool:
     """Whether the processed row is the unscaled row."""
     return sampling == _PLAIN

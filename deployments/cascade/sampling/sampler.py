@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.sampling.tensor_ops import fetch
+from cascade.sampling.tensor_ops import to_list
 from cascade.types import TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.sampling.probs import Soft
+    from cascade.sampling.probs import SoftmaxProbs
 
 _BLOCK = 128  # weights that are summed before they are cumulated
 
@@ -38,7 +38,7 @@ class Weights:
         """What each row sums to, float64."""
         return self._sums.sum(dim=1)
 
-    def invert(self, coins_N: Tensor) -> Tensor:
+    def inverse_cdf(self, coins_N: Tensor) -> Tensor:
         """Return the index at which each coin falls in the cumulated weights, int64 [N].
 
         An index of weight 0 is never returned unless all are 0.
@@ -84,13 +84,15 @@ def _fall(sums_NK: Tensor, points_N1: Tensor) -> tuple[Tensor, Tensor]:
     return index_N1, (points_N1 - before_N1).clamp_min(0)
 
 
-def logprobs(law: Soft, tokens_N: Sequence[int], tops_N: Sequence[int]) -> list[TokenLogprob]:
+def logprobs(
+    law: SoftmaxProbs, tokens_N: Sequence[int], tops_N: Sequence[int]
+) -> list[TokenLogprob]:
     """Return the log-probability of a token of each row, with that row's likeliest tokens."""
     ids_N1 = torch.tensor(tokens_N, dtype=torch.int64, device=law.logits_NV.device)[:, None]
-    chosen_N = fetch(law.log_at(ids_N1).squeeze(1))
+    chosen_N = to_list(law.log_at(ids_N1).squeeze(1))
     depth = min(max(tops_N, default=0), law.logits_NV.shape[1])
     best_NK = law.logits_NV.topk(depth).indices
-    best, values = fetch(best_NK), fetch(law.log_at(best_NK))
+    best, values = to_list(best_NK), to_list(law.log_at(best_NK))
     return [
         TokenLogprob(
             token=token, logprob=chosen, top=tuple(zip(best[i], values[i], strict=True))[:top]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cascade.types import Row
+from cascade.types import SparseProbs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,30 +24,32 @@ if TYPE_CHECKING:
 _LEAST_WEIGHT = 2.0**-12
 
 # Stands for a row that nobody needs, at a position where the drafter's own rule keeps.
-ABSENT = Row(ids=np.empty(0, np.uint32), weights=np.empty(0, np.float16))
+ABSENT = SparseProbs(ids=np.empty(0, np.uint32), weights=np.empty(0, np.float16))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sparse:
+class SparseRows:
     """N laws on K tokens each, padded with tokens of probability 0."""
 
     ids_NK: Tensor  # int64, ascending
     weights_NK: Tensor  # float16, the largest of a row is 1
 
-    def law(self, dtype: torch.dtype) -> Tensor:
+    def probs(self, dtype: torch.dtype) -> Tensor:
         """Return the probabilities [N, K]: the weights, renormalised."""
         return normalised(self.weights_NK.to(dtype))
 
-    def row(self, index: int, *, full: bool = False, unscaled_K: Tensor | None = None) -> Row:
+    def row(
+        self, index: int, *, full: bool = False, unscaled_K: Tensor | None = None
+    ) -> SparseProbs:
         """Return one law as a value, without its padding unless it is a full row."""
         weights_K = self.weights_NK[index].numpy()
         q0_K = None if unscaled_K is None else unscaled_K.half().numpy()
         if full:
-            return Row(ids=np.empty(0, np.uint32), weights=weights_K, unscaled=q0_K)
+            return SparseProbs(ids=np.empty(0, np.uint32), weights=weights_K, unscaled=q0_K)
         kept_K = weights_K > 0
         ids_K = self.ids_NK[index].numpy().astype(np.uint32)[kept_K]
         q0_kept_K = None if q0_K is None else q0_K[kept_K]
-        return Row(ids=ids_K, weights=weights_K[kept_K], unscaled=q0_kept_K)
+        return SparseProbs(ids=ids_K, weights=weights_K[kept_K], unscaled=q0_kept_K)
 
 
 def normalised(weights_NK: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def normalised(weights_NK: Tensor) -> Tensor:
     return weights_NK / torch.where(total_N1 > 0, total_N1, 1.0)
 
 
-def sparsify(q_NV: Tensor, entries: int) -> Sparse:
+def sparsify(q_NV: Tensor, entries: int) -> SparseRows:
     """Return the likeliest `entries` tokens of each row, as float16 weights scaled by the largest.
 
     Of fewer tokens than there are, those under 2**-12 of the largest leave the law too; of all,
@@ -64,10 +66,10 @@ def sparsify(q_NV: Tensor, entries: int) -> Sparse:
     """
     if entries >= q_NV.shape[1]:
         ids_V = torch.arange(q_NV.shape[1], device=q_NV.device)
-        return Sparse(ids_NK=ids_V.expand(q_NV.shape), weights_NK=quantised(q_NV))
+        return SparseRows(ids_NK=ids_V.expand(q_NV.shape), weights_NK=quantised(q_NV))
     ids_NK = q_NV.topk(entries).indices.sort(dim=1).values
     weights_NK = quantised(q_NV.gather(1, ids_NK))
-    return Sparse(ids_NK=ids_NK, weights_NK=weights_NK.where(weights_NK >= _LEAST_WEIGHT, 0.0))
+    return SparseRows(ids_NK=ids_NK, weights_NK=weights_NK.where(weights_NK >= _LEAST_WEIGHT, 0.0))
 
 
 def quantised(q_NK: Tensor) -> Tensor:
@@ -75,13 +77,15 @@ def quantised(q_NK: Tensor) -> Tensor:
     return (q_NK / q_NK.amax(dim=1, keepdim=True)).half()
 
 
-def one_hot(token: int, *, unscaled: float | None = None) -> Row:
+def one_hot(token: int, *, unscaled: float | None = None) -> SparseProbs:
     """Return the law that is certain of one token."""
     q0_K = None if unscaled is None else np.array([unscaled], np.float16)
-    return Row(ids=np.array([token], np.uint32), weights=np.ones(1, np.float16), unscaled=q0_K)
+    return SparseProbs(
+        ids=np.array([token], np.uint32), weights=np.ones(1, np.float16), unscaled=q0_K
+    )
 
 
-def size(row: Row) -> int:
+def size(row: SparseProbs) -> int:
     """Return the number of entries; 0 for `ABSENT`."""
     return len(row.weights)
 
@@ -97,7 +101,7 @@ class Support:
 
 
 def received(
-    rows_N: Sequence[Row | None],
+    rows_N: Sequence[SparseProbs | None],
     tokens_N: Sequence[int],
     likelihoods_N: Sequence[float],
     unscaled_N: Sequence[float],
@@ -130,7 +134,7 @@ def received(
     )
 
 
-def _ids(row: Row) -> NDArray[np.uint32] | NDArray[np.int64]:
+def _ids(row: SparseProbs) -> NDArray[np.uint32] | NDArray[np.int64]:
     return row.ids if len(row.ids) else np.arange(size(row))
 
 

@@ -62,13 +62,13 @@ class _Tally(threading.local):
 _tally = _Tally()
 
 
-def fetch(tensor: Tensor) -> Any:
+def to_list(tensor: Tensor) -> Any:
     """Return a tensor's numbers as nested lists, or one number."""
     _tally.reads += 1
     return tensor.tolist()
 
 
-def bring(tensor: Tensor) -> Tensor:
+def to_cpu(tensor: Tensor) -> Tensor:
     """Return a tensor in the memory of the host."""
     _tally.reads += 1
     return tensor.cpu()

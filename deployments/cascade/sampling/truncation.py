@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from cascade.types import Sampling
+    from cascade.types import SamplingParams
 
     Row = NDArray[np.floating[Any]]
     Ids = NDArray[np.intp]
@@ -36,7 +36,9 @@ _MAGNITUDE_BITS = 6  # of a mantissa: 64 magnitudes an octave
 _COLUMNS = 512  # whose largest logits bound the k-th largest of a row from below
 
 
-def cut(logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+def truncate(
+    logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
+) -> tuple[Tensor, Tensor]:
     """Return the least logit kept, -inf where all are, and the mass of what is, [N, 1] each.
 
     Args:
@@ -45,14 +47,14 @@ def cut(logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[Sampling]) -> tup
         samplings_N: What cuts each row.
     """
     if logits_NV.device.type != "cpu":
-        return cut_on_device(logits_NV, p_NV, samplings_N)
+        return truncate_on_device(logits_NV, p_NV, samplings_N)
     rows = zip(logits_NV.numpy(), p_NV.numpy(), samplings_N, strict=True)
     found = np.array([_cut_row(*row) for row in rows], dtype=logits_NV.numpy().dtype)
     least_N1, kept_N1 = torch.from_numpy(found).split(1, dim=1)
     return least_N1, kept_N1
 
 
-def _cut_row(logits_V: Row, p_V: Row, sampling: Sampling) -> tuple[float, float]:
+def _cut_row(logits_V: Row, p_V: Row, sampling: SamplingParams) -> tuple[float, float]:
     least, kept = -math.inf, 1.0
     ids_K = None  # of the tokens that top-k leaves; None: all
     if 0 < sampling.top_k < len(logits_V):
@@ -117,8 +119,8 @@ def _sum(values: Row) -> float:
     return float(values.sum(dtype=np.float64))
 
 
-def cut_on_device(
-    logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[Sampling]
+def truncate_on_device(
+    logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor]:
     """Return what `cut` does, without a look at any row."""
     least_N1 = torch.full_like(logits_NV[:, :1], -math.inf)

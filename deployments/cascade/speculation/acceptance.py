@@ -14,20 +14,20 @@ from torch import Tensor
 from cascade.rules import Ensemble, Lossless
 from cascade.sampling import rng
 from cascade.sampling.rng import Purpose
-from cascade.sampling.tensor_ops import fetch
+from cascade.sampling.tensor_ops import to_list
 from cascade.speculation.payload import is_blockwise
-from cascade.speculation.residual import Emission, emission_weights, spread
+from cascade.speculation.residual import NextToken, dense_target, next_token_weights
 from cascade.speculation.verify_batch import quotient
 from cascade.types import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cascade.speculation.verify_batch import Bench
+    from cascade.speculation.verify_batch import VerifyBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class VerifyOutcome:
     """What became of one block."""
 
     accepted: int
@@ -37,7 +37,7 @@ class Outcome:
     emitted: int | None  # correction or bonus
 
 
-def tokenwise(bench: Bench) -> list[Outcome]:
+def verify_tokens(bench: VerifyBatch) -> list[VerifyOutcome]:
     """Return the outcome of verification token by token.
 
     A draft stands with probability min(1, pi / q), and norm((pi - q)+) follows a refusal. In the
@@ -54,10 +54,10 @@ def tokenwise(bench: Bench) -> list[Outcome]:
     return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
 
 
-def blockwise(bench: Bench) -> list[Outcome]:
+def verify_block(bench: VerifyBatch) -> list[VerifyOutcome]:
     """Return the outcome of block verification: the longest prefix i with coin_i < h_i stands."""
-    tossed, standing = _toss(bench), standing_probabilities(bench)
-    coins_M = fetch(tossed.accept_M)
+    tossed, standing = _toss(bench), prefix_acceptance(bench)
+    coins_M = to_list(tossed.accept_M)
     accepted = [
         max([0, *(i + 1 for i, h in enumerate(hs) if coins_M[head + i] < h)])
         for head, hs in zip(bench.heads, standing.prefixes, strict=True)
@@ -71,9 +71,9 @@ def blockwise(bench: Bench) -> list[Outcome]:
     return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
 
 
-def gumbel(bench: Bench) -> list[Outcome]:
+def verify_gumbel(bench: VerifyBatch) -> list[VerifyOutcome]:
     """Return the outcome under shared noise: a draft stands iff it is argmax(log pi + g)."""
-    expert_N, chosen_N = races(bench)
+    expert_N, chosen_N = gumbel_argmax(bench)
     rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=expert_N.device)
     token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=expert_N.device)
     stands_M = chosen_N[rows_M] == token_M
@@ -81,25 +81,25 @@ def gumbel(bench: Bench) -> list[Outcome]:
     accepted = [
         _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
     ]
-    chosen = fetch(chosen_N)
+    chosen = to_list(chosen_N)
     emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
     return _outcomes(bench, accepted, marks, {e.owner: chosen[e.row] for e in emissions if e})
 
 
-def accept_probabilities(bench: Bench) -> Tensor:
+def accept_probabilities(bench: VerifyBatch) -> Tensor:
     """Return the probability with which each drafted token stands on its own, float64 [M]."""
     return _ratios(bench).clamp_max(1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class PrefixAcceptance:
     """Block verification of each task: for prefixes 1 .. L, and the factors p_0 .. p_L."""
 
     prefixes: list[list[float]]  # h_i: the chance that prefix i stands if no longer one does
     factors: list[list[float]]
 
 
-def standing_probabilities(bench: Bench) -> Standing:
+def prefix_acceptance(bench: VerifyBatch) -> PrefixAcceptance:
     """Return h_i and p_i of arXiv 2403.10444, for any target."""
     ratio_M, tail_M = _ratios(bench), bench.target.tail_N.double()
     q_MK, pi_MK = bench.evidence.q_NK.double(), bench.target.on_NK.double()
@@ -115,20 +115,20 @@ def standing_probabilities(bench: Bench) -> Standing:
         prefixes.append(torch.where(factor_B < 1, gain_B / (gain_B + 1 - factor_B), 1.0))
         factor_B = (factor_B * ratio_M[row_B]).clamp_max(1)
         factors.append(factor_B)
-    h, p = fetch(torch.stack([torch.stack([*prefixes, factor_B]).T, torch.stack(factors).T]))
-    return Standing(
+    h, p = to_list(torch.stack([torch.stack([*prefixes, factor_B]).T, torch.stack(factors).T]))
+    return PrefixAcceptance(
         prefixes=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(bench.lengths)],
         factors=[p[i][: n + 1] for i, n in enumerate(bench.lengths)],
     )
 
 
-def _ratios(bench: Bench) -> Tensor:
+def _ratios(bench: VerifyBatch) -> Tensor:
     """Return pi / q at each drafted token, float64 [M]; 0 where the row lacks its own token."""
     pi_M, q_M = bench.on_token(bench.target.on_NK), bench.on_token(bench.evidence.q_NK)
     return quotient(pi_M.double(), q_M.double())
 
 
-def _shared(bench: Bench, coins_M: Tensor) -> Tensor:
+def _shared(bench: VerifyBatch, coins_M: Tensor) -> Tensor:
     """Return which drafted tokens lossless verification with the same coins would let stand."""
     return coins_M < bench.lossless_ratios()
 
@@ -141,7 +141,7 @@ class _Tossed:
     emit_N: Tensor
 
 
-def _toss(bench: Bench) -> _Tossed:
+def _toss(bench: VerifyBatch) -> _Tossed:
     """Return all coins at once, on the device of the logits; zeros where none matters."""
     like = bench.logits_NV.new_empty(0, dtype=torch.float64)
     if _is_certain(bench):
@@ -163,7 +163,7 @@ def _toss(bench: Bench) -> _Tossed:
     return _Tossed(accept_M=accept_M.to(like.device), emit_N=emit_N.to(like.device))
 
 
-def _is_certain(bench: Bench) -> bool:
+def _is_certain(bench: VerifyBatch) -> bool:
     """Whether no coin matters: one-hots, unless the rule mixes them."""
     return bench.policy.sampling.greedy and not isinstance(bench.policy.rule, Ensemble)
 
@@ -177,17 +177,17 @@ class _Marks:
     deferred: list[bool] | None  # None: a refusal is what deferring is
 
 
-def _marks(bench: Bench, stands_M: Tensor, shared: Callable[[], Tensor]) -> _Marks:
+def _marks(bench: VerifyBatch, stands_M: Tensor, shared: Callable[[], Tensor]) -> _Marks:
     """Return the marks, brought from the device in one piece; all are `shared` where pi is p."""
     if isinstance(bench.policy.rule, Lossless):
-        stands = fetch(stands_M)
+        stands = to_list(stands_M)
         return _Marks(stands=stands, shared=stands, deferred=None)
     deferred_MK = bench.target.deferred_NK
     if deferred_MK is None:
-        stands, drawn = fetch(torch.stack([stands_M, shared()]))
+        stands, drawn = to_list(torch.stack([stands_M, shared()]))
         return _Marks(stands=stands, shared=drawn, deferred=None)
     deferred_M = bench.on_token(deferred_MK.expand(bench.support.ids_NK.shape).double()) > 0
-    stands, drawn, deferred = fetch(torch.stack([stands_M, shared(), deferred_M]))
+    stands, drawn, deferred = to_list(torch.stack([stands_M, shared(), deferred_M]))
     return _Marks(stands=stands, shared=drawn, deferred=deferred)
 
 
@@ -196,12 +196,14 @@ def _leading(flags: Sequence[bool]) -> int:
     return next((i for i, flag in enumerate(flags) if not flag), len(flags))
 
 
-def following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -> Emission | None:
+def following(
+    bench: VerifyBatch, owner: int, accepted: int, *, factor: float = 1.0
+) -> NextToken | None:
     """Return what is emitted after the accepted tokens: a correction, a bonus or nothing."""
     refused = accepted < bench.lengths[owner]
     if not refused and not bench.bonuses[owner]:
         return None
-    return Emission(
+    return NextToken(
         owner=owner,
         row=bench.firsts[owner] + accepted,
         judged=bench.judged(owner, accepted),
@@ -210,7 +212,9 @@ def following(bench: Bench, owner: int, accepted: int, *, factor: float = 1.0) -
     )
 
 
-def _emit(bench: Bench, emissions: Sequence[Emission | None], tossed: _Tossed) -> dict[int, int]:
+def _emit(
+    bench: VerifyBatch, emissions: Sequence[NextToken | None], tossed: _Tossed
+) -> dict[int, int]:
     """Return the token that each owner's emission draws."""
     wanted = [e for e in emissions if e is not None]
     if not wanted:
@@ -218,11 +222,11 @@ def _emit(bench: Bench, emissions: Sequence[Emission | None], tossed: _Tossed) -
     if _is_certain(bench):
         return _emit_certain(bench, wanted)
     rows_E = torch.tensor([e.row for e in wanted], device=bench.logits_NV.device)
-    tokens = fetch(emission_weights(bench, wanted).invert(tossed.emit_N[rows_E]))
+    tokens = to_list(next_token_weights(bench, wanted).inverse_cdf(tossed.emit_N[rows_E]))
     return dict(zip((e.owner for e in wanted), tokens, strict=True))
 
 
-def _emit_certain(bench: Bench, emissions: Sequence[Emission]) -> dict[int, int]:
+def _emit_certain(bench: VerifyBatch, emissions: Sequence[NextToken]) -> dict[int, int]:
     """Return the favourites of one-hot laws: p's, or the drafter's where pi keeps it."""
     device = bench.logits_NV.device
     row_E = torch.tensor([e.row for e in emissions], device=device)
@@ -235,15 +239,15 @@ def _emit_certain(bench: Bench, emissions: Sequence[Emission]) -> dict[int, int]
         place_J = torch.tensor(kept, device=device)
         keeps_J = bench.target.tail_N[judged_J] < 1
         token_E[place_J] = torch.where(keeps_J, drafted_J, token_E[place_J])
-    return dict(zip((e.owner for e in emissions), fetch(token_E), strict=True))
+    return dict(zip((e.owner for e in emissions), to_list(token_E), strict=True))
 
 
 def _outcomes(
-    bench: Bench, accepted: Sequence[int], marks: _Marks, emitted: dict[int, int]
-) -> list[Outcome]:
+    bench: VerifyBatch, accepted: Sequence[int], marks: _Marks, emitted: dict[int, int]
+) -> list[VerifyOutcome]:
     """Return the outcome of each task."""
     return [
-        Outcome(
+        VerifyOutcome(
             accepted=count,
             origins=tuple(
                 Origin.DRAFTER if shared else Origin.KEPT
@@ -268,7 +272,7 @@ def _deferred(marks: _Marks, head: int, judged: int, *, refused: bool) -> int:
 _CHUNK_TOKENS = 1 << 18
 
 
-def races(bench: Bench) -> tuple[Tensor, Tensor]:
+def gumbel_argmax(bench: VerifyBatch) -> tuple[Tensor, Tensor]:
     """Return the winners under p and under pi of every row of logits, int64 [N] each.
 
     Where no target is asked for, pi is p.
@@ -279,7 +283,7 @@ def races(bench: Bench) -> tuple[Tensor, Tensor]:
     return torch.cat([expert for expert, _ in chunks]), torch.cat([chosen for _, chosen in chunks])
 
 
-def _chunk(bench: Bench, first: int, end: int) -> tuple[Tensor, Tensor]:
+def _chunk(bench: VerifyBatch, first: int, end: int) -> tuple[Tensor, Tensor]:
     """Return the winners of the rows of logits from `first` to `end`."""
     device, vocab = bench.logits_NV.device, bench.logits_NV.shape[1]
     log_CV = bench.law.rows(torch.arange(first, end, device=device)).log_dense()
@@ -292,12 +296,12 @@ def _chunk(bench: Bench, first: int, end: int) -> tuple[Tensor, Tensor]:
         return expert_C, expert_C
     index_E = torch.tensor([m for m, _ in judged], device=device)
     row_E = torch.tensor([row for _, row in judged], device=device)
-    log_EV = spread(bench, bench.law.rows(row_E), index_E).log_()
+    log_EV = dense_target(bench, bench.law.rows(row_E), index_E).log_()
     winners_E = log_EV.add_(noise_CV[row_E - first]).argmax(dim=1)
     return expert_C, expert_C.index_copy(0, row_E - first, winners_E)
 
 
-def _counters(bench: Bench) -> list[tuple[int, int]]:
+def _counters(bench: VerifyBatch) -> list[tuple[int, int]]:
     """Return seed and position of each row of logits."""
     ends = [*bench.firsts[1:], bench.logits_NV.shape[0]]
     return [

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cascade.sampling.tensor_ops import fetch, widen
+from cascade.sampling.tensor_ops import to_list, widen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ PRIOR_TOKENS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
+class TokenConfidence:
     """What a row says of the token that was chosen from it."""
 
     confidence: float  # its probability at temperature 1, without truncation
@@ -54,7 +54,7 @@ def outlooks(
     *,
     scores_BK: Tensor | None = None,
     ids_BK: Tensor | None = None,
-) -> list[Outlook]:
+) -> list[TokenConfidence]:
     """Return what each row says of its token.
 
     Args:
@@ -76,12 +76,12 @@ def outlooks(
     share_B1 = (best_B1 / others_BK.sum(dim=1, keepdim=True)).nan_to_num()
     found_B3 = torch.cat([chance_B1, rival_B1, share_B1], dim=1)
     return [
-        Outlook(confidence=confidence, rival=int(rival), share=share)
-        for confidence, rival, share in fetch(found_B3)
+        TokenConfidence(confidence=confidence, rival=int(rival), share=share)
+        for confidence, rival, share in to_list(found_B3)
     ]
 
 
-def _on_host(rows_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[Outlook]:
+def _on_host(rows_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[TokenConfidence]:
     """Return what rows of the host say: numpy takes a fraction of the time that torch does."""
     weights_BV = np.exp(rows_BV - rows_BV.max(axis=1, keepdims=True))
     row_B, chosen_B = np.arange(len(tokens_B)), np.asarray(tokens_B)
@@ -91,7 +91,10 @@ def _on_host(rows_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> lis
     rest_B = weights_BV.sum(axis=1)
     share_B = weights_BV[row_B, rival_B] / np.where(rest_B > 0, rest_B, 1)
     found = zip(chance_B.tolist(), rival_B.tolist(), share_B.tolist(), strict=True)
-    return [Outlook(confidence=chance, rival=rival, share=share) for chance, rival, share in found]
+    return [
+        TokenConfidence(confidence=chance, rival=rival, share=share)
+        for chance, rival, share in found
+    ]
 
 
 def _without(weights_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:

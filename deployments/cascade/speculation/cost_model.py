@@ -52,7 +52,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class RoundSample:
     """One round as it went."""
 
     drafted: int  # by the drafter; 0 where the expert wrote alone
@@ -212,7 +212,7 @@ class Costs:
         enough = min(FEWEST * self.sessions.value, self.draft_step_s.memory)
         return min(self.passes.count, self.draft_step_s.count) >= enough
 
-    def learn(self, lesson: Lesson, *, stood: bool | None) -> None:
+    def learn(self, lesson: RoundSample, *, stood: bool | None) -> None:
         """Take in a round.
 
         Args:
@@ -268,7 +268,7 @@ class Costs:
         found = (root - b) / (2 * a) if a > 0 else others * alone_s / b
         return (1 + min(self.sessions.value - 1, max(0.0, found))) * each
 
-    def _learn_judging(self, lesson: Lesson) -> None:
+    def _learn_judging(self, lesson: RoundSample) -> None:
         judge = lesson.judge
         self.passes.learn(tokens=judge.tokens, seconds=judge.step_s)
         others = max(judge.open, judge.sessions) - 1
@@ -280,7 +280,7 @@ class Costs:
             self.judge_trip_s.learn(max(0.0, lesson.judge_s - judge.service_s))
             self.queue.learn(min(4.0, max(1.0, judge.service_s / judge.step_s)))
 
-    def _learn_drafting(self, lesson: Lesson, *, stood: bool | None) -> None:
+    def _learn_drafting(self, lesson: RoundSample, *, stood: bool | None) -> None:
         self.draft_step_s.learn(lesson.draft.step_s)
         asked = lesson.draft.service_s > 0
         if asked:

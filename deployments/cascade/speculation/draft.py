@@ -14,15 +14,21 @@ from torch import Tensor
 from cascade.rules import Chow, ChowLog
 from cascade.sampling import rng
 from cascade.sampling.penalties import Context
-from cascade.sampling.probs import Law, Soft, is_plain, process, unscaled
+from cascade.sampling.probs import Probs, SoftmaxProbs, is_plain, process, unscaled
 from cascade.sampling.rng import Purpose
 from cascade.sampling.sampler import Weights, logprobs
-from cascade.sampling.sparse_probs import ABSENT, Sparse, one_hot, sparsify
-from cascade.sampling.tensor_ops import bring, fetch
-from cascade.speculation.confidence import Outlook, outlooks
-from cascade.speculation.payload import Needs, Rows, is_blockwise, is_gumbel, needs
+from cascade.sampling.sparse_probs import ABSENT, SparseRows, one_hot, sparsify
+from cascade.sampling.tensor_ops import to_cpu, to_list
+from cascade.speculation.confidence import TokenConfidence, outlooks
+from cascade.speculation.payload import (
+    PayloadSpec,
+    ProbsPayload,
+    is_blockwise,
+    is_gumbel,
+    payload_spec,
+)
 from cascade.speculation.target_distribution import defers
-from cascade.types import Block, Gates, Policy, Row, RowFormat, TokenLogprob
+from cascade.types import Block, DecodingParams, DraftStats, RowFormat, SparseProbs, TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 class DraftTask:
     """One token to draft: where, under which policy, after which tokens."""
 
-    policy: Policy
+    policy: DecodingParams
     position: int  # committed and drafted tokens before this one
     start: int  # position at which the block began
     prompt: Sequence[int] = ()  # read if the sampling counts tokens
@@ -42,21 +48,21 @@ class DraftTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class DraftToken:
     """A drafted token, what the expert needs to know of its row, and what is to be expected."""
 
     token: int
     likelihood: float = 1.0
     unscaled: float | None = None
-    gates: Gates | None = None
-    row: Row | None = None
+    gates: DraftStats | None = None
+    row: SparseProbs | None = None
     logprob: TokenLogprob | None = None
-    outlook: Outlook | None = None
+    confidence: TokenConfidence | None = None
 
 
 def draft_step(
     logits_BV: Tensor, tasks: Sequence[DraftTask], *, vocab_limit: int | None = None
-) -> list[Draft]:
+) -> list[DraftToken]:
     """Return a drafted token for each row of logits.
 
     The token follows exactly the law that is reported: where the row is shipped truncated and
@@ -72,14 +78,14 @@ def draft_step(
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
         groups.setdefault(_kind(task), []).append(i)
-    drafts: dict[int, Draft] = {}
+    drafts: dict[int, DraftToken] = {}
     for members in groups.values():
         rows_BV = logits_BV if len(members) == len(tasks) else logits_BV[members]
         drafts.update(zip(members, _draft(rows_BV, [tasks[i] for i in members]), strict=True))
     return [drafts[i] for i in range(len(tasks))]
 
 
-def block_of(drafts: Sequence[Draft], *, length: int | None = None) -> Block:
+def block_of(drafts: Sequence[DraftToken], *, length: int | None = None) -> Block:
     """Return the drafts as a block of `length` tokens; one draft more is the row after it."""
     length = len(drafts) if length is None else length
     inside = drafts[:length]
@@ -87,13 +93,13 @@ def block_of(drafts: Sequence[Draft], *, length: int | None = None) -> Block:
         tokens=tuple(d.token for d in inside),
         likelihoods=tuple(d.likelihood for d in inside),
         unscaled=tuple(d.unscaled for d in inside if d.unscaled is not None),
-        gates=tuple(d.gates for d in drafts if d.gates is not None),
+        draft_stats=tuple(d.gates for d in drafts if d.gates is not None),
         rows=tuple(d.row for d in drafts if d.row is not None),
         logprobs=tuple(d.logprob for d in inside if d.logprob is not None),
     )
 
 
-def defers_alone(policy: Policy, draft: Draft) -> bool:
+def defers_alone(policy: DecodingParams, draft: DraftToken) -> bool:
     """Return whether the rule reads the drafter alone and gives this token to the expert."""
     if not isinstance(policy.rule, Chow | ChowLog):
         return False
@@ -108,7 +114,7 @@ def _kind(task: DraftTask) -> Hashable:
     form = (policy.rows is RowFormat.FULL, policy.row_entries)
     procedure = policy.sampling.greedy, is_gumbel(policy), is_blockwise(policy)
     tossed = not policy.sampling.greedy and not is_gumbel(policy)
-    return procedure, needs(policy), form, rule, tossed and task.purpose
+    return procedure, payload_spec(policy), form, rule, tossed and task.purpose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,33 +123,33 @@ class _Sample:
 
     tokens_B: list[int]
     likelihoods_B: list[float]
-    row: Callable[[int], Row | None]
+    row: Callable[[int], SparseProbs | None]
     scores_BK: Tensor | None = None  # of which the largest was chosen
     ids_BK: Tensor | None = None  # the tokens that have scores; all of the vocabulary if absent
 
 
-def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
+def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[DraftToken]:
     """Return the drafts of sessions of one kind."""
-    policy, need = tasks[0].policy, needs(tasks[0].policy)
+    policy, need = tasks[0].policy, payload_spec(tasks[0].policy)
     law = process(logits_BV, [t.policy.sampling for t in tasks], [_context(t) for t in tasks])
     raw = _unscaled_if(logits_BV, law, tasks, need=need)
-    gates = _gates(raw, need=need) if raw and need.gates else [None] * len(tasks)
-    if isinstance(law, Soft):
+    gates = _gates(raw, need=need) if raw and need.draft_stats else [None] * len(tasks)
+    if isinstance(law, SoftmaxProbs):
         sample = _sample(law, raw, tasks, shipped_B=_shipped(policy, need, gates))
     else:
-        sample = _greedy(fetch(law.best_N), raw, need=need)
+        sample = _greedy(to_list(law.best_N), raw, need=need)
     unscaled_B = _unscaled_at(raw, sample.tokens_B) if need.unscaled else [None] * len(tasks)
     logprobs_B = _logprobs(raw, sample.tokens_B, tasks)
     outlook_B = _outlooks(logits_BV, sample, tasks)
     return [
-        Draft(
+        DraftToken(
             token=sample.tokens_B[i],
             likelihood=sample.likelihoods_B[i],
             unscaled=unscaled_B[i],
             gates=gates[i],
             row=sample.row(i),
             logprob=logprobs_B[i],
-            outlook=outlook_B[i],
+            confidence=outlook_B[i],
         )
         for i in range(len(tasks))
     ]
@@ -151,7 +157,7 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[Draft]:
 
 def _outlooks(
     logits_BV: Tensor, sample: _Sample, tasks: Sequence[DraftTask]
-) -> Sequence[Outlook | None]:
+) -> Sequence[TokenConfidence | None]:
     """Return what is to be expected of each token, if any is to be weighed."""
     if not any(task.weighed for task in tasks):
         return [None] * len(tasks)
@@ -164,47 +170,55 @@ def _context(task: DraftTask) -> Context:
 
 
 def _unscaled_if(
-    logits_BV: Tensor, law: Law, tasks: Sequence[DraftTask], *, need: Needs
-) -> Soft | None:
+    logits_BV: Tensor, law: Probs, tasks: Sequence[DraftTask], *, need: PayloadSpec
+) -> SoftmaxProbs | None:
     """Return the unscaled rows if anything reads them; a plain law is its own."""
     asked = any(t.policy.logprobs is not None for t in tasks)
-    if not (need.gates or need.unscaled or need.row_unscaled or asked):
+    if not (need.draft_stats or need.unscaled or need.row_unscaled or asked):
         return None
-    if isinstance(law, Soft) and all(is_plain(t.policy.sampling) for t in tasks):
+    if isinstance(law, SoftmaxProbs) and all(is_plain(t.policy.sampling) for t in tasks):
         return law
     return unscaled(logits_BV)
 
 
-def _gates(raw: Soft, *, need: Needs) -> list[Gates | None]:
+def _gates(raw: SoftmaxProbs, *, need: PayloadSpec) -> list[DraftStats | None]:
     """Return the gates of each row."""
-    peaks, favourites = fetch(raw.peaks()), fetch(raw.favourites())
-    entropies = fetch(raw.entropies()) if need.entropy else [0.0] * len(peaks)
+    peaks, favourites = to_list(raw.peaks()), to_list(raw.favourites())
+    entropies = to_list(raw.entropies()) if need.entropy else [0.0] * len(peaks)
     return [
-        Gates(peak=peak, favourite=favourite, entropy=entropy)
+        DraftStats(peak=peak, favourite=favourite, entropy=entropy)
         for peak, favourite, entropy in zip(peaks, favourites, entropies, strict=True)
     ]
 
 
-def _shipped(policy: Policy, need: Needs, gates: Sequence[Gates | None]) -> list[bool]:
+def _shipped(
+    policy: DecodingParams, need: PayloadSpec, gates: Sequence[DraftStats | None]
+) -> list[bool]:
     """Return which sessions' rows are shipped."""
-    if need.rows is not Rows.DEFERRED:
-        return [need.rows is Rows.ALL] * len(gates)
+    if need.rows is not ProbsPayload.DEFERRED:
+        return [need.rows is ProbsPayload.ALL] * len(gates)
     assert isinstance(policy.rule, Chow | ChowLog), "only these rules decide before the expert"
     return [defers(policy.rule, g) for g in gates if g is not None]
 
 
-def _greedy(tokens_B: list[int], raw: Soft | None, *, need: Needs) -> _Sample:
+def _greedy(tokens_B: list[int], raw: SoftmaxProbs | None, *, need: PayloadSpec) -> _Sample:
     """Return the favourites, each certain."""
     q0_B = _unscaled_at(raw, tokens_B) if need.row_unscaled else [None] * len(tokens_B)
     return _Sample(
         tokens_B=tokens_B,
         likelihoods_B=[1.0] * len(tokens_B),
-        row=lambda i: one_hot(tokens_B[i], unscaled=q0_B[i]) if need.rows is Rows.ALL else None,
+        row=lambda i: (
+            one_hot(tokens_B[i], unscaled=q0_B[i]) if need.rows is ProbsPayload.ALL else None
+        ),
     )
 
 
 def _sample(
-    law: Soft, raw: Soft | None, tasks: Sequence[DraftTask], *, shipped_B: list[bool]
+    law: SoftmaxProbs,
+    raw: SoftmaxProbs | None,
+    tasks: Sequence[DraftTask],
+    *,
+    shipped_B: list[bool],
 ) -> _Sample:
     """Return tokens drawn from the rows as shipped, and from the whole row where none is."""
     if all(shipped_B):
@@ -230,7 +244,7 @@ def _sample(
     )
 
 
-def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
+def _sample_whole(law: SoftmaxProbs, tasks: Sequence[DraftTask]) -> _Sample:
     """Return tokens drawn from the whole processed row; likelihoods with them."""
     scores_BV: Tensor | None = None
     if is_gumbel(tasks[0].policy):
@@ -242,36 +256,38 @@ def _sample_whole(law: Soft, tasks: Sequence[DraftTask]) -> _Sample:
         likelihood_B = log_BV.gather(1, token_B[:, None]).exp()
     else:
         q_BV = law.dense()
-        token_B = Weights(weights_NK=q_BV).invert(_draft_coins(tasks))
+        token_B = Weights(weights_NK=q_BV).inverse_cdf(_draft_coins(tasks))
         likelihood_B = q_BV.gather(1, token_B[:, None])
-    absent = ABSENT if needs(tasks[0].policy).rows is Rows.DEFERRED else None
+    absent = ABSENT if payload_spec(tasks[0].policy).rows is ProbsPayload.DEFERRED else None
     return _Sample(
-        tokens_B=fetch(token_B),
-        likelihoods_B=fetch(likelihood_B.squeeze(1)),
+        tokens_B=to_list(token_B),
+        likelihoods_B=to_list(likelihood_B.squeeze(1)),
         row=lambda _: absent,
         scores_BK=scores_BV,
     )
 
 
-def _sample_shipped(law: Soft, raw: Soft | None, tasks: Sequence[DraftTask]) -> _Sample:
+def _sample_shipped(
+    law: SoftmaxProbs, raw: SoftmaxProbs | None, tasks: Sequence[DraftTask]
+) -> _Sample:
     """Return tokens drawn from rows truncated and quantised as the wire carries them."""
     policy = tasks[0].policy
     q_BV = law.dense()
     full = policy.rows is RowFormat.FULL
     sparse = sparsify(q_BV, q_BV.shape[1] if full else policy.row_entries)
-    q_BK = sparse.law(q_BV.dtype)
+    q_BK = sparse.probs(q_BV.dtype)
     scores_BK: Tensor | None = None
     if is_gumbel(policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
         scores_BK = q_BK.log() + rng.noise_at(seeds_B, positions_B, sparse.ids_NK)
         index_B = scores_BK.argmax(dim=1)
     else:
-        index_B = Weights(weights_NK=q_BK).invert(_draft_coins(tasks))
-    q0_BK = bring(raw.at(sparse.ids_NK)) if raw and needs(policy).row_unscaled else None
-    local = Sparse(ids_NK=bring(sparse.ids_NK), weights_NK=bring(sparse.weights_NK))
+        index_B = Weights(weights_NK=q_BK).inverse_cdf(_draft_coins(tasks))
+    q0_BK = to_cpu(raw.at(sparse.ids_NK)) if raw and payload_spec(policy).row_unscaled else None
+    local = SparseRows(ids_NK=to_cpu(sparse.ids_NK), weights_NK=to_cpu(sparse.weights_NK))
     return _Sample(
-        tokens_B=fetch(sparse.ids_NK.gather(1, index_B[:, None]).squeeze(1)),
-        likelihoods_B=fetch(q_BK.gather(1, index_B[:, None]).squeeze(1)),
+        tokens_B=to_list(sparse.ids_NK.gather(1, index_B[:, None]).squeeze(1)),
+        likelihoods_B=to_list(q_BK.gather(1, index_B[:, None]).squeeze(1)),
         row=lambda i: local.row(i, full=full, unscaled_K=None if q0_BK is None else q0_BK[i]),
         scores_BK=scores_BK,
         ids_BK=None if scores_BK is None else sparse.ids_NK,
@@ -288,15 +304,15 @@ def _draft_coins(tasks: Sequence[DraftTask]) -> Tensor:
     )
 
 
-def _unscaled_at(raw: Soft | None, tokens_B: Sequence[int]) -> list[float | None]:
+def _unscaled_at(raw: SoftmaxProbs | None, tokens_B: Sequence[int]) -> list[float | None]:
     """Return q0 of the drafted tokens."""
     assert raw is not None, "the policy reads q0"
     ids_B1 = torch.tensor(tokens_B, device=raw.logits_NV.device)[:, None]
-    return fetch(raw.at(ids_B1).squeeze(1))
+    return to_list(raw.at(ids_B1).squeeze(1))
 
 
 def _logprobs(
-    raw: Soft | None, tokens_B: Sequence[int], tasks: Sequence[DraftTask]
+    raw: SoftmaxProbs | None, tokens_B: Sequence[int], tasks: Sequence[DraftTask]
 ) -> list[TokenLogprob | None]:
     """Return the log-probabilities of those sessions that ask for them."""
     asked = [t.policy.logprobs for t in tasks]

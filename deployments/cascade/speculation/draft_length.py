@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.rules import Lossless
-from cascade.speculation.cost_model import Acceptance, Costs, Lesson, fastest, yields_of
+from cascade.speculation.cost_model import Acceptance, Costs, RoundSample, fastest, yields_of
 from cascade.types import Bonus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.speculation.cost_model import Yield
-    from cascade.types import Policy
+    from cascade.types import DecodingParams
 
 FIRST_PAUSE, USUAL_PAUSE, LONGEST_PAUSE = 32, 256, 1024  # tokens each writes alone between trials
 
@@ -29,17 +29,17 @@ SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Length:
+class DraftPlan:
     """A number of tokens to draft, and the reason, which statistics report."""
 
     tokens: int  # 0: the expert decodes alone
     reason: str
     alone: int = 1  # tokens it is to write so, where `tokens` is 0
     floor: float = 0.0  # chance of the whole block's standing at which it is long enough
-    whole: float = 1.0  # chance of its standing, as far as is known
+    sure: float = 1.0  # chance of its standing, as far as is known
 
 
-def reserved(policy: Policy) -> int:
+def expert_slots(policy: DecodingParams) -> int:
     """Return how many tokens of a round's room are the expert's: drafting them would be in vain.
 
     Under bonus `target` none is: a last token decoded alone would follow p, not the target.
@@ -50,11 +50,11 @@ def reserved(policy: Policy) -> int:
 class DraftLength(Protocol):
     """What decides a session's draft lengths; one object a session."""
 
-    def next(self, *, room: int) -> Length:
+    def next(self, *, room: int) -> DraftPlan:
         """Return the length of the next block; `room` is the tokens that may still be committed."""
         ...
 
-    def learn(self, lesson: Lesson) -> None:
+    def learn(self, lesson: RoundSample) -> None:
         """Hear how a round went."""
         ...
 
@@ -66,17 +66,17 @@ class Fixed:
     tokens: int
     reason: str = "fixed"
 
-    def next(self, *, room: int) -> Length:
+    def next(self, *, room: int) -> DraftPlan:
         """Return the fixed length, or the room if that is less."""
         tokens = max(0, min(self.tokens, room))
-        return Length(tokens=tokens, reason=self.reason, alone=max(1, room + 1))
+        return DraftPlan(tokens=tokens, reason=self.reason, alone=max(1, room + 1))
 
-    def learn(self, lesson: Lesson) -> None:
+    def learn(self, lesson: RoundSample) -> None:
         """Change nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Kind:
+class PolicyStats:
     """What sessions of one rule have found out together."""
 
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(memory=500))
@@ -86,23 +86,23 @@ class Kind:
 
 
 @dataclass(slots=True, kw_only=True)
-class Experience:
+class DraftLengthTuner:
     """What a router's sessions have found out together: costs, and acceptance by kind of policy."""
 
     longest: int = 16
     first: int = 5  # before anything was measured
     costs: Costs = field(default_factory=Costs)
-    _kinds: dict[object, Kind] = field(default_factory=dict[object, Kind])
+    _kinds: dict[object, PolicyStats] = field(default_factory=dict[object, PolicyStats])
 
-    def session(self, policy: Policy) -> Automatic:
+    def session(self, policy: DecodingParams) -> AdaptiveDraftLength:
         """Return what decides the draft lengths of a session.
 
         Only where the rule's law is the expert's own may the expert write alone because that is
         faster: under any other rule how fast the tiers are would change what is said.
         """
         name = policy.rule, policy.coupling, policy.sampling.greedy
-        kind = self._kinds.setdefault(name, Kind())
-        return Automatic(
+        kind = self._kinds.setdefault(name, PolicyStats())
+        return AdaptiveDraftLength(
             experience=self,
             kind=kind,
             bonus=policy.bonus is not Bonus.NONE,
@@ -111,7 +111,7 @@ class Experience:
 
 
 @dataclass(slots=True, kw_only=True)
-class Automatic:
+class AdaptiveDraftLength:
     """The length with the most expected tokens a second, from what rounds have cost and yielded.
 
     Where that is none, the expert writes alone for a while, longer each time, and then all sessions
@@ -127,8 +127,8 @@ class Automatic:
     | `room` | none: no more than the expert's own token is wanted |
     """
 
-    experience: Experience
-    kind: Kind
+    experience: DraftLengthTuner
+    kind: PolicyStats
     bonus: bool
     least: int  # tokens to draft where there is room
     _own: Acceptance = field(default_factory=lambda: Acceptance(memory=SESSION_MEMORY))
@@ -139,16 +139,16 @@ class Automatic:
     _whole: float = 1.0
     _kept: int = 0  # rounds for which `_best` is not weighed again
 
-    def next(self, *, room: int) -> Length:
+    def next(self, *, room: int) -> DraftPlan:
         """Return the best length within the room."""
         most = min(room, self.experience.longest)
         if most <= 0:
-            return Length(tokens=0, reason="room")
+            return DraftPlan(tokens=0, reason="room")
         if self._alone > 0:
-            return Length(tokens=0, reason="alone", alone=self._alone)
+            return DraftPlan(tokens=0, reason="alone", alone=self._alone)
         costs = self.experience.costs
         if not costs.known:
-            return Length(tokens=min(most, self.experience.first), reason="measuring")
+            return DraftPlan(tokens=min(most, self.experience.first), reason="measuring")
         if self._kept > 0:
             self._kept -= 1
             return self._fastest(most)
@@ -161,7 +161,7 @@ class Automatic:
         self._whole = yields[self._best].whole
         return self._fastest(most)
 
-    def learn(self, lesson: Lesson) -> None:
+    def learn(self, lesson: RoundSample) -> None:
         """Hear how a round went."""
         self.experience.costs.learn(lesson, stood=self._stood)
         self._stood = lesson.drafted == lesson.accepted if lesson.drafted else None
@@ -177,20 +177,20 @@ class Automatic:
             self.kind.alone += 1
             self._own.fade()
 
-    def _fastest(self, most: int) -> Length:
-        return Length(
-            tokens=min(most, self._best), reason="fastest", floor=self._floor, whole=self._whole
+    def _fastest(self, most: int) -> DraftPlan:
+        return DraftPlan(
+            tokens=min(most, self._best), reason="fastest", floor=self._floor, sure=self._whole
         )
 
-    def _without(self, yields: Sequence[Yield]) -> Length:
+    def _without(self, yields: Sequence[Yield]) -> DraftPlan:
         """Return no draft, or one on trial where enough was written without."""
         kind, crowd = self.kind, self._crowd
         if kind.trial == 0 and kind.alone >= kind.pause * crowd:
             kind.alone, kind.trial = 0, self._rounds * crowd
         if kind.trial > 0:
-            return Length(tokens=fastest(self.experience.costs, yields[1:]), reason="trial")
+            return DraftPlan(tokens=fastest(self.experience.costs, yields[1:]), reason="trial")
         self._alone = min(max(1, kind.pause - kind.alone // crowd), LONGEST_STAY)
-        return Length(tokens=0, reason="alone", alone=self._alone)
+        return DraftPlan(tokens=0, reason="alone", alone=self._alone)
 
     def _pause(self) -> int:
         """Return how many tokens each session writes alone after a trial, by what that found."""

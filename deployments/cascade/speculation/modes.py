@@ -10,17 +10,17 @@ from dataclasses import replace
 from typing import assert_never
 
 from cascade.rules import Chow, ChowLog, Lossless
-from cascade.types import Bonus, Mode, Policy, RowFormat, Verification
+from cascade.types import Bonus, DecodingParams, Mode, RowFormat, Verification
 
 
-def policy_in(mode: Mode, policy: Policy) -> Policy:
+def policy_in(mode: Mode, policy: DecodingParams) -> DecodingParams:
     """Return the policy with which sessions of this mode are opened.
 
     A sequence cascade drafts as `drafter_only` does; a refused draft is answered as `expert_only`.
     """
     match mode:
         case Mode.SPECULATIVE | Mode.CASCADE:
-            if keeps_unasked(mode, policy):
+            if accepts_without_expert(mode, policy):
                 return _alone(policy, bonus=Bonus.NONE, rule=policy.rule)
             return policy
         case Mode.EXPERT_ONLY:
@@ -33,7 +33,7 @@ def policy_in(mode: Mode, policy: Policy) -> Policy:
             assert_never(mode)
 
 
-def keeps_unasked(mode: Mode, policy: Policy) -> bool:
+def accepts_without_expert(mode: Mode, policy: DecodingParams) -> bool:
     """Return whether the drafter's tokens stand without the expert until its own rule defers.
 
     Where a rule that reads the drafter alone keeps, pi = q: what is drafted stands whatever the
@@ -43,6 +43,6 @@ def keeps_unasked(mode: Mode, policy: Policy) -> bool:
     return drafts and isinstance(policy.rule, Chow | ChowLog)
 
 
-def _alone(policy: Policy, **changes: object) -> Policy:
+def _alone(policy: DecodingParams, **changes: object) -> DecodingParams:
     """Return the policy with nothing shipped and no block to verify."""
     return replace(policy, rows=RowFormat.AUTO, verification=Verification.TOKEN, **changes)

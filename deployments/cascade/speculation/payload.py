@@ -19,10 +19,10 @@ from cascade.rules import (
     TokenV3,
     Typical,
 )
-from cascade.types import Bonus, Coupling, Policy, RowFormat, Verification
+from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, Verification
 
 
-class Rows(Enum):
+class ProbsPayload(Enum):
     """Which drafted positions ship the drafter's row."""
 
     NONE = auto()
@@ -31,44 +31,44 @@ class Rows(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class PayloadSpec:
     """What a block carries besides its tokens."""
 
-    rows: Rows
+    rows: ProbsPayload
     row_unscaled: bool  # rows carry q0 beside q
-    gates: bool
+    draft_stats: bool
     entropy: bool  # the gates' entropy is read; else it is 0
     likelihoods: bool  # q(x)
     unscaled: bool  # q0(x)
-    fresh: bool  # judged by the form without rows
+    ids_only: bool  # judged by the form without rows
 
 
-def needs(policy: Policy) -> Needs:
+def payload_spec(policy: DecodingParams) -> PayloadSpec:
     """Return what the policy's rule, coupling, bonus and verification read of the drafter."""
     blind = not policy.sampling.greedy and is_gumbel(policy) and isinstance(policy.rule, Lossless)
     rows = _rows(policy)
-    return Needs(
+    return PayloadSpec(
         rows=rows,
-        row_unscaled=rows is not Rows.NONE and isinstance(policy.rule, TokenV1),
-        gates=isinstance(policy.rule, Chow | Diff | Opt | ChowLog | DiffLog | OptLog | Bild),
+        row_unscaled=rows is not ProbsPayload.NONE and isinstance(policy.rule, TokenV1),
+        draft_stats=isinstance(policy.rule, Chow | Diff | Opt | ChowLog | DiffLog | OptLog | Bild),
         entropy=isinstance(policy.rule, ChowLog | DiffLog | OptLog),
         likelihoods=not policy.sampling.greedy and not blind,
         unscaled=isinstance(policy.rule, TokenV1),
-        fresh=is_fresh(policy),
+        ids_only=sends_ids_only(policy),
     )
 
 
-def is_gumbel(policy: Policy) -> bool:
+def is_gumbel(policy: DecodingParams) -> bool:
     """Whether the emitted token is argmax(log pi + g); at temperature 0 there is no noise."""
     return policy.coupling is Coupling.GUMBEL and not policy.sampling.greedy
 
 
-def is_blockwise(policy: Policy) -> bool:
+def is_blockwise(policy: DecodingParams) -> bool:
     """Whether the longest prefix of the block stands; only the maximal coupling can."""
     return policy.verification is Verification.BLOCK and not is_gumbel(policy)
 
 
-def is_fresh(policy: Policy) -> bool:
+def sends_ids_only(policy: DecodingParams) -> bool:
     """Whether a token rule runs on token ids: each draft is judged as a one-hot q.
 
     A token rule's pi is linear in q while its decisions do not read q, so the law of judging
@@ -83,22 +83,22 @@ def is_fresh(policy: Policy) -> bool:
     )
 
 
-def wants_target(policy: Policy) -> bool:
+def wants_target(policy: DecodingParams) -> bool:
     """Whether the bonus needs the drafter's row after the block; lossless pi is p anyway."""
     return policy.bonus is Bonus.TARGET and not isinstance(policy.rule, Lossless)
 
 
-def _rows(policy: Policy) -> Rows:
+def _rows(policy: DecodingParams) -> ProbsPayload:
     """Return which rows cross the wire."""
     if policy.sampling.greedy:
         # A greedy row is its token; only the one after the block has none to speak for it.
-        return Rows.ALL if wants_target(policy) else Rows.NONE
-    if is_fresh(policy) or (is_gumbel(policy) and isinstance(policy.rule, Lossless)):
-        return Rows.NONE
+        return ProbsPayload.ALL if wants_target(policy) else ProbsPayload.NONE
+    if sends_ids_only(policy) or (is_gumbel(policy) and isinstance(policy.rule, Lossless)):
+        return ProbsPayload.NONE
     if policy.rows is not RowFormat.AUTO or is_blockwise(policy) or wants_target(policy):
-        return Rows.ALL
+        return ProbsPayload.ALL
     if is_gumbel(policy) and isinstance(policy.rule, Chow | ChowLog | Diff | DiffLog | Bild):
         # Kept, a draft is argmax(log q + g) already; deferred, only p matters.
-        return Rows.NONE
+        return ProbsPayload.NONE
     decided = isinstance(policy.rule, Chow | ChowLog) and not is_gumbel(policy)
-    return Rows.DEFERRED if decided else Rows.ALL
+    return ProbsPayload.DEFERRED if decided else ProbsPayload.ALL

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from cascade.rules import Lossless
 from cascade.sampling.sampler import Weights
-from cascade.sampling.tensor_ops import fetch
+from cascade.sampling.tensor_ops import to_list
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.sampling.probs import Law
-    from cascade.speculation.verify_batch import Bench
+    from cascade.sampling.probs import Probs
+    from cascade.speculation.verify_batch import VerifyBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Emission:
+class NextToken:
     """One token to draw: from p, from pi of a judged row, or from what pi has over q there."""
 
     owner: int
@@ -35,7 +35,7 @@ class Emission:
     residual: bool = False
 
 
-def spread(bench: Bench, law: Law, index_E: Tensor) -> Tensor:
+def dense_target(bench: VerifyBatch, law: Probs, index_E: Tensor) -> Tensor:
     """Return pi of chosen judged rows over the whole vocabulary, [E, V].
 
     Args:
@@ -49,7 +49,7 @@ def spread(bench: Bench, law: Law, index_E: Tensor) -> Tensor:
     return _written(weights_EV, ids_EK, valid_EK, target.on_NK[index_E])
 
 
-def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Weights:
+def next_token_weights(bench: VerifyBatch, emissions: Sequence[NextToken]) -> Weights:
     """Return the laws that tokens are drawn from, unnormalised, E rows over the vocabulary.
 
     A residual that rounding left empty is replaced by pi.
@@ -59,14 +59,14 @@ def emission_weights(bench: Bench, emissions: Sequence[Emission]) -> Weights:
         return Weights(weights_NK=bench.law.dense(rows_E))
     found = Weights(weights_NK=_over(bench, rows_E, emissions))
     empty_E = found.totals <= 0
-    if not fetch(empty_E.any()):
+    if not to_list(empty_E.any()):
         return found
     whole = [replace(e, factor=1.0, residual=False) for e in emissions]
     whole_EV = _over(bench, rows_E, whole)
     return Weights(weights_NK=torch.where(empty_E[:, None], whole_EV, found.weights_NK))
 
 
-def _over(bench: Bench, rows_E: Tensor, emissions: Sequence[Emission]) -> Tensor:
+def _over(bench: VerifyBatch, rows_E: Tensor, emissions: Sequence[NextToken]) -> Tensor:
     """Return (factor pi - q)+ for residuals, pi for other judged rows and p for the rest."""
     weights_EV = bench.law.dense(rows_E)
     target, support = bench.target, bench.support

@@ -38,14 +38,14 @@ from cascade.rules import (
 )
 
 if TYPE_CHECKING:
-    from cascade.types import Gates
+    from cascade.types import DraftStats
 
 # Halvings of the bracket of 1 / beta: beyond float64's 53 bits nothing moves.
 _HALVINGS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class RuleInputs:
     """What rules read of both models' rows; what the rule at hand does not read may be None.
 
     Padding of the support has q = p = 0.
@@ -53,7 +53,9 @@ class Evidence:
 
     q_NK: Tensor  # processed, sums to 1 on the support
     p_NK: Tensor  # processed
-    gates_N: tuple[Gates | None, ...] = ()  # of the unscaled q0; None: the drafter gave none
+    draft_stats_N: tuple[
+        DraftStats | None, ...
+    ] = ()  # of the unscaled q0; None: the drafter gave none
     q0_NK: Tensor | None = None  # unscaled
     p0_NK: Tensor | None = None  # unscaled
     p0_peak_N: Tensor | None = None  # max p0
@@ -70,7 +72,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class TargetDistribution:
     """The law pi of N rows, and what the rule decided."""
 
     on_NK: Tensor  # pi on the support
@@ -78,7 +80,7 @@ class Target:
     deferred_NK: Tensor | None  # [N, K], or [N, 1] for a position rule; None: not a matter of rule
 
 
-def target(rule: Rule, evidence: Evidence) -> Target:
+def target_distribution(rule: Rule, evidence: RuleInputs) -> TargetDistribution:
     """Return the law that the rule implies.
 
     Example: q = [.5, .3, .15, .05] and p = [.2, .45, .3, .05], both unscaled, under
@@ -87,11 +89,11 @@ def target(rule: Rule, evidence: Evidence) -> Target:
     match rule:
         case Lossless():
             on_NK, tail_N = evidence.p_NK, torch.ones_like(evidence.p_NK[:, 0])
-            return Target(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
+            return TargetDistribution(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
         case Ensemble(weight=weight):
             on_NK = weight * evidence.p_NK + (1 - weight) * evidence.q_NK
             tail_N = torch.full_like(on_NK[:, 0], weight)
-            return Target(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
+            return TargetDistribution(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
         case Lossy(alpha=alpha, beta="one"):
             return _lossy_one(alpha, evidence)
         case Lossy(alpha=alpha):
@@ -102,7 +104,7 @@ def target(rule: Rule, evidence: Evidence) -> Target:
             return _by_position(position_defers(rule, evidence), evidence)
 
 
-def token_defers(rule: TokenRule, evidence: Evidence) -> Tensor:
+def token_defers(rule: TokenRule, evidence: RuleInputs) -> Tensor:
     """Return which tokens of the support are not acceptable, bool [N, K]."""
     assert evidence.p0_NK is not None, "token rules read p0"
     assert evidence.p0_peak_N is not None, "token rules read max p0"
@@ -123,7 +125,7 @@ def token_defers(rule: TokenRule, evidence: Evidence) -> Tensor:
             assert_never(rule)
 
 
-def position_defers(rule: PositionRule, evidence: Evidence) -> Tensor:
+def position_defers(rule: PositionRule, evidence: RuleInputs) -> Tensor:
     """Return which rows are deferred, bool [N].
 
     Rows without gates defer under rules that read them: a draft that came without the drafter's
@@ -131,7 +133,7 @@ def position_defers(rule: PositionRule, evidence: Evidence) -> Tensor:
     """
     match rule:
         case Chow() | ChowLog():
-            decisions = [gates is None or defers(rule, gates) for gates in evidence.gates_N]
+            decisions = [gates is None or defers(rule, gates) for gates in evidence.draft_stats_N]
             deferred_N = torch.tensor(decisions, dtype=torch.bool, device=evidence.p_NK.device)
         case Diff(alpha=alpha):
             deferred_N = _peaks(evidence) < _known(evidence.p0_peak_N) - alpha
@@ -152,7 +154,7 @@ def position_defers(rule: PositionRule, evidence: Evidence) -> Tensor:
     return deferred_N
 
 
-def defers(rule: Chow | ChowLog, gates: Gates) -> bool:
+def defers(rule: Chow | ChowLog, gates: DraftStats) -> bool:
     """Return whether a rule that reads the drafter alone defers; both tiers ask here."""
     match rule:
         case Chow(alpha=alpha):
@@ -163,7 +165,7 @@ def defers(rule: Chow | ChowLog, gates: Gates) -> bool:
             assert_never(rule)
 
 
-def jensen_shannon(evidence: Evidence) -> Tensor:
+def jensen_shannon(evidence: RuleInputs) -> Tensor:
     """Return the Jensen-Shannon divergence of p and q in nats, p off the support included, [N]."""
     q_NK, p_NK = evidence.q_NK, evidence.p_NK
     entropy = torch.special.entr
@@ -172,22 +174,24 @@ def jensen_shannon(evidence: Evidence) -> Tensor:
     return (gap_NK.sum(dim=1) + evidence.outside() * (math.log(2) / 2)).clamp_min(0)
 
 
-def _by_position(deferred_N: Tensor, evidence: Evidence) -> Target:
+def _by_position(deferred_N: Tensor, evidence: RuleInputs) -> TargetDistribution:
     """Return pi = q where the position is kept and p where it is deferred."""
     deferred_N1 = deferred_N[:, None]
     on_NK = torch.where(deferred_N1, evidence.p_NK, evidence.q_NK)
-    return Target(on_NK=on_NK, tail_N=deferred_N.to(on_NK.dtype), deferred_NK=deferred_N1)
+    return TargetDistribution(
+        on_NK=on_NK, tail_N=deferred_N.to(on_NK.dtype), deferred_NK=deferred_N1
+    )
 
 
-def _by_token(deferred_NK: Tensor, evidence: Evidence) -> Target:
+def _by_token(deferred_NK: Tensor, evidence: RuleInputs) -> TargetDistribution:
     """Return pi = q (1 - r) + p eta (Eq. 11); eta goes to p over the whole vocabulary."""
     eta_N = (evidence.q_NK * deferred_NK).sum(dim=1)
     kept_NK = evidence.q_NK * ~deferred_NK
     on_NK = kept_NK + evidence.p_NK * eta_N[:, None]
-    return Target(on_NK=on_NK, tail_N=eta_N, deferred_NK=deferred_NK)
+    return TargetDistribution(on_NK=on_NK, tail_N=eta_N, deferred_NK=deferred_NK)
 
 
-def _lossy_one(alpha: float, evidence: Evidence) -> Target:
+def _lossy_one(alpha: float, evidence: RuleInputs) -> TargetDistribution:
     """Return pi = min(q, p / (1 - alpha)) + R norm((p - q)+)."""
     q_NK, p_NK = evidence.q_NK, evidence.p_NK
     lenient_NK = torch.minimum(q_NK, p_NK / (1 - alpha))
@@ -195,10 +199,10 @@ def _lossy_one(alpha: float, evidence: Evidence) -> Target:
     distance_N = evidence.distance()
     tail_N = torch.where(distance_N > 0, refused_N / distance_N, torch.zeros_like(distance_N))
     on_NK = lenient_NK + tail_N[:, None] * (p_NK - q_NK).clamp_min(0)
-    return Target(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
+    return TargetDistribution(on_NK=on_NK, tail_N=tail_N, deferred_NK=None)
 
 
-def _lossy_solved(alpha: float, evidence: Evidence) -> Target:
+def _lossy_solved(alpha: float, evidence: RuleInputs) -> TargetDistribution:
     """Return pi = max(min(q, p / (1 - alpha)), p / beta) with the beta that makes it sum to 1."""
     p_NK, outside_N = evidence.p_NK, evidence.outside()
     lenient_NK = torch.minimum(evidence.q_NK, p_NK / (1 - alpha))
@@ -209,7 +213,7 @@ def _lossy_solved(alpha: float, evidence: Evidence) -> Target:
         low_N = torch.where(mass_N < 1, tail_N, low_N)
         high_N = torch.where(mass_N < 1, high_N, tail_N)
     on_NK = torch.maximum(lenient_NK, high_N[:, None] * p_NK)
-    return Target(on_NK=on_NK, tail_N=high_N, deferred_NK=None)
+    return TargetDistribution(on_NK=on_NK, tail_N=high_N, deferred_NK=None)
 
 
 def _known(tensor: Tensor | None) -> Tensor:
@@ -218,13 +222,13 @@ def _known(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _peaks(evidence: Evidence) -> Tensor:
+def _peaks(evidence: RuleInputs) -> Tensor:
     """Return max q0 of each row, -inf where unknown."""
-    peaks = [-math.inf if gates is None else gates.peak for gates in evidence.gates_N]
+    peaks = [-math.inf if gates is None else gates.peak for gates in evidence.draft_stats_N]
     return evidence.p_NK.new_tensor(peaks)
 
 
-def _entropies(evidence: Evidence) -> Tensor:
+def _entropies(evidence: RuleInputs) -> Tensor:
     """Return H(q0) of each row, inf where unknown."""
-    entropies = [math.inf if gates is None else gates.entropy for gates in evidence.gates_N]
+    entropies = [math.inf if gates is None else gates.entropy for gates in evidence.draft_stats_N]
     return evidence.p_NK.new_tensor(entropies)

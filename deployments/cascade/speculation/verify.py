@@ -16,20 +16,26 @@ from torch import Tensor
 
 from cascade.sampling.sampler import logprobs
 from cascade.speculation import acceptance
-from cascade.speculation.payload import is_blockwise, is_fresh, is_gumbel
-from cascade.speculation.verify_batch import Bench, Task, lay_out, live_length, rows_needed
-from cascade.types import Origin, Policy, TokenLogprob, Verdict
+from cascade.speculation.payload import is_blockwise, is_gumbel, sends_ids_only
+from cascade.speculation.verify_batch import (
+    VerifyBatch,
+    VerifyTask,
+    build_batch,
+    live_length,
+    rows_needed,
+)
+from cascade.types import DecodingParams, Origin, TokenLogprob, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-    from cascade.speculation.acceptance import Outcome
+    from cascade.speculation.acceptance import VerifyOutcome
 
-__all__ = ["Task", "judge", "live_length", "rows_needed"]
+__all__ = ["VerifyTask", "live_length", "rows_needed", "verify"]
 
 
-def judge(
-    logits_NV: Tensor, tasks: Sequence[Task], *, vocab_limit: int | None = None
+def verify(
+    logits_NV: Tensor, tasks: Sequence[VerifyTask], *, vocab_limit: int | None = None
 ) -> list[Verdict]:
     """Return the verdict on each task's block.
 
@@ -47,12 +53,12 @@ def judge(
     for members in _groups(tasks):
         rows = [firsts[i] + k for i in members for k in range(counts[i])]
         rows_NV = logits_NV if len(members) == len(tasks) else logits_NV[rows]
-        bench = lay_out(rows_NV, [tasks[i] for i in members])
+        bench = build_batch(rows_NV, [tasks[i] for i in members])
         verdicts.update(zip(members, _judge(bench), strict=True))
     return [verdicts[i] for i in range(len(tasks))]
 
 
-def _groups(tasks: Sequence[Task]) -> list[list[int]]:
+def _groups(tasks: Sequence[VerifyTask]) -> list[list[int]]:
     """Return the tasks that can be judged together: one rule, one procedure."""
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
@@ -60,25 +66,25 @@ def _groups(tasks: Sequence[Task]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _kind(policy: Policy) -> Hashable:
+def _kind(policy: DecodingParams) -> Hashable:
     """Return what two policies must share to be judged in one batch."""
-    procedure = is_gumbel(policy), is_blockwise(policy), is_fresh(policy)
+    procedure = is_gumbel(policy), is_blockwise(policy), sends_ids_only(policy)
     return policy.rule, policy.bonus, policy.sampling.greedy, procedure
 
 
-def _judge(bench: Bench) -> list[Verdict]:
+def _judge(bench: VerifyBatch) -> list[Verdict]:
     """Return the verdicts on tasks of one kind."""
     policy = bench.tasks[0].policy
     if is_gumbel(policy):
-        outcomes = acceptance.gumbel(bench)
+        outcomes = acceptance.verify_gumbel(bench)
     elif is_blockwise(policy):
-        outcomes = acceptance.blockwise(bench)
+        outcomes = acceptance.verify_block(bench)
     else:
-        outcomes = acceptance.tokenwise(bench)
+        outcomes = acceptance.verify_tokens(bench)
     return _verdicts(bench, outcomes)
 
 
-def _verdicts(bench: Bench, outcomes: Sequence[Outcome]) -> list[Verdict]:
+def _verdicts(bench: VerifyBatch, outcomes: Sequence[VerifyOutcome]) -> list[Verdict]:
     """Return the outcomes as verdicts, with the log-probabilities of those that report them."""
     tokens = [
         task.block.tokens[: o.accepted] + ((o.emitted,) if o.emitted is not None else ())
@@ -98,7 +104,9 @@ def _verdicts(bench: Bench, outcomes: Sequence[Outcome]) -> list[Verdict]:
     ]
 
 
-def _logprobs(bench: Bench, tokens: Sequence[tuple[int, ...]]) -> list[tuple[TokenLogprob, ...]]:
+def _logprobs(
+    bench: VerifyBatch, tokens: Sequence[tuple[int, ...]]
+) -> list[tuple[TokenLogprob, ...]]:
     """Return p0's log-probability of every committed token of the tasks that ask."""
     tops = [task.policy.logprobs for task in bench.tasks]
     picks = [

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from cascade.rules import Bild, Diff, DiffLog, Opt, OptLog, TokenV1, TokenV2, TokenV3, Typical
 from cascade.sampling.penalties import Context
-from cascade.sampling.probs import Law, Soft, is_plain, process, unscaled
+from cascade.sampling.probs import Probs, SoftmaxProbs, is_plain, process, unscaled
 from cascade.sampling.sparse_probs import Support, received, size
 from cascade.sampling.tensor_ops import widen
-from cascade.speculation.payload import is_fresh, wants_target
-from cascade.speculation.target_distribution import Evidence, Target, target
-from cascade.types import Block, Bonus, Gates, Policy, Row, Sampling
+from cascade.speculation.payload import sends_ids_only, wants_target
+from cascade.speculation.target_distribution import (
+    RuleInputs,
+    TargetDistribution,
+    target_distribution,
+)
+from cascade.types import Block, Bonus, DecodingParams, DraftStats, SamplingParams, SparseProbs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,17 +37,17 @@ NOTHING = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class VerifyTask:
     """One block to judge at a position; an empty block asks for the next token."""
 
-    policy: Policy
+    policy: DecodingParams
     position: int
     block: Block = field(default_factory=Block)
     prompt: Sequence[int] = ()  # read if the sampling counts tokens
     answer: Sequence[int] = ()  # committed tokens, likewise
 
 
-def live_length(policy: Policy, tokens: Sequence[int]) -> int:
+def live_length(policy: DecodingParams, tokens: Sequence[int]) -> int:
     """Return how many drafted tokens matter: those up to the first that ends the answer."""
     for i, token in enumerate(tokens):
         if token in policy.stop_ids:
@@ -51,7 +55,7 @@ def live_length(policy: Policy, tokens: Sequence[int]) -> int:
     return len(tokens)
 
 
-def rows_needed(policy: Policy, tokens: Sequence[int]) -> int:
+def rows_needed(policy: DecodingParams, tokens: Sequence[int]) -> int:
     """Return how many rows of logits judge these tokens.
 
     The expert reads the last committed token and the first `rows_needed - 1` drafted ones.
@@ -60,7 +64,7 @@ def rows_needed(policy: Policy, tokens: Sequence[int]) -> int:
     return max(1, length + (1 if _has_bonus(policy, tokens[:length]) else 0))
 
 
-def _has_bonus(policy: Policy, tokens: Sequence[int]) -> bool:
+def _has_bonus(policy: DecodingParams, tokens: Sequence[int]) -> bool:
     """Return whether a token follows when all of these stand."""
     if not tokens:
         return True
@@ -68,10 +72,10 @@ def _has_bonus(policy: Policy, tokens: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class VerifyBatch:
     """Tasks of one kind, flat. What is costly and not always read is computed when it is."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[VerifyTask]
     logits_NV: Tensor
     lengths: list[int]  # live drafted tokens of each task
     bonuses: list[bool]  # whether a token follows when all stand
@@ -83,7 +87,7 @@ class Bench:
     heads: list[int]  # first judged row of each task
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> DecodingParams:
         """What the tasks share: rule, bonus, coupling, verification, greedy or not."""
         return self.tasks[0].policy
 
@@ -100,26 +104,28 @@ class Bench:
         return None
 
     @cached_property
-    def law(self) -> Law:
+    def law(self) -> Probs:
         """The expert's processed rows, one for each row of logits."""
-        samplings, contexts = list[Sampling](), list[Context]()
+        samplings, contexts = list[SamplingParams](), list[Context]()
         for task, count in zip(self.tasks, self.counts, strict=True):
             samplings += [task.policy.sampling] * count
             contexts += _contexts(task, count)
         return process(self.logits_NV, samplings, contexts)
 
     @cached_property
-    def unscaled(self) -> Soft:
+    def unscaled(self) -> SoftmaxProbs:
         """The expert's unscaled rows, one for each row of logits."""
         plain = all(is_plain(task.policy.sampling) for task in self.tasks)
-        return self.law if plain and isinstance(self.law, Soft) else unscaled(self.logits_NV)
+        return (
+            self.law if plain and isinstance(self.law, SoftmaxProbs) else unscaled(self.logits_NV)
+        )
 
     @cached_property
     def support(self) -> Support:
         """The drafter's judged rows; what is not said of a draft is certainty of its token."""
-        fresh = is_fresh(self.policy)
+        fresh = sends_ids_only(self.policy)
         count, blocks = len(self.token_M), [task.block for task in self.tasks]
-        rows: Sequence[Sequence[Row | None]] = [block.rows for block in blocks]
+        rows: Sequence[Sequence[SparseProbs | None]] = [block.rows for block in blocks]
         return received(
             [None] * count if fresh else self._said(rows, absent=None),
             self.token_M,
@@ -131,7 +137,7 @@ class Bench:
     def lossless_ratios(self) -> Tensor:
         """Return p / q at each drafted token, float64 [M], where q is what it was drafted from."""
         p_M = self.on_token(self.evidence.p_NK).double()
-        if not is_fresh(self.policy):
+        if not sends_ids_only(self.policy):
             return quotient(p_M, self.on_token(self.evidence.q_NK).double())
         return p_M / torch.tensor(self._likelihoods(), dtype=torch.float64, device=p_M.device)
 
@@ -149,20 +155,20 @@ class Bench:
         return found
 
     @cached_property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> RuleInputs:
         """What the rule reads of both models."""
         rule, support = self.policy.rule, self.support
         rows_M = torch.tensor(self.rows, dtype=torch.int64, device=self.logits_NV.device)
         p_MK = self.law.at(support.ids_NK, rows_E=rows_M) * support.valid_NK
         by_token = isinstance(rule, TokenV1 | TokenV2 | TokenV3 | Typical)
         if not (by_token or isinstance(rule, Diff | Opt | DiffLog | OptLog | Bild)):
-            return Evidence(q_NK=support.q_NK, p_NK=p_MK, gates_N=self._gates())
+            return RuleInputs(q_NK=support.q_NK, p_NK=p_MK, draft_stats_N=self._gates())
         raw = self.unscaled
         entropic = isinstance(rule, DiffLog | OptLog | Typical)
-        return Evidence(
+        return RuleInputs(
             q_NK=support.q_NK,
             p_NK=p_MK,
-            gates_N=self._gates(),
+            draft_stats_N=self._gates(),
             q0_NK=support.q0_NK,
             p0_NK=raw.at(support.ids_NK, rows_E=rows_M) if by_token else None,
             p0_peak_N=raw.peaks()[rows_M],
@@ -170,9 +176,11 @@ class Bench:
             p0_favourite_N=self._favourites(rows_M) if isinstance(rule, Bild) else None,
         )
 
-    def _gates(self) -> tuple[Gates | None, ...]:
+    def _gates(self) -> tuple[DraftStats | None, ...]:
         """Return the drafter's gates of each judged row."""
-        gates: Sequence[Sequence[Gates | None]] = [task.block.gates for task in self.tasks]
+        gates: Sequence[Sequence[DraftStats | None]] = [
+            task.block.draft_stats for task in self.tasks
+        ]
         return tuple(self._said(gates, absent=None))
 
     def _favourites(self, rows_M: Tensor) -> Tensor:
@@ -183,9 +191,9 @@ class Bench:
         return self.unscaled.at(ids_M1, rows_E=rows_M).squeeze(1)
 
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> TargetDistribution:
         """The law pi of each judged row."""
-        return target(self.policy.rule, self.evidence)
+        return target_distribution(self.policy.rule, self.evidence)
 
     def on_token(self, values_MK: Tensor) -> Tensor:
         """Return the value at each judged row's drafted token, 0 where the row lacks it."""
@@ -204,7 +212,7 @@ def quotient(above_M: Tensor, below_M: Tensor) -> Tensor:
     return torch.where(below_M > 0, above_M / torch.where(below_M > 0, below_M, 1.0), 0.0)
 
 
-def _contexts(task: Task, count: int) -> list[Context]:
+def _contexts(task: VerifyTask, count: int) -> list[Context]:
     """Return what penalties count before each place of the block."""
     if not task.policy.sampling.counts_tokens:
         return [Context()] * count
@@ -215,12 +223,12 @@ def _contexts(task: Task, count: int) -> list[Context]:
     ]
 
 
-def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:
+def build_batch(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> VerifyBatch:
     """Return the tasks of one kind as a bench; the rows of logits are theirs in order."""
     lengths = [live_length(t.policy, t.block.tokens) for t in tasks]
     counts = [rows_needed(t.policy, t.block.tokens) for t in tasks]
     places = [range(n + _asks_target(t, n)) for t, n in zip(tasks, lengths, strict=True)]
-    return Bench(
+    return VerifyBatch(
         tasks=tasks,
         logits_NV=logits_NV,
         lengths=lengths,
@@ -240,7 +248,7 @@ def lay_out(logits_NV: Tensor, tasks: Sequence[Task]) -> Bench:
     )
 
 
-def _asks_target(task: Task, length: int) -> bool:
+def _asks_target(task: VerifyTask, length: int) -> bool:
     """Return whether the block came with the drafter's row after it, and pi there is wanted."""
     rows, tokens = task.block.rows, task.block.tokens[:length]
     if length < task.block.length or len(rows) <= length or not size(rows[length]):

@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.engine import attention
 from cascade.engine.backends import cuda_graph, select
-from cascade.engine.backends.cuda_graph import Bucket, CapturedRunner, StaticBatch
-from cascade.engine.backends.varlen import FlatRunner
-from cascade.engine.batch import FlatBatch, Segment
+from cascade.engine.backends.cuda_graph import Bucket, CudaGraphRunner, StaticBatch
+from cascade.engine.backends.varlen import VarlenRunner
+from cascade.engine.batch import RaggedBatch, Segment
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import Ready, Step
-from cascade.engine.rope import Regimes
+from cascade.engine.request import ForwardRequest, LogitsOutput
+from cascade.engine.rope import RopeLengths
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 from cascade.types import SessionId
@@ -66,8 +66,8 @@ class Twins:
         record: Recorder | None = None,
     ) -> None:
         self.plain = model
-        self.captured = CapturedRunner(copy.deepcopy(model), record=record)
-        self.flat = FlatRunner(copy.deepcopy(model))
+        self.captured = CudaGraphRunner(copy.deepcopy(model), record=record)
+        self.flat = VarlenRunner(copy.deepcopy(model))
         self.tokens: dict[int, tuple[int, ...]] = {}
         for runner in (self.captured, self.flat):
             runner.resize(rows=rows)
@@ -120,7 +120,7 @@ def buckets(*shapes: tuple[int, int]) -> set[Bucket]:
     return {Bucket(sessions=sessions, keys=keys) for sessions, keys in shapes}
 
 
-def states(runner: FlatRunner) -> list[Tensor]:
+def states(runner: VarlenRunner) -> list[Tensor]:
     """Return a copy of all keys and values, `[H, R, D]` each."""
     layers = runner.pool._layers.values()  # pyright: ignore[reportPrivateUsage] - nobody reads all
     return [one.clone() for pair in layers for one in pair]
@@ -171,7 +171,7 @@ def test_an_engine_on_the_captured_path_gives_the_plain_rows(name: str) -> None:
 
     ragged_story(bench)
 
-    assert isinstance(bench.engine.runner, CapturedRunner)
+    assert isinstance(bench.engine.runner, CudaGraphRunner)
     assert bench.engine.runner.recorded
     assert bench.worst < TOLERANCE
 
@@ -184,7 +184,7 @@ def test_rope_that_follows_the_longest_position_is_never_captured(name: str) -> 
         bench.settle(bench.submit(session, numbers(length), rows=1))
         bench.settle(bench.submit(session, numbers(1), rows=1))
 
-    assert isinstance(bench.engine.runner, CapturedRunner)
+    assert isinstance(bench.engine.runner, CudaGraphRunner)
     assert not bench.engine.runner.recorded
     assert bench.worst < TOLERANCE
 
@@ -341,13 +341,13 @@ class Greedy:
     written: dict[str, list[int]] = field(default_factory=dict)
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def finish(self, ready: Sequence[Ready], logits_NV: Tensor) -> Sequence[Step]:
+    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         return list(self._follow(ready, logits_NV.argmax(-1).tolist()))
 
-    def fail(self, step: Step, error: Exception) -> None:
+    def fail(self, step: ForwardRequest, error: Exception) -> None:
         raise AssertionError(step) from error
 
-    def _follow(self, ready: Sequence[Ready], tokens: list[int]) -> Iterator[Step]:
+    def _follow(self, ready: Sequence[LogitsOutput], tokens: list[int]) -> Iterator[ForwardRequest]:
         for one, token in zip(ready, tokens, strict=True):
             session = one.step.session
             written = self.written.setdefault(session, [])
@@ -356,7 +356,7 @@ class Greedy:
                 self.ended.release()
                 continue
             base = len(self.prompts[session]) + len(written) - 1
-            yield Step(session=session, base=base, tokens=[token], rows=1)
+            yield ForwardRequest(session=session, base=base, tokens=[token], rows=1)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
@@ -373,20 +373,20 @@ def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
     head = Greedy(prompts=prompts, length=30)
     engine = Engine(adopt(model, name="tiny"), head=head, settings=CAPTURED)
     for one, prompt in prompts.items():
-        engine.submit(Step(session=SessionId(one), base=0, tokens=prompt, rows=1))
+        engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, rows=1))
     engine.start()
     assert all(head.ended.acquire(timeout=60) for _ in prompts)
     engine.stop()
 
     assert head.written == expected
-    assert isinstance(engine.runner, CapturedRunner)
+    assert isinstance(engine.runner, CudaGraphRunner)
     assert engine.runner.recorded == buckets((4, 128), (4, 256))
 
 
 def test_the_proof_at_load_replays() -> None:
     runner = select.choose(build("llama"), settings=CAPTURED)
 
-    assert isinstance(runner, CapturedRunner)
+    assert isinstance(runner, CudaGraphRunner)
     assert runner.recorded == buckets((1, 128), (2, 128))
 
 
@@ -455,10 +455,10 @@ def blind(name: str) -> Moves:
         return run
 
     model = build(name)
-    runner = CapturedRunner(model, record=record)
+    runner = CudaGraphRunner(model, record=record)
     nn.Module.to(model, device="meta", dtype=torch.bfloat16)
     runner.device = torch.device("meta")
-    runner.regimes = Regimes()
+    runner.regimes = RopeLengths()
     runner.resize(rows=ROWS)
     segments = [Segment(start=i * EXTENT, past=20, tokens=(5,), rows=1) for i in range(4)]
     with torch.inference_mode():
@@ -499,7 +499,7 @@ def test_flash_attention_is_told_of_the_same_rows_as_on_the_flat_path() -> None:
     places = ((0, 20), (EXTENT, 126), (2 * EXTENT, 3))
     segments = [Segment(start=start, past=past, tokens=(5,), rows=1) for start, past in places]
     inputs_5N = torch.tensor([(5, past, start + past, start, past + 1) for start, past in places]).T
-    flat = FlatBatch(segments, device=torch.device("cpu"), rows=ROWS).ragged()
+    flat = RaggedBatch(segments, device=torch.device("cpu"), rows=ROWS).ragged()
 
     ours = StaticBatch(inputs_5N, keys=256, rows=ROWS).ragged()
 
@@ -531,7 +531,7 @@ def test_a_graph_gives_the_flat_rows(name: str, dtype: torch.dtype) -> None:
 def test_a_replay_does_not_wait_for_the_device() -> None:
     model = build("llama")
     nn.Module.to(model, device="cuda", dtype=torch.bfloat16)
-    runner = CapturedRunner(model)
+    runner = CudaGraphRunner(model)
     runner.resize(rows=ROWS)
     segments = [Segment(start=0, past=20, tokens=(5,), rows=1)]
 

@@ -10,7 +10,7 @@ from tests.engine.architectures import LEAN, VOCABULARY, build
 from torch import nn
 
 from cascade.engine.backends import numpy_llama
-from cascade.engine.backends.cpu_llama import LeanRunner
+from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.batch import Segment
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ START, PROMPT = 128, 5
 
 def rows(model: PreTrainedModel, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows of tokens one by one, and what the pool holds of them then."""
-    runner = LeanRunner(model, packed=packed)
+    runner = CpuLlamaRunner(model, packed=packed)
     assert (runner.solo is not None) is packed
     runner.resize(rows=256)
     with torch.inference_mode():
@@ -43,7 +43,7 @@ def test_rows_and_states_are_those_of_torch(name: str) -> None:
 
 
 def test_a_few_sessions_get_the_rows_they_get_alone() -> None:
-    runner = LeanRunner(build("llama"))
+    runner = CpuLlamaRunner(build("llama"))
     runner.resize(rows=512)
     prompts = [
         Segment(start=128 * n, past=0, tokens=TOKENS[n:][: 9 + n]) for n in range(numpy_llama.FEW)
@@ -57,7 +57,7 @@ def test_a_few_sessions_get_the_rows_they_get_alone() -> None:
 
 
 def test_no_other_row_of_the_pool_is_touched() -> None:
-    runner = LeanRunner(build("llama"))
+    runner = CpuLlamaRunner(build("llama"))
     runner.resize(rows=256)
     with torch.inference_mode():
         runner.forward([Segment(start=START, past=0, tokens=TOKENS)])
@@ -69,14 +69,14 @@ def test_no_other_row_of_the_pool_is_touched() -> None:
 
 def test_large_matrices_keep_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_llama, "MOST_WEIGHTS", 1000)
-    assert LeanRunner(build("llama")).solo is None
+    assert CpuLlamaRunner(build("llama")).solo is None
 
 
 def test_rows_that_must_not_depend_on_the_batch_are_not_made_so() -> None:
-    assert LeanRunner(build("llama"), deterministic=True).solo is None
+    assert CpuLlamaRunner(build("llama"), deterministic=True).solo is None
 
 
 def test_half_precision_stays_with_torch() -> None:
     model = build("llama")
     nn.Module.to(model, torch.bfloat16)
-    assert LeanRunner(model).solo is None
+    assert CpuLlamaRunner(model).solo is None

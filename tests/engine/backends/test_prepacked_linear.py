@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from cascade.engine.backends.prepacked_linear import pack, packed
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import Step
+from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.types import SessionId
 
@@ -89,11 +89,11 @@ def test_deterministic_rows_are_the_same_in_any_batch(dtype: torch.dtype, column
 
 def rows(engine: Engine, head: Recorder, session: str, *, first: int, count: int) -> torch.Tensor:
     tokens = TOKENS[first : first + count]
-    step = Step(session=SessionId(session), base=first, tokens=tokens, rows=count)
+    step = ForwardRequest(session=SessionId(session), base=first, tokens=tokens, rows=count)
     answer = head.expect(step, context=[])
     engine.submit(step)
     while not answer.ended:
-        engine.turn()
+        engine.step()
     return torch.stack(answer.rows)
 
 
@@ -118,7 +118,9 @@ def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
     blocks: list[torch.Tensor] = []
     for place in range(20, 40, 5):
         for other in range(9):
-            step = Step(session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], rows=6)
+            step = ForwardRequest(
+                session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], rows=6
+            )
             head.expect(step, context=[])
             engine.submit(step)
         blocks.append(rows(engine, head, "block", first=place, count=5))

@@ -6,9 +6,9 @@ from tests.engine.architectures import build
 
 from cascade.engine.backends import select
 from cascade.engine.backends.base import PaddedRunner
-from cascade.engine.backends.cpu_llama import LeanRunner
-from cascade.engine.backends.varlen import FlatRunner
-from cascade.engine.batch import FlatBatch
+from cascade.engine.backends.cpu_llama import CpuLlamaRunner
+from cascade.engine.backends.varlen import VarlenRunner
+from cascade.engine.batch import RaggedBatch
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 
@@ -16,7 +16,8 @@ AUTO = EngineSettings()
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("llama", LeanRunner), ("gpt-oss", FlatRunner), ("llama4", PaddedRunner)]
+    ("name", "path"),
+    [("llama", CpuLlamaRunner), ("gpt-oss", VarlenRunner), ("llama4", PaddedRunner)],
 )
 def test_the_first_exact_path_is_taken(name: str, path: type) -> None:
     assert isinstance(select.choose(build(name), settings=AUTO), path)
@@ -28,11 +29,11 @@ def test_half_precision_is_no_reason_to_refuse(name: str, dtype: torch.dtype) ->
     model = build(name)
     torch.nn.Module.to(model, dtype)
 
-    assert isinstance(select.choose(model, settings=AUTO), FlatRunner | LeanRunner)
+    assert isinstance(select.choose(model, settings=AUTO), VarlenRunner | CpuLlamaRunner)
 
 
 def test_a_path_that_is_asked_for_is_not_replaced() -> None:
-    for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, FlatRunner)):
+    for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, VarlenRunner)):
         only = EngineSettings(path=path)
         assert isinstance(select.choose(build("llama"), settings=only), kind)
 
@@ -45,8 +46,8 @@ def test_a_path_that_is_asked_for_is_not_replaced() -> None:
 def test_a_model_can_be_checked_again_after_an_engine_had_it() -> None:
     model = build("llama")
 
-    assert isinstance(select.choose(model, settings=AUTO), LeanRunner)
-    assert isinstance(select.choose(model, settings=AUTO), LeanRunner)
+    assert isinstance(select.choose(model, settings=AUTO), CpuLlamaRunner)
+    assert isinstance(select.choose(model, settings=AUTO), CpuLlamaRunner)
 
 
 def unmasked(*_: object) -> None:
@@ -55,7 +56,7 @@ def unmasked(*_: object) -> None:
 
 def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that forgets to mask the refused tokens would speak fluently, and wrongly."""
-    monkeypatch.setattr(FlatBatch, "mask", unmasked)
+    monkeypatch.setattr(RaggedBatch, "mask", unmasked)
 
     for path in (Path.LEAN, Path.FLAT):
         with pytest.raises(UnsupportedModel, match=f"{path} path: its logits differ"):

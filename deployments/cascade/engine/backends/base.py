@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """A model with a pool of rows."""
 
-    regimes: rope.Regimes
+    regimes: rope.RopeLengths
 
     @property
     def pool(self) -> Pool:
@@ -45,7 +45,7 @@ class Runner(Protocol):
         """Run one token, so that the pool takes its memory now."""
         ...
 
-    def take_over(self) -> None:
+    def free_hf_weights(self) -> None:
         """Free what the model has and this runner does not need; nothing else may use it then."""
         ...
 
@@ -74,7 +74,7 @@ class BaseRunner(ABC):
         """Replace the pool by an empty one of `rows` rows, and some scratch."""
 
     @abstractmethod
-    def take_over(self) -> None:
+    def free_hf_weights(self) -> None:
         """Free what the model has and this runner does not need."""
 
     def warm(self) -> None:
@@ -90,7 +90,7 @@ class BaseRunner(ABC):
         """Return the places of segments that run together, pass by pass."""
         return list(partition(segments, by_size=self.by_size))
 
-    def _ballasted(self, segments: Sequence[Segment]) -> list[Segment]:
+    def _with_rope_padding(self, segments: Sequence[Segment]) -> list[Segment]:
         regime = segments[0].regime
         if self.regimes.dynamic:
             rope.forget(self.model)
@@ -102,7 +102,7 @@ class BaseRunner(ABC):
         return list(segments)
 
 
-class _ModelRunner(BaseRunner):
+class ModelRunner(BaseRunner):
     """A runner that calls the model itself."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -120,11 +120,11 @@ class _ModelRunner(BaseRunner):
         self._pool = KVPool(rows=rows + SMALLEST)
         self._scratch = rows
 
-    def take_over(self) -> None:
+    def free_hf_weights(self) -> None:
         """Free nothing: the model itself runs."""
 
 
-class PaddedRunner(_ModelRunner):
+class PaddedRunner(ModelRunner):
     """Left-padded rows and the model's own attention, over columns gathered from the pool."""
 
     by_size = True
@@ -140,7 +140,7 @@ class PaddedRunner(_ModelRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        batch = PaddedBatch(self._ballasted(segments), device=self.device)
+        batch = PaddedBatch(self._with_rope_padding(segments), device=self.device)
         extra: dict[str, Any] = {}
         if self._takes_positions:
             extra["position_ids"] = batch.positions_BQ

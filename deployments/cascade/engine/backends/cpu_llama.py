@@ -20,8 +20,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from cascade.engine.attention import Form, grouped
 from cascade.engine.backends import llama_weights, mask_probe, prepacked_linear
 from cascade.engine.backends.base import BaseRunner
-from cascade.engine.backends.numpy_llama import FEW, Solo
-from cascade.engine.batch import SHORT_QUERIES, FlatBatch
+from cascade.engine.backends.numpy_llama import FEW, NumpyLlama
+from cascade.engine.batch import SHORT_QUERIES, RaggedBatch
 from cascade.engine.kv_allocator import SMALLEST
 from cascade.engine.kv_pool import StackedPool
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _POSITIONS = 1024  # of the first table of rotations; it doubles when outgrown
 
 
-class LeanRunner(BaseRunner):
+class CpuLlamaRunner(BaseRunner):
     """A Llama-like model on a CPU.
 
     Raises:
@@ -58,8 +58,8 @@ class LeanRunner(BaseRunner):
             for _, window in sorted(mask_probe.windows(model).items())
         ]
         self.solo = (
-            Solo(model, windows=[form.window for form in self._forms])
-            if packed and not deterministic and Solo.suits(model)
+            NumpyLlama(model, windows=[form.window for form in self._forms])
+            if packed and not deterministic and NumpyLlama.suits(model)
             else None
         )
         self._turns = llama_weights.rotations(self._weights, positions=_POSITIONS)
@@ -75,7 +75,7 @@ class LeanRunner(BaseRunner):
         """Return the keys and values."""
         return self._pool
 
-    def take_over(self) -> None:
+    def free_hf_weights(self) -> None:
         """Free the weights that the model itself has: this runner has its own."""
         llama_weights.drop(self.model)
 
@@ -88,7 +88,7 @@ class LeanRunner(BaseRunner):
             and all(one.count == one.rows == 1 for one in segments)
         ):
             return self.solo.forward(segments, pool=self.pool, turns_P1E=turns_P1E)
-        batch = FlatBatch(
+        batch = RaggedBatch(
             segments,
             device=self.device,
             rows=self.pool.rows,
@@ -154,7 +154,7 @@ def _map(matrix: Matrix, *, packed: bool, deterministic: bool) -> Linear:
 class _Reading:
     """How one pass reads the pool."""
 
-    def __init__(self, batch: FlatBatch, pool: StackedPool) -> None:
+    def __init__(self, batch: RaggedBatch, pool: StackedPool) -> None:
         self.batch = batch
         self._pool = pool
 

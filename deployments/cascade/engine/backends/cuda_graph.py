@@ -22,10 +22,10 @@ from torch.nn.functional import pad
 
 from cascade.engine.attention import attend, running
 from cascade.engine.backends.mask_probe import Unsuited
-from cascade.engine.backends.varlen import FlatRunner
+from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
 from cascade.engine.kv_allocator import SMALLEST
-from cascade.engine.rope import Regimes
+from cascade.engine.rope import RopeLengths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +112,7 @@ class _Step:
     replay: Replay
 
 
-class CapturedRunner(FlatRunner):
+class CudaGraphRunner(VarlenRunner):
     """The flat path, with recordings for passes that have one wanted token of every session.
 
     Args:
@@ -163,7 +163,7 @@ class CapturedRunner(FlatRunner):
     def _bucket(self, segments: Sequence[Segment]) -> Bucket | None:
         """Return the shapes for a pass, or None if it is not one token of every session."""
         # RoPE that follows the longest position reads it back from the device.
-        if self.regimes != Regimes() or any(s.count != 1 or s.rows != 1 for s in segments):
+        if self.regimes != RopeLengths() or any(s.count != 1 or s.rows != 1 for s in segments):
             return None
         sessions = _power(len(segments))
         keys = min(_power(max(SMALLEST, *(s.length for s in segments))), self.pool.rows)

@@ -38,7 +38,7 @@ FEW = 4  # sessions that are quicker one after the other than together
 MOST_WEIGHTS = 2**20  # of a matrix; a larger one is worth a second core
 
 
-class Solo:
+class NumpyLlama:
     """A Llama-like model for one token at a time, over the pool of the lean path.
 
     Args:

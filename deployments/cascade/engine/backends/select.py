@@ -14,10 +14,10 @@ import torch
 
 from cascade.engine.backends import prepacked_linear
 from cascade.engine.backends.base import PaddedRunner, Runner
-from cascade.engine.backends.cpu_llama import LeanRunner
-from cascade.engine.backends.cuda_graph import CapturedRunner
+from cascade.engine.backends.cpu_llama import CpuLlamaRunner
+from cascade.engine.backends.cuda_graph import CudaGraphRunner
 from cascade.engine.backends.mask_probe import Unsuited, own_attention
-from cascade.engine.backends.varlen import FlatRunner
+from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
 from cascade.engine.kv_allocator import SMALLEST
 from cascade.engine.model_loader import check_state
@@ -90,18 +90,18 @@ def paths(
     """Yield the paths that `model` may take and how each is built, the quickest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     if settings.path in {Path.AUTO, Path.LEAN}:
-        yield Path.LEAN, lambda: LeanRunner(model, packed=packed, deterministic=exact)
+        yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
     if settings.path is Path.LEAN:
         return
     if packed:
         prepacked_linear.pack(model, deterministic=exact)
     launches = settings.path is Path.AUTO and model.device.type == "cuda"
     if launches or settings.path is Path.CAPTURED:
-        yield Path.CAPTURED, lambda: CapturedRunner(model, deterministic=exact)
+        yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
     if settings.path is Path.CAPTURED:
         return
     if settings.path is not Path.PADDED:
-        yield Path.FLAT, lambda: FlatRunner(model, deterministic=exact)
+        yield Path.FLAT, lambda: VarlenRunner(model, deterministic=exact)
     if settings.path is not Path.FLAT and not exact:
         yield Path.PADDED, lambda: PaddedRunner(model)
 

@@ -12,8 +12,8 @@ import torch
 
 from cascade.engine.attention import FLAT, Pass, grouped, running
 from cascade.engine.backends import mask_probe
-from cascade.engine.backends.base import _ModelRunner
-from cascade.engine.batch import FlatBatch, Segment
+from cascade.engine.backends.base import ModelRunner
+from cascade.engine.batch import RaggedBatch, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cascade.engine.attention import Batch, Form
 
 
-class FlatRunner(_ModelRunner):
+class VarlenRunner(ModelRunner):
     """Tokens of all sessions in one row; attention reads each session's rows where they are.
 
     Raises:
@@ -39,8 +39,8 @@ class FlatRunner(_ModelRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        segments = self._ballasted(segments)
-        batch = FlatBatch(
+        segments = self._with_rope_padding(segments)
+        batch = RaggedBatch(
             segments,
             device=self.device,
             rows=self.pool.rows,
