@@ -130,7 +130,7 @@ class Watched(ReplicaClients):
 
     broken: list[str]
 
-    def link(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link that is watched."""
         link = super().open_stream(address, session_id, epoch)
         deliver = link.deliver

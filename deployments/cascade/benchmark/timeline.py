@@ -159,7 +159,7 @@ class WatchedPeers(ReplicaClients):
         super().__init__(kind, delay_s=delay_s)
         self._recorder = recorder
 
-    def link(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a watched link."""
         return self._recorder.watch_link(super().open_stream(address, session_id, epoch))
 
