@@ -186,9 +186,9 @@ class Tier(Settings):
         """Return the hub id or the folder."""
         return str(self.own) if self.model == "demo" else self.model
 
-    def source(self) -> model_pair.Source:
+    def source(self) -> model_pair.ModelSource:
         """Return where the model comes from."""
-        return model_pair.Source(
+        return model_pair.ModelSource(
             name=self.model_path, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
 
@@ -333,7 +333,7 @@ class Application(Settings):
 
     def pair(self) -> model_pair.ModelPair:
         """Return what the pair shares; raises StartupError for one that cannot be served."""
-        return model_pair.of_pair(self.drafter.source(), self.expert.source())
+        return model_pair.load_pair(self.drafter.source(), self.expert.source())
 
     def observe(self, generator: Generator, sink: MetricBackend) -> Observed:
         """Return the generator with its answers counted in `sink`, logged and traced."""

@@ -45,20 +45,22 @@ class Recorder:
         self.answers[id(step)] = answer
         return answer
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        assert logits_NV.shape[0] == sum(one.count for one in ready)
-        self.passes.append([one.step.session for one in ready])
-        for one, rows in zip(ready, logits_NV.split([one.count for one in ready]), strict=True):
-            answer = self.answers[id(one.step)]
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        assert logits_NV.shape[0] == sum(one.count for one in outputs)
+        self.passes.append([one.request.session for one in outputs])
+        for one, rows in zip(outputs, logits_NV.split([one.count for one in outputs]), strict=True):
+            answer = self.answers[id(one.request)]
             assert not answer.ended
             assert one.first == len(answer.places)
             answer.rows.extend(rows.clone())
-            answer.places.extend(range(one.index, one.index + one.count))
+            answer.places.extend(range(one.position, one.position + one.count))
             answer.ended = one.last
         return []
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
-        answer = self.answers[id(step)]
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        answer = self.answers[id(request)]
         assert not answer.ended
         answer.error, answer.ended = error, True
 
@@ -69,7 +71,7 @@ class Bench:
     def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
         self._plain = copy.deepcopy(model)
         self.head = Recorder()
-        self.engine = Engine(adopt(model, name="tiny"), head=self.head, settings=settings)
+        self.engine = Engine(adopt(model, name="tiny"), handler=self.head, settings=settings)
         self.tokens: dict[str, list[int]] = {}
         self._steps: list[ForwardRequest] = []  # alive, so that no two share an id
         self.worst = 0.0
@@ -80,7 +82,9 @@ class Bench:
         known = self.tokens.get(session, [])
         base = len(known) - drop
         self.tokens[session] = [*known[:base], *tokens]
-        step = ForwardRequest(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
+        step = ForwardRequest(
+            session=SessionId(session), base=base, tokens=list(tokens), num_logits=rows
+        )
         self._steps.append(step)
         answer = self.head.expect(step, context=self.tokens[session])
         self.engine.submit(step)
@@ -93,8 +97,8 @@ class Bench:
             session=SessionId(session),
             base=base,
             tokens=list(tokens),
-            rows=1,
-            trunk=SessionId(trunk),
+            num_logits=1,
+            parent=SessionId(trunk),
         )
         self._steps.append(step)
         answer = self.head.expect(step, context=self.tokens[session])

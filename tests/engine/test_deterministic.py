@@ -46,13 +46,15 @@ class Desk:
 
     def __init__(self, model: LoadedModel) -> None:
         self.head = Recorder()
-        self.engine = Engine(model, head=self.head, settings=SETTINGS)
+        self.engine = Engine(model, handler=self.head, settings=SETTINGS)
         self._steps: list[ForwardRequest] = []
 
     def submit(
         self, session: str, tokens: Sequence[int], *, base: int, rows: int
     ) -> Callable[[], Tensor]:
-        step = ForwardRequest(session=SessionId(session), base=base, tokens=list(tokens), rows=rows)
+        step = ForwardRequest(
+            session=SessionId(session), base=base, tokens=list(tokens), num_logits=rows
+        )
         self._steps.append(step)
         answer = self.head.expect(step, context=[])
         self.engine.submit(step)

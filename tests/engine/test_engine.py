@@ -86,9 +86,9 @@ def test_a_step_without_rows_is_heard_when_it_is_done(bench: Bench) -> None:
 
 def test_the_pass_in_hand_says_what_it_runs(bench: Bench) -> None:
     bench.settle(bench.submit("a", (1, 2, 3), rows=1), bench.submit("b", (4, 5), rows=1))
-    first = bench.engine.current
+    first = bench.engine.current_pass
     bench.settle(bench.submit("a", (6,), rows=1))
-    second = bench.engine.current
+    second = bench.engine.current_pass
     assert [(one.tokens, one.sessions) for one in (first, second)] == [(5, 2), (1, 1)]
     assert second.began_s >= first.began_s
 
@@ -149,7 +149,7 @@ def test_a_step_that_cannot_run_fails_alone(
 
 def test_a_second_step_of_a_session_must_wait_for_the_first(bench: Bench) -> None:
     first = bench.submit("a", numbers(200), rows=1)
-    second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1)
+    second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1)
     answer = bench.head.expect(second, context=[])
     bench.engine.submit(second)
 
@@ -245,19 +245,23 @@ class Chain:
     done: threading.Event = field(default_factory=threading.Event)
     errors: dict[str, Exception] = field(default_factory=dict)
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        (one,) = ready
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        (one,) = outputs
         self.written.append(int(logits_NV[-1].argmax()))
         if len(self.written) == self.length:
             self.done.set()
             return []
-        base = one.step.base + len(one.step.tokens)
+        base = one.request.base + len(one.request.tokens)
         return [
-            ForwardRequest(session=one.step.session, base=base, tokens=self.written[-1:], rows=1)
+            ForwardRequest(
+                session=one.request.session, base=base, tokens=self.written[-1:], num_logits=1
+            )
         ]
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
-        self.errors[step.session] = error
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        self.errors[request.session] = error
         self.done.set()
 
 
@@ -266,8 +270,8 @@ def test_steps_that_follow_run_in_the_very_next_passes() -> None:
     prompt = torch.tensor([numbers(7)])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)  # pyright: ignore[reportCallIssue] - mixed into the class at run time
     head = Chain(length=12)
-    engine = Engine(adopt(model, name="tiny"), head=head, settings=SMALL)
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
+    engine = Engine(adopt(model, name="tiny"), handler=head, settings=SMALL)
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
 
     for _ in range(12):
         engine.step()
@@ -284,23 +288,25 @@ class Chains:
     written: dict[str, list[int]] = field(default_factory=dict)
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
         steps = [
-            self._next(one, int(row.argmax())) for one, row in zip(ready, logits_NV, strict=True)
+            self._next(one, int(row.argmax())) for one, row in zip(outputs, logits_NV, strict=True)
         ]
         return [step for step in steps if step]
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(step) from error
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        raise AssertionError(request) from error
 
     def _next(self, one: LogitsOutput, token: int) -> ForwardRequest | None:
-        written = self.written.setdefault(one.step.session, [])
+        written = self.written.setdefault(one.request.session, [])
         written.append(token)
         if len(written) == self.length:
             self.ended.release()
             return None
         base = self.prompt + len(written) - 1
-        return ForwardRequest(session=one.step.session, base=base, tokens=[token], rows=1)
+        return ForwardRequest(session=one.request.session, base=base, tokens=[token], num_logits=1)
 
 
 def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
@@ -314,10 +320,10 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
     ]
     head = Chains(length=20, prompt=7)
     engine = Engine(
-        adopt(model, name="tiny"), head=head, settings=EngineSettings(cache_tokens=1024)
+        adopt(model, name="tiny"), handler=head, settings=EngineSettings(cache_tokens=1024)
     )
     steps = [
-        ForwardRequest(session=SessionId(str(place)), base=0, tokens=prompt, rows=1)
+        ForwardRequest(session=SessionId(str(place)), base=0, tokens=prompt, num_logits=1)
         for place, prompt in enumerate(prompts)
     ]
     callers = [threading.Thread(target=engine.submit, args=(step,)) for step in steps]
@@ -336,9 +342,9 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
 
 def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
     head = Chain(length=5)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
+    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
     engine.start()
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), rows=1))
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
     assert head.done.wait(60)
     assert engine.alive
     engine.stop()
@@ -351,9 +357,9 @@ def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
 
 def test_what_waits_when_the_engine_stops_is_told() -> None:
     head = Chain(length=5)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
+    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
     engine.stop()
-    engine.submit(ForwardRequest(session=SessionId("late"), base=0, tokens=[5], rows=1))
+    engine.submit(ForwardRequest(session=SessionId("late"), base=0, tokens=[5], num_logits=1))
     engine.start()
     assert head.done.wait(60)
     engine.stop()
@@ -370,19 +376,21 @@ def test_a_pass_that_fails_fails_its_own_steps_and_the_engine_lives(bench: Bench
 
 
 class Careless(Chain):
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        if ready[0].step.session == "bad":
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        if outputs[0].request.session == "bad":
             raise ZeroDivisionError
-        return super().finish(ready, logits_NV)
+        return super().finish(outputs, logits_NV)
 
 
 def test_a_head_that_fails_does_not_end_the_engine() -> None:
     head = Careless(length=2)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=SMALL)
+    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
 
-    engine.submit(ForwardRequest(session=SessionId("bad"), base=0, tokens=[5], rows=1))
+    engine.submit(ForwardRequest(session=SessionId("bad"), base=0, tokens=[5], num_logits=1))
     engine.step()
-    engine.submit(ForwardRequest(session=SessionId("good"), base=0, tokens=[5], rows=1))
+    engine.submit(ForwardRequest(session=SessionId("good"), base=0, tokens=[5], num_logits=1))
     engine.step()
     engine.step()
 
@@ -397,20 +405,22 @@ class Watching(Chain):
     engine: Engine | None = None
     working_s: list[float] = field(default_factory=list)
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
         assert self.engine is not None
         self.working_s.append(self.engine.working_s)
-        return super().finish(ready, logits_NV)
+        return super().finish(outputs, logits_NV)
 
 
 def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
     head, clock = Watching(length=2), itertools.count()
     engine = Engine(
-        adopt(build("llama"), name="tiny"), head=head, settings=SMALL, clock=clock.__next__
+        adopt(build("llama"), name="tiny"), handler=head, settings=SMALL, clock=clock.__next__
     )
     head.engine = engine
     assert engine.working_s == 0
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1))
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1))
     engine.step()
     engine.step()
     assert all(0 < seconds < 10 for seconds in head.working_s)
@@ -422,9 +432,11 @@ class Counting(Chain):
 
     threads: int = 0
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
         self.threads = torch.get_num_threads()
-        return super().finish(ready, logits_NV)
+        return super().finish(outputs, logits_NV)
 
 
 def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
@@ -434,13 +446,13 @@ def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
     heads = [Counting(length=1) for _ in settings_of]
     engines = [
         Engine(
-            adopt(build("llama"), name="tiny"), head=head, settings=replace(SMALL, threads=count)
+            adopt(build("llama"), name="tiny"), handler=head, settings=replace(SMALL, threads=count)
         )
         for head, count in zip(heads, settings_of, strict=True)
     ]
     for engine, head in zip(engines, heads, strict=True):
         engine.start()
-        engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], rows=1))
+        engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1))
         assert head.done.wait(60)
     for engine in engines:
         engine.stop()
@@ -451,8 +463,8 @@ def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
 def test_only_the_pairs_vocabulary_has_logits() -> None:
     head = Chain(length=1)
     cut = EngineSettings(cache_tokens=1024, vocabulary=100)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=head, settings=cut)
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(90), rows=90))
+    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=cut)
+    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(90), num_logits=90))
     engine.step()
 
     assert head.written[0] < 100

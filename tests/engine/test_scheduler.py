@@ -28,7 +28,7 @@ def add(scheduler: Scheduler, name: str, wish: Wish, *, whole: bool = False) -> 
     session = SessionId(name)
     tokens = [1] * wish.tokens
     sequence = CachedSequence(session=session, tokens=tokens)
-    step = ForwardRequest(session=session, base=0, tokens=tokens, rows=wish.rows)
+    step = ForwardRequest(session=session, base=0, tokens=tokens, num_logits=wish.rows)
     return scheduler.add(step, sequence=sequence, whole=whole)
 
 
@@ -75,8 +75,8 @@ def test_rows_that_fit_a_pass_come_in_one(many: list[Wish]) -> None:
     while len(scheduler):
         for piece in run(scheduler):
             job = piece.job
-            first = job.end - job.step.rows
-            if 0 < job.step.rows <= BUDGET and job.sequence.cached > first:
+            first = job.end - job.step.num_logits
+            if 0 < job.step.num_logits <= BUDGET and job.sequence.cached > first:
                 assert not job.remaining
 
 

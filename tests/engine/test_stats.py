@@ -55,21 +55,27 @@ def test_time_without_a_note_is_idle() -> None:
 class Deaf:
     """A head that wants nothing more."""
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        del ready, logits_NV
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        del outputs, logits_NV
         return []
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(step) from error
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        raise AssertionError(request) from error
 
 
 def test_waits_and_queues_are_summed_over_what_ran() -> None:
     clock = Clock()
     settings = EngineSettings(cache_tokens=1024, max_step_tokens=64)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=Deaf(), settings=settings, clock=clock)
+    engine = Engine(
+        adopt(build("llama"), name="tiny"), handler=Deaf(), settings=settings, clock=clock
+    )
     for session, count in (("a", 10), ("b", 60)):
         tokens = [3] * count
-        engine.submit(ForwardRequest(session=SessionId(session), base=0, tokens=tokens, rows=1))
+        engine.submit(
+            ForwardRequest(session=SessionId(session), base=0, tokens=tokens, num_logits=1)
+        )
         clock.now_s += 2
 
     engine.step()

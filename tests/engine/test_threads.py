@@ -47,7 +47,7 @@ def test_an_engine_has_nothing_to_spare_where_no_core_is_left(
     shares: list[float], busy: float, spare: float
 ) -> None:
     settings = EngineSettings(cache_tokens=64)
-    engine = Engine(adopt(build("llama"), name="tiny"), head=Chain(length=1), settings=settings)
+    engine = Engine(adopt(build("llama"), name="tiny"), handler=Chain(length=1), settings=settings)
     shares.append(busy)
     assert engine.spare == spare
 

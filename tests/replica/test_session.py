@@ -40,7 +40,7 @@ class Fed:
 
     def run(self, step: ForwardRequest) -> None:
         assert 0 <= step.base <= len(self.tokens)
-        assert step.rows <= len(step.tokens)
+        assert step.num_logits <= len(step.tokens)
         self.tokens[step.base :] = step.tokens
 
 

@@ -11,7 +11,7 @@ from zlib import crc32
 
 from cascade.drafter.drafter import Drafter
 from cascade.engine.request import LogitsOutput
-from cascade.engine.stats import Pass
+from cascade.engine.stats import ForwardPass
 from cascade.errors import InvalidRequest, Overloaded
 from cascade.expert.expert import Expert
 from cascade.protocol.messages import Open
@@ -89,7 +89,7 @@ class ToyEngine:
     steps: dict[str, ForwardRequest] = field(
         default_factory=dict["str", "ForwardRequest"]
     )  # that wait
-    current: Pass = field(default_factory=Pass)
+    current_pass: ForwardPass = field(default_factory=ForwardPass)
     stalled_until_s: float = 0.0
     stalled_since_s: float = 0.0
     alive: bool = True
@@ -110,7 +110,7 @@ class ToyEngine:
         loop = asyncio.get_running_loop()
         begins_s = max(loop.time(), self.stalled_until_s)
         takes_s = self.step_s * self.chance.expovariate(1)
-        if step.trunk is not None and not self._branch(step):
+        if step.parent is not None and not self._branch(step):
             loop.call_soon_threadsafe(self.head.fail, step, Overloaded("no room"))
             return
         self.steps[step.session] = step
@@ -121,11 +121,11 @@ class ToyEngine:
         return self.chance.choice((0.0, 0.5, 1.0))
 
     def _branch(self, step: ForwardRequest) -> bool:
-        trunk = self.fed.get(str(step.trunk), b"")
+        trunk = self.fed.get(str(step.parent), b"")
         if len(trunk) < step.base or self.chance.random() < self.full:
             return False
         self.fed[step.session] = bytearray(trunk[: step.base])
-        self.trunks[step.session] = str(step.trunk)
+        self.trunks[step.session] = str(step.parent)
         return True
 
     def adopt(self, session: str, *, branch: str) -> None:
@@ -170,9 +170,9 @@ class ToyEngine:
             self.head.fail(step, InvalidRequest(f"{step.base} of {len(text)} cannot be kept"))
             return
         text[step.base :] = bytes(step.tokens)
-        first = len(text) - step.rows
+        first = len(text) - step.num_logits
         rows: Any = [crc32(text[:end]) for end in range(first + 1, len(text) + 1)]
-        ready = LogitsOutput(step=step, first=0, count=step.rows, index=first)
+        ready = LogitsOutput(request=step, first=0, count=step.num_logits, position=first)
         for follow in self.head.finish([ready], rows):
             self.submit(follow)
 

@@ -298,7 +298,7 @@ class Rig:
             policy=policy or DecodingParams(),
             likelihood=1 / (_STANDS * model.vocabulary),
         )
-        self._engine = Engine(model, head=self._head, settings=self._settings)
+        self._engine = Engine(model, handler=self._head, settings=self._settings)
 
     def time(
         self, *, sessions: int, context_tokens: int = 128, block_tokens: int = 5, passes: int = 40
@@ -356,7 +356,7 @@ class _Head:
             session=SessionId(str(number)),
             base=context_tokens - 1,
             tokens=(number % _IDS, *block[: rows - 1]),
-            rows=rows,
+            num_logits=rows,
             task=Block(
                 tokens=block,
                 likelihoods=(self.likelihood,) * len(block),
@@ -368,9 +368,9 @@ class _Head:
     def _drafted(self) -> int:
         return self.block_tokens if self.work is Work.JUDGE else 0
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Draw or judge, and ask for the same step again."""
-        steps = [one.step for one in ready if one.step.task is not None]
+        steps = [one.request for one in outputs if one.request.task is not None]
         if not steps:
             return []
         began_s = time.perf_counter()
@@ -390,9 +390,9 @@ class _Head:
         self.seconds.append(time.perf_counter() - began_s)
         return steps if self.running else []
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Raise what went wrong."""
-        del step
+        del request
         raise error
 
 
@@ -447,7 +447,7 @@ def _fill(engine: Engine, sessions: int, *, context_tokens: int) -> None:
     """Put every session's context into the cache."""
     for number in range(sessions):
         tokens = [(3 * place + number) % _IDS for place in range(context_tokens)]
-        engine.submit(ForwardRequest(session=SessionId(str(number)), base=0, tokens=tokens, rows=0))
+        engine.submit(ForwardRequest(session=SessionId(str(number)), base=0, tokens=tokens, num_logits=0))
     engine.step()
     while engine.stats().waiting:
         engine.step()

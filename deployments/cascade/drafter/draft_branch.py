@@ -18,7 +18,7 @@ from cascade.protocol.messages import Proposal, Propose
 from cascade.protocol.prefix_hash import extend
 from cascade.sampling.rng import Purpose
 from cascade.speculation.draft import DraftTask, DraftToken, block_of, defers_alone
-from cascade.speculation.modes import policy_in
+from cascade.speculation.modes import plan_for
 from cascade.speculation.payload import is_gumbel, wants_target
 from cascade.types import Bonus, DecodingParams, Mode
 
@@ -259,7 +259,7 @@ class DraftBranch:
         base = len(self.seat.opened.prompt) + len(self.answer)
         self.answer.append(token)
         session = self.branch or self.seat.key
-        return ForwardRequest(session=session, base=base, tokens=(token,), rows=1, task=self)
+        return ForwardRequest(session=session, base=base, tokens=(token,), num_logits=1, task=self)
 
     def _proposal(self) -> Proposal:
         block = self.block
@@ -284,4 +284,4 @@ def _alone(policy: DecodingParams) -> DecodingParams:
     """
     if policy.sampling.greedy or is_gumbel(policy):
         return policy
-    return replace(policy_in(Mode.DRAFTER_ONLY, policy), logprobs=None)
+    return replace(plan_for(Mode.DRAFTER_ONLY, policy).params, logprobs=None)

@@ -61,14 +61,14 @@ class Drafter(Replica[Propose]):
             return [self._new_tree(seat, item)]
         return [*tree.resume(), *tree.grow(spare=spare, most=self._branch_budget(1))]
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Draft one token of every line."""
         spare = self.engine.spare
-        lines = [one.step.task for one in ready if isinstance(one.step.task, DraftBranch)]
+        lines = [one.request.task for one in outputs if isinstance(one.request.task, DraftBranch)]
         results = [
-            Result(session=one.step.task)
-            for one in ready
-            if isinstance(one.step.task, ReplicaSession)
+            Result(session=one.request.task)
+            for one in outputs
+            if isinstance(one.request.task, ReplicaSession)
         ]
         drafts = self.draft(logits_NV, [line.task(curious=spare > 0) for line in lines])
         self._record_step_time()
@@ -82,16 +82,16 @@ class Drafter(Replica[Propose]):
         self.publish(results)
         return follow
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Refuse the session whose step cannot run; a branch is given up in silence."""
-        line = step.task
+        line = request.task
         tree = (
             _tree_of(line.seat)
             if isinstance(line, DraftBranch) and line.branch is not None
             else None
         )
         if tree is None:
-            super().fail(step, error)
+            super().fail(request, error)
         elif tree.lose(line):
             self.publish([Result(session=line.seat)])
 
@@ -159,7 +159,7 @@ class Drafter(Replica[Propose]):
 
     def _record_step_time(self) -> None:
         """Learn what the pass in hand took, unless it read a prompt."""
-        current = self.engine.current
+        current = self.engine.current_pass
         if 0 < current.tokens <= 2 * current.sessions:
             seconds = self.clock() - current.began_s
             self._passes.learn(tokens=current.tokens, seconds=seconds)
@@ -169,7 +169,7 @@ class Drafter(Replica[Propose]):
         return self._passes.more(sessions, share=STRETCH) // max(1, sessions)
 
     def _result(self, line: DraftBranch, proposal: Proposal) -> Result:
-        now_s, current = self.clock(), self.engine.current
+        now_s, current = self.clock(), self.engine.current_pass
         timing = Timing(
             service_s=now_s - line.seat.asked_s if line.is_asked(proposal) else 0.0,
             step_s=now_s - current.began_s,

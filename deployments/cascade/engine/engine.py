@@ -20,7 +20,7 @@ from cascade.engine.preemption import Preemptor
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.scheduler import ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
-from cascade.engine.stats import BusyMeter, EngineStats, Pass
+from cascade.engine.stats import BusyMeter, EngineStats, ForwardPass
 from cascade.engine.threads import IdleCores
 from cascade.errors import (
     CascadeError,
@@ -78,12 +78,12 @@ class Engine:
         self,
         model: LoadedModel,
         *,
-        head: LogitsHandler,
+        handler: LogitsHandler,
         settings: EngineSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or EngineSettings()
-        self._head = head
+        self._head = handler
         self._settings = settings
         self.runner, capacity = _prepare(model, settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
@@ -103,7 +103,9 @@ class Engine:
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
         self._idle_cores = IdleCores(clock=clock) if device.type == "cpu" else None
-        self.current = Pass()  # the pass whose rows the head has; read on the engine's thread
+        self.current_pass = (
+            ForwardPass()
+        )  # the pass whose rows the head has; read on the engine's thread
         self._planned_s: float | None = None  # when what runs now was planned
         self._passes = 0
         self._reads = 0
@@ -135,10 +137,10 @@ class Engine:
         planned_s = self._planned_s
         return 0.0 if planned_s is None else self._clock() - planned_s
 
-    def submit(self, step: ForwardRequest) -> None:
+    def submit(self, request: ForwardRequest) -> None:
         """Queue a step. A session has at most one that is not finished."""
-        step.submitted_s = self._clock()
-        self._inbox.put(step)
+        request.submitted_s = self._clock()
+        self._inbox.put(request)
 
     def release(self, session: SessionId) -> None:
         """End a session: its waiting step is dropped unheard, its cache becomes reusable.
@@ -261,7 +263,7 @@ class Engine:
             self._fail(step, error)
             return
         # Logits are not kept: wanted rows run again even where their tokens are cached.
-        sequence.cached = min(sequence.cached, len(sequence.tokens) - step.rows)
+        sequence.cached = min(sequence.cached, len(sequence.tokens) - step.num_logits)
         sequence.reused = min(sequence.reused, sequence.cached)
         whole = self.runner.regimes.dynamic and sequence.regime > 0
         job = self._scheduler.add(step, sequence=sequence, whole=whole)
@@ -278,8 +280,8 @@ class Engine:
 
     def _admit(self, step: ForwardRequest) -> CachedSequence:
         sequence = self._store.find(step.session)
-        if sequence is None and step.trunk is not None:
-            sequence = self._store.branch(step.session, trunk=step.trunk, base=step.base)
+        if sequence is None and step.parent is not None:
+            sequence = self._store.branch(step.session, trunk=step.parent, base=step.base)
             if sequence is None:
                 raise _no_room()
         known = len(sequence.tokens) if sequence else 0
@@ -300,8 +302,8 @@ class Engine:
                 f"Session {step.session} has {known} tokens here, so {step.base} cannot be kept; "
                 "send it from the start"
             )
-        if not 0 <= step.rows <= length or not length:
-            raise InvalidRequest(f"A step of {length} tokens cannot give {step.rows} rows")
+        if not 0 <= step.num_logits <= length or not length:
+            raise InvalidRequest(f"A step of {length} tokens cannot give {step.num_logits} rows")
         if length > self.limit_tokens:
             raise ContextTooLong(
                 f"The session would have {length} tokens; this model's cache and context hold "
@@ -344,7 +346,7 @@ class Engine:
         """Run one forward pass; what goes wrong in it concerns its own steps alone."""
         segments = [_segment(piece) for piece in slices]
         tokens = sum(piece.count for piece in slices)
-        self.current = Pass(began_s=self._clock(), tokens=tokens, sessions=len(slices))
+        self.current_pass = ForwardPass(began_s=self._clock(), tokens=tokens, sessions=len(slices))
         try:
             logits_NV = self.runner.forward(segments)[:, : self._columns]
         # A pass may fail in the model or on the device in any way; the others' passes go on.
@@ -425,7 +427,7 @@ def _segment(piece: StepChunk) -> Segment:
     sequence = piece.job.sequence
     assert sequence.extent is not None, "a planned step has its rows reserved"
     first, last = sequence.cached, sequence.cached + piece.count
-    wanted = piece.job.end - piece.job.step.rows + piece.job.delivered
+    wanted = piece.job.end - piece.job.step.num_logits + piece.job.delivered
     return Segment(
         start=sequence.extent.start,
         past=first,
@@ -437,10 +439,10 @@ def _segment(piece: StepChunk) -> Segment:
 
 def _ready(job: ScheduledStep, rows: int) -> LogitsOutput:
     return LogitsOutput(
-        step=job.step,
+        request=job.step,
         first=job.delivered,
         count=rows,
-        index=job.end - job.step.rows + job.delivered,
+        position=job.end - job.step.num_logits + job.delivered,
         last=not job.remaining,
     )
 

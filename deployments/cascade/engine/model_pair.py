@@ -96,7 +96,7 @@ def _name(token: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class ModelSource:
     """Where a model comes from."""
 
     name: str  # directory or repository id
@@ -113,7 +113,7 @@ class ModelPair:
     stop_ids: tuple[int, ...]  # that end an answer
 
 
-def of_pair(drafter: Source, expert: Source) -> ModelPair:
+def load_pair(drafter: ModelSource, expert: ModelSource) -> ModelPair:
     """Return what the two models share; reads configurations and tokenizers alone.
 
     Raises:
@@ -136,13 +136,13 @@ def of_pair(drafter: Source, expert: Source) -> ModelPair:
     )
 
 
-def _tokenizer(source: Source) -> Tokenizer:
+def _tokenizer(source: ModelSource) -> Tokenizer:
     return tokenizer.load(
         source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
 
 
-def _config(source: Source) -> Any:
+def _config(source: ModelSource) -> Any:
     try:
         found = AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -158,7 +158,7 @@ def _config(source: Source) -> Any:
     return found.get_text_config(decoder=True)
 
 
-def _stop_ids(source: Source) -> tuple[int, ...]:
+def _stop_ids(source: ModelSource) -> tuple[int, ...]:
     try:
         stated: Any = GenerationConfig.from_pretrained(
             source.name, revision=source.revision or "main"

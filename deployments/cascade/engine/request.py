@@ -29,9 +29,9 @@ class ForwardRequest:
     session: SessionId
     base: int
     tokens: Sequence[int]
-    rows: int
+    num_logits: int
     task: Any = None  # the head's own
-    trunk: SessionId | None = None  # read in the first step of a branch
+    parent: SessionId | None = None  # read in the first step of a branch
     submitted_s: float | None = None  # the engine's: when, until its first pass
 
 
@@ -42,20 +42,22 @@ class LogitsOutput:
     `last` is false only for a chunk of a step that wants more rows than one pass holds.
     """
 
-    step: ForwardRequest
+    request: ForwardRequest
     first: int
     count: int
-    index: int
+    position: int
     last: bool = True
 
 
 class LogitsHandler(Protocol):
     """What becomes of logits. Called on the engine's thread, once a forward pass."""
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
         """Consume the rows of every ready step and return the steps that follow at once."""
         ...
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Hear that a step cannot run."""
         ...

@@ -152,10 +152,10 @@ class Scheduler:
             return job.remaining if room == self._budget or job.remaining <= room else 0
         if job.remaining <= min(room, max(share, _SHORT)):
             return job.remaining
-        fill = job.remaining - job.step.rows
-        if job.sequence.cached < job.end - job.step.rows:
+        fill = job.remaining - job.step.num_logits
+        if job.sequence.cached < job.end - job.step.num_logits:
             return min(fill, most)
-        if job.step.rows > self._budget:
+        if job.step.num_logits > self._budget:
             return min(job.remaining, most)
         return job.remaining if job.remaining <= room else 0
 

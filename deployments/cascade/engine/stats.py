@@ -38,7 +38,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
+class ForwardPass:
     """A forward pass: when it began, by the engine's clock, and what it ran."""
 
     began_s: float = 0.0

@@ -73,7 +73,7 @@ class _Verification:
             session=self.seat.key,
             base=len(self.seat.opened.prompt) + kept,
             tokens=tuple(self.answer[kept:]),
-            rows=1,
+            num_logits=1,
             task=self,
         )
 
@@ -126,19 +126,19 @@ class Expert(Replica[Judge]):
         fed = item.tokens[:-1]
         if fed:
             self.engine.submit(
-                ForwardRequest(session=key, base=0, tokens=fed, rows=len(fed), task=task)
+                ForwardRequest(session=key, base=0, tokens=fed, num_logits=len(fed), task=task)
             )
         else:
             self._scored(task)
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Judge every block and score every text whose rows are there."""
-        ends = list(accumulate(one.count for one in ready))
+        ends = list(accumulate(one.count for one in outputs))
         blocks: list[tuple[_Verification, Tensor]] = []
         results: list[Result] = []
-        for one, end in zip(ready, ends, strict=True):
+        for one, end in zip(outputs, ends, strict=True):
             rows_NV = logits_NV[end - one.count : end]
-            match one.step.task:
+            match one.request.task:
                 case _Verification() as block:
                     blocks.append((block, rows_NV))
                 case _Scoring() as scoring:
@@ -159,12 +159,12 @@ class Expert(Replica[Judge]):
             case _:
                 return None
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Refuse the session or the score whose step cannot run."""
-        if isinstance(step.task, _Scoring):
-            self._loop.call_soon_threadsafe(self._unscored, step.task, error)
+        if isinstance(request.task, _Scoring):
+            self._loop.call_soon_threadsafe(self._unscored, request.task, error)
         else:
-            super().fail(step, error)
+            super().fail(request, error)
 
     def _verify(
         self, blocks: list[tuple[_Verification, Tensor]], results: list[Result]
@@ -185,7 +185,7 @@ class Expert(Replica[Judge]):
         return follow
 
     def _judgement(self, block: _Verification, verdict: Verdict, *, now_s: float) -> Judgement:
-        current = self.engine.current
+        current = self.engine.current_pass
         service_s, block.since_s = now_s - block.since_s, now_s
         return Judgement(
             session_id=block.item.session_id,
@@ -204,7 +204,7 @@ class Expert(Replica[Judge]):
         )
 
     def _score(self, scoring: _Scoring, rows_NV: Tensor, one: LogitsOutput) -> None:
-        scoring.take(rows_NV, index=one.index)
+        scoring.take(rows_NV, index=one.position)
         if one.last:
             self._loop.call_soon_threadsafe(self._scored, scoring)
 

@@ -156,14 +156,14 @@ class Replica(ABC, Generic[Item]):
 
     def make_engine(self, model: LoadedModel, settings: EngineSettings) -> Engine:
         """Return the engine whose head this is; not started."""
-        return Engine(model, head=self, settings=settings, clock=self.clock)
+        return Engine(model, handler=self, settings=settings, clock=self.clock)
 
     @abstractmethod
     def begin(self, seat: ReplicaSession, item: Item) -> Sequence[ForwardRequest]:
         """Return the steps that serve the item, if it takes any; the seat is free and caught up."""
 
     @abstractmethod
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
         """Consume a pass's logits on the engine's thread; return the steps that follow at once."""
 
     @abstractmethod
@@ -218,10 +218,10 @@ class Replica(ABC, Generic[Item]):
         if results and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, results)
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Refuse the session whose step cannot run; called on the engine's thread."""
         known = error if isinstance(error, CascadeError) else Internal(f"a pass failed: {error}")
-        if seat := self.session_of(step):
+        if seat := self.session_of(request):
             self._loop.call_soon_threadsafe(self._refuse, seat, known)
 
     def check_context(self, held: int, more: int) -> None:

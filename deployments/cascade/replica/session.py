@@ -88,7 +88,7 @@ class ReplicaSession:
             session=self.key,
             base=len(self.opened.prompt) + keep,
             tokens=tokens,
-            rows=rows,
+            num_logits=rows,
             task=task,
         )
 
@@ -97,4 +97,4 @@ class ReplicaSession:
         known = (*self.opened.prompt, *self.answer)[:-1]
         self.fed = list(self.answer[:-1])
         self.prompted = bool(self.answer)
-        return ForwardRequest(session=self.key, base=0, tokens=known, rows=0, task=task)
+        return ForwardRequest(session=self.key, base=0, tokens=known, num_logits=0, task=task)

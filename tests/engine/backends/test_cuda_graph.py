@@ -341,22 +341,24 @@ class Greedy:
     written: dict[str, list[int]] = field(default_factory=dict)
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        return list(self._follow(ready, logits_NV.argmax(-1).tolist()))
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        return list(self._follow(outputs, logits_NV.argmax(-1).tolist()))
 
-    def fail(self, step: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(step) from error
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        raise AssertionError(request) from error
 
     def _follow(self, ready: Sequence[LogitsOutput], tokens: list[int]) -> Iterator[ForwardRequest]:
         for one, token in zip(ready, tokens, strict=True):
-            session = one.step.session
+            session = one.request.session
             written = self.written.setdefault(session, [])
             written.append(token)
             if len(written) == self.length:
                 self.ended.release()
                 continue
             base = len(self.prompts[session]) + len(written) - 1
-            yield ForwardRequest(session=session, base=base, tokens=[token], rows=1)
+            yield ForwardRequest(session=session, base=base, tokens=[token], num_logits=1)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
@@ -371,9 +373,9 @@ def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
         for one, prompt in prompts.items()
     }
     head = Greedy(prompts=prompts, length=30)
-    engine = Engine(adopt(model, name="tiny"), head=head, settings=CAPTURED)
+    engine = Engine(adopt(model, name="tiny"), handler=head, settings=CAPTURED)
     for one, prompt in prompts.items():
-        engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, rows=1))
+        engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, num_logits=1))
     engine.start()
     assert all(head.ended.acquire(timeout=60) for _ in prompts)
     engine.stop()

@@ -89,7 +89,7 @@ def test_deterministic_rows_are_the_same_in_any_batch(dtype: torch.dtype, column
 
 def rows(engine: Engine, head: Recorder, session: str, *, first: int, count: int) -> torch.Tensor:
     tokens = TOKENS[first : first + count]
-    step = ForwardRequest(session=SessionId(session), base=first, tokens=tokens, rows=count)
+    step = ForwardRequest(session=SessionId(session), base=first, tokens=tokens, num_logits=count)
     answer = head.expect(step, context=[])
     engine.submit(step)
     while not answer.ended:
@@ -106,7 +106,7 @@ def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
     """Greedy text is the same to the bit at every block length, on both paths."""
     head = Recorder()
     settings = EngineSettings(cache_tokens=2048, deterministic=True, prefix_reuse=False)
-    engine = Engine(adopt(build(dtype), name="tiny"), head=head, settings=settings)
+    engine = Engine(adopt(build(dtype), name="tiny"), handler=head, settings=settings)
     rows(engine, head, "alone", first=0, count=20)
     alone = torch.cat(
         [rows(engine, head, "alone", first=place, count=1) for place in range(20, 40)]
@@ -119,7 +119,7 @@ def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
     for place in range(20, 40, 5):
         for other in range(9):
             step = ForwardRequest(
-                session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], rows=6
+                session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], num_logits=6
             )
             head.expect(step, context=[])
             engine.submit(step)
