@@ -1,4 +1,8 @@
-"""Both tiers and the loop in one process without Ray, over real gRPC on loopback or by calls."""
+"""All three parts in one process without Ray: for tests, benchmarks and `cascade evaluate`.
+
+By default router and tiers talk over gRPC. `direct` replaces gRPC by calls: verdicts, queues and
+refusals are those of gRPC, only encoding, network and processes are missing.
+"""
 
 from __future__ import annotations
 
@@ -22,79 +26,91 @@ if TYPE_CHECKING:
 
     from cascade.api.context import ServingContext
     from cascade.protocol.codec import ClientMessage, ServerMessage
-    from cascade.protocol.server import TierServicer as TierServer
+    from cascade.protocol.server import TierServicer
     from cascade.protocol.services import Description, TierKind
     from cascade.router.router import Router
     from cascade.settings import Application
     from cascade.types import SessionId
 
+ANY_PORT = "127.0.0.1:0"
 
-class DirectStream(Connection):
-    """Both ends of one session's stream: items are handed over by calls."""
 
-    def __init__(self, tier: TierServer, kind: TierKind, session_id: SessionId, epoch: int) -> None:
+class DirectConnection(Connection):
+    """Both ends of one session's stream; messages are handed over by calls."""
+
+    def __init__(
+        self, tier: TierServicer, kind: TierKind, session_id: SessionId, epoch: int
+    ) -> None:
+        """Connect a session to a tier of this process.
+
+        Args:
+            tier: The replica.
+            kind: Drafter or expert.
+            session_id: The session.
+            epoch: Its epoch.
+        """
         super().__init__(kind)
-        self.link = SessionStream(_Caller(self), session_id, epoch)
+        self.stream = SessionStream(_CallingSide(self), session_id, epoch)
         self._tier = tier
         self._open = True
 
-    def ask(self, item: ClientMessage) -> None:
-        """Hand an item to the tier; an error refuses the session."""
+    def receive(self, message: ClientMessage) -> None:
+        """Hand a message to the tier; an error refuses the session."""
         if not self._open:
             raise self.lost()
         try:
-            self._tier.receive(self, item)
+            self._tier.receive(self, message)
         except CascadeError as error:
-            self.send(grpc_status.refusal(self.link.session_id, self.link.epoch, error))
+            self.send(grpc_status.refusal(self.stream.session_id, self.stream.epoch, error))
 
-    def send(self, item: ServerMessage) -> None:
-        """Hand an answer to the link."""
-        self._open = self._open and not isinstance(item, Refusal)
-        self.link.deliver(item, 0)
+    def send(self, message: ServerMessage) -> None:
+        """Hand a message to the router."""
+        self._open = self._open and not isinstance(message, Refusal)
+        self.stream.deliver(message, 0)
 
     def leave(self) -> None:
-        """Free the session in the tier."""
-        self.link.end()
+        """Close the session in the tier."""
+        self.stream.end()
         if self._open:
             self._open = False
-            close = Close(session_id=self.link.session_id, epoch=self.link.epoch)
+            close = Close(session_id=self.stream.session_id, epoch=self.stream.epoch)
             self._tier.receive(self, close)
 
     def lost(self) -> Unavailable:
-        """Return the error of a link that was closed or refused."""
-        return self.kind.unavailable(f"the link to the {self.kind.name} was closed")
+        """Return the error of a stream that was closed or refused."""
+        return self.kind.unavailable(f"the stream to the {self.kind.name} was closed")
 
 
-class _Caller:
-    """The link's end."""
+class _CallingSide:
+    """The router's end."""
 
-    frames = 0  # none: items are handed over
+    frames = 0  # nothing is encoded
 
-    def __init__(self, stream: DirectStream) -> None:
-        self._stream = stream
+    def __init__(self, connection: DirectConnection) -> None:
+        self._connection = connection
 
-    def send(self, item: ClientMessage) -> int:
-        self._stream.ask(item)
+    def send(self, message: ClientMessage) -> int:
+        self._connection.receive(message)
         return 0
 
-    def leave(self, link: SessionStream) -> None:
-        del link
-        self._stream.leave()
+    def leave(self, stream: SessionStream) -> None:
+        del stream
+        self._connection.leave()
 
     def lost(self) -> Unavailable:
-        return self._stream.lost()
+        return self._connection.lost()
 
 
-class DirectPeer(ReplicaClient):
-    """A tier of this process."""
+class DirectClient(ReplicaClient):
+    """A replica of this process."""
 
-    def __init__(self, tier: TierServer, kind: TierKind) -> None:
+    def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         super().__init__("here", kind)
         self._tier = tier
 
-    def link(self, session_id: SessionId, epoch: int) -> SessionStream:
-        """Return a link for the session."""
-        return DirectStream(self._tier, self.kind, session_id, epoch).link
+    def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
+        """Return a stream for the session."""
+        return DirectConnection(self._tier, self.kind, session_id, epoch).stream
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
         """Return what the tier serves."""
@@ -102,41 +118,38 @@ class DirectPeer(ReplicaClient):
         return self._tier.describe()
 
 
-class DirectPeers(ReplicaClients):
-    """The one replica of a tier, in this process, whatever the address."""
+class DirectClients(ReplicaClients):
+    """The one replica of a tier in this process, whatever the address."""
 
-    def __init__(self, tier: TierServer, kind: TierKind) -> None:
+    def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         super().__init__(kind)
-        self._peer = DirectPeer(tier, kind)
+        self._client = DirectClient(tier, kind)
 
     def __getitem__(self, address: str) -> ReplicaClient:
-        return self._peer
-
-
-ANY_PORT = "127.0.0.1:0"
+        return self._client
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalServer:
-    """A server without Ray: its parts, each reachable."""
+    """The parts of a server without Ray."""
 
     drafter: Drafter
     expert: Expert
     router: Router
     service: ServingContext
-    token: str  # of both tiers' leases
+    token: str  # a lease token that both tiers accept
 
 
 @asynccontextmanager
 async def local_server(
     settings: Application, *, delay_s: float = 0.0, direct: bool = False
 ) -> AsyncGenerator[LocalServer]:
-    """Start one replica of each tier and a router over them; stop all at the end.
+    """Start one replica of each tier and a router; stop all at the end.
 
     Args:
         settings: What `cascade.app:build` takes; replica counts and placement are not read.
-        delay_s: Added to every item between router and tiers each way, to emulate a network.
-        direct: Call the tiers instead of going over gRPC: a loop in one process.
+        delay_s: Added to every message between router and tiers, each way, to emulate a network.
+        direct: Call the tiers instead of going over gRPC.
 
     Raises:
         StartupError: The pair cannot be served.
@@ -148,18 +161,14 @@ async def local_server(
         cleanup.push_async_callback(drafter.stop)
         expert = await Expert.start(settings.expert.options(), address=ANY_PORT, token=token)
         cleanup.push_async_callback(expert.stop)
-        reached = {
-            kind.name: TierClient(
-                leases=FixedLeases([replica.address], token=token),
-                clients=DirectPeers(replica, kind)
-                if direct
-                else ReplicaClients(kind, delay_s=delay_s),
-            )
-            for kind, replica in ((services.DRAFTER, drafter), (services.EXPERT, expert))
-        }
-        for tier in reached.values():
-            cleanup.push_async_callback(tier.clients.close)
-        router = settings.router.loop(drafters=reached["drafter"], experts=reached["expert"])
+        tiers: list[TierClient] = []
+        for kind, replica in ((services.DRAFTER, drafter), (services.EXPERT, expert)):
+            remote = ReplicaClients(kind, delay_s=delay_s)
+            clients = DirectClients(replica, kind) if direct else remote
+            cleanup.push_async_callback(clients.close)
+            leases = FixedLeases([replica.address], token=token)
+            tiers.append(TierClient(leases=leases, clients=clients))
+        router = settings.router.loop(drafters=tiers[0], experts=tiers[1])
         yield LocalServer(
             drafter=drafter,
             expert=expert,

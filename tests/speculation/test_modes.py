@@ -10,7 +10,7 @@ from tests import reference
 from tests.support.bigram_models import Bigrams
 
 from cascade.rules import Chow, ChowLog, Lossless, Opt, TokenV3
-from cascade.speculation.modes import accepts_without_expert, policy_in
+from cascade.speculation.modes import DraftSource, VerifyWhen, plan_for
 from cascade.speculation.payload import ProbsPayload, payload_spec
 from cascade.types import (
     Bonus,
@@ -59,8 +59,8 @@ def written(
 
 def test_modes_with_a_block_to_judge_follow_the_request() -> None:
     """Speculation changes nothing of the policy."""
-    assert policy_in(Mode.CASCADE, POLICY) is POLICY
-    assert policy_in(Mode.SPECULATIVE, POLICY) is POLICY
+    assert plan_for(Mode.CASCADE, POLICY).params is POLICY
+    assert plan_for(Mode.SPECULATIVE, POLICY).params is POLICY
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def test_modes_with_a_block_to_judge_follow_the_request() -> None:
 )
 def test_modes_without_one_neither_ship_nor_truncate(mode: Mode) -> None:
     """The sampling stays, the rows stay at home."""
-    policy = policy_in(mode, DecodingParams(rule=Chow(alpha=0.3), sampling=POLICY.sampling))
+    policy = plan_for(mode, DecodingParams(rule=Chow(alpha=0.3), sampling=POLICY.sampling)).params
     assert policy.sampling == POLICY.sampling
     assert policy.verification is Verification.TOKEN
     if mode is not Mode.EXPERT_ONLY:
-        assert payload_spec(policy).rows is not ProbsPayload.ALL
-    assert policy_in(mode, policy_in(mode, POLICY)) == policy_in(mode, POLICY)
+        assert payload_spec(policy).probs is not ProbsPayload.ALL
+    assert plan_for(mode, plan_for(mode, POLICY).params).params == plan_for(mode, POLICY).params
 
 
 def test_a_mode_of_one_model_has_its_rule() -> None:
     """The expert alone is lossless; the drafter alone never defers."""
-    assert policy_in(Mode.EXPERT_ONLY, POLICY).rule == Lossless()
-    assert policy_in(Mode.DRAFTER_ONLY, POLICY).rule == Chow(alpha=1)
-    assert policy_in(Mode.TOKEN_CASCADE, DecodingParams(rule=Chow(alpha=0.3))).rule == Chow(
+    assert plan_for(Mode.EXPERT_ONLY, POLICY).params.rule == Lossless()
+    assert plan_for(Mode.DRAFTER_ONLY, POLICY).params.rule == Chow(alpha=1)
+    assert plan_for(Mode.TOKEN_CASCADE, DecodingParams(rule=Chow(alpha=0.3))).params.rule == Chow(
         alpha=0.3
     )
 
@@ -162,16 +162,24 @@ def test_models_may_speak_any_float_type() -> None:
 @pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.CASCADE, Mode.TOKEN_CASCADE])
 def test_a_rule_of_the_drafter_alone_ships_nothing(mode: Mode, rule: Chow | ChowLog) -> None:
     """Its decisions are taken where the rows are: no expert verifies, no bonus follows."""
-    policy = policy_in(mode, replace(POLICY, rule=rule))
-    assert accepts_without_expert(mode, policy)
+    plan = plan_for(mode, replace(POLICY, rule=rule))
+    policy = plan.params
+    assert plan.verify is VerifyWhen.ON_DEFERRAL
     assert (policy.rule, policy.bonus, policy.rows) == (rule, Bonus.NONE, RowFormat.AUTO)
     assert policy.verification is Verification.TOKEN
 
 
-@pytest.mark.parametrize("mode", [Mode.EXPERT_ONLY, Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE])
-def test_modes_without_judgement_keep_nothing_unasked(mode: Mode) -> None:
-    assert not accepts_without_expert(mode, DecodingParams(rule=Chow(alpha=0.3)))
-
-
-def test_rules_that_read_the_expert_ask_it() -> None:
-    assert not accepts_without_expert(Mode.CASCADE, DecodingParams(rule=Opt(alpha=0.3)))
+@pytest.mark.parametrize(
+    ("mode", "drafter", "verify"),
+    [
+        (Mode.EXPERT_ONLY, DraftSource.NONE, VerifyWhen.ALWAYS),
+        (Mode.DRAFTER_ONLY, DraftSource.REQUIRED, VerifyWhen.NEVER),
+        (Mode.SEQUENCE_CASCADE, DraftSource.REQUIRED, VerifyWhen.NEVER),
+        (Mode.TOKEN_CASCADE, DraftSource.REQUIRED, VerifyWhen.ON_DEFERRAL),
+        (Mode.SPECULATIVE, DraftSource.BEST_EFFORT, VerifyWhen.ALWAYS),
+        (Mode.CASCADE, DraftSource.BEST_EFFORT, VerifyWhen.ALWAYS),
+    ],
+)
+def test_each_mode_has_one_plan(mode: Mode, drafter: DraftSource, verify: VerifyWhen) -> None:
+    plan = plan_for(mode, DecodingParams(rule=Opt(alpha=0.3)))
+    assert (plan.drafter, plan.verify) == (drafter, verify)

@@ -1,9 +1,9 @@
-"""Which drafters are worth asking: one whose tokens are all refused is left alone for a while.
+"""A circuit breaker per drafter: one whose tokens are all rejected is not asked for a while.
 
-The sum of log-likelihood ratios of "hardly any token stands" to "a fair share does" grows with each
-token that is refused and shrinks with each that stands, but never below 0 (Page's CUSUM, 1954). It
-finds a collapse within some thirty tokens, of all sessions together, and next to never sees one
-where a tenth of the tokens stand.
+It sums log-likelihood ratios of "hardly any token is accepted" to "a fair share is accepted". The
+sum grows with each rejected token, shrinks with each accepted one, and never falls below 0 (the
+CUSUM test of Page, 1954). It detects a collapse within about thirty tokens of all sessions, and
+almost never where a tenth of the tokens are accepted.
 """
 
 from __future__ import annotations
@@ -17,59 +17,61 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-COLLAPSED, FAIR = 0.02, 0.3  # shares of drafted tokens that stand
-
-STANDS = log(COLLAPSED / FAIR)
-
-REFUSED = log((1 - COLLAPSED) / (1 - FAIR))
-
-LIMIT = 10.0
-
-FIRST_BAN_S, LONGEST_BAN_S = 10.0, 300.0
-
-ACQUITTED = 30  # tokens that stood since the last ban
+COLLAPSED_RATE, FAIR_RATE = 0.02, 0.3  # acceptance rates of the two hypotheses
+ACCEPTED_SCORE = log(COLLAPSED_RATE / FAIR_RATE)
+REJECTED_SCORE = log((1 - COLLAPSED_RATE) / (1 - FAIR_RATE))
+TRIP_SCORE = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
+RECOVERED_TOKENS = 30  # accepted since the last trip: the next pause is the first one again
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Record:
-    doubt: float = 0.0
-    stood: int = 0  # tokens since the last ban
-    ban_s: float = 0.0  # how long that lasted
-    until_s: float = 0.0
+class _Breaker:
+    score: float = 0.0
+    accepted: int = 0  # tokens since the last trip
+    pause_s: float = 0.0  # the last pause
+    open_until_s: float = 0.0
 
     def trip(self, *, now_s: float) -> None:
-        """Ban the drafter, for twice as long as the last time unless it did well since."""
-        longer_s = 2 * self.ban_s if self.stood < ACQUITTED else 0.0
-        self.ban_s = min(max(FIRST_BAN_S, longer_s), LONGEST_BAN_S)
-        self.doubt, self.stood = 0.0, 0
-        self.until_s = now_s + self.ban_s
+        """Open for twice as long as the last time, unless the drafter has recovered since."""
+        longer_s = 2 * self.pause_s if self.accepted < RECOVERED_TOKENS else 0.0
+        self.pause_s = min(max(FIRST_PAUSE_S, longer_s), LONGEST_PAUSE_S)
+        self.score, self.accepted = 0.0, 0
+        self.open_until_s = now_s + self.pause_s
 
 
 class CircuitBreaker:
-    """What a router thinks of each drafter by its address."""
+    """The breakers of all drafters that a router has asked, by address."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._records: defaultdict[str, _Record] = defaultdict(_Record)
+        self._breakers: defaultdict[str, _Breaker] = defaultdict(_Breaker)
 
     def record(self, address: str, *, drafted: int, accepted: int) -> None:
-        """Hear how many tokens of a block stood; those after the first refused one say nothing."""
-        record, now_s = self._records[address], self._clock()
-        refused = accepted < drafted
-        record.doubt = max(0.0, record.doubt + accepted * STANDS + refused * REFUSED)
-        record.stood += accepted
-        if record.doubt > LIMIT and now_s >= record.until_s:
-            record.trip(now_s=now_s)
+        """Record one verified block.
+
+        Args:
+            address: Of the drafter.
+            drafted: Tokens in the block. Those after the first rejected one are not evidence.
+            accepted: Tokens accepted, 0 to `drafted`.
+        """
+        breaker, now_s = self._breakers[address], self._clock()
+        rejected = accepted < drafted
+        change = accepted * ACCEPTED_SCORE + rejected * REJECTED_SCORE
+        breaker.score = max(0.0, breaker.score + change)
+        breaker.accepted += accepted
+        if breaker.score > TRIP_SCORE and now_s >= breaker.open_until_s:
+            breaker.trip(now_s=now_s)
             logger.warning(
-                "The drafter at %s is not asked for %g s: the expert refuses all it drafts. "
-                "Is it the expert's pair?",
+                "The expert rejects all tokens of the drafter at %s; it is not asked for %g s. "
+                "Check that the two models are a pair.",
                 address,
-                record.ban_s,
+                breaker.pause_s,
             )
 
     def is_open(self, address: str) -> bool:
         """Return whether the drafter should not be asked now."""
-        record = self._records.get(address)
-        return record is not None and self._clock() < record.until_s
+        breaker = self._breakers.get(address)
+        return breaker is not None and self._clock() < breaker.open_until_s

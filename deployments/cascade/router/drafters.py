@@ -1,262 +1,275 @@
-"""A drafter that the answer does not wait for: without it, the expert goes on alone."""
+"""Where draft blocks come from: a replica, a client's prediction, or nowhere.
+
+`speculation.modes` says which mode uses which.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.protocol.messages import Proposal, Propose
 from cascade.router.retry import Failure
-from cascade.router.tier_session import REPLICA_ERRORS, failure_of, now_s
+from cascade.router.tier_session import now_s
 from cascade.rules import Lossless, Lossy
 from cascade.speculation.cost_model import Timing
-from cascade.types import Block, Session, Verdict
+from cascade.types import Block
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    # MOVED
     from cascade.router.circuit_breaker import CircuitBreaker
-    from cascade.router.tier_session import MessageFactory, Reply, TierSession
+    from cascade.router.tier_session import MessageFactory, TierSession
     from cascade.speculation.draft_length import DraftPlan
     from cascade.types import DecodingParams, Session, Verdict
 
-LIKELY = 0.2  # chance of a block's standing below which drafting on from its end is in vain
-
-ALIGNMENT = 3  # committed tokens that must recur in a prediction to take it up again
+MIN_AHEAD_CHANCE = 0.2  # of a whole block's acceptance, below which drafting ahead is wasted
+ALIGNMENT_TOKENS = 3  # committed tokens that must recur in a prediction to resume it there
+LEASE_WAIT_SHARE = 0.1  # of the draft deadline, that a new session waits for its first lease
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A block on its way to whoever judges."""
+    """A block on its way to the verifier."""
 
     block: Block = field(default_factory=Block)
-    deferred: bool = False  # the drafter's own rule gives the next token to the expert
-    passes: int = 0  # of the drafter
+    deferred: bool = False  # the drafter's own rule leaves the next token to the expert
+    passes: int = 0  # forward passes of the drafter
     timing: Timing = field(default_factory=Timing)
-    predicted: bool = False  # the client's own words
-    branched: bool = False  # drafted in advance, on another guess than that all before it stands
+    predicted: bool = False  # taken from the client's prediction
+    branched: bool = False  # drafted in advance on a verdict other than the likeliest
 
 
 NO_DRAFT = Draft()
-
 """The expert writes the next token itself."""
 
 
 class Drafter(Protocol):
     """Proposes blocks."""
 
-    def hint(self, session: Session, wanted: DraftPlan) -> None:
-        """Hear what `propose` will be asked next, to begin with it if that takes no waiting."""
+    def hint(self, session: Session, plan: DraftPlan) -> None:
+        """Start on what `propose` will be asked next, if that takes no waiting."""
         ...
 
-    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
-        """Return a block no longer than is wanted after the session's; none is an answer."""
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return a block that follows the session, at most as long as planned; it may be empty."""
         ...
 
-    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
-        """Hear what became of a block."""
+    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+        """Learn from the verdict on a draft."""
         ...
 
 
 class NoDrafter:
     """Never drafts."""
 
-    def hint(self, session: Session, wanted: DraftPlan) -> None:
-        """Think nothing of it."""
+    def hint(self, session: Session, plan: DraftPlan) -> None:
+        """Do nothing."""
 
-    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
-        """Return nothing."""
-        del session, wanted
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return an empty draft."""
+        del session, plan
         return NO_DRAFT
 
-    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
-        """Think nothing of it."""
+    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+        """Do nothing."""
 
 
 class RemoteDrafter:
-    """Drafts on a replica of the drafter tier, `ahead` blocks ahead of the expert.
-
-    It also drafts on up to `branches` other verdicts than that all stands.
-    """
+    """Drafts on a replica of the drafter tier."""
 
     def __init__(
-        self, place: TierSession, *, ahead: int = 0, branches: int = 0, until_deferral: bool = False
+        self,
+        tier_session: TierSession,
+        *,
+        ahead: int = 0,
+        branches: int = 0,
+        until_deferral: bool = False,
     ) -> None:
-        self.place = place
+        """Draft over a tier session.
+
+        Args:
+            tier_session: Where the session is on the drafter tier.
+            ahead: Blocks drafted ahead of the verifier, assuming earlier ones are accepted.
+            branches: Other likely verdicts that the drafter continues from, at most.
+            until_deferral: Blocks end where the drafter's own rule defers to the expert.
+        """
+        self.tier_session = tier_session
         self._ahead = ahead
         self._branches = branches
         self._until_deferral = until_deferral
 
-    def hint(self, session: Session, wanted: DraftPlan) -> None:
-        """Ask for the block in advance."""
-        if wanted.tokens:
-            self.place.hint(session, self.question(session, wanted))
+    def hint(self, session: Session, plan: DraftPlan) -> None:
+        """Ask for the block before it is needed."""
+        if plan.tokens:
+            self.tier_session.hint(session, self.message(session, plan))
 
-    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
-        """Return the replica's block; raises DrafterUnavailable when none is left."""
-        if wanted.tokens == 0:
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return the replica's block; empty if the tier failed and is not required.
+
+        Raises:
+            CascadeError: A required tier is given up.
+        """
+        if plan.tokens == 0:
             return NO_DRAFT
-        return self.offer(await self.place.ask(session, self.question(session, wanted)), wanted)
+        proposal = await self.tier_session.ask(session, self.message(session, plan))
+        if proposal is None:
+            return NO_DRAFT
+        assert isinstance(proposal, Proposal), "a drafter replies to Propose with Proposal"
+        block = proposal.block.prefix(plan.tokens)
+        return Draft(
+            block=block,
+            deferred=proposal.deferred and block is proposal.block,
+            passes=proposal.passes,
+            timing=proposal.timing,
+            branched=proposal.branched,
+        )
 
-    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
-        """Think nothing of it."""
+    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+        """Do nothing."""
 
-    def question(self, session: Session, wanted: DraftPlan) -> MessageFactory:
-        """Return what builds the question for a block."""
+    def message(self, session: Session, plan: DraftPlan) -> MessageFactory:
+        """Return what builds the message that asks for a block."""
 
-        def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Propose:
+        def propose(epoch: int, digest: int, missing: tuple[int, ...]) -> Propose:
             return Propose(
                 session_id=session.id,
                 epoch=epoch,
                 position=session.position,
                 digest=digest,
-                count=wanted.tokens,
-                tokens=lacking,
+                count=plan.tokens,
+                tokens=missing,
                 until_deferral=self._until_deferral,
-                ahead=self._ahead if wanted.sure >= LIKELY else 0,
-                floor=wanted.floor,
+                ahead=self._ahead if plan.survival >= MIN_AHEAD_CHANCE else 0,
+                floor=plan.survival_floor,
                 branches=self._branches,
             )
 
-        return item
-
-    def offer(self, answer: Reply, wanted: DraftPlan) -> Draft:
-        """Return the block that the replica answered with."""
-        assert isinstance(answer, Proposal), "a drafter answers Propose with a Proposal"
-        block = answer.block.cut(wanted.tokens)
-        deferred = answer.deferred and block is answer.block
-        return Draft(
-            block=block,
-            deferred=deferred,
-            passes=answer.passes,
-            timing=answer.timing,
-            branched=answer.branched,
-        )
-
-
-class PredictionDrafter:
-    """Proposes from the client's prediction, and asks `other` where that does not fit.
-
-    A prediction costs no drafting, so blocks of it are long even where drafting would not pay.
-    """
-
-    def __init__(
-        self, prediction: Sequence[int], other: Drafter, *, block_tokens: int, limit: int
-    ) -> None:
-        self._prediction = tuple(prediction)
-        self._fallback = other
-        self._block_tokens = block_tokens
-        self._limit = limit  # position that no block goes beyond
-        self._next = 0  # place in the prediction of the session's next token
-        self._seen = 0  # committed tokens looked at
-
-    def hint(self, session: Session, wanted: DraftPlan) -> None:
-        """Tell the other if it is its turn."""
-        if not self._predicted(session):
-            self._fallback.hint(session, wanted)
-
-    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
-        """Return the prediction's next tokens while the answer follows it."""
-        tokens = self._predicted(session)
-        if not tokens:
-            return await self._fallback.propose(session, wanted)
-        return Draft(block=Block(tokens=tokens), predicted=True)
-
-    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
-        """Tell the other of its own blocks."""
-        if not offer.predicted:
-            self._fallback.observe(policy, offer, verdict)
-
-    def _predicted(self, session: Session) -> tuple[int, ...]:
-        self._follow(session.tokens)
-        count = max(0, min(self._block_tokens, self._limit - session.position))
-        return self._prediction[self._next : self._next + count]
-
-    def _follow(self, committed: tuple[int, ...]) -> None:
-        fresh = committed[self._seen :]
-        self._seen = len(committed)
-        if fresh == self._prediction[self._next : self._next + len(fresh)]:
-            self._next += len(fresh)
-            return
-        tail = committed[-ALIGNMENT:]
-        for start in range(len(self._prediction) - ALIGNMENT + 1):
-            if self._prediction[start : start + ALIGNMENT] == tail:
-                self._next = start + ALIGNMENT
-                return
-        self._next = len(self._prediction)
-
-
-ENTRY_SHARE = 0.1  # of the deadline: for which a session waits for a drafter when it begins
+        return propose
 
 
 class BestEffortDrafter:
-    """Drafts while a drafter is there, in time, and worth asking; else offers nothing.
+    """Drafts only while a drafter is there, in time, and worth asking.
 
-    The answer waits for a block until the deadline, once. A late drafter keeps the session, for it
-    may only have a long prompt to read; from then on it is asked without being waited for, until it
-    answers in time. A lease is waited for at the very beginning alone, and not for long.
+    The answer waits for a block until the deadline, once. A late drafter keeps the session, since
+    it may only have a long prompt to prefill. From then on the answer does not wait for it, until
+    one of its blocks comes in time. The answer waits for a lease only when it begins, and briefly.
     """
 
     def __init__(
-        self, drafting: RemoteDrafter, *, trust: CircuitBreaker, deadline_s: float
+        self, remote: RemoteDrafter, *, breaker: CircuitBreaker, deadline_s: float
     ) -> None:
-        self._drafting = drafting
-        self._place = drafting.place
-        self._trust = trust
+        """Draft through another drafter whose tier is not required.
+
+        Args:
+            remote: The drafter.
+            breaker: Says which drafters are not worth asking.
+            deadline_s: After which a block is late.
+        """
+        self._remote = remote
+        self._tier_session = remote.tier_session
+        self._breaker = breaker
         self._deadline_s = deadline_s
-        self._entry_s = ENTRY_SHARE * deadline_s
+        self._lease_wait_s = LEASE_WAIT_SHARE * deadline_s
 
-    def hint(self, session: Session, wanted: DraftPlan) -> None:
-        """Ask for the block in advance."""
-        self._drafting.hint(session, wanted)
+    def hint(self, session: Session, plan: DraftPlan) -> None:
+        """Ask for the block before it is needed."""
+        self._remote.hint(session, plan)
 
-    async def propose(self, session: Session, wanted: DraftPlan) -> Draft:
-        """Return a block, or nothing where the drafter does not answer in time."""
-        if wanted.tokens == 0:
-            return NO_DRAFT
-        try:
-            if not await self._ready(session, wanted):
-                return NO_DRAFT
-            async with asyncio.timeout(self._deadline_s):
-                question = self._drafting.question(session, wanted)
-                answer = await self._place.attempt(session, question)
-        except TimeoutError:
-            self._place.fail(Failure.LATE)
-        except REPLICA_ERRORS as error:
-            self._place.fail(failure_of(error))
-        else:
-            return self._drafting.offer(answer, wanted)
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return a block; empty if no drafter delivers one in time."""
+        if plan.tokens and await self._ready(session, plan):
+            return await self._remote.propose(session, plan)
         return NO_DRAFT
 
-    def observe(self, policy: DecodingParams, offer: Draft, verdict: Verdict) -> None:
-        """Learn whether the drafter is worth asking, where no rule wishes its tokens away."""
-        if offer.block.length and isinstance(policy.rule, Lossless | Lossy):
-            accepted = verdict.accepted
-            self._trust.record(self._place.address, drafted=offer.block.length, accepted=accepted)
+    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+        """Record the acceptance of a draft under rules that follow the expert's distribution."""
+        if draft.block.length and isinstance(policy.rule, Lossless | Lossy):
+            self._breaker.record(
+                self._tier_session.address, drafted=draft.block.length, accepted=verdict.accepted
+            )
 
-    async def _ready(self, session: Session, wanted: DraftPlan) -> bool:
-        place = self._place
-        if place.retry_state.late:
-            return await self._in_time_again(session, wanted)
-        if place.paused:
+    async def _ready(self, session: Session, plan: DraftPlan) -> bool:
+        tier = self._tier_session
+        if tier.retry_state.late:
+            return await self._back_in_time(session, plan)
+        if tier.paused:
             return False
-        entry_s, self._entry_s = self._entry_s, 0.0
-        if not await place.leased(within_s=entry_s):
+        wait_s, self._lease_wait_s = self._lease_wait_s, 0.0
+        if not await tier.has_lease(within_s=wait_s):
             return False
-        if self._trust.is_open(place.address):
-            place.fail(Failure.COLLAPSED)
+        if self._breaker.is_open(tier.address):
+            tier.fail(Failure.COLLAPSED)
             return False
         return True
 
-    async def _in_time_again(self, session: Session, wanted: DraftPlan) -> bool:
-        """Return whether the drafter has answered the last question in time, or ask it another."""
-        place = self._place
-        heard = await place.poll()
-        if heard and now_s() - place.asked_s <= self._deadline_s:
+    async def _back_in_time(self, session: Session, plan: DraftPlan) -> bool:
+        """Return whether the last block came in time after all; else ask again now and then."""
+        tier = self._tier_session
+        received = await tier.receive_late()
+        if received and now_s() - tier.sent_s <= self._deadline_s:
             return True
-        if heard or not place.paused:
-            place.fail(Failure.LATE)
-            place.send(session, self._drafting.question(session, wanted))
+        if tier.retry_state.late and (received or not tier.paused):
+            tier.fail(Failure.LATE)
+            tier.send(session, self._remote.message(session, plan))
         return False
+
+
+class PredictionDrafter:
+    """Proposes the client's prediction; where that does not fit, another drafter is asked.
+
+    A prediction costs no drafting, so its blocks are long even where drafting would not pay.
+    """
+
+    def __init__(
+        self, prediction: Sequence[int], fallback: Drafter, *, block_tokens: int, limit: int
+    ) -> None:
+        """Draft from a prediction.
+
+        Args:
+            prediction: Tokens that the client expects.
+            fallback: Drafts where the answer has left the prediction.
+            block_tokens: The longest block.
+            limit: Position of the answer that no block goes beyond.
+        """
+        self._prediction = tuple(prediction)
+        self._fallback = fallback
+        self._block_tokens = block_tokens
+        self._limit = limit
+        self._next = 0  # index into the prediction of the session's next token
+        self._seen = 0  # committed tokens compared with the prediction so far
+
+    def hint(self, session: Session, plan: DraftPlan) -> None:
+        """Pass the hint on where the fallback drafts next."""
+        if not self._predicted(session):
+            self._fallback.hint(session, plan)
+
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return the prediction's next tokens while the answer follows it."""
+        tokens = self._predicted(session)
+        if not tokens:
+            return await self._fallback.propose(session, plan)
+        return Draft(block=Block(tokens=tokens), predicted=True)
+
+    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+        """Pass on verdicts on the fallback's own drafts."""
+        if not draft.predicted:
+            self._fallback.observe(policy, draft, verdict)
+
+    def _predicted(self, session: Session) -> tuple[int, ...]:
+        self._align(session.tokens)
+        count = max(0, min(self._block_tokens, self._limit - session.position))
+        return self._prediction[self._next : self._next + count]
+
+    def _align(self, committed: tuple[int, ...]) -> None:
+        new = committed[self._seen :]
+        self._seen = len(committed)
+        if new == self._prediction[self._next : self._next + len(new)]:
+            self._next += len(new)
+            return
+        tail = committed[-ALIGNMENT_TOKENS:]
+        for start in range(len(self._prediction) - ALIGNMENT_TOKENS + 1):
+            if self._prediction[start : start + ALIGNMENT_TOKENS] == tail:
+                self._next = start + ALIGNMENT_TOKENS
+                return
+        self._next = len(self._prediction)

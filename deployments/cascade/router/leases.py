@@ -1,8 +1,8 @@
-"""Leases: the right to open one session on one replica, for the length of a generation.
+"""How the router takes leases: the right to open one session on one replica.
 
-A tier's `LeaseBook` grants them; the router takes them through a `LeaseSource`. On Ray Serve a
-lease is a streaming call held open, so that Serve counts, drains and bounds sessions by itself;
-without Ray the addresses are given and a shared token stands for the lease.
+On Ray Serve a lease is a streaming call held open, so that Serve itself counts sessions, drains
+replicas and limits their load. Without Ray, addresses are given and one token is shared.
+`replica.lease_book` grants leases on the other side.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Lease(Protocol):
-    """A lease as its holder sees it."""
+    """A lease that a router holds."""
 
     address: str
     token: str
 
     def close(self) -> None:
-        """Give the lease back; safe to repeat."""
+        """Release the lease; safe to repeat."""
         ...
 
 
@@ -41,17 +41,17 @@ class LeaseSource(Protocol):
 
 @dataclass(slots=True)
 class FixedLease:
-    """A place on a tier that was started by hand."""
+    """A lease on a tier that runs without Ray."""
 
     address: str
     token: str
 
     def close(self) -> None:
-        """Do nothing: the tier frees the session when its stream says so."""
+        """Do nothing: the tier frees the session when its stream closes."""
 
 
 class FixedLeases:
-    """Takes turns over given addresses, all with one shared token."""
+    """Hands out given addresses in turn, all with one shared token."""
 
     def __init__(self, addresses: Sequence[str], *, token: str) -> None:
         self._addresses = itertools.cycle(addresses)
@@ -63,9 +63,9 @@ class FixedLeases:
 
 
 class HedgedLeases:
-    """Asks again beside a call that is not answered soon, for its replica may have hung.
+    """Sends another request if the first is not granted soon, since its replica may hang.
 
-    It waits twice as long each time. The first lease that is granted counts, other calls end.
+    The wait doubles each time. The first lease granted is returned; other requests are cancelled.
     """
 
     def __init__(self, source: LeaseSource, *, after_s: float) -> None:
@@ -73,8 +73,8 @@ class HedgedLeases:
         self._after_s = after_s
 
     async def take(self) -> Lease:
-        """Return the first lease that is granted; raises what the last call left raises."""
-        calls, after_s = [self._call()], self._after_s
+        """Return the first lease that is granted; if all requests fail, raises the last error."""
+        calls, after_s = [self._request()], self._after_s
         try:
             while True:
                 done, _ = await asyncio.wait(
@@ -85,19 +85,19 @@ class HedgedLeases:
                     if call.exception() is None or not calls:
                         return call.result()
                 if not done:
-                    calls.append(self._call())
+                    calls.append(self._request())
                     after_s *= 2
         finally:
             for call in calls:
-                call.add_done_callback(give_back)
+                call.add_done_callback(release_when_granted)
                 call.cancel()
 
-    def _call(self) -> asyncio.Future[Lease]:
+    def _request(self) -> asyncio.Future[Lease]:
         return asyncio.ensure_future(self._source.take())
 
 
-def give_back(call: asyncio.Future[Lease]) -> None:
-    """Close a lease that was granted to a caller who has left."""
+def release_when_granted(call: asyncio.Future[Lease]) -> None:
+    """Close a lease that was granted after its caller had gone."""
     if not call.cancelled() and call.exception() is None:
         call.result().close()
 
@@ -112,7 +112,7 @@ class ServeLease:
         self._released: Callable[[], None] | None = released
 
     def close(self) -> None:
-        """Cancel the call: dropping it would leave the slot held."""
+        """Cancel the call: dropping it would leave its slot occupied."""
         self._call.cancel()
         if self._released is not None:
             self._released()
@@ -133,7 +133,7 @@ class ServeLeases:
         """Ask Serve for a replica.
 
         Raises:
-            Overloaded: Its queue is full, or nothing came free in time.
+            Overloaded: Its queue is full, or no slot came free in time.
             Unavailable: No replica answers.
         """
         from ray.exceptions import RayError  # noqa: PLC0415 - tiers run without Ray
@@ -151,7 +151,7 @@ class ServeLeases:
             ) from error
         except TimeoutError as error:
             call.cancel()
-            raise self._none_in_time() from error
+            raise self._timeout_error() from error
         except (DeploymentUnavailableError, RayError, StopAsyncIteration) as error:
             call.cancel()
             raise self._kind.unavailable(f"no {self._kind.name} replica answers") from error
@@ -164,8 +164,8 @@ class ServeLeases:
     def _release(self) -> None:
         self._held -= 1
 
-    def _none_in_time(self) -> CascadeError:
-        """Return why nothing came: where this router holds no lease at all, nobody is there."""
+    def _timeout_error(self) -> CascadeError:
+        """Return the error for a timeout: a router without any lease takes the tier for absent."""
         within = f"within {self._timeout_s:g} s"
         if self._held:
             return Overloaded(f"no {self._kind.name} replica came free {within}")

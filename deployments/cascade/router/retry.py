@@ -1,19 +1,19 @@
-"""What becomes of a session whose tier has failed it: when to ask again, when to give the tier up.
+"""When a session asks a tier again after a failure, and when it gives the tier up.
 
-Pure: a `Standing` is told what happened and when. All sessions follow it on both tiers, whatever
-went wrong: a death, a downscale, an eviction, a preemption or a drafter that nobody should trust.
+Pure functions over immutable values: a `RetryState` is given each failure and the time. Sessions of
+both tiers use it for every kind of failure.
 
-| event | the replica's place | asked again |
+| failure | the session on the replica | asked again |
 |---|---|---|
-| `LOST`: its stream broke or fell silent, or its lease ended | left | after a pause |
-| `FULL`: it, or the whole tier, has no room | left | after a pause |
-| `BROKEN`: its passes fail | left | after a pause, not often |
-| `COLLAPSED`: what it drafts is refused | left | after a pause |
-| `LATE`: a draft came after its deadline | kept | after a pause, unless it answers before |
-| an answer | kept | at once: all is forgotten |
+| `LOST`: the stream broke or went silent, or the lease ended | closed | after a pause |
+| `FULL`: the replica or the whole tier has no room | closed | after a pause |
+| `BROKEN`: its forward passes fail | closed | after a pause, a few times only |
+| `COLLAPSED`: the circuit breaker of the drafter is open | closed | after a pause |
+| `LATE`: a draft missed its deadline | kept | after a pause, or when the late draft arrives |
+| none: a reply came | kept | at once; earlier failures are forgotten |
 
-A session that cannot do without the tier waits for the pause to end, until it is `given_up`; one
-without a drafter goes on with the expert alone.
+A session that needs the tier waits for the pause to end, until `given_up`. A session without a
+drafter goes on with the expert alone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-STAY_S = 2.0  # after which a replica that lives counts as one that was there
-
-MOST_BREAKDOWNS = 3  # passes of one session that fail; the session itself may be what breaks them
+STAY_S = 2.0  # a replica that was reachable for longer resets the count of failures
+MAX_BREAKDOWNS = 3  # failed passes of one session, which may itself be what makes them fail
 
 
 class Failure(StrEnum):
@@ -38,38 +37,49 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long a session bears with a tier, in seconds."""
+    """How long a session waits for a tier, in seconds."""
 
-    # The first move is free: only those after it need the time in which a death becomes known.
-    pauses_s: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 1.0)  # the last repeats
+    # The first retry is immediate: only later ones need the time in which a death becomes known.
+    pauses_s: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 1.0)  # the last one repeats
     entry_s: float = 2.0  # without the tier since the session began, until it is given up
-    loss_s: float = 30.0  # without the tier since its last answer
-    reply_timeout_s: float = (
-        2.0  # for an answer, until it is asked for again: twice as long each time
-    )
+    loss_s: float = 30.0  # without the tier since its last reply, until it is given up
+    reply_timeout_s: float = 2.0  # until a message is sent again; doubles each time
+    deadline_s: float | None = None  # of one attempt, for a tier that the session can do without
+
+    @property
+    def required(self) -> bool:
+        """Whether the session needs the tier and retries until it is given up."""
+        return self.deadline_s is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryState:
-    """How a session stands with a tier: failures since the last answer, and what follows."""
+    """The failures of a tier since its last reply to a session."""
 
-    served: bool = False  # the tier has answered before
+    served: bool = False  # the tier has replied before
     failures: int = 0
     breakdowns: int = 0
     last: Failure | None = None
-    since_s: float = 0.0  # the first of the failures
+    since_s: float = 0.0  # time of the first failure
     resume_s: float = 0.0  # when the tier may be asked again
 
     @property
     def late(self) -> bool:
-        """Whether an answer is awaited that came too late."""
+        """Whether a reply that missed its deadline is still expected."""
         return self.last is Failure.LATE
 
     def after_failure(
-        self, failure: Failure, patience: RetryPolicy, *, now_s: float, since_s: float | None = None
+        self, failure: Failure, policy: RetryPolicy, *, now_s: float, since_s: float | None = None
     ) -> RetryState:
-        """Return how things stand after a failure, which began earlier if `since_s` says so."""
-        pauses_s = patience.pauses_s
+        """Return the state after one more failure.
+
+        Args:
+            failure: What happened.
+            policy: Gives the pause that follows.
+            now_s: The present time, in seconds of any one clock.
+            since_s: When the failed attempt began, if before `now_s`.
+        """
+        pauses_s = policy.pauses_s
         return replace(
             self,
             failures=self.failures + 1,
@@ -80,21 +90,20 @@ class RetryState:
         )
 
     def after_stay(self) -> RetryState:
-        """Return how things stand where a replica lived for a while, though it gave no answer."""
+        """Return the state after a replica was reachable for a while, though it never replied."""
         return replace(self, failures=0)
 
-    def given_up(self, patience: RetryPolicy) -> bool:
-        """Return whether a session that needs the tier ends here.
+    def given_up(self, policy: RetryPolicy) -> bool:
+        """Return whether a session that needs the tier fails now.
 
-        One that has not begun is told at once that all is full: it has stood in the queue already.
+        A session that has not begun fails at once if the tier is full: it has queued already.
         """
         if self.last is Failure.FULL and not self.served:
             return True
-        longest_s = patience.loss_s if self.served else patience.entry_s
-        late = self.resume_s - self.since_s > longest_s
-        return self.failures > 0 and (late or self.breakdowns >= MOST_BREAKDOWNS)
+        limit_s = policy.loss_s if self.served else policy.entry_s
+        expired = self.resume_s - self.since_s > limit_s
+        return self.failures > 0 and (expired or self.breakdowns >= MAX_BREAKDOWNS)
 
 
 SERVED = RetryState(served=True)
-
-"""After an answer."""
+"""The state after a reply."""

@@ -1,4 +1,4 @@
-"""What an answer cost, written down round by round."""
+"""Records what each round of an answer cost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class RoundRecorder:
-    """Fills one `Statistics`; `trace` keeps a `Round` for each block.
+    """Adds up rounds in one `Statistics`; with `trace`, keeps a `Round` for each.
 
-    `draft_s` and `judge_s` are the last round's waits, in seconds.
+    `draft_s` and `verify_s` are the waits of the last round, in seconds.
     """
 
     def __init__(
@@ -34,83 +34,81 @@ class RoundRecorder:
         self._trace = trace
         self._clock = clock
         self.draft_s = 0.0
-        self.judge_s = 0.0
+        self.verify_s = 0.0
 
     @contextmanager
     def time_draft(self) -> Generator[None]:
-        """Time the wait for a block."""
-        began_s = self._clock()
+        """Time the wait for a draft."""
+        start_s = self._clock()
         try:
             yield
         finally:
-            self.draft_s = self._clock() - began_s
+            self.draft_s = self._clock() - start_s
             self.statistics.drafter_s += self.draft_s
 
     @contextmanager
     def time_verify(self) -> Generator[None]:
         """Time the wait for a verdict."""
-        began_s = self._clock()
+        start_s = self._clock()
         try:
             yield
         finally:
-            self.judge_s = self._clock() - began_s
-            self.statistics.expert_s += self.judge_s
+            self.verify_s = self._clock() - start_s
+            self.statistics.expert_s += self.verify_s
 
-    def sample(self, offer: Draft, judged: VerifyResult) -> RoundSample:
-        """Return what the last round teaches of draft lengths; a client's words teach nothing."""
+    def sample(self, draft: Draft, result: VerifyResult) -> RoundSample:
+        """Return the last round as the draft length learns from it; predictions do not count."""
         return RoundSample(
-            drafted=0 if offer.predicted else offer.block.length,
-            accepted=judged.verdict.accepted,
+            drafted=0 if draft.predicted else draft.block.length,
+            accepted=result.verdict.accepted,
             draft_s=self.draft_s,
-            judge_s=self.judge_s,
-            draft=offer.timing,
-            judge=judged.timing,
+            judge_s=self.verify_s,
+            draft=draft.timing,
+            judge=result.timing,
         )
 
     def record(
-        self,
-        before: Session,
-        after: Session,
-        offer: Draft,
-        verdict: Verdict,
-        *,
-        reason: str,
+        self, before: Session, after: Session, draft: Draft, verdict: Verdict, *, reason: str
     ) -> None:
-        """Write down one round: from session `before` to session `after`."""
-        entry = self.statistics
-        length = offer.block.length
-        fresh = after.origins[before.position :]
-        accepted = min(verdict.accepted, len(fresh))
-        entry.rounds += 1
-        entry.draft_length_reason = reason
-        entry.drafted += length
-        entry.accepted += accepted
-        entry.judged += verdict.judged
-        entry.deferred += verdict.deferred
-        entry.branched_rounds += offer.branched
-        entry.drafter_passes += offer.passes
-        entry.drafter_tokens += fresh.count(Origin.DRAFTER)
-        entry.kept_tokens += fresh.count(Origin.KEPT)
-        entry.expert_tokens += fresh.count(Origin.EXPERT)
-        if offer.predicted:
-            entry.predicted_accepted += accepted
-            entry.predicted_rejected += length - accepted
+        """Record one round.
+
+        Args:
+            before: The session that the draft follows.
+            after: The session with the verdict's tokens, cut at the length of the answer.
+            draft: What was drafted.
+            verdict: What the verifier said of it.
+            reason: Why the draft had this length, for metrics.
+        """
+        statistics, length = self.statistics, draft.block.length
+        origins = after.origins[before.position :]
+        accepted = min(verdict.accepted, len(origins))
+        statistics.rounds += 1
+        statistics.draft_length_reason = reason
+        statistics.drafted += length
+        statistics.accepted += accepted
+        statistics.judged += verdict.judged
+        statistics.deferred += verdict.deferred
+        statistics.branched_rounds += draft.branched
+        statistics.drafter_passes += draft.passes
+        statistics.drafter_tokens += origins.count(Origin.DRAFTER)
+        statistics.kept_tokens += origins.count(Origin.KEPT)
+        statistics.expert_tokens += origins.count(Origin.EXPERT)
+        if draft.predicted:
+            statistics.predicted_accepted += accepted
+            statistics.predicted_rejected += length - accepted
         if length:
-            _count(entry.accepted_lengths, accepted, upto=length)
+            histogram = statistics.accepted_lengths
+            histogram.extend([0] * (length + 1 - len(histogram)))
+            histogram[accepted] += 1
         if self._trace:
-            entry.trace.append(
+            statistics.trace.append(
                 Round(
                     position=before.position,
                     drafted=length,
                     accepted=accepted,
                     deferred=verdict.deferred,
-                    tokens=len(fresh),
+                    tokens=len(origins),
                     draft_ms=1e3 * self.draft_s,
-                    judge_ms=1e3 * self.judge_s,
+                    judge_ms=1e3 * self.verify_s,
                 )
             )
-
-
-def _count(histogram: list[int], value: int, *, upto: int) -> None:
-    histogram.extend([0] * (upto + 1 - len(histogram)))
-    histogram[value] += 1

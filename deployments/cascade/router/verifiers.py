@@ -1,12 +1,6 @@
-"""Who drafts and who judges. A mode of the server is one choice of each over the router's loop.
+"""Who decides on a draft: the expert, the expert at deferrals only, or nobody.
 
-| mode | drafter | expert |
-|---|---|---|
-| expert_only | Silent | Judging |
-| drafter_only | Drafting | Absent |
-| token_cascade | Drafting until it defers | Late |
-| speculative, cascade | Hurried | Judging |
-| the same, rule of the drafter alone | Hurried until it defers | Late |
+`speculation.modes` says which mode uses which.
 """
 
 from __future__ import annotations
@@ -26,107 +20,119 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyResult:
-    """A verdict, and what it took."""
+    """A verdict and what it took."""
 
     verdict: Verdict
     timing: Timing = field(default_factory=Timing)
 
 
 class Verifier(Protocol):
-    """Judges blocks."""
+    """Verifies blocks."""
 
     async def verify(
-        self, session: Session, offer: Draft, *, room: int, alone: int
+        self, session: Session, draft: Draft, *, room: int, alone: int
     ) -> VerifyResult:
-        """Return the verdict; at most `room` tokens of it will be committed.
+        """Return the verdict on a draft.
 
-        Where nothing is offered, the expert goes on by itself until it has written `alone` tokens.
+        Args:
+            session: What the draft follows.
+            draft: If empty, the expert writes by itself.
+            room: Tokens that the answer may still have; the verdict is cut there.
+            alone: Tokens that the expert writes in a row after an empty draft.
         """
         ...
 
 
 class RemoteVerifier:
-    """Judges on a replica of the expert tier; what it writes alone is streamed."""
+    """Verifies on a replica of the expert tier.
 
-    def __init__(self, place: TierSession) -> None:
-        self._place = place
-        self._coming = 0  # verdicts the replica sends without being asked
+    After an empty draft the replica writes several tokens and pushes a verdict for each.
+    """
+
+    def __init__(self, tier_session: TierSession) -> None:
+        self._tier_session = tier_session
+        self._pushed = 0  # verdicts that the replica still sends without being asked
         self._next_position = 0  # of the first of them
 
     async def verify(
-        self, session: Session, offer: Draft, *, room: int, alone: int
+        self, session: Session, draft: Draft, *, room: int, alone: int
     ) -> VerifyResult:
-        """Return the replica's verdict; raises ExpertUnavailable when none is left."""
-        block = offer.block
-        coming = self._coming > 0 and session.position == self._next_position and not block.length
-        if coming:
-            self._coming -= 1
-        else:
-            self._coming = 0 if block.length else max(0, min(alone, room) - 1)
-        ahead = self._coming
+        """Return the replica's verdict.
 
-        def item(epoch: int, digest: int, lacking: tuple[int, ...]) -> Judge:
+        Raises:
+            ExpertUnavailable: No replica is left.
+        """
+        block = draft.block
+        pushed = self._pushed > 0 and session.position == self._next_position and not block.length
+        if pushed:
+            self._pushed -= 1
+        else:
+            self._pushed = 0 if block.length else max(0, min(alone, room) - 1)
+        ahead = self._pushed
+
+        def judge(epoch: int, digest: int, missing: tuple[int, ...]) -> Judge:
             return Judge(
                 session_id=session.id,
                 epoch=epoch,
                 position=session.position,
                 digest=digest,
                 block=block,
-                tokens=lacking,
+                tokens=missing,
                 ahead=ahead,
             )
 
-        return self._take(await self._place.ask(session, item, coming=coming))
-
-    def _take(self, answer: object) -> VerifyResult:
-        assert isinstance(answer, Judgement), "an expert answers Judge with a Judgement"
-        self._place.record_verdict(len(answer.verdict.tokens))
-        self._next_position = answer.position + len(answer.verdict.tokens)
-        return VerifyResult(verdict=answer.verdict, timing=answer.timing)
+        judgement = await self._tier_session.ask(session, judge, pushed=pushed)
+        assert isinstance(judgement, Judgement), "an expert replies to Judge with Judgement"
+        committed = len(judgement.verdict.tokens)
+        self._tier_session.record_verdict(committed)
+        self._next_position = judgement.position + committed
+        return VerifyResult(verdict=judgement.verdict, timing=judgement.timing)
 
 
 class AcceptAll:
-    """Keeps whatever was drafted: no expert is asked."""
+    """Accepts every draft; the expert never runs."""
 
     async def verify(
-        self, session: Session, offer: Draft, *, room: int, alone: int
+        self, session: Session, draft: Draft, *, room: int, alone: int
     ) -> VerifyResult:
-        """Return the whole block, kept."""
+        """Return the whole block as kept."""
         del session, room, alone
-        return VerifyResult(verdict=_kept(offer.block))
+        return VerifyResult(verdict=_keep(draft.block))
 
 
 class VerifyOnDeferral:
-    """Keeps what was drafted, and asks the expert for one token where the drafter defers."""
+    """Accepts every draft, and asks the expert for one token where the drafter defers."""
 
     def __init__(self, expert: Verifier) -> None:
         self._expert = expert
 
     async def verify(
-        self, session: Session, offer: Draft, *, room: int, alone: int
+        self, session: Session, draft: Draft, *, room: int, alone: int
     ) -> VerifyResult:
-        """Return the kept tokens, and the expert's next one after a deferral.
+        """Return the kept tokens, and the expert's next token after a deferral.
 
-        Where nothing was drafted at all, the expert goes on alone.
+        After an empty draft without a deferral the expert writes alone.
         """
-        kept = _kept(offer.block)
-        if room <= kept.accepted or (kept.accepted and not offer.deferred):
+        kept = _keep(draft.block)
+        if room <= kept.accepted or (kept.accepted and not draft.deferred):
             return VerifyResult(verdict=replace(kept, judged=kept.accepted))
-        ahead = advance(session, kept, limit=session.position + room)
-        alone = 1 if offer.deferred else alone
-        judged = await self._expert.verify(ahead, NO_DRAFT, room=room - kept.accepted, alone=alone)
+        after_block = advance(session, kept, limit=session.position + room)
+        alone = 1 if draft.deferred else alone
+        result = await self._expert.verify(
+            after_block, NO_DRAFT, room=room - kept.accepted, alone=alone
+        )
         verdict = Verdict(
             accepted=kept.accepted,
-            tokens=kept.tokens + judged.verdict.tokens,
-            origins=kept.origins + judged.verdict.origins,
-            judged=kept.accepted + offer.deferred,
-            deferred=int(offer.deferred),
-            logprobs=kept.logprobs + judged.verdict.logprobs,
+            tokens=kept.tokens + result.verdict.tokens,
+            origins=kept.origins + result.verdict.origins,
+            judged=kept.accepted + draft.deferred,
+            deferred=int(draft.deferred),
+            logprobs=kept.logprobs + result.verdict.logprobs,
         )
-        return VerifyResult(verdict=verdict, timing=judged.timing)
+        return VerifyResult(verdict=verdict, timing=result.timing)
 
 
-def _kept(block: Block) -> Verdict:
+def _keep(block: Block) -> Verdict:
     return Verdict(
         accepted=block.length,
         tokens=block.tokens,

@@ -1,48 +1,116 @@
-"""The policy that each mode really follows.
+"""What each mode means over the router's one loop: one `Plan`, chosen once per answer.
 
-A tier samples from what the policy's rule makes it ship; where no expert judges, nothing is shipped
-and nothing truncated, so a mode without judgement is a rule that never asks for one.
+| mode | drafter | verifier | draft length |
+|---|---|---|---|
+| expert_only | none | always | 0 |
+| drafter_only, sequence_cascade | required | never | a chunk |
+| token_cascade | required | on deferral | a chunk |
+| speculative, cascade | best effort | always | requested or adaptive |
+| with a rule that reads q alone | best effort | on deferral | requested or a chunk |
+
+A tier samples from exactly what the rule makes it ship. Where no expert verifies, nothing is
+shipped and nothing truncated, so such a mode runs with a rule that never asks for more.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import assert_never
 
-from cascade.rules import Chow, ChowLog, Lossless
+from cascade.rules import Chow, ChowLog, Lossless, Lossy, Rule
 from cascade.types import Bonus, DecodingParams, Mode, RowFormat, Verification
 
 
-def policy_in(mode: Mode, policy: DecodingParams) -> DecodingParams:
-    """Return the policy with which sessions of this mode are opened.
+class DraftSource(StrEnum):
+    """How much an answer depends on a drafter."""
 
-    A sequence cascade drafts as `drafter_only` does; a refused draft is answered as `expert_only`.
+    NONE = "none"
+    REQUIRED = "required"  # the answer waits for a drafter, and fails without one
+    BEST_EFFORT = "best_effort"  # without a draft in time, the expert writes the next token alone
+
+
+class VerifyWhen(StrEnum):
+    """When the expert runs."""
+
+    ALWAYS = "always"
+    ON_DEFERRAL = "on_deferral"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How one answer is generated. `length_reason` names a fixed draft length in metrics."""
+
+    params: DecodingParams  # what sessions are opened with on both tiers
+    drafter: DraftSource
+    verify: VerifyWhen
+    length_reason: str | None = None  # None: the requested length, or the adaptive one
+
+
+TOKEN_CASCADE_RULE = Chow(alpha=0.5)
+
+RULES: dict[Mode, tuple[tuple[type[Rule], ...], Rule]] = {
+    Mode.SPECULATIVE: ((Lossless, Lossy), Lossless()),
+    Mode.TOKEN_CASCADE: ((Chow, ChowLog), TOKEN_CASCADE_RULE),
+    Mode.EXPERT_ONLY: ((), Lossless()),
+    Mode.DRAFTER_ONLY: ((), Lossless()),
+    Mode.SEQUENCE_CASCADE: ((), Lossless()),
+}
+"""The rules that a mode accepts and its default; `cascade` accepts all."""
+
+
+def plan_for(mode: Mode, params: DecodingParams) -> Plan:
+    """Return the plan of a mode for a request's decoding parameters.
+
+    A sequence cascade first runs as `drafter_only`; if the draft is rejected, as `expert_only`.
     """
     match mode:
         case Mode.SPECULATIVE | Mode.CASCADE:
-            if accepts_without_expert(mode, policy):
-                return _alone(policy, bonus=Bonus.NONE, rule=policy.rule)
-            return policy
+            if not _reads_drafter_alone(params.rule):
+                return Plan(
+                    params=params, drafter=DraftSource.BEST_EFFORT, verify=VerifyWhen.ALWAYS
+                )
+            return Plan(
+                params=_without_payload(params, bonus=Bonus.NONE, rule=params.rule),
+                drafter=DraftSource.BEST_EFFORT,
+                verify=VerifyWhen.ON_DEFERRAL,
+                length_reason="until deferral",
+            )
         case Mode.EXPERT_ONLY:
-            return _alone(policy, bonus=Bonus.EXPERT, rule=Lossless())
+            return Plan(
+                params=_without_payload(params, bonus=Bonus.EXPERT, rule=Lossless()),
+                drafter=DraftSource.NONE,
+                verify=VerifyWhen.ALWAYS,
+                length_reason="expert_only",
+            )
         case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-            return _alone(policy, bonus=Bonus.NONE, rule=Chow(alpha=1))
+            return Plan(
+                params=_without_payload(params, bonus=Bonus.NONE, rule=Chow(alpha=1)),
+                drafter=DraftSource.REQUIRED,
+                verify=VerifyWhen.NEVER,
+                length_reason="no expert waits",
+            )
         case Mode.TOKEN_CASCADE:
-            return _alone(policy, bonus=Bonus.NONE, rule=policy.rule)
+            return Plan(
+                params=_without_payload(params, bonus=Bonus.NONE, rule=params.rule),
+                drafter=DraftSource.REQUIRED,
+                verify=VerifyWhen.ON_DEFERRAL,
+                length_reason="no expert waits",
+            )
         case _:
             assert_never(mode)
 
 
-def accepts_without_expert(mode: Mode, policy: DecodingParams) -> bool:
-    """Return whether the drafter's tokens stand without the expert until its own rule defers.
+def _reads_drafter_alone(rule: Rule) -> bool:
+    """Return whether a rule decides from the drafter's distribution q alone.
 
-    Where a rule that reads the drafter alone keeps, pi = q: what is drafted stands whatever the
-    expert would say, so it is asked at deferrals only, where pi = p.
+    Where such a rule keeps the drafter, pi = q: the token is accepted whatever the expert would
+    say. The expert is needed at deferrals only, where pi = p.
     """
-    drafts = mode in {Mode.SPECULATIVE, Mode.CASCADE, Mode.TOKEN_CASCADE}
-    return drafts and isinstance(policy.rule, Chow | ChowLog)
+    return isinstance(rule, Chow | ChowLog)
 
 
-def _alone(policy: DecodingParams, **changes: object) -> DecodingParams:
-    """Return the policy with nothing shipped and no block to verify."""
-    return replace(policy, rows=RowFormat.AUTO, verification=Verification.TOKEN, **changes)
+def _without_payload(params: DecodingParams, **changes: object) -> DecodingParams:
+    """Return parameters with no probabilities shipped and no block to verify."""
+    return replace(params, rows=RowFormat.AUTO, verification=Verification.TOKEN, **changes)
