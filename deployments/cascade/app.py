@@ -29,7 +29,7 @@ from cascade.observability.request_log import to_serve
 from cascade.protocol import services
 from cascade.protocol.client import ReplicaClients
 from cascade.protocol.services import LeaseTicket
-from cascade.replica.metrics import LoadMeter, keep_reporting, resource_counts
+from cascade.replica.metrics import LoadTracker, keep_reporting, resource_counts
 from cascade.replica.replica import ReplicaOptions
 from cascade.router.leases import HedgedLeases, ServeLeases
 from cascade.router.tier_session import TierClient
@@ -57,7 +57,7 @@ class _TierDeployment(ABC):
             address=f"{bind_host}:0",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
         )
-        self._load = LoadMeter(self._replica.engine.stats())
+        self._load = LoadTracker(self._replica.engine.stats())
         self._reports = asyncio.create_task(keep_reporting(self._replica, ServeMetrics(ENGINE)))
 
     @staticmethod
@@ -82,7 +82,7 @@ class _TierDeployment(ABC):
         stats = self._replica.engine.stats()
         return resource_counts(
             leases=len(self._replica.leases),
-            sessions=self._replica.sessions,
+            sessions=self._replica.num_sessions,
             cache_tokens=stats.cache_tokens_live,
             preemptions=stats.preemptions,
         )
@@ -157,7 +157,7 @@ class RouterDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP door."""
-        return create_app(self._service, names_answers=False)
+        return create_app(self._service, add_request_id=False)
 
     async def Generate(  # noqa: N802 - Serve calls the RPC's name
         self, request: cascade_pb2.GenerateRequest, grpc_context: RayServegRPCContext

@@ -84,7 +84,7 @@ class DirectConnection(Connection):
 class _CallingSide:
     """The router's end."""
 
-    frames = 0  # nothing is encoded
+    frames_received = 0  # nothing is encoded
 
     def __init__(self, connection: DirectConnection) -> None:
         self._connection = connection
@@ -93,11 +93,11 @@ class _CallingSide:
         self._connection.receive(message)
         return 0
 
-    def leave(self, stream: SessionStream) -> None:
+    def close_session(self, stream: SessionStream) -> None:
         del stream
         self._connection.leave()
 
-    def lost(self) -> Unavailable:
+    def lost_error(self) -> Unavailable:
         return self._connection.lost()
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.api import build_request
-from cascade.api.completion import Completions, add, merge
+from cascade.api.completion import Completions, merge, sum_statistics
 from cascade.api.schema import CompletionBody
 from cascade.errors import Internal, Overloaded
 from cascade.types import Round, Statistics
@@ -51,7 +51,7 @@ def test_every_item_of_every_stream_comes_once_and_in_its_order(counts: list[int
 
     async def collect() -> list[tuple[int, int] | None]:
         streams = [source.stream() for source in sources]
-        return [item async for item in merge(streams, tick_s=None)]
+        return [item async for item in merge(streams, keep_alive_s=None)]
 
     items = asyncio.run(collect())
     for at, count in enumerate(counts):
@@ -63,13 +63,13 @@ def test_every_item_of_every_stream_comes_once_and_in_its_order(counts: list[int
 async def test_the_first_error_ends_all_streams() -> None:
     sources = [Source(100), Source(1, error=Overloaded("full"))]
     with pytest.raises(Overloaded):
-        assert [item async for item in merge([one.stream() for one in sources], tick_s=None)]
+        assert [item async for item in merge([one.stream() for one in sources], keep_alive_s=None)]
     assert all(source.closed for source in sources)
 
 
 async def test_closing_closes_every_stream() -> None:
     sources = [Source(100), Source(100)]
-    async with aclosing(merge([one.stream() for one in sources], tick_s=None)) as merged:
+    async with aclosing(merge([one.stream() for one in sources], keep_alive_s=None)) as merged:
         await anext(merged)
     assert all(source.closed for source in sources)
 
@@ -82,7 +82,7 @@ async def test_silence_ticks_and_changes_nothing() -> None:
         yield 1
 
     items: list[tuple[int, int] | None] = []
-    async for item in merge([late()], tick_s=0.001):
+    async for item in merge([late()], keep_alive_s=0.001):
         items.append(item)
         gate.set()
     assert items[0] is None
@@ -94,11 +94,11 @@ def test_statistics_add_up() -> None:
     one = Statistics(rounds=2, drafter_s=0.5, accepted_lengths=[1, 0, 1], trace=[ROUND])
     two = Statistics(rounds=1, drafter_s=0.25, accepted_lengths=[1], draft_length_reason="fixed")
     one.failover_causes, two.failover_causes = causes, causes | {"expert lost": 1}
-    both = add([one, two])
+    both = sum_statistics([one, two])
     assert (both.rounds, both.drafter_s, both.accepted_lengths) == (3, 0.75, [2, 0, 1])
     assert (both.draft_length_reason, both.trace) == ("fixed", [ROUND])
     assert both.failover_causes == {"drafter late": 4, "expert lost": 1}
-    assert add([one]) == one
+    assert sum_statistics([one]) == one
 
 
 SAID: list[OutputChunk] = []
@@ -120,7 +120,7 @@ class Mute:
 async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: ServingContext) -> None:
     call = build_request.completion(CompletionBody(prompt="x"), service)
     with pytest.raises(Internal):
-        await Completions(call, replace(service, generator=Mute())).finish()
+        await Completions(call, replace(service, generator=Mute())).run()
 
 
 async def test_the_generator_hears_what_the_client_calls_the_request(

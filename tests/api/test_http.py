@@ -56,7 +56,7 @@ async def test_a_door_without_its_service_says_that_it_is_starting(service: Serv
 
 async def test_a_layer_in_front_may_name_the_answers_instead(service: ServingContext) -> None:
     """The name that the layer gave the request is the one in the answer's id."""
-    transport = httpx2.ASGITransport(app=create_app(service, names_answers=False))
+    transport = httpx2.ASGITransport(app=create_app(service, add_request_id=False))
     async with httpx2.AsyncClient(transport=transport, base_url="http://door") as http:
         headers = {"x-request-id": "by-serve"}
         answer = await http.post("/v1/completions", json={"prompt": "x"}, headers=headers)

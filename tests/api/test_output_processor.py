@@ -125,7 +125,7 @@ def test_the_deltas_join_to_the_text_and_carry_every_token_once(
     tokens = words.encode(text)
     deltas = write(OutputProcessor(words), pieces(tokens, sizes))
     assert "".join(delta.text for delta in deltas) == text
-    assert [entry.token for delta in deltas for entry in delta.entries] == list(tokens)
+    assert [entry.token_id for delta in deltas for entry in delta.tokens] == list(tokens)
 
 
 @SHARED
@@ -146,9 +146,9 @@ def test_an_answer_ends_before_its_stop_string_however_blocks_fall(
     at_once = write(OutputProcessor(words, stops=[stop]), pieces(tokens, [len(tokens)]))
     assert "".join(delta.text for delta in deltas) == text.split(stop, maxsplit=1)[0]
     assert deltas[-1].finish == (STOP if stop in text else LENGTH)
-    entries = [entry for delta in deltas for entry in delta.entries]
-    assert entries == list(at_once[-1].entries)
-    kept = [entry.token for entry in entries]
+    entries = [entry for delta in deltas for entry in delta.tokens]
+    assert entries == list(at_once[-1].tokens)
+    kept = [entry.token_id for entry in entries]
     assert kept == list(tokens[: len(kept)])
     assert (stop in words.decode(kept)) == (stop in text)
 
@@ -162,8 +162,8 @@ def test_nothing_after_a_stop_token_is_told(words: Tokenizer, text: str, sizes: 
     deltas = write(OutputProcessor(words, stop_ids=[end]), parts)
     assert "".join(delta.text for delta in deltas) == text
     assert deltas[-1].finish is STOP
-    assert deltas[-1].entries[-1].token == end
-    assert sum(len(delta.entries) for delta in deltas) == len(tokens) + 1
+    assert deltas[-1].tokens[-1].token_id == end
+    assert sum(len(delta.tokens) for delta in deltas) == len(tokens) + 1
 
 
 def test_an_answer_cut_inside_a_character_says_so_at_its_end(words: Tokenizer) -> None:

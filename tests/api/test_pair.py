@@ -257,7 +257,7 @@ async def test_a_stop_string_ends_the_text_where_it_begins(
 async def free(pair: LocalServer) -> None:
     """Wait until neither tier holds a session; fail after a second (conformance 27)."""
     async with asyncio.timeout(1):
-        while pair.drafter.sessions or pair.expert.sessions:  # noqa: ASYNC110 - it has no event
+        while pair.drafter.num_sessions or pair.expert.num_sessions:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0)
 
 

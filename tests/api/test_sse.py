@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cascade.api.sse import EventResponse, event, while_connected
+from cascade.api.sse import EventResponse, encode_event, while_connected
 from cascade.errors import Cancelled
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ async def leave() -> dict[str, Any]:
 
 
 def test_an_event_is_one_line_of_utf_8() -> None:
-    assert event({"text": "a\nb \N{ROCKET}"}) == 'data: {"text":"a\\nb 🚀"}\n\n'.encode()
+    assert encode_event({"text": "a\nb \N{ROCKET}"}) == 'data: {"text":"a\\nb 🚀"}\n\n'.encode()
 
 
 def test_an_event_never_has_what_javascript_cannot_read() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        event({"logprob": float("-inf")})
+        encode_event({"logprob": float("-inf")})
 
 
 async def test_work_is_done_while_the_client_stays() -> None:

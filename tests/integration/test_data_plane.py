@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cascade.protocol import services
 from cascade.protocol.client import ReplicaClient
-from cascade.protocol.codec import decode_client_message, encode, parse
+from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame
 from cascade.protocol.messages import (
     Judge,
     Judgement,
@@ -25,8 +25,8 @@ from cascade.protocol.messages import (
     Propose,
     Refusal,
     Score,
+    extend_digest,
 )
-from cascade.protocol.prefix_hash import extend
 from cascade.rules import (
     Bild,
     Chow,
@@ -95,7 +95,7 @@ def opened(stack: LocalServer, peer: ReplicaClient, **session: Any) -> SessionSt
 
 
 def judge(**changes: Any) -> Judge:
-    plain = Judge(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT))
+    plain = Judge(session_id=NAME, epoch=1, position=0, digest=extend_digest(0, PROMPT))
     return replace(plain, **changes)
 
 
@@ -123,7 +123,7 @@ async def test_garbage_ends_its_own_stream_alone(
     await anext(running)
     async with grpc.aio.insecure_channel(replica.address) as channel:
         for size in (1, 7, 100, 5000):
-            call = channel.stream_stream(kind.path(kind.stream))()
+            call = channel.stream_stream(kind.path(kind.stream_method))()
             await call.write(b"\xff" + chance.randbytes(size))
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
     rest = [piece async for piece in running]
@@ -239,7 +239,7 @@ def blocks(draw: st.DrawFn) -> Block:
         likelihoods=some(UNITS),
         unscaled=some(UNITS),
         draft_stats=some(gates, more=1),
-        rows=some(rows(), more=1),
+        draft_probs=some(rows(), more=1),
     )
 
 
@@ -249,8 +249,8 @@ def test_no_block_that_passes_the_wire_breaks_the_pass_of_others(
     policy: DecodingParams, block: Block
 ) -> None:
     """A replica judges all sessions in one call; a strange block is judged too, or its own loss."""
-    sent = encode(judge(block=block), services.EXPERT.request)
-    strange = decode_client_message(parse(sent, services.EXPERT.request)[0])
+    sent = encode_frame(judge(block=block), services.EXPERT.request)
+    strange = decode_client_message(parse_frame(sent, services.EXPERT.request)[0])
     assert isinstance(strange, Judge)
     innocent = VerifyTask(policy=policy, position=0, block=Block(tokens=(1,)))
     task = VerifyTask(policy=policy, position=0, block=strange.block)
@@ -291,7 +291,7 @@ async def test_an_item_of_an_old_epoch_changes_nothing(
     toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
     link = opened(toy_stack, drafter)
-    ask = Propose(session_id=NAME, epoch=1, position=0, digest=extend(0, PROMPT), count=2)
+    ask = Propose(session_id=NAME, epoch=1, position=0, digest=extend_digest(0, PROMPT), count=2)
     link.send(replace(ask, epoch=0))
     link.send(ask)
     answer = await link.receive()

@@ -18,8 +18,7 @@ from tests import reference
 
 from cascade.engine.engine import Engine
 from cascade.protocol.client import ReplicaClient
-from cascade.protocol.messages import Open, Proposal, Propose
-from cascade.protocol.prefix_hash import extend
+from cascade.protocol.messages import Open, Proposal, Propose, extend_digest
 from cascade.protocol.services import DRAFTER
 from cascade.rules import Chow, Lossless, Opt, TokenV3
 from cascade.sampling.rng import Purpose
@@ -108,7 +107,7 @@ class Router:
 
     @property
     def digest(self) -> int:
-        return extend(extend(0, PROMPT), self.answer)
+        return extend_digest(extend_digest(0, PROMPT), self.answer)
 
     async def ask(self, turn: Turn, *, until_deferral: bool = False) -> Proposal:
         """Ask for a block after the answer, and wait for the one that continues it."""
@@ -154,7 +153,7 @@ class Router:
         kept = list(block[: turn.accepted])
         guess = turn.token
         if guess is None:
-            guess = self._draw(kept, Purpose.EMIT)
+            guess = self._draw(kept, Purpose.NEXT_TOKEN)
         elif guess == RIVAL:
             guess = self._rival(kept, *block[len(kept) : len(kept) + 1])
         ends = len(kept) == len(block) and self.twin.policy.bonus is Bonus.NONE
@@ -163,8 +162,8 @@ class Router:
     def stand_on(self, block: tuple[int, ...], proposal: Proposal) -> None:
         """Commit the verdict that a pushed proposal was drafted on."""
         kept = [*self.answer, *block][: proposal.position - 1]
-        before = extend(extend(0, PROMPT), kept)
-        (token,) = (one for one in range(8) if extend(before, (one,)) == proposal.digest)
+        before = extend_digest(extend_digest(0, PROMPT), kept)
+        (token,) = (one for one in range(8) if extend_digest(before, (one,)) == proposal.digest)
         self.answer = [*kept, token]
 
     def _rival(self, tokens: list[int], drafted: int | None = None) -> int:
@@ -244,7 +243,7 @@ async def test_a_right_guess_is_there_before_it_is_asked_for(
     assert isinstance(pushed, Proposal)
     router.commit(first.block.tokens, turn)
     assert (pushed.position, pushed.timing.service_s) == (len(router.answer), 0.0)
-    assert pushed.digest == extend(extend(0, PROMPT), router.answer)
+    assert pushed.digest == extend_digest(extend_digest(0, PROMPT), router.answer)
     assert list(pushed.block.tokens) == router.drafted(3)
     router.link.close()
 

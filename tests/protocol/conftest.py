@@ -34,7 +34,8 @@ from cascade.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from cascade.benchmark.microbench import EchoTier
+    from tests.support.recording_tier import RecordingTier
+
     from cascade.protocol.services import TierKind
 
 Value = TypeVar("Value")
@@ -109,7 +110,7 @@ def blocks(draw: st.DrawFn) -> Block:
         likelihoods=maybe(PROBABILITIES, count),
         unscaled=maybe(PROBABILITIES, count),
         draft_stats=maybe(gates, count, count + 1),
-        rows=maybe(rows(), count, count + 1),
+        draft_probs=maybe(rows(), count, count + 1),
         logprobs=maybe(logprobs, count),
     )
 
@@ -234,11 +235,11 @@ for kind, strategy in STRATEGIES.items():
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[[EchoTier, TierKind], Awaitable[str]]]:
+async def serve() -> AsyncIterator[Callable[[RecordingTier, TierKind], Awaitable[str]]]:
     """Serve a tier on loopback and return its address."""
     servers: list[TierServer] = []
 
-    async def start(tier: EchoTier, kind: TierKind) -> str:
+    async def start(tier: RecordingTier, kind: TierKind) -> str:
         servers.append(TierServer(tier, kind))
         return await servers[-1].start("127.0.0.1:0")
 

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc
 import pytest
+from tests.support.recording_tier import RecordingTier
 
-from cascade.benchmark.microbench import DESCRIPTION, EchoTier
+from cascade.benchmark.microbench import DESCRIPTION
 from cascade.errors import DrafterUnavailable, ExpertUnavailable, InvalidRequest
 from cascade.protocol import client, server, write_buffer
 from cascade.protocol.client import ReplicaClient, ReplicaClients, SessionStream
-from cascade.protocol.codec import decode_client_message, encode, parse
+from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame
 from cascade.protocol.messages import Close, Judge, Judgement, Need, Open, Propose, Refusal
 from cascade.protocol.server import TierServer
 from cascade.protocol.services import DRAFTER, EXPERT, TierKind
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cascade.protocol.codec import ClientMessage
     from cascade.protocol.server import Connection
 
-    Serve: TypeAlias = Callable[[EchoTier, TierKind], Awaitable[str]]
+    Serve: TypeAlias = Callable[[RecordingTier, TierKind], Awaitable[str]]
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
     Handler: TypeAlias = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
     Dial: TypeAlias = Callable[[str], ReplicaClient]
@@ -57,7 +58,9 @@ async def raw() -> AsyncIterator[Raw]:
     async def start(handler: Handler) -> str:
         server = grpc.aio.server()
         method = grpc.stream_stream_rpc_method_handler(handler)
-        handlers = grpc.method_handlers_generic_handler(EXPERT.service, {EXPERT.stream: method})
+        handlers = grpc.method_handlers_generic_handler(
+            EXPERT.service, {EXPERT.stream_method: method}
+        )
         server.add_generic_rpc_handlers((handlers,))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -94,13 +97,13 @@ async def ask(link: SessionStream, *, position: int = 0) -> Judgement:
 
 
 async def test_a_session_is_judged_round_by_round(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(EchoTier(), EXPERT)))
+    link = join(dial(await serve(RecordingTier(), EXPERT)))
     for position in range(0, 20, 2):
         assert (await ask(link, position=position)).verdict.tokens == (7, 8)
 
 
 async def test_sessions_share_one_stream(serve: Serve, dial: Dial) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     peer = dial(await serve(tier, EXPERT))
     links = [join(peer, f"session {number}") for number in range(200)]
     for position in range(3):
@@ -114,7 +117,9 @@ async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> Non
     async def keep(requests: AsyncIterator[bytes], context: Context) -> None:
         del context
         async for data in requests:
-            frames.put_nowait([decode_client_message(item) for item in parse(data, EXPERT.request)])
+            frames.put_nowait(
+                [decode_client_message(item) for item in parse_frame(data, EXPERT.request)]
+            )
 
     peer = dial(await raw(keep))
     one, two = join(peer, "one"), join(peer, "two")
@@ -128,7 +133,7 @@ async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> Non
 
 
 async def test_closing_a_link_frees_its_session_and_no_other(serve: Serve, dial: Dial) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     peer = dial(await serve(tier, EXPERT))
     stays, leaves = join(peer, "stays"), join(peer, "leaves")
     leaves.close()
@@ -143,7 +148,7 @@ async def test_closing_a_link_frees_its_session_and_no_other(serve: Serve, dial:
 async def test_answers_to_an_old_epoch_are_dropped(raw: Raw, dial: Dial) -> None:
     def need(name: str, epoch: int) -> bytes:
         item = Need(session_id=SessionId(name), epoch=epoch, position=epoch)
-        return encode(item, EXPERT.response)
+        return encode_frame(item, EXPERT.response)
 
     async def answer(requests: AsyncIterator[bytes], context: Context) -> None:
         await anext(requests)
@@ -156,7 +161,7 @@ async def test_answers_to_an_old_epoch_are_dropped(raw: Raw, dial: Dial) -> None
 
 
 async def test_a_newer_link_ends_the_older_and_outlives_its_close(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(EchoTier(), EXPERT))
+    peer = dial(await serve(RecordingTier(), EXPERT))
     old = join(peer, epoch=1)
     await ask(old)
     new = join(peer, epoch=2)
@@ -167,18 +172,18 @@ async def test_a_newer_link_ends_the_older_and_outlives_its_close(serve: Serve, 
 
 
 async def test_bytes_are_counted_both_ways(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(EchoTier(), EXPERT))
+    peer = dial(await serve(RecordingTier(), EXPERT))
     one, two = join(peer, "one"), join(peer, "two")
     answers = await asyncio.gather(ask(one), ask(two))
     for link, answer in zip((one, two), answers, strict=True):
         sent = (opened(link.session_id), judge(link.session_id))
-        assert link.sent_bytes == sum(len(encode(item, EXPERT.request)) for item in sent)
+        assert link.sent_bytes == sum(len(encode_frame(item, EXPERT.request)) for item in sent)
         # Two bytes frame an item that comes together with others.
-        assert 0 <= len(encode(answer, EXPERT.response)) - link.received_bytes <= 2
+        assert 0 <= len(encode_frame(answer, EXPERT.response)) - link.received_bytes <= 2
 
 
 async def test_a_refusal_reaches_its_session(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(EchoTier(), EXPERT))
+    peer = dial(await serve(RecordingTier(), EXPERT))
     good, bad = join(peer, "good"), peer.open_stream(SessionId("bad"), 1)
     bad.send(judge("bad"))
     refusal = await bad.receive()
@@ -188,7 +193,7 @@ async def test_a_refusal_reaches_its_session(serve: Serve, dial: Dial) -> None:
 
 
 async def test_every_link_hears_that_the_replica_was_stopped(dial: Dial) -> None:
-    server = TierServer(EchoTier(), EXPERT)
+    server = TierServer(RecordingTier(), EXPERT)
     peer = dial(await server.start("127.0.0.1:0"))
     links = [join(peer, name) for name in ("one", "two")]
     await asyncio.gather(*map(ask, links))
@@ -203,7 +208,7 @@ async def test_every_link_hears_that_the_replica_was_stopped(dial: Dial) -> None
 
 
 async def test_answers_before_the_end_are_still_received(dial: Dial) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     server = TierServer(tier, EXPERT)
     peer = dial(await server.start("127.0.0.1:0"))
     first, last = join(peer, "first"), join(peer, "last")
@@ -218,7 +223,7 @@ async def test_answers_before_the_end_are_still_received(dial: Dial) -> None:
 async def test_a_link_waits_for_no_replica_that_is_cut_off(
     serve: Serve, relay: Relay, dial: Dial
 ) -> None:
-    line = await relay(await serve(EchoTier(), EXPERT))
+    line = await relay(await serve(RecordingTier(), EXPERT))
     link = join(dial(line.address))
     await ask(link)
     waiting = asyncio.ensure_future(link.receive())
@@ -228,7 +233,7 @@ async def test_a_link_waits_for_no_replica_that_is_cut_off(
 
 
 async def test_the_next_link_opens_another_stream(serve: Serve, relay: Relay, dial: Dial) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     line = await relay(await serve(tier, EXPERT))
     peer = dial(line.address)
     link = join(peer)
@@ -248,7 +253,7 @@ async def test_the_next_link_opens_another_stream(serve: Serve, relay: Relay, di
 async def test_nobody_at_the_address_is_a_broken_stream(
     kind: TierKind, error: type[Exception]
 ) -> None:
-    server = TierServer(EchoTier(), kind)
+    server = TierServer(RecordingTier(), kind)
     address = await server.start("127.0.0.1:0")
     await server.stop()
     peer = ReplicaClient(address, kind)
@@ -271,7 +276,10 @@ async def test_a_replica_that_ends_the_stream_is_lost(raw: Raw, dial: Dial) -> N
 
 @pytest.mark.parametrize(
     "rubbish",
-    [b"\xff\xff", encode(Need(session_id=SessionId(""), epoch=1, position=0), EXPERT.response)],
+    [
+        b"\xff\xff",
+        encode_frame(Need(session_id=SessionId(""), epoch=1, position=0), EXPERT.response),
+    ],
     ids=["no frame", "no item"],
 )
 async def test_a_replica_that_talks_rubbish_is_lost(raw: Raw, dial: Dial, rubbish: bytes) -> None:
@@ -286,7 +294,7 @@ async def test_a_replica_that_talks_rubbish_is_lost(raw: Raw, dial: Dial, rubbis
 
 
 async def test_a_tier_of_the_other_kind_is_no_peer(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(EchoTier(), DRAFTER)))
+    link = join(dial(await serve(RecordingTier(), DRAFTER)))
     with pytest.raises(ExpertUnavailable, match="UNIMPLEMENTED"):
         await link.receive()
 
@@ -305,14 +313,14 @@ async def test_a_peer_that_does_not_read_is_given_up(
 
 
 async def test_an_item_that_fits_no_wire_harms_nobody(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(EchoTier(), EXPERT)))
+    link = join(dial(await serve(RecordingTier(), EXPERT)))
     with pytest.raises(InvalidRequest, match="Judge cannot be sent"):
         link.send(judge(position=-(2**70)))
     await ask(link)
 
 
 async def test_a_closed_pool_ends_its_links(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     address = await serve(tier, DRAFTER)
     peers = ReplicaClients(DRAFTER)
     link = peers.open_stream(address, SessionId("s"), 1)
@@ -326,11 +334,11 @@ async def test_a_closed_pool_ends_its_links(serve: Serve) -> None:
 
 
 async def test_a_replica_describes_itself(serve: Serve, dial: Dial) -> None:
-    assert await dial(await serve(EchoTier(), EXPERT)).describe() == DESCRIPTION
+    assert await dial(await serve(RecordingTier(), EXPERT)).describe() == DESCRIPTION
 
 
 async def test_a_delay_keeps_the_order(serve: Serve) -> None:
-    peer = ReplicaClient(await serve(EchoTier(), EXPERT), EXPERT, delay_s=0.001)
+    peer = ReplicaClient(await serve(RecordingTier(), EXPERT), EXPERT, delay_s=0.001)
     link = join(peer)
     for position in range(50):
         link.send(judge(position=position))
@@ -339,7 +347,7 @@ async def test_a_delay_keeps_the_order(serve: Serve) -> None:
     await peer.close()
 
 
-class Slow(EchoTier):
+class Slow(RecordingTier):
     """Works for many beats before it answers; `alive` is asked for each."""
 
     def __init__(self) -> None:
@@ -347,22 +355,22 @@ class Slow(EchoTier):
         self.beats = 0
         self.waiting: tuple[Connection, ClientMessage] | None = None
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
-        if isinstance(item, Judge):
-            self.waiting = connection, item
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
+        if isinstance(message, Judge):
+            self.waiting = connection, message
 
     @property
     def alive(self) -> bool:
         self.beats += self.waiting is not None
-        if self.waiting is not None and self.beats > 3 * client.SILENT_BEATS:
+        if self.waiting is not None and self.beats > 3 * client.MISSED_HEARTBEATS_LIMIT:
             super().receive(*self.waiting)
         return True
 
 
-class Hung(EchoTier):
+class Hung(RecordingTier):
     """Never answers, and says that its engine hangs."""
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
         pass
 
     @property
@@ -373,8 +381,8 @@ class Hung(EchoTier):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let replicas say more often that they work."""
-    monkeypatch.setattr(client, "BEAT_S", 0.05)
-    monkeypatch.setattr(server, "BEAT_S", 0.02)
+    monkeypatch.setattr(client, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(server, "HEARTBEAT_S", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
@@ -382,7 +390,7 @@ async def test_a_replica_may_take_its_time_as_long_as_it_says_so(serve: Serve, d
     tier = Slow()
     link = join(dial(await serve(tier, EXPERT)))
     await ask(link)
-    assert tier.beats > client.SILENT_BEATS
+    assert tier.beats > client.MISSED_HEARTBEATS_LIMIT
 
 
 @pytest.mark.usefixtures("quick")
@@ -398,7 +406,7 @@ async def test_a_line_that_falls_silent_is_noticed_at_both_ends(
     serve: Serve, relay: Relay, dial: Dial
 ) -> None:
     """No packet says so: the client counts beats, the server's pings go unanswered for 10 s."""
-    tier = EchoTier()
+    tier = RecordingTier()
     line = await relay(await serve(tier, EXPERT))
     link = join(dial(line.address))
     await ask(link)
@@ -412,7 +420,7 @@ async def test_a_line_that_falls_silent_is_noticed_at_both_ends(
 async def test_a_replica_that_never_answers_is_given_up(
     serve: Serve, relay: Relay, dial: Dial
 ) -> None:
-    line = await relay(await serve(EchoTier(), EXPERT))
+    line = await relay(await serve(RecordingTier(), EXPERT))
     line.silent = True
     link = join(dial(line.address))
     with pytest.raises(ExpertUnavailable, match=r"timed out|silent"):

@@ -12,9 +12,9 @@ from cascade.protocol import messages
 from cascade.protocol.codec import (
     decode_client_message,
     decode_server_message,
-    encode,
-    owner,
-    parse,
+    encode_frame,
+    parse_frame,
+    session_of,
 )
 from cascade.protocol.services import DRAFTER, EXPERT
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
@@ -41,10 +41,10 @@ def test_every_question_comes_back_as_it_was(
     frame_type: FrameType, kind: type[ClientMessage], data: st.DataObject
 ) -> None:
     item = data.draw(st.from_type(kind))
-    (message,) = parse(encode(item, frame_type), frame_type)
+    (message,) = parse_frame(encode_frame(item, frame_type), frame_type)
     assert repr(decode_client_message(message)) == repr(item)
     named = item.session.id if isinstance(item, messages.Open) else item.session_id
-    assert owner(message) == (named, item.epoch)
+    assert session_of(message) == (named, item.epoch)
 
 
 @pytest.mark.parametrize(("frame_type", "kind"), ANSWERS)
@@ -53,15 +53,15 @@ def test_every_answer_comes_back_as_it_was(
     frame_type: FrameType, kind: type[ServerMessage], data: st.DataObject
 ) -> None:
     item = data.draw(st.from_type(kind))
-    (message,) = parse(encode(item, frame_type), frame_type)
+    (message,) = parse_frame(encode_frame(item, frame_type), frame_type)
     assert repr(decode_server_message(message)) == repr(item)
-    assert owner(message) == (item.session_id, item.epoch)
+    assert session_of(message) == (item.session_id, item.epoch)
 
 
 @given(items=st.lists(st.from_type(messages.Judge) | st.from_type(messages.Close), max_size=4))
 def test_frames_joined_are_one_frame_of_all_items(items: list[ClientMessage]) -> None:
-    joined = b"".join(encode(item, EXPERT.request) for item in items)
-    parsed = parse(joined, EXPERT.request)
+    joined = b"".join(encode_frame(item, EXPERT.request) for item in items)
+    parsed = parse_frame(joined, EXPERT.request)
     assert repr([decode_client_message(message) for message in parsed]) == repr(items)
 
 
@@ -76,7 +76,7 @@ def test_any_bytes_are_read_or_refused(frame_type: FrameType, data: bytes) -> No
 def test_damaged_frames_are_read_or_refused(
     frame_type: FrameType, kind: type[ClientMessage | ServerMessage], data: st.DataObject
 ) -> None:
-    damaged = bytearray(encode(data.draw(st.from_type(kind)), frame_type))
+    damaged = bytearray(encode_frame(data.draw(st.from_type(kind)), frame_type))
     for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=4)):
         damaged[place] = data.draw(st.integers(0, 255))
     _read_or_refuse(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]), frame_type)
@@ -89,8 +89,8 @@ def _read_or_refuse(data: bytes, frame_type: FrameType) -> None:
         else decode_server_message
     )
     try:
-        for message in parse(data, frame_type):
-            owner(message)
+        for message in parse_frame(data, frame_type):
+            session_of(message)
             decode(message)
     except InvalidRequest as refused:
         assert refused.message  # noqa: PT017 - either way is right, nothing else is
@@ -214,7 +214,7 @@ def test_a_hostile_value_is_refused_by_name(
 
 def test_a_frame_of_rubbish_is_refused_by_its_type() -> None:
     with pytest.raises(InvalidRequest, match=r"3 bytes are no cascade\.v1\.DraftRequest"):
-        parse(b"\xff\xff\xff", drafter_pb2.DraftRequest)
+        parse_frame(b"\xff\xff\xff", drafter_pb2.DraftRequest)
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])
@@ -223,4 +223,4 @@ def test_an_id_that_no_wire_carries_is_not_sent(token: int) -> None:
         session_id=messages.SessionId("s"), epoch=1, position=1, digest=0, count=1, tokens=(token,)
     )
     with pytest.raises(InvalidRequest, match="Propose cannot be sent"):
-        encode(item, DRAFTER.request)
+        encode_frame(item, DRAFTER.request)

@@ -69,7 +69,7 @@ def test_every_error_survives_a_call(kind: type[CascadeError]) -> None:
 def test_every_error_survives_a_refusal(kind: type[CascadeError]) -> None:
     item = grpc_status.refusal(SessionId("s"), 3, kind("why"))
     assert (item.session_id, item.epoch, item.code) == ("s", 3, kind.grpc)
-    back = grpc_status.refused(item)
+    back = grpc_status.error_from_refusal(item)
     assert (type(back), back.message) == (kind, "why")
 
 
@@ -123,7 +123,7 @@ def test_an_error_without_details_is_told_by_its_code(
 def test_a_lost_session_is_a_lost_replica() -> None:
     item = grpc_status.unknown_session(SessionId("s"), 1)
     assert item.code == "NOT_FOUND"
-    error = grpc_status.refused(item, lost=errors.ExpertUnavailable)
+    error = grpc_status.error_from_refusal(item, lost=errors.ExpertUnavailable)
     assert isinstance(error, errors.ExpertUnavailable)
 
 

@@ -10,11 +10,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from tests.support.recording_tier import RecordingTier
 
-from cascade.benchmark.microbench import DESCRIPTION, EchoTier
+from cascade.benchmark.microbench import DESCRIPTION
 from cascade.errors import ContextTooLong, StartupError
 from cascade.protocol import grpc_status, write_buffer
-from cascade.protocol.codec import decode_server_message, encode, parse
+from cascade.protocol.codec import decode_server_message, encode_frame, parse_frame
 from cascade.protocol.messages import (
     Close,
     Judge,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from cascade.protocol.codec import ClientMessage, ServerMessage
 
-    Serve: TypeAlias = Callable[[EchoTier, TierKind], Awaitable[str]]
+    Serve: TypeAlias = Callable[[RecordingTier, TierKind], Awaitable[str]]
     Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -67,20 +68,20 @@ SMALL = Description(
 async def dialled(address: str, kind: TierKind = EXPERT) -> AsyncGenerator[Call]:
     unlimited = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
     async with grpc.aio.insecure_channel(address, options=unlimited) as channel:
-        call: Call = channel.stream_stream(kind.path(kind.stream))()
+        call: Call = channel.stream_stream(kind.path(kind.stream_method))()
         yield call
         call.cancel()
 
 
 async def tell(call: Call, *items: ClientMessage, kind: TierKind = EXPERT) -> None:
-    await call.write(b"".join(encode(item, kind.request) for item in items))
+    await call.write(b"".join(encode_frame(item, kind.request) for item in items))
 
 
 async def hear(call: Call, kind: TierKind = EXPERT) -> list[ServerMessage]:
     while (data := await call.read()) == b"":
         pass
     assert isinstance(data, bytes), "the stream ended"
-    return [decode_server_message(message) for message in parse(data, kind.response)]
+    return [decode_server_message(message) for message in parse_frame(data, kind.response)]
 
 
 async def drain(call: Call) -> None:
@@ -118,12 +119,12 @@ def refusals(answers: list[ServerMessage]) -> list[tuple[str, int, str, str]]:
     ]
 
 
-async def seen(tier: EchoTier, count: int) -> list[ClientMessage]:
+async def seen(tier: RecordingTier, count: int) -> list[ClientMessage]:
     return [(await tier.received.get())[1] for _ in range(count)]
 
 
 async def test_an_expert_judges_and_scores(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         score = Score(session_id=SessionId("q"), epoch=4, lease="", tokens=(1, 2), top=1)
         await tell(call, opened(), judge(position=3, tokens=(7, 8)), score)
@@ -138,7 +139,7 @@ async def test_an_expert_judges_and_scores(serve: Serve) -> None:
 async def test_who_watches_a_connection_hears_what_leaves() -> None:
     connection = Connection(EXPERT)
     heard: list[ServerMessage] = []
-    connection.watch = heard.append
+    connection.on_send = heard.append
     need = Need(session_id=SessionId("s"), epoch=1, position=0)
     connection.send(need)
     connection.close()
@@ -147,7 +148,7 @@ async def test_who_watches_a_connection_hears_what_leaves() -> None:
 
 
 async def test_a_drafter_proposes(serve: Serve) -> None:
-    async with dialled(await serve(EchoTier(), DRAFTER), DRAFTER) as call:
+    async with dialled(await serve(RecordingTier(), DRAFTER), DRAFTER) as call:
         ask = Propose(session_id=SessionId("s"), epoch=1, position=2, digest=0, count=3)
         await tell(call, opened(), ask, kind=DRAFTER)
         (proposal,) = await hear(call, DRAFTER)
@@ -157,7 +158,7 @@ async def test_a_drafter_proposes(serve: Serve) -> None:
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
 async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: TierKind) -> None:
-    address = await serve(EchoTier(SMALL), kind)
+    address = await serve(RecordingTier(SMALL), kind)
     async with grpc.aio.insecure_channel(address) as channel:
         if kind is DRAFTER:
             drafter = drafter_pb2_grpc.DrafterServiceStub(channel)
@@ -173,13 +174,13 @@ async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: Tie
 
 
 async def test_answers_of_one_tick_leave_as_one_frame(serve: Serve) -> None:
-    async with dialled(await serve(EchoTier(), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await tell(call, opened("a"), opened("b"), judge("a"), judge("b"), judge("a", position=1))
         assert len(await hear(call)) == 3
 
 
 async def test_a_pass_is_sent_as_one_frame_a_stream() -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     server = TierServer(tier, EXPERT)
     address = await server.start("127.0.0.1:0")
     async with dialled(address) as one, dialled(address) as two:
@@ -203,7 +204,7 @@ async def test_a_pass_is_sent_as_one_frame_a_stream() -> None:
 
 
 async def test_the_half_close_of_a_client_frees_its_sessions(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         await tell(call, opened(), judge("unknown"))
         await call.done_writing()
@@ -214,7 +215,7 @@ async def test_the_half_close_of_a_client_frees_its_sessions(serve: Serve) -> No
 
 
 async def test_a_client_that_cancels_frees_its_sessions_and_no_others(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as stays:
         await tell(stays, opened("stays"))
@@ -227,7 +228,7 @@ async def test_a_client_that_cancels_frees_its_sessions_and_no_others(serve: Ser
 
 
 async def test_a_client_that_is_cut_off_frees_its_sessions(serve: Serve, relay: Relay) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     line = await relay(await serve(tier, EXPERT))
     async with dialled(line.address) as call:
         await tell(call, opened())
@@ -239,7 +240,7 @@ async def test_a_client_that_is_cut_off_frees_its_sessions(serve: Serve, relay: 
 
 
 async def test_rubbish_ends_its_stream_and_no_other(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as good, dialled(address) as bad:
         await tell(good, opened())
@@ -255,7 +256,7 @@ async def test_rubbish_ends_its_stream_and_no_other(serve: Serve) -> None:
 
 
 async def test_the_details_of_an_abort_are_ours(serve: Serve) -> None:
-    async with dialled(await serve(EchoTier(), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await call.write(b"\xff")
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call.read()
@@ -275,13 +276,13 @@ async def test_the_details_of_an_abort_are_ours(serve: Serve) -> None:
 async def test_a_bad_item_of_nobody_ends_the_stream(
     serve: Serve, item: expert_pb2.JudgeRequestItem
 ) -> None:
-    async with dialled(await serve(EchoTier(), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await call.write(expert_pb2.JudgeRequest(items=[item]).SerializeToString())
         assert (await failure(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_bad_item_of_a_session_refuses_that_session_alone(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         await tell(call, opened("good"), opened("bad"))
         bad = expert_pb2.JudgeRequestItem(
@@ -298,7 +299,7 @@ async def test_a_bad_item_of_a_session_refuses_that_session_alone(serve: Serve) 
 
 
 async def test_a_token_past_the_vocabulary_never_reaches_the_tier(serve: Serve) -> None:
-    tier = EchoTier(SMALL)
+    tier = RecordingTier(SMALL)
     async with dialled(await serve(tier, EXPERT)) as call:
         await tell(call, opened(prompt=(1, 100)))
         (refusal,) = await hear(call)
@@ -308,7 +309,7 @@ async def test_a_token_past_the_vocabulary_never_reaches_the_tier(serve: Serve) 
 
 
 async def test_a_frame_of_too_many_items_ends_the_stream(serve: Serve) -> None:
-    async with dialled(await serve(EchoTier(SMALL), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(SMALL), EXPERT)) as call:
         await tell(call, *[close()] * 4)
         code, details = await failure(call)
     assert (code, details) == (
@@ -318,7 +319,7 @@ async def test_a_frame_of_too_many_items_ends_the_stream(serve: Serve) -> None:
 
 
 async def test_a_frame_of_too_many_bytes_ends_its_stream_and_no_other(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as good, dialled(address) as bad:
         await tell(good, opened("good"))
@@ -332,7 +333,7 @@ async def test_a_frame_of_too_many_bytes_ends_its_stream_and_no_other(serve: Ser
 
 
 async def test_a_stream_holds_no_more_sessions_than_agreed(serve: Serve) -> None:
-    async with dialled(await serve(EchoTier(SMALL), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(SMALL), EXPERT)) as call:
         await tell(call, opened("a"), opened("b"), opened("c"))
         assert refusals(await hear(call)) == [("c", 1, "RESOURCE_EXHAUSTED", "OVERLOADED")]
         await tell(call, close("a"), opened("c"), judge("c"))
@@ -340,7 +341,7 @@ async def test_a_stream_holds_no_more_sessions_than_agreed(serve: Serve) -> None
 
 
 async def test_an_item_of_an_unknown_session_is_refused(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         await tell(call, judge("a"), opened("b"), close("b"), judge("b"), close("nobody"))
         assert refusals(await hear(call)) == [
@@ -351,7 +352,7 @@ async def test_an_item_of_an_unknown_session_is_refused(serve: Serve) -> None:
 
 
 async def test_items_of_an_old_epoch_change_nothing(serve: Serve) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         old = (opened(epoch=4), judge(epoch=4), close(epoch=4))
         await tell(call, opened(epoch=5), *old, judge(epoch=5))
@@ -362,12 +363,12 @@ async def test_items_of_an_old_epoch_change_nothing(serve: Serve) -> None:
     assert [item.epoch for item in answers] == [7, 6]
 
 
-class Strict(EchoTier):
+class Strict(RecordingTier):
     """Refuses every block, as a tier does: by raising."""
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
-        super().receive(connection, item)
-        if isinstance(item, Judge):
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
+        super().receive(connection, message)
+        if isinstance(message, Judge):
             raise ContextTooLong("no room")
 
 
@@ -383,7 +384,7 @@ async def test_a_tier_that_raises_refuses_the_session(serve: Serve) -> None:
 async def test_an_answer_too_large_for_a_frame_is_a_refusal(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         monkeypatch.setattr(write_buffer, "FRAME_LIMIT_BYTES", 1000)
         await tell(call, opened(), judge(tokens=(7,) * 2000), close())
@@ -395,7 +396,7 @@ async def test_a_client_that_does_not_read_is_cut_off(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_buffer, "BACKLOG_LIMIT_BYTES", 1000)
-    tier = EchoTier()
+    tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         await tell(call, opened(), *(judge(position=place) for place in range(500)))
         code, details = await failure(call)
@@ -407,7 +408,7 @@ async def test_a_client_that_does_not_read_is_cut_off(
 
 async def test_many_sessions_share_a_stream(serve: Serve) -> None:
     names = [f"session {number}" for number in range(500)]
-    async with dialled(await serve(EchoTier(), EXPERT)) as call:
+    async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await tell(call, *(opened(name) for name in names))
         await tell(call, *(judge(name) for name in reversed(names)))
         answers: list[ServerMessage] = []
@@ -417,7 +418,7 @@ async def test_many_sessions_share_a_stream(serve: Serve) -> None:
 
 
 async def test_health_follows_the_server() -> None:
-    server = TierServer(EchoTier(), DRAFTER)
+    server = TierServer(RecordingTier(), DRAFTER)
     async with grpc.aio.insecure_channel(await server.start("127.0.0.1:0")) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -437,7 +438,7 @@ async def test_health_follows_the_server() -> None:
 
 
 async def test_reflection_names_the_service_and_its_file(serve: Serve) -> None:
-    async with grpc.aio.insecure_channel(await serve(EchoTier(), EXPERT)) as channel:
+    async with grpc.aio.insecure_channel(await serve(RecordingTier(), EXPERT)) as channel:
         call = channel.stream_stream(
             "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
             reflection_pb2.ServerReflectionRequest.SerializeToString,
@@ -455,13 +456,13 @@ async def test_reflection_names_the_service_and_its_file(serve: Serve) -> None:
 
 
 async def test_an_address_in_use_is_a_startup_error(serve: Serve) -> None:
-    address = await serve(EchoTier(), EXPERT)
+    address = await serve(RecordingTier(), EXPERT)
     with pytest.raises(StartupError, match=f"{address} cannot be bound"):
-        await TierServer(EchoTier(), EXPERT).start(address)
+        await TierServer(RecordingTier(), EXPERT).start(address)
 
 
 async def test_stopping_ends_streams_and_frees_their_sessions() -> None:
-    tier = EchoTier(DESCRIPTION)
+    tier = RecordingTier(DESCRIPTION)
     server = TierServer(tier, EXPERT)
     async with dialled(await server.start("127.0.0.1:0")) as call:
         await tell(call, opened())
@@ -472,7 +473,7 @@ async def test_stopping_ends_streams_and_frees_their_sessions() -> None:
 
 
 async def test_bytes_that_are_not_even_http_harm_nobody(serve: Serve) -> None:
-    address = await serve(EchoTier(), EXPERT)
+    address = await serve(RecordingTier(), EXPERT)
     async with dialled(address) as call:
         await tell(call, opened())
         host, _, port = address.partition(":")
@@ -488,9 +489,9 @@ async def test_bytes_that_are_not_even_http_harm_nobody(serve: Serve) -> None:
 async def test_a_defect_of_the_tier_ends_the_stream_and_frees_its_sessions(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken(EchoTier):
-        def receive(self, connection: Connection, item: ClientMessage) -> None:
-            super().receive(connection, item)
+    class Broken(RecordingTier):
+        def receive(self, connection: Connection, message: ClientMessage) -> None:
+            super().receive(connection, message)
             raise ZeroDivisionError
 
     tier = Broken()

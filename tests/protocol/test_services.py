@@ -35,11 +35,11 @@ def test_no_two_calls_share_a_name() -> None:
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
 def test_a_kind_names_what_the_protos_define(kind: TierKind) -> None:
     methods = SERVICES[kind.service].methods_by_name
-    stream = methods[kind.stream]
+    stream = methods[kind.stream_method]
     assert (stream.client_streaming, stream.server_streaming) == (True, True)
     assert stream.input_type.full_name == kind.request.DESCRIPTOR.full_name
     assert stream.output_type.full_name == kind.response.DESCRIPTOR.full_name
-    question = methods[kind.question]
+    question = methods[kind.describe_method]
     assert (question.client_streaming, question.server_streaming) == (False, False)
     assert question.output_type.full_name == kind.description.DESCRIPTOR.full_name
 

@@ -63,7 +63,7 @@ def sparse(token: int) -> SparseProbs:
         judge(
             Block(
                 tokens=(9, 9),
-                rows=(sparse(9), SparseProbs(ids=np.empty(0, np.uint32), weights=FULL)),
+                draft_probs=(sparse(9), SparseProbs(ids=np.empty(0, np.uint32), weights=FULL)),
             )
         ),
         Score(session_id=ID, epoch=1, lease="", tokens=(9,), top=1),
@@ -83,8 +83,8 @@ def test_the_last_id_of_the_vocabulary_is_allowed(item: ClientMessage) -> None:
         propose(10),
         judge(Block(), tokens=(10,)),
         judge(Block(tokens=(10,))),
-        judge(Block(tokens=(1,), rows=(sparse(10),))),
-        judge(Block(tokens=(1,), draft_stats=(DraftStats(peak=1, favourite=10, entropy=0),))),
+        judge(Block(tokens=(1,), draft_probs=(sparse(10),))),
+        judge(Block(tokens=(1,), draft_stats=(DraftStats(max_prob=1, argmax=10, entropy=0),))),
         Score(session_id=ID, epoch=1, lease="", tokens=(1, 10), top=1),
     ],
 )
@@ -103,4 +103,4 @@ def test_a_block_longer_than_agreed_is_refused() -> None:
 def test_a_row_wider_than_the_vocabulary_is_refused() -> None:
     wide = SparseProbs(ids=np.empty(0, np.uint32), weights=np.ones(11, np.float16))
     with pytest.raises(InvalidRequest, match="a row has 11 weights; the vocabulary has 10 tokens"):
-        check(judge(Block(tokens=(1,), rows=(wide,))), ALLOWED)
+        check(judge(Block(tokens=(1,), draft_probs=(wide,))), ALLOWED)

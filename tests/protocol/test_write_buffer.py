@@ -15,7 +15,7 @@ async def test_what_is_put_in_one_tick_is_taken_as_one() -> None:
 
 
 async def test_a_frame_holds_no_more_items_than_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_buffer, "ITEM_LIMIT", 2)
+    monkeypatch.setattr(write_buffer, "FRAME_LIMIT_MESSAGES", 2)
     box = WriteBuffer()
     for item in (b"a", b"b", b"c"):
         box.put(item)

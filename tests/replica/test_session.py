@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.protocol.prefix_hash import extend
+from cascade.protocol.messages import extend_digest
 from cascade.replica.session import ReplicaSession
 from cascade.types import DecodingParams, Session, SessionId
 
@@ -29,7 +29,7 @@ def seat(answer: list[int] | None = None) -> ReplicaSession:
 
 
 def digest(answer: list[int]) -> int:
-    return extend(extend(0, PROMPT), answer)
+    return extend_digest(extend_digest(0, PROMPT), answer)
 
 
 class Fed:

@@ -13,7 +13,7 @@ from tests.simulation.clock import run
 
 from cascade.protocol import server
 from cascade.protocol.client import ReplicaConnection  # pyright: ignore[reportPrivateUsage] - a bug is planted
-from cascade.protocol.codec import decode_server_message, parse
+from cascade.protocol.codec import decode_server_message, parse_frame
 from cascade.protocol.messages import Close, Open, Refusal
 from cascade.replica.lease_book import LeaseBook
 from cascade.replica.session import ReplicaSession
@@ -64,7 +64,7 @@ def test_the_stories_meet_every_way_of_losing_a_replica() -> None:
 async def _any_answer(self: TierSession, session: Session) -> Any:
     """Take an answer whatever it answers."""
     del session
-    answer: Any = await self._link.receive()  # pyright: ignore[reportOptionalMemberAccess, reportPrivateUsage] - as is
+    answer: Any = await self._stream.receive()  # pyright: ignore[reportOptionalMemberAccess, reportPrivateUsage] - as is
     if isinstance(answer, Refusal):
         raise self.tier.error(answer)
     return answer
@@ -72,12 +72,12 @@ async def _any_answer(self: TierSession, session: Session) -> Any:
 
 def _never_leave(self: TierSession) -> None:
     """Forget leases instead of giving them back."""
-    self._link = self._lease = self._calling = None  # pyright: ignore[reportPrivateUsage] - as it is
+    self._stream = self._lease = self._lease_request = None  # pyright: ignore[reportPrivateUsage] - as it is
 
 
 def _hear_old_epochs(self: ReplicaConnection, data: bytes) -> None:
     """Deliver answers of every epoch."""
-    for message in parse(data, self.kind.response):
+    for message in parse_frame(data, self.kind.response):
         answer = decode_server_message(message)
         link = self._links.get(answer.session_id)  # pyright: ignore[reportPrivateUsage] - as it is
         if link is not None:
@@ -122,7 +122,7 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     "answers of old epochs": (ReplicaConnection, "_receive", _hear_old_epochs),
     "items of old epochs": (server, "_admit", _admit_old_epochs),
     "answers to other positions": (TierSession, "_next_reply", _any_answer),
-    "blocks of other prefixes": (TierSession, "_continues", _always_continue),
+    "blocks of other prefixes": (TierSession, "_follows", _always_continue),
     "digests unread": (ReplicaSession, "sync_tokens", _trust_any_prefix),
     "leases not given back": (TierSession, "close", _never_leave),
     "leases not ended": (LeaseBook, "end", _keep_dropped),

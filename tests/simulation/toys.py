@@ -195,13 +195,13 @@ class _Toy:
         options = ReplicaOptions(model="toy", pass_timeout_s=HANGS_S)
         super().__init__(model, tokenizer, options, token=None)  # pyright: ignore[reportCallIssue] - that of a replica
 
-    def receive(self, connection: Connection, item: Any) -> None:
-        """Serve an item; one of an old epoch should have been stopped before."""
-        if not isinstance(item, Open):
-            seat = self._sessions.get((connection, item.session_id))
-            if seat is not None and seat.epoch != item.epoch:
-                self.broken.append(f"epoch {item.epoch} reached a seat of epoch {seat.epoch}")
-        super().receive(connection, item)  # pyright: ignore[reportAttributeAccessIssue] - as above
+    def receive(self, connection: Connection, message: Any) -> None:
+        """Serve a message; one of an old epoch should have been stopped before."""
+        if not isinstance(message, Open):
+            seat = self._sessions.get((connection, message.session_id))
+            if seat is not None and seat.epoch != message.epoch:
+                self.broken.append(f"epoch {message.epoch} reached a seat of epoch {seat.epoch}")
+        super().receive(connection, message)  # pyright: ignore[reportAttributeAccessIssue] - as above
 
     def make_engine(self, model: Any, settings: Any) -> Any:
         del model, settings
@@ -224,8 +224,8 @@ def _draft(row: int) -> DraftToken:
     rival = expert_token(row) if expert_token(row) != token else other
     return DraftToken(
         token=token,
-        gates=DraftStats(peak=float(keeps(row)), favourite=token, entropy=0.0),
-        confidence=TokenConfidence(confidence=0.5, rival=rival, share=0.5),
+        draft_stats=DraftStats(max_prob=float(keeps(row)), argmax=token, entropy=0.0),
+        confidence=TokenConfidence(probability=0.5, runner_up=rival, runner_up_share=0.5),
     )
 
 

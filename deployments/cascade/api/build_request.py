@@ -39,12 +39,12 @@ class CompletionCall:
     model: str
     requests: tuple[Request, ...]  # answer `i` belongs to prompt `i // n`
     n: int = 1
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()  # the caller's own, which it is told about
     echo: bool = False
     stream: bool = False
-    usage_chunk: bool = False
-    usage_always: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
     token_ids: bool = False
 
     @property
@@ -162,12 +162,12 @@ def _call(wish: _Wish, service: ServingContext, *, echo: bool = False) -> Comple
             for seed in seeds
         ),
         n=n,
-        stops=_stops(body),
+        stop_strings=_stops(body),
         stop_ids=tuple(body.stop_token_ids or ()),
         echo=echo,
         stream=bool(body.stream),
-        usage_chunk=options is not None and bool(options.include_usage),
-        usage_always=options is not None and bool(options.continuous_usage_stats),
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
     )
 

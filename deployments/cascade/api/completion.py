@@ -32,21 +32,21 @@ class Completion:
         self.index = index
         self.request = request
         self.call = call
-        self.entries: list[TokenText] = []  # the prompt's tokens too if the call echoes it
-        self.characters = 0
+        self.tokens: list[TokenText] = []  # the prompt's tokens too if the call echoes it
+        self.text_length = 0
         self.end = Delta()
         self._service = service
         self._statistics = Statistics()
 
     @property
-    def whole(self) -> Delta:
+    def output(self) -> Delta:
         """Return everything said so far as one delta."""
-        return replace(self.end, entries=tuple(self.entries))
+        return replace(self.end, entries=tuple(self.tokens))
 
     @property
     def statistics(self) -> Statistics:
         """Return what the answer cost; tokens that a stop string cut off are not counted."""
-        counts = Counter(entry.origin for entry in self.entries)
+        counts = Counter(entry.origin for entry in self.tokens)
         was = self._statistics
         drafted = counts[Origin.DRAFTER] + counts[Origin.KEPT]
         cut = max(was.drafter_tokens + was.kept_tokens - drafted, 0)
@@ -58,24 +58,26 @@ class Completion:
             expert_tokens=counts[Origin.EXPERT],
         )
 
-    async def write(self) -> AsyncGenerator[Delta]:
+    async def stream(self) -> AsyncGenerator[Delta]:
         """Yield the deltas; the generation is closed as soon as the answer ends.
 
         Raises:
             Internal: The generation ended without a finish reason.
         """
         if self.call.echo:
-            yield self._said(Delta(entries=await self._prompt()))
+            yield self._said(Delta(tokens=await self._prompt()))
         if not self.request.max_tokens:
             yield self._said(Delta(finish=FinishReason.LENGTH))
             return
         scribe = OutputProcessor(
-            self._service.tokenizer, stops=self.call.stops, stop_ids=self.request.policy.stop_ids
+            self._service.tokenizer,
+            stops=self.call.stop_strings,
+            stop_ids=self.request.policy.stop_ids,
         )
         async with aclosing(self._service.generator.generate(self.request)) as pieces:
             async for piece in pieces:
                 delta = self._hear(piece, scribe)
-                if delta.entries or delta.finish:
+                if delta.tokens or delta.finish:
                     yield self._said(delta)
                 if delta.finish:
                     return
@@ -86,8 +88,8 @@ class Completion:
         return scribe.push(piece)
 
     def _said(self, delta: Delta) -> Delta:
-        self.entries.extend(delta.entries)
-        self.characters += len(delta.text)
+        self.tokens.extend(delta.tokens)
+        self.text_length += len(delta.text)
         self.end = replace(delta, entries=())
         return delta
 
@@ -99,7 +101,7 @@ class Completion:
         texts = [words.push([token]) for token in prompt]
         texts[-1] += words.flush()
         return tuple(
-            TokenText(token=token, text=text, logprob=logprob)
+            TokenText(token_id=token, text=text, logprob=logprob)
             for token, text, logprob in zip_longest(prompt, texts, (None, *known))
         )
 
@@ -126,11 +128,13 @@ class Completions:
             for index, request in enumerate(call.requests)
         )
 
-    def write(
-        self, *, tick_s: float | None = None
+    def stream(
+        self, *, keep_alive_s: float | None = None
     ) -> AsyncGenerator[tuple[Completion, Delta] | None]:
         """Yield deltas as they come, and `None` after each `tick_s` seconds of silence."""
-        return self._write(merge([answer.write() for answer in self.all], tick_s=tick_s))
+        return self._write(
+            merge([answer.stream() for answer in self.all], keep_alive_s=keep_alive_s)
+        )
 
     async def _write(
         self, merged: AsyncGenerator[tuple[int, Delta] | None]
@@ -139,9 +143,9 @@ class Completions:
             async for item in merged:
                 yield None if item is None else (self.all[item[0]], item[1])
 
-    async def finish(self) -> None:
+    async def run(self) -> None:
         """Write all answers to their end."""
-        async with aclosing(self.write()) as deltas:
+        async with aclosing(self.stream()) as deltas:
             async for _ in deltas:
                 pass
 
@@ -149,7 +153,7 @@ class Completions:
     def usage(self) -> Usage:
         """Return the cost so far."""
         n = self.call.n
-        total = add([answer.statistics for answer in self.all])
+        total = sum_statistics([answer.statistics for answer in self.all])
         predicted = any(request.prediction for request in self.call.requests)
         firsts = [self.all[at : at + n] for at in range(0, len(self.all), n)]
         return Usage(
@@ -164,7 +168,7 @@ class Completions:
         )
 
 
-def add(parts: Sequence[Statistics]) -> Statistics:
+def sum_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Return the sum of statistics; histograms add place by place, traces follow one another."""
     if len(parts) == 1:
         return parts[0]
@@ -186,7 +190,7 @@ def add(parts: Sequence[Statistics]) -> Statistics:
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[T]], *, tick_s: float | None
+    streams: Sequence[AsyncGenerator[T]], *, keep_alive_s: float | None
 ) -> AsyncGenerator[tuple[int, T] | None]:
     """Yield the items of all streams as they come, each with its stream's number.
 
@@ -199,7 +203,9 @@ async def merge(
             cleanup.push_async_callback(stream.aclose)
         cleanup.push_async_callback(_cancel, nexts)
         while nexts:
-            done, _ = await asyncio.wait(nexts, timeout=tick_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                nexts, timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if not done:
                 yield None
             for task in sorted(done, key=nexts.__getitem__):

@@ -88,12 +88,12 @@ class GenerationServicer(
             call = grpc_convert.call(request.generation, service)
             answers = Completions(call, service, name=name)
             created = grpc_convert.timestamp(service.clock())
-            await answers.finish()
+            await answers.run()
             return pb.GenerateResponse(
                 request_id=name,
                 create_time=created,
                 model=answers.call.model,
-                choices=[grpc_convert.choice(answer, answer.whole) for answer in answers.all],
+                choices=[grpc_convert.choice(answer, answer.output) for answer in answers.all],
                 usage=grpc_convert.usage(answers.usage),
             )
 
@@ -110,7 +110,7 @@ class GenerationServicer(
                 create_time=grpc_convert.timestamp(service.clock()),
                 model=answers.call.model,
             )
-            async with aclosing(answers.write()) as deltas:
+            async with aclosing(answers.stream()) as deltas:
                 async for item in deltas:
                     if item is not None:
                         yield _with(frame, choices=[grpc_convert.choice(*item)])

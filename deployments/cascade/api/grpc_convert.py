@@ -183,15 +183,15 @@ def _duration(seconds: float) -> Duration:
 
 def choice(answer: Completion, delta: Delta) -> pb.Choice:
     """Return what a delta adds to an answer, or the whole answer as one delta."""
-    own = [entry.origin for entry in delta.entries if entry.origin is not None]
+    own = [entry.origin for entry in delta.tokens if entry.origin is not None]
     message = pb.Choice(
         index=answer.index,
         text=delta.text,
-        token_ids=[entry.token for entry in delta.entries],
+        token_ids=[entry.token_id for entry in delta.tokens],
         origins=[convert.ORIGIN.encode(origin) for origin in own],
     )
     if answer.request.policy.logprobs is not None:
-        encode_logprobs(map(_logprob, delta.entries), message.logprobs)
+        encode_logprobs(map(_logprob, delta.tokens), message.logprobs)
     if delta.finish is not None:
         message.finish_reason = convert.FINISH_REASON.encode(delta.finish)
         message.rounds.extend(map(_round, answer.statistics.trace))
@@ -200,7 +200,7 @@ def choice(answer: Completion, delta: Delta) -> pb.Choice:
 
 def _logprob(entry: TokenText) -> TokenLogprob:
     """Return an entry's log-probability; the first token of a prompt has none, which is NaN."""
-    return entry.logprob or TokenLogprob(token=entry.token, logprob=math.nan)
+    return entry.logprob or TokenLogprob(token=entry.token_id, logprob=math.nan)
 
 
 def _round(row: Round) -> pb.Round:

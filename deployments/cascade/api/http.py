@@ -14,7 +14,7 @@ from cascade.api.middleware import authenticate
 from cascade.api.openapi import describe, request_body
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
 from cascade.api.schema import ChatBody, CompletionBody
-from cascade.api.sse import EventResponse, Stream, while_connected
+from cascade.api.sse import CompletionStream, EventResponse, while_connected
 from cascade.api.validation import parse
 from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
 
@@ -29,12 +29,12 @@ _DRAINED_BODIES = 16  # a body this many times too large is not even read to its
 _THREAD_BYTES = 2**16  # from this size on, tokenizing would hold other streams up
 
 
-def create_app(service: ServingContext | None = None, *, names_answers: bool = True) -> FastAPI:
+def create_app(service: ServingContext | None = None, *, add_request_id: bool = True) -> FastAPI:
     """Return the door.
 
     Args:
         service: What to serve; without it the answer is 503 until `app.state.service` is set.
-        names_answers: Whether answers get an `x-request-id` here. Ray Serve's own layer in front
+        add_request_id: Whether answers get an `x-request-id` here. Ray Serve's own layer in front
             adds one to every answer: two would reach clients as one name, `a, a`.
     """
     app = FastAPI(title="Speculative Cascades", version="1")
@@ -50,7 +50,7 @@ def create_app(service: ServingContext | None = None, *, names_answers: bool = T
     ):
         extra = request_body(kind)
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
-    middleware.install(app, names_answers=names_answers)
+    middleware.install(app, names_answers=add_request_id)
     describe(app)
     return app
 
@@ -101,10 +101,12 @@ async def _answer(
     name, created = request.state.request_id, int(service.clock())
     answers = Completions(call, service, name=name)
     if not call.stream:
-        await while_connected(request.receive, answers.finish())
+        await while_connected(request.receive, answers.run())
         id_ = f"{shape.prefix}-{name}"
         return JSONResponse(responses.completion(answers, shape, id_=id_, created=created))
-    stream = Stream(answers, shape, request_id=name, created=created, tick_s=service.keep_alive_s)
+    stream = CompletionStream(
+        answers, shape, request_id=name, created=created, tick_s=service.keep_alive_s
+    )
     await while_connected(request.receive, stream.begin())
     return EventResponse(stream.events())
 

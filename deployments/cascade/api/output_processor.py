@@ -70,7 +70,7 @@ def _overlap(text: str, stop: str) -> int:
 class TokenText:
     """One token and the text it added; empty while a character waits for its other bytes."""
 
-    token: int
+    token_id: int
     text: str
     origin: Origin | None = None  # None: a token of the prompt
     logprob: TokenLogprob | None = None
@@ -80,14 +80,14 @@ class TokenText:
 class Delta:
     """What was added to an answer. The last one says why it ended."""
 
-    entries: tuple[TokenText, ...] = ()
+    tokens: tuple[TokenText, ...] = ()
     finish: FinishReason | None = None
     stop: str | int | None = None  # the stop string or stop id that ended it
 
     @property
     def text(self) -> str:
         """Return the text of all entries."""
-        return "".join(entry.text for entry in self.entries)
+        return "".join(entry.text for entry in self.tokens)
 
 
 class OutputProcessor:
@@ -113,7 +113,7 @@ class OutputProcessor:
         for token, origin, logprob in zip(piece.tokens, piece.origins, logprobs, strict=True):
             ends = token in self._stop_ids
             text = "" if ends else self._words.push([token])
-            entry = TokenText(token=token, text=text, origin=origin, logprob=logprob)
+            entry = TokenText(token_id=token, text=text, origin=origin, logprob=logprob)
             stop = self._write(entry)
             if stop is not None:
                 return self._end(FinishReason.STOP, stop)
@@ -121,7 +121,7 @@ class OutputProcessor:
                 return self._finish(FinishReason.STOP, token)
         if piece.finish is not None:
             return self._finish(piece.finish, None)
-        return Delta(entries=tuple(self._certain()))
+        return Delta(tokens=tuple(self._certain()))
 
     def _write(self, entry: TokenText) -> str | None:
         """Let an entry wait; return the stop string that it completes."""
@@ -152,7 +152,7 @@ class OutputProcessor:
             entries.append(replace(entry, text=entry.text[: self._free]))
             self._free -= len(entries[-1].text)
         self._waiting.clear()
-        return Delta(entries=tuple(entries), finish=finish, stop=stop)
+        return Delta(tokens=tuple(entries), finish=finish, stop=stop)
 
     def _certain(self) -> Iterable[TokenText]:
         """Take out the tokens whose text is free; one without text waits for the next with some."""

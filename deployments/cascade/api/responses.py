@@ -66,7 +66,10 @@ def _tops(entry: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
     if entry.logprob is None:
         return []
     return [
-        (entry.text.encode() if token == entry.token else tokenizer.bytes_of(token), _finite(value))
+        (
+            entry.text.encode() if token == entry.token_id else tokenizer.bytes_of(token),
+            _finite(value),
+        )
         for token, value in entry.logprob.top
     ]
 
@@ -127,7 +130,7 @@ class TextCompletionFormat:
 
     def choice(self, answer: Completion) -> Json:
         """Return a finished choice."""
-        choice = self._choice(answer, answer.whole, offset=0)
+        choice = self._choice(answer, answer.output, offset=0)
         if answer.call.token_ids:
             choice["prompt_token_ids"] = list(answer.request.prompt)
         return choice
@@ -140,11 +143,11 @@ class TextCompletionFormat:
 
     def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
         """Return what a delta adds."""
-        return [self._choice(answer, delta, offset=answer.characters - len(delta.text))]
+        return [self._choice(answer, delta, offset=answer.text_length - len(delta.text))]
 
     def _choice(self, answer: Completion, delta: Delta, *, offset: int) -> Json:
         asked = answer.request.policy.logprobs is not None
-        logprobs = text_logprobs(delta.entries, self._tokenizer, offset=offset) if asked else None
+        logprobs = text_logprobs(delta.tokens, self._tokenizer, offset=offset) if asked else None
         return {
             "index": answer.index,
             "text": delta.text,
@@ -165,7 +168,7 @@ class ChatCompletionFormat:
 
     def choice(self, answer: Completion) -> Json:
         """Return a finished choice."""
-        delta = answer.whole
+        delta = answer.output
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {**self._frame(answer, delta), "message": message}
 
@@ -177,8 +180,8 @@ class ChatCompletionFormat:
     def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
         """Return the text; and after it, with an empty delta, why the answer ended."""
         chunks: list[Json] = []
-        if delta.entries:
-            text = Delta(entries=delta.entries)
+        if delta.tokens:
+            text = Delta(tokens=delta.tokens)
             chunks.append({**self._frame(answer, text), "delta": {"content": delta.text}})
         if delta.finish:
             chunks.append(
@@ -187,10 +190,10 @@ class ChatCompletionFormat:
         return chunks
 
     def _frame(self, answer: Completion, delta: Delta) -> Json:
-        asked = answer.request.policy.logprobs is not None and delta.entries
+        asked = answer.request.policy.logprobs is not None and delta.tokens
         return {
             "index": answer.index,
-            "logprobs": chat_logprobs(delta.entries, self._tokenizer) if asked else None,
+            "logprobs": chat_logprobs(delta.tokens, self._tokenizer) if asked else None,
             "finish_reason": delta.finish,
             **_extensions(answer, delta),
         }
@@ -198,7 +201,7 @@ class ChatCompletionFormat:
 
 def _extensions(answer: Completion, delta: Delta) -> Json:
     """Return what a choice says beyond OpenAI: who wrote each token, and vLLM's extras."""
-    own = [entry for entry in delta.entries if entry.origin is not None]
+    own = [entry for entry in delta.tokens if entry.origin is not None]
     cascade: Json = {
         "origins": "".join(entry.origin or "" for entry in own),
         "tokens": [entry.text for entry in own],
@@ -209,7 +212,7 @@ def _extensions(answer: Completion, delta: Delta) -> Json:
     if isinstance(delta.stop, str) or delta.stop in answer.call.stop_ids:
         extensions["stop_reason"] = delta.stop
     if answer.call.token_ids:
-        extensions["token_ids"] = [entry.token for entry in own]
+        extensions["token_ids"] = [entry.token_id for entry in own]
     return extensions
 
 

@@ -30,7 +30,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def event(value: dict[str, Any]) -> bytes:
+def encode_event(value: dict[str, Any]) -> bytes:
     """Return the bytes of one event."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
@@ -93,7 +93,7 @@ logger = logging.getLogger(__name__)
 Item: TypeAlias = "tuple[Completion, Delta] | None"
 
 
-class Stream:
+class CompletionStream:
     """A streamed call: its first words, and then the bytes of everything."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Stream:
             "created": created,
             "model": answers.call.model,
         }
-        self._deltas = answers.write(tick_s=tick_s)
+        self._deltas = answers.stream(keep_alive_s=tick_s)
         self._heard: list[Item] = []
 
     async def begin(self) -> None:
@@ -129,7 +129,7 @@ class Stream:
                 self._heard.append(item)
                 if item is None:
                     return
-                if item[1].finish or any(entry.origin for entry in item[1].entries):
+                if item[1].finish or any(entry.origin for entry in item[1].tokens):
                     silent.discard(item[0].index)
                 if not silent:
                     return
@@ -150,10 +150,10 @@ class Stream:
                 for data in self._end():
                     yield data
             except CascadeError as error:
-                yield event(responses.error(told(error, self._request_id)))
+                yield encode_event(responses.error(told(error, self._request_id)))
             except Exception:
                 logger.exception("Request %s failed while it streamed", self._request_id)
-                yield event(responses.error(defect(self._request_id)))
+                yield encode_event(responses.error(defect(self._request_id)))
 
     async def _items(self) -> AsyncGenerator[Item]:
         for item in self._heard:
@@ -169,23 +169,23 @@ class Stream:
 
     def _events(self, choices: Iterable[Json]) -> Iterator[bytes]:
         for choice in choices:
-            yield event(self._frame | {"choices": [choice]} | self._usage_so_far())
+            yield encode_event(self._frame | {"choices": [choice]} | self._usage_so_far())
 
     def _usage_so_far(self) -> Json:
         call = self._answers.call
-        if not call.usage_chunk:
+        if not call.include_usage:
             return {}
-        if not call.usage_always:
+        if not call.continuous_usage:
             return {"usage": None}
         return {"usage": responses.usage_object(self._answers.usage)}
 
     def _end(self) -> Iterator[bytes]:
-        if self._answers.call.usage_chunk:
+        if self._answers.call.include_usage:
             usage = self._answers.usage
             last = {
                 "choices": [],
                 "usage": responses.usage_object(usage),
                 **responses.measures(usage),
             }
-            yield event(self._frame | last)
+            yield encode_event(self._frame | last)
         yield DONE

@@ -14,12 +14,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from cascade.engine.request import ForwardRequest
-from cascade.protocol.messages import Proposal, Propose
-from cascade.protocol.prefix_hash import extend
+from cascade.protocol.messages import Proposal, Propose, extend_digest
 from cascade.sampling.rng import Purpose
-from cascade.speculation.draft import DraftTask, DraftToken, block_of, defers_alone
+from cascade.speculation.draft import DraftTask, DraftToken, block_of, drafter_defers
 from cascade.speculation.modes import plan_for
-from cascade.speculation.payload import is_gumbel, wants_target
+from cascade.speculation.payload import is_gumbel, needs_probs_after_block
 from cascade.types import Bonus, DecodingParams, Mode
 
 if TYPE_CHECKING:
@@ -94,11 +93,11 @@ class DraftBranch:
         return DraftTask(
             policy=_alone(session.policy) if self.guessing else session.policy,
             position=len(self.answer),
-            start=self.block.position,
+            block_start=self.block.position,
             prompt=session.prompt,
             answer=self.answer,
-            purpose=Purpose.EMIT if self.guessing else Purpose.DRAFT,
-            weighed=rivals or (self.doubts and not self.guessing),
+            purpose=Purpose.NEXT_TOKEN if self.guessing else Purpose.DRAFT,
+            with_confidence=rivals or (self.doubts and not self.guessing),
         )
 
     def follow(self, item: Propose) -> bool:
@@ -132,7 +131,7 @@ class DraftBranch:
             return
         for place, draft in enumerate(block.drafts[: min(stood + 1, block.count)]):
             if draft.confidence is not None:
-                self.calibration.learn(draft.confidence.confidence, stood=place < stood)
+                self.calibration.learn(draft.confidence.probability, accepted=place < stood)
 
     def is_asked(self, proposal: Proposal) -> bool:
         """Return whether the proposal answers what was asked last, rather than a guess."""
@@ -141,7 +140,7 @@ class DraftBranch:
     @property
     def doubts(self) -> bool:
         """Whether low confidence may end the block: not where a row must follow it."""
-        return self.asked.floor > 0 and not wants_target(self.seat.opened.policy)
+        return self.asked.floor > 0 and not needs_probs_after_block(self.seat.opened.policy)
 
     def take(self, draft: DraftToken) -> tuple[Proposal | None, ForwardRequest | None]:
         """Add the token of a row; return the block that it completes and the step that follows."""
@@ -187,10 +186,13 @@ class DraftBranch:
         for place, draft in enumerate((*block.drafts, *after)):
             if draft.confidence is None or not self._fits(block.position + place):
                 return
-            chance = self.calibration.chance(draft.confidence.confidence)
+            chance = self.calibration.acceptance_prob(draft.confidence.probability)
             if self.asked.until_deferral and draft is not block.after:
                 chance = 1.0
-            other, token = stands * (1 - chance) * draft.confidence.share, draft.confidence.rival
+            other, token = (
+                stands * (1 - chance) * draft.confidence.runner_up_share,
+                draft.confidence.runner_up,
+            )
             if token not in self.seat.opened.policy.stop_ids:
                 yield BranchCandidate(chance=other, stand=place, token=token)
             stands *= chance
@@ -217,7 +219,7 @@ class DraftBranch:
     @property
     def _begun(self) -> bool:
         """Whether the row after the block was read already: its token is the guess."""
-        return self.block.deferred or wants_target(self.seat.opened.policy)
+        return self.block.deferred or needs_probs_after_block(self.seat.opened.policy)
 
     def _fits(self, position: int) -> bool:
         room = self.limit - len(self.seat.opened.prompt) - position
@@ -226,17 +228,17 @@ class DraftBranch:
     def _completes(self, draft: DraftToken) -> bool:
         block, policy = self.block, self.seat.opened.policy
         self._last = draft.token
-        if self.asked.until_deferral and defers_alone(policy, draft):
+        if self.asked.until_deferral and drafter_defers(policy, draft):
             block.deferred, block.after = True, draft
             return True
         block.drafts.append(draft)
-        wanted = block.count + wants_target(policy)
+        wanted = block.count + needs_probs_after_block(policy)
         self.ended = draft.token in policy.stop_ids
         if self.ended or len(block.drafts) >= wanted:
             return True
         if draft.confidence is None or not self.doubts:
             return False
-        block.survival *= self.calibration.chance(draft.confidence.confidence)
+        block.survival *= self.calibration.acceptance_prob(draft.confidence.probability)
         return block.survival < self.asked.floor
 
     def _after_guess(self, guess: DraftToken) -> ForwardRequest | None:
@@ -249,7 +251,7 @@ class DraftBranch:
     def _begin(self, token: int) -> ForwardRequest:
         """Begin the block after a token that is guessed, or the last of its block."""
         step = self._feed(token)
-        digest = extend(self.block.digest, self.answer[self.block.position :])
+        digest = extend_digest(self.block.digest, self.answer[self.block.position :])
         count = self.asked.count
         self.block = PendingBlock(position=len(self.answer), digest=digest, count=count)
         self._blocks.append(self.block)

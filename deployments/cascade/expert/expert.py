@@ -14,12 +14,11 @@ import torch
 from cascade.engine.request import ForwardRequest
 from cascade.errors import CascadeError, Internal
 from cascade.protocol.grpc_status import refusal
-from cascade.protocol.messages import Judge, Judgement, Score, Scores
-from cascade.protocol.prefix_hash import extend
+from cascade.protocol.messages import Judge, Judgement, Score, Scores, extend_digest
 from cascade.protocol.services import EXPERT
 from cascade.replica.replica import Replica, Result
 from cascade.replica.session import ReplicaSession
-from cascade.sampling.probs import unscaled
+from cascade.sampling.probs import unscaled_probs
 from cascade.sampling.sampler import logprobs
 from cascade.speculation.cost_model import Timing
 from cascade.speculation.verify import VerifyTask, rows_needed, verify
@@ -62,7 +61,7 @@ class _Verification:
         """Commit a verdict; return the step that leads to the next token, if one is wanted."""
         kept = len(self.answer) + verdict.accepted
         self.answer.extend(verdict.tokens)
-        self.digest = extend(self.digest, verdict.tokens)
+        self.digest = extend_digest(self.digest, verdict.tokens)
         done = not verdict.tokens or verdict.tokens[-1] in self.seat.opened.policy.stop_ids
         if done or self.ahead == 0 or self.seat.closed or self.seat.queued:
             return None
@@ -90,7 +89,9 @@ class _Scoring:
     def take(self, logits_NV: Tensor, *, index: int) -> None:
         """Add the log-probabilities of the tokens after those at `index`, `index` + 1, ..."""
         tokens = self.item.tokens[index + 1 : index + 1 + logits_NV.shape[0]]
-        self.found.extend(logprobs(unscaled(logits_NV), tokens, [self.item.top] * len(tokens)))
+        self.found.extend(
+            logprobs(unscaled_probs(logits_NV), tokens, [self.item.top] * len(tokens))
+        )
 
 
 class Expert(Replica[Judge]):
@@ -131,7 +132,9 @@ class Expert(Replica[Judge]):
         else:
             self._scored(task)
 
-    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
         """Judge every block and score every text whose rows are there."""
         ends = list(accumulate(one.count for one in outputs))
         blocks: list[tuple[_Verification, Tensor]] = []
@@ -199,7 +202,7 @@ class Expert(Replica[Judge]):
                 step_s=now_s - current.began_s,
                 tokens=current.tokens,
                 sessions=current.sessions,
-                open=self.sessions,
+                open=self.num_sessions,
             ),
         )
 

@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cascade.errors import CascadeError, Overloaded, Unavailable
-from cascade.protocol.codec import decode_server_message, encode, parse
+from cascade.protocol.codec import decode_server_message, encode_frame, parse_frame
 from cascade.protocol.messages import Close
 from cascade.protocol.services import (
-    BEAT_S,
+    HEARTBEAT_S,
     STREAM_OPTIONS,
     Description,
     TierKind,
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     Dial: TypeAlias = Callable[[str, TierKind], "Call"]
 
-SILENT_BEATS = 3  # after which a replica is taken for lost; counted, for our own loop may be late
+MISSED_HEARTBEATS_LIMIT = (
+    3  # after which a replica is taken for lost; counted, for our own loop may be late
+)
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -50,20 +52,20 @@ _OPTIONS = (
 )
 
 
-class Stream(Protocol):
+class SharedStream(Protocol):
     """What carries the items of links."""
 
-    frames: int  # received
+    frames_received: int  # received
 
-    def send(self, item: ClientMessage) -> int:
+    def send(self, message: ClientMessage) -> int:
         """Put the item on its way and return its size in bytes; never blocks."""
         ...
 
-    def leave(self, link: SessionStream) -> None:
+    def close_session(self, stream: SessionStream) -> None:
         """End the link, and the session on the replica."""
         ...
 
-    def lost(self) -> Unavailable:
+    def lost_error(self) -> Unavailable:
         """Return the error of a link that can receive nothing more."""
         ...
 
@@ -71,13 +73,13 @@ class Stream(Protocol):
 class SessionStream:
     """One session on one replica, until `close` or the end of the stream."""
 
-    def __init__(self, stream: Stream, session_id: SessionId, epoch: int) -> None:
+    def __init__(self, stream: SharedStream, session_id: SessionId, epoch: int) -> None:
         self.session_id = session_id
         self.epoch = epoch
         self.sent_bytes = 0
         self.received_bytes = 0
         self._stream = stream
-        self._frames = stream.frames
+        self._frames = stream.frames_received
         self._answers: asyncio.Queue[ServerMessage | None] = asyncio.Queue()
 
     def send(self, item: ClientMessage) -> None:
@@ -94,22 +96,22 @@ class SessionStream:
         answer = await self._answers.get()
         if answer is None:
             self._answers.put_nowait(None)
-            raise self._stream.lost()
+            raise self._stream.lost_error()
         return answer
 
     @property
-    def heard(self) -> bool:
+    def has_message(self) -> bool:
         """Whether `receive` would not wait."""
         return not self._answers.empty()
 
     @property
-    def lived(self) -> bool:
+    def replica_active(self) -> bool:
         """Whether the replica has said anything since, be it to others."""
-        return self._stream.frames > self._frames
+        return self._stream.frames_received > self._frames
 
     def close(self) -> None:
         """Free the session on the replica; safe to repeat and on a broken stream."""
-        self._stream.leave(self)
+        self._stream.close_session(self)
 
     def deliver(self, answer: ServerMessage, size: int) -> None:
         """Take an answer that came over the stream, `size` bytes long."""
@@ -143,7 +145,7 @@ class GrpcCall:
     def __init__(self, address: str, kind: TierKind) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(
-            kind.path(kind.stream)
+            kind.path(kind.stream_method)
         )()
 
     async def write(self, frame: bytes) -> None:
@@ -170,19 +172,19 @@ class ReplicaConnection:
         self._loop = asyncio.get_running_loop()
         self._links: dict[SessionId, SessionStream] = {}
         self._outbox = WriteBuffer()
-        self.frames = 0
+        self.frames_received = 0
         self._silence = 0  # beats since the last frame
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
 
-    def join(self, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_session(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a link for the session; one of an older epoch ends."""
         if (old := self._links.get(session_id)) is not None:
             old.end()
         link = self._links[session_id] = SessionStream(self, session_id, epoch)
         return link
 
-    def leave(self, link: SessionStream) -> None:
+    def close_session(self, link: SessionStream) -> None:
         """End the link, and the session on the replica."""
         link.end()
         if self._links.get(link.session_id) is link:
@@ -193,15 +195,15 @@ class ReplicaConnection:
     def send(self, item: ClientMessage) -> int:
         """Put the item on its way and return its size in bytes."""
         if self.failure is not None:
-            raise self.lost()
-        frame = encode(item, self.kind.request)
+            raise self.lost_error()
+        frame = encode_frame(item, self.kind.request)
         try:
             self._later(self._outbox.put, frame)
         except Overloaded as error:
             raise self.kind.unavailable(f"{self._peer}: {error.message}") from error
         return len(frame)
 
-    def lost(self) -> Unavailable:
+    def lost_error(self) -> Unavailable:
         """Return the error of a link that can receive nothing more."""
         return self.kind.unavailable(f"{self._peer}: {self.failure or 'the link was closed'}")
 
@@ -246,18 +248,20 @@ class ReplicaConnection:
     async def _read(self) -> None:
         while isinstance(data := await self._call.read(), bytes):
             self._silence = 0
-            self.frames += 1
+            self.frames_received += 1
             self._receive(data)
         raise self.kind.unavailable("the replica ended the stream")
 
     async def _listen(self) -> None:
-        while self._silence <= SILENT_BEATS:
-            await asyncio.sleep(BEAT_S)
+        while self._silence <= MISSED_HEARTBEATS_LIMIT:
+            await asyncio.sleep(HEARTBEAT_S)
             self._silence += 1
-        raise self.kind.unavailable(f"it has been silent for {SILENT_BEATS * BEAT_S:g} s")
+        raise self.kind.unavailable(
+            f"it has been silent for {MISSED_HEARTBEATS_LIMIT * HEARTBEAT_S:g} s"
+        )
 
     def _receive(self, data: bytes) -> None:
-        messages = parse(data, self.kind.response)
+        messages = parse_frame(data, self.kind.response)
         for message in messages:
             answer = decode_server_message(message)
             link = self._links.get(answer.session_id)
@@ -285,12 +289,12 @@ class ReplicaClient:
         """Return a link for the session, on a new stream if there is none or it is broken."""
         if self._stream is None or self._stream.failure is not None:
             self._stream = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
-        return self._stream.join(session_id, epoch)
+        return self._stream.open_session(session_id, epoch)
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
         """Return what the replica serves; raises DrafterUnavailable or ExpertUnavailable."""
         async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
-            ask = channel.unary_unary(self.kind.path(self.kind.question))
+            ask = channel.unary_unary(self.kind.path(self.kind.describe_method))
             try:
                 return decode_description(await ask(b"", timeout=timeout_s), self.kind)
             except (grpc.aio.AioRpcError, DecodeError) as error:

@@ -44,7 +44,7 @@ FrameType: TypeAlias = (
     | type[expert_pb2.JudgeResponse]
 )
 
-Message: TypeAlias = (
+FrameItem: TypeAlias = (
     drafter_pb2.DraftRequestItem
     | drafter_pb2.DraftResponseItem
     | expert_pb2.JudgeRequestItem
@@ -52,7 +52,7 @@ Message: TypeAlias = (
 )
 
 
-def encode(item: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
+def encode_frame(item: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
     """Return the bytes of a frame that holds the item.
 
     Raises:
@@ -69,7 +69,7 @@ def encode(item: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
     return frame.SerializeToString()
 
 
-def parse(data: bytes, frame_type: FrameType) -> Sequence[Message]:
+def parse_frame(data: bytes, frame_type: FrameType) -> Sequence[FrameItem]:
     """Return the items of a frame, still as messages; raises InvalidRequest if it is none."""
     try:
         return frame_type.FromString(data).items
@@ -79,19 +79,19 @@ def parse(data: bytes, frame_type: FrameType) -> Sequence[Message]:
         ) from error
 
 
-def decode_client_message(message: Message) -> ClientMessage:
+def decode_client_message(message: FrameItem) -> ClientMessage:
     """Return what a client asks; raises InvalidRequest for what `encode` cannot have written."""
     name = _kind(message)
     return _QUESTIONS[name](getattr(message, name))
 
 
-def decode_server_message(message: Message) -> ServerMessage:
+def decode_server_message(message: FrameItem) -> ServerMessage:
     """Return what a replica answers; raises InvalidRequest as `decode_question` does."""
     name = _kind(message)
     return _ANSWERS[name](getattr(message, name))
 
 
-def owner(message: Message) -> tuple[SessionId, int] | None:
+def session_of(message: FrameItem) -> tuple[SessionId, int] | None:
     """Return session and epoch of an item that may be malformed; None if it names no session."""
     name = message.WhichOneof("item")
     if name is None:
@@ -103,7 +103,7 @@ def owner(message: Message) -> tuple[SessionId, int] | None:
         return None
 
 
-def _kind(message: Message) -> str:
+def _kind(message: FrameItem) -> str:
     name = message.WhichOneof("item")
     if name is None:
         raise InvalidRequest("an item has no kind; set exactly one")

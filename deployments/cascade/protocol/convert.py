@@ -406,8 +406,8 @@ def encode_block(block: Block, to: tokens_pb2.Block) -> None:
     to.likelihoods.extend(block.likelihoods)
     to.unscaled_likelihoods.extend(block.unscaled)
     for gates in block.draft_stats:
-        to.gates.add(peak=gates.peak, favourite_token_id=gates.favourite, entropy=gates.entropy)
-    for row in block.rows:
+        to.gates.add(peak=gates.max_prob, favourite_token_id=gates.argmax, entropy=gates.entropy)
+    for row in block.draft_probs:
         encode_row(row, to.rows.add())
     encode_logprobs(block.logprobs, to.logprobs)
 
@@ -425,15 +425,15 @@ def decode_block(message: tokens_pb2.Block) -> Block:
         likelihoods=probabilities(message.likelihoods, "likelihoods"),
         unscaled=probabilities(message.unscaled_likelihoods, "unscaled_likelihoods"),
         draft_stats=tuple(map(_decode_gates, message.gates)),
-        rows=tuple(map(decode_row, message.rows)),
+        draft_probs=tuple(map(decode_row, message.rows)),
         logprobs=decode_logprobs(message.logprobs),
     )
 
 
 def _decode_gates(message: tokens_pb2.Gates) -> DraftStats:
     return DraftStats(
-        peak=within(message.peak, "gates.peak", 0.0, LARGEST_PROBABILITY),
-        favourite=message.favourite_token_id,
+        max_prob=within(message.peak, "gates.peak", 0.0, LARGEST_PROBABILITY),
+        argmax=message.favourite_token_id,
         entropy=finite(message.entropy, "gates.entropy"),
     )
 

@@ -141,7 +141,9 @@ def unknown_session(session_id: SessionId, epoch: int) -> Refusal:
     )
 
 
-def refused(item: Refusal, *, lost: type[errors.Unavailable] = errors.Unavailable) -> CascadeError:
+def error_from_refusal(
+    item: Refusal, *, lost: type[errors.Unavailable] = errors.Unavailable
+) -> CascadeError:
     """Return the error behind a refusal; a session that is not there is a lost replica, `lost`."""
     if item.reason == SESSION_NOT_FOUND:
         return lost(item.message)

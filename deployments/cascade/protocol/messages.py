@@ -8,10 +8,15 @@ the position.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+from xxhash import xxh3_64_intdigest
 
 from cascade.speculation.cost_model import Timing
 from cascade.types import Block, Session, SessionId, TokenLogprob, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,3 +153,16 @@ ToExpert: TypeAlias = Open | Judge | Score | Close
 FromDrafter: TypeAlias = Proposal | Need | Refusal
 
 FromExpert: TypeAlias = Judgement | Scores | Need | Refusal
+
+
+def extend_digest(digest: int, tokens: Iterable[int]) -> int:
+    """Return the 64-bit digest of a token sequence extended by `tokens`; the empty one has 0.
+
+    Two processes with the same digest at the same position have the same tokens, except with
+    probability 2**-64. The digest detects mistakes, not attacks: leases do that. How the tokens are
+    split into calls does not matter:
+    `extend_digest(extend_digest(0, (1, 2)), (3,)) == extend_digest(0, (1, 2, 3))`.
+    """
+    for token in tokens:
+        digest = xxh3_64_intdigest(token.to_bytes(4, "little"), digest)
+    return digest

@@ -17,10 +17,10 @@ from grpc_reflection.v1alpha import reflection
 
 from cascade.errors import CascadeError, Internal, InvalidRequest, Overloaded, StartupError
 from cascade.protocol import grpc_status
-from cascade.protocol.codec import decode_client_message, encode, owner, parse
+from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame, session_of
 from cascade.protocol.messages import Close, Judge, Open, Propose, Refusal, Score
 from cascade.protocol.services import (
-    BEAT_S,
+    HEARTBEAT_S,
     STREAM_OPTIONS,
     Description,
     TierKind,
@@ -32,7 +32,7 @@ from cascade.protocol.write_buffer import WriteBuffer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from cascade.protocol.codec import ClientMessage, Message, ServerMessage
+    from cascade.protocol.codec import ClientMessage, FrameItem, ServerMessage
     from cascade.types import SessionId
 
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -53,7 +53,7 @@ _OPTIONS = (
 class TierServicer(Protocol):
     """What a server serves. Called on the event loop; nothing here may block."""
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
         """Take an item of an open session; a CascadeError refuses that session."""
         ...
 
@@ -77,49 +77,49 @@ class Connection:
     def __init__(self, kind: TierKind) -> None:
         self.kind = kind
         self.epochs: dict[SessionId, int] = {}  # of the open sessions
-        self.outbox = WriteBuffer()
+        self.write_buffer = WriteBuffer()
         self.ended = asyncio.Event()
         self.failure: CascadeError | None = None
-        self.watch: Callable[[ServerMessage], None] = lambda _: None  # hears of every answer
+        self.on_send: Callable[[ServerMessage], None] = lambda _: None  # hears of every answer
 
-    def send(self, item: ServerMessage) -> None:
+    def send(self, message: ServerMessage) -> None:
         """Send an answer with all others of this tick; on the event loop, never blocks.
 
         What is sent to a client that has gone is dropped.
         """
         if self.ended.is_set():
             return
-        self.watch(item)
-        if isinstance(item, Refusal) and self.epochs.get(item.session_id) == item.epoch:
-            del self.epochs[item.session_id]
+        self.on_send(message)
+        if isinstance(message, Refusal) and self.epochs.get(message.session_id) == message.epoch:
+            del self.epochs[message.session_id]
         try:
-            self.outbox.put(encode(item, self.kind.response))
+            self.write_buffer.put(encode_frame(message, self.kind.response))
         except InvalidRequest as error:
-            self._refuse(item, error)
+            self._refuse(message, error)
         except Overloaded as error:
             self.fail(error)
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Say that the tier works."""
         if not self.ended.is_set():
-            self.outbox.put(b"")
+            self.write_buffer.put(b"")
 
     def close(self) -> None:
         """Accept nothing more; what was sent before still leaves."""
-        self.outbox.close()
+        self.write_buffer.close()
         self.ended.set()
 
     def fail(self, error: CascadeError) -> None:
         """End the stream with an error, without what still waits to leave."""
         self.failure = error
-        self.outbox.discard()
+        self.write_buffer.discard()
         self.close()
 
     def _refuse(self, item: ServerMessage, error: InvalidRequest) -> None:
         # The session stays in `epochs`: the tier has not refused it and must hear the `Close`.
         defect = Internal(f"an answer could not be sent: {error.message}")
         refusal = grpc_status.refusal(item.session_id, item.epoch, defect)
-        self.outbox.put(encode(refusal, self.kind.response))
+        self.write_buffer.put(encode_frame(refusal, self.kind.response))
 
 
 class TierServer:
@@ -170,8 +170,8 @@ class TierServer:
         return grpc.method_handlers_generic_handler(
             self.kind.service,
             {
-                self.kind.stream: grpc.stream_stream_rpc_method_handler(self._stream),
-                self.kind.question: grpc.unary_unary_rpc_method_handler(self._describe),
+                self.kind.stream_method: grpc.stream_stream_rpc_method_handler(self._stream),
+                self.kind.describe_method: grpc.unary_unary_rpc_method_handler(self._describe),
             },
         )
 
@@ -206,9 +206,9 @@ class TierServer:
 
     async def _beat(self, connection: Connection) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
             if self.tier.alive:
-                connection.beat()
+                connection.send_heartbeat()
 
     async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
         try:
@@ -221,7 +221,7 @@ class TierServer:
 
     def _receive(self, connection: Connection, data: bytes) -> None:
         assert self._limits is not None, "start the server first"
-        messages = parse(data, self.kind.request)
+        messages = parse_frame(data, self.kind.request)
         if len(messages) > self._limits.item_limit:
             raise InvalidRequest(
                 f"a frame has {len(messages)} items; the limit is {self._limits.item_limit}"
@@ -229,14 +229,14 @@ class TierServer:
         for message in messages:
             self._take(connection, message, self._limits)
 
-    def _take(self, connection: Connection, message: Message, limits: Description) -> None:
+    def _take(self, connection: Connection, message: FrameItem, limits: Description) -> None:
         try:
             item = decode_client_message(message)
             check(item, limits)
             if _admit(connection, item, limits):
                 self.tier.receive(connection, item)
         except CascadeError as error:
-            culprit = owner(message)
+            culprit = session_of(message)
             if culprit is None:
                 raise
             self._refuse(connection, *culprit, error)
@@ -251,7 +251,7 @@ class TierServer:
 
 async def _write(connection: Connection, context: Context) -> None:
     try:
-        while (frame := await connection.outbox.take()) is not None:
+        while (frame := await connection.write_buffer.take()) is not None:
             await context.write(frame)
     except grpc.aio.BaseError:
         logger.debug("a client of the %s left while it was written to", connection.kind.name)

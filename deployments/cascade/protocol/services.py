@@ -28,9 +28,9 @@ PROTOCOL_VERSION = 2
 
 FRAME_LIMIT_BYTES = 64 * 2**20
 
-ITEM_LIMIT = 4096
+FRAME_LIMIT_MESSAGES = 4096
 
-BEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
+HEARTBEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
 
 STREAM_OPTIONS = (
     # The framing of a frame of the largest size needs a few bytes more.
@@ -50,8 +50,8 @@ class TierKind:
 
     name: str
     service: str
-    stream: str
-    question: str
+    stream_method: str
+    describe_method: str
     request: FrameType
     response: FrameType
     description: Any  # the message that answers the question
@@ -65,8 +65,8 @@ class TierKind:
 DRAFTER = TierKind(
     name="drafter",
     service="cascade.v1.DrafterService",
-    stream="Draft",
-    question="DescribeDrafter",
+    stream_method="Draft",
+    describe_method="DescribeDrafter",
     request=drafter_pb2.DraftRequest,
     response=drafter_pb2.DraftResponse,
     description=drafter_pb2.DescribeDrafterResponse,
@@ -76,8 +76,8 @@ DRAFTER = TierKind(
 EXPERT = TierKind(
     name="expert",
     service="cascade.v1.ExpertService",
-    stream="Judge",
-    question="DescribeExpert",
+    stream_method="Judge",
+    describe_method="DescribeExpert",
     request=expert_pb2.JudgeRequest,
     response=expert_pb2.JudgeResponse,
     description=expert_pb2.DescribeExpertResponse,
@@ -96,7 +96,7 @@ class Description:
     protocol_version: int = PROTOCOL_VERSION
     draft_limit: int = 64  # tokens of a block
     session_limit: int = 1024  # of one stream
-    item_limit: int = ITEM_LIMIT  # of one frame
+    item_limit: int = FRAME_LIMIT_MESSAGES  # of one frame
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
 
 

@@ -44,8 +44,8 @@ def _check_block(block: Block, allowed: Description) -> None:
         raise InvalidRequest(
             f"the block has {block.length} tokens; this replica judges up to {allowed.draft_limit}"
         )
-    _check_ids((gates.favourite for gates in block.draft_stats), allowed)
-    for row in block.rows:
+    _check_ids((gates.argmax for gates in block.draft_stats), allowed)
+    for row in block.draft_probs:
         _check_row(row, allowed)
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 from cascade.errors import InvalidRequest, Overloaded
-from cascade.protocol.services import FRAME_LIMIT_BYTES, ITEM_LIMIT
+from cascade.protocol.services import FRAME_LIMIT_BYTES, FRAME_LIMIT_MESSAGES
 
 # What a peer that has stopped reading may cost us.
 BACKLOG_LIMIT_BYTES = 4 * FRAME_LIMIT_BYTES
@@ -55,7 +55,7 @@ class WriteBuffer:
         await self._ready.wait()
         batch: list[bytes] = []
         room = FRAME_LIMIT_BYTES
-        while self._frames and len(batch) < ITEM_LIMIT and len(self._frames[0]) <= room:
+        while self._frames and len(batch) < FRAME_LIMIT_MESSAGES and len(self._frames[0]) <= room:
             batch.append(self._frames.popleft())
             room -= len(batch[-1])
         self._bytes -= FRAME_LIMIT_BYTES - room

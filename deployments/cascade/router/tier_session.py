@@ -25,8 +25,8 @@ from cascade.protocol.messages import (
     Refusal,
     Score,
     Scores,
+    extend_digest,
 )
-from cascade.protocol.prefix_hash import extend_digest
 from cascade.protocol.services import PROTOCOL_VERSION
 from cascade.router.leases import release_when_granted
 from cascade.router.retry import SERVED, STAY_S, Failure, RetryPolicy, RetryState
