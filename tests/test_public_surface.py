@@ -198,7 +198,7 @@ def messages(told: Json, path: str) -> Entries:
 
 def metrics() -> Json:
     return {
-        m.name: {"kind": m.kind, "labels": m.labels, "buckets": m.buckets, "help": m.about}
+        m.name: {"kind": m.kind, "labels": m.labels, "buckets": m.buckets}
         for m in (*ROUTER, *ENGINE)
     }
 

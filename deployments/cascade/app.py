@@ -1,10 +1,10 @@
 """Start here: the Ray Serve application, three deployments from one tree of settings.
 
-`serve run cluster/local.yaml` calls `build`. Each deployment is a thin coat around a part that runs
-without Ray too (`cascade tier`, tests, benchmarks).
+`serve run cluster/local.yaml` calls `build`. Each deployment wraps a part that also runs without
+Ray (`cascade tier`, `cascade router`, `cascade.local`).
 """
 
-# No postponed annotations: Serve reads `build`'s at run time, and must find a class.
+# No postponed annotations: Serve reads those of `build` at run time and must find a class.
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ from cascade.protocol import services
 from cascade.protocol.client import ReplicaClients
 from cascade.protocol.services import LeaseTicket
 from cascade.replica.metrics import LoadTracker, keep_reporting, resource_counts
-from cascade.replica.replica import ReplicaOptions
+from cascade.replica.options import ReplicaOptions
 from cascade.router.leases import HedgedLeases, ServeLeases
 from cascade.router.tier_session import TierClient
 from cascade.settings import Application
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from cascade.replica.replica import Replica
 
 
-FULL = BackpressureConfig(status_code=429, retry_after_s=1)  # what a caller too many is told
+FULL = BackpressureConfig(status_code=429, retry_after_s=1)  # the response when queues are full
 
 
 class _TierDeployment(ABC):
-    """A replica of a tier under Serve: leases are its only Serve method."""
+    """A replica of a tier under Serve. Routers only call `lease`; messages go over gRPC."""
 
     _replica: "Replica[Any] | None" = None  # until it has started
 
@@ -63,21 +63,21 @@ class _TierDeployment(ABC):
     @staticmethod
     @abstractmethod
     def part() -> "type[Replica[Any]]":
-        """Return what runs here; imported late, so that the router's process has no torch."""
+        """Return the replica's class; imported late, since the router's process needs no torch."""
 
     async def lease(self) -> AsyncGenerator[LeaseTicket]:
-        """Grant one session, and stay until it is over."""
+        """Grant one session, and return when it is over."""
         assert self._replica is not None, "Serve calls replicas that have started"
         async for ticket in self._replica.lease():
             yield ticket
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the load since the last call; Serve hands it to the tier's scaling policy."""
+        """Return the load since the last call; Serve passes it to the autoscaling policy."""
         assert self._replica is not None, "Serve asks replicas that have started"
         return self._load.read(self._replica.engine.stats())
 
     async def debug_state(self) -> dict[str, int]:
-        """Return what this replica holds for sessions, and what it did to hold them."""
+        """Return counts of what this replica holds, for tests that look for leaks."""
         assert self._replica is not None, "Serve calls replicas that have started"
         stats = self._replica.engine.stats()
         return resource_counts(
@@ -88,7 +88,7 @@ class _TierDeployment(ABC):
         )
 
     def check_health(self) -> None:
-        """Raise if the engine's thread has ended; Serve then replaces the replica."""
+        """Raise if the engine's thread has ended or hangs; Serve then replaces the replica."""
         if self._replica is not None and not self._replica.alive:
             raise Unavailable(f"the engine of this {self._replica.kind.name} has stopped")
 
@@ -122,54 +122,55 @@ class ExpertDeployment(_TierDeployment):
 
 
 class RouterDeployment:
-    """The doors, and the loop behind them."""
+    """The HTTP and gRPC APIs and the draft-verify loop."""
 
     async def __init__(
         self, settings: Application, drafters: DeploymentHandle[Any], experts: DeploymentHandle[Any]
     ) -> None:
         to_serve()
-        timeout_s = settings.router.lease_timeout_s
+        options = settings.router
         self._tiers = [
             TierClient(
                 leases=HedgedLeases(
-                    ServeLeases(handle, kind=kind, timeout_s=timeout_s),
-                    after_s=settings.router.lease_hedge_s,
+                    ServeLeases(handle, kind=kind, timeout_s=options.lease_timeout_s),
+                    after_s=options.lease_hedge_s,
                 ),
                 clients=ReplicaClients(kind),
             )
             for handle, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         ]
-        drafting, judging = self._tiers
-        router = settings.router.loop(drafters=drafting, experts=judging)
-        wanted = self._tiers if settings.drafter.always_there else [judging]
-        self._greetings = [asyncio.create_task(tier.wait_ready()) for tier in wanted]
+        drafter_tier, expert_tier = self._tiers
+        required = self._tiers if settings.drafter.always_there else [expert_tier]
+        self._ready_checks = [asyncio.create_task(tier.wait_ready()) for tier in required]
+        router = options.loop(drafters=drafter_tier, experts=expert_tier)
         observed = settings.observe(router, ServeMetrics(ROUTER))
-        self._service = settings.serving_context(observed, settings.pair(), ready=self._ready)
-        self._door = GenerationServicer(lambda: self._service)
+        pair = settings.pair()
+        self._context = settings.serving_context(observed, pair, ready=self._ready)
+        self._grpc = GenerationServicer(lambda: self._context)
 
     def _ready(self) -> bool:
-        """Whether each tier has once answered; raises what it said if it does not fit."""
-        return all(task.done() and task.result() is None for task in self._greetings)
+        """Return whether each tier has replied once; raises its error if it does not fit."""
+        return all(task.done() and task.result() is None for task in self._ready_checks)
 
     async def debug_state(self) -> dict[str, int]:
-        """Return what this replica holds."""
+        """Return counts of what this replica holds."""
         return resource_counts()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return the HTTP door."""
-        return create_app(self._service, add_request_id=False)
+        """Return the HTTP API."""
+        return create_app(self._context, add_request_id=False)
 
     async def Generate(  # noqa: N802 - Serve calls the RPC's name
         self, request: cascade_pb2.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> cascade_pb2.GenerateResponse:
         """Answer a unary call."""
-        return await self._door.Generate(request, grpc_context)
+        return await self._grpc.Generate(request, grpc_context)
 
     async def GenerateStream(  # noqa: N802 - as above
         self, request: cascade_pb2.GenerateStreamRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[cascade_pb2.GenerateStreamResponse]:
         """Answer a streaming call."""
-        async with aclosing(self._door.GenerateStream(request, grpc_context)) as frames:
+        async with aclosing(self._grpc.GenerateStream(request, grpc_context)) as frames:
             async for frame in frames:
                 yield frame
 
@@ -177,24 +178,28 @@ class RouterDeployment:
         self, request: cascade_pb2.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> cascade_pb2.ListModelsResponse:
         """List the models."""
-        return await self._door.ListModels(request, grpc_context)
+        return await self._grpc.ListModels(request, grpc_context)
 
     async def Check(  # noqa: N802 - as above
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """Answer `grpc.health.v1`."""
-        return await self._door.Check(request, grpc_context)
+        return await self._grpc.Check(request, grpc_context)
 
     async def __del__(self) -> None:
-        """Cut the streams to the tiers."""
-        for task in self._greetings:
+        """Close the streams to the tiers."""
+        for task in self._ready_checks:
             task.cancel()
         for tier in self._tiers:
             await tier.clients.close()
 
 
 def build(args: Application) -> serve.Application:
-    """Return the application; raises StartupError for a pair that cannot be served."""
+    """Return the application.
+
+    Raises:
+        StartupError: The pair cannot be served.
+    """
     args.pair()
     drafters = _tier(DrafterDeployment, "Drafter", args.drafter)
     experts = _tier(ExpertDeployment, "Expert", args.expert)

@@ -14,7 +14,7 @@ from tests.observability.test_metrics import exposed, key
 from cascade.errors import ExpertUnavailable
 from cascade.observability.metric_specs import ROUTER
 from cascade.observability.metrics import PrometheusMetrics
-from cascade.observability.observer import Observed
+from cascade.observability.observer import ObservedGenerator
 from cascade.observability.request_log import JsonLines, RequestLog
 from cascade.observability.request_metrics import RequestMetrics
 from cascade.rules import Chow
@@ -98,7 +98,7 @@ class Watched:
         clock = clock or Clock()
         self.sink = PrometheusMetrics(ROUTER)
         metrics = RequestMetrics(self.sink, model="pair", clock=clock)
-        self.generator = Observed(
+        self.generator = ObservedGenerator(
             generator, observers=(metrics, RequestLog(clock=clock)), clock=clock
         )
 

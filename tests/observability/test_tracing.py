@@ -11,10 +11,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from tests.observability.test_observer import Scripted
 
-from cascade.benchmark.microbench import EchoTier
+from cascade.benchmark.microbench import InstantTier
 from cascade.errors import ExpertUnavailable
 from cascade.observability import tracing
-from cascade.observability.observer import Observed
+from cascade.observability.observer import ObservedGenerator
 from cascade.observability.tracing import TracedTier
 from cascade.protocol.messages import Close, Judge, Open
 from cascade.protocol.server import Connection
@@ -54,7 +54,9 @@ def named(spans: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
 async def test_rounds_and_tiers_are_in_one_trace(
     toy_stack: LocalServer, spans: InMemorySpanExporter
 ) -> None:
-    pieces = [piece async for piece in Observed(toy_stack.router, observers=()).generate(asked())]
+    pieces = [
+        piece async for piece in ObservedGenerator(toy_stack.router, observers=()).generate(asked())
+    ]
     entry = pieces[-1].statistics
     assert entry is not None
     (answer,) = named(spans, "cascade.answer")
@@ -84,7 +86,9 @@ async def test_rounds_and_tiers_are_in_one_trace(
 async def test_what_is_not_traced_sends_no_context(toy_stack: LocalServer) -> None:
     """As it comes: no provider, so no span records and `Open` is as it was."""
     assert tracing.traceparent() == ""
-    pieces = [piece async for piece in Observed(toy_stack.router, observers=()).generate(asked())]
+    pieces = [
+        piece async for piece in ObservedGenerator(toy_stack.router, observers=()).generate(asked())
+    ]
     assert sum(len(piece.tokens) for piece in pieces) == 20
 
 
@@ -94,7 +98,7 @@ async def test_a_trace_that_is_not_sampled_costs_no_spans(
     exporter, provider = InMemorySpanExporter(), TracerProvider(sampler=ALWAYS_OFF)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(tracing, "_TRACER", provider.get_tracer("test"))
-    async for _ in Observed(toy_stack.router, observers=()).generate(asked()):
+    async for _ in ObservedGenerator(toy_stack.router, observers=()).generate(asked()):
         pass
     assert exporter.get_finished_spans() == ()
 
@@ -104,7 +108,7 @@ async def test_the_span_of_an_answer_that_fails_says_so(spans: InMemorySpanExpor
         raise ExpertUnavailable("gone")
 
     with pytest.raises(ExpertUnavailable):
-        async for _ in Observed(Scripted(2, end=fail), observers=()).generate(asked()):
+        async for _ in ObservedGenerator(Scripted(2, end=fail), observers=()).generate(asked()):
             pass
     (answer,) = named(spans, "cascade.answer")
     assert answer.status.description == "ExpertUnavailable"
@@ -113,7 +117,7 @@ async def test_the_span_of_an_answer_that_fails_says_so(spans: InMemorySpanExpor
 async def test_a_tier_forgets_the_traces_of_sessions_that_are_over(
     spans: InMemorySpanExporter,
 ) -> None:
-    tier, connection = TracedTier(EchoTier()), Connection(EXPERT)
+    tier, connection = TracedTier(InstantTier()), Connection(EXPERT)
     for name in ("a", "b"):
         session = Session(id=SessionId(name), prompt=(1,), policy=DecodingParams())
         tier.receive(connection, Open(session=session, epoch=1, lease="", traceparent=SAMPLED))

@@ -86,7 +86,7 @@ async def test_a_caller_that_leaves_frees_the_session() -> None:
 
 
 async def test_a_standing_token_is_good_without_a_lease() -> None:
-    leases = LeaseBook(connect_timeout_s=1, idle_timeout_s=1, standing="shared")
+    leases = LeaseBook(connect_timeout_s=1, idle_timeout_s=1, shared_token="shared")  # noqa: S106 - no secret
     leases.claim("shared")
     with pytest.raises(Unauthenticated):
         leases.claim("other")

@@ -296,7 +296,7 @@ async def test_a_caller_that_leaves_frees_both_tiers(fragile: LocalServer, mode:
         async for _ in pieces:
             break
     async with asyncio.timeout(10):
-        while fragile.drafter.sessions or fragile.expert.sessions:  # noqa: ASYNC110 - untold
+        while fragile.drafter.num_sessions or fragile.expert.num_sessions:  # noqa: ASYNC110 - untold
             await asyncio.sleep(0)
     assert len(fragile.expert.leases) == 0
 

@@ -1,124 +1,90 @@
-"""What a door stands on: the generator behind it, its words, limits and defaults."""
+"""What both APIs serve: the generator, its tokenizer, limits and defaults."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+from pydantic import ConfigDict, Field
 
 from cascade.rules import Lossless, Rule
 from cascade.types import (
     Bonus,
+    Confidence,
     Coupling,
     ExpertLoss,
     Mode,
+    Natural,
+    Positive,
     RowFormat,
+    Seconds,
     SequenceCascadeParams,
     Verification,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable
 
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Generator
 
 MAX_SEED = 2**63
 
 
-class Detokenizer(Protocol):
-    """Turns the tokens of one answer into text as they come."""
-
-    def push(self, tokens: Iterable[int]) -> str:
-        """Return the text that is now certain; an unfinished character waits for the rest."""
-        ...
-
-    def flush(self) -> str:
-        """Return what still waits, replacement characters and all."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """The words of a pair. `engine.tokenizer.Tokenizer` is one."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Ids are smaller than this."""
-        ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a text."""
-        ...
-
-    def encode(
-        self, text: str, *, add_special: bool = True, limit: int | None = None
-    ) -> tuple[int, ...]:
-        """Return the ids of `text`; an `InvalidRequest` if it has none, or more than `limit`."""
-        ...
-
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, limit: int | None = None
-    ) -> tuple[int, ...]:
-        """Return the ids of a conversation; an `InvalidRequest` if the template refuses it."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
-        ...
-
-    def detokenizer(self) -> Detokenizer:
-        """Return a decoder for one answer, without special tokens."""
-        ...
-
-    def bytes_of(self, id_: int) -> bytes:
-        """Return the bytes that one token stands for."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The most that one call may ask for."""
+    """The most that one call may ask for; the `limits` branch of the settings."""
 
-    context_tokens: int = 4096  # prompt and answer together
-    prompt_tokens: int | None = None  # None: what the context leaves
-    max_tokens: int | None = None  # of one answer; None: what the context leaves
-    choices: int = 16  # `n`
-    prompts: int = 64  # in one call
-    answers: int = 128  # in one call, all prompts and choices together
-    stop_strings: int = 4
-    stop_characters: int = 1024
-    biased_tokens: int = 1024
-    draft_tokens: int = 32
-    body_bytes: int = 2 * 2**20
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    context_tokens: Positive = 4096  # prompt and answer together
+    prompt_tokens: Positive | None = None  # None: what the context leaves
+    max_tokens: Positive | None = None  # of one answer; None: what the context leaves
+    choices: Positive = 16  # `n`
+    prompts: Positive = 64  # in one call
+    answers: Positive = 128  # in one call: prompts times choices
+    stop_strings: Positive = 4
+    stop_characters: Positive = 1024
+    biased_tokens: Positive = 1024
+    draft_tokens: Positive = 32
+    body_bytes: Positive = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request means where it says nothing."""
+    """What a request gets that does not say; the `defaults` branch of the settings."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     mode: Mode = Mode.CASCADE
-    rule: Rule = field(default_factory=Lossless)
-    draft_tokens: int | None = None  # None lets the router choose
-    coupling: Coupling | None = None  # None: gumbel where the request has a seed, else maximal
+    rule: Annotated[Rule, Field(discriminator="kind")] = field(default_factory=Lossless)
+    draft_tokens: Natural | Literal["auto"] = "auto"
+    coupling: Coupling | None = None  # None: gumbel if the request has a seed, else maximal
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
-    row_entries: int = 64
-    patience: SequenceCascadeParams = field(default_factory=SequenceCascadeParams)
-    chat_tokens: int | None = (
-        None  # a chat's `max_completion_tokens`; None: what the context leaves
-    )
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    deadline_s: float | None = None
+    row_entries: Positive = 64
+    confidence: Confidence = Confidence.MEAN
+    confidence_threshold: float = -0.5
+    chat_tokens: Positive | None = None  # of a chat's answer; None: what the context leaves
+    temperature: Annotated[float, Interval(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    top_k: Natural = 0
+    deadline_s: Seconds | None = None  # of an answer; `router.max_generation_s` applies too
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
+
+    @property
+    def patience(self) -> SequenceCascadeParams:
+        """Return when a sequence cascade keeps the drafter's answer."""
+        return SequenceCascadeParams(
+            confidence=self.confidence, threshold=self.confidence_threshold
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingContext:
-    """All that a door needs. `models[0]` is the name in answers to requests that name none."""
+    """Everything an API needs. Requests without a model get `models[0]`."""
 
     generator: Generator
     tokenizer: Tokenizer
@@ -126,9 +92,9 @@ class ServingContext:
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
     ready: Callable[[], bool] = lambda: True
-    stop_ids: tuple[int, ...] = ()  # end an answer, besides the tokenizer's own
+    stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
-    keep_alive_s: float = 10.0  # silence after which a stream says that it lives
+    keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, of the models
     clock: Callable[[], float] = time.time
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)

@@ -1,7 +1,7 @@
-"""Every metric there is: its name, kind, labels and meaning.
+"""Every metric: its name, kind, labels and meaning.
 
-Ray puts `ray_` before a name; Prometheus ends a counter's in `_total`. A label's values are few and
-known: tiers, modes, rules, origins, positions in a block, reasons and causes.
+Ray prefixes names with `ray_`; Prometheus ends counters in `_total`. Label values are few and known:
+tiers, modes, rules, origins, positions in a block, reasons and causes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 FAST_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-
 SLOW_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Kind(StrEnum):
-    """How values of a family add up."""
+    """How the values of a metric add up."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -30,223 +29,173 @@ class MetricSpec:
     about: str
     kind: Kind = Kind.COUNTER
     labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()  # upper bounds, of a histogram
+    buckets: tuple[float, ...] = ()  # upper bounds of a histogram
 
 
-# What answers cost: from the router, at most once a second of each answer.
+def _counter(name: str, about: str, labels: str = "") -> MetricSpec:
+    return MetricSpec(name=name, about=about, labels=tuple(labels.split()))
 
-ANSWERS = MetricSpec(
-    name="cascade_answers",
-    about="Answers that ended; finish is stop, length, closed (by the client or a stop string), "
-    "or the gRPC status of the error",
-    labels=("mode", "rule", "finish"),
+
+def _gauge(name: str, about: str, labels: str = "") -> MetricSpec:
+    return MetricSpec(name=name, about=about, kind=Kind.GAUGE, labels=tuple(labels.split()))
+
+
+def _histogram(name: str, about: str, buckets: tuple[float, ...], labels: str = "") -> MetricSpec:
+    return MetricSpec(
+        name=name, about=about, kind=Kind.HISTOGRAM, labels=tuple(labels.split()), buckets=buckets
+    )
+
+
+# What answers cost: reported by the router, at most once a second per answer.
+
+ANSWERS = _counter(
+    "cascade_answers",
+    "Answers that ended; finish is stop, length, closed (by the client or a stop string), or the "
+    "gRPC status of the error",
+    "mode rule finish",
+)
+RUNNING = _gauge("cascade_running_answers", "Answers being generated")
+PROMPT_TOKENS = _counter("cascade_prompt_tokens", "Prompt tokens")
+CACHED_PROMPT_TOKENS = _counter(
+    "cascade_cached_prompt_tokens", "Prompt tokens found in a prefix cache"
+)
+TOKENS = _counter(
+    "cascade_tokens", "Committed tokens by origin: drafter, kept or expert", "rule origin"
+)
+ROUNDS = _counter("cascade_rounds", "Draft blocks by what decided their length", "rule reason")
+DRAFTED = _counter("cascade_drafted_tokens", "Drafted tokens", "rule")
+ACCEPTED = _counter("cascade_accepted_tokens", "Drafted tokens that were committed", "rule")
+ACCEPTED_AT = _counter(
+    "cascade_accepted_at_position",
+    "Blocks whose token at this position, from 0, was accepted",
+    "position",
+)
+JUDGED = _counter("cascade_judged_tokens", "Drafted tokens that a rule decided on", "rule")
+DEFERRED = _counter("cascade_deferred_tokens", "Tokens that a rule deferred to the expert", "rule")
+PREDICTED = _counter(
+    "cascade_predicted_tokens", "Tokens of clients' predictions, accepted or rejected", "outcome"
+)
+PASSES = _counter("cascade_passes", "Forward passes for answers", "tier")
+WAITED_S = _counter("cascade_waited_seconds", "Seconds that answers waited for a tier", "tier")
+BYTES = _counter("cascade_wire_bytes", "Bytes between router and tiers", "direction")
+FAILOVERS = _counter(
+    "cascade_failovers",
+    "Times a session moved to another replica or went on without the tier: lost, full, late, "
+    "broken (its passes fail) or collapsed (its drafts are rejected)",
+    "tier cause",
+)
+ANSWER_S = _histogram("cascade_answer_seconds", "Duration of an answer", SLOW_S, "mode")
+FIRST_TOKEN_S = _histogram(
+    "cascade_first_token_seconds", "Time to the first token", (*FAST_S, 5.0, 10.0), "mode"
+)
+TOKEN_S = _histogram(
+    "cascade_token_seconds", "Time per token after the first, the mean of an answer", FAST_S, "mode"
+)
+ROUND_TRIP_S = _histogram(
+    "cascade_round_trip_seconds",
+    "Time from a message to the tier's reply as the router sees it, the mean of an answer",
+    FAST_S,
+    "tier",
 )
 
-RUNNING = MetricSpec(name="cascade_running_answers", about="Answers being written", kind=Kind.GAUGE)
+# The same under the names that vLLM's dashboards read.
 
-PROMPT_TOKENS = MetricSpec(name="cascade_prompt_tokens", about="Tokens of the prompts")
-
-CACHED_PROMPT_TOKENS = MetricSpec(
-    name="cascade_cached_prompt_tokens", about="Tokens of the prompts found in a cache"
+VLLM_DRAFTS = _counter("vllm:spec_decode_num_drafts", "Draft blocks", "model_name")
+VLLM_DRAFT_TOKENS = _counter("vllm:spec_decode_num_draft_tokens", "Drafted tokens", "model_name")
+VLLM_ACCEPTED = _counter(
+    "vllm:spec_decode_num_accepted_tokens", "Accepted draft tokens", "model_name"
 )
-
-TOKENS = MetricSpec(
-    name="cascade_tokens",
-    about="Tokens committed, by who wrote them: drafter, kept or expert",
-    labels=("rule", "origin"),
-)
-
-ROUNDS = MetricSpec(
-    name="cascade_rounds",
-    about="Blocks and verdicts, by what decided the length of the block",
-    labels=("rule", "reason"),
-)
-
-DRAFTED = MetricSpec(name="cascade_drafted_tokens", about="Tokens drafted", labels=("rule",))
-
-ACCEPTED = MetricSpec(
-    name="cascade_accepted_tokens", about="Drafted tokens that were committed", labels=("rule",)
-)
-
-ACCEPTED_AT = MetricSpec(
-    name="cascade_accepted_at_position",
-    about="Blocks whose token at this place, from 0, was accepted",
-    labels=("position",),
-)
-
-JUDGED = MetricSpec(
-    name="cascade_judged_tokens", about="Drafted tokens that a rule decided on", labels=("rule",)
-)
-
-DEFERRED = MetricSpec(
-    name="cascade_deferred_tokens", about="Tokens that a rule gave to the expert", labels=("rule",)
-)
-
-PREDICTED = MetricSpec(
-    name="cascade_predicted_tokens",
-    about="Tokens of clients' predictions that stood or fell",
-    labels=("outcome",),
-)
-
-PASSES = MetricSpec(name="cascade_passes", about="Forward passes for answers", labels=("tier",))
-
-WAITED_S = MetricSpec(
-    name="cascade_waited_seconds", about="Seconds that answers waited for a tier", labels=("tier",)
-)
-
-BYTES = MetricSpec(
-    name="cascade_wire_bytes", about="Bytes between router and tiers", labels=("direction",)
-)
-
-FAILOVERS = MetricSpec(
-    name="cascade_failovers",
-    about="Times a session went on elsewhere or without the tier: "
-    "lost, full, late, broken (its passes fail) or collapsed (what it drafts is refused)",
-    labels=("tier", "cause"),
-)
-
-ANSWER_S = MetricSpec(
-    name="cascade_answer_seconds",
-    about="Time of an answer",
-    kind=Kind.HISTOGRAM,
-    labels=("mode",),
-    buckets=SLOW_S,
-)
-
-FIRST_TOKEN_S = MetricSpec(
-    name="cascade_first_token_seconds",
-    about="Time to the first token",
-    kind=Kind.HISTOGRAM,
-    labels=("mode",),
-    buckets=(*FAST_S, 5.0, 10.0),
-)
-
-TOKEN_S = MetricSpec(
-    name="cascade_token_seconds",
-    about="Time for each token after the first, the mean of an answer",
-    kind=Kind.HISTOGRAM,
-    labels=("mode",),
-    buckets=FAST_S,
-)
-
-ROUND_TRIP_S = MetricSpec(
-    name="cascade_round_trip_seconds",
-    about="Time from a question to a tier's answer as the router sees it, the mean of an answer",
-    kind=Kind.HISTOGRAM,
-    labels=("tier",),
-    buckets=FAST_S,
-)
-
-# The same under the names that dashboards for vLLM read; Ray's names take no colon.
-
-VLLM_DRAFTS = MetricSpec(
-    name="vllm:spec_decode_num_drafts", about="Blocks drafted", labels=("model_name",)
-)
-
-VLLM_DRAFT_TOKENS = MetricSpec(
-    name="vllm:spec_decode_num_draft_tokens", about="Tokens drafted", labels=("model_name",)
-)
-
-VLLM_ACCEPTED = MetricSpec(
-    name="vllm:spec_decode_num_accepted_tokens",
-    about="Drafted tokens that were accepted",
-    labels=("model_name",),
-)
-
-VLLM_ACCEPTED_AT = MetricSpec(
-    name="vllm:spec_decode_num_accepted_tokens_per_pos",
-    about="Blocks whose token at this place was accepted",
-    labels=("model_name", "position"),
+VLLM_ACCEPTED_AT = _counter(
+    "vllm:spec_decode_num_accepted_tokens_per_pos",
+    "Blocks whose token at this position was accepted",
+    "model_name position",
 )
 
 ROUTER = (
-    *(ANSWERS, RUNNING, PROMPT_TOKENS, CACHED_PROMPT_TOKENS, TOKENS, ROUNDS, DRAFTED, ACCEPTED),
-    *(ACCEPTED_AT, JUDGED, DEFERRED, PREDICTED, PASSES, WAITED_S, BYTES, FAILOVERS),
-    *(ANSWER_S, FIRST_TOKEN_S, TOKEN_S, ROUND_TRIP_S),
-    *(VLLM_DRAFTS, VLLM_DRAFT_TOKENS, VLLM_ACCEPTED, VLLM_ACCEPTED_AT),
+    ANSWERS,
+    RUNNING,
+    PROMPT_TOKENS,
+    CACHED_PROMPT_TOKENS,
+    TOKENS,
+    ROUNDS,
+    DRAFTED,
+    ACCEPTED,
+    ACCEPTED_AT,
+    JUDGED,
+    DEFERRED,
+    PREDICTED,
+    PASSES,
+    WAITED_S,
+    BYTES,
+    FAILOVERS,
+    ANSWER_S,
+    FIRST_TOKEN_S,
+    TOKEN_S,
+    ROUND_TRIP_S,
+    VLLM_DRAFTS,
+    VLLM_DRAFT_TOKENS,
+    VLLM_ACCEPTED,
+    VLLM_ACCEPTED_AT,
 )
 
-# What an engine does: from each replica of a tier, every few seconds.
+# What an engine does: reported by each replica of a tier every few seconds.
 
-_TIER = ("tier",)
-
-ENGINE_PASSES = MetricSpec(name="cascade_engine_passes", about="Forward passes", labels=_TIER)
-
-ENGINE_TOKENS = MetricSpec(
-    name="cascade_engine_tokens", about="Tokens run through the model", labels=_TIER
+ENGINE_PASSES = _counter("cascade_engine_passes", "Forward passes", "tier")
+ENGINE_TOKENS = _counter("cascade_engine_tokens", "Tokens run through the model", "tier")
+ENGINE_TURNS = _counter(
+    "cascade_engine_turns",
+    "Sessions in forward passes; divided by passes, the mean batch size",
+    "tier",
 )
-
-ENGINE_TURNS = MetricSpec(
-    name="cascade_engine_turns",
-    about="Sessions in passes; by passes, the mean batch",
-    labels=_TIER,
+ENGINE_WAITS = _counter("cascade_engine_waits", "Requests whose first pass has begun", "tier")
+ENGINE_WAITED_S = _counter(
+    "cascade_engine_waited_seconds",
+    "Seconds that requests waited for their first pass; divided by waits, the mean queue time",
+    "tier",
 )
-
-ENGINE_WAITS = MetricSpec(
-    name="cascade_engine_waits", about="Questions whose first pass has begun", labels=_TIER
+ENGINE_QUEUED_TOKENS = _counter(
+    "cascade_engine_queued_tokens",
+    "Tokens that waited when a pass was scheduled; divided by passes, the mean backlog",
+    "tier",
 )
-
-ENGINE_WAITED_S = MetricSpec(
-    name="cascade_engine_waited_seconds",
-    about="Seconds that questions waited for their first pass; by waits, the mean queue wait",
-    labels=_TIER,
+ENGINE_PREFIX_HITS = _counter(
+    "cascade_engine_prefix_hits", "Sessions that began with cached tokens", "tier"
 )
-
-ENGINE_QUEUED_TOKENS = MetricSpec(
-    name="cascade_engine_queued_tokens",
-    about="Tokens that waited when a pass was planned; by passes, the mean backlog",
-    labels=_TIER,
+ENGINE_PREFIX_TOKENS = _counter(
+    "cascade_engine_prefix_tokens", "Tokens found in the prefix cache", "tier"
 )
-
-ENGINE_PREFIX_HITS = MetricSpec(
-    name="cascade_engine_prefix_hits", about="Sessions that began with cached tokens", labels=_TIER
+ENGINE_PREEMPTIONS = _counter(
+    "cascade_engine_preemptions", "KV caches of open sessions evicted to make room", "tier"
 )
-
-ENGINE_PREFIX_TOKENS = MetricSpec(
-    name="cascade_engine_prefix_tokens", about="Tokens found so", labels=_TIER
+ENGINE_BUSY = _gauge(
+    "cascade_engine_busy_ratio",
+    "Share of about the last ten seconds spent in forward passes",
+    "tier",
 )
-
-ENGINE_PREEMPTIONS = MetricSpec(
-    name="cascade_engine_preemptions",
-    about="Caches of open sessions dropped to make room",
-    labels=_TIER,
-)
-
-ENGINE_BUSY = MetricSpec(
-    name="cascade_engine_busy_ratio",
-    about="Share of the last ten seconds or so spent in passes",
-    kind=Kind.GAUGE,
-    labels=_TIER,
-)
-
-ENGINE_WAITING = MetricSpec(
-    name="cascade_engine_waiting", about="Questions not answered", kind=Kind.GAUGE, labels=_TIER
-)
-
-ENGINE_SESSIONS = MetricSpec(
-    name="cascade_engine_sessions", about="Sessions open", kind=Kind.GAUGE, labels=_TIER
-)
-
-ENGINE_LEASES = MetricSpec(
-    name="cascade_engine_leases", about="Leases held", kind=Kind.GAUGE, labels=_TIER
-)
-
-ENGINE_BUDGET = MetricSpec(
-    name="cascade_engine_budget_tokens",
-    about="Most tokens that a pass runs",
-    kind=Kind.GAUGE,
-    labels=_TIER,
-)
-
-CACHE_TOKENS = MetricSpec(
-    name="cascade_engine_cache_tokens",
-    about="Tokens in the KV cache: live (of open sessions), idle (kept for like prompts) or free",
-    kind=Kind.GAUGE,
-    labels=("tier", "state"),
+ENGINE_WAITING = _gauge("cascade_engine_waiting", "Requests not answered yet", "tier")
+ENGINE_SESSIONS = _gauge("cascade_engine_sessions", "Open sessions", "tier")
+ENGINE_LEASES = _gauge("cascade_engine_leases", "Leases held", "tier")
+ENGINE_BUDGET = _gauge("cascade_engine_budget_tokens", "Token budget of one forward pass", "tier")
+CACHE_TOKENS = _gauge(
+    "cascade_engine_cache_tokens",
+    "Tokens in the KV cache: live (of open sessions), idle (kept for prefix reuse) or free",
+    "tier state",
 )
 
 ENGINE = (
-    *(ENGINE_PASSES, ENGINE_TOKENS, ENGINE_TURNS, ENGINE_WAITS, ENGINE_WAITED_S),
-    *(ENGINE_QUEUED_TOKENS, ENGINE_PREFIX_HITS, ENGINE_PREFIX_TOKENS, ENGINE_PREEMPTIONS),
-    *(ENGINE_BUSY, ENGINE_WAITING, ENGINE_SESSIONS, ENGINE_LEASES, ENGINE_BUDGET, CACHE_TOKENS),
+    ENGINE_PASSES,
+    ENGINE_TOKENS,
+    ENGINE_TURNS,
+    ENGINE_WAITS,
+    ENGINE_WAITED_S,
+    ENGINE_QUEUED_TOKENS,
+    ENGINE_PREFIX_HITS,
+    ENGINE_PREFIX_TOKENS,
+    ENGINE_PREEMPTIONS,
+    ENGINE_BUSY,
+    ENGINE_WAITING,
+    ENGINE_SESSIONS,
+    ENGINE_LEASES,
+    ENGINE_BUDGET,
+    CACHE_TOKENS,
 )

@@ -1,4 +1,4 @@
-"""Where metrics go: to Ray's Prometheus endpoint under Serve, to one of our own without Ray."""
+"""Where metrics go: Ray's Prometheus endpoint under Serve, a registry of our own without Ray."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class MetricBackend(Protocol):
-    """Takes values of families; `labels` are in the order of the family's own."""
+    """Takes values of metrics; `labels` are in the order of the spec."""
 
-    def add(self, family: MetricSpec, amount: float, *labels: str) -> None:
+    def add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
         """Add to a counter; `amount` is above 0."""
         ...
 
-    def set(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def set(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Set a gauge."""
         ...
 
-    def observe(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def observe(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Put a value into a histogram."""
         ...
 
@@ -33,101 +33,99 @@ class MetricBackend(Protocol):
 class ServeMetrics:
     """Ray's metrics, with Serve's labels: application, deployment and replica.
 
-    A record costs some 6 microseconds, so callers sum up first.
+    A call takes about 6 microseconds, so callers sum up first.
     """
 
-    def __init__(self, families: Sequence[MetricSpec]) -> None:
-        # Tiers and routers run without Ray, and need not wait for it then.
-        from ray.serve import metrics  # noqa: PLC0415 - as said
+    def __init__(self, specs: Sequence[MetricSpec]) -> None:
+        # Tiers and routers also run without Ray, and then need not import it.
+        from ray.serve import metrics  # noqa: PLC0415 - as above
 
-        self._metrics: dict[str, Any] = {
-            family.name: _serve_metric(metrics, family) for family in families
-        }
+        self._metrics: dict[str, Any] = {spec.name: _serve_metric(metrics, spec) for spec in specs}
 
-    def add(self, family: MetricSpec, amount: float, *labels: str) -> None:
+    def add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
         """Add to a counter."""
-        self._metrics[family.name].inc(amount, _tags(family, labels))
+        self._metrics[spec.name].inc(amount, _tags(spec, labels))
 
-    def set(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def set(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Set a gauge."""
-        self._metrics[family.name].set(value, _tags(family, labels))
+        self._metrics[spec.name].set(value, _tags(spec, labels))
 
-    def observe(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def observe(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Put a value into a histogram."""
-        self._metrics[family.name].observe(value, _tags(family, labels))
+        self._metrics[spec.name].observe(value, _tags(spec, labels))
 
 
 class PrometheusMetrics:
-    """A registry of its own, for `prometheus_client` to show."""
+    """A Prometheus registry of its own."""
 
-    def __init__(self, families: Sequence[MetricSpec]) -> None:
+    def __init__(self, specs: Sequence[MetricSpec]) -> None:
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {
-            family.name: _plain_metric(family, self.registry) for family in families
+            spec.name: _plain_metric(spec, self.registry) for spec in specs
         }
 
-    def add(self, family: MetricSpec, amount: float, *labels: str) -> None:
+    def add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
         """Add to a counter."""
-        self._child(family, labels).inc(amount)
+        self._child(spec, labels).inc(amount)
 
-    def set(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def set(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Set a gauge."""
-        self._child(family, labels).set(value)
+        self._child(spec, labels).set(value)
 
-    def observe(self, family: MetricSpec, value: float, *labels: str) -> None:
+    def observe(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Put a value into a histogram."""
-        self._child(family, labels).observe(value)
+        self._child(spec, labels).observe(value)
 
-    def _child(self, family: MetricSpec, labels: tuple[str, ...]) -> Any:
-        metric = self._metrics[family.name]
+    def _child(self, spec: MetricSpec, labels: tuple[str, ...]) -> Any:
+        metric = self._metrics[spec.name]
         return metric.labels(*labels) if labels else metric
 
 
 class BoundedLabel:
-    """Lets the first `most` values of a label through; what comes later is `other`."""
+    """Passes on the first `limit` values of a label; later ones become `other`."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._known: set[str] = set()
 
     def __call__(self, value: str) -> str:
         """Return the value, or `other`."""
-        if len(self._known) < self._most:
+        if len(self._known) < self._limit:
             self._known.add(value)
         return value if value in self._known else "other"
 
 
-def name_at_ray(family: MetricSpec) -> str:
-    """Return the name that Ray is given: it takes letters, digits and underscores."""
-    return family.name.replace(":", "_")
+def name_at_ray(spec: MetricSpec) -> str:
+    """Return the name under Ray, which takes letters, digits and underscores only."""
+    return spec.name.replace(":", "_")
 
 
-def _serve_metric(metrics: Any, family: MetricSpec) -> Any:
-    about: dict[str, Any] = {"description": family.about, "tag_keys": family.labels or None}
-    match family.kind:
+def _serve_metric(metrics: Any, spec: MetricSpec) -> Any:
+    about: dict[str, Any] = {"description": spec.about, "tag_keys": spec.labels or None}
+    match spec.kind:
         case Kind.COUNTER:
-            return metrics.Counter(name_at_ray(family), **about)
+            return metrics.Counter(name_at_ray(spec), **about)
         case Kind.GAUGE:
-            return metrics.Gauge(name_at_ray(family), **about)
+            return metrics.Gauge(name_at_ray(spec), **about)
         case Kind.HISTOGRAM:
-            return metrics.Histogram(name_at_ray(family), boundaries=list(family.buckets), **about)
+            return metrics.Histogram(name_at_ray(spec), boundaries=list(spec.buckets), **about)
 
 
-def _plain_metric(family: MetricSpec, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
-    match family.kind:
+def _plain_metric(spec: MetricSpec, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    match spec.kind:
         case Kind.COUNTER:
-            return Counter(family.name, family.about, family.labels, registry=registry)
+            return Counter(spec.name, spec.about, spec.labels, registry=registry)
         case Kind.GAUGE:
-            return Gauge(family.name, family.about, family.labels, registry=registry)
+            return Gauge(spec.name, spec.about, spec.labels, registry=registry)
         case Kind.HISTOGRAM:
             return Histogram(
-                family.name,
-                family.about,
-                family.labels,
+                spec.name,
+                spec.about,
+                spec.labels,
                 registry=registry,
-                buckets=family.buckets,
+                buckets=spec.buckets,
             )
 
 
-def _tags(family: MetricSpec, labels: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(family.labels, labels, strict=True))
+def _tags(spec: MetricSpec, labels: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(spec.labels, labels, strict=True))

@@ -1,11 +1,11 @@
-"""A generator that is watched: every answer is measured, logged and traced, whatever its end."""
+"""A generator whose answers are measured, logged and traced, however they end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
 from cascade.observability.tracing import RequestSpan
@@ -16,42 +16,41 @@ if TYPE_CHECKING:
 
     from cascade.types import Generator, OutputChunk, Request, TokenLogprob
 
-CLOSED = "closed"  # by the door: a stop string, or a client that left
+CLOSED = "closed"  # by the API: a stop string, or a client that disconnected
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RequestRecord:
-    """Grows piece by piece; times are seconds of one clock."""
+    """One answer as observers see it; grows chunk by chunk. Times are seconds of one clock."""
 
     request: Request
     began_s: float
-    last_s: float = 0.0  # when the last piece came
-    first_s: float | None = None  # when the first came
+    first_s: float | None = None  # when the first token came
+    last_s: float = 0.0  # when the last chunk came
     tokens: int = 0
     finish: str = CLOSED
     error: BaseException | None = None
     statistics: Statistics = field(default_factory=Statistics)
     reasons: dict[str, int] = field(default_factory=dict)  # rounds by what decided their length
 
-    def add(self, piece: OutputChunk, *, now_s: float) -> None:
-        """Take in a piece; the statistics it has go on growing."""
+    def add(self, chunk: OutputChunk, *, now_s: float) -> None:
+        """Add a chunk; its statistics object goes on growing."""
         self.last_s = now_s
-        if self.first_s is None and piece.tokens:
+        if self.first_s is None and chunk.tokens:
             self.first_s = now_s
-        self.tokens += len(piece.tokens)
-        if piece.finish is not None:
-            self.finish = piece.finish
-        if piece.statistics is not None:
-            self.statistics = piece.statistics
-            reason = piece.statistics.draft_length_reason
+        self.tokens += len(chunk.tokens)
+        if chunk.finish is not None:
+            self.finish = chunk.finish
+        if chunk.statistics is not None:
+            self.statistics = chunk.statistics
+            reason = chunk.statistics.draft_length_reason
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def fail(self, error: BaseException) -> None:
-        """Take in what ended the answer early."""
-        if isinstance(error, GeneratorExit | asyncio.CancelledError):
-            return
-        self.error = error
-        self.finish = error.grpc.lower() if isinstance(error, CascadeError) else "internal"
+        """Record what ended the answer early."""
+        if not isinstance(error, GeneratorExit | asyncio.CancelledError):
+            self.error = error
+            self.finish = error.grpc.lower() if isinstance(error, CascadeError) else "internal"
 
     @property
     def rule(self) -> str:
@@ -60,33 +59,30 @@ class RequestRecord:
 
     @property
     def drafts(self) -> int:
-        """Return the number of blocks that had tokens."""
+        """Return the number of drafts that were not empty."""
         return sum(self.statistics.accepted_lengths)
 
     def accepted_at(self) -> list[int]:
-        """Return for each place in a block how many blocks' token there was accepted."""
+        """Return for each position in a block how many blocks had their token there accepted."""
         counts = self.statistics.accepted_lengths
-        return [sum(counts[place + 1 :]) for place in range(len(counts) - 1)]
+        return [sum(counts[position + 1 :]) for position in range(len(counts) - 1)]
 
 
-class Observer(Protocol):
-    """Hears of answers; called on the event loop, so it must not wait."""
+class Observer:
+    """Is called for every answer, on the event loop, so it must not block. Does nothing itself."""
 
-    def begin(self, account: RequestRecord) -> None:
-        """Hear that an answer begins."""
-        ...
+    def begin(self, record: RequestRecord) -> None:
+        """An answer begins."""
 
-    def progress(self, account: RequestRecord) -> None:
-        """Hear that the account has grown by a piece."""
-        ...
+    def progress(self, record: RequestRecord) -> None:
+        """The record has grown by a chunk."""
 
-    def end(self, account: RequestRecord) -> None:
-        """Hear that the answer has ended; its statistics are complete."""
-        ...
+    def end(self, record: RequestRecord) -> None:
+        """The answer has ended; its statistics are complete."""
 
 
-class Observed:
-    """Passes on what another generator writes."""
+class ObservedGenerator:
+    """Passes on another generator's answers and tells observers of them."""
 
     def __init__(
         self,
@@ -100,31 +96,28 @@ class Observed:
         self._clock = clock
 
     async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
-        """Yield the pieces of one answer; raises what the generator raises."""
-        account = RequestRecord(request=request, began_s=self._clock())
+        """Yield the chunks of one answer; raises what the generator raises."""
+        record = RequestRecord(request=request, began_s=self._clock())
         span = RequestSpan(request)
         for observer in self._observers:
-            observer.begin(account)
-        pieces = self._generator.generate(request)
+            observer.begin(record)
+        chunks = self._generator.generate(request)
         try:
-            while (piece := await span.within(anext(pieces, None))) is not None:
-                self._hear(account, piece)
-                span.round(account)
-                yield piece
+            while (chunk := await span.run(anext(chunks, None))) is not None:
+                record.add(chunk, now_s=self._clock())
+                for observer in self._observers:
+                    observer.progress(record)
+                span.record_round(record)
+                yield chunk
         except BaseException as error:
-            account.fail(error)
+            record.fail(error)
             raise
         finally:
-            await span.within(pieces.aclose())
-            span.end(account)
+            await span.run(chunks.aclose())
+            span.end(record)
             for observer in self._observers:
-                observer.end(account)
+                observer.end(record)
 
     async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
         """Return the expert's log-probability of each token but the first."""
         return await self._generator.score(tokens, top=top)
-
-    def _hear(self, account: RequestRecord, piece: OutputChunk) -> None:
-        account.add(piece, now_s=self._clock())
-        for observer in self._observers:
-            observer.progress(account)

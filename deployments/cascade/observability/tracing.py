@@ -1,7 +1,7 @@
-"""OpenTelemetry spans: one of an answer, one of each round, and the tiers' own share of it.
+"""OpenTelemetry spans: one per answer, one per round, and one per message that a tier serves.
 
 All are in one trace: the router sends its context with `Open`. Nothing is recorded unless the
-process has a tracer provider, as Serve's `tracing_config` gives it one.
+process has a tracer provider, which Serve's `tracing_config` sets up.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def traceparent() -> str:
-    """Return the W3C context of the present span; empty where nothing is traced."""
+    """Return the W3C context of the current span; empty if nothing is traced."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier)
     return carrier.get("traceparent", "")
 
 
 class RequestSpan:
-    """The span of one answer, and under it one of each round."""
+    """The span of one answer, and one below it per round."""
 
     def __init__(self, request: Request, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._clock_ns = clock_ns
@@ -51,7 +51,7 @@ class RequestSpan:
         if self._span is None:
             return
         self._context = trace.set_span_in_context(span)
-        self._at_ns = clock_ns()
+        self._last_ns = clock_ns()
         self._counts: dict[str, float] = {}
         span.set_attributes(
             {
@@ -62,8 +62,8 @@ class RequestSpan:
             }
         )
 
-    async def within(self, work: Awaitable[T]) -> T:
-        """Await something as a part of the answer."""
+    async def run(self, work: Awaitable[T]) -> T:
+        """Await something within the span."""
         if self._span is None:
             return await work
         token = context.attach(self._context)
@@ -72,34 +72,34 @@ class RequestSpan:
         finally:
             context.detach(token)
 
-    def round(self, account: RequestRecord) -> None:
-        """Record the round that has just ended."""
+    def record_round(self, record: RequestRecord) -> None:
+        """Record the round that just ended."""
         if self._span is None:
             return
-        began_ns, self._at_ns = self._at_ns, self._clock_ns()
-        before, self._counts = self._counts, _counts(account)
+        began_ns, self._last_ns = self._last_ns, self._clock_ns()
+        before, self._counts = self._counts, _counts(record)
         grown = {key: value - before.get(key, 0) for key, value in self._counts.items()}
-        position = account.tokens - int(grown["cascade.tokens"])
+        position = record.tokens - int(grown["cascade.tokens"])
         span = _TRACER.start_span(
             "cascade.round",
             context=self._context,
             start_time=began_ns,
             attributes={"cascade.position": position, **grown},
         )
-        span.end(self._at_ns)
+        span.end(self._last_ns)
 
-    def end(self, account: RequestRecord) -> None:
+    def end(self, record: RequestRecord) -> None:
         """Record how the answer ended."""
         if self._span is None:
             return
-        self._span.set_attributes({"cascade.finish": account.finish, **_counts(account)})
-        if account.error is not None:
-            self._span.set_status(trace.StatusCode.ERROR, type(account.error).__name__)
+        self._span.set_attributes({"cascade.finish": record.finish, **_counts(record)})
+        if record.error is not None:
+            self._span.set_status(trace.StatusCode.ERROR, type(record.error).__name__)
         self._span.end(self._clock_ns())
 
 
 class TracedTier:
-    """A tier whose work on traced sessions is recorded, from each question to its answer."""
+    """A tier whose work on traced sessions is recorded, from each message to its reply."""
 
     def __init__(self, tier: TierServicer, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._tier = tier
@@ -111,22 +111,22 @@ class TracedTier:
         """Return the number of open sessions whose requests are traced."""
         return sum(map(len, self._sessions.values()))
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
-        """Serve an item."""
-        match item:
-            case Open() if item.traceparent:
-                self._open(connection, item)
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
+        """Serve a message."""
+        match message:
+            case Open() if message.traceparent:
+                self._open(connection, message)
             case Close():
-                self._sessions.get(connection, {}).pop(item.session_id, None)
+                self._sessions.get(connection, {}).pop(message.session_id, None)
             case Propose() | Judge() if connection in self._sessions:
-                if traced := self._sessions[connection].get(item.session_id):
+                if traced := self._sessions[connection].get(message.session_id):
                     traced.since_ns = self._clock_ns()
             case _:
                 pass
-        self._tier.receive(connection, item)
+        self._tier.receive(connection, message)
 
     def disconnected(self, connection: Connection) -> None:
-        """Free all sessions of a stream that ended."""
+        """Close all sessions of a stream that ended."""
         self._sessions.pop(connection, None)
         self._tier.disconnected(connection)
 
@@ -139,18 +139,18 @@ class TracedTier:
         """Whether the tier works."""
         return self._tier.alive
 
-    def _open(self, connection: Connection, item: Open) -> None:
-        parent = _PROPAGATOR.extract({"traceparent": item.traceparent})
+    def _open(self, connection: Connection, message: Open) -> None:
+        parent = _PROPAGATOR.extract({"traceparent": message.traceparent})
         if not trace.get_current_span(parent).get_span_context().trace_flags.sampled:
             return
         if connection not in self._sessions:
             self._sessions[connection] = {}
-            connection.watch = lambda answer: self._answered(connection, answer)
-        self._sessions[connection][item.session.id] = _Traced(parent, self._clock_ns())
+            connection.on_send = lambda reply: self._replied(connection, reply)
+        self._sessions[connection][message.session.id] = _Traced(parent, self._clock_ns())
 
-    def _answered(self, connection: Connection, answer: ServerMessage) -> None:
+    def _replied(self, connection: Connection, reply: ServerMessage) -> None:
         sessions = self._sessions.get(connection, {})
-        traced = sessions.get(answer.session_id)
+        traced = sessions.get(reply.session_id)
         if traced is None:
             return
         since_ns, traced.since_ns = traced.since_ns, self._clock_ns()
@@ -159,25 +159,25 @@ class TracedTier:
             context=traced.parent,
             kind=trace.SpanKind.SERVER,
             start_time=since_ns,
-            attributes=_of_answer(answer),
+            attributes=_attributes(reply),
         )
         span.end(traced.since_ns)
-        if isinstance(answer, Refusal):
-            del sessions[answer.session_id]
+        if isinstance(reply, Refusal):
+            del sessions[reply.session_id]
 
 
 class _Traced:
-    """A traced session on a tier: its parent, and when its present work began."""
+    """A traced session on a tier: its parent span, and when its current work began."""
 
     def __init__(self, parent: Context, since_ns: int) -> None:
         self.parent = parent
         self.since_ns = since_ns
 
 
-def _counts(account: RequestRecord) -> dict[str, float]:
-    entry = account.statistics
+def _counts(record: RequestRecord) -> dict[str, float]:
+    entry = record.statistics
     return {
-        "cascade.tokens": account.tokens,
+        "cascade.tokens": record.tokens,
         "cascade.drafted": entry.drafted,
         "cascade.accepted": entry.accepted,
         "cascade.deferred": entry.deferred,
@@ -186,17 +186,17 @@ def _counts(account: RequestRecord) -> dict[str, float]:
     }
 
 
-def _of_answer(answer: ServerMessage) -> dict[str, AttributeValue]:
-    match answer:
+def _attributes(reply: ServerMessage) -> dict[str, AttributeValue]:
+    match reply:
         case Proposal():
-            return {"cascade.position": answer.position, "cascade.drafted": answer.block.length}
+            return {"cascade.position": reply.position, "cascade.drafted": reply.block.length}
         case Judgement():
             return {
-                "cascade.position": answer.position,
-                "cascade.accepted": answer.verdict.accepted,
-                "cascade.tokens": len(answer.verdict.tokens),
+                "cascade.position": reply.position,
+                "cascade.accepted": reply.verdict.accepted,
+                "cascade.tokens": len(reply.verdict.tokens),
             }
         case Refusal():
-            return {"cascade.refused": answer.code}
+            return {"cascade.refused": reply.code}
         case _:
             return {}

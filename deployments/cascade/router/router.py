@@ -11,9 +11,7 @@ import uuid
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
-
-from annotated_types import Ge, Gt
+from typing import TYPE_CHECKING, ClassVar
 
 from cascade.errors import DeadlineExceeded, ExpertUnavailable
 from cascade.router.circuit_breaker import CircuitBreaker
@@ -35,8 +33,11 @@ from cascade.types import (
     ExpertLoss,
     FinishReason,
     Mode,
+    Natural,
     OutputChunk,
+    Positive,
     Request,
+    Seconds,
     SequenceCascadeParams,
     Session,
     SessionId,
@@ -58,17 +59,18 @@ ALONE_TOKENS = 8  # written in a row by the expert where it has no drafter
 class RouterOptions:
     """How the loop runs; the `router` branch of the settings."""
 
-    max_generation_s: Annotated[float, Gt(0)] = 600.0
-    draft_deadline_s: Annotated[float, Gt(0)] = 2.0  # after it the expert goes on without a draft
-    draft_pause_s: Annotated[float, Gt(0)] = 1.0  # before a failed drafter is asked; up to 4 times
-    answer_deadline_s: Annotated[float, Gt(0)] = 5.0  # before a verdict is asked for again
-    entry_deadline_s: Annotated[float, Gt(0)] = 2.0  # for an expert, before an answer begins
-    loss_deadline_s: Annotated[float, Gt(0)] = 30.0  # for another expert, in the middle of one
-    lease_timeout_s: Annotated[float, Gt(0)] = 8.0  # below gRPC's 10 s to a stream's first status
-    lease_hedge_s: Annotated[float, Gt(0)] = 0.25  # before a second replica is asked for a lease
-    draft_tokens: Annotated[int, Gt(0)] = 5  # the adaptive length, before it has measured
-    overlap_blocks: Annotated[int, Ge(0)] = 1  # drafted while the expert verifies; 0 waits for it
-    overlap_branches: Annotated[int, Ge(0)] = 4  # other verdicts drafted on, if drafters are idle
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    max_generation_s: Seconds = 600.0
+    draft_deadline_s: Seconds = 2.0  # after it the expert goes on without a draft
+    draft_pause_s: Seconds = 1.0  # before a failed drafter is asked; up to 4 times
+    answer_deadline_s: Seconds = 5.0  # before a verdict is asked for again
+    entry_deadline_s: Seconds = 2.0  # for an expert, before an answer begins
+    loss_deadline_s: Seconds = 30.0  # for another expert, in the middle of one
+    lease_timeout_s: Seconds = 8.0  # below gRPC's 10 s to a stream's first status
+    lease_hedge_s: Seconds = 0.25  # before a second replica is asked for a lease
+    draft_tokens: Positive = 5  # the adaptive length, before it has measured
+    overlap_blocks: Natural = 1  # drafted while the expert verifies; 0 waits for it
+    overlap_branches: Natural = 4  # other verdicts drafted on, if drafters are idle
 
     @property
     def required_tier(self) -> RetryPolicy:

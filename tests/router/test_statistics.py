@@ -1,0 +1,97 @@
+"""What a round adds to the statistics of an answer."""
+
+from __future__ import annotations
+
+from cascade.router.drafters import Draft
+from cascade.router.statistics import RoundRecorder
+from cascade.router.verifiers import VerifyResult
+from cascade.speculation.cost_model import Timing
+from cascade.types import (
+    Block,
+    DecodingParams,
+    Origin,
+    Session,
+    SessionId,
+    Statistics,
+    Verdict,
+    advance,
+)
+
+BEFORE = Session(id=SessionId("s"), prompt=(1,), policy=DecodingParams())
+VERDICT = Verdict(
+    accepted=2,
+    tokens=(4, 5, 6),
+    origins=(Origin.DRAFTER, Origin.KEPT, Origin.EXPERT),
+    judged=3,
+    deferred=1,
+)
+
+
+class Clock:
+    def __init__(self, *times_s: float) -> None:
+        self._times_s = list(times_s)
+
+    def __call__(self) -> float:
+        return self._times_s.pop(0)
+
+
+def recorded(draft: Draft, *, limit: int = 9, trace: bool = False) -> Statistics:
+    recorder = RoundRecorder(Statistics(), trace=trace)
+    after = advance(BEFORE, VERDICT, limit=limit)
+    recorder.record(BEFORE, after, draft, VERDICT, reason="requested")
+    return recorder.statistics
+
+
+def test_tokens_are_counted_by_origin() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9)), passes=3, branched=True))
+    assert (statistics.drafter_tokens, statistics.kept_tokens, statistics.expert_tokens) == (
+        1,
+        1,
+        1,
+    )
+    assert (statistics.rounds, statistics.drafted, statistics.accepted) == (1, 3, 2)
+    assert (statistics.judged, statistics.deferred) == (3, 1)
+    assert (statistics.drafter_passes, statistics.branched_rounds) == (3, 1)
+    assert statistics.draft_length_reason == "requested"
+
+
+def test_tokens_beyond_the_answer_are_not_counted() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9))), limit=1)
+    assert (statistics.accepted, statistics.drafter_tokens, statistics.expert_tokens) == (1, 1, 0)
+
+
+def test_accepted_lengths_are_a_histogram() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9))))
+    assert statistics.accepted_lengths == [0, 0, 1, 0]
+    assert recorded(Draft()).accepted_lengths == []
+
+
+def test_a_prediction_is_counted_apart() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9)), predicted=True))
+    assert (statistics.predicted_accepted, statistics.predicted_rejected) == (2, 1)
+
+
+def test_waits_are_timed_even_if_they_fail() -> None:
+    recorder = RoundRecorder(Statistics(), trace=False, clock=Clock(0.0, 2.0, 5.0, 9.0))
+    with recorder.time_draft():
+        pass
+    with recorder.time_verify():
+        pass
+    assert (recorder.draft_s, recorder.verify_s) == (2.0, 4.0)
+    assert (recorder.statistics.drafter_s, recorder.statistics.expert_s) == (2.0, 4.0)
+
+
+def test_a_trace_has_an_entry_per_round() -> None:
+    (entry,) = recorded(Draft(block=Block(tokens=(4, 5, 9))), trace=True).trace
+    assert (entry.position, entry.drafted, entry.accepted, entry.deferred, entry.tokens) == (
+        *(0, 3, 2, 1),
+        3,
+    )
+
+
+def test_the_draft_length_does_not_learn_from_predictions() -> None:
+    recorder = RoundRecorder(Statistics(), trace=False)
+    result = VerifyResult(verdict=VERDICT, timing=Timing(step_s=1.0))
+    assert recorder.sample(Draft(block=Block(tokens=(4, 5, 9))), result).drafted == 3
+    predicted = recorder.sample(Draft(block=Block(tokens=(4, 5, 9)), predicted=True), result)
+    assert (predicted.drafted, predicted.accepted) == (0, 2)
