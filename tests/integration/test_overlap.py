@@ -99,7 +99,7 @@ class Router:
     def __init__(self, link: SessionStream, pair: Pair, policy: DecodingParams) -> None:
         self.link = link
         self.drafter = pair.drafter
-        self.twin = reference.Pair(
+        self.twin = reference.ModelPair(
             prompt=PROMPT, drafter=pair.drafter.logits, expert=pair.expert.logits, policy=policy
         )
         self.answer: list[int] = []
@@ -144,7 +144,7 @@ class Router:
     def drafted(self, count: int) -> list[int]:
         """Return the block that plain forward passes draft after the answer."""
         tokens: list[int] = []
-        while len(tokens) < count and not self.twin.ended(tokens):
+        while len(tokens) < count and not self.twin.has_ended(tokens):
             tokens.append(self._draw(tokens, Purpose.DRAFT))
         return tokens
 
@@ -172,7 +172,7 @@ class Router:
         return next(token for token in ranked[drafted is None :] if token != drafted)
 
     def _draw(self, tokens: list[int], purpose: Purpose) -> int:
-        place = self.twin.place([*self.answer, *tokens])
+        place = self.twin.probs_after([*self.answer, *tokens])
         start = len(self.answer)
         return self.twin.draw(place.q, purpose, position=place.position, start=start)
 
@@ -196,7 +196,7 @@ def opened(peer: ReplicaClient, server: LocalServer, pair: Pair, policy: Decodin
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let drafters have capacity to spare however busy the machine and the tests before are."""
     monkeypatch.setattr(Engine, "spare", 1.0)
-    monkeypatch.setattr("cascade.drafter.drafter.STRETCH", 1e9)
+    monkeypatch.setattr("cascade.drafter.drafter.MAX_BRANCH_OVERHEAD", 1e9)
 
 
 @pytest.mark.usefixtures("idle")
@@ -226,7 +226,7 @@ async def test_no_schedule_changes_a_block(
         assert len(tokens) <= 4
         assert tokens or not expected
         router.commit(tokens, turn)
-        if router.twin.ended(router.answer):
+        if router.twin.has_ended(router.answer):
             break
         if turn.patient:
             await toy_stack.router.score(PROMPT, top=0)
@@ -356,7 +356,7 @@ async def test_a_branch_that_is_asked_for_is_gone_on_from(
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize(
     "limit",
-    ["cascade.engine.engine.Engine.spare", "cascade.drafter.drafter.STRETCH"],
+    ["cascade.engine.engine.Engine.spare", "cascade.drafter.drafter.MAX_BRANCH_OVERHEAD"],
 )
 async def test_no_branch_is_drafted_where_no_capacity_is_left(
     toy: Pair,

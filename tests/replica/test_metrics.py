@@ -1,10 +1,10 @@
-"""What a replica tells of its load is a mean over the time between two looks."""
+"""Load is a mean over the time between two reads; counters end where the engine is."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +17,10 @@ from cascade.engine.stats import EngineStats
 from cascade.observability.metric_specs import ENGINE
 from cascade.observability.metrics import PrometheusMetrics
 from cascade.replica.metrics import (
-    COUNTED,
+    COUNTERS,
     EngineMetrics,
-    Load,
-    LoadMeter,
-    between,
+    LoadTracker,
+    ReplicaLoad,
     resource_counts,
 )
 
@@ -41,67 +40,63 @@ IDLE = EngineStats(
 
 
 def test_an_idle_engine_has_no_load() -> None:
-    assert between(IDLE, IDLE) == Load()
+    assert LoadTracker(IDLE).read(IDLE) == asdict(ReplicaLoad())
 
 
-def test_loads_are_means_since_the_last_look() -> None:
+def test_load_is_a_mean_since_the_last_read() -> None:
     before = replace(IDLE, passes=10, queued_tokens=5000, waits=4, waited_s=8.0)
     now = replace(before, passes=14, queued_tokens=6000, waits=6, waited_s=8.5)
     now = replace(now, busy=0.5, cache_tokens_live=250)
-    assert between(before, now) == Load(wait_s=0.25, busy=0.5, backlog=2.5, cache=0.25)
+    tracker = LoadTracker(before)
+    expected = ReplicaLoad(wait_s=0.25, busy=0.5, backlog=2.5, cache=0.25)
+    assert tracker.read(now) == asdict(expected)
+    assert tracker.read(now) == asdict(replace(expected, wait_s=0.0, backlog=0.0))
+    assert all(isinstance(value, float) for value in tracker.read(now).values())
 
 
-def test_a_meter_reads_from_where_it_read_last() -> None:
-    meter = LoadMeter(IDLE)
-    once = replace(IDLE, waits=2, waited_s=1.0)
-    assert meter.read(once)["wait_s"] == 0.5
-    assert meter.read(once)["wait_s"] == 0
-    assert all(isinstance(value, float) for value in meter.read(once).values())
-
-
-@given(looks=st.lists(st.integers(0, 50), min_size=1))
-def test_counters_end_where_the_engine_is_however_often_it_was_looked_at(looks: list[int]) -> None:
-    sink, passes = PrometheusMetrics(ENGINE), 0
-    metrics = EngineMetrics(sink, tier="expert")
-    for more in looks:
+@given(growths=st.lists(st.integers(0, 50), min_size=1))
+def test_counters_equal_the_engines_however_often_they_are_reported(growths: list[int]) -> None:
+    backend, passes = PrometheusMetrics(ENGINE), 0
+    metrics = EngineMetrics(backend, tier="expert")
+    for more in growths:
         passes += more
         metrics.report(replace(IDLE, passes=passes), leases=0)
     name = key("cascade_engine_passes_total", tier="expert")
-    assert exposed(sink.registry).get(name, 0) == passes
+    assert exposed(backend.registry).get(name, 0) == passes
 
 
-def test_every_part_of_the_cache_is_told() -> None:
-    sink = PrometheusMetrics(ENGINE)
+def test_every_part_of_the_cache_is_exported() -> None:
+    backend = PrometheusMetrics(ENGINE)
     now = replace(IDLE, cache_tokens_live=300, cache_tokens_used=500)
-    EngineMetrics(sink, tier="drafter").report(now, leases=3)
-    found = exposed(sink.registry)
+    EngineMetrics(backend, tier="drafter").report(now, leases=3)
+    found = exposed(backend.registry)
     states = {"live": 300, "idle": 200, "free": 500}
     for state, count in states.items():
         assert found[key("cascade_engine_cache_tokens", tier="drafter", state=state)] == count
     assert found[key("cascade_engine_leases", tier="drafter")] == 3
 
 
-def test_what_is_counted_is_in_the_stats() -> None:
-    assert {name for _, name in COUNTED} <= {field.name for field in fields(EngineStats)}
+def test_each_counter_is_a_field_of_the_stats() -> None:
+    assert {name for _, name in COUNTERS} <= {field.name for field in fields(EngineStats)}
 
 
 async def test_a_real_expert_reports_its_work(toy_stack: LocalServer) -> None:
     before = toy_stack.expert.engine.stats()
-    meter, sink = LoadMeter(before), PrometheusMetrics(ENGINE)
+    tracker, backend = LoadTracker(before), PrometheusMetrics(ENGINE)
     async for _ in toy_stack.router.generate(asked(max_tokens=20)):
         pass
     after = toy_stack.expert.engine.stats()
-    EngineMetrics(sink, tier="expert").report(after, leases=0)
-    read = meter.read(after)
+    EngineMetrics(backend, tier="expert").report(after, leases=0)
+    read = tracker.read(after)
     assert read["wait_s"] > 0
     assert 0 < read["backlog"] < 1
     assert 0 < read["busy"] <= 1
-    assert exposed(sink.registry)[key("cascade_engine_tokens_total", tier="expert")] == (
+    assert exposed(backend.registry)[key("cascade_engine_tokens_total", tier="expert")] == (
         pytest.approx(after.tokens)
     )
 
 
-async def test_a_task_is_held_until_it_ends() -> None:
+async def test_a_task_counts_until_it_ends() -> None:
     before = resource_counts(leases=2)
     assert before["pid"] == os.getpid()
     assert before["leases"] == 2

@@ -1,3 +1,5 @@
+"""A replica's session keeps the engine's tokens equal to the committed ones plus the draft."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
@@ -5,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.protocol.messages import extend_digest
+from cascade.protocol.messages import Judge, Propose, extend_digest
 from cascade.replica.session import ReplicaSession
 from cascade.types import DecodingParams, Session, SessionId
 
@@ -17,89 +19,109 @@ PROMPT = (7, 8, 9)
 TOKENS = st.lists(st.integers(0, 3), max_size=4)
 
 
-def seat(answer: list[int] | None = None) -> ReplicaSession:
+def new_session(tokens: list[int] | None = None) -> ReplicaSession:
     return ReplicaSession(
         connection=cast("Any", None),
         opened=Session(id=SessionId("s"), prompt=PROMPT, policy=DecodingParams()),
         epoch=1,
-        token="t",  # noqa: S106 - not a password
-        key=SessionId("s/0"),
-        answer=answer or [],
+        lease="t",
+        engine_id=SessionId("s/0"),
+        tokens=tokens or [],
     )
 
 
-def digest(answer: list[int]) -> int:
-    return extend_digest(extend_digest(0, PROMPT), answer)
+def digest(tokens: list[int]) -> int:
+    return extend_digest(extend_digest(0, PROMPT), tokens)
 
 
-class Fed:
-    """What an engine that obeys steps holds."""
+def message(position: int, tokens: tuple[int, ...], digest: int) -> Judge:
+    return Judge(
+        session_id=SessionId("s"), epoch=1, position=position, digest=digest, tokens=tokens
+    )
+
+
+class Cache:
+    """The tokens that an engine holds after the requests it was given."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
 
-    def run(self, step: ForwardRequest) -> None:
-        assert 0 <= step.base <= len(self.tokens)
-        assert step.num_logits <= len(step.tokens)
-        self.tokens[step.base :] = step.tokens
+    def run(self, request: ForwardRequest) -> None:
+        assert 0 <= request.base <= len(self.tokens)
+        assert request.num_logits <= len(request.tokens)
+        self.tokens[request.base :] = request.tokens
 
 
 def test_tokens_that_connect_are_committed() -> None:
-    here = seat([1, 2])
-    assert here.sync_tokens(position=3, tokens=(3,), digest=digest([1, 2, 3])) is None
-    assert here.answer == [1, 2, 3]
+    session = new_session([1, 2])
+    assert session.sync_tokens(message(3, (3,), digest([1, 2, 3]))) is None
+    assert session.tokens == [1, 2, 3]
 
 
-def test_a_gap_is_asked_for() -> None:
-    here = seat([1, 2])
-    assert here.sync_tokens(position=5, tokens=(5,), digest=0) == 2
-    assert here.answer == [1, 2]
+def test_tokens_missing_before_those_sent_are_requested() -> None:
+    session = new_session([1, 2])
+    assert session.sync_tokens(message(5, (5,), 0)) == 2
+    assert session.tokens == [1, 2]
 
 
-def test_an_earlier_position_takes_the_session_back() -> None:
-    here = seat([1, 2, 3])
-    assert here.sync_tokens(position=2, tokens=(), digest=digest([1, 2])) is None
-    assert here.answer == [1, 2]
+def test_an_earlier_position_truncates_the_session() -> None:
+    session = new_session([1, 2, 3])
+    assert session.sync_tokens(message(2, (), digest([1, 2]))) is None
+    assert session.tokens == [1, 2]
 
 
-def test_another_history_is_asked_for_from_the_start() -> None:
-    here = seat([1, 2])
-    assert here.sync_tokens(position=2, tokens=(), digest=digest([1, 3])) == 0
-    assert here.sync_tokens(position=2, tokens=(1, 3), digest=digest([1, 3])) is None
+def test_a_wrong_digest_requests_all_tokens() -> None:
+    session = new_session([1, 2])
+    assert session.sync_tokens(message(2, (), digest([1, 3]))) == 0
+    assert session.sync_tokens(message(2, (1, 3), digest([1, 3]))) is None
+
+
+def test_a_message_sent_again_is_a_repeat_of_the_one_served_or_queued_last() -> None:
+    session = new_session()
+    first, second = message(0, (), 5), message(1, (), 6)
+    assert not session.repeats(first)
+    session.serving = first
+    assert session.repeats(message(0, (), 5))
+    session.queued.append(second)
+    assert session.repeats(second)
+    assert not session.repeats(first)
+    assert not session.repeats(
+        Propose(session_id=SessionId("s"), epoch=1, position=1, digest=7, count=1)
+    )
 
 
 @given(st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), max_size=8))
-def test_the_engine_always_ends_with_answer_and_draft(
+def test_the_engine_always_ends_with_committed_tokens_and_draft(
     rounds: list[tuple[list[int], int, list[int]]],
 ) -> None:
-    """Whatever is drafted, accepted, corrected or taken back, each step feeds the truth."""
-    here, fed = seat(), Fed()
-    fed.run(here.prefill(None))
+    """Whatever is drafted, accepted or corrected, each forward request feeds the right tokens."""
+    session, cache = new_session(), Cache()
+    cache.run(session.prefill())
     for draft, accepted, correction in rounds:
-        step = here.step(draft, rows=len(draft) + 1, task=None)
-        fed.run(step)
-        assert fed.tokens == [*PROMPT, *here.answer, *draft]
-        here.commit([*draft[:accepted], *correction])
+        request = session.forward_request(draft, num_logits=len(draft) + 1, task=None)
+        cache.run(request)
+        assert cache.tokens == [*PROMPT, *session.tokens, *draft]
+        session.commit([*draft[:accepted], *correction])
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.data())
-def test_a_session_taken_back_feeds_the_truth(answer: list[int], data: st.DataObject) -> None:
-    here, fed = seat(), Fed()
-    fed.run(here.prefill(None))
-    fed.run(here.step(answer, rows=1, task=None))
-    here.commit(answer)
-    position = data.draw(st.integers(0, len(answer)))
+def test_a_truncated_session_feeds_the_right_tokens(tokens: list[int], data: st.DataObject) -> None:
+    session, cache = new_session(), Cache()
+    cache.run(session.prefill())
+    cache.run(session.forward_request(tokens, num_logits=1, task=None))
+    session.commit(tokens)
+    position = data.draw(st.integers(0, len(tokens)))
     other = data.draw(TOKENS)
-    told = [*answer[:position], *other]
-    assert here.sync_tokens(position=len(told), tokens=tuple(other), digest=digest(told)) is None
-    fed.run(here.step([], rows=1, task=None))
-    assert fed.tokens == [*PROMPT, *told]
+    now = [*tokens[:position], *other]
+    assert session.sync_tokens(message(len(now), tuple(other), digest(now))) is None
+    cache.run(session.forward_request([], num_logits=1, task=None))
+    assert cache.tokens == [*PROMPT, *now]
 
 
-def test_a_session_that_went_on_before_its_first_item_is_fed_the_whole_prompt() -> None:
-    """The prefill leaves the prompt's last token to the first item, which may come late."""
-    here, fed = seat(), Fed()
-    fed.run(here.prefill(None))
-    assert here.sync_tokens(position=2, tokens=(1, 2), digest=digest([1, 2])) is None
-    fed.run(here.step([], rows=1, task=None))
-    assert fed.tokens == [*PROMPT, 1, 2]
+def test_tokens_committed_before_the_first_message_do_not_hide_the_prompts_last_token() -> None:
+    """The prefill leaves that token to the first message, which may come late."""
+    session, cache = new_session(), Cache()
+    cache.run(session.prefill())
+    assert session.sync_tokens(message(2, (1, 2), digest([1, 2]))) is None
+    cache.run(session.forward_request([], num_logits=1, task=None))
+    assert cache.tokens == [*PROMPT, 1, 2]

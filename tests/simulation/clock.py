@@ -1,4 +1,4 @@
-"""An event loop whose time jumps to the next timer: hours pass in milliseconds, always alike."""
+"""An event loop in virtual time: it jumps to the next timer, and every run is the same."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-TICK_S = 1e-6  # from a thread to the loop
+TICK_S = 1e-6  # from `call_soon_threadsafe` to the call
 
 
-class Stuck(Exception):
-    """Everybody waits for somebody, and no timer runs."""
+class Deadlock(Exception):
+    """Every task waits for another, and no timer is set."""
 
 
 class _Timers(selectors.BaseSelector):
-    """Watches no file: where the loop would sleep, time passes at once."""
+    """Watches no file: where the loop would sleep, virtual time advances at once."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -37,15 +37,15 @@ class _Timers(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise Stuck
+            raise Deadlock
         self.now_s += timeout
         return []
 
 
 class _Task(asyncio.Task[Any]):
-    """A task whose place in a set is the same in every run."""
+    """A task whose hash, and so its order in a set, is the same in every run."""
 
-    worlds = itertools.count()
+    loops = itertools.count()
     numbers = itertools.count()
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -60,13 +60,13 @@ class _Task(asyncio.Task[Any]):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Runs callbacks in the order of their times, and those of one time as they came."""
+    """Runs callbacks in the order of their times, and those of equal time as they came."""
 
     def __init__(self) -> None:
         self._timers = _Timers()
         super().__init__(self._timers)
-        # Those of one loop lie in a set alike in every run; those of two do not collide there.
-        _Task.numbers = itertools.count(next(_Task.worlds) << 20)
+        # Within a loop hashes do not depend on the run, and no two loops share one.
+        _Task.numbers = itertools.count(next(_Task.loops) << 20)
         self.set_task_factory(_make_task)
 
     def time(self) -> float:
@@ -75,7 +75,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
-        """Call a moment later: what the loop does meanwhile, the other thread does not see."""
+        """Call a moment later, so that the loop runs on before it sees the other thread's call."""
         return self.call_later(TICK_S, callback, *args, context=context)
 
 
@@ -84,6 +84,6 @@ def _make_task(loop: asyncio.AbstractEventLoop, work: Any, **more: Any) -> async
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end on a loop of its own."""
+    """Run a coroutine to its end on a virtual loop."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(work)

@@ -1,4 +1,4 @@
-"""A network that is slow, forgets, repeats and reorders, and is cut."""
+"""A network that delays, drops, repeats and reorders frames, and that can be cut."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from cascade.protocol.services import TierKind
 
-KEEPALIVE_S = 10.0  # of silence, until both ends of a stream know
+KEEPALIVE_S = 10.0  # of silence, after which both ends of a stream consider it lost
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weather:
-    """How frames fare."""
+class NetworkConditions:
+    """The mean delay of a frame, and the probability of each fault."""
 
     delay_s: float = 0.001
     dropped: float = 0.0
@@ -30,20 +30,20 @@ class Weather:
 
 @dataclass(eq=False, kw_only=True)
 class Host:
-    """Where a replica listens."""
+    """The machine of a replica."""
 
     server: TierServer
     up: bool = True
-    cut_until_s: float = 0.0  # from the router
+    cut_until_s: float = 0.0  # unreachable from the router until then
     calls: list[SimCall] = field(default_factory=list["SimCall"])
 
 
 class Network:
     """All streams of one router."""
 
-    def __init__(self, chance: Random, weather: Weather) -> None:
-        self.chance = chance
-        self.weather = weather
+    def __init__(self, rng: Random, conditions: NetworkConditions) -> None:
+        self.rng = rng
+        self.conditions = conditions
         self.hosts: dict[str, Host] = {}
 
     def dial(self, address: str, kind: TierKind) -> SimCall:
@@ -53,21 +53,21 @@ class Network:
             call.host.calls.append(call)
             call.serve()
         else:
-            asyncio.get_running_loop().call_later(self.weather.delay_s, call.end)
+            asyncio.get_running_loop().call_later(self.conditions.delay_s, call.end)
         return call
 
     def kill(self, address: str, *, silently: bool) -> None:
-        """End a host at once; the router hears of it now, or by its silence."""
+        """Stop a host at once; the router notices now, or only by the keepalive timeout."""
         host = self.hosts[address]
         host.up = False
         calls, host.calls = host.calls, []
         for call in calls:
             call.end_server()
-            after_s = KEEPALIVE_S if silently else self.weather.delay_s
+            after_s = KEEPALIVE_S if silently else self.conditions.delay_s
             asyncio.get_running_loop().call_later(after_s, call.end)
 
     def cut(self, address: str, *, for_s: float) -> None:
-        """Let nothing pass for a while; a stream that is silent too long is ended by both."""
+        """Hold all frames back for a while; a stream that is silent too long ends at both ends."""
         host, loop = self.hosts[address], asyncio.get_running_loop()
         host.cut_until_s = max(host.cut_until_s, loop.time() + for_s)
         if for_s > KEEPALIVE_S:
@@ -75,12 +75,12 @@ class Network:
                 loop.call_later(KEEPALIVE_S, call.end)
 
     def end_calls(self, address: str) -> None:
-        """Cut every stream, which both ends notice."""
+        """End every stream; both ends notice."""
         for call in list(self.hosts[address].calls):
             call.end()
 
 
-class _Way:
+class _Direction:
     """One direction of a call."""
 
     def __init__(self, network: Network, host: Host) -> None:
@@ -90,29 +90,29 @@ class _Way:
         self._last_s = 0.0
 
     def send(self, frame: bytes) -> None:
-        chance, weather = self._network.chance, self._network.weather
-        if chance.random() < weather.dropped:
+        rng, conditions = self._network.rng, self._network.conditions
+        if rng.random() < conditions.dropped:
             return
-        for _ in range(1 + (chance.random() < weather.repeated)):
+        for _ in range(1 + (rng.random() < conditions.repeated)):
             self._deliver(frame)
 
     def _deliver(self, frame: bytes) -> None:
         loop = asyncio.get_running_loop()
-        chance, weather = self._network.chance, self._network.weather
-        at_s = max(loop.time(), self._host.cut_until_s) + weather.delay_s * chance.expovariate(1)
-        if chance.random() >= weather.reordered:
-            at_s = self._last_s = max(at_s, self._last_s + 1e-9)  # else in no order
+        rng, conditions = self._network.rng, self._network.conditions
+        at_s = max(loop.time(), self._host.cut_until_s) + conditions.delay_s * rng.expovariate(1)
+        if rng.random() >= conditions.reordered:
+            at_s = self._last_s = max(at_s, self._last_s + 1e-9)  # after all frames before it
         loop.call_at(at_s, self.frames.put_nowait, frame)
 
 
 class SimCall:
-    """One call: the client's end, and the server's as a task."""
+    """One call: the client's end, with the server's as a task."""
 
     def __init__(self, network: Network, host: Host, kind: TierKind) -> None:
         self.host = host
         self._kind = kind
-        self._up = _Way(network, host)
-        self._down = _Way(network, host)
+        self._up = _Direction(network, host)
+        self._down = _Direction(network, host)
         self._server: asyncio.Task[None] | None = None
 
     def serve(self) -> None:
@@ -123,7 +123,7 @@ class SimCall:
             self._server.cancel()
 
     def end(self) -> None:
-        """Let both ends read their end."""
+        """Let both ends read the end of the stream."""
         self._up.frames.put_nowait(None)
         self._down.frames.put_nowait(None)
 
@@ -134,7 +134,7 @@ class SimCall:
         return await self._down.frames.get()
 
     async def close(self) -> None:
-        """End the call, as the server learns when the network lets it."""
+        """End the call; the server notices as soon as the network is not cut."""
         loop = asyncio.get_running_loop()
         at_s = max(loop.time(), self.host.cut_until_s)
         loop.call_at(at_s, self._up.frames.put_nowait, None)
@@ -157,9 +157,9 @@ class _AbortedError(Exception):
 
 
 class _Context:
-    """What a handler is given."""
+    """The servicer context of a call."""
 
-    def __init__(self, down: _Way) -> None:
+    def __init__(self, down: _Direction) -> None:
         self._down = down
 
     async def write(self, frame: bytes) -> None:

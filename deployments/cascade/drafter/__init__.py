@@ -1,1 +1,1 @@
-"""The drafter tier: drafts blocks of tokens."""
+"""The drafter tier: drafts blocks of tokens, on request and ahead of the verdicts."""

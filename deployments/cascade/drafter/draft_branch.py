@@ -1,9 +1,11 @@
-"""What a drafter writes of one session after one prefix: a block, and on from there unasked.
+"""One branch of a session's drafts: the block that was requested, and blocks drafted ahead of it.
 
-A line is blocks and, between them, guesses of what the expert adds. It goes on as long as what is
-asked next stands on it; a wrong guess ends it, and costs nothing but the drafter's work. What is
-drafted after a prefix depends on that prefix and its coins alone, so a block sent in advance is
-the block that would have been drafted when asked. A session's lines make its `Tree`.
+Blocks drafted ahead of the verifier assume that all earlier drafts are accepted; between two blocks
+the drafter guesses the token that the expert adds. A branch stays valid while the next request
+continues one of its blocks. A wrong guess ends it and costs only the drafter's work.
+
+What is drafted after a prefix depends on that prefix and its random numbers alone, so a block sent
+in advance is the block that would have been drafted on request.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from cascade.engine.request import ForwardRequest
@@ -24,251 +27,246 @@ from cascade.types import Bonus, DecodingParams, Mode
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cascade.replica.session import ReplicaSession
+    from cascade.drafter.draft_tree import DraftSession
     from cascade.speculation.confidence import Calibration
     from cascade.types import SessionId
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PendingBlock:
-    """A block in the making after a prefix with this position and digest."""
+    """A block being drafted after the prefix with this position and digest."""
 
     position: int
     digest: int
-    count: int  # of tokens, at most
-    branched: bool = False  # the prefix is another than the likeliest
+    count: int  # most tokens
+    branched: bool = False  # the prefix is not the likeliest one
     drafts: list[DraftToken] = field(default_factory=list[DraftToken])
-    after: DraftToken | None = None  # the guess of what follows
+    guess: DraftToken | None = None  # of the token that the expert adds
     deferred: bool = False
     passes: int = 0
-    survival: float = 1.0  # the chance that all of it stands, as far as confidences tell
+    acceptance_prob: float = 1.0  # of the whole block, as far as confidences are known
 
     @property
-    def base(self) -> tuple[int, int]:
-        """Return what it stands on."""
+    def prefix(self) -> tuple[int, int]:
+        """Return what identifies the tokens before the block."""
         return self.position, self.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchCandidate:
-    """A verdict on a block: so many drafts stand, and this token follows them."""
+    """A possible verdict on a block: so many drafts are accepted, and this token follows them."""
 
-    chance: float
-    stand: int
+    prob: float
+    accepted: int
     token: int
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class DraftBranch:
-    """The blocks of a line from the one last asked for.
+    """The blocks of a branch, from the one last requested on.
 
-    The engine's thread owns it while the seat is busy, the event loop while it is free.
+    The engine's thread owns it while the session is busy, the event loop otherwise.
     """
 
-    seat: ReplicaSession
-    asked: Propose
-    answer: list[int]  # committed, drafted and guessed tokens: what the engine is fed
-    limit: int  # of prompt and answer, in tokens
+    session: DraftSession
+    message: Propose  # the last one that this branch serves
+    tokens: list[int]  # committed, drafted and guessed: what the engine is fed after the prompt
+    limit: int  # of prompt and output, in tokens
     calibration: Calibration
-    block: PendingBlock
-    branch: SessionId | None = None  # the engine's name for it, unless it is the seat's own
-    guessing: bool = field(init=False, default=False)  # the next row yields a guess
-    ended: bool = field(init=False, default=False)
-    resting: bool = field(init=False, default=False)  # no step of it is on its way
-    _last: int = field(init=False, default=0)  # drafted or guessed, and not fed yet
-    _blocks: deque[PendingBlock] = field(init=False)  # from the one asked for last
-    _forked_at: int | None = field(init=False, default=None)  # drafts of the first that it keeps
+    block: PendingBlock  # being drafted
+    engine_id: SessionId | None = None  # the main branch uses its session's own
+    guessing: bool = field(init=False, default=False)  # the next logits yield a guess
+    ended: bool = field(init=False, default=False)  # at a stop token
+    paused: bool = field(init=False, default=False)  # no forward request is in flight
+    _unfed: int = field(init=False, default=0)  # the last token drafted, until the engine has it
+    _blocks: deque[PendingBlock] = field(init=False)  # from the one last requested
+    _forked_at: int | None = field(init=False, default=None)  # accepted drafts of the first block
 
     def __post_init__(self) -> None:
         self._blocks = deque([self.block])
 
-    def task(self, *, curious: bool) -> DraftTask:
-        """Return the token that the next row yields.
+    def task(self, *, spare_capacity: bool) -> DraftTask:
+        """Return the task of drafting a token from the next logits.
 
         Args:
-            curious: There is capacity for branches, if any are wanted.
+            spare_capacity: The drafter has time for other branches, if any are wanted.
         """
-        session = self.seat.opened
-        rivals = curious and self.asked.branches > 0
+        session = self.session.opened
+        may_fork = spare_capacity and self.message.branches > 0
         return DraftTask(
-            policy=_alone(session.policy) if self.guessing else session.policy,
-            position=len(self.answer),
+            policy=_guess_policy(session.policy) if self.guessing else session.policy,
+            position=len(self.tokens),
             block_start=self.block.position,
             prompt=session.prompt,
-            answer=self.answer,
+            answer=self.tokens,
             purpose=Purpose.NEXT_TOKEN if self.guessing else Purpose.DRAFT,
-            with_confidence=rivals or (self.doubts and not self.guessing),
+            with_confidence=may_fork or (self.may_stop_early and not self.guessing),
         )
 
-    def follow(self, item: Propose) -> bool:
-        """Return whether the item asks for a block of this line; those before it are history.
+    def follow(self, message: Propose) -> bool:
+        """Return whether a message requests a block of this branch, and drop those before it.
 
-        An item that repeats the one before asks for the same block again, on a line of its own.
+        A message that repeats the last one requests the same block again, on a new branch.
         """
-        base = item.position, item.digest
-        if all(block.base != base for block in list(self._blocks)[1:]):
+        prefix = message.position, message.digest
+        if all(block.prefix != prefix for block in islice(self._blocks, 1, None)):
             return False
-        while self._blocks[0].base != base:
+        while self._blocks[0].prefix != prefix:
             block = self._blocks.popleft()
-            self._learn(
-                block, stood=len(block.drafts) if self._forked_at is None else self._forked_at
-            )
+            accepted = len(block.drafts) if self._forked_at is None else self._forked_at
+            self._learn(block, accepted=accepted)
             self._forked_at = None
-        self.asked = item
+        self.message = message
         return True
 
-    def learn_mismatch(self, answer: Sequence[int]) -> None:
-        """Learn from an answer that went on otherwise how far the block asked for last stood."""
-        block = self._blocks[0]
-        committed = answer[block.position :]
-        pairs = zip(block.drafts, committed, strict=False)
-        stood = next((i for i, (draft, token) in enumerate(pairs) if draft.token != token), None)
-        if stood is not None:
-            self._learn(block, stood=stood)
+    def learn_mismatch(self, tokens: Sequence[int]) -> None:
+        """Learn from committed tokens that differ from the last requested block."""
+        block = self.requested
+        pairs = zip(block.drafts, tokens[block.position :], strict=False)
+        accepted = next((i for i, (draft, token) in enumerate(pairs) if draft.token != token), None)
+        if accepted is not None:
+            self._learn(block, accepted=accepted)
 
-    def _learn(self, block: PendingBlock, *, stood: int) -> None:
-        if self.asked.until_deferral:
-            return
-        for place, draft in enumerate(block.drafts[: min(stood + 1, block.count)]):
+    def _learn(self, block: PendingBlock, *, accepted: int) -> None:
+        if self.message.until_deferral:
+            return  # the verifier never saw the block
+        for i, draft in enumerate(block.drafts[: min(accepted + 1, block.count)]):
             if draft.confidence is not None:
-                self.calibration.learn(draft.confidence.probability, accepted=place < stood)
+                self.calibration.learn(draft.confidence.probability, accepted=i < accepted)
 
-    def is_asked(self, proposal: Proposal) -> bool:
-        """Return whether the proposal answers what was asked last, rather than a guess."""
-        return (proposal.position, proposal.digest) == (self.asked.position, self.asked.digest)
+    def is_requested(self, proposal: Proposal) -> bool:
+        """Return whether the proposal answers the last message, and was not drafted ahead."""
+        return (proposal.position, proposal.digest) == (self.message.position, self.message.digest)
 
     @property
-    def doubts(self) -> bool:
-        """Whether low confidence may end the block: not where a row must follow it."""
-        return self.asked.floor > 0 and not needs_probs_after_block(self.seat.opened.policy)
+    def may_stop_early(self) -> bool:
+        """Whether low confidence may end a block: not where probabilities must follow it."""
+        return self.message.floor > 0 and not needs_probs_after_block(self.session.opened.policy)
 
-    def take(self, draft: DraftToken) -> tuple[Proposal | None, ForwardRequest | None]:
-        """Add the token of a row; return the block that it completes and the step that follows."""
+    def add(self, draft: DraftToken) -> tuple[Proposal | None, ForwardRequest | None]:
+        """Add a drafted token; return the block that it completes and the next forward request."""
         self.block.passes += 1
         if self.guessing:
-            return None, self._after_guess(draft)
+            return None, self._add_guess(draft)
         if not self._completes(draft):
             return None, self._feed(draft.token)
         return self._proposal(), self.resume()
 
     def resume(self) -> ForwardRequest | None:
-        """Return the step that leads to the next block, or None if no more was asked for."""
-        more = self.branch is None and len(self._blocks) <= self.asked.ahead
-        # A block that ended in doubt is unlikely to stand: what followed it would be in vain.
-        more = more and self.block.survival >= self.asked.floor
-        if self.ended or not more or not self._fits(len(self.answer)):
-            self.resting = True
+        """Return the request that leads to the next block, or None if no more are wanted."""
+        wanted = self.engine_id is None and len(self._blocks) <= self.message.ahead
+        # A block that is unlikely to be accepted is not worth drafting ahead of.
+        wanted = wanted and self.block.acceptance_prob >= self.message.floor
+        self.paused = self.ended or not wanted or not self._fits(len(self.tokens))
+        if self.paused:
             return None
-        self.resting = False
-        policy = self.seat.opened.policy
-        if self._begun or policy.bonus is Bonus.NONE:
-            return self._begin(self._last)
+        policy = self.session.opened.policy
+        if self._drafted_past_block or policy.bonus is Bonus.NONE:
+            return self._begin_block(self._unfed)
         self.guessing = True
-        return self._feed(self._last)
+        return self._feed(self._unfed)
 
     @property
-    def can_branch(self) -> bool:
-        """Whether all is known of the block asked for last that this line will ever know."""
-        return self.resting or self.block is not self._blocks[0]
+    def can_fork(self) -> bool:
+        """Whether the last requested block is complete, with its guess if there will be one."""
+        return self.paused or self.block is not self.requested
 
     @property
-    def first(self) -> PendingBlock:
-        """Return the block asked for last."""
+    def requested(self) -> PendingBlock:
+        """Return the block last requested."""
         return self._blocks[0]
 
     def candidates(self) -> Iterator[BranchCandidate]:
-        """Yield other likely verdicts on the block asked for last than this line goes on with.
+        """Yield possible verdicts on the last requested block other than the one assumed here.
 
-        A block drafted until a deferral is not judged: the token after it alone is in doubt.
+        A block drafted until a deferral is not verified: only the token after it is in doubt.
         """
-        block, stands = self.first, 1.0
-        after = () if block.after is None else (block.after,)
-        for place, draft in enumerate((*block.drafts, *after)):
-            if draft.confidence is None or not self._fits(block.position + place):
+        block, prefix_prob = self.requested, 1.0
+        guess = () if block.guess is None else (block.guess,)
+        for i, draft in enumerate((*block.drafts, *guess)):
+            confidence = draft.confidence
+            if confidence is None or not self._fits(block.position + i):
                 return
-            chance = self.calibration.acceptance_prob(draft.confidence.probability)
-            if self.asked.until_deferral and draft is not block.after:
-                chance = 1.0
-            other, token = (
-                stands * (1 - chance) * draft.confidence.runner_up_share,
-                draft.confidence.runner_up,
-            )
-            if token not in self.seat.opened.policy.stop_ids:
-                yield BranchCandidate(chance=other, stand=place, token=token)
-            stands *= chance
+            prob = self.calibration.acceptance_prob(confidence.probability)
+            if self.message.until_deferral and draft is not block.guess:
+                prob = 1.0
+            if confidence.runner_up not in self.session.opened.policy.stop_ids:
+                other = prefix_prob * (1 - prob) * confidence.runner_up_share
+                yield BranchCandidate(prob=other, accepted=i, token=confidence.runner_up)
+            prefix_prob *= prob
 
     def fork(
-        self, outcome: BranchCandidate, *, branch: SessionId
+        self, candidate: BranchCandidate, *, engine_id: SessionId
     ) -> tuple[DraftBranch, ForwardRequest]:
-        """Return the line that stands on another verdict, and its first step."""
-        first = self.first
-        line = DraftBranch(
-            seat=self.seat,
-            asked=self.asked,
-            answer=self.answer[: first.position + outcome.stand],
+        """Return a branch that assumes another verdict, and its first forward request."""
+        branch = DraftBranch(
+            session=self.session,
+            message=self.message,
+            tokens=self.tokens[: self.requested.position + candidate.accepted],
             limit=self.limit,
             calibration=self.calibration,
-            block=first,
-            branch=branch,
+            block=self.requested,
+            engine_id=engine_id,
         )
-        line._forked_at = outcome.stand
-        step = line._begin(outcome.token)
-        line.block.branched = True
-        return line, replace(step, trunk=self.seat.key)
+        branch._forked_at = candidate.accepted
+        request = branch._begin_block(candidate.token)
+        branch.block.branched = True
+        return branch, replace(request, parent=self.session.engine_id)
 
     @property
-    def _begun(self) -> bool:
-        """Whether the row after the block was read already: its token is the guess."""
-        return self.block.deferred or needs_probs_after_block(self.seat.opened.policy)
+    def _drafted_past_block(self) -> bool:
+        """Whether the token after the block was drafted with it, and serves as the guess."""
+        return self.block.deferred or needs_probs_after_block(self.session.opened.policy)
 
     def _fits(self, position: int) -> bool:
-        room = self.limit - len(self.seat.opened.prompt) - position
-        return room > self.asked.count + 2
+        room = self.limit - len(self.session.opened.prompt) - position
+        return room > self.message.count + 2
 
     def _completes(self, draft: DraftToken) -> bool:
-        block, policy = self.block, self.seat.opened.policy
-        self._last = draft.token
-        if self.asked.until_deferral and drafter_defers(policy, draft):
-            block.deferred, block.after = True, draft
+        """Add a token to the block; return whether that completes it."""
+        block, policy = self.block, self.session.opened.policy
+        self._unfed = draft.token
+        if self.message.until_deferral and drafter_defers(policy, draft):
+            block.deferred, block.guess = True, draft
             return True
         block.drafts.append(draft)
-        wanted = block.count + needs_probs_after_block(policy)
         self.ended = draft.token in policy.stop_ids
-        if self.ended or len(block.drafts) >= wanted:
+        if self.ended or len(block.drafts) >= block.count + needs_probs_after_block(policy):
             return True
-        if draft.confidence is None or not self.doubts:
+        if draft.confidence is None or not self.may_stop_early:
             return False
-        block.survival *= self.calibration.acceptance_prob(draft.confidence.probability)
-        return block.survival < self.asked.floor
+        block.acceptance_prob *= self.calibration.acceptance_prob(draft.confidence.probability)
+        return block.acceptance_prob < self.message.floor
 
-    def _after_guess(self, guess: DraftToken) -> ForwardRequest | None:
+    def _add_guess(self, guess: DraftToken) -> ForwardRequest | None:
         self.guessing = False
-        self.block.after = guess
-        self.ended = guess.token in self.seat.opened.policy.stop_ids
-        self.resting = self.ended
-        return None if self.ended else self._begin(guess.token)
+        self.block.guess = guess
+        self.ended = self.paused = guess.token in self.session.opened.policy.stop_ids
+        return None if self.ended else self._begin_block(guess.token)
 
-    def _begin(self, token: int) -> ForwardRequest:
-        """Begin the block after a token that is guessed, or the last of its block."""
-        step = self._feed(token)
-        digest = extend_digest(self.block.digest, self.answer[self.block.position :])
-        count = self.asked.count
-        self.block = PendingBlock(position=len(self.answer), digest=digest, count=count)
+    def _begin_block(self, token: int) -> ForwardRequest:
+        """Begin the block after a token that is guessed or was the last of its block."""
+        request = self._feed(token)
+        digest = extend_digest(self.block.digest, self.tokens[self.block.position :])
+        count = self.message.count
+        self.block = PendingBlock(position=len(self.tokens), digest=digest, count=count)
         self._blocks.append(self.block)
-        return step
+        return request
 
     def _feed(self, token: int) -> ForwardRequest:
-        base = len(self.seat.opened.prompt) + len(self.answer)
-        self.answer.append(token)
-        session = self.branch or self.seat.key
-        return ForwardRequest(session=session, base=base, tokens=(token,), num_logits=1, task=self)
+        base = len(self.session.opened.prompt) + len(self.tokens)
+        self.tokens.append(token)
+        engine_id = self.engine_id or self.session.engine_id
+        return ForwardRequest(
+            session=engine_id, base=base, tokens=(token,), num_logits=1, task=self
+        )
 
     def _proposal(self) -> Proposal:
         block = self.block
         length = min(len(block.drafts), block.count)
         return Proposal(
-            session_id=self.asked.session_id,
-            epoch=self.asked.epoch,
+            session_id=self.message.session_id,
+            epoch=self.message.epoch,
             position=block.position,
             digest=block.digest,
             block=block_of(block.drafts, length=length),
@@ -279,10 +277,11 @@ class DraftBranch:
 
 
 @lru_cache
-def _alone(policy: DecodingParams) -> DecodingParams:
-    """Return a policy whose tokens are what the expert would write if it were the drafter.
+def _guess_policy(policy: DecodingParams) -> DecodingParams:
+    """Return the parameters under which the drafter guesses the expert's next token.
 
-    Where rows are shipped truncated, a coin chooses otherwise than from the whole row.
+    The guess is drawn from the whole distribution, as the expert's token is. From a truncated one,
+    as shipped with drafts, the same random number would select another token.
     """
     if policy.sampling.greedy or is_gumbel(policy):
         return policy

@@ -1,19 +1,21 @@
-"""What a drafter writes of a session while the expert judges: the likeliest outcomes, side by side.
+"""All that a drafter drafts of one session while the expert verifies: its most likely outcomes.
 
-The trunk is the line that what was asked last stands on; it goes on as if all of it stood. Beside
-it, each on a session of the engine's own that begins with the trunk's rows, branches write the
-block that would be asked for after other likely verdicts: some drafts stand, then the likeliest
-other token follows. The branch that a verdict proves right becomes the trunk and keeps its rows;
-the rest are dropped.
+The main branch continues the last requested block as if all of it were accepted. Beside it, other
+branches draft the block that would be requested after other likely verdicts: some drafts are
+accepted, then the likeliest other token follows. Each such branch has an engine session of its own
+that starts with the main branch's KV cache. The branch that a verdict confirms becomes the main
+branch and keeps its cache; the others are dropped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from heapq import nlargest
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from cascade.protocol.messages import Propose
+from cascade.replica.session import ReplicaSession
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -22,113 +24,115 @@ if TYPE_CHECKING:
     from cascade.drafter.draft_branch import BranchCandidate, DraftBranch, PendingBlock
     from cascade.engine.engine import Engine
     from cascade.engine.request import ForwardRequest
-    from cascade.replica.session import ReplicaSession
 
-LEAST_CHANCE = 0.02  # of a verdict below which no block is drafted on it
+MIN_PROB = 0.02  # of a verdict, below which no block is drafted for it
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class DraftSession(ReplicaSession):
+    """A session on a drafter: its committed tokens, and the branches drafted after them."""
+
+    tree: DraftTree | None = None  # since the first Propose
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class DraftTree:
-    """The lines of a session. The engine's thread owns it while the seat is busy, as its lines."""
+    """The branches of a session; owned like them by one thread at a time."""
 
-    seat: ReplicaSession
+    session: DraftSession
     engine: Engine
-    trunk: DraftBranch
-    names: Iterator[int]
-    in_flight: set[DraftBranch] = field(init=False)  # lines with a step in flight
+    main: DraftBranch
+    ids: Iterator[int]  # for engine sessions, each used once
+    in_flight: set[DraftBranch] = field(init=False)  # branches with a forward request in flight
     ended: bool = field(init=False, default=False)
-    _branches: list[DraftBranch] = field(init=False, default_factory=list["DraftBranch"])
-    _grown: PendingBlock | None = field(init=False, default=None)  # block whose branches were made
+    _others: list[DraftBranch] = field(init=False, default_factory=list["DraftBranch"])
+    _forked: PendingBlock | None = field(init=False, default=None)  # the last block forked from
 
     def __post_init__(self) -> None:
-        self.in_flight = {self.trunk}
+        self.in_flight = {self.main}
 
     def sync(self) -> bool:
-        """Take in what was asked meanwhile; return whether a branch has become the trunk.
+        """Apply the messages queued meanwhile; return whether another branch became the main one.
 
-        What stands on no line, and the end of the session, end the tree.
+        The tree ends with its session, or when the last message continues no branch.
         """
-        trunk, parked = self.trunk, self.seat.queued
-        last = parked[-1] if parked else trunk.asked
-        if self.seat.closed or not isinstance(last, Propose) or not self.follow(last):
+        main, queued = self.main, self.session.queued
+        last = queued[-1] if queued else main.message
+        if self.session.closed or not isinstance(last, Propose) or not self.follow(last):
             self.end()
-        return self.trunk is not trunk
+        return self.main is not main
 
-    def follow(self, item: Propose) -> bool:
-        """Return whether the item asks for a block of a line, which is or becomes the trunk."""
+    def follow(self, message: Propose) -> bool:
+        """Return whether the message requests a block of a branch, which becomes the main one."""
         if self.ended:
             return False
-        if item is self.trunk.asked:
+        if message is self.main.message:
             return True
-        if self.trunk.follow(item):
+        if self.main.follow(message):
             self._drop()
             return True
-        chosen = next((line for line in self._branches if line.follow(item)), None)
-        if chosen is not None:
-            self._adopt(chosen)
-        return chosen is not None
+        confirmed = next((branch for branch in self._others if branch.follow(message)), None)
+        if confirmed is not None:
+            self._adopt(confirmed)
+        return confirmed is not None
 
     def resume(self) -> list[ForwardRequest]:
-        """Return the step of a trunk that rested and has more to write now, if it has."""
-        step = None if self.ended or self.trunk in self.in_flight else self.trunk.resume()
-        if step is None:
+        """Return the next forward request of a paused main branch that has more to draft now."""
+        request = None if self.ended or self.main in self.in_flight else self.main.resume()
+        if request is None:
             return []
-        self.in_flight.add(self.trunk)
-        return [step]
+        self.in_flight.add(self.main)
+        return [request]
 
-    def has(self, line: DraftBranch) -> bool:
-        """Return whether the line may still turn out right."""
-        return not self.ended and (line is self.trunk or line in self._branches)
+    def has(self, branch: DraftBranch) -> bool:
+        """Return whether the branch may still be confirmed."""
+        return not self.ended and (branch is self.main or branch in self._others)
 
-    def grow(self, *, spare: float, most: int) -> list[ForwardRequest]:
-        """Return the first steps of the branches beside the trunk, once all is known for them.
+    def fork(self, *, spare: float, limit: int) -> list[ForwardRequest]:
+        """Return the first requests of new branches, once the requested block is complete.
 
         Args:
-            spare: The share of the time, and so of the branches wanted, that there is to spare.
-            most: Branches that passes have room for.
+            spare: Share of the drafter's time that is free, and of the wanted branches to make.
+            limit: Most branches that a forward pass has room for.
         """
-        if self.ended or not self.trunk.can_branch or self.trunk.first is self._grown:
+        if self.ended or not self.main.can_fork or self.main.requested is self._forked:
             return []
-        self._grown = self.trunk.first
-        count = min(most, round(spare * self.trunk.asked.branches))
-        likely = nlargest(count, self.trunk.candidates(), key=_chance) if count else ()
-        return [self._fork(one) for one in likely if one.chance >= LEAST_CHANCE]
+        self._forked = self.main.requested
+        count = min(limit, round(spare * self.main.message.branches))
+        likely = nlargest(count, self.main.candidates(), key=attrgetter("prob")) if count else ()
+        return [self._fork(one) for one in likely if one.prob >= MIN_PROB]
 
-    def lose(self, line: DraftBranch) -> bool:
-        """Drop a branch whose step failed; return whether no line has a step in flight now."""
-        flew = line in self.in_flight
-        self._drop(line)
-        return flew and not self.in_flight
+    def drop_failed(self, branch: DraftBranch) -> bool:
+        """Drop a branch whose request failed; return whether that was the last in flight."""
+        was_in_flight = branch in self.in_flight
+        self._drop(branch)
+        return was_in_flight and not self.in_flight
 
     def end(self) -> None:
-        """Drop all; a step of the trunk that is in flight is still heard."""
+        """Drop all other branches; a request of the main one may still be in flight."""
         self._drop()
         self.ended = True
 
     def _adopt(self, branch: DraftBranch) -> None:
-        """Make a branch the trunk."""
-        assert branch.branch is not None, "no trunk is among the branches"
-        self.engine.adopt(self.seat.key, branch=branch.branch)
-        self._branches.remove(branch)
+        """Make a branch the main one."""
+        assert branch.engine_id is not None, "the main branch is not among the others"
+        self.engine.adopt(self.session.engine_id, branch=branch.engine_id)
+        self._others.remove(branch)
         self._drop()
         self.in_flight &= {branch}
-        self.trunk, branch.branch, self.seat.fed = branch, None, branch.answer
+        self.main, branch.engine_id, self.session.engine_tokens = branch, None, branch.tokens
 
-    def _drop(self, *lines: DraftBranch) -> None:
-        """Drop branches, all if none is named."""
-        for line in lines or tuple(self._branches):
-            if line in self._branches and line.branch is not None:
-                self._branches.remove(line)
-                self.in_flight.discard(line)
-                self.engine.release(line.branch)
+    def _drop(self, *branches: DraftBranch) -> None:
+        """Drop some other branches, all if none is named."""
+        for branch in branches or tuple(self._others):
+            if branch in self._others and branch.engine_id is not None:
+                self._others.remove(branch)
+                self.in_flight.discard(branch)
+                self.engine.release(branch.engine_id)
 
-    def _fork(self, outcome: BranchCandidate) -> ForwardRequest:
-        name = SessionId(f"{self.seat.opened.id}/{next(self.names)}")
-        line, step = self.trunk.fork(outcome, branch=name)
-        self._branches.append(line)
-        self.in_flight.add(line)
-        return step
-
-
-def _chance(outcome: BranchCandidate) -> float:
-    return outcome.chance
+    def _fork(self, candidate: BranchCandidate) -> ForwardRequest:
+        engine_id = SessionId(f"{self.session.opened.id}/{next(self.ids)}")
+        branch, request = self.main.fork(candidate, engine_id=engine_id)
+        self._others.append(branch)
+        self.in_flight.add(branch)
+        return request

@@ -1,8 +1,8 @@
-"""The drafter: writes the next few tokens of a session, one forward pass a token.
+"""The drafter: drafts the next tokens of sessions, one forward pass per token.
 
 All sessions of a replica are drafted together: a pass takes whatever waits, and the tokens it
-yields are the next pass's input without leaving the engine's thread. What it writes of a session,
-asked and unasked, is a `Tree` of lines.
+yields are the input of the next pass without leaving the engine's thread. All that is drafted of a
+session, on request or ahead, is its `DraftTree`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
-from cascade.drafter.draft_tree import DraftTree
-from cascade.drafter.session import DraftSession
+from cascade.drafter.draft_tree import DraftSession, DraftTree
 from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Propose
 from cascade.protocol.services import DRAFTER
 from cascade.replica.replica import Replica, Result
-from cascade.replica.session import ReplicaSession
 from cascade.speculation.confidence import Calibration
-from cascade.speculation.cost_model import StepTime, Timing
+from cascade.speculation.cost_model import StepTime
 from cascade.speculation.draft import draft_step
 
 if TYPE_CHECKING:
@@ -30,158 +28,147 @@ if TYPE_CHECKING:
 
     from cascade.engine.request import ForwardRequest, LogitsOutput
     from cascade.protocol.messages import Proposal
+    from cascade.replica.session import ReplicaSession
     from cascade.rules import Rule
     from cascade.speculation.draft import DraftTask, DraftToken
 
-STRETCH = 1.0  # of a pass: by how much of its time branches may lengthen it
+MAX_BRANCH_OVERHEAD = 1.0  # share of its time by which branches may lengthen a pass
 
 
 class Drafter(Replica[Propose]):
-    """A replica of the drafter tier; its engine's head."""
+    """A replica of the drafter tier; its engine's logits handler."""
 
     kind = DRAFTER
     session_class = DraftSession
-    _calibrations: defaultdict[Rule, Calibration]
-    _passes: StepTime  # of a token or two a session, with what is done with their rows
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._calibrations = defaultdict(Calibration)
-        self._passes = StepTime()
+        self._calibrations: defaultdict[Rule, Calibration] = defaultdict(Calibration)
+        self._step_time = StepTime()  # of passes of a token or two per session
 
-    def begin(self, seat: ReplicaSession, item: Propose) -> Sequence[ForwardRequest]:
-        """Return the steps whose rows yield the next tokens, unless those were sent already."""
-        if item.count < 1:
+    def begin(self, session: ReplicaSession, message: Propose) -> Sequence[ForwardRequest]:
+        """Return the forward requests that lead to a block, unless it was sent already.
+
+        Raises:
+            InvalidRequest: Less than one token is requested, or more than the context holds.
+        """
+        assert isinstance(session, DraftSession), "a drafter opens sessions of this class"
+        if message.count < 1:
             raise InvalidRequest(
-                f"a proposal of {item.count} tokens was asked for; ask for at least 1"
+                f"a proposal of {message.count} tokens was asked for; ask for at least 1"
             )
-        self.check_context(seat.length, item.count)
-        spare, tree = self.engine.spare, _tree_of(seat)
-        if tree is None or not tree.follow(item):
-            return [self._new_tree(seat, item)]
-        return [*tree.resume(), *tree.grow(spare=spare, most=self._branch_budget(1))]
+        self.check_context(session.num_tokens, message.count)
+        spare, tree = self.engine.spare, session.tree
+        if tree is None or not tree.follow(message):
+            return [self._new_tree(session, message)]
+        return [*tree.resume(), *tree.fork(spare=spare, limit=self._branch_limit(1))]
 
-    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        """Draft one token of every line."""
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        """Draft one token of every branch."""
         spare = self.engine.spare
-        lines = [one.request.task for one in outputs if isinstance(one.request.task, DraftBranch)]
-        results = [
-            Result(session=one.request.task)
-            for one in outputs
-            if isinstance(one.request.task, ReplicaSession)
-        ]
-        drafts = self.draft(logits_NV, [line.task(curious=spare > 0) for line in lines])
+        tasks: list[DraftBranch | DraftSession] = [output.request.task for output in outputs]
+        branches = [task for task in tasks if isinstance(task, DraftBranch)]
+        results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
+        drafts = self.draft(logits_NV, [one.task(spare_capacity=spare > 0) for one in branches])
         self._record_step_time()
-        turns: defaultdict[ReplicaSession, list[tuple[DraftBranch, DraftToken]]] = defaultdict(list)
-        for line, draft in zip(lines, drafts, strict=True):
-            turns[line.seat].append((line, draft))
-        follow: list[ForwardRequest] = []
-        room = self._branch_budget(len(turns))
-        for seat, turn in turns.items():
-            follow += self._step_session(seat, turn, results, spare=spare, room=room)
+        drafted: defaultdict[DraftSession, list[tuple[DraftBranch, DraftToken]]] = defaultdict(list)
+        for branch, draft in zip(branches, drafts, strict=True):
+            drafted[branch.session].append((branch, draft))
+        requests: list[ForwardRequest] = []
+        limit = self._branch_limit(len(drafted))
+        for session, pairs in drafted.items():
+            requests += self._step_session(session, pairs, results, spare=spare, limit=limit)
         self.publish(results)
-        return follow
+        return requests
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        """Refuse the session whose step cannot run; a branch is given up in silence."""
-        line = request.task
-        tree = (
-            _tree_of(line.seat)
-            if isinstance(line, DraftBranch) and line.branch is not None
-            else None
-        )
-        if tree is None:
+        """Refuse the session whose request failed; of a side branch, drop only that branch."""
+        branch: DraftBranch | DraftSession = request.task
+        if isinstance(branch, DraftSession) or branch.engine_id is None:
             super().fail(request, error)
-        elif tree.lose(line):
-            self.publish([Result(session=line.seat)])
+        elif branch.session.tree and branch.session.tree.drop_failed(branch):
+            self.publish([Result(session=branch.session)])
 
     def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[DraftToken]:
-        """Return the token that each row yields."""
+        """Return the token drafted for each task, from logits in the same order."""
         return draft_step(logits_NV, tasks)
 
-    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
-        """Return the seat a step belongs to."""
-        task = step.task
-        return task.seat if isinstance(task, DraftBranch) else task
-
-    def _new_tree(self, seat: ReplicaSession, item: Propose) -> ForwardRequest:
-        """Begin a line after the answer; return its first step."""
-        assert isinstance(seat, DraftSession), "a drafter opens sessions of this class"
-        if seat.tree is not None:
-            seat.tree.trunk.learn_mismatch(seat.answer)
-            seat.tree.end()
-        step = seat.step((), rows=1, task=None)
-        step.task = line = DraftBranch(
-            seat=seat,
-            asked=item,
-            answer=seat.fed,
+    def _new_tree(self, session: DraftSession, message: Propose) -> ForwardRequest:
+        """Start a tree after the committed tokens; return its first forward request."""
+        if session.tree is not None:
+            session.tree.main.learn_mismatch(session.tokens)
+            session.tree.end()
+        request = session.forward_request((), num_logits=1, task=None)
+        request.task = main = DraftBranch(
+            session=session,
+            message=message,
+            tokens=session.engine_tokens,
             limit=self.describe().context_length,
-            calibration=self._calibrations[seat.opened.policy.rule],
-            block=PendingBlock(position=item.position, digest=item.digest, count=item.count),
+            calibration=self._calibrations[session.opened.policy.rule],
+            block=PendingBlock(
+                position=message.position, digest=message.digest, count=message.count
+            ),
         )
-        seat.tree = DraftTree(seat=seat, engine=self.engine, trunk=line, names=self._keys)
-        return step
+        session.tree = DraftTree(
+            session=session, engine=self.engine, main=main, ids=self._engine_ids
+        )
+        return request
 
     def _step_session(
         self,
-        seat: ReplicaSession,
-        turn: Sequence[tuple[DraftBranch, DraftToken]],
+        session: DraftSession,
+        drafted: Sequence[tuple[DraftBranch, DraftToken]],
         results: list[Result],
         *,
         spare: float,
-        room: int,
+        limit: int,
     ) -> Sequence[ForwardRequest]:
-        """Give the lines of a seat their tokens; return the steps that follow at once."""
-        tree = _tree_of(seat)
-        heard = [] if tree is None else [one for one in turn if one[0] in tree.in_flight]
-        if tree is None or not heard:
+        """Add drafted tokens to the branches of a session; return the requests that follow."""
+        tree = session.tree
+        assert tree is not None, "a branch is part of a tree"
+        drafted = [(branch, draft) for branch, draft in drafted if branch in tree.in_flight]
+        if not drafted:
             return ()
         adopted = tree.sync()
-        follow: list[ForwardRequest] = []
-        for line, draft in heard:
-            tree.in_flight.discard(line)
-            if not tree.has(line):
+        requests: list[ForwardRequest] = []
+        for branch, draft in drafted:
+            tree.in_flight.discard(branch)
+            if not tree.has(branch):
                 continue
-            proposal, step = line.take(draft)
-            if step is not None:
-                tree.in_flight.add(line)
-                follow.append(step)
+            proposal, request = branch.add(draft)
+            if request is not None:
+                tree.in_flight.add(branch)
+                requests.append(request)
             if proposal is not None:
-                results.append(self._result(line, proposal))
-        follow += [*tree.resume(), *tree.grow(spare=spare, most=room)]
+                results.append(self._result(branch, proposal))
+        requests += [*tree.resume(), *tree.fork(spare=spare, limit=limit)]
         if not tree.in_flight:
-            results.append(Result(session=seat))
+            results.append(Result(session=session))
         if not adopted:
-            return follow
-        for step in follow:
-            self.engine.submit(step)
+            return requests
+        for request in requests:  # through the queue: the engine must adopt the branch first
+            self.engine.submit(request)
         return ()
 
     def _record_step_time(self) -> None:
-        """Learn what the pass in hand took, unless it read a prompt."""
+        """Learn the duration of the current pass, unless it contains a prefill."""
         current = self.engine.current_pass
         if 0 < current.tokens <= 2 * current.sessions:
-            seconds = self.clock() - current.began_s
-            self._passes.learn(tokens=current.tokens, seconds=seconds)
+            self._step_time.learn(tokens=current.tokens, seconds=self.clock() - current.began_s)
 
-    def _branch_budget(self, sessions: int) -> int:
-        """Return how many branches each of so many sessions may have in a pass beside them all."""
-        return self._passes.more(sessions, share=STRETCH) // max(1, sessions)
+    def _branch_limit(self, num_sessions: int) -> int:
+        """Return how many side branches a pass has room for, per session."""
+        extra = self._step_time.extra_tokens(num_sessions, share=MAX_BRANCH_OVERHEAD)
+        return extra // max(1, num_sessions)
 
-    def _result(self, line: DraftBranch, proposal: Proposal) -> Result:
-        now_s, current = self.clock(), self.engine.current_pass
-        timing = Timing(
-            service_s=now_s - line.seat.asked_s if line.is_asked(proposal) else 0.0,
-            step_s=now_s - current.began_s,
-            tokens=current.tokens,
-            sessions=current.sessions,
-            open=self.sessions,
+    def _result(self, branch: DraftBranch, proposal: Proposal) -> Result:
+        session, now_s = branch.session, self.clock()
+        service_s = now_s - session.received_s if branch.is_requested(proposal) else 0.0
+        message = replace(
+            proposal,
+            timing=self.timing(service_s, now_s=now_s),
+            cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
         )
-        cached = self.engine.cached_tokens(line.seat.key)
-        item = replace(proposal, timing=timing, cached_prompt_tokens=cached)
-        return Result(session=line.seat, item=item, done=False)
-
-
-def _tree_of(seat: ReplicaSession) -> DraftTree | None:
-    assert isinstance(seat, DraftSession), "a drafter opens sessions of this class"
-    return seat.tree
+        return Result(session=session, message=message, done=False)

@@ -1,1 +1,1 @@
-"""The expert tier: verifies blocks in one forward pass each."""
+"""The expert tier: verifies blocks, many sessions in one forward pass."""

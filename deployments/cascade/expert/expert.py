@@ -1,4 +1,4 @@
-"""The expert: judges blocks, all that wait in one forward pass, and can write on alone.
+"""The expert: verifies all waiting blocks in one forward pass, and can decode on alone.
 
 The replica commits what its verdicts say, so a round ships only the draft and the verdict.
 """
@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cascade.engine.request import ForwardRequest
-from cascade.errors import CascadeError, Internal
 from cascade.protocol.grpc_status import refusal
 from cascade.protocol.messages import Judge, Judgement, Score, Scores, extend_digest
 from cascade.protocol.services import EXPERT
-from cascade.replica.replica import Replica, Result
-from cascade.replica.session import ReplicaSession
+from cascade.replica.replica import Replica, Result, as_cascade_error
 from cascade.sampling.probs import unscaled_probs
 from cascade.sampling.sampler import logprobs
-from cascade.speculation.cost_model import Timing
 from cascade.speculation.verify import VerifyTask, rows_needed, verify
 from cascade.types import Block, SessionId
 
@@ -30,48 +27,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.engine.request import LogitsOutput
+    from cascade.protocol.messages import Refusal, ToDrafter, ToExpert
     from cascade.protocol.server import Connection
+    from cascade.replica.session import ReplicaSession
     from cascade.types import TokenLogprob, Verdict
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Verification:
-    """A block under judgement, and then the tokens written alone."""
+    """A block to verify, and then the tokens that the expert decodes alone."""
 
-    seat: ReplicaSession
-    item: Judge
+    session: ReplicaSession
+    message: Judge
     block: Block
-    answer: list[int]  # committed
-    digest: int  # of prompt and answer
-    ahead: int
-    since_s: float  # when the item came, or the verdict before
+    tokens: list[int]  # committed
+    digest: int  # of prompt and committed tokens
+    ahead: int  # tokens left to decode alone
+    since_s: float  # when the message or the last verdict came
 
     @property
     def task(self) -> VerifyTask:
-        session = self.seat.opened
+        opened = self.session.opened
         return VerifyTask(
-            policy=session.policy,
-            position=len(self.answer),
+            policy=opened.policy,
+            position=len(self.tokens),
             block=self.block,
-            prompt=session.prompt,
-            answer=self.answer,
+            prompt=opened.prompt,
+            answer=self.tokens,
         )
 
-    def take(self, verdict: Verdict) -> ForwardRequest | None:
-        """Commit a verdict; return the step that leads to the next token, if one is wanted."""
-        kept = len(self.answer) + verdict.accepted
-        self.answer.extend(verdict.tokens)
+    def commit(self, verdict: Verdict) -> ForwardRequest | None:
+        """Commit a verdict; return the request that leads to the next token, if one is wanted."""
+        session = self.session
+        kept = len(self.tokens) + verdict.accepted
+        self.tokens.extend(verdict.tokens)
         self.digest = extend_digest(self.digest, verdict.tokens)
-        done = not verdict.tokens or verdict.tokens[-1] in self.seat.opened.policy.stop_ids
-        if done or self.ahead == 0 or self.seat.closed or self.seat.queued:
+        ended = not verdict.tokens or verdict.tokens[-1] in session.opened.policy.stop_ids
+        if ended or self.ahead == 0 or session.closed or session.queued:
             return None
         self.ahead -= 1
         self.block = Block()
-        self.seat.fed[kept:] = self.answer[kept:]
+        session.engine_tokens[kept:] = self.tokens[kept:]
         return ForwardRequest(
-            session=self.seat.key,
-            base=len(self.seat.opened.prompt) + kept,
-            tokens=tuple(self.answer[kept:]),
+            session=session.engine_id,
+            base=len(session.opened.prompt) + kept,
+            tokens=tuple(self.tokens[kept:]),
             num_logits=1,
             task=self,
         )
@@ -82,148 +82,150 @@ class _Scoring:
     """A text being scored, chunk by chunk."""
 
     connection: Connection
-    item: Score
-    key: SessionId
-    found: list[TokenLogprob] = field(default_factory=list)
+    message: Score
+    engine_id: SessionId
+    found: list[TokenLogprob] = field(default_factory=list["TokenLogprob"])
 
-    def take(self, logits_NV: Tensor, *, index: int) -> None:
+    def add(self, logits_NV: Tensor, *, index: int) -> None:
         """Add the log-probabilities of the tokens after those at `index`, `index` + 1, ..."""
-        tokens = self.item.tokens[index + 1 : index + 1 + logits_NV.shape[0]]
-        self.found.extend(
-            logprobs(unscaled_probs(logits_NV), tokens, [self.item.top] * len(tokens))
+        tokens = self.message.tokens[index + 1 : index + 1 + logits_NV.shape[0]]
+        top = [self.message.top] * len(tokens)
+        self.found.extend(logprobs(unscaled_probs(logits_NV), tokens, top))
+
+    @property
+    def scores(self) -> Scores:
+        message = self.message
+        return Scores(
+            session_id=message.session_id, epoch=message.epoch, logprobs=tuple(self.found)
         )
 
 
 class Expert(Replica[Judge]):
-    """A replica of the expert tier; its engine's head."""
+    """A replica of the expert tier; its engine's logits handler."""
 
     kind = EXPERT
 
-    def begin(self, seat: ReplicaSession, item: Judge) -> Sequence[ForwardRequest]:
-        """Return the step whose rows judge the block."""
-        self.check_context(seat.length, item.block.length)
-        room = self.describe().context_length - seat.length - item.block.length
-        task = _Verification(
-            seat=seat,
-            item=item,
-            block=item.block,
-            answer=list(seat.answer),
-            digest=seat.digest,
-            ahead=max(0, min(item.ahead, room)),
-            since_s=seat.asked_s,
-        )
-        rows = rows_needed(seat.opened.policy, item.block.tokens)
-        return [seat.step(item.block.tokens[: rows - 1], rows=rows, task=task)]
+    def receive(self, connection: Connection, message: ToDrafter | ToExpert) -> None:
+        """Serve one message of a stream.
 
-    def verdicts(self, rows: Sequence[Tensor], tasks: Sequence[VerifyTask]) -> Sequence[Verdict]:
-        """Return what the rows, [N, V] of each task, say of the tasks' blocks."""
-        return verify(torch.cat(list(rows)), tasks)
-
-    def score(self, connection: Connection, item: Score) -> None:
-        """Begin to score a text."""
-        self.check_context(len(item.tokens), 0)
-        key = SessionId(f"score/{next(self._keys)}")
-        task = _Scoring(connection=connection, item=item, key=key)
-        fed = item.tokens[:-1]
-        if fed:
-            self.engine.submit(
-                ForwardRequest(session=key, base=0, tokens=fed, num_logits=len(fed), task=task)
-            )
+        Raises:
+            CascadeError: The message cannot be served; the server then refuses its session.
+        """
+        if isinstance(message, Score):
+            self._begin_scoring(connection, message)
         else:
-            self._scored(task)
+            super().receive(connection, message)
+
+    def begin(self, session: ReplicaSession, message: Judge) -> Sequence[ForwardRequest]:
+        """Return the forward request whose logits verify the block.
+
+        Raises:
+            ContextTooLong: The block does not fit.
+        """
+        self.check_context(session.num_tokens, message.block.length)
+        room = self.describe().context_length - session.num_tokens - message.block.length
+        task = _Verification(
+            session=session,
+            message=message,
+            block=message.block,
+            tokens=list(session.tokens),
+            digest=session.digest,
+            ahead=max(0, min(message.ahead, room)),
+            since_s=session.received_s,
+        )
+        num_logits = rows_needed(session.opened.policy, message.block.tokens)
+        draft = message.block.tokens[: num_logits - 1]
+        return [session.forward_request(draft, num_logits=num_logits, task=task)]
+
+    def verify_blocks(
+        self, logits: Sequence[Tensor], tasks: Sequence[VerifyTask]
+    ) -> Sequence[Verdict]:
+        """Return the verdict on the block of each task, from its logits [N, V]."""
+        return verify(torch.cat(list(logits)), tasks)
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
     ) -> Sequence[ForwardRequest]:
-        """Judge every block and score every text whose rows are there."""
-        ends = list(accumulate(one.count for one in outputs))
+        """Verify every block and score every text whose logits are there."""
+        ends = accumulate(output.count for output in outputs)
         blocks: list[tuple[_Verification, Tensor]] = []
         results: list[Result] = []
-        for one, end in zip(outputs, ends, strict=True):
-            rows_NV = logits_NV[end - one.count : end]
-            match one.request.task:
+        for output, end in zip(outputs, ends, strict=True):
+            own_NV = logits_NV[end - output.count : end]
+            match output.request.task:
                 case _Verification() as block:
-                    blocks.append((block, rows_NV))
+                    blocks.append((block, own_NV))
                 case _Scoring() as scoring:
-                    self._score(scoring, rows_NV, one)
-                case seat:
-                    results.append(Result(session=seat))
-        follow = self._verify(blocks, results)
+                    scoring.add(own_NV, index=output.position)
+                    if output.last:
+                        self._loop.call_soon_threadsafe(self._end_scoring, scoring, scoring.scores)
+                case session:
+                    results.append(Result(session=session))
+        requests = self._verify(blocks, results) if blocks else []
         self.publish(results)
-        return follow
-
-    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
-        """Return the seat that a step belongs to; a score has none."""
-        match step.task:
-            case _Verification() as block:
-                return block.seat
-            case ReplicaSession() as seat:
-                return seat
-            case _:
-                return None
+        return requests
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        """Refuse the session or the score whose step cannot run."""
-        if isinstance(request.task, _Scoring):
-            self._loop.call_soon_threadsafe(self._unscored, request.task, error)
+        """Refuse the session or the score whose request failed."""
+        scoring = request.task
+        if isinstance(scoring, _Scoring):
+            message = scoring.message
+            reply = refusal(message.session_id, message.epoch, as_cascade_error(error))
+            self._loop.call_soon_threadsafe(self._end_scoring, scoring, reply)
         else:
             super().fail(request, error)
 
     def _verify(
         self, blocks: list[tuple[_Verification, Tensor]], results: list[Result]
     ) -> list[ForwardRequest]:
-        if not blocks:
-            return []
-        follow: list[ForwardRequest] = []
-        verdicts = self.verdicts([rows for _, rows in blocks], [block.task for block, _ in blocks])
+        requests: list[ForwardRequest] = []
+        verdicts = self.verify_blocks(
+            [logits for _, logits in blocks], [block.task for block, _ in blocks]
+        )
         now_s = self.clock()
         for (block, _), verdict in zip(blocks, verdicts, strict=True):
-            item = self._judgement(block, verdict, now_s=now_s)
-            step = block.take(verdict)
-            if step is not None:
-                follow.append(step)
+            judgement = self._judgement(block, verdict, now_s=now_s)
+            request = block.commit(verdict)
+            if request is not None:
+                requests.append(request)
             results.append(
-                Result(session=block.seat, item=item, committed=verdict.tokens, done=step is None)
+                Result(
+                    session=block.session,
+                    message=judgement,
+                    committed=verdict.tokens,
+                    done=request is None,
+                )
             )
-        return follow
+        return requests
 
     def _judgement(self, block: _Verification, verdict: Verdict, *, now_s: float) -> Judgement:
-        current = self.engine.current_pass
         service_s, block.since_s = now_s - block.since_s, now_s
         return Judgement(
-            session_id=block.item.session_id,
-            epoch=block.item.epoch,
-            position=len(block.answer),
+            session_id=block.message.session_id,
+            epoch=block.message.epoch,
+            position=len(block.tokens),
             digest=block.digest,
             verdict=verdict,
-            cached_prompt_tokens=self.engine.cached_tokens(block.seat.key),
-            timing=Timing(
-                service_s=service_s,
-                step_s=now_s - current.began_s,
-                tokens=current.tokens,
-                sessions=current.sessions,
-                open=self.num_sessions,
-            ),
+            cached_prompt_tokens=self.engine.cached_tokens(block.session.engine_id),
+            timing=self.timing(service_s, now_s=now_s),
         )
 
-    def _score(self, scoring: _Scoring, rows_NV: Tensor, one: LogitsOutput) -> None:
-        scoring.take(rows_NV, index=one.position)
-        if one.last:
-            self._loop.call_soon_threadsafe(self._scored, scoring)
-
-    def _scored(self, scoring: _Scoring) -> None:
-        item = scoring.item
-        self._end_score(scoring)
-        scoring.connection.send(
-            Scores(session_id=item.session_id, epoch=item.epoch, logprobs=tuple(scoring.found))
+    def _begin_scoring(self, connection: Connection, message: Score) -> None:
+        self.leases.claim(message.lease)
+        self.check_context(len(message.tokens), 0)
+        engine_id = SessionId(f"score/{next(self._engine_ids)}")
+        scoring = _Scoring(connection=connection, message=message, engine_id=engine_id)
+        tokens = message.tokens[:-1]
+        if not tokens:
+            self._end_scoring(scoring, scoring.scores)
+            return
+        self.engine.submit(
+            ForwardRequest(
+                session=engine_id, base=0, tokens=tokens, num_logits=len(tokens), task=scoring
+            )
         )
 
-    def _unscored(self, scoring: _Scoring, error: Exception) -> None:
-        item = scoring.item
-        self._end_score(scoring)
-        known = error if isinstance(error, CascadeError) else Internal(f"a pass failed: {error}")
-        scoring.connection.send(refusal(item.session_id, item.epoch, known))
-
-    def _end_score(self, scoring: _Scoring) -> None:
-        self.engine.release(scoring.key)
-        self.leases.end(scoring.item.lease)
+    def _end_scoring(self, scoring: _Scoring, reply: Scores | Refusal) -> None:
+        self.engine.release(scoring.engine_id)
+        self.leases.end(scoring.message.lease)
+        scoring.connection.send(reply)

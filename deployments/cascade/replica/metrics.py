@@ -1,4 +1,4 @@
-"""What an engine does, as metrics."""
+"""What an engine does: as load for the autoscaler, and as metrics."""
 
 from __future__ import annotations
 
@@ -15,49 +15,9 @@ if TYPE_CHECKING:
     from cascade.observability.metrics import MetricBackend
     from cascade.replica.replica import Replica
 
+REPORT_INTERVAL_S = 2.0
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What a replica tells the autoscaler. All are means over the time between two looks."""
-
-    wait_s: float = 0.0  # of a question, until its first pass
-    busy: float = 0.0  # share of the time spent in passes
-    backlog: float = 0.0  # passes that the waiting tokens fill
-    cache: float = 0.0  # share of the cache that open sessions hold
-
-
-def between(before: EngineStats, now: EngineStats) -> Load:
-    """Return the load since `before`, an earlier look at the same engine."""
-    passes, waits = now.passes - before.passes, now.waits - before.waits
-    queued = (now.queued_tokens - before.queued_tokens) / passes if passes else 0.0
-    return Load(
-        wait_s=(now.waited_s - before.waited_s) / waits if waits else 0.0,
-        busy=now.busy,
-        backlog=queued / now.budget_tokens,
-        cache=now.cache_tokens_live / now.cache_tokens_capacity,
-    )
-
-
-class LoadMeter:
-    """Remembers the last look, for one reader."""
-
-    def __init__(self, stats: EngineStats) -> None:
-        self._before = stats
-
-    def read(self, stats: EngineStats) -> dict[str, float]:
-        """Return the load since the last read, as Serve's autoscaler takes it."""
-        before, self._before = self._before, stats
-        return asdict(between(before, stats))
-
-
-def resource_counts(**held: int) -> dict[str, int]:
-    """Return the process id, the tasks of the running event loop, and what else is held."""
-    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), **held}
-
-
-PERIOD_S = 2.0
-
-COUNTED: tuple[tuple[MetricSpec, str], ...] = (
+COUNTERS: tuple[tuple[MetricSpec, str], ...] = (
     (metric_specs.ENGINE_PASSES, "passes"),
     (metric_specs.ENGINE_TOKENS, "tokens"),
     (metric_specs.ENGINE_TURNS, "turns"),
@@ -68,43 +28,76 @@ COUNTED: tuple[tuple[MetricSpec, str], ...] = (
     (metric_specs.ENGINE_PREFIX_TOKENS, "prefix_tokens"),
     (metric_specs.ENGINE_PREEMPTIONS, "preemptions"),
 )
+"""Each counter, and the field of `EngineStats` that it exports."""
 
 
-async def keep_reporting(replica: Replica[Any], sink: MetricBackend) -> None:
-    """Report what a replica does every two seconds, until cancelled."""
-    metrics = EngineMetrics(sink, tier=replica.kind.name)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """What a replica reports to the autoscaler: means over the time since its last report."""
+
+    wait_s: float = 0.0  # from a request to its first forward pass
+    busy: float = 0.0  # share of the time spent in passes
+    backlog: float = 0.0  # passes that the queued tokens fill
+    cache: float = 0.0  # share of the KV cache that open sessions hold
+
+
+class LoadTracker:
+    """Measures load between reads, for one reader."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._last = stats
+
+    def read(self, stats: EngineStats) -> dict[str, float]:
+        """Return the load since the last read, as Serve's autoscaler takes it."""
+        last, self._last = self._last, stats
+        passes, waits = stats.passes - last.passes, stats.waits - last.waits
+        queued = (stats.queued_tokens - last.queued_tokens) / passes if passes else 0.0
+        load = ReplicaLoad(
+            wait_s=(stats.waited_s - last.waited_s) / waits if waits else 0.0,
+            busy=stats.busy,
+            backlog=queued / stats.budget_tokens,
+            cache=stats.cache_tokens_live / stats.cache_tokens_capacity,
+        )
+        return asdict(load)
+
+
+def resource_counts(**held: int) -> dict[str, int]:
+    """Return the process id, the number of tasks on the event loop, and what else is held."""
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), **held}
+
+
+async def keep_reporting(replica: Replica[Any], backend: MetricBackend) -> None:
+    """Export the metrics of a replica every two seconds, until cancelled."""
+    metrics = EngineMetrics(backend, tier=replica.kind.name)
     while True:
         metrics.report(replica.engine.stats(), leases=len(replica.leases))
-        await asyncio.sleep(PERIOD_S)
+        await asyncio.sleep(REPORT_INTERVAL_S)
 
 
 class EngineMetrics:
-    """Puts an engine's figures into a sink."""
+    """Exports the statistics of one engine."""
 
-    def __init__(self, sink: MetricBackend, *, tier: str) -> None:
-        self._sink = sink
+    def __init__(self, backend: MetricBackend, *, tier: str) -> None:
+        self._backend = backend
         self._tier = tier
-        self._known: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
 
     def report(self, stats: EngineStats, *, leases: int) -> None:
-        """Report what is new and what is now."""
-        for family, name in COUNTED:
+        """Add what counters have grown by, and set the gauges."""
+        for spec, name in COUNTERS:
             total = getattr(stats, name)
-            fresh = total - self._known.get(name, 0)
-            if fresh > 0:
-                self._known[name] = total
-                self._sink.add(family, fresh, self._tier)
-        self._gauges(stats, leases)
-
-    def _gauges(self, stats: EngineStats, leases: int) -> None:
+            growth = total - self._reported.get(name, 0)
+            if growth > 0:
+                self._reported[name] = total
+                self._backend.add(spec, growth, self._tier)
         idle = stats.cache_tokens_used - stats.cache_tokens_live
         free = stats.cache_tokens_capacity - stats.cache_tokens_used
-        set_, tier = self._sink.set, self._tier
-        set_(metric_specs.ENGINE_BUSY, stats.busy, tier)
-        set_(metric_specs.ENGINE_WAITING, stats.waiting, tier)
-        set_(metric_specs.ENGINE_SESSIONS, stats.sessions, tier)
-        set_(metric_specs.ENGINE_LEASES, leases, tier)
-        set_(metric_specs.ENGINE_BUDGET, stats.budget_tokens, tier)
-        set_(metric_specs.CACHE_TOKENS, stats.cache_tokens_live, tier, "live")
-        set_(metric_specs.CACHE_TOKENS, max(idle, 0), tier, "idle")
-        set_(metric_specs.CACHE_TOKENS, max(free, 0), tier, "free")
+        set_gauge, tier = self._backend.set, self._tier
+        set_gauge(metric_specs.ENGINE_BUSY, stats.busy, tier)
+        set_gauge(metric_specs.ENGINE_WAITING, stats.waiting, tier)
+        set_gauge(metric_specs.ENGINE_SESSIONS, stats.sessions, tier)
+        set_gauge(metric_specs.ENGINE_LEASES, leases, tier)
+        set_gauge(metric_specs.ENGINE_BUDGET, stats.budget_tokens, tier)
+        set_gauge(metric_specs.CACHE_TOKENS, stats.cache_tokens_live, tier, "live")
+        set_gauge(metric_specs.CACHE_TOKENS, max(idle, 0), tier, "idle")
+        set_gauge(metric_specs.CACHE_TOKENS, max(free, 0), tier, "free")

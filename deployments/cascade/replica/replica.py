@@ -1,7 +1,7 @@
-"""What drafter and expert share: seats between a gRPC server and an engine.
+"""What drafter and expert share: sessions between a gRPC server and an engine.
 
-The event loop owns every seat; the engine's thread sees only steps and their tasks. While steps of
-a seat are in flight, items that arrive are parked, and the last is served next.
+The event loop owns every session; the engine's thread sees only forward requests and their tasks.
+While requests of a session are in flight its messages are queued, and the last is served next.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import hashlib
 import itertools
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import load
-from cascade.engine.settings import EngineSettings
 from cascade.engine.tokenizer import load as load_tokenizer
 from cascade.errors import CascadeError, ContextTooLong, Internal, InvalidRequest, Unauthenticated
 from cascade.observability.tracing import TracedTier
@@ -26,6 +25,7 @@ from cascade.protocol.server import TierServer
 from cascade.protocol.services import Description
 from cascade.replica.lease_book import LeaseBook
 from cascade.replica.session import ReplicaSession
+from cascade.speculation.cost_model import Timing
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -35,49 +35,35 @@ if TYPE_CHECKING:
 
     from cascade.engine.model_loader import LoadedModel
     from cascade.engine.request import ForwardRequest, LogitsOutput
+    from cascade.engine.settings import EngineSettings
     from cascade.engine.tokenizer import Tokenizer
-
-    # MOVED
     from cascade.protocol.messages import FromDrafter, FromExpert, ToDrafter, ToExpert
     from cascade.protocol.server import Connection
     from cascade.protocol.services import LeaseTicket, TierKind
+    from cascade.replica.options import ReplicaOptions
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaOptions:
-    """What a replica serves, and how patient it is."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    connect_timeout_s: float = 10.0  # from a lease to its session
-    idle_timeout_s: float = 120.0  # of a session without items
-    pass_timeout_s: float = 120.0  # of a forward pass, until its device is taken to hang
-
-
-Item = TypeVar("Item", Propose, Judge)
+Message = TypeVar("Message", Propose, Judge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What the engine's thread hands to the event loop for one seat after a pass."""
+    """What the engine's thread hands to the event loop for one session after a forward pass."""
 
     session: ReplicaSession
-    item: FromDrafter | FromExpert | None = None
+    message: FromDrafter | FromExpert | None = None
     committed: tuple[int, ...] = ()  # by this replica itself
-    done: bool = True  # the seat is free for its next item
+    done: bool = True  # the session can serve its next message
 
 
-class Replica(ABC, Generic[Item]):
-    """One model behind one gRPC server; `Drafter` and `Expert` say what an item means.
+class Replica(ABC, Generic[Message]):
+    """One model behind one gRPC server; `Drafter` and `Expert` handle the messages.
 
     Made by `start`, inside a running event loop.
     """
 
     kind: ClassVar[TierKind]
     session_class: ClassVar[type[ReplicaSession]] = ReplicaSession
-    clock = staticmethod(time.monotonic)  # the engine's
+    clock = staticmethod(time.monotonic)  # also the engine's
 
     def __init__(
         self,
@@ -91,7 +77,7 @@ class Replica(ABC, Generic[Item]):
         self.leases = LeaseBook(
             connect_timeout_s=options.connect_timeout_s,
             idle_timeout_s=options.idle_timeout_s,
-            standing=token,
+            shared_token=token,
             clock=self.clock,
         )
         settings = replace(options.engine, vocabulary=min(tokenizer.size, model.vocabulary))
@@ -106,7 +92,7 @@ class Replica(ABC, Generic[Item]):
         self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[tuple[Connection, SessionId], ReplicaSession] = {}
-        self._keys = itertools.count()
+        self._engine_ids = itertools.count()
 
     @classmethod
     async def start(
@@ -117,31 +103,24 @@ class Replica(ABC, Generic[Item]):
         advertised_host: str | None = None,
         token: str | None = None,
     ) -> Self:
-        """Load the model and serve it on `address` (port 0 picks a free one).
+        """Load the model and serve it.
 
         Args:
             options: What to serve.
-            address: `host:port` to bind.
+            address: `host:port` to bind; port 0 picks a free one.
             advertised_host: Host in the address that leases give; the bound one if absent.
-            token: A lease token that is always good, for tiers without Ray.
+            token: A lease token that is always accepted, for tiers without Ray.
 
         Raises:
             StartupError: The model cannot be served exactly, or the address not bound.
         """
-        model = await asyncio.to_thread(
-            load,
-            options.model,
-            device=options.engine.device,
-            dtype=options.engine.dtype,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
-        tokenizer = await asyncio.to_thread(
-            load_tokenizer,
-            options.model,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
+        source: dict[str, Any] = {
+            "revision": options.revision,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        device, dtype = options.engine.device, options.engine.dtype
+        model = await asyncio.to_thread(load, options.model, device=device, dtype=dtype, **source)
+        tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
         replica = cls(model, tokenizer, options, token=token)
         replica.engine.start()
         bound = await replica.server.start(address)
@@ -150,39 +129,38 @@ class Replica(ABC, Generic[Item]):
         return replica
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
-        """Take no new streams, cut the open ones after `grace_s` seconds, end the engine."""
+        """Accept no new streams, cut the open ones after `grace_s` seconds, stop the engine."""
         await self.server.stop(grace_s=grace_s)
         await asyncio.to_thread(self.engine.stop)
 
     def make_engine(self, model: LoadedModel, settings: EngineSettings) -> Engine:
-        """Return the engine whose head this is; not started."""
+        """Return an engine that hands its logits to this replica; not started."""
         return Engine(model, handler=self, settings=settings, clock=self.clock)
 
     @abstractmethod
-    def begin(self, seat: ReplicaSession, item: Item) -> Sequence[ForwardRequest]:
-        """Return the steps that serve the item, if it takes any; the seat is free and caught up."""
+    def begin(self, session: ReplicaSession, message: Message) -> Sequence[ForwardRequest]:
+        """Return the forward requests that serve a message, if it needs any.
+
+        The session is not busy, and has the tokens and the digest of the message.
+        """
 
     @abstractmethod
-    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        """Consume a pass's logits on the engine's thread; return the steps that follow at once."""
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        """Consume the logits of a forward pass; return the requests that follow at once.
 
-    @abstractmethod
-    def session_of(self, step: ForwardRequest) -> ReplicaSession | None:
-        """Return the seat that a step belongs to."""
-
-    def score(self, connection: Connection, item: Score) -> None:
-        """Answer a `Score`; only the expert does."""
-        del connection, item
-        raise InvalidRequest("a drafter does not score; send Score to an expert")
+        Called on the engine's thread. A request's task is its session, or has it as `session`.
+        """
 
     @property
-    def sessions(self) -> int:
+    def num_sessions(self) -> int:
         """Return the number of open sessions."""
         return len(self._sessions)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine runs, and its device does not hang."""
+        """Whether the engine runs and its device does not hang."""
         return self.engine.alive and self.engine.working_s < self._pass_timeout_s
 
     def describe(self) -> Description:
@@ -191,27 +169,39 @@ class Replica(ABC, Generic[Item]):
 
     async def lease(self) -> AsyncGenerator[LeaseTicket]:
         """Hold a lease for the caller (a streaming Serve method)."""
-        async for ticket in self.leases.hold(self.address, self._drop):
+        async for ticket in self.leases.hold(self.address, self._end_lease):
             yield ticket
 
-    def receive(self, connection: Connection, item: ToDrafter | ToExpert) -> None:
-        """Serve one item of a stream; a CascadeError refuses its session."""
-        match item:
+    def receive(self, connection: Connection, message: ToDrafter | ToExpert) -> None:
+        """Serve one message of a stream.
+
+        Raises:
+            CascadeError: The message cannot be served; the server then refuses its session.
+        """
+        match message:
             case Open():
-                self._open(connection, item)
+                self._open(connection, message)
             case Score():
-                self.leases.claim(item.lease)
-                self.score(connection, item)
+                raise InvalidRequest("a drafter does not score; send Score to an expert")
             case Close():
-                if seat := self._sessions.get((connection, item.session_id)):
-                    self._close(seat)
+                if session := self._sessions.get((connection, message.session_id)):
+                    self._close(session)
             case Propose() | Judge():
-                self._take(self._sessions[connection, item.session_id], item)
+                session = self._sessions[connection, message.session_id]
+                self.leases.touch(session.lease)
+                if session.busy and session.repeats(message):
+                    return
+                session.received_s = self.clock()
+                if session.busy:
+                    session.queued.append(message)
+                else:
+                    self._serve(session, message)
 
     def disconnected(self, connection: Connection) -> None:
-        """Free every session of a stream that ended."""
-        for seat in [seat for seat in self._sessions.values() if seat.connection is connection]:
-            self._close(seat)
+        """Close every session of a stream that ended."""
+        for session in list(self._sessions.values()):
+            if session.connection is connection:
+                self._close(session)
 
     def publish(self, results: Sequence[Result]) -> None:
         """Hand the results of one pass to the event loop; called on the engine's thread."""
@@ -219,108 +209,119 @@ class Replica(ABC, Generic[Item]):
             self._loop.call_soon_threadsafe(self._deliver, results)
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        """Refuse the session whose step cannot run; called on the engine's thread."""
-        known = error if isinstance(error, CascadeError) else Internal(f"a pass failed: {error}")
-        if seat := self.session_of(request):
-            self._loop.call_soon_threadsafe(self._refuse, seat, known)
+        """Refuse the session whose request failed; called on the engine's thread."""
+        task = request.task
+        session: ReplicaSession = task if isinstance(task, ReplicaSession) else task.session
+        self._loop.call_soon_threadsafe(self._refuse, session, as_cascade_error(error))
 
-    def check_context(self, held: int, more: int) -> None:
-        """Raise ContextTooLong unless `more` tokens fit after `held`."""
-        room = self._description.context_length - held
-        if more > room:
+    def check_context(self, num_held: int, num_new: int) -> None:
+        """Check that so many new tokens fit after those that a session holds.
+
+        Raises:
+            ContextTooLong: They do not.
+        """
+        limit = self._description.context_length
+        if num_held + num_new > limit:
             raise ContextTooLong(
-                f"{held} tokens and {more} more do not fit the context of "
-                f"{self._description.context_length}"
+                f"{num_held} tokens and {num_new} more do not fit the context of {limit}"
             )
 
-    def _open(self, connection: Connection, item: Open) -> None:
-        self.leases.claim(item.lease)
-        session = item.session
-        if not session.prompt:
-            raise InvalidRequest("the prompt is empty; a session needs at least one token")
-        self.check_context(len(session.prompt) + session.position, 0)
-        place = (connection, session.id)
-        if old := self._sessions.get(place):
-            self._close(old)
-        seat = self.session_class(
-            connection=connection,
-            opened=session,
-            epoch=item.epoch,
-            token=item.lease,
-            key=SessionId(f"{session.id}/{next(self._keys)}"),
-            answer=list(session.tokens),
+    def timing(self, service_s: float, *, now_s: float) -> Timing:
+        """Return the timing of a reply made from the current pass; on the engine's thread."""
+        current = self.engine.current_pass
+        return Timing(
+            service_s=service_s,
+            step_s=now_s - current.began_s,
+            tokens=current.tokens,
+            sessions=current.sessions,
+            open=self.num_sessions,
         )
-        self._sessions[place] = seat
-        if seat.length > 1:
-            seat.busy = True
-            self.engine.submit(seat.prefill(seat))
 
-    def _take(self, seat: ReplicaSession, item: Propose | Judge) -> None:
-        self.leases.touch(seat.token)
-        if seat.busy and seat.repeats(item):
-            return
-        seat.asked_s = self.clock()
-        if seat.busy:
-            seat.queued.append(item)
-        else:
-            self._serve(seat, item)
+    def _open(self, connection: Connection, message: Open) -> None:
+        self.leases.claim(message.lease)
+        opened = message.session
+        if not opened.prompt:
+            raise InvalidRequest("the prompt is empty; a session needs at least one token")
+        self.check_context(len(opened.prompt) + opened.position, 0)
+        if old := self._sessions.get((connection, opened.id)):
+            self._close(old)
+        session = self.session_class(
+            connection=connection,
+            opened=opened,
+            epoch=message.epoch,
+            lease=message.lease,
+            engine_id=SessionId(f"{opened.id}/{next(self._engine_ids)}"),
+            tokens=list(opened.tokens),
+        )
+        self._sessions[connection, opened.id] = session
+        if session.num_tokens > 1:
+            session.busy = True
+            self.engine.submit(session.prefill())
 
-    def _serve(self, seat: ReplicaSession, item: Propose | Judge) -> None:
-        lacking = seat.sync_tokens(position=item.position, tokens=item.tokens, digest=item.digest)
-        if lacking is None:
-            steps = self.begin(seat, item)  # pyright: ignore[reportArgumentType] - wire sends a tier its own
-            if steps:
-                seat.busy, seat.serving = True, item
-            for step in steps:
-                self.engine.submit(step)
-        elif len(item.tokens) == item.position:
+    def _serve(self, session: ReplicaSession, message: Propose | Judge) -> None:
+        missing_from = session.sync_tokens(message)
+        if missing_from is None:
+            requests = self.begin(session, message)  # pyright: ignore[reportArgumentType] - the server checks that a tier gets its own
+            if requests:
+                session.busy, session.serving = True, message
+            for request in requests:
+                self.engine.submit(request)
+        elif len(message.tokens) == message.position:
             raise InvalidRequest(
                 "the digest does not match the tokens sent; open the session again"
             )
         else:
-            seat.connection.send(
-                Need(session_id=item.session_id, epoch=seat.epoch, position=lacking)
+            session.connection.send(
+                Need(session_id=message.session_id, epoch=session.epoch, position=missing_from)
             )
 
     def _deliver(self, results: Sequence[Result]) -> None:
         for result in results:
-            if not result.session.closed:
-                self._settle(result)
+            session = result.session
+            if session.closed:
+                continue
+            self.leases.touch(session.lease)
+            session.commit(result.committed)
+            if result.message is not None:
+                session.connection.send(result.message)
+            if result.done:
+                session.busy = False
+                if session.queued:
+                    self._serve_queued(session)
 
-    def _settle(self, result: Result) -> None:
-        seat = result.session
-        self.leases.touch(seat.token)
-        seat.commit(result.committed)
-        if result.item is not None:
-            seat.connection.send(result.item)
-        if not result.done:
-            return
-        seat.busy = False
-        if not seat.queued:
-            return
-        *passed, item = seat.queued
-        seat.queued.clear()
-        for one in passed:
-            seat.sync_tokens(position=one.position, tokens=one.tokens, digest=one.digest)
+    def _serve_queued(self, session: ReplicaSession) -> None:
+        """Serve the last queued message; of those before it only the tokens matter."""
+        *superseded, message = session.queued
+        session.queued.clear()
+        for earlier in superseded:
+            session.sync_tokens(earlier)
         try:
-            self._serve(seat, item)
+            self._serve(session, message)
         except CascadeError as error:
-            self._refuse(seat, error)
+            self._refuse(session, error)
 
-    def _refuse(self, seat: ReplicaSession, error: CascadeError) -> None:
-        if not seat.closed:
-            self._close(seat)
-            seat.connection.send(refusal(seat.opened.id, seat.epoch, error))
+    def _refuse(self, session: ReplicaSession, error: CascadeError) -> None:
+        if not session.closed:
+            self._close(session)
+            session.connection.send(refusal(session.opened.id, session.epoch, error))
 
-    def _close(self, seat: ReplicaSession) -> None:
-        seat.closed = True
-        del self._sessions[seat.connection, seat.opened.id]
-        self.engine.release(seat.key)
-        self.leases.end(seat.token)
+    def _close(self, session: ReplicaSession) -> None:
+        session.closed = True
+        del self._sessions[session.connection, session.opened.id]
+        self.engine.release(session.engine_id)
+        self.leases.end(session.lease)
 
-    def _drop(self, token: str) -> None:
-        for seat in [seat for seat in self._sessions.values() if seat.token == token]:
-            self._refuse(seat, Unauthenticated("the lease has ended; take another"))
+    def _end_lease(self, token: str) -> None:
+        for session in list(self._sessions.values()):
+            if session.lease == token:
+                self._refuse(session, Unauthenticated("the lease has ended; take another"))
+
+
+def as_cascade_error(error: Exception) -> CascadeError:
+    """Return the error that a client receives for a failed forward pass."""
+    if isinstance(error, CascadeError):
+        return error
+    return Internal(f"a forward pass failed: {error}")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

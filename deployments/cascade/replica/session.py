@@ -1,4 +1,4 @@
-"""A session as one replica holds it."""
+"""One session on one replica: its committed tokens, and what the engine holds of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cascade.engine.request import ForwardRequest
-from cascade.protocol.prefix_hash import extend
+from cascade.protocol.messages import extend_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,82 +19,96 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ReplicaSession:
-    """The committed answer of a session, and what the engine was fed of it.
+    """The committed tokens of a session, and those that its KV cache in the engine covers.
 
-    The event loop owns a seat; the engine's thread reads it only while `busy`.
+    The event loop owns it; the engine's thread reads it only while it is `busy`.
     """
 
     connection: Connection
-    opened: Session
+    opened: Session  # as the router opened it
     epoch: int
-    token: str  # of its lease
-    key: SessionId  # the engine's name for it: no two seats share one
-    answer: list[int]
-    digest: int = field(init=False)
-    fed: list[int] = field(init=False, default_factory=list[int])  # in the engine, drafts too
-    agreed: int = 0  # fed[:agreed] == answer[:agreed]
-    prompted: bool = field(init=False, default=False)  # the engine was fed the whole prompt
+    lease: str  # its token
+    engine_id: SessionId  # the session's name in the engine, never reused
+    tokens: list[int]  # committed, after the prompt
+    digest: int = field(init=False)  # of prompt and committed tokens
+    engine_tokens: list[int] = field(init=False, default_factory=list[int])  # drafts included
+    num_synced: int = field(init=False, default=0)  # engine_tokens[:n] == tokens[:n]
+    prefilled: bool = field(init=False, default=False)  # the engine has the whole prompt
     busy: bool = False
     closed: bool = False
     queued: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
-    serving: Propose | Judge | None = None  # the item that the step in flight is for
-    asked_s: float = 0.0  # when the last item came
+    serving: Propose | Judge | None = None  # the message that the forward pass in flight is for
+    received_s: float = 0.0  # when the last message came
 
     def __post_init__(self) -> None:
-        self.digest = extend(extend(0, self.opened.prompt), self.answer)
+        self.digest = self._digest()
 
     @property
-    def length(self) -> int:
-        """Return the number of tokens of prompt and committed answer."""
-        return len(self.opened.prompt) + len(self.answer)
+    def num_tokens(self) -> int:
+        """Return the number of tokens of prompt and committed output."""
+        return len(self.opened.prompt) + len(self.tokens)
 
-    def repeats(self, item: Propose | Judge) -> bool:
-        """Return whether the item asks again, impatiently, for what will be answered anyway."""
+    def repeats(self, message: Propose | Judge) -> bool:
+        """Return whether the message resends the last one, which will be answered anyway."""
         last = self.queued[-1] if self.queued else self.serving
-        return last is not None and (last.position, last.digest) == (item.position, item.digest)
+        prefix = message.position, message.digest
+        return last is not None and (last.position, last.digest) == prefix
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Append committed tokens."""
-        self.answer.extend(tokens)
-        self.digest = extend(self.digest, tokens)
+        self.tokens.extend(tokens)
+        self.digest = extend_digest(self.digest, tokens)
 
-    def sync_tokens(self, *, position: int, tokens: Sequence[int], digest: int) -> int | None:
-        """Make `tokens` the last committed before `position`.
+    def sync_tokens(self, message: Propose | Judge) -> int | None:
+        """Make the message's tokens the last committed before its position.
 
-        Returns None, or the position from which tokens are needed because these do not connect.
+        Returns:
+            None, or the position from which the router must send tokens: there is a gap before
+            these, or the digest shows that earlier ones differ.
         """
-        start = position - len(tokens)
-        if start > len(self.answer):
-            return len(self.answer)
-        if start < len(self.answer):
-            del self.answer[start:]
-            self.agreed = min(self.agreed, start)
-            self.digest = extend(extend(0, self.opened.prompt), self.answer)
-        self.commit(tokens)
-        return None if self.digest == digest else 0
+        start = message.position - len(message.tokens)
+        if start > len(self.tokens):
+            return len(self.tokens)
+        if start < len(self.tokens):
+            del self.tokens[start:]
+            self.num_synced = min(self.num_synced, start)
+            self.digest = self._digest()
+        self.commit(message.tokens)
+        return None if self.digest == message.digest else 0
 
-    def step(self, draft: Sequence[int], *, rows: int, task: object) -> ForwardRequest:
-        """Return the step that feeds answer and draft, with logits of the last `rows` tokens."""
-        known = min(len(self.fed), len(self.answer))
-        while self.agreed < known and self.fed[self.agreed] == self.answer[self.agreed]:
-            self.agreed += 1
-        # The last committed token runs again if need be: its row is the first that is wanted.
-        keep = min(self.agreed, len(self.answer) - 1) if self.prompted else -1
-        self.prompted = True
-        fresh = (*self.answer[max(keep, 0) :], *draft)
-        self.fed[max(keep, 0) :] = fresh
-        tokens = fresh if keep >= 0 else (self.opened.prompt[-1], *fresh)
+    def forward_request(
+        self, draft: Sequence[int], *, num_logits: int, task: object
+    ) -> ForwardRequest:
+        """Return the request that feeds the engine what it lacks of the tokens, and a draft.
+
+        Args:
+            draft: Tokens after the committed ones.
+            num_logits: The last so many tokens need logits; at most `len(draft) + 1`.
+            task: Passed back with the logits.
+        """
+        held, tokens = self.engine_tokens, self.tokens
+        known = min(len(held), len(tokens))
+        while self.num_synced < known and held[self.num_synced] == tokens[self.num_synced]:
+            self.num_synced += 1
+        # The last committed token may run again: its logits are the first that are needed.
+        keep = min(self.num_synced, len(tokens) - 1) if self.prefilled else -1
+        self.prefilled = True
+        new = (*tokens[max(keep, 0) :], *draft)
+        held[max(keep, 0) :] = new
         return ForwardRequest(
-            session=self.key,
+            session=self.engine_id,
             base=len(self.opened.prompt) + keep,
-            tokens=tokens,
-            num_logits=rows,
+            tokens=new if keep >= 0 else (self.opened.prompt[-1], *new),
+            num_logits=num_logits,
             task=task,
         )
 
-    def prefill(self, task: object) -> ForwardRequest:
-        """Return the step that feeds all but the last known token, without logits."""
-        known = (*self.opened.prompt, *self.answer)[:-1]
-        self.fed = list(self.answer[:-1])
-        self.prompted = bool(self.answer)
-        return ForwardRequest(session=self.key, base=0, tokens=known, num_logits=0, task=task)
+    def prefill(self) -> ForwardRequest:
+        """Return the request that feeds all but the last known token, without logits."""
+        known = (*self.opened.prompt, *self.tokens)[:-1]
+        self.engine_tokens = list(self.tokens[:-1])
+        self.prefilled = bool(self.tokens)
+        return ForwardRequest(session=self.engine_id, base=0, tokens=known, num_logits=0, task=self)
+
+    def _digest(self) -> int:
+        return extend_digest(extend_digest(0, self.opened.prompt), self.tokens)
