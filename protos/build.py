@@ -1,4 +1,4 @@
-"""Build hook: generates `cascade.v1` (messages, stubs and their types) from `protos/cascade/v1`.
+"""Build hook that generates `cascade.v1` (messages, stubs and type stubs) from `protos/cascade/v1`.
 
 Runs on `pip install .`, on `pip install -e .` and by hand as `poe protos`.
 """
@@ -20,7 +20,11 @@ OUTPUTS = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
 
 
 def generate() -> None:
-    """Write the generated package; raises RuntimeError when protoc refuses a file."""
+    """Write the generated package.
+
+    Raises:
+        RuntimeError: protoc or one of its plugins is missing, or protoc rejects a file.
+    """
     from grpc_tools import protoc  # noqa: PLC0415 - only the isolated build has it at import time
 
     files = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("cascade/v1/*.proto"))
@@ -33,23 +37,23 @@ def generate() -> None:
         + files
     )
     if code != 0:
-        raise RuntimeError(f"protoc ended with {code}; its message stands above")
-    _forget_stale({Path(file).stem for file in files})
+        raise RuntimeError(f"protoc ended with {code}; see its message above")
+    _remove_stale({Path(file).stem for file in files})
     (PACKAGE / "__init__.py").write_text(
         '"""Generated from protos/cascade/v1; see its README."""\n'
     )
 
 
 def _program(name: str) -> str:
-    """Return the path of a protoc plugin, which an unactivated environment has off the PATH."""
+    """Return the path of a protoc plugin, also if it is only beside the interpreter."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
-        raise RuntimeError(f"{name} is not installed; `pip install mypy-protobuf` brings it")
+        raise RuntimeError(f"{name} is not installed; `pip install mypy-protobuf` installs it")
     return found
 
 
-def _forget_stale(stems: set[str]) -> None:
-    """Remove what was generated from .proto files that are gone."""
+def _remove_stale(stems: set[str]) -> None:
+    """Remove modules generated from .proto files that no longer exist."""
     for path in PACKAGE.glob("*_pb2*.py*"):
         if path.name.partition("_pb2")[0] not in stems:
             path.unlink()
