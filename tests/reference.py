@@ -1,7 +1,7 @@
-"""The slow twin: the same cascade with no cache, no batch and no wire, dense, in float64.
+"""The slow reference: the same cascade without cache, batch or network, dense, in float64.
 
-Same coins, same truncation of q, so the same tokens as the fast path. A model is a function from
-all tokens so far to one row of logits.
+It uses the same random numbers and the same sparse q as the fast path, so it must write the same
+tokens. A model is a function from all tokens so far to one row of logits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cascade.rules import (
 from cascade.sampling import rng
 from cascade.sampling.rng import Purpose
 from cascade.speculation.draft_length import expert_slots
-from cascade.speculation.modes import accepts_without_expert, policy_in
+from cascade.speculation.modes import VerifyWhen, plan_for
 from cascade.speculation.payload import (
     ProbsPayload,
     is_blockwise,
@@ -57,8 +57,8 @@ from cascade.types import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """The rows of one position, dense float64 [V]: processed and unscaled, of both models."""
+class PositionProbs:
+    """The distributions at one position, float64 [V]: processed and unscaled, of both models."""
 
     position: int
     q: Tensor
@@ -70,7 +70,7 @@ class Place:
 def processed(
     logits: Tensor, sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
 ) -> Tensor:
-    """Return the processed row of logits."""
+    """Return the processed probabilities of one row of logits."""
     logits = logits.clone()
     for token, bias in sampling.logit_bias:
         logits[token] += bias
@@ -86,7 +86,7 @@ def processed(
 
 
 def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return the row after top-k, top-p and min-p, each on what the one before left."""
+    """Return probabilities after top-k, top-p and min-p, each on what the one before kept."""
     if 0 < sampling.top_k < len(row):
         row = row * (row >= row.sort(descending=True).values[sampling.top_k - 1])
     if sampling.top_p < 1:
@@ -97,8 +97,8 @@ def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:
     return row / row.sum()
 
 
-def shipped(q: Tensor, policy: DecodingParams) -> Tensor:
-    """Return the row as the wire carries it: its top in float16, renormalised."""
+def as_sent(q: Tensor, policy: DecodingParams) -> Tensor:
+    """Return q as it is sent: the likeliest entries in float16, normalised."""
     weights = (q / q.max()).half().double()
     if policy.rows is not RowFormat.FULL and policy.row_entries < len(q):
         likely = q >= q.sort(descending=True).values[policy.row_entries - 1]
@@ -106,15 +106,15 @@ def shipped(q: Tensor, policy: DecodingParams) -> Tensor:
     return weights / weights.sum()
 
 
-def inverted(law: Tensor, coin: float) -> int:
-    """Return the first token at which the cumulated law exceeds the coin."""
-    cumulated = law.cumsum(0)
-    return int((cumulated <= coin * cumulated[-1]).sum().clamp_max(len(law) - 1))
+def inverse_cdf(weights: Tensor, uniform: float) -> int:
+    """Return the first token at which the cumulated weights exceed the number."""
+    cumulated = weights.cumsum(0)
+    return int((cumulated <= uniform * cumulated[-1]).sum().clamp_max(len(weights) - 1))
 
 
-def target(rule: Rule, place: Place) -> tuple[Tensor, Tensor]:
+def target_distribution(rule: Rule, at: PositionProbs) -> tuple[Tensor, Tensor]:
     """Return pi = T(q, p) and which tokens are deferred, both [V]."""
-    q, p, q0, p0 = place.q, place.p, place.q0, place.p0
+    q, p, q0, p0 = at.q, at.p, at.q0, at.p0
     match rule:
         case Lossless():
             return p, q > p
@@ -161,15 +161,15 @@ def unacceptable(rule: TokenV1 | TokenV2 | TokenV3 | Typical, q0: Tensor, p0: Te
 
 
 def defers(rule: Rule, q: Tensor, p: Tensor, q0: Tensor, p0: Tensor) -> bool:
-    """Return r of the position rules: whether the expert writes here."""
-    sure_q, sure_p, distance = float(q0.max()), float(p0.max()), float((p - q).clamp_min(0).sum())
+    """Return r of the position rules: whether they defer."""
+    max_q, max_p, distance = float(q0.max()), float(p0.max()), float((p - q).clamp_min(0).sum())
     match rule:
         case Chow(alpha=alpha):
-            deferred = sure_q < 1 - alpha
+            deferred = max_q < 1 - alpha
         case Diff(alpha=alpha):
-            deferred = sure_q < sure_p - alpha
+            deferred = max_q < max_p - alpha
         case Opt(alpha=alpha):
-            deferred = sure_q < sure_p - alpha * distance
+            deferred = max_q < max_p - alpha * distance
         case ChowLog(alpha=alpha):
             deferred = entropy(q0) > alpha
         case DiffLog(alpha=alpha):
@@ -186,7 +186,7 @@ def defers(rule: Rule, q: Tensor, p: Tensor, q0: Tensor, p0: Tensor) -> bool:
 
 
 def entropy(row: Tensor) -> float:
-    """Return the entropy of a row in nats."""
+    """Return the entropy of a distribution in nats."""
     return float(torch.special.entr(row).sum())
 
 
@@ -196,40 +196,40 @@ Token: TypeAlias = tuple[int, Origin]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two models and the policy they answer a prompt under."""
+class ModelPair:
+    """Two models, a prompt and the decoding parameters."""
 
     prompt: tuple[int, ...]
     drafter: Model
     expert: Model
     policy: DecodingParams
 
-    def place(self, answer: Sequence[int]) -> Place:
-        """Return the rows of the token after an answer."""
+    def probs_after(self, answer: Sequence[int]) -> PositionProbs:
+        """Return the distributions of the token after an answer."""
         z_q, z_p = self.drafter([*self.prompt, *answer]), self.expert([*self.prompt, *answer])
         q0, p0 = z_q.double().softmax(0), z_p.double().softmax(0)
         q = processed(z_q.double(), self.policy.sampling, self.prompt, answer)
         p = processed(z_p.double(), self.policy.sampling, self.prompt, answer)
-        need, rule = payload_spec(self.policy), self.policy.rule
+        spec, rule = payload_spec(self.policy), self.policy.rule
         kept = isinstance(rule, Chow | ChowLog) and not defers(rule, q, p, q0, p0)
-        if need.rows is ProbsPayload.ALL or (need.rows is ProbsPayload.DEFERRED and not kept):
-            q = q if self.policy.sampling.greedy else shipped(q, self.policy)
-        q0 = q0.half().double() if need.row_unscaled else q0
-        return Place(position=len(answer), q=q, p=p, q0=q0, p0=p0)
+        if spec.probs is ProbsPayload.ALL or (spec.probs is ProbsPayload.DEFERRED and not kept):
+            q = q if self.policy.sampling.greedy else as_sent(q, self.policy)
+        q0 = q0.half().double() if spec.unscaled_probs else q0
+        return PositionProbs(position=len(answer), q=q, p=p, q0=q0, p0=p0)
 
-    def draw(self, law: Tensor, purpose: Purpose, *, position: int, start: int) -> int:
-        """Return the token that the coins choose from a law."""
+    def draw(self, weights: Tensor, purpose: Purpose, *, position: int, start: int) -> int:
+        """Return the token that the random numbers choose."""
         if is_gumbel(self.policy):
-            noise = rng.noise([self.policy.seed], [position], len(law), "cpu")[0].double()
-            return int((law.log() + noise).argmax())
-        return inverted(law, self.coin(purpose, position=position, start=start))
+            noise_1V = rng.gumbel_noise([self.policy.seed], [position], len(weights), "cpu")
+            return int((weights.log() + noise_1V[0].double()).argmax())
+        return inverse_cdf(weights, self.uniform(purpose, position=position, start=start))
 
-    def coin(self, purpose: Purpose, *, position: int, start: int) -> float:
-        """Return the coin of a position; of a position and its block where blocks are verified."""
+    def uniform(self, purpose: Purpose, *, position: int, start: int) -> float:
+        """Return the number of a position; in block verification of a position and its block."""
         starts = [start] if is_blockwise(self.policy) else None
-        return float(rng.uniforms([self.policy.seed], [position], purpose, starts_N=starts))
+        return float(rng.uniforms([self.policy.seed], [position], purpose, block_starts_N=starts))
 
-    def ended(self, tokens: Sequence[int]) -> bool:
+    def has_ended(self, tokens: Sequence[int]) -> bool:
         """Return whether the last token ends the answer."""
         return bool(tokens) and tokens[-1] in self.policy.stop_ids
 
@@ -252,13 +252,13 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
         drafter: From all tokens so far to the drafter's logits of the next.
         expert: The same of the expert.
         policy: As the request has it; the mode's own policy is derived from it.
-        mode: Who drafts and who judges.
-        draft_tokens: Length of every block that fits the room.
+        mode: Who drafts and who verifies.
+        draft_tokens: Length of every block, if the budget allows it.
         max_tokens: Length of the answer if no stop token ends it.
         patience: When a sequence cascade keeps the drafter's answer.
     """
-    pair = Pair(
-        prompt=tuple(prompt), drafter=drafter, expert=expert, policy=policy_in(mode, policy)
+    pair = ModelPair(
+        prompt=tuple(prompt), drafter=drafter, expert=expert, policy=plan_for(mode, policy).params
     )
     if mode is Mode.SEQUENCE_CASCADE:
         drafted = _write(pair, Mode.DRAFTER_ONLY, 0, max_tokens)
@@ -267,140 +267,157 @@ def decode(  # noqa: PLR0913 - one parameter for each thing a request says
             >= (patience or SequenceCascadeParams()).threshold
         ):
             return drafted
-        pair = replace(pair, policy=policy_in(Mode.EXPERT_ONLY, policy))
+        pair = replace(pair, policy=plan_for(Mode.EXPERT_ONLY, policy).params)
         return _write(pair, Mode.EXPERT_ONLY, 0, max_tokens)
     return _write(pair, mode, draft_tokens, max_tokens)
 
 
-def _write(pair: Pair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[Token]:
+def _write(pair: ModelPair, mode: Mode, draft_tokens: int, max_tokens: int) -> list[Token]:
     """Return the answer: round after round until it ends."""
     text: list[Token] = []
-    while len(text) < max_tokens and not pair.ended([token for token, _ in text]):
+    while len(text) < max_tokens and not pair.has_ended([token for token, _ in text]):
         answer = [token for token, _ in text]
-        room = max_tokens - len(text)
+        budget = max_tokens - len(text)
         match mode:
             case Mode.EXPERT_ONLY:
-                text += judged(pair, answer, length=0)
+                text += verified_round(pair, answer, length=0)
             case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-                text += [alone(pair, answer)]
-            case Mode.SPECULATIVE | Mode.CASCADE if not accepts_without_expert(mode, pair.policy):
-                text += judged(
-                    pair, answer, length=min(draft_tokens, room - expert_slots(pair.policy))
+                text += [draft_token(pair, answer)]
+            case Mode.SPECULATIVE | Mode.CASCADE if (
+                plan_for(mode, pair.policy).verify is VerifyWhen.ALWAYS
+            ):
+                text += verified_round(
+                    pair, answer, length=min(draft_tokens, budget - expert_slots(pair.policy))
                 )
             case Mode.TOKEN_CASCADE | Mode.SPECULATIVE | Mode.CASCADE:
                 text += (
-                    [alone(pair, answer)] if keeps(pair, answer) else judged(pair, answer, length=0)
+                    [draft_token(pair, answer)]
+                    if keeps_draft(pair, answer)
+                    else verified_round(pair, answer, length=0)
                 )
     return text[:max_tokens]
 
 
-def alone(pair: Pair, answer: Sequence[int]) -> Token:
-    """Return the token that the drafter writes unasked."""
-    start, place = len(answer), pair.place(answer)
-    return pair.draw(place.q, Purpose.DRAFT, position=start, start=start), Origin.KEPT
+def draft_token(pair: ModelPair, answer: Sequence[int]) -> Token:
+    """Return the token that the drafter writes without verification."""
+    start, at = len(answer), pair.probs_after(answer)
+    return pair.draw(at.q, Purpose.DRAFT, position=start, start=start), Origin.KEPT
 
 
-def keeps(pair: Pair, answer: Sequence[int]) -> bool:
+def keeps_draft(pair: ModelPair, answer: Sequence[int]) -> bool:
     """Return whether the rule keeps the drafter at this position."""
-    place = pair.place(answer)
-    return not defers(pair.policy.rule, place.q, place.p, place.q0, place.p0)
+    at = pair.probs_after(answer)
+    return not defers(pair.policy.rule, at.q, at.p, at.q0, at.p0)
 
 
-def judged(pair: Pair, answer: Sequence[int], *, length: int) -> list[Token]:
-    """Return what one round commits: the drafted tokens that stand, and one of the expert's."""
-    start, tokens, places = len(answer), list[int](), list[Place]()
-    while len(tokens) < length and not pair.ended(tokens):
-        places.append(pair.place([*answer, *tokens]))
-        law, position = places[-1].q, places[-1].position
-        tokens.append(pair.draw(law, Purpose.DRAFT, position=position, start=start))
-    places.append(pair.place([*answer, *tokens]))
+def verified_round(pair: ModelPair, answer: Sequence[int], *, length: int) -> list[Token]:
+    """Return what one round commits: the accepted tokens, and one of the expert's."""
+    start, tokens, positions = len(answer), list[int](), list[PositionProbs]()
+    while len(tokens) < length and not pair.has_ended(tokens):
+        positions.append(pair.probs_after([*answer, *tokens]))
+        last = positions[-1]
+        tokens.append(pair.draw(last.q, Purpose.DRAFT, position=last.position, start=start))
+    positions.append(pair.probs_after([*answer, *tokens]))
     if is_gumbel(pair.policy):
-        return gumbel(pair, tokens, places)
-    accepted, law = (blockwise if is_blockwise(pair.policy) else tokenwise)(pair, tokens, places)
-    text = [(token, _origin(pair, token, places[i], start)) for i, token in enumerate(tokens)]
+        return verify_gumbel(pair, tokens, positions)
+    accepted, weights = (verify_block if is_blockwise(pair.policy) else verify_tokens)(
+        pair, tokens, positions
+    )
+    text = [(token, _origin(pair, token, positions[i], start)) for i, token in enumerate(tokens)]
     if accepted < len(tokens) or _has_bonus(pair, tokens):
-        emitted = pair.draw(law, Purpose.EMIT, position=start + accepted, start=start)
+        emitted = pair.draw(weights, Purpose.NEXT_TOKEN, position=start + accepted, start=start)
         return [*text[:accepted], (emitted, Origin.EXPERT)]
     return text
 
 
-def tokenwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tuple[int, Tensor]:
-    """Return how many tokens stand one by one, and the law of what follows (Alg. 4)."""
-    for i, (token, place) in enumerate(zip(tokens, places[:-1], strict=True)):
-        pi, deferred = target(pair.policy.rule, place)
-        coin = pair.coin(Purpose.ACCEPT, position=place.position, start=places[0].position)
+def verify_tokens(
+    pair: ModelPair, tokens: Sequence[int], positions: Sequence[PositionProbs]
+) -> tuple[int, Tensor]:
+    """Return how many tokens are accepted one by one, and the weights of the next (Alg. 4)."""
+    for i, (token, at) in enumerate(zip(tokens, positions[:-1], strict=True)):
+        pi, deferred = target_distribution(pair.policy.rule, at)
+        uniform = pair.uniform(Purpose.ACCEPT, position=at.position, start=positions[0].position)
         if sends_ids_only(pair.policy):
-            if bool(deferred[token]) and coin >= place.p[token]:
-                rest = place.p.clone().index_fill_(0, torch.tensor(token), 0.0)
-                return i, rest if rest.sum() > 0 else place.p
-        elif coin >= pi[token] / place.q[token]:
-            return i, _residual(pi, place.q, instead=pi)
-    return len(tokens), _bonus_law(pair, tokens, places[-1])
+            if bool(deferred[token]) and uniform >= at.p[token]:
+                rest = at.p.clone().index_fill_(0, torch.tensor(token), 0.0)
+                return i, rest if rest.sum() > 0 else at.p
+        elif uniform >= pi[token] / at.q[token]:
+            return i, _residual(pi, at.q, instead=pi)
+    return len(tokens), _bonus_probs(pair, tokens, positions[-1])
 
 
-def blockwise(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> tuple[int, Tensor]:
-    """Return how long a prefix of the block stands, and the law of what follows (2403.10444)."""
-    laws = [target(pair.policy.rule, place)[0] for place in places]
+def verify_block(
+    pair: ModelPair, tokens: Sequence[int], positions: Sequence[PositionProbs]
+) -> tuple[int, Tensor]:
+    """Return the length of the accepted prefix, and the weights of the next token (2403.10444)."""
+    pis = [target_distribution(pair.policy.rule, at)[0] for at in positions]
     factors = [1.0]
-    for token, place, pi in zip(tokens, places[:-1], laws[:-1], strict=True):
-        factors.append(min(1.0, factors[-1] * float(pi[token] / place.q[token])))
-    accepted, start = 0, places[0].position
+    for token, at, pi in zip(tokens, positions[:-1], pis[:-1], strict=True):
+        factors.append(min(1.0, factors[-1] * float(pi[token] / at.q[token])))
+    accepted, start = 0, positions[0].position
     for i in range(1, len(tokens) + 1):
-        stands = factors[i]
+        accept = factors[i]
         if i < len(tokens) and factors[i] < 1:
-            gain = float((factors[i] * laws[i] - places[i].q).clamp_min(0).sum())
-            stands = gain / (gain + 1 - factors[i])
-        if pair.coin(Purpose.ACCEPT, position=start + i - 1, start=start) < stands:
+            gain = float((factors[i] * pis[i] - positions[i].q).clamp_min(0).sum())
+            accept = gain / (gain + 1 - factors[i])
+        if pair.uniform(Purpose.ACCEPT, position=start + i - 1, start=start) < accept:
             accepted = i
     if accepted == len(tokens):
-        return accepted, _bonus_law(pair, tokens, places[-1])
-    pi, q = laws[accepted], places[accepted].q
+        return accepted, _bonus_probs(pair, tokens, positions[-1])
+    pi, q = pis[accepted], positions[accepted].q
     return accepted, _residual(factors[accepted] * pi, q, instead=pi)
 
 
-def gumbel(pair: Pair, tokens: Sequence[int], places: Sequence[Place]) -> list[Token]:
-    """Return what stands of a block under shared noise, and the token that does not agree."""
+def verify_gumbel(
+    pair: ModelPair, tokens: Sequence[int], positions: Sequence[PositionProbs]
+) -> list[Token]:
+    """Return the tokens accepted under shared noise, and the one after them."""
     text: list[Token] = []
-    start = places[0].position
-    for token, place in zip(tokens, places[:-1], strict=True):
-        pi = place.p if pair.policy.rule == Lossless() else target(pair.policy.rule, place)[0]
-        chosen = pair.draw(pi, Purpose.EMIT, position=place.position, start=start)
+    start = positions[0].position
+    for token, at in zip(tokens, positions[:-1], strict=True):
+        pi = (
+            at.p if pair.policy.rule == Lossless() else target_distribution(pair.policy.rule, at)[0]
+        )
+        chosen = pair.draw(pi, Purpose.NEXT_TOKEN, position=at.position, start=start)
         if chosen != token:
             return [*text, (chosen, Origin.EXPERT)]
-        own = pair.draw(place.p, Purpose.EMIT, position=place.position, start=start) == token
+        own = pair.draw(at.p, Purpose.NEXT_TOKEN, position=at.position, start=start) == token
         text.append((token, Origin.DRAFTER if own else Origin.KEPT))
     if not _has_bonus(pair, tokens):
         return text
-    law, position = _bonus_law(pair, tokens, places[-1]), places[-1].position
-    return [*text, (pair.draw(law, Purpose.EMIT, position=position, start=start), Origin.EXPERT)]
+    weights, position = _bonus_probs(pair, tokens, positions[-1]), positions[-1].position
+    return [
+        *text,
+        (pair.draw(weights, Purpose.NEXT_TOKEN, position=position, start=start), Origin.EXPERT),
+    ]
 
 
-def _has_bonus(pair: Pair, tokens: Sequence[int]) -> bool:
-    """Return whether a token follows a block that stands whole."""
-    return not tokens or (pair.policy.bonus is not Bonus.NONE and not pair.ended(tokens))
+def _has_bonus(pair: ModelPair, tokens: Sequence[int]) -> bool:
+    """Return whether a token follows a fully accepted block."""
+    return not tokens or (pair.policy.bonus is not Bonus.NONE and not pair.has_ended(tokens))
 
 
-def _bonus_law(pair: Pair, tokens: Sequence[int], place: Place) -> Tensor:
-    """Return the law of the token after a block that stands whole."""
+def _bonus_probs(pair: ModelPair, tokens: Sequence[int], at: PositionProbs) -> Tensor:
+    """Return the distribution of the token after a fully accepted block."""
     wanted = pair.policy.bonus is Bonus.TARGET and bool(tokens)
-    return target(pair.policy.rule, place)[0] if wanted else place.p
+    return target_distribution(pair.policy.rule, at)[0] if wanted else at.p
 
 
 def _residual(scaled: Tensor, q: Tensor, *, instead: Tensor) -> Tensor:
-    """Return what the scaled target has over q, or the target if it has nothing."""
+    """Return (scaled - q)+, or `instead` if that is zero everywhere."""
     residual = (scaled - q).clamp_min(0)
     return residual if residual.sum() > 0 else instead
 
 
-def _origin(pair: Pair, token: int, place: Place, start: int) -> Origin:
-    """Return whether lossless verification with the same coin would have let the token stand."""
-    coin = pair.coin(Purpose.ACCEPT, position=place.position, start=start)
-    own = pair.policy.rule == Lossless() or coin < place.p[token] / place.q[token]
+def _origin(pair: ModelPair, token: int, at: PositionProbs, start: int) -> Origin:
+    """Return whether lossless verification with the same number would accept the token."""
+    uniform = pair.uniform(Purpose.ACCEPT, position=at.position, start=start)
+    own = pair.policy.rule == Lossless() or uniform < at.p[token] / at.q[token]
     return Origin.DRAFTER if own else Origin.KEPT
 
 
-def confidence(pair: Pair, text: Sequence[Token], patience: SequenceCascadeParams) -> float:
-    """Return how sure the drafter was of its answer, in nats a token."""
+def confidence(pair: ModelPair, text: Sequence[Token], patience: SequenceCascadeParams) -> float:
+    """Return the drafter's confidence in its answer, in nats per token."""
     tokens = [token for token, _ in text]
     found = sorted(
         math.log(pair.drafter([*pair.prompt, *tokens[:i]]).double().softmax(0)[token])

@@ -1,10 +1,12 @@
-"""A request that cannot be wrong, and what comes back for it: the seam between doors and router."""
+"""The types that packages share: requests, sessions, blocks, verdicts and chunks of answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, Annotated, NewType, Protocol, TypeAlias
+
+from annotated_types import Ge, Gt
 
 from cascade.rules import Lossless, Rule
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SessionId = NewType("SessionId", str)
+
+Positive: TypeAlias = Annotated[int, Gt(0)]
+Natural: TypeAlias = Annotated[int, Ge(0)]
+Seconds: TypeAlias = Annotated[float, Gt(0)]
 
 
 class Mode(StrEnum):
@@ -29,14 +35,14 @@ class Mode(StrEnum):
 
 
 class Coupling(StrEnum):
-    """How a draft and the target share their randomness."""
+    """How the drafted token and the emitted token share their randomness."""
 
     MAXIMAL = "maximal"  # highest acceptance: 1 - D_TV(pi, q)
     GUMBEL = "gumbel"  # drafter-invariant: the emitted token is argmax(log pi + g)
 
 
 class Bonus(StrEnum):
-    """What follows a wholly accepted block."""
+    """Which distribution the token after a fully accepted block follows, if there is one."""
 
     NONE = "none"
     EXPERT = "expert"
@@ -44,14 +50,14 @@ class Bonus(StrEnum):
 
 
 class Verification(StrEnum):
-    """How many drafted tokens stand: token by token, or the longest prefix of the block."""
+    """How drafted tokens are accepted: one by one, or the longest prefix of the block."""
 
     TOKEN = "token"  # noqa: S105 - no password
     BLOCK = "block"
 
 
 class RowFormat(StrEnum):
-    """What the drafter ships of its law; `AUTO` is the least that keeps the rule exact."""
+    """How much of its distribution the drafter sends; `AUTO` is the least that is exact."""
 
     AUTO = "auto"
     SPARSE = "sparse"
@@ -61,14 +67,14 @@ class RowFormat(StrEnum):
 class Origin(StrEnum):
     """Who wrote a token."""
 
-    DRAFTER = "d"  # drafted, and the expert's own choice too
-    KEPT = "k"  # drafted, kept though the expert would have said otherwise
-    EXPERT = "e"  # correction, bonus, or decoded alone
+    DRAFTER = "d"  # drafted, and lossless verification accepts it too
+    KEPT = "k"  # drafted, and kept although lossless verification would reject it
+    EXPERT = "e"  # recovered token, bonus token, or decoded without a draft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """What turns a model's logits into its processed row.
+    """What turns a model's logits into processed probabilities.
 
     Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p,
     min-p. Penalties count the tokens of prompt and answer (repetition) or of the answer alone
@@ -86,18 +92,18 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the processed row is a one-hot at the argmax."""
+        """Whether all probability is on the argmax."""
         return self.temperature == 0.0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether rows depend on which tokens came before."""
+        """Whether penalties depend on the tokens before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingParams:
-    """All that fixes the law of a session's tokens, and stays for its life."""
+    """All that determines the distribution of a session's tokens; constant for its lifetime."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     rule: Rule = field(default_factory=Lossless)
@@ -105,31 +111,31 @@ class DecodingParams:
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
-    row_entries: int = 64  # K of a sparse row
+    row_entries: int = 64  # tokens K of sparse probabilities
     seed: int = 0  # 0 .. 2**63 - 1
-    stop_ids: tuple[int, ...] = ()  # nothing is generated past one of these; they are committed
+    stop_ids: tuple[int, ...] = ()  # committed, and nothing is generated after one of them
     logprobs: int | None = None  # alternatives reported per token; None reports nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseProbs:
-    """One law on few tokens: probability of `ids[i]` is `weights[i]` / sum of `weights`.
+    """A distribution on K tokens: the probability of `ids[i]` is `weights[i]` / sum of `weights`.
 
-    A full row has empty `ids` and V weights. The float16 weights, renormalised in float32, are what
-    the drafter sampled from: the sparse row *is* q.
+    If it covers the vocabulary, `ids` is empty and there are V weights. The drafter samples from
+    the float16 weights, normalised in float32, so these probabilities are exactly q.
     """
 
-    ids: NDArray[np.uint32]  # [K], or [0] in a full row
+    ids: NDArray[np.uint32]  # [K], or [0] for the whole vocabulary
     weights: NDArray[np.float16]  # [K] or [V], largest is 1
     unscaled: NDArray[np.float16] | None = None  # q0 at the same tokens, for rules that read it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftStats:
-    """What rules read of one unscaled drafter row q0."""
+    """What rules read of the drafter's unscaled distribution q0 at one position."""
 
-    peak: float  # max q0
-    favourite: int  # argmax q0
+    max_prob: float  # max q0
+    argmax: int  # argmax q0
     entropy: float  # H(q0) in nats
 
 
@@ -137,14 +143,15 @@ class DraftStats:
 class Block:
     """What the drafter proposes at a position: L tokens, and what the rule needs to judge them.
 
-    With bonus `target` the last of L + 1 `rows` and `gates` belongs to the place after the block.
+    With bonus `target` the last of L + 1 `draft_probs` and `draft_stats` belongs to the position
+    after the block.
     """
 
     tokens: tuple[int, ...] = ()
     likelihoods: tuple[float, ...] = ()  # q(x_j), processed; 1 at temperature 0
     unscaled: tuple[float, ...] = ()  # q0(x_j)
     draft_stats: tuple[DraftStats, ...] = ()  # L, or L + 1
-    rows: tuple[SparseProbs, ...] = ()  # L or L + 1, or none where ids are enough
+    draft_probs: tuple[SparseProbs, ...] = ()  # q: L or L + 1, or none if ids are enough
     logprobs: tuple[TokenLogprob, ...] = ()  # of the drafter's q0, if the policy asks
 
     @property
@@ -152,27 +159,27 @@ class Block:
         """Return L."""
         return len(self.tokens)
 
-    def cut(self, length: int) -> Block:
+    def prefix(self, length: int) -> Block:
         """Return the block's first `length` tokens.
 
-        Exact where the length is chosen without regard to the tokens that are cut off.
+        The distribution is unchanged if the length does not depend on the tokens left out.
         """
         if length >= self.length:
             return self
-        after = length + (max(len(self.draft_stats), len(self.rows)) > self.length)
+        after = length + (max(len(self.draft_stats), len(self.draft_probs)) > self.length)
         return Block(
             tokens=self.tokens[:length],
             likelihoods=self.likelihoods[:length],
             unscaled=self.unscaled[:length],
             draft_stats=self.draft_stats[:after],
-            rows=self.rows[:after],
+            draft_probs=self.draft_probs[:after],
             logprobs=self.logprobs[:length],
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """The natural log-probability of a token in an unscaled row, and the likeliest others."""
+    """The natural log-probability of a token at temperature 1, and the likeliest tokens."""
 
     token: int
     logprob: float
@@ -181,17 +188,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What becomes of a block: the tokens to commit and who wrote each.
+    """The result of judging a block: the tokens to commit and who wrote each.
 
-    `tokens` are the first `accepted` of the block and then, unless the block ended the answer or
-    the bonus policy is `none`, one correction or bonus.
+    `tokens` are the first `accepted` of the block, then one recovered or bonus token, unless the
+    block ends the answer or there is no bonus.
     """
 
     accepted: int
     tokens: tuple[int, ...]
     origins: tuple[Origin, ...]
-    judged: int = 0  # drafted positions the rule decided on
-    deferred: int = 0  # of those, how many it gave to the expert
+    judged: int = 0  # drafted positions that the rule decided on
+    deferred: int = 0  # of those, how many it deferred to the expert
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -217,12 +224,12 @@ class Session:
 
 
 def advance(session: Session, verdict: Verdict, *, limit: int) -> Session:
-    """Return the session with the verdict's tokens committed, cut at `limit` tokens of answer."""
-    room = limit - session.position
+    """Return the session with the verdict's tokens committed, at most `limit` tokens in all."""
+    budget = limit - session.position
     return replace(
         session,
-        tokens=session.tokens + verdict.tokens[:room],
-        origins=session.origins + verdict.origins[:room],
+        tokens=session.tokens + verdict.tokens[:budget],
+        origins=session.origins + verdict.origins[:budget],
     )
 
 
@@ -234,10 +241,10 @@ class FinishReason(StrEnum):
 
 
 class ExpertLoss(StrEnum):
-    """What becomes of an answer that no expert is left for."""
+    """What happens to an answer when no expert is available."""
 
     FAIL = "fail"
-    DRAFTER = "drafter"  # the drafter ends it, and the statistics say so
+    DRAFTER = "drafter"  # the drafter finishes it, which the statistics report
 
 
 class Confidence(StrEnum):
@@ -250,7 +257,7 @@ class Confidence(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceCascadeParams:
-    """When a sequence cascade keeps the drafter's answer: confidence (nats) >= threshold."""
+    """A sequence cascade keeps the drafter's answer if confidence >= threshold, in nats."""
 
     confidence: Confidence = Confidence.MEAN
     threshold: float = -0.5
@@ -320,13 +327,13 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputChunk:
-    """Tokens committed by one round. The last piece of an answer has a finish reason."""
+    """Tokens committed by one round. The last chunk of an answer has a finish reason."""
 
     tokens: tuple[int, ...]
     origins: tuple[Origin, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    statistics: Statistics | None = None  # so far, and it grows: a door may end an answer early
+    statistics: Statistics | None = None  # so far; updated in place by later rounds
 
 
 class Generator(Protocol):

@@ -1,4 +1,4 @@
-"""Bias and penalties of blocks; the slow twin has its say in test_distribution.py."""
+"""Logit bias and penalties of blocks. test_probs.py compares them with the slow reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.reference import processed
 
-from cascade.sampling.penalties import Context, adjusted
+from cascade.sampling.penalties import Context, apply_penalties
 from cascade.types import SamplingParams
 
 VOCAB = 20
@@ -28,39 +28,39 @@ blocks = st.tuples(samplings, texts, texts, st.lists(st.integers(0, VOCAB - 1), 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @given(chosen=st.lists(blocks, min_size=1, max_size=3), seed=st.integers(0, 1000))
-def test_a_row_of_a_block_is_what_it_is_alone(
+def test_a_row_in_a_block_equals_the_row_alone(
     dtype: torch.dtype,
     chosen: list[tuple[SamplingParams, list[int], list[int], list[int]]],
     seed: int,
 ) -> None:
-    """To the last bit, or greedy text would depend on how long blocks are."""
+    """Bit for bit, or greedy text would depend on the block length."""
     rows = [
-        (sampling, Context(prompt=prompt, answer=answer, drafted=drafted[:place]))
+        (sampling, Context(prompt=prompt, answer=answer, drafted=drafted[:i]))
         for sampling, prompt, answer, drafted in chosen
-        for place in range(len(drafted) + 1)
+        for i in range(len(drafted) + 1)
     ]
     samplings_N, contexts_N = [row[0] for row in rows], [row[1] for row in rows]
-    chance = torch.Generator().manual_seed(seed)
-    logits_NV = (3 * torch.randn(len(rows), VOCAB, generator=chance)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = (3 * torch.randn(len(rows), VOCAB, generator=generator)).to(dtype)
 
-    together_NV = adjusted(logits_NV, samplings_N, contexts_N)
+    together_NV = apply_penalties(logits_NV, samplings_N, contexts_N)
 
-    for place, (sampling, context) in enumerate(rows):
+    for i, (sampling, context) in enumerate(rows):
         plain = Context(prompt=context.prompt, answer=[*context.answer, *context.drafted])
-        alone_NV = adjusted(logits_NV[place : place + 1], [sampling], [plain])
-        assert torch.equal(together_NV[place], alone_NV[0])
+        alone_NV = apply_penalties(logits_NV[i : i + 1], [sampling], [plain])
+        assert torch.equal(together_NV[i], alone_NV[0])
 
 
 @given(block=blocks, seed=st.integers(0, 1000))
-def test_a_block_is_each_row_by_its_definition(
+def test_a_block_equals_the_reference_row_by_row(
     block: tuple[SamplingParams, list[int], list[int], list[int]], seed: int
 ) -> None:
     sampling, prompt, answer, drafted = block
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows = len(drafted) + 1
-    logits_NV = 3 * torch.randn(rows, 100, generator=chance, dtype=torch.float64)
+    logits_NV = 3 * torch.randn(rows, 100, generator=generator, dtype=torch.float64)
     contexts = [Context(prompt=prompt, answer=answer, drafted=drafted[:i]) for i in range(rows)]
-    found_NV = adjusted(logits_NV, [sampling] * rows, contexts).softmax(dim=1)
-    for place in range(rows):
-        wanted_V = processed(logits_NV[place], sampling, prompt, [*answer, *drafted[:place]])
-        torch.testing.assert_close(found_NV[place], wanted_V, rtol=1e-12, atol=1e-15)
+    found_NV = apply_penalties(logits_NV, [sampling] * rows, contexts).softmax(dim=1)
+    for i in range(rows):
+        wanted_V = processed(logits_NV[i], sampling, prompt, [*answer, *drafted[:i]])
+        torch.testing.assert_close(found_NV[i], wanted_V, rtol=1e-12, atol=1e-15)

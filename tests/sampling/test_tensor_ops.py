@@ -1,4 +1,4 @@
-"""Nothing leaves the device but through one door, and little does."""
+"""Tensor helpers, and how often sampling and speculation read from a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.bigram_models import Bigrams, Writing
+from tests.support.bigram_models import Answer, Bigrams
 from torch.overrides import TorchFunctionMode
 
 from cascade.rules import Chow, DiffLog, Ensemble, Lossless, Opt, TokenV1, TokenV3
@@ -33,12 +33,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
 )
-def test_the_first_of_the_largest_is_found(
+def test_argmax_is_the_lowest_index_of_the_largest_values(
     vocab: int, levels: int, seed: int, dtype: torch.dtype
 ) -> None:
-    """Few levels make many ties; a slice of longer rows is no trouble."""
-    chance = torch.Generator().manual_seed(seed)
-    rows_NV = torch.randint(-levels, levels, (3, vocab + 7), generator=chance).to(dtype)[:, :vocab]
+    """With many ties, and on a slice of longer rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_NV = torch.randint(-levels, levels, (3, vocab + 7), generator=generator).to(dtype)[
+        :, :vocab
+    ]
 
     found_N = tensor_ops.argmax(rows_NV)
 
@@ -46,28 +48,14 @@ def test_the_first_of_the_largest_is_found(
     assert found_N.tolist() == [row.index(max(row)) for row in values]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_peak_and_norm_are_the_rows_own(temperature: float, dtype: torch.dtype) -> None:
-    chance = torch.Generator().manual_seed(1)
-    logits_NV = 5 * torch.randn(4, 3000, generator=chance, dtype=dtype)
-    inverse_N1 = torch.full((4, 1), 1 / temperature, dtype=dtype)
-
-    peak_N1, norm_N1 = tensor_ops.peak_and_norm(logits_NV, None if temperature == 1 else inverse_N1)
-
-    assert torch.equal(peak_N1, logits_NV.amax(1, keepdim=True))
-    wanted_N1 = ((logits_NV - peak_N1) / temperature).logsumexp(1, keepdim=True)
-    torch.testing.assert_close(norm_N1, wanted_N1, rtol=0, atol=2e-6)
-
-
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 9), (1, 9), (7, 400_000), (40, 90_000)])
-def test_pieces_are_all_rows_in_order(rows: int, vocab: int) -> None:
+def test_chunks_are_all_rows_in_order(rows: int, vocab: int) -> None:
     numbers_NV = torch.arange(rows)[:, None].expand(rows, vocab)
 
-    parts = [numbers_NV[some] for some in tensor_ops.pieces(numbers_NV)]
+    parts = [numbers_NV[chunk] for chunk in tensor_ops.row_chunks(numbers_NV)]
 
     assert torch.equal(torch.cat(parts), numbers_NV)
-    assert max(part.numel() for part in parts) <= max(tensor_ops.PIECE, vocab)
+    assert max(part.numel() for part in parts) <= max(tensor_ops.CHUNK_SIZE, vocab)
 
 
 PAIR = Bigrams.random()
@@ -82,14 +70,14 @@ RULES: list[Rule] = [
     Ensemble(weight=0.5),
 ]
 
-WAITING = {
+READING = {
     *("tolist", "item", "cpu", "nonzero", "masked_select", "unique"),
     *("__bool__", "__int__", "__float__", "__index__"),
 }
 
 
-class Waits(TorchFunctionMode):
-    """Counts what would make Python wait for a device."""
+class CountReads(TorchFunctionMode):
+    """Counts the calls that make Python wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,11 +87,11 @@ class Waits(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        self.count += name in WAITING
+        self.count += name in READING
         if name == "__getitem__":
-            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
             self.count += any(
-                isinstance(place, torch.Tensor) and place.dtype == torch.bool for place in places
+                isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices
             )
         return func(*args, **(kwargs or {}))
 
@@ -121,37 +109,37 @@ class Waits(TorchFunctionMode):
     ],
     ids=["greedy", "greedy target", "sampled", "truncated", "block", "gumbel"],
 )
-def test_verdicts_on_many_sessions_wait_a_few_times(
+def test_the_number_of_reads_does_not_grow_with_sessions(
     rule: Rule, policy: DecodingParams, most: int
 ) -> None:
-    """However many sessions there are; a mixture has coins at temperature 0 too."""
+    """An ensemble samples at temperature 0 too, which is one more read."""
     policy = replace(policy, rule=rule, rows=RowFormat.SPARSE, row_entries=8)
     most += policy.sampling.greedy and isinstance(rule, Ensemble)
     for sessions in (1, 9):
-        writings = [Writing(policy=replace(policy, seed=i), prompt=(i, 3)) for i in range(sessions)]
-        blocks = PAIR.blocks(writings, counts=[3] * sessions)
-        tasks = [w.task(block) for w, block in zip(writings, blocks, strict=True)]
+        answers = [Answer(policy=replace(policy, seed=i), prompt=(i, 3)) for i in range(sessions)]
+        blocks = PAIR.blocks(answers, counts=[3] * sessions)
+        tasks = [w.task(block) for w, block in zip(answers, blocks, strict=True)]
         rows = [
             PAIR.rows(w.policy, w.prompt, block.tokens)
-            for w, block in zip(writings, blocks, strict=True)
+            for w, block in zip(answers, blocks, strict=True)
         ]
-        before, logits_NV = tensor_ops.reads(), torch.cat(rows)
-        with Waits() as waits:
+        before, logits_NV = tensor_ops.device_reads(), torch.cat(rows)
+        with CountReads() as counted:
             verify(logits_NV, tasks)
 
-        assert tensor_ops.reads() - before <= most
-        assert waits.count == tensor_ops.reads() - before
+        assert tensor_ops.device_reads() - before <= most
+        assert counted.count == tensor_ops.device_reads() - before
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_drafting_reads_through_the_same_door(rule: Rule, temperature: float) -> None:
+def test_drafting_reads_through_the_counted_functions(rule: Rule, temperature: float) -> None:
     policy = DecodingParams(rule=rule, sampling=SamplingParams(temperature=temperature))
-    tasks = [DraftTask(policy=replace(policy, seed=i), position=4, start=2) for i in range(5)]
+    tasks = [DraftTask(policy=replace(policy, seed=i), position=4, block_start=2) for i in range(5)]
     logits_BV = torch.stack([PAIR.drafter([i]) for i in range(5)])
-    before = tensor_ops.reads()
+    before = tensor_ops.device_reads()
 
-    with Waits() as waits:
+    with CountReads() as counted:
         draft_step(logits_BV, tasks)
 
-    assert 1 <= tensor_ops.reads() - before == waits.count <= 8
+    assert 1 <= tensor_ops.device_reads() - before == counted.count <= 8

@@ -1,4 +1,4 @@
-"""What top-k, top-p and min-p leave, on a CPU and on a device."""
+"""What top-k, top-p and min-p keep, on a CPU and on a device."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ samplings = st.builds(
 
 
 def rows(
-    sampling: SamplingParams, *, spread: float, levels: int | None, vocab: int, seed: int
+    sampling: SamplingParams, *, scale: float, levels: int | None, vocab: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits, with ties if there are levels, and their probabilities, float64 [2, V]."""
-    chance = torch.Generator().manual_seed(seed)
-    logits_NV = spread * torch.randn(2, vocab, generator=chance, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = scale * torch.randn(2, vocab, generator=generator, dtype=torch.float64)
     if levels:
-        logits_NV = (logits_NV * levels / spread).round()
+        logits_NV = (logits_NV * levels / scale).round()
     return logits_NV, (logits_NV / sampling.temperature).softmax(dim=1)
 
 
 @settings(deadline=None, max_examples=200)
 @given(
     sampling=samplings,
-    spread=st.floats(0.01, 12),
+    scale=st.floats(0.01, 12),
     levels=st.sampled_from([None, 5]),
     vocab=st.sampled_from([90, 1700]),
     seed=st.integers(0, 2**31),
 )
-def test_a_cut_keeps_what_its_definition_keeps(
-    sampling: SamplingParams, spread: float, levels: int | None, vocab: int, seed: int
+def test_truncation_keeps_what_its_definition_keeps(
+    sampling: SamplingParams, scale: float, levels: int | None, vocab: int, seed: int
 ) -> None:
-    """Flat rows and steep ones, short and long, with ties or without."""
-    logits_NV, p_NV = rows(sampling, spread=spread, levels=levels, vocab=vocab, seed=seed)
+    """Flat and steep rows, short and long, with and without ties."""
+    logits_NV, p_NV = rows(sampling, scale=scale, levels=levels, vocab=vocab, seed=seed)
     least_N1, kept_N1 = truncate(logits_NV, p_NV, [sampling] * 2)
     for logits_V, p_V, least, kept in zip(logits_NV, p_NV, least_N1, kept_N1, strict=True):
-        stays_V = logits_V >= least
-        assert p_V[stays_V].sum().item() == pytest.approx(kept.item(), rel=1e-12)
-        likely_V, left = torch.ones_like(stays_V), p_V.sum()
+        kept_V = logits_V >= least
+        assert p_V[kept_V].sum().item() == pytest.approx(kept.item(), rel=1e-12)
+        likely_V, left = torch.ones_like(kept_V), p_V.sum()
         if 0 < sampling.top_k < vocab:
             likely_V = logits_V >= logits_V.sort(descending=True).values[sampling.top_k - 1]
             left = p_V[likely_V].sum()
         if sampling.min_p:
             drop = math.log(sampling.min_p) * sampling.temperature
             likely_V &= logits_V >= logits_V.max().item() + drop
-        assert not (stays_V & ~likely_V).any()
+        assert not (kept_V & ~likely_V).any()
         if sampling.top_p == 1:
-            assert torch.equal(stays_V, likely_V)
+            assert torch.equal(kept_V, likely_V)
             continue
         wanted = sampling.top_p * left
-        if not torch.equal(stays_V, likely_V):
-            assert p_V[stays_V].sum() >= wanted * (1 - 1e-12)
-        more_V = logits_V > logits_V[stays_V].min()
+        if not torch.equal(kept_V, likely_V):
+            assert p_V[kept_V].sum() >= wanted * (1 - 1e-12)
+        more_V = logits_V > logits_V[kept_V].min()
         assert p_V[more_V].sum() < wanted * (1 + 1e-12)
 
 
 @settings(deadline=None, max_examples=100)
-@given(sampling=samplings, spread=st.floats(0.1, 12), seed=st.integers(0, 2**31))
-def test_a_device_finds_the_same_cut_without_a_look(
-    sampling: SamplingParams, spread: float, seed: int
+@given(sampling=samplings, scale=st.floats(0.1, 12), seed=st.integers(0, 2**31))
+def test_a_device_keeps_the_same_tokens_as_a_cpu(
+    sampling: SamplingParams, scale: float, seed: int
 ) -> None:
-    """Beside a row that is not cut, and to what sums in another order tell apart."""
-    logits_NV, p_NV = rows(sampling, spread=spread, levels=None, vocab=1700, seed=seed)
+    """Up to the rounding of sums, and next to a row that is not truncated."""
+    logits_NV, p_NV = rows(sampling, scale=scale, levels=None, vocab=1700, seed=seed)
     pair = [sampling, SamplingParams()]
     (least_N1, kept_N1), (device_N1, mass_N1) = (
         find(logits_NV, p_NV, pair) for find in (truncate, truncate_on_device)
@@ -84,9 +84,9 @@ def test_a_device_finds_the_same_cut_without_a_look(
     assert p_NV[0][between_V].sum() < 1e-9
 
 
-def test_float32_rows_are_cut_as_float64_rows_are() -> None:
-    """What models give is float32; where a mass is reached, rounding decides between neighbours."""
-    logits_NV, p_NV = rows(SamplingParams(), spread=3, levels=None, vocab=32_000, seed=3)
+def test_float32_rows_are_truncated_like_float64_rows() -> None:
+    """Up to rounding, which decides between neighbours where the mass is reached."""
+    logits_NV, p_NV = rows(SamplingParams(), scale=3, levels=None, vocab=32_000, seed=3)
     for sampling in (
         SamplingParams(top_p=0.95),
         SamplingParams(top_k=40),

@@ -1,4 +1,4 @@
-"""Drafting: a token from each row, and an honest report of the row it came from."""
+"""Drafting: tokens follow the distribution that is reported with them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from scipy import stats
 from tests.support import enumeration
 
 from cascade.rules import Chow, ChowLog, Diff, Lossless, TokenV1, TokenV3
-from cascade.sampling.sparse_probs import ABSENT, size
-from cascade.speculation.draft import DraftTask, block_of, defers_alone, draft_step
+from cascade.sampling.sparse_probs import ABSENT
+from cascade.speculation.draft import DraftTask, block_of, draft_step, drafter_defers
 from cascade.speculation.payload import ProbsPayload, payload_spec
 from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
 
@@ -36,12 +36,12 @@ def logits(rows: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def task(policy: DecodingParams, *, position: int = 0, start: int = 0) -> DraftTask:
-    return DraftTask(policy=policy, position=position, start=start)
+    return DraftTask(policy=policy, position=position, block_start=start)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
-def test_tokens_follow_the_reported_law(policy: DecodingParams) -> None:
-    """Over many seeds a token's frequency is its reported likelihood; rows say the same."""
+def test_tokens_follow_the_reported_distribution(policy: DecodingParams) -> None:
+    """Over many seeds a token's frequency is its likelihood, which the probabilities confirm."""
     samples = 4000
     one_1V = logits(1, seed=3)
     tasks = [task(replace(policy, seed=seed)) for seed in range(samples)]
@@ -57,16 +57,15 @@ def test_tokens_follow_the_reported_law(policy: DecodingParams) -> None:
         found, wanted = [*found, rest], [*wanted, wanted_rest]
     scaled = [w * sum(found) / sum(wanted) for w in wanted]
     assert stats.chisquare(found, scaled).pvalue > 1e-3
-    row = drafts[0].row
-    if row is not None and size(row):
+    row = drafts[0].probs
+    if row is not None and len(row.weights):
         ids = row.ids.tolist() or list(range(VOCAB))
         weights = row.weights.astype(np.float64)
-        law = dict(zip(ids, weights / weights.sum(), strict=True))
-        assert all(x == pytest.approx(law[token], rel=1e-5) for token, x in likelihood.items())
+        sent = dict(zip(ids, weights / weights.sum(), strict=True))
+        assert all(x == pytest.approx(sent[token], rel=1e-5) for token, x in likelihood.items())
 
 
-def test_a_batch_of_all_policies_is_each_alone() -> None:
-    """Grouping changes no draft."""
+def test_a_batch_of_all_policies_equals_each_policy_alone() -> None:
     policies = [
         replace(
             DecodingParams(
@@ -89,30 +88,30 @@ def test_a_batch_of_all_policies_is_each_alone() -> None:
         alone = draft_step(logits_BV[i : i + 1], [tasks[i]])[0]
         assert draft.token == alone.token
         assert draft.likelihood == pytest.approx(alone.likelihood, rel=1e-5)
-        assert (draft.row is None) == (alone.row is None)
-        if draft.row is not None and alone.row is not None:
-            assert draft.row.ids.tolist() == alone.row.ids.tolist()
-        if draft.gates is not None and alone.gates is not None:
-            assert draft.gates.peak == pytest.approx(alone.gates.peak)
-            assert draft.gates.entropy == pytest.approx(alone.gates.entropy, rel=1e-5)
+        assert (draft.probs is None) == (alone.probs is None)
+        if draft.probs is not None and alone.probs is not None:
+            assert draft.probs.ids.tolist() == alone.probs.ids.tolist()
+        if draft.draft_stats is not None and alone.draft_stats is not None:
+            assert draft.draft_stats.max_prob == pytest.approx(alone.draft_stats.max_prob)
+            assert draft.draft_stats.entropy == pytest.approx(alone.draft_stats.entropy, rel=1e-5)
 
 
-def test_chow_ships_a_row_only_where_it_defers() -> None:
-    """Sure rows stay at home, and their tokens come from the whole of q."""
+def test_chow_sends_probabilities_only_where_it_defers() -> None:
+    """Elsewhere tokens are sampled from all of q."""
     sure, unsure = torch.zeros(VOCAB), torch.zeros(VOCAB)
     sure[3] = 6.0
     policy = DecodingParams(rule=Chow(alpha=0.4), row_entries=6)
     drafts = draft_step(torch.stack([sure, unsure, sure]), [task(policy)] * 3)
-    assert [draft.row is ABSENT for draft in drafts] == [True, False, True]
-    assert [defers_alone(policy, draft) for draft in drafts] == [False, True, False]
-    assert drafts[1].row is not None
-    assert size(drafts[1].row) == 6
+    assert [draft.probs is ABSENT for draft in drafts] == [True, False, True]
+    assert [drafter_defers(policy, draft) for draft in drafts] == [False, True, False]
+    assert drafts[1].probs is not None
+    assert len(drafts[1].probs.weights) == 6
     block = block_of(drafts)
-    assert (len(block.rows), len(block.draft_stats), len(block.likelihoods)) == (3, 3, 3)
+    assert (len(block.draft_probs), len(block.draft_stats), len(block.likelihoods)) == (3, 3, 3)
 
 
-def test_only_rules_of_the_drafter_defer_alone() -> None:
-    """chow and chow_log are decided where the draft is written."""
+def test_only_rules_that_read_the_drafter_alone_defer_without_the_expert() -> None:
+    """These are chow and chow_log."""
     logits_BV = torch.zeros(1, VOCAB)
     for rule, deferred in (
         (ChowLog(alpha=1.0), True),
@@ -121,41 +120,46 @@ def test_only_rules_of_the_drafter_defer_alone() -> None:
         (Diff(alpha=-1), False),
     ):
         policy = DecodingParams(rule=rule)
-        assert defers_alone(policy, draft_step(logits_BV, [task(policy)])[0]) is deferred
+        assert drafter_defers(policy, draft_step(logits_BV, [task(policy)])[0]) is deferred
 
 
-def test_gates_read_the_unscaled_row() -> None:
-    """Temperature, truncation and penalties touch q, not q0."""
+def test_draft_statistics_are_those_of_q0() -> None:
+    """Temperature, truncation and penalties change q only."""
     sampling = SamplingParams(temperature=0.2, top_k=2, presence_penalty=2.0)
     policy = DecodingParams(rule=ChowLog(alpha=1), sampling=sampling)
     logits_BV = logits(1)
     q0_V = logits_BV[0].softmax(0)
-    answered = DraftTask(policy=policy, position=1, start=0, answer=(int(q0_V.argmax()),))
-    gates = draft_step(logits_BV, [answered])[0].gates
-    assert gates is not None
-    assert gates.peak == pytest.approx(float(q0_V.max()))
-    assert gates.favourite == int(q0_V.argmax())
-    assert gates.entropy == pytest.approx(float(torch.special.entr(q0_V).sum()), rel=1e-5)
+    answered = DraftTask(policy=policy, position=1, block_start=0, answer=(int(q0_V.argmax()),))
+    stats = draft_step(logits_BV, [answered])[0].draft_stats
+    assert stats is not None
+    assert stats.max_prob == pytest.approx(float(q0_V.max()))
+    assert stats.argmax == int(q0_V.argmax())
+    assert stats.entropy == pytest.approx(float(torch.special.entr(q0_V).sum()), rel=1e-5)
 
 
 def test_greedy_drafts_report_a_one_hot() -> None:
-    """Temperature 0: the favourite, certain, with nothing else unless the rule reads it."""
+    """Temperature 0: the argmax with likelihood 1, and what else the rule reads."""
     greedy = DecodingParams(sampling=SamplingParams(temperature=0))
     logits_BV = logits(1)
     draft = draft_step(logits_BV, [task(greedy)])[0]
     assert draft.token == int(logits_BV.argmax())
-    assert (draft.likelihood, draft.row, draft.gates, draft.unscaled) == (1.0, None, None, None)
-    told = draft_step(logits_BV, [task(replace(greedy, rule=TokenV1(alpha=0.1)))])[0]
-    assert told.unscaled == pytest.approx(float(logits_BV.softmax(1).max()))
+    assert draft.likelihood == 1.0
+    assert draft.probs is draft.draft_stats is draft.unscaled is None
+    v1 = replace(greedy, rule=TokenV1(alpha=0.1), bonus=Bonus.TARGET)
+    scored = draft_step(logits_BV, [task(v1)])[0]
+    assert scored.unscaled == pytest.approx(float(logits_BV.softmax(1).max()))
+    assert scored.probs is not None
+    assert scored.probs.unscaled is not None
+    assert scored.probs.unscaled.tolist() == pytest.approx([scored.unscaled], rel=1e-3)
     after = draft_step(
         logits_BV, [task(replace(greedy, rule=Chow(alpha=0.1), bonus=Bonus.TARGET))]
     )[0]
-    assert after.row is not None
-    assert after.row.ids.tolist() == [draft.token]
+    assert after.probs is not None
+    assert (after.probs.ids.tolist(), after.probs.weights.tolist()) == ([draft.token], [1])
 
 
 def test_padding_is_never_drafted() -> None:
-    """Entries from the limit on are impossible, even the likeliest."""
+    """Ids from the limit on are impossible, even the likeliest."""
     logits_BV = logits(1).expand(50, -1).clone()
     logits_BV[:, 20:] += 50
     for policy in POLICIES:
@@ -165,7 +169,7 @@ def test_padding_is_never_drafted() -> None:
 
 
 def test_log_probabilities_are_those_of_q0() -> None:
-    """The token's, and the likeliest others, at temperature 1."""
+    """Of the token and of the likeliest tokens, at temperature 1."""
     policy = DecodingParams(logprobs=3, sampling=SamplingParams(temperature=0.5))
     logits_BV = logits(1)
     draft = draft_step(logits_BV, [task(policy)])[0]
@@ -179,23 +183,22 @@ def test_log_probabilities_are_those_of_q0() -> None:
 
 @pytest.mark.parametrize("coupling", list(Coupling))
 @pytest.mark.parametrize("rows", list(RowFormat))
-def test_a_weighed_draft_names_the_rival_of_its_token(coupling: Coupling, rows: RowFormat) -> None:
-    """Also where the row is shipped with fewer entries than the vocabulary has."""
+def test_a_draft_with_confidence_names_a_runner_up(coupling: Coupling, rows: RowFormat) -> None:
+    """Also where fewer probabilities are sent than the vocabulary has tokens."""
     policy = DecodingParams(coupling=coupling, rows=rows, row_entries=8, seed=3)
-    places = range(20)
-    wide_BV = torch.linspace(0, 5, 50).repeat(len(places), 1)
-    tasks = [replace(task(policy, position=place), weighed=True) for place in places]
+    positions = range(20)
+    wide_BV = torch.linspace(0, 5, 50).repeat(len(positions), 1)
+    tasks = [replace(task(policy, position=i), with_confidence=True) for i in positions]
     for draft in draft_step(wide_BV, tasks):
         assert draft.confidence is not None
-        assert draft.confidence.rival != draft.token
-        assert 0 < draft.confidence.share <= 1
-        assert draft.confidence.confidence == pytest.approx(
+        assert draft.confidence.runner_up != draft.token
+        assert 0 < draft.confidence.runner_up_share <= 1
+        assert draft.confidence.probability == pytest.approx(
             float(wide_BV[0].softmax(0)[draft.token]), rel=1e-4
         )
 
 
-def test_a_block_of_verified_blocks_tosses_its_own_coins() -> None:
-    """Under block verification another start is another draft; token by token it is the same."""
+def test_random_numbers_depend_on_the_block_start_in_block_verification_only() -> None:
     logits_BV = logits(1).expand(40, -1)
     for verification, same in ((Verification.TOKEN, True), (Verification.BLOCK, False)):
         policy = replace(SPARSE, verification=verification)
@@ -210,8 +213,8 @@ def test_a_block_of_verified_blocks_tosses_its_own_coins() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
-def test_extreme_rows_are_drafted_from(policy: DecodingParams) -> None:
-    """Huge logits, impossible tokens and flat rows give tokens that are possible, and no NaN."""
+def test_extreme_logits_give_possible_tokens(policy: DecodingParams) -> None:
+    """Huge logits, impossible tokens and flat rows; no probability is NaN."""
     rows = torch.stack(
         [
             torch.full((VOCAB,), -math.inf).index_fill(0, torch.tensor([7]), 0.0),
@@ -223,17 +226,16 @@ def test_extreme_rows_are_drafted_from(policy: DecodingParams) -> None:
     drafts = draft_step(rows, [task(replace(policy, seed=i)) for i in range(4)])
     assert [drafts[i].token for i in (0, 2, 3)] == [7, 7, VOCAB - 1]
     assert all(0 < draft.likelihood <= 1 for draft in drafts)
-    assert all(d.row is None or np.isfinite(d.row.weights).all() for d in drafts)
+    assert all(d.probs is None or np.isfinite(d.probs.weights).all() for d in drafts)
 
 
-def test_every_format_carries_what_needs_says() -> None:
-    """Rows, gates and q0 are there exactly when the needs ask."""
+def test_a_draft_carries_what_its_payload_spec_says() -> None:
     for rule in enumeration.RULES:
         for coupling in Coupling:
             policy = DecodingParams(rule=rule, coupling=coupling, rows=RowFormat.SPARSE)
-            need, draft = payload_spec(policy), draft_step(logits(1), [task(policy)])[0]
-            assert (draft.row is not None) == (need.rows is not ProbsPayload.NONE)
-            assert (draft.gates is not None) == need.draft_stats
-            assert (draft.unscaled is not None) == need.unscaled
-            if draft.row is not None:
-                assert (draft.row.unscaled is not None) == need.row_unscaled
+            spec, draft = payload_spec(policy), draft_step(logits(1), [task(policy)])[0]
+            assert (draft.probs is not None) == (spec.probs is not ProbsPayload.NONE)
+            assert (draft.draft_stats is not None) == spec.draft_stats
+            assert (draft.unscaled is not None) == spec.unscaled
+            if draft.probs is not None:
+                assert (draft.probs.unscaled is not None) == spec.unscaled_probs

@@ -1,4 +1,4 @@
-"""What crosses the wire under each policy, rule by rule."""
+"""What a block carries under each policy, rule by rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import pytest
 from tests.support import enumeration
 
 from cascade.rules import Chow, ChowLog, Diff, Lossless, Lossy, Opt, TokenV1, TokenV3
-from cascade.speculation.payload import ProbsPayload, payload_spec, wants_target
+from cascade.speculation.payload import (
+    ProbsPayload,
+    needs_probs_after_block,
+    payload_spec,
+    sends_ids_only,
+)
 from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
 
 if TYPE_CHECKING:
@@ -19,37 +24,35 @@ TOKEN_RULES = {"token_v1", "token_v2", "token_v3", "typical"}
 
 DECIDED_BY_DRAFTER = {"chow", "chow_log"}
 
-ROWLESS_UNDER_GUMBEL = {"lossless", "chow", "chow_log", "diff", "diff_log", "bild"}
+NO_PROBS_UNDER_GUMBEL = {"lossless", "chow", "chow_log", "diff", "diff_log", "bild"}
 
 
 @pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
-def test_each_rule_ships_the_least_that_keeps_it_exact(rule: Rule) -> None:
-    """Token rules no rows, chow one where it defers, all others one a token."""
+def test_each_rule_sends_the_least_that_is_exact(rule: Rule) -> None:
+    """Token rules send no probabilities, chow where it defers, all others for every token."""
     expected = ProbsPayload.NONE if rule.kind in TOKEN_RULES else ProbsPayload.ALL
     expected = ProbsPayload.DEFERRED if rule.kind in DECIDED_BY_DRAFTER else expected
-    found = payload_spec(DecodingParams(rule=rule))
-    assert found.rows is expected
-    assert found.ids_only == (rule.kind in TOKEN_RULES)
-    assert found.likelihoods
+    policy = DecodingParams(rule=rule)
+    assert payload_spec(policy).probs is expected
+    assert sends_ids_only(policy) == (rule.kind in TOKEN_RULES)
 
 
 @pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
-def test_shared_noise_saves_rows(rule: Rule) -> None:
-    """Under gumbel a rule that keeps or defers a whole position needs gates alone."""
-    found = payload_spec(DecodingParams(rule=rule, coupling=Coupling.GUMBEL))
-    assert (found.rows is ProbsPayload.NONE) == (rule.kind in ROWLESS_UNDER_GUMBEL)
-    assert not found.ids_only
-    assert found.likelihoods == (rule != Lossless())
+def test_shared_noise_saves_probabilities(rule: Rule) -> None:
+    """Under gumbel a rule that decides by position needs draft statistics only."""
+    policy = DecodingParams(rule=rule, coupling=Coupling.GUMBEL)
+    sends_none = payload_spec(policy).probs is ProbsPayload.NONE
+    assert sends_none == (rule.kind in NO_PROBS_UNDER_GUMBEL)
+    assert not sends_ids_only(policy)
 
 
 @pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
-def test_temperature_0_needs_no_rows(rule: Rule) -> None:
-    """A one-hot is its token; only the place after a block has none."""
+def test_temperature_0_needs_no_probabilities(rule: Rule) -> None:
+    """A one-hot is its token; only the position after a block has no token."""
     greedy = DecodingParams(rule=rule, sampling=SamplingParams(temperature=0), rows=RowFormat.FULL)
-    assert payload_spec(greedy).rows is ProbsPayload.NONE
-    assert not payload_spec(greedy).likelihoods
+    assert payload_spec(greedy).probs is ProbsPayload.NONE
     after = payload_spec(replace(greedy, bonus=Bonus.TARGET))
-    assert (after.rows is ProbsPayload.ALL) == (rule != Lossless())
+    assert (after.probs is ProbsPayload.ALL) == (rule != Lossless())
 
 
 @pytest.mark.parametrize(
@@ -63,18 +66,18 @@ def test_temperature_0_needs_no_rows(rule: Rule) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("rule", [Chow(alpha=0.5), TokenV3(alpha=0.5)], ids=lambda r: r.kind)
-def test_some_choices_ask_for_every_row(rule: Rule, change: dict[str, object]) -> None:
-    """Residuals of blocks, the target's bonus and an explicit format need rows."""
-    assert payload_spec(replace(DecodingParams(rule=rule), **change)).rows is ProbsPayload.ALL
+def test_some_parameters_require_all_probabilities(rule: Rule, change: dict[str, object]) -> None:
+    """Block verification, bonus `target` and an explicit format."""
+    assert payload_spec(replace(DecodingParams(rule=rule), **change)).probs is ProbsPayload.ALL
 
 
-def test_gates_and_unscaled_go_to_those_who_read_them() -> None:
-    """q0 is for token_v1, its entropy for the log rules, its peak for position rules."""
+def test_statistics_and_unscaled_values_are_sent_to_rules_that_read_them() -> None:
+    """q0 for token_v1, its entropy for the log rules, its maximum for position rules."""
     assert payload_spec(DecodingParams(rule=TokenV1(alpha=0))).unscaled
-    assert payload_spec(DecodingParams(rule=TokenV1(alpha=0), rows=RowFormat.SPARSE)).row_unscaled
+    assert payload_spec(DecodingParams(rule=TokenV1(alpha=0), rows=RowFormat.SPARSE)).unscaled_probs
     assert not payload_spec(
         DecodingParams(rule=TokenV3(alpha=0), rows=RowFormat.SPARSE)
-    ).row_unscaled
+    ).unscaled_probs
     for rule in (Chow(alpha=0), Diff(alpha=0), Opt(alpha=0)):
         assert payload_spec(DecodingParams(rule=rule)).draft_stats
         assert not payload_spec(DecodingParams(rule=rule)).entropy
@@ -82,7 +85,7 @@ def test_gates_and_unscaled_go_to_those_who_read_them() -> None:
     assert not payload_spec(DecodingParams(rule=Lossy(alpha=0.1))).draft_stats
 
 
-def test_a_lossless_bonus_is_the_experts() -> None:
-    """T(q, p) = p: the drafter's row after the block would say nothing."""
-    assert not wants_target(DecodingParams(bonus=Bonus.TARGET))
-    assert wants_target(DecodingParams(bonus=Bonus.TARGET, rule=Chow(alpha=0.5)))
+def test_lossless_needs_no_probabilities_after_the_block() -> None:
+    """Its pi is p."""
+    assert not needs_probs_after_block(DecodingParams(bonus=Bonus.TARGET))
+    assert needs_probs_after_block(DecodingParams(bonus=Bonus.TARGET, rule=Chow(alpha=0.5)))

@@ -1,4 +1,4 @@
-"""The target of every rule: worked numbers, golden records, facts, any support."""
+"""The target distribution of every rule: worked examples, golden records, properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import enumeration
-from tests.support.bigram_models import gates_of
+from tests.support.bigram_models import draft_stats_of
 
 from cascade.rules import (
     Bild,
@@ -53,7 +53,7 @@ GOLDEN: list[dict[str, Any]] = json.loads(
 
 A_Q, A_P = (0.5, 0.3, 0.15, 0.05), (0.2, 0.45, 0.3, 0.05)
 
-# Example A by hand: rule, pi, accept, residual, P(refuse). The printed numbers have four places.
+# Example A by hand: rule, pi, accept, residual, P(reject). The printed numbers have four places.
 WORKED: list[tuple[Rule, Sequence[float], Sequence[float], Sequence[float], float]] = [
     (Lossless(), A_P, (0.4, 1, 1, 1), (0, 0.5, 0.5, 0), 0.3),
     (
@@ -130,15 +130,15 @@ ALL_RULES: tuple[Rule, ...] = (*enumeration.RULES, Lossy(alpha=0.3137, beta="sol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """What the target makes of one drafted place."""
+    """The target distribution at one drafted position, and what follows from it."""
 
     pi: Tensor
     accept: Tensor
     residual: Tensor
-    refuse: float
+    reject: float
 
 
-def evidence(
+def rule_inputs(
     q: Sequence[float],
     p: Sequence[float],
     *,
@@ -146,64 +146,64 @@ def evidence(
     p0: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> RuleInputs:
-    """Return one row of evidence on the whole vocabulary."""
-    gates = gates_of(q0 or q)
+    """Return rule inputs of one row on the whole vocabulary."""
+    stats = draft_stats_of(q0 or q)
     raw = torch.tensor([p0 or p], dtype=dtype)
     return RuleInputs(
         q_NK=torch.tensor([q], dtype=dtype),
         p_NK=torch.tensor([p], dtype=dtype),
-        draft_stats_N=(gates,),
+        draft_stats_N=(stats,),
         q0_NK=torch.tensor([q0 or q], dtype=dtype),
         p0_NK=raw,
-        p0_peak_N=raw.amax(dim=1),
+        p0_max_N=raw.amax(dim=1),
         p0_entropy_N=torch.special.entr(raw).sum(dim=1),
-        p0_favourite_N=raw[:, gates.favourite],
+        p0_at_argmax_N=raw[:, stats.argmax],
     )
 
 
 def judged(rule: Rule, q: Sequence[float], p: Sequence[float]) -> Judged:
-    pi = target_distribution(rule, evidence(q, p)).on_NK[0]
+    pi = target_distribution(rule, rule_inputs(q, p)).on_NK[0]
     q_V = torch.tensor(q, dtype=torch.float64)
     over = (pi - q_V).clamp_min(0)
     over = torch.where(over > 1e-12, over, 0)
     residual = over / over.sum() if over.sum() else over
-    refuse = float((q_V - pi).clamp_min(0).sum())
+    reject = float((q_V - pi).clamp_min(0).sum())
     accept = torch.where(q_V > 0, pi / q_V, 1).clamp_max(1)
-    return Judged(pi=pi, accept=accept, residual=residual, refuse=refuse)
+    return Judged(pi=pi, accept=accept, residual=residual, reject=reject)
 
 
-def same_law(found: Sequence[float], wanted: Sequence[float]) -> bool:
+def same_distribution(found: Sequence[float], wanted: Sequence[float]) -> bool:
     return bool(torch.allclose(torch.tensor(found), torch.tensor(wanted), atol=1e-6))
 
 
-@pytest.mark.parametrize(("rule", "pi", "accept", "residual", "refuse"), WORKED)
-def test_the_worked_numbers(
+@pytest.mark.parametrize(("rule", "pi", "accept", "residual", "reject"), WORKED)
+def test_the_worked_example(
     rule: Rule,
     pi: Sequence[float],
     accept: Sequence[float],
     residual: Sequence[float],
-    refuse: float,
+    reject: float,
 ) -> None:
     """Example A, all columns, to the four places printed."""
     found = judged(rule, A_Q, A_P)
     assert found.pi.tolist() == pytest.approx(pi, abs=6e-5)
     assert found.accept.tolist() == pytest.approx(accept, abs=6e-5)
     assert found.residual.tolist() == pytest.approx(residual, abs=6e-5)
-    assert found.refuse == pytest.approx(refuse, abs=6e-5)
+    assert found.reject == pytest.approx(reject, abs=6e-5)
 
 
-def test_the_example_in_the_docstring_of_target() -> None:
+def test_the_docstring_example() -> None:
     """`TokenV3(alpha=.4)` on example A."""
-    found = target_distribution(TokenV3(alpha=0.4), evidence(A_Q, A_P))
+    found = target_distribution(TokenV3(alpha=0.4), rule_inputs(A_Q, A_P))
     assert found.on_NK[0].tolist() == pytest.approx([0.11, 0.5475, 0.315, 0.0275])
 
 
 @pytest.mark.parametrize("record", named(GOLDEN))
 def test_the_golden_records(record: dict[str, Any]) -> None:
-    """Decision, pi, acceptance, residual and refusal of every record."""
+    """Decision, pi, acceptance, residual and rejection of every record."""
     rule: Rule = MAKERS[record["rule"]](record.get("alpha", 0.0))
     found = target_distribution(
-        rule, evidence(record["q"], record["p"], q0=record.get("q0"), p0=record.get("p0"))
+        rule, rule_inputs(record["q"], record["p"], q0=record.get("q0"), p0=record.get("p0"))
     )
     assert found.on_NK[0].tolist() == pytest.approx(record["pi"], abs=1e-9)
     if record.get("r", "-") != "-":
@@ -214,27 +214,27 @@ def test_the_golden_records(record: dict[str, Any]) -> None:
         counted = judged(rule, record["q"], record["p"])
         assert counted.accept.tolist() == pytest.approx(record["accept"], abs=1e-9)
         assert counted.residual.tolist() == pytest.approx(record["residual"], abs=1e-9)
-        assert counted.refuse == pytest.approx(record["reject_prob"], abs=1e-9)
+        assert counted.reject == pytest.approx(record["reject_prob"], abs=1e-9)
 
 
 @pytest.mark.parametrize("record", named([r for r in GOLDEN if "T" in r]))
-def test_the_golden_rows_are_processed_so(record: dict[str, Any]) -> None:
-    """q and p of the records come from q0 and p0 by temperature, top-k and top-p."""
+def test_the_golden_q_and_p_are_processed_from_q0_and_p0(record: dict[str, Any]) -> None:
+    """With the temperature, top-k and top-p of the record."""
     sampling = SamplingParams(temperature=record["T"], top_k=record["top_k"], top_p=record["top_p"])
     for raw, row in (("q0", "q"), ("p0", "p")):
         logits_NV = torch.tensor([record[raw]], dtype=torch.float64).log()
-        law = process(logits_NV, [sampling], [Context()])
-        assert law.dense()[0].tolist() == pytest.approx(record[row], abs=1e-9)
+        probs = process(logits_NV, [sampling], [Context()])
+        assert probs.dense()[0].tolist() == pytest.approx(record[row], abs=1e-9)
 
 
-def test_wrong_variants_are_refused() -> None:
-    """Five plausible mistakes about token_v3 and chow have laws that the check tells apart."""
-    right = target_distribution(TokenV3(alpha=0.4), evidence(A_Q, A_P)).on_NK[0].tolist()
+def test_plausible_mistakes_have_other_distributions() -> None:
+    """Five wrong variants of token_v3 and chow that these tests tell apart from the right ones."""
+    right = target_distribution(TokenV3(alpha=0.4), rule_inputs(A_Q, A_P)).on_NK[0].tolist()
     kept = [0, 1, 1, 0]
     q, p = torch.tensor(A_Q), torch.tensor(A_P)
     eta = float((q * (1 - torch.tensor(kept))).sum())
     accept = torch.where(torch.tensor(kept).bool(), 1.0, (eta * p / q).clamp_max(1))
-    refused = float((q * (1 - accept)).sum())
+    rejected = float((q * (1 - accept)).sum())
     ordinary = torch.where(torch.tensor(kept).bool(), 1.0, (p / q).clamp_max(1))
     over = (p - q).clamp_min(0) / (p - q).clamp_min(0).sum()
     wrong = {
@@ -246,21 +246,24 @@ def test_wrong_variants_are_refused() -> None:
             q * torch.tensor(kept) / (q * torch.tensor(kept)).sum(),
             [0, 0.6667, 0.3333, 0],
         ),
-        "refuse into p": (q * accept + refused * p, [0.1925, 0.4856, 0.2737, 0.0481]),
-        "refuse into norm((p - q)+)": (q * accept + refused * over, [0.11, 0.5062, 0.3562, 0.0275]),
+        "reject into p": (q * accept + rejected * p, [0.1925, 0.4856, 0.2737, 0.0481]),
+        "reject into norm((p - q)+)": (
+            q * accept + rejected * over,
+            [0.11, 0.5062, 0.3562, 0.0275],
+        ),
     }
-    assert same_law(right, [0.11, 0.5475, 0.315, 0.0275])
-    for name, (law, printed) in wrong.items():
-        assert law.tolist() == pytest.approx(printed, abs=6e-5), name
-        assert not same_law(right, law.tolist()), name
-    kept_by_chow = target_distribution(Chow(alpha=0.55), evidence(A_Q, A_P)).on_NK[0].tolist()
-    assert same_law(kept_by_chow, A_Q)
-    assert not same_law(kept_by_chow, [1.0, 0, 0, 0]), "an argmax draft is not a draw from q"
+    assert same_distribution(right, [0.11, 0.5475, 0.315, 0.0275])
+    for name, (probs, printed) in wrong.items():
+        assert probs.tolist() == pytest.approx(printed, abs=6e-5), name
+        assert not same_distribution(right, probs.tolist()), name
+    kept_by_chow = target_distribution(Chow(alpha=0.55), rule_inputs(A_Q, A_P)).on_NK[0].tolist()
+    assert same_distribution(kept_by_chow, A_Q)
+    assert not same_distribution(kept_by_chow, [1.0, 0, 0, 0]), "an argmax draft does not follow q"
 
 
 def test_token_v3_at_0_is_not_lossless() -> None:
     """q = [.7, .3], p = [.4, .6] gives [.28, .72]."""
-    found = target_distribution(TokenV3(alpha=0), evidence((0.7, 0.3), (0.4, 0.6)))
+    found = target_distribution(TokenV3(alpha=0), rule_inputs((0.7, 0.3), (0.4, 0.6)))
     assert found.on_NK[0].tolist() == pytest.approx([0.28, 0.72])
 
 
@@ -274,42 +277,42 @@ def normed(values: Sequence[float]) -> list[float]:
 
 
 @given(q=weights, p=weights)
-def test_two_token_rules_can_be_lossless(q: list[float], p: list[float]) -> None:
-    """`token_v1` at alpha -1 and `token_v2` under 0 defer every token: pi = p."""
+def test_two_token_rules_are_lossless_if_all_tokens_defer(q: list[float], p: list[float]) -> None:
+    """`token_v1` at alpha -1 and `token_v2` below 0: pi = p."""
     for rule in (TokenV1(alpha=-1), TokenV2(alpha=-1e-9)):
-        found = target_distribution(rule, evidence(normed(q), normed(p)))
+        found = target_distribution(rule, rule_inputs(normed(q), normed(p)))
         assert found.on_NK[0].tolist() == pytest.approx(normed(p))
 
 
 @given(q=weights, p=weights, low=alphas, high=alphas)
-def test_four_rules_refuse_less_as_alpha_grows(
+def test_four_rules_reject_less_as_alpha_grows(
     q: list[float], p: list[float], low: float, high: float
 ) -> None:
-    """chow, diff, opt and lossy are monotone position by position."""
+    """chow, diff, opt and lossy are monotone at every position."""
     low, high = sorted((low, high))
     for kind in (Chow, Diff, Opt):
-        wide = judged(kind(alpha=high), normed(q), normed(p)).refuse
-        assert wide <= judged(kind(alpha=low), normed(q), normed(p)).refuse + 1e-12
+        wide = judged(kind(alpha=high), normed(q), normed(p)).reject
+        assert wide <= judged(kind(alpha=low), normed(q), normed(p)).reject + 1e-12
     for beta in ("one", "solved"):
-        refuse = [
-            judged(Lossy(alpha=min(a, 0.99), beta=beta), normed(q), normed(p)).refuse
+        reject = [
+            judged(Lossy(alpha=min(a, 0.99), beta=beta), normed(q), normed(p)).reject
             for a in (low, high)
         ]
-        assert refuse[1] <= refuse[0] + 1e-9
+        assert reject[1] <= reject[0] + 1e-9
 
 
 def test_token_v3_is_not_monotone() -> None:
-    """A small alpha makes it sharper than p, and it can accept less than lossless."""
-    refusals = [judged(TokenV3(alpha=a), A_Q, A_P).refuse for a in (0, 0.4, 0.6)]
-    assert refusals[1] > refusals[0] > judged(Lossless(), A_Q, A_P).refuse > refusals[2]
+    """A small alpha makes pi sharper than p, and can accept less than lossless does."""
+    rejections = [judged(TokenV3(alpha=a), A_Q, A_P).reject for a in (0, 0.4, 0.6)]
+    assert rejections[1] > rejections[0] > judged(Lossless(), A_Q, A_P).reject > rejections[2]
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
 @settings(max_examples=30)
 @given(q=weights, p=weights)
-def test_every_target_is_a_law(rule: Rule, q: list[float], p: list[float]) -> None:
-    """pi is not negative, sums to one, and lies where q or p do."""
-    pi = target_distribution(rule, evidence(normed(q), normed(p))).on_NK[0]
+def test_every_target_distribution_sums_to_one(rule: Rule, q: list[float], p: list[float]) -> None:
+    """And is nowhere negative."""
+    pi = target_distribution(rule, rule_inputs(normed(q), normed(p))).on_NK[0]
     assert bool((pi >= 0).all())
     assert float(pi.sum()) == pytest.approx(1)
 
@@ -317,22 +320,22 @@ def test_every_target_is_a_law(rule: Rule, q: list[float], p: list[float]) -> No
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
 @settings(max_examples=30)
 @given(q=weights, p=weights)
-def test_a_sparse_support_says_what_the_whole_vocabulary_says(
+def test_a_sparse_support_gives_the_same_target_as_the_vocabulary(
     rule: Rule, q: list[float], p: list[float]
 ) -> None:
-    """With q on three of five tokens, pi on those and one multiple of p elsewhere are all of pi."""
+    """With q on three of five tokens, pi there and a multiple of p elsewhere make up pi."""
     sparse_q = normed([*q[:3], 0, 0])
-    whole = evidence(sparse_q, normed(p))
-    cut = replace(
+    whole = rule_inputs(sparse_q, normed(p))
+    sparse = replace(
         whole,
         q_NK=whole.q_NK[:, :3],
         p_NK=whole.p_NK[:, :3],
         q0_NK=None if whole.q0_NK is None else whole.q0_NK[:, :3],
         p0_NK=None if whole.p0_NK is None else whole.p0_NK[:, :3],
     )
-    dense, some = target_distribution(rule, whole), target_distribution(rule, cut)
-    spread = torch.cat([some.on_NK, some.tail_N[:, None] * whole.p_NK[:, 3:]], dim=1)
-    torch.testing.assert_close(spread, dense.on_NK, atol=1e-12, rtol=1e-9)
+    dense, some = target_distribution(rule, whole), target_distribution(rule, sparse)
+    expanded = torch.cat([some.on_NK, some.tail_N[:, None] * whole.p_NK[:, 3:]], dim=1)
+    torch.testing.assert_close(expanded, dense.on_NK, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
@@ -341,12 +344,12 @@ def test_a_sparse_support_says_what_the_whole_vocabulary_says(
     q=st.lists(st.sampled_from([0.0, 1e-38, 1e-30, 1e-7, 0.5, 1.0]), min_size=5, max_size=5),
     p=st.lists(st.sampled_from([0.0, 1e-38, 1e-30, 1e-7, 0.5, 1.0]), min_size=5, max_size=5),
 )
-def test_no_row_gives_nan_in_float32(rule: Rule, q: list[float], p: list[float]) -> None:
+def test_extreme_probabilities_give_no_nan(rule: Rule, q: list[float], p: list[float]) -> None:
     """Zeros, masses of 1e-38 and one-hots: pi stays finite and sums to one."""
     if not (sum(q) > 0 < sum(p)):
         return
     found: TargetDistribution = target_distribution(
-        rule, evidence(normed(q), normed(p), dtype=torch.float32)
+        rule, rule_inputs(normed(q), normed(p), dtype=torch.float32)
     )
     assert bool(found.on_NK.isfinite().all())
     assert bool(found.tail_N.isfinite().all())

@@ -1,6 +1,6 @@
-"""The mathematics once more, in exact rationals: a third voice beside the fast path and its twin.
+"""The mathematics in exact rationals, independent of the fast path and of the slow reference.
 
-Laws are tuples of `Fraction`; a law of texts is a dict from tokens to `Fraction`.
+A distribution is a tuple of `Fraction`; one of texts is a dict from tokens to `Fraction`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from cascade.types import Bonus
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Row: TypeAlias = tuple[Fraction, ...]
+Probs: TypeAlias = tuple[Fraction, ...]
 
 Texts: TypeAlias = dict[tuple[int, ...], Fraction]
 
-# Parameters of rules are floats; none of the laws under test ties with one of these.
+# Parameters of rules are floats; no probability under test is equal to one of these.
 RULES: tuple[Rule, ...] = (
     Lossless(),
     Lossy(alpha=0.3137),
@@ -58,20 +58,20 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def norm(weights: tuple[Fraction, ...]) -> Row:
+def norm(weights: tuple[Fraction, ...]) -> Probs:
     total = sum(weights)
     return tuple(w / total for w in weights)
 
 
-def distance(p: Row, q: Row) -> Fraction:
+def distance(p: Probs, q: Probs) -> Fraction:
     return sum((max(Fraction(0), a - b) for a, b in zip(p, q, strict=True)), Fraction(0))
 
 
-def entropy(row: Row) -> float:
+def entropy(row: Probs) -> float:
     return -sum(float(x) * math.log(x) for x in row if x > 0)
 
 
-def unacceptable(rule: Rule, q0: Row, p0: Row) -> tuple[bool, ...]:
+def unacceptable(rule: Rule, q0: Probs, p0: Probs) -> tuple[bool, ...]:
     top = max(p0)
     match rule:
         case TokenV1(alpha=alpha):
@@ -86,15 +86,15 @@ def unacceptable(rule: Rule, q0: Row, p0: Row) -> tuple[bool, ...]:
             raise TypeError(rule)
 
 
-def defers(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> bool:
-    sure, surer, apart = max(q0), max(p0), distance(p, q)
+def defers(rule: Rule, q: Probs, p: Probs, q0: Probs, p0: Probs) -> bool:
+    max_q, max_p, apart = max(q0), max(p0), distance(p, q)
     match rule:
         case Chow(alpha=alpha):
-            deferred = sure < 1 - Fraction(alpha)
+            deferred = max_q < 1 - Fraction(alpha)
         case Diff(alpha=alpha):
-            deferred = sure < surer - Fraction(alpha)
+            deferred = max_q < max_p - Fraction(alpha)
         case Opt(alpha=alpha):
-            deferred = sure < surer - Fraction(alpha) * apart
+            deferred = max_q < max_p - Fraction(alpha) * apart
         case ChowLog(alpha=alpha):
             deferred = entropy(q0) > alpha
         case DiffLog(alpha=alpha):
@@ -111,7 +111,7 @@ def defers(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> bool:
     return deferred
 
 
-def target(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> Row:
+def target_distribution(rule: Rule, q: Probs, p: Probs, q0: Probs, p0: Probs) -> Probs:
     """Return pi = T(q, p)."""
     pairs = list(zip(q, p, strict=True))
     match rule:
@@ -138,48 +138,50 @@ def target(rule: Rule, q: Row, p: Row, q0: Row, p0: Row) -> Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
-    """Two models on few tokens: rows for every text so far."""
+class ModelPair:
+    """Two models on few tokens: q and p after every text."""
 
-    q: Callable[[tuple[int, ...]], Row]
-    p: Callable[[tuple[int, ...]], Row]
+    q: Callable[[tuple[int, ...]], Probs]
+    p: Callable[[tuple[int, ...]], Probs]
     rule: Rule
 
-    def pi(self, text: tuple[int, ...]) -> Row:
+    def pi(self, text: tuple[int, ...]) -> Probs:
         q, p = self.q(text), self.p(text)
-        return target(self.rule, q, p, q, p)
+        return target_distribution(self.rule, q, p, q, p)
 
 
-def product(tree: Tree, length: int) -> Texts:
-    """Return the law that is the product of pi."""
-    laws: Texts = {(): Fraction(1)}
+def product(pair: ModelPair, length: int) -> Texts:
+    """Return the distribution of answers: the product of pi."""
+    texts: Texts = {(): Fraction(1)}
     for _ in range(length):
-        laws = {
-            (*text, v): mass * x for text, mass in laws.items() for v, x in enumerate(tree.pi(text))
+        texts = {
+            (*text, v): mass * x
+            for text, mass in texts.items()
+            for v, x in enumerate(pair.pi(text))
         }
-    return laws
+    return texts
 
 
-def gen_spec_sample(tree: Tree, text: tuple[int, ...], *, drafted: int, bonus: Bonus) -> Texts:
-    """Return the law of one round after a text: GenSpecSample (Alg. 4) by enumeration."""
+def gen_spec_sample(pair: ModelPair, text: tuple[int, ...], *, drafted: int, bonus: Bonus) -> Texts:
+    """Return the distribution of one round after a text: GenSpecSample (Alg. 4), enumerated."""
     out: defaultdict[tuple[int, ...], Fraction] = defaultdict(Fraction)
 
     def descend(done: tuple[int, ...], mass: Fraction) -> None:
         if len(done) == drafted:
-            law = {Bonus.EXPERT: tree.p, Bonus.TARGET: tree.pi}.get(bonus)
-            if law is None:
+            bonus_probs = {Bonus.EXPERT: pair.p, Bonus.TARGET: pair.pi}.get(bonus)
+            if bonus_probs is None:
                 out[done] += mass
                 return
-            for v, x in enumerate(law((*text, *done))):
+            for v, x in enumerate(bonus_probs((*text, *done))):
                 out[(*done, v)] += mass * x
             return
-        q, pi = tree.q((*text, *done)), tree.pi((*text, *done))
+        q, pi = pair.q((*text, *done)), pair.pi((*text, *done))
         for v, (a, b) in enumerate(zip(q, pi, strict=True)):
             descend((*done, v), mass * min(a, b))
-        if refused := distance(pi, q):
+        if rejected := distance(pi, q):
             over = norm(tuple(max(Fraction(0), b - a) for a, b in zip(q, pi, strict=True)))
             for v, x in enumerate(over):
-                out[(*done, v)] += mass * refused * x
+                out[(*done, v)] += mass * rejected * x
 
     descend((), Fraction(1))
     return {done: mass for done, mass in out.items() if mass}

@@ -1,7 +1,9 @@
-"""The way from the device to Python: every read waits for the device, so reads are few and counted.
+"""Tensor helpers of sampling and speculation, and the counted reads from a device.
 
-What decides on a device's numbers without reading them costs nothing; so nothing else in this
-folder may read a tensor that may live on a device.
+Reading a tensor's values makes Python wait for the device, so reads are few and counted. `sampling`
+and `speculation` read tensors that may be on a device through `to_list` and `to_cpu` only.
+
+Shapes: `N` rows, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -15,65 +17,51 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 2**20  # numbers of one piece: enough for all cores, and they stay in the last cache
+CHUNK_SIZE = 2**20  # elements: enough work for all cores, and they stay in the last-level cache
 
 
 def widen(logits_NV: Tensor) -> Tensor:
-    """Return the logits in float32, or as they are in float64."""
+    """Return the logits in float32; float64 logits are returned as they are."""
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 
-def pieces(rows_NV: Tensor) -> list[slice]:
-    """Return the rows that are worked on together: all of them but on a CPU."""
-    count, vocab = rows_NV.shape
-    step = max(1, count if rows_NV.device.type != "cpu" else PIECE // max(vocab, 1))
+def row_chunks(values_NV: Tensor) -> list[slice]:
+    """Return slices of rows to process together: on a CPU cache-sized, elsewhere all rows."""
+    count, vocab = values_NV.shape
+    step = max(1, count if values_NV.device.type != "cpu" else CHUNK_SIZE // max(vocab, 1))
     return [slice(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
 
 
-def peak_and_norm(logits_NV: Tensor, inverse_N1: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each row's largest logit and log sum exp((logit - peak) / temperature), [N, 1] each.
+def argmax(values_NV: Tensor) -> Tensor:
+    """Return the index of each row's largest value, the lowest index of equal ones, int64 [N].
 
-    Args:
-        logits_NV: Widened.
-        inverse_N1: 1 / temperature; None where all are 1.
+    On a CPU numpy's vectorised argmax is five to ten times as fast as torch's.
     """
-    best_N1 = argmax(logits_NV)[:, None]
-    peak_N1 = logits_NV.gather(1, best_N1)
-    scaled_NV = logits_NV if inverse_N1 is None else (logits_NV - peak_N1).mul_(inverse_N1)
-    # The likeliest token's share is 1 / sum, and softmax is one pass.
-    return peak_N1, scaled_NV.softmax(dim=1).gather(1, best_N1).log_().neg_()
-
-
-def argmax(rows_NV: Tensor) -> Tensor:
-    """Return the place of the largest number of each row, the lowest of equals, int64 [N].
-
-    numpy's search takes all lanes of a CPU; torch's takes five to ten times as long.
-    """
-    if rows_NV.device.type != "cpu":
-        return widen(rows_NV).argmax(dim=1)
-    parts = [widen(rows_NV[some]).numpy().argmax(axis=1) for some in pieces(rows_NV)]
+    if values_NV.device.type != "cpu":
+        return widen(values_NV).argmax(dim=1)
+    parts = [widen(values_NV[rows]).numpy().argmax(axis=1) for rows in row_chunks(values_NV)]
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-class _Tally(threading.local):
+class _Counter(threading.local):
     reads = 0
 
 
-_tally = _Tally()
+_counter = _Counter()
 
 
 def to_list(tensor: Tensor) -> Any:
-    """Return a tensor's numbers as nested lists, or one number."""
-    _tally.reads += 1
+    """Return a tensor's values as nested lists, or one number."""
+    _counter.reads += 1
     return tensor.tolist()
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor in the memory of the host."""
-    _tally.reads += 1
+    """Return a tensor in host memory."""
+    _counter.reads += 1
     return tensor.cpu()
 
 
-def reads() -> int:
+def device_reads() -> int:
     """Return how many reads this thread has made."""
-    return _tally.reads
+    return _counter.reads

@@ -1,13 +1,13 @@
-"""Which tokens of a row top-k, top-p and min-p leave, and what those sum to.
+"""Top-k, top-p and min-p: which tokens of a row are kept, and their total probability.
 
-Top-k keeps the k likeliest. Top-p keeps the fewest whose mass reaches its share of what top-k left.
-Min-p keeps those at least so likely as that share of the likeliest. What ties with the last that is
-kept stays too.
+Top-k keeps the k likeliest. Top-p keeps the fewest whose probability reaches its share of what
+top-k keeps. Min-p keeps those at least that share as likely as the likeliest. Tokens that tie with
+the last one kept are kept too.
 
-A device puts whole rows in order, for a look at them costs a wait. A CPU takes them one by one and
-puts only a few tokens of each in order: most can be seen to lie on either side of the cut.
+On a device whole rows are sorted, because a decision that depends on values would wait for it. A
+CPU takes the rows one by one and sorts only the few tokens among which the boundary lies.
 
-Shapes: `N` rows, `K` tokens among which a cut lies, `V` vocabulary.
+Shapes: `N` rows, `K` candidate tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -26,39 +26,37 @@ if TYPE_CHECKING:
 
     from cascade.types import SamplingParams
 
-    Row = NDArray[np.floating[Any]]
+    Values = NDArray[np.floating[Any]]
     Ids = NDArray[np.intp]
 
-_NARROW = 64  # tokens of a nucleus that is found at once
-
-_MAGNITUDE_BITS = 6  # of a mantissa: 64 magnitudes an octave
-
-_COLUMNS = 512  # whose largest logits bound the k-th largest of a row from below
+_SMALL_NUCLEUS = 64  # tokens that one comparison is sure to find
+_MANTISSA_BITS = 6  # of a float's magnitude class: 64 classes an octave
+_COLUMNS = 512  # the largest logits of these bound the k-th largest of a row from below
 
 
 def truncate(
     logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor]:
-    """Return the least logit kept, -inf where all are, and the mass of what is, [N, 1] each.
+    """Return the least logit kept, -inf where all are, and the probability kept, [N, 1] each.
 
     Args:
         logits_NV: Widened.
-        p_NV: Their probabilities, which sum to 1.
-        samplings_N: What cuts each row.
+        p_NV: Their probabilities at the temperatures, which sum to 1.
+        samplings_N: Sampling parameters of each row.
     """
     if logits_NV.device.type != "cpu":
         return truncate_on_device(logits_NV, p_NV, samplings_N)
     rows = zip(logits_NV.numpy(), p_NV.numpy(), samplings_N, strict=True)
-    found = np.array([_cut_row(*row) for row in rows], dtype=logits_NV.numpy().dtype)
+    found = np.array([_truncate_row(*row) for row in rows], dtype=logits_NV.numpy().dtype)
     least_N1, kept_N1 = torch.from_numpy(found).split(1, dim=1)
     return least_N1, kept_N1
 
 
-def _cut_row(logits_V: Row, p_V: Row, sampling: SamplingParams) -> tuple[float, float]:
+def _truncate_row(logits_V: Values, p_V: Values, sampling: SamplingParams) -> tuple[float, float]:
     least, kept = -math.inf, 1.0
-    ids_K = None  # of the tokens that top-k leaves; None: all
+    ids_K = None  # what top-k keeps; None: all
     if 0 < sampling.top_k < len(logits_V):
-        ids_K = _likeliest(logits_V, sampling.top_k)
+        ids_K = _top_k(logits_V, sampling.top_k)
         least, kept = float(logits_V[ids_K].min()), _sum(p_V[ids_K])
     if sampling.top_p < 1:
         least, kept = _nucleus(logits_V, p_V, sampling.top_p * kept, ids_K)
@@ -69,60 +67,59 @@ def _cut_row(logits_V: Row, p_V: Row, sampling: SamplingParams) -> tuple[float, 
     return least, kept
 
 
-def _likeliest(logits_V: Row, count: int) -> Ids:
+def _top_k(logits_V: Values, count: int) -> Ids:
     """Return the tokens with the `count` largest logits, and what ties with the least of them."""
     whole = len(logits_V) // _COLUMNS * _COLUMNS
     if not whole or count > _COLUMNS:
-        return np.flatnonzero(logits_V >= _largest(logits_V, count))
-    peaks = logits_V[:whole].reshape(-1, _COLUMNS).max(axis=0)
-    ids_K = np.flatnonzero(logits_V >= _largest(peaks, count))
+        return np.flatnonzero(logits_V >= _kth_largest(logits_V, count))
+    maxima = logits_V[:whole].reshape(-1, _COLUMNS).max(axis=0)
+    ids_K = np.flatnonzero(logits_V >= _kth_largest(maxima, count))
     logits_K = logits_V[ids_K]
-    return ids_K[logits_K >= _largest(logits_K, count)]
+    return ids_K[logits_K >= _kth_largest(logits_K, count)]
 
 
-def _largest(values: Row, count: int) -> float:
-    """Return the `count`-th largest value."""
-    return float(np.partition(values, -count)[-count])
+def _kth_largest(values: Values, k: int) -> float:
+    return float(np.partition(values, -k)[-k])
 
 
-def _nucleus(logits_V: Row, p_V: Row, mass: float, ids_K: Ids | None) -> tuple[float, float]:
-    """Return the logit at which the likeliest of some tokens reach a mass, and what they sum to.
+def _nucleus(logits_V: Values, p_V: Values, mass: float, ids_K: Ids | None) -> tuple[float, float]:
+    """Return the logit at which the likeliest candidates reach a mass, and what they sum to.
 
-    What ties with the last of them is in the sum.
+    Tokens that tie with the last of them are included. The candidates are `ids_K`, or all tokens.
     """
     before = 0.0
     if ids_K is None:
-        ids_K = np.flatnonzero(p_V > (1 - mass) / _NARROW)
+        ids_K = np.flatnonzero(p_V > (1 - mass) / _SMALL_NUCLEUS)
         if _sum(p_V[ids_K]) < mass:
-            ids_K, before = _magnitude(p_V, mass)
+            ids_K, before = _boundary_class(p_V, mass)
     ids_K = ids_K[np.argsort(-logits_V[ids_K])]
     logits_K = logits_V[ids_K]
     reached_K = before + p_V[ids_K].cumsum(dtype=np.float64)
-    place = min(int(np.searchsorted(reached_K, mass)), len(ids_K) - 1)
-    last = int(np.searchsorted(-logits_K, -logits_K[place], side="right")) - 1
-    return float(logits_K[place]), float(reached_K[last])
+    index = min(int(np.searchsorted(reached_K, mass)), len(ids_K) - 1)
+    last = int(np.searchsorted(-logits_K, -logits_K[index], side="right")) - 1
+    return float(logits_K[index]), float(reached_K[last])
 
 
-def _magnitude(p_V: Row, mass: float) -> tuple[Ids, float]:
-    """Return the tokens of the magnitude in which a mass is reached, and what heavier ones have.
+def _boundary_class(p_V: Values, mass: float) -> tuple[Ids, float]:
+    """Return the tokens of the magnitude class in which a mass is reached, and the mass above it.
 
-    Floats that are not negative are in the order of their bits, whose first are the magnitude.
+    Floats that are not negative are ordered as their bits are, and the first bits are the class.
     """
-    bits_V = p_V.view(f"i{p_V.itemsize}") >> (np.finfo(p_V.dtype).nmant - _MAGNITUDE_BITS)
-    above = np.bincount(bits_V, weights=p_V)[::-1].cumsum()
-    place = int(np.searchsorted(above, min(mass, above[-1])))
-    before = float(above[place - 1]) if place else 0.0
-    return np.flatnonzero(bits_V == len(above) - 1 - place), before
+    class_V = p_V.view(f"i{p_V.itemsize}") >> (np.finfo(p_V.dtype).nmant - _MANTISSA_BITS)
+    cumulated = np.bincount(class_V, weights=p_V)[::-1].cumsum()
+    index = int(np.searchsorted(cumulated, min(mass, cumulated[-1])))
+    above = float(cumulated[index - 1]) if index else 0.0
+    return np.flatnonzero(class_V == len(cumulated) - 1 - index), above
 
 
-def _sum(values: Row) -> float:
+def _sum(values: Values) -> float:
     return float(values.sum(dtype=np.float64))
 
 
 def truncate_on_device(
     logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor]:
-    """Return what `cut` does, without a look at any row."""
+    """Return what `truncate` returns, without reading a value; the parameters are the same."""
     least_N1 = torch.full_like(logits_NV[:, :1], -math.inf)
     if any(s.top_k for s in samplings_N):
         least_N1 = _top_k_on_device(logits_NV, [s.top_k for s in samplings_N])
@@ -148,11 +145,11 @@ def _top_k_on_device(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
     return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
 
 
-def _top_p_on_device(logits_NV: Tensor, p_NV: Tensor, masses_N: Sequence[float]) -> Tensor:
+def _top_p_on_device(logits_NV: Tensor, p_NV: Tensor, shares_N: Sequence[float]) -> Tensor:
     """Return the logit at which the likeliest tokens reach their share, -inf where that is all."""
-    mass_N1 = logits_NV.new_tensor(masses_N)[:, None]
+    share_N1 = logits_NV.new_tensor(shares_N)[:, None]
     top_NV, ids_NV = logits_NV.sort(dim=1, descending=True)
     reached_NV = p_NV.gather(1, ids_NV).cumsum(1)
-    short_N1 = (reached_NV < mass_N1 * p_NV.sum(dim=1, keepdim=True)).sum(1, keepdim=True)
-    cut_N1 = top_NV.gather(1, short_N1.clamp_max(logits_NV.shape[1] - 1))
-    return cut_N1.masked_fill_(mass_N1 >= 1, -math.inf)
+    short_N1 = (reached_NV < share_N1 * p_NV.sum(dim=1, keepdim=True)).sum(1, keepdim=True)
+    least_N1 = top_NV.gather(1, short_N1.clamp_max(logits_NV.shape[1] - 1))
+    return least_N1.masked_fill_(share_N1 >= 1, -math.inf)

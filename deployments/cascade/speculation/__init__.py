@@ -1,1 +1,1 @@
-"""The mathematics: rules, targets, verification and coins, as pure functions."""
+"""Drafting, verification and deferral rules as pure functions, and how long a draft should be."""

@@ -1,11 +1,20 @@
-"""Who wins under shared noise: argmax(log p + g), and argmax(log pi + g).
+"""The three procedures that judge a batch of blocks: token by token, block by block, Gumbel.
 
-Shapes: `N` rows of logits, `C` rows of one chunk, `V` vocabulary.
+Token and block verification accept drafted tokens of q and sample the next token so that what is
+committed follows the target distribution pi. The Gumbel coupling shares noise g between the models
+and commits argmax(log pi + g).
+
+Only the distribution of the next token is computed over the whole vocabulary, one row for each
+token that is emitted.
+
+Shapes: `N` rows of logits, `M` judged positions, `E` emitted tokens or chosen rows, `K` tokens of
+the drafter's support, `B` tasks, `C` rows of one chunk, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,299 +22,346 @@ from torch import Tensor
 
 from cascade.rules import Ensemble, Lossless
 from cascade.sampling import rng
+from cascade.sampling.probs import OneHotProbs, SoftmaxProbs
 from cascade.sampling.rng import Purpose
+from cascade.sampling.sampler import Weights
 from cascade.sampling.tensor_ops import to_list
 from cascade.speculation.payload import is_blockwise
-from cascade.speculation.residual import NextToken, dense_target, next_token_weights
-from cascade.speculation.verify_batch import quotient
-from cascade.types import Origin
+from cascade.speculation.verify_batch import safe_divide
+from cascade.types import Origin, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cascade.speculation.verify_batch import VerifyBatch
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyOutcome:
-    """What became of one block."""
-
-    accepted: int
-    origins: tuple[Origin, ...]  # of the accepted tokens
-    judged: int
-    deferred: int
-    emitted: int | None  # correction or bonus
+# Logits and noise of this many tokens at a time stay in cache.
+_CHUNK_TOKENS = 1 << 18
 
 
-def verify_tokens(bench: VerifyBatch) -> list[VerifyOutcome]:
-    """Return the outcome of verification token by token.
+def verify_tokens(batch: VerifyBatch) -> list[Verdict]:
+    """Return the verdicts of verification token by token.
 
-    A draft stands with probability min(1, pi / q), and norm((pi - q)+) follows a refusal. In the
-    form without rows q is a one-hot at the draft: an acceptable token stands, any other stands if a
-    fresh sample of p would have been it, and else gives way to that sample.
+    A drafted token is accepted with probability min(1, pi / q), and a rejected one is replaced from
+    norm((pi - q)+). Where ids alone are sent, q is a one-hot at the drafted token: an acceptable
+    token is accepted, any other is accepted if a sample of p equals it, and else replaced by that
+    sample.
     """
-    tossed = _toss(bench)
-    stands_M = tossed.accept_M < accept_probabilities(bench)
-    marks = _marks(bench, stands_M, lambda: _shared(bench, tossed.accept_M))
+    accept_M, next_N = _uniforms(batch)
+    accepted_M = accept_M < accept_probabilities(batch)
+    flags = _read_flags(batch, accepted_M, lambda: accept_M < batch.lossless_ratios())
+    return _verdicts(
+        batch, _accepted_counts(batch, flags), flags, lambda wanted: _sample(batch, wanted, next_N)
+    )
+
+
+def verify_block(batch: VerifyBatch) -> list[Verdict]:
+    """Return the verdicts of block verification: accept the longest prefix i with u_i < h_i."""
+    (accept_M, next_N), prefixes = _uniforms(batch), prefix_acceptance(batch)
+    uniforms_M = to_list(accept_M)
     accepted = [
-        _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
+        max([0, *(i + 1 for i, h in enumerate(hs) if uniforms_M[start + i] < h)])
+        for start, hs in zip(batch.judged_offsets[:-1], prefixes.probabilities, strict=True)
     ]
-    emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
-    return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
+    every_M = torch.ones_like(accept_M, dtype=torch.bool)
+    flags = _read_flags(batch, every_M, lambda: accept_M < batch.lossless_ratios())
+    return _verdicts(
+        batch,
+        accepted,
+        flags,
+        lambda wanted: _sample(batch, wanted, next_N),
+        factors=prefixes.factors,
+    )
 
 
-def verify_block(bench: VerifyBatch) -> list[VerifyOutcome]:
-    """Return the outcome of block verification: the longest prefix i with coin_i < h_i stands."""
-    tossed, standing = _toss(bench), prefix_acceptance(bench)
-    coins_M = to_list(tossed.accept_M)
-    accepted = [
-        max([0, *(i + 1 for i, h in enumerate(hs) if coins_M[head + i] < h)])
-        for head, hs in zip(bench.heads, standing.prefixes, strict=True)
-    ]
-    every_M = torch.ones_like(tossed.accept_M, dtype=torch.bool)
-    marks = _marks(bench, every_M, lambda: _shared(bench, tossed.accept_M))
-    emissions = [
-        following(bench, i, count, factor=standing.factors[i][count])
-        for i, count in enumerate(accepted)
-    ]
-    return _outcomes(bench, accepted, marks, _emit(bench, emissions, tossed))
-
-
-def verify_gumbel(bench: VerifyBatch) -> list[VerifyOutcome]:
-    """Return the outcome under shared noise: a draft stands iff it is argmax(log pi + g)."""
-    expert_N, chosen_N = gumbel_argmax(bench)
-    rows_M = torch.tensor(bench.rows, dtype=torch.int64, device=expert_N.device)
-    token_M = torch.tensor(bench.token_M, dtype=torch.int64, device=expert_N.device)
-    stands_M = chosen_N[rows_M] == token_M
-    marks = _marks(bench, stands_M, lambda: expert_N[rows_M] == token_M)
-    accepted = [
-        _leading(marks.stands[h : h + n]) for h, n in zip(bench.heads, bench.lengths, strict=True)
-    ]
+def verify_gumbel(batch: VerifyBatch) -> list[Verdict]:
+    """Return the verdicts under shared noise: a token is accepted iff it is argmax(log pi + g)."""
+    expert_N, chosen_N = gumbel_argmax(batch)
+    rows_M = torch.tensor(batch.row_M, dtype=torch.int64, device=expert_N.device)
+    token_M = torch.tensor(batch.token_M, dtype=torch.int64, device=expert_N.device)
+    flags = _read_flags(batch, chosen_N[rows_M] == token_M, lambda: expert_N[rows_M] == token_M)
     chosen = to_list(chosen_N)
-    emissions = [following(bench, i, count) for i, count in enumerate(accepted)]
-    return _outcomes(bench, accepted, marks, {e.owner: chosen[e.row] for e in emissions if e})
+    return _verdicts(
+        batch, _accepted_counts(batch, flags), flags, lambda wanted: [chosen[e.row] for e in wanted]
+    )
 
 
-def accept_probabilities(bench: VerifyBatch) -> Tensor:
-    """Return the probability with which each drafted token stands on its own, float64 [M]."""
-    return _ratios(bench).clamp_max(1.0)
+def accept_probabilities(batch: VerifyBatch) -> Tensor:
+    """Return the probability with which each drafted token is accepted on its own, float64 [M]."""
+    return _ratios(batch).clamp_max(1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixAcceptance:
     """Block verification of each task: for prefixes 1 .. L, and the factors p_0 .. p_L."""
 
-    prefixes: list[list[float]]  # h_i: the chance that prefix i stands if no longer one does
+    probabilities: list[list[float]]  # h_i: prefix i is accepted if no longer one is
     factors: list[list[float]]
 
 
-def prefix_acceptance(bench: VerifyBatch) -> PrefixAcceptance:
-    """Return h_i and p_i of arXiv 2403.10444, for any target."""
-    ratio_M, tail_M = _ratios(bench), bench.target.tail_N.double()
-    q_MK, pi_MK = bench.evidence.q_NK.double(), bench.target.on_NK.double()
-    outside_M = bench.evidence.outside().double() * tail_M
-    head_B = torch.tensor(bench.heads, device=ratio_M.device)
-    factor_B = torch.ones(len(bench.tasks), dtype=torch.float64, device=ratio_M.device)
+def prefix_acceptance(batch: VerifyBatch) -> PrefixAcceptance:
+    """Return h_i and p_i of arXiv 2403.10444, with pi in place of the target model."""
+    ratio_M, tail_M = _ratios(batch), batch.pi.tail_N.double()
+    q_MK, pi_MK = batch.rule_inputs.q_NK.double(), batch.pi.on_NK.double()
+    outside_M = batch.rule_inputs.p_off_support().double() * tail_M
+    start_B = torch.tensor(batch.judged_offsets[:-1], device=ratio_M.device)
+    factor_B = torch.ones(len(batch.tasks), dtype=torch.float64, device=ratio_M.device)
     factors, prefixes = [factor_B], list[Tensor]()
-    for j in range(max(bench.lengths)):
-        row_B = (head_B + j).clamp_max(len(ratio_M) - 1)
-        over_BK = (factor_B[:, None] * pi_MK[row_B] - q_MK[row_B]).clamp_min(0)
-        gain_B = over_BK.sum(dim=1) + factor_B * outside_M[row_B]
-        # A certain prefix stands: 0 / 0 where nothing is gained by stopping at it.
+    for j in range(max(batch.lengths)):
+        index_B = (start_B + j).clamp_max(len(ratio_M) - 1)
+        residual_BK = (factor_B[:, None] * pi_MK[index_B] - q_MK[index_B]).clamp_min(0)
+        gain_B = residual_BK.sum(dim=1) + factor_B * outside_M[index_B]
+        # A certain prefix is accepted: 0 / 0 where nothing is gained by stopping at it.
         prefixes.append(torch.where(factor_B < 1, gain_B / (gain_B + 1 - factor_B), 1.0))
-        factor_B = (factor_B * ratio_M[row_B]).clamp_max(1)
+        factor_B = (factor_B * ratio_M[index_B]).clamp_max(1)
         factors.append(factor_B)
     h, p = to_list(torch.stack([torch.stack([*prefixes, factor_B]).T, torch.stack(factors).T]))
     return PrefixAcceptance(
-        prefixes=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(bench.lengths)],
-        factors=[p[i][: n + 1] for i, n in enumerate(bench.lengths)],
+        probabilities=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(batch.lengths)],
+        factors=[p[i][: n + 1] for i, n in enumerate(batch.lengths)],
     )
 
 
-def _ratios(bench: VerifyBatch) -> Tensor:
-    """Return pi / q at each drafted token, float64 [M]; 0 where the row lacks its own token."""
-    pi_M, q_M = bench.on_token(bench.target.on_NK), bench.on_token(bench.evidence.q_NK)
-    return quotient(pi_M.double(), q_M.double())
+def _ratios(batch: VerifyBatch) -> Tensor:
+    """Return pi / q at each drafted token, float64 [M]; 0 where the support lacks the token."""
+    pi_M, q_M = batch.at_token(batch.pi.on_NK), batch.at_token(batch.rule_inputs.q_NK)
+    return safe_divide(pi_M.double(), q_M.double())
 
 
-def _shared(bench: VerifyBatch, coins_M: Tensor) -> Tensor:
-    """Return which drafted tokens lossless verification with the same coins would let stand."""
-    return coins_M < bench.lossless_ratios()
+def _uniforms(batch: VerifyBatch) -> tuple[Tensor, Tensor]:
+    """Return the numbers that accept drafted tokens [M] and that choose next tokens [N], float64.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tossed:
-    """The coins of judged rows, and of what may be emitted at each row of logits; float64."""
-
-    accept_M: Tensor
-    emit_N: Tensor
-
-
-def _toss(bench: VerifyBatch) -> _Tossed:
-    """Return all coins at once, on the device of the logits; zeros where none matters."""
-    like = bench.logits_NV.new_empty(0, dtype=torch.float64)
-    if _is_certain(bench):
-        rows = bench.logits_NV.shape[0]
-        return _Tossed(accept_M=like.new_zeros(len(bench.owner_M)), emit_N=like.new_zeros(rows))
+    They are generated together, and are zeros where none matters.
+    """
+    like = batch.logits_NV.new_empty(0, dtype=torch.float64)
+    if _is_deterministic(batch):
+        return like.new_zeros(len(batch.token_M)), like.new_zeros(len(batch.logits_NV))
     seeds, positions, starts = list[int](), list[int](), list[int]()
-    for task, count in zip(bench.tasks, bench.counts, strict=True):
-        seeds += [task.policy.seed] * count
-        positions += range(task.position, task.position + count)
-        starts += [task.position] * count
-    accept_N, emit_N = rng.uniforms(
+    for task, (first, end) in zip(batch.tasks, pairwise(batch.row_offsets), strict=True):
+        seeds += [task.policy.seed] * (end - first)
+        positions += range(task.position, task.position + end - first)
+        starts += [task.position] * (end - first)
+    accept_N, next_N = rng.uniforms(
         seeds,
         positions,
         Purpose.ACCEPT,
-        Purpose.EMIT,
-        starts_N=starts if is_blockwise(bench.policy) else None,
+        Purpose.NEXT_TOKEN,
+        block_starts_N=starts if is_blockwise(batch.policy) else None,
     )
-    accept_M = accept_N[torch.tensor(bench.rows, dtype=torch.int64)]
-    return _Tossed(accept_M=accept_M.to(like.device), emit_N=emit_N.to(like.device))
+    accept_M = accept_N[torch.tensor(batch.row_M, dtype=torch.int64)]
+    return accept_M.to(like.device), next_N.to(like.device)
 
 
-def _is_certain(bench: VerifyBatch) -> bool:
-    """Whether no coin matters: one-hots, unless the rule mixes them."""
-    return bench.policy.sampling.greedy and not isinstance(bench.policy.rule, Ensemble)
+def _is_deterministic(batch: VerifyBatch) -> bool:
+    """Whether no random number matters: at temperature 0, unless the rule mixes both models."""
+    return batch.policy.sampling.greedy and not isinstance(batch.policy.rule, Ensemble)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flags:
+    """What is known of each judged position."""
+
+    accepted: list[bool]
+    shared: list[bool]  # lossless verification would accept the token too
+    deferred: list[bool] | None = None  # None: a rejection counts as a deferral
+
+
+def _read_flags(batch: VerifyBatch, accepted_M: Tensor, shared: Callable[[], Tensor]) -> _Flags:
+    """Return the flags, read from the device at once; in lossless mode every token is shared."""
+    if isinstance(batch.policy.rule, Lossless):
+        accepted = to_list(accepted_M)
+        return _Flags(accepted, accepted)
+    flags = [accepted_M, shared()]
+    if batch.pi.deferred_NK is not None:
+        deferred_MK = batch.pi.deferred_NK.expand(batch.support.ids_NK.shape)
+        flags.append(batch.at_token(deferred_MK.double()) > 0)
+    return _Flags(*to_list(torch.stack(flags)))
+
+
+def _accepted_counts(batch: VerifyBatch, flags: _Flags) -> list[int]:
+    """Return how many tokens of each task are accepted before the first that is not."""
+    starts = zip(batch.judged_offsets, batch.lengths, strict=False)
+    return [sum(takewhile(bool, flags.accepted[start : start + n])) for start, n in starts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Marks:
-    """What is known of each judged row."""
+class NextToken:
+    """One token to sample: from p, from pi, or from norm((factor pi - q)+)."""
 
-    stands: list[bool]
-    shared: list[bool]
-    deferred: list[bool] | None  # None: a refusal is what deferring is
-
-
-def _marks(bench: VerifyBatch, stands_M: Tensor, shared: Callable[[], Tensor]) -> _Marks:
-    """Return the marks, brought from the device in one piece; all are `shared` where pi is p."""
-    if isinstance(bench.policy.rule, Lossless):
-        stands = to_list(stands_M)
-        return _Marks(stands=stands, shared=stands, deferred=None)
-    deferred_MK = bench.target.deferred_NK
-    if deferred_MK is None:
-        stands, drawn = to_list(torch.stack([stands_M, shared()]))
-        return _Marks(stands=stands, shared=drawn, deferred=None)
-    deferred_M = bench.on_token(deferred_MK.expand(bench.support.ids_NK.shape).double()) > 0
-    stands, drawn, deferred = to_list(torch.stack([stands_M, shared(), deferred_M]))
-    return _Marks(stands=stands, shared=drawn, deferred=deferred)
+    row: int  # of logits
+    judged: int | None = None  # the judged position whose pi it follows; None: it follows p
+    factor: float = 1.0
+    residual: bool = False
 
 
-def _leading(flags: Sequence[bool]) -> int:
-    """Return how many flags are set before the first that is not."""
-    return next((i for i, flag in enumerate(flags) if not flag), len(flags))
-
-
-def following(
-    bench: VerifyBatch, owner: int, accepted: int, *, factor: float = 1.0
+def next_token(
+    batch: VerifyBatch, task: int, accepted: int, *, factor: float = 1.0
 ) -> NextToken | None:
-    """Return what is emitted after the accepted tokens: a correction, a bonus or nothing."""
-    refused = accepted < bench.lengths[owner]
-    if not refused and not bench.bonuses[owner]:
+    """Return what follows the accepted tokens: a recovered token, a bonus token or nothing.
+
+    Args:
+        batch: The tasks.
+        task: Index of the task.
+        accepted: Number of drafted tokens accepted.
+        factor: Of pi in the residual, 0 to 1; less than 1 in block verification only.
+    """
+    rejected = accepted < batch.lengths[task]
+    if not rejected and not batch.has_bonus[task]:
         return None
     return NextToken(
-        owner=owner,
-        row=bench.firsts[owner] + accepted,
-        judged=bench.judged(owner, accepted),
-        factor=factor if refused else 1.0,
-        residual=refused,
+        row=batch.row_offsets[task] + accepted,
+        judged=batch.judged(task, accepted),
+        factor=factor if rejected else 1.0,
+        residual=rejected,
     )
 
 
-def _emit(
-    bench: VerifyBatch, emissions: Sequence[NextToken | None], tossed: _Tossed
-) -> dict[int, int]:
-    """Return the token that each owner's emission draws."""
-    wanted = [e for e in emissions if e is not None]
-    if not wanted:
-        return {}
-    if _is_certain(bench):
-        return _emit_certain(bench, wanted)
-    rows_E = torch.tensor([e.row for e in wanted], device=bench.logits_NV.device)
-    tokens = to_list(next_token_weights(bench, wanted).inverse_cdf(tossed.emit_N[rows_E]))
-    return dict(zip((e.owner for e in wanted), tokens, strict=True))
-
-
-def _emit_certain(bench: VerifyBatch, emissions: Sequence[NextToken]) -> dict[int, int]:
-    """Return the favourites of one-hot laws: p's, or the drafter's where pi keeps it."""
-    device = bench.logits_NV.device
-    row_E = torch.tensor([e.row for e in emissions], device=device)
-    token_E = bench.law.favourites()[row_E]
-    kept = [k for k, e in enumerate(emissions) if e.judged is not None and not e.residual]
-    if kept:
-        judged_J = torch.tensor([emissions[k].judged for k in kept], device=device)
-        best_J1 = bench.target.on_NK[judged_J].argmax(dim=1, keepdim=True)
-        drafted_J = bench.support.ids_NK[judged_J].gather(1, best_J1).squeeze(1)
-        place_J = torch.tensor(kept, device=device)
-        keeps_J = bench.target.tail_N[judged_J] < 1
-        token_E[place_J] = torch.where(keeps_J, drafted_J, token_E[place_J])
-    return dict(zip((e.owner for e in emissions), to_list(token_E), strict=True))
-
-
-def _outcomes(
-    bench: VerifyBatch, accepted: Sequence[int], marks: _Marks, emitted: dict[int, int]
-) -> list[VerifyOutcome]:
-    """Return the outcome of each task."""
-    return [
-        VerifyOutcome(
-            accepted=count,
-            origins=tuple(
-                Origin.DRAFTER if shared else Origin.KEPT
-                for shared in marks.shared[bench.heads[i] : bench.heads[i] + count]
-            ),
-            judged=(judged := min(count + 1, bench.lengths[i])),
-            deferred=_deferred(marks, bench.heads[i], judged, refused=count < bench.lengths[i]),
-            emitted=emitted.get(i),
-        )
+def _verdicts(
+    batch: VerifyBatch,
+    accepted: Sequence[int],
+    flags: _Flags,
+    draw: Callable[[Sequence[NextToken]], list[int]],
+    *,
+    factors: Sequence[Sequence[float]] | None = None,
+) -> list[Verdict]:
+    """Return the verdict on each task, without log-probabilities."""
+    wanted = [
+        next_token(batch, i, count, factor=factors[i][count] if factors else 1.0)
         for i, count in enumerate(accepted)
     ]
+    drawn = iter(draw([one for one in wanted if one is not None]))
+    verdicts = list[Verdict]()
+    for i, (count, start) in enumerate(zip(accepted, batch.judged_offsets, strict=False)):
+        last = () if wanted[i] is None else (next(drawn),)
+        judged = min(count + 1, batch.lengths[i])
+        deferred = flags.deferred
+        verdicts.append(
+            Verdict(
+                accepted=count,
+                tokens=batch.tasks[i].block.tokens[:count] + last,
+                origins=(
+                    *(Origin.DRAFTER if s else Origin.KEPT for s in flags.shared[start:][:count]),
+                    *(Origin.EXPERT for _ in last),
+                ),
+                judged=judged,
+                deferred=int(count < batch.lengths[i])
+                if deferred is None
+                else sum(deferred[start : start + judged]),
+            )
+        )
+    return verdicts
 
 
-def _deferred(marks: _Marks, head: int, judged: int, *, refused: bool) -> int:
-    """Return how many of the judged tokens the rule gave to the expert."""
-    if marks.deferred is None:
-        return int(refused)
-    return sum(marks.deferred[head : head + judged])
+def _sample(batch: VerifyBatch, wanted: Sequence[NextToken], uniforms_N: Tensor) -> list[int]:
+    """Return the next tokens."""
+    if not wanted:
+        return []
+    rows_E = torch.tensor([e.row for e in wanted], device=batch.logits_NV.device)
+    if _is_deterministic(batch):
+        return to_list(_argmax(batch, wanted, rows_E))
+    return to_list(next_token_weights(batch, wanted).inverse_cdf(uniforms_N[rows_E]))
 
 
-# Logits and noise of this many tokens at a time stay in cache.
-_CHUNK_TOKENS = 1 << 18
+def _argmax(batch: VerifyBatch, wanted: Sequence[NextToken], rows_E: Tensor) -> Tensor:
+    """Return the next tokens at temperature 0: p's argmax, or the drafter's where pi keeps it."""
+    assert isinstance(batch.p, OneHotProbs), "temperature 0 gives one-hots"
+    device, token_E = rows_E.device, batch.p.best_N[rows_E]
+    kept = [k for k, e in enumerate(wanted) if e.judged is not None and not e.residual]
+    if kept:
+        judged_J = torch.tensor([wanted[k].judged for k in kept], device=device)
+        best_J1 = batch.pi.on_NK[judged_J].argmax(dim=1, keepdim=True)
+        drafted_J = batch.support.ids_NK[judged_J].gather(1, best_J1).squeeze(1)
+        kept_J = torch.tensor(kept, device=device)
+        keeps_J = batch.pi.tail_N[judged_J] < 1
+        token_E[kept_J] = torch.where(keeps_J, drafted_J, token_E[kept_J])
+    return token_E
 
 
-def gumbel_argmax(bench: VerifyBatch) -> tuple[Tensor, Tensor]:
-    """Return the winners under p and under pi of every row of logits, int64 [N] each.
+def next_token_weights(batch: VerifyBatch, wanted: Sequence[NextToken]) -> Weights:
+    """Return the distributions of the next tokens, unnormalised, E rows over the vocabulary.
 
-    Where no target is asked for, pi is p.
+    A residual that rounding left empty is replaced by pi.
     """
-    count, vocab = bench.logits_NV.shape
-    rows = max(1, _CHUNK_TOKENS // vocab)
-    chunks = [_chunk(bench, first, min(first + rows, count)) for first in range(0, count, rows)]
-    return torch.cat([expert for expert, _ in chunks]), torch.cat([chosen for _, chosen in chunks])
+    rows_E = torch.tensor([e.row for e in wanted], device=batch.logits_NV.device)
+    if all(e.judged is None for e in wanted):
+        return Weights(weights_NK=batch.p.dense(rows_E))
+    found = Weights(weights_NK=_dense_weights(batch, rows_E, wanted))
+    empty_E = found.totals <= 0
+    if not to_list(empty_E.any()):
+        return found
+    whole = [replace(e, factor=1.0, residual=False) for e in wanted]
+    whole_EV = _dense_weights(batch, rows_E, whole)
+    return Weights(weights_NK=torch.where(empty_E[:, None], whole_EV, found.weights_NK))
 
 
-def _chunk(bench: VerifyBatch, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Return the winners of the rows of logits from `first` to `end`."""
-    device, vocab = bench.logits_NV.device, bench.logits_NV.shape[1]
-    log_CV = bench.law.rows(torch.arange(first, end, device=device)).log_dense()
-    pairs = _counters(bench)[first:end]
-    seeds, positions = [seed for seed, _ in pairs], [position for _, position in pairs]
-    noise_CV = rng.noise(seeds, positions, vocab, device).to(log_CV.dtype)
-    expert_C = log_CV.add_(noise_CV).argmax(dim=1)
-    judged = [(m, row) for m, row in enumerate(bench.rows) if first <= row < end]
-    if isinstance(bench.policy.rule, Lossless) or not judged:
-        return expert_C, expert_C
-    index_E = torch.tensor([m for m, _ in judged], device=device)
-    row_E = torch.tensor([row for _, row in judged], device=device)
-    log_EV = dense_target(bench, bench.law.rows(row_E), index_E).log_()
-    winners_E = log_EV.add_(noise_CV[row_E - first]).argmax(dim=1)
-    return expert_C, expert_C.index_copy(0, row_E - first, winners_E)
+def _dense_weights(batch: VerifyBatch, rows_E: Tensor, wanted: Sequence[NextToken]) -> Tensor:
+    """Return (factor pi - q)+ for residuals, else pi at judged positions, else p."""
+    weights_EV = batch.p.dense(rows_E)
+    pi, support = batch.pi, batch.support
+    judged_E = torch.tensor([e.judged or 0 for e in wanted], device=weights_EV.device)
+    is_judged_E = torch.tensor([e.judged is not None for e in wanted], device=weights_EV.device)
+    factor_E = weights_EV.new_tensor([e.factor for e in wanted])
+    minus_E = weights_EV.new_tensor([float(e.residual) for e in wanted])
+    scaled_EK = factor_E[:, None] * pi.on_NK[judged_E]
+    on_EK = (scaled_EK - minus_E[:, None] * batch.rule_inputs.q_NK[judged_E]).clamp_min(0)
+    if not (isinstance(batch.policy.rule, Lossless) and all(e.factor == 1 for e in wanted)):
+        weights_EV.mul_(torch.where(is_judged_E, factor_E * pi.tail_N[judged_E], 1.0)[:, None])
+    valid_EK = support.valid_NK[judged_E] & is_judged_E[:, None]
+    return _overwrite(weights_EV, support.ids_NK[judged_E], valid_EK, on_EK)
 
 
-def _counters(bench: VerifyBatch) -> list[tuple[int, int]]:
-    """Return seed and position of each row of logits."""
-    ends = [*bench.firsts[1:], bench.logits_NV.shape[0]]
-    return [
-        (task.policy.seed, task.position + j)
-        for task, first, end in zip(bench.tasks, bench.firsts, ends, strict=True)
-        for j in range(end - first)
+def _overwrite(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
+    """Return the weights with the values of the support written over them.
+
+    Padding repeats a valid entry of its row, or the weight that is there if none is valid, so that
+    no device value need be read to find the valid ones.
+    """
+    some_E1 = valid_EK.to(torch.int8).argmax(dim=1, keepdim=True)
+    ids_EK = torch.where(valid_EK, ids_EK, ids_EK.gather(1, some_E1))
+    values_EK = torch.where(valid_EK, values_EK, values_EK.gather(1, some_E1))
+    any_E1 = valid_EK.any(dim=1, keepdim=True)
+    return weights_EV.scatter_(
+        1, ids_EK, torch.where(any_E1, values_EK, weights_EV.gather(1, ids_EK))
+    )
+
+
+def gumbel_argmax(batch: VerifyBatch) -> tuple[Tensor, Tensor]:
+    """Return argmax(log p + g) and argmax(log pi + g) of every row of logits, int64 [N] each.
+
+    At rows that are not judged, pi is p.
+    """
+    count, vocab = batch.logits_NV.shape
+    step = max(1, _CHUNK_TOKENS // vocab)
+    found = [
+        _gumbel_chunk(batch, first, min(first + step, count)) for first in range(0, count, step)
     ]
+    return torch.cat([expert for expert, _ in found]), torch.cat([chosen for _, chosen in found])
+
+
+def _gumbel_chunk(batch: VerifyBatch, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Return what `gumbel_argmax` does, of the rows of logits from `first` to `end`."""
+    assert isinstance(batch.p, SoftmaxProbs), "temperature 0 has no noise"
+    device, vocab = batch.logits_NV.device, batch.logits_NV.shape[1]
+    log_CV = batch.p.select(torch.arange(first, end, device=device)).log_dense()
+    counters = [
+        (task.policy.seed, task.position + j)
+        for task, (start, stop) in zip(batch.tasks, pairwise(batch.row_offsets), strict=True)
+        for j in range(stop - start)
+    ][first:end]
+    seeds, positions = [seed for seed, _ in counters], [position for _, position in counters]
+    noise_CV = rng.gumbel_noise(seeds, positions, vocab, device).to(log_CV.dtype)
+    expert_C = log_CV.add_(noise_CV).argmax(dim=1)
+    judged = [(m, row) for m, row in enumerate(batch.row_M) if first <= row < end]
+    if isinstance(batch.policy.rule, Lossless) or not judged:
+        return expert_C, expert_C
+    judged_E = torch.tensor([m for m, _ in judged], device=device)
+    row_E = torch.tensor([row for _, row in judged], device=device)
+    pi, support = batch.pi, batch.support
+    pi_EV = _overwrite(
+        batch.p.select(row_E).dense() * pi.tail_N[judged_E][:, None],
+        support.ids_NK[judged_E],
+        support.valid_NK[judged_E],
+        pi.on_NK[judged_E],
+    )
+    chosen_E = pi_EV.log_().add_(noise_CV[row_E - first]).argmax(dim=1)
+    return expert_C, expert_C.index_copy(0, row_E - first, chosen_E)

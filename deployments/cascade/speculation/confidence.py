@@ -1,15 +1,15 @@
-"""When a draft had better stop: what the drafter's own probabilities say of its tokens' chances.
+"""When to stop drafting: what the drafter's probabilities say about its tokens' acceptance.
 
-Stopping changes no law, because the token at a place is never dropped once it is drawn. Whether a
-block goes on after x_1 .. x_j is decided from those tokens, their rows, and verdicts on earlier
-positions: from the past of place j + 1, none of whose coins was looked at. So, given that past,
-either x_j+1 is drawn from q and judged, and what is committed there follows pi (Alg. 4), or the
-block ends and the bonus follows, as after any block of j tokens. Each holds for every past by
+Stopping early changes no distribution, because a token is never dropped once it is sampled. Whether
+a block continues after x_1 .. x_j is decided from those tokens, their probabilities and earlier
+verdicts: from the past of position j + 1, whose random numbers are still unused. Given that past,
+either x_j+1 is sampled from q and judged, and what is committed there follows pi (Alg. 4), or the
+block ends and the bonus token follows, as after any block of j tokens. Each holds for every past by
 itself, hence for any way to choose between them. For block verification the induction of arXiv
-2403.10444 runs over prefixes, from the longest: P(i or more stand | x_1 .. x_i) = p_i holds where a
-block ends, and where it goes on if it holds one token later; no step asks that all blocks end at
-one length. To drop a token for its own low probability would be wrong: what is left would be drawn
-from q given that it is likely.
+2403.10444 runs over prefixes, from the longest: P(i or more are accepted | x_1 .. x_i) = p_i holds
+where a block ends, and where it continues if it holds one token later; no step requires that all
+blocks have one length. To drop a token for its own low probability would be wrong: the tokens left
+would be samples of q given that they are likely.
 
 The same probabilities say which verdicts are likely, and so what else to draft in advance.
 
@@ -33,96 +33,90 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BINS = 10
-
-MEMORY = 300.0  # tokens of a bin after which the first counts a third
-
+MEMORY = 300.0  # judged tokens of a bin after which an older one counts a third
 PRIOR_TOKENS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenConfidence:
-    """What a row says of the token that was chosen from it."""
+    """What the drafter's distribution says about the token chosen from it."""
 
-    confidence: float  # its probability at temperature 1, without truncation
-    rival: int  # the likeliest other token
-    share: float  # of the rival, in what the others have
+    probability: float  # of the token at temperature 1, without truncation
+    runner_up: int  # the likeliest other token
+    runner_up_share: float  # of the probability of all other tokens
 
 
-def outlooks(
+def token_confidences(
     logits_BV: Tensor,
     tokens_B: Sequence[int],
     *,
     scores_BK: Tensor | None = None,
     ids_BK: Tensor | None = None,
 ) -> list[TokenConfidence]:
-    """Return what each row says of its token.
+    """Return what each row says about its token.
 
     Args:
         logits_BV: The drafter's raw logits.
-        tokens_B: What was chosen.
-        scores_BK: What the rival is read from, like logits: under the gumbel coupling the perturbed
-            row, whose second place is what the expert is likely to choose. The logits if absent.
-        ids_BK: The tokens that the scores belong to; all if absent.
+        tokens_B: The tokens chosen.
+        scores_BK: What the runner-up is read from, like logits: under the Gumbel coupling the
+            perturbed row, whose second is what the expert is likely to choose. Default: the logits.
+        ids_BK: The tokens of the scores; default: the vocabulary.
     """
     if logits_BV.device.type == "cpu" and scores_BK is None:
-        return _on_host(widen(logits_BV).numpy(), tokens_B)
+        return _on_cpu(widen(logits_BV).numpy(), tokens_B)
     chosen_B1 = torch.tensor(tokens_B, device=logits_BV.device)[:, None]
     weights_BV = logits_BV.softmax(dim=1, dtype=torch.float32)
-    chance_B1 = weights_BV.gather(1, chosen_B1)
+    probability_B1 = weights_BV.gather(1, chosen_B1)
     weights_BK = weights_BV if scores_BK is None else scores_BK.softmax(dim=1, dtype=torch.float32)
-    others_BK = _without(weights_BK, ids_BK, chosen_B1)
-    best_B1, place_B1 = others_BK.max(dim=1, keepdim=True)
-    rival_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
-    share_B1 = (best_B1 / others_BK.sum(dim=1, keepdim=True)).nan_to_num()
-    found_B3 = torch.cat([chance_B1, rival_B1, share_B1], dim=1)
-    return [
-        TokenConfidence(confidence=confidence, rival=int(rival), share=share)
-        for confidence, rival, share in to_list(found_B3)
-    ]
-
-
-def _on_host(rows_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[TokenConfidence]:
-    """Return what rows of the host say: numpy takes a fraction of the time that torch does."""
-    weights_BV = np.exp(rows_BV - rows_BV.max(axis=1, keepdims=True))
-    row_B, chosen_B = np.arange(len(tokens_B)), np.asarray(tokens_B)
-    chance_B = weights_BV[row_B, chosen_B] / weights_BV.sum(axis=1)
-    weights_BV[row_B, chosen_B] = 0
-    rival_B = weights_BV.argmax(axis=1)
-    rest_B = weights_BV.sum(axis=1)
-    share_B = weights_BV[row_B, rival_B] / np.where(rest_B > 0, rest_B, 1)
-    found = zip(chance_B.tolist(), rival_B.tolist(), share_B.tolist(), strict=True)
-    return [
-        TokenConfidence(confidence=chance, rival=rival, share=share)
-        for chance, rival, share in found
-    ]
-
-
-def _without(weights_BK: Tensor, ids_BK: Tensor | None, chosen_B1: Tensor) -> Tensor:
-    """Return the weights, 0 for the chosen token."""
     if ids_BK is None:
-        return weights_BK.scatter(1, chosen_B1, 0.0)
-    return weights_BK.masked_fill(ids_BK == chosen_B1, 0.0)
+        others_BK = weights_BK.scatter(1, chosen_B1, 0.0)
+    else:
+        others_BK = weights_BK.masked_fill(ids_BK == chosen_B1, 0.0)
+    best_B1, index_B1 = others_BK.max(dim=1, keepdim=True)
+    runner_up_B1 = index_B1 if ids_BK is None else ids_BK.gather(1, index_B1)
+    share_B1 = (best_B1 / others_BK.sum(dim=1, keepdim=True)).nan_to_num()
+    return [
+        TokenConfidence(probability=probability, runner_up=int(token), runner_up_share=share)
+        for probability, token, share in to_list(
+            torch.cat([probability_B1, runner_up_B1, share_B1], dim=1)
+        )
+    ]
+
+
+def _on_cpu(logits_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[TokenConfidence]:
+    """Return what `token_confidences` does; numpy takes a fraction of the time of torch."""
+    weights_BV = np.exp(logits_BV - logits_BV.max(axis=1, keepdims=True))
+    row_B, chosen_B = np.arange(len(tokens_B)), np.asarray(tokens_B)
+    probability_B = weights_BV[row_B, chosen_B] / weights_BV.sum(axis=1)
+    weights_BV[row_B, chosen_B] = 0
+    runner_up_B = weights_BV.argmax(axis=1)
+    rest_B = weights_BV.sum(axis=1)
+    share_B = weights_BV[row_B, runner_up_B] / np.where(rest_B > 0, rest_B, 1)
+    found = zip(probability_B.tolist(), runner_up_B.tolist(), share_B.tolist(), strict=True)
+    return [
+        TokenConfidence(probability=probability, runner_up=token, runner_up_share=share)
+        for probability, token, share in found
+    ]
 
 
 @dataclass(slots=True, kw_only=True)
 class Calibration:
-    """How often tokens of a confidence stood; before any was judged, as often as it says."""
+    """How often tokens of a given probability were accepted; at first, as often as it says."""
 
-    _stood: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    _accepted: list[float] = field(default_factory=lambda: [0.0] * BINS)
     _judged: list[float] = field(default_factory=lambda: [0.0] * BINS)
 
-    def chance(self, confidence: float) -> float:
-        """Return the chance that a token of this confidence stands."""
-        place = _bin(confidence)
-        prior = PRIOR_TOKENS * confidence
-        return (self._stood[place] + prior) / (self._judged[place] + PRIOR_TOKENS)
+    def acceptance_prob(self, probability: float) -> float:
+        """Return the chance that a token of this probability is accepted."""
+        index, prior = _bin(probability), PRIOR_TOKENS * probability
+        return (self._accepted[index] + prior) / (self._judged[index] + PRIOR_TOKENS)
 
-    def learn(self, confidence: float, *, stood: bool) -> None:
-        """Take in what became of a token that was judged."""
-        place, kept = _bin(confidence), 1 - 1 / MEMORY
-        self._stood[place] = kept * self._stood[place] + stood
-        self._judged[place] = kept * self._judged[place] + 1
+    def learn(self, probability: float, *, accepted: bool) -> None:
+        """Record the verdict on a token."""
+        index, kept = _bin(probability), 1 - 1 / MEMORY
+        self._accepted[index] = kept * self._accepted[index] + accepted
+        self._judged[index] = kept * self._judged[index] + 1
 
 
-def _bin(confidence: float) -> int:
-    return min(BINS - 1, int(BINS * confidence))
+def _bin(probability: float) -> int:
+    return min(BINS - 1, int(BINS * probability))

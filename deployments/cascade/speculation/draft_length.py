@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cascade.rules import Lossless
-from cascade.speculation.cost_model import Acceptance, Costs, RoundSample, fastest, yields_of
+from cascade.speculation.cost_model import (
+    AcceptanceRates,
+    CostModel,
+    RoundSample,
+    expected_yields,
+    fastest_length,
+)
 from cascade.types import Bonus
 
 if TYPE_CHECKING:
@@ -15,15 +21,16 @@ if TYPE_CHECKING:
     from cascade.speculation.cost_model import Yield
     from cascade.types import DecodingParams
 
-FIRST_PAUSE, USUAL_PAUSE, LONGEST_PAUSE = 32, 256, 1024  # tokens each writes alone between trials
+# Tokens that each session's expert writes without drafts between trials.
+FIRST_PAUSE, USUAL_PAUSE, MAX_PAUSE = 32, 256, 1024
 
-TRIAL_ROUNDS = 4  # of each of several sessions, all at once: one block among others proves nothing
-
+# Rounds of a trial per session, where there are several: all draft at once, because one block among
+# sessions that do not draft does not show what blocks cost where all draft.
+TRIAL_ROUNDS = 4
 TRIAL_SHARE = 0.02  # of the time that trials may take while they fail
 
-ROUNDS_KEPT = 4  # for which a length is kept: to weigh all of them takes as long as a small frame
-
-LONGEST_STAY = 32  # tokens after which a session looks again at what the others found
+ROUNDS_KEPT = 4  # for which a length is kept, because choosing one takes as long as a small message
+MAX_EXPERT_TOKENS = 32  # without drafts, after which a session checks what the others measured
 
 SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
 
@@ -32,188 +39,188 @@ SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
 class DraftPlan:
     """A number of tokens to draft, and the reason, which statistics report."""
 
-    tokens: int  # 0: the expert decodes alone
+    tokens: int  # 0: the expert decodes without drafts
     reason: str
-    alone: int = 1  # tokens it is to write so, where `tokens` is 0
-    floor: float = 0.0  # chance of the whole block's standing at which it is long enough
-    sure: float = 1.0  # chance of its standing, as far as is known
+    expert_tokens: int = 1  # how many tokens it decodes so
+    survival_floor: float = 0.0  # stop where the block is less likely to be accepted as a whole
+    survival: float = 1.0  # probability that the block is accepted as a whole, as far as known
 
 
 def expert_slots(policy: DecodingParams) -> int:
-    """Return how many tokens of a round's room are the expert's: drafting them would be in vain.
+    """Return how many tokens of a round's budget are the expert's and need no draft.
 
-    Under bonus `target` none is: a last token decoded alone would follow p, not the target.
+    Under bonus `target` none is: a last token decoded without a draft would follow p, not pi.
     """
     return int(policy.bonus is Bonus.EXPERT)
 
 
 class DraftLength(Protocol):
-    """What decides a session's draft lengths; one object a session."""
+    """Decides a session's draft lengths; one object per session."""
 
-    def next(self, *, room: int) -> DraftPlan:
-        """Return the length of the next block; `room` is the tokens that may still be committed."""
+    def next(self, *, budget: int) -> DraftPlan:
+        """Return the length of the next block; `budget` tokens may still be committed."""
         ...
 
-    def learn(self, lesson: RoundSample) -> None:
-        """Hear how a round went."""
+    def learn(self, sample: RoundSample) -> None:
+        """Record the measurements of a round."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """The same length every time, cut to the room."""
+    """The same length every time, limited by the budget."""
 
     tokens: int
     reason: str = "fixed"
 
-    def next(self, *, room: int) -> DraftPlan:
-        """Return the fixed length, or the room if that is less."""
-        tokens = max(0, min(self.tokens, room))
-        return DraftPlan(tokens=tokens, reason=self.reason, alone=max(1, room + 1))
+    def next(self, *, budget: int) -> DraftPlan:
+        """Return the fixed length, or the budget if that is less."""
+        tokens = max(0, min(self.tokens, budget))
+        return DraftPlan(tokens=tokens, reason=self.reason, expert_tokens=max(1, budget + 1))
 
-    def learn(self, lesson: RoundSample) -> None:
-        """Change nothing."""
+    def learn(self, sample: RoundSample) -> None:
+        """Do nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PolicyStats:
-    """What sessions of one rule have found out together."""
+    """What sessions with one rule have measured together."""
 
-    acceptance: Acceptance = field(default_factory=lambda: Acceptance(memory=500))
-    pause: int = FIRST_PAUSE  # tokens that each session writes alone before the next trial
-    alone: int = 0  # that all wrote so since the last
-    trial: int = 0  # rounds of the present one that are left
+    rates: AcceptanceRates = field(default_factory=lambda: AcceptanceRates(memory=500))
+    pause: int = FIRST_PAUSE  # expert tokens of each session before the next trial
+    expert_tokens: int = 0  # of all sessions since the last trial
+    trial_rounds: int = 0  # left of the present trial
 
 
 @dataclass(slots=True, kw_only=True)
 class DraftLengthTuner:
-    """What a router's sessions have found out together: costs, and acceptance by kind of policy."""
+    """What a router's sessions have measured together: costs, and acceptance by rule."""
 
-    longest: int = 16
-    first: int = 5  # before anything was measured
-    costs: Costs = field(default_factory=Costs)
-    _kinds: dict[object, PolicyStats] = field(default_factory=dict[object, PolicyStats])
+    max_tokens: int = 16
+    initial_tokens: int = 5  # before anything is measured
+    costs: CostModel = field(default_factory=CostModel)
+    _stats: dict[object, PolicyStats] = field(default_factory=dict[object, PolicyStats])
 
     def session(self, policy: DecodingParams) -> AdaptiveDraftLength:
         """Return what decides the draft lengths of a session.
 
-        Only where the rule's law is the expert's own may the expert write alone because that is
-        faster: under any other rule how fast the tiers are would change what is said.
+        Only lossless sessions may stop drafting when the expert alone is faster: under any other
+        rule the text would then depend on how fast the tiers are.
         """
-        name = policy.rule, policy.coupling, policy.sampling.greedy
-        kind = self._kinds.setdefault(name, PolicyStats())
+        key = policy.rule, policy.coupling, policy.sampling.greedy
         return AdaptiveDraftLength(
-            experience=self,
-            kind=kind,
+            tuner=self,
+            stats=self._stats.setdefault(key, PolicyStats()),
             bonus=policy.bonus is not Bonus.NONE,
-            least=0 if isinstance(policy.rule, Lossless) else 1,
+            min_tokens=0 if isinstance(policy.rule, Lossless) else 1,
         )
 
 
 @dataclass(slots=True, kw_only=True)
 class AdaptiveDraftLength:
-    """The length with the most expected tokens a second, from what rounds have cost and yielded.
+    """The length with the most expected tokens per second, from the costs and yields of rounds.
 
-    Where that is none, the expert writes alone for a while, longer each time, and then all sessions
-    draft a few blocks on trial: one block among sessions that write alone does not tell what blocks
-    cost where all draft. The reasons:
+    Where that is 0, the expert writes without drafts during a pause, then all sessions draft a few
+    blocks as a trial; while trials fail, pauses get longer. The reasons:
 
     | reason | the length is |
     |---|---|
-    | `measuring` | a first guess: nothing was measured yet |
+    | `measuring` | a first guess: nothing is measured yet |
     | `fastest` | what yields most |
-    | `alone` | none: drafting would cost more than it yields |
-    | `trial` | the best of all that draft, to see whether that has changed |
-    | `room` | none: no more than the expert's own token is wanted |
+    | `alone` | 0: drafting would cost more than it yields |
+    | `trial` | the best length above 0, to see whether that has changed |
+    | `room` | 0: no more than the expert's own token is wanted |
     """
 
-    experience: DraftLengthTuner
-    kind: PolicyStats
+    tuner: DraftLengthTuner
+    stats: PolicyStats
     bonus: bool
-    least: int  # tokens to draft where there is room
-    _own: Acceptance = field(default_factory=lambda: Acceptance(memory=SESSION_MEMORY))
-    _stood: bool | None = None  # the block before stood whole, if there was one
-    _alone: int = 0  # tokens that the expert is still to write alone
-    _best: int = 0
-    _floor: float = 0.0
-    _whole: float = 1.0
-    _kept: int = 0  # rounds for which `_best` is not weighed again
+    min_tokens: int  # to draft where the budget allows it
+    _rates: AcceptanceRates = field(default_factory=lambda: AcceptanceRates(memory=SESSION_MEMORY))
+    _all_accepted: bool | None = None  # the block before, if there was one
+    _expert_tokens: int = 0  # still to be written without drafts
+    _plan: DraftPlan = field(default_factory=lambda: DraftPlan(tokens=0, reason="fastest"))
+    _rounds_kept: int = 0  # for which `_plan` is kept
 
-    def next(self, *, room: int) -> DraftPlan:
-        """Return the best length within the room."""
-        most = min(room, self.experience.longest)
+    def next(self, *, budget: int) -> DraftPlan:
+        """Return the best length within the budget."""
+        most, costs = min(budget, self.tuner.max_tokens), self.tuner.costs
         if most <= 0:
             return DraftPlan(tokens=0, reason="room")
-        if self._alone > 0:
-            return DraftPlan(tokens=0, reason="alone", alone=self._alone)
-        costs = self.experience.costs
-        if not costs.known:
-            return DraftPlan(tokens=min(most, self.experience.first), reason="measuring")
-        if self._kept > 0:
-            self._kept -= 1
-            return self._fastest(most)
-        yields = yields_of([self._chance(place) for place in range(most)], bonus=self.bonus)
-        self._best = fastest(costs, yields[self.least :])
-        if self._best == 0:
-            return self._without(yields)
-        self._kept = ROUNDS_KEPT - 1
-        self._floor = costs.floor(yields[self._best])
-        self._whole = yields[self._best].whole
-        return self._fastest(most)
-
-    def learn(self, lesson: RoundSample) -> None:
-        """Hear how a round went."""
-        self.experience.costs.learn(lesson, stood=self._stood)
-        self._stood = lesson.drafted == lesson.accepted if lesson.drafted else None
-        if lesson.drafted:
-            for acceptance in (self.kind.acceptance, self._own):
-                acceptance.learn(drafted=lesson.drafted, accepted=lesson.accepted)
-            if self.kind.trial > 0 and not self._stood:  # while blocks stand, a trial goes on
-                self.kind.trial -= 1
-                if self.kind.trial == 0:
-                    self.kind.pause = self._pause()
-        elif self._alone > 0:
-            self._alone -= 1
-            self.kind.alone += 1
-            self._own.fade()
-
-    def _fastest(self, most: int) -> DraftPlan:
-        return DraftPlan(
-            tokens=min(most, self._best), reason="fastest", floor=self._floor, sure=self._whole
+        if self._expert_tokens > 0:
+            return DraftPlan(tokens=0, reason="alone", expert_tokens=self._expert_tokens)
+        if not costs.is_ready:
+            return DraftPlan(tokens=min(most, self.tuner.initial_tokens), reason="measuring")
+        if self._rounds_kept > 0:
+            self._rounds_kept -= 1
+            return replace(self._plan, tokens=min(most, self._plan.tokens))
+        yields = expected_yields([self._rate(index) for index in range(most)], bonus=self.bonus)
+        best = yields[fastest_length(costs, yields[self.min_tokens :])]
+        if best.length == 0:
+            return self._without_draft(yields)
+        self._rounds_kept = ROUNDS_KEPT - 1
+        self._plan = DraftPlan(
+            tokens=best.length,
+            reason="fastest",
+            survival_floor=costs.survival_floor(best),
+            survival=best.survival,
         )
+        return self._plan
 
-    def _without(self, yields: Sequence[Yield]) -> DraftPlan:
-        """Return no draft, or one on trial where enough was written without."""
-        kind, crowd = self.kind, self._crowd
-        if kind.trial == 0 and kind.alone >= kind.pause * crowd:
-            kind.alone, kind.trial = 0, self._rounds * crowd
-        if kind.trial > 0:
-            return DraftPlan(tokens=fastest(self.experience.costs, yields[1:]), reason="trial")
-        self._alone = min(max(1, kind.pause - kind.alone // crowd), LONGEST_STAY)
-        return DraftPlan(tokens=0, reason="alone", alone=self._alone)
+    def learn(self, sample: RoundSample) -> None:
+        """Record the measurements of a round."""
+        self.tuner.costs.learn(sample, all_accepted=self._all_accepted)
+        self._all_accepted = sample.drafted == sample.accepted if sample.drafted else None
+        if sample.drafted:
+            for rates in (self.stats.rates, self._rates):
+                rates.learn(drafted=sample.drafted, accepted=sample.accepted)
+            # While blocks are accepted as a whole, a trial goes on.
+            if self.stats.trial_rounds > 0 and not self._all_accepted:
+                self.stats.trial_rounds -= 1
+                if self.stats.trial_rounds == 0:
+                    self.stats.pause = self._next_pause()
+        elif self._expert_tokens > 0:
+            self._expert_tokens -= 1
+            self.stats.expert_tokens += 1
+            self._rates.fade()
 
-    def _pause(self) -> int:
-        """Return how many tokens each session writes alone after a trial, by what that found."""
-        costs, shared = self.experience.costs, self.kind.acceptance
-        chances = [shared.at(place) for place in range(self.experience.longest)]
-        yields = yields_of(chances, bonus=self.bonus)
-        if fastest(costs, yields) > 0:
+    def _without_draft(self, yields: Sequence[Yield]) -> DraftPlan:
+        """Return no draft, or a trial if the pause is over."""
+        stats, sessions = self.stats, self._sessions
+        if stats.trial_rounds == 0 and stats.expert_tokens >= stats.pause * sessions:
+            stats.expert_tokens, stats.trial_rounds = 0, self._trial_rounds * sessions
+        if stats.trial_rounds > 0:
+            tokens = fastest_length(self.tuner.costs, yields[1:])
+            return DraftPlan(tokens=tokens, reason="trial")
+        left = max(1, stats.pause - stats.expert_tokens // sessions)
+        self._expert_tokens = min(left, MAX_EXPERT_TOKENS)
+        return DraftPlan(tokens=0, reason="alone", expert_tokens=self._expert_tokens)
+
+    def _next_pause(self) -> int:
+        """Return the expert tokens of each session after a trial, by what the trial measured."""
+        costs, rates = self.tuner.costs, self.stats.rates
+        yields = expected_yields(
+            [rates.at(index) for index in range(self.tuner.max_tokens)], bonus=self.bonus
+        )
+        if fastest_length(costs, yields) > 0:
             return FIRST_PAUSE
-        block = yields[fastest(costs, yields[1:])]
-        loss = self._rounds * (costs.round_s(block) / costs.alone_s() - block.tokens)
-        usual = min(2 * self.kind.pause, USUAL_PAUSE)
-        return min(max(usual, round(loss / TRIAL_SHARE)), LONGEST_PAUSE)
+        block = yields[fastest_length(costs, yields[1:])]
+        lost_tokens = self._trial_rounds * (
+            costs.round_s(block) / costs.expert_token_s() - block.tokens
+        )
+        usual = min(2 * self.stats.pause, USUAL_PAUSE)
+        return min(max(usual, round(lost_tokens / TRIAL_SHARE)), MAX_PAUSE)
 
     @property
-    def _crowd(self) -> int:
-        return round(self.experience.costs.sessions.value)
+    def _sessions(self) -> int:
+        return round(self.tuner.costs.sessions.value)
 
     @property
-    def _rounds(self) -> int:
-        return 1 if self._crowd == 1 else TRIAL_ROUNDS
+    def _trial_rounds(self) -> int:
+        return 1 if self._sessions == 1 else TRIAL_ROUNDS
 
-    def _chance(self, place: int) -> float:
-        """Return the chance that a token stands: all sessions' there, bent to this one's."""
-        stood, judged = self._own.total
-        shared = self.kind.acceptance.at(place)
-        return (stood + PRIOR_TOKENS * shared) / (judged + PRIOR_TOKENS)
+    def _rate(self, index: int) -> float:
+        """Return the probability of acceptance: all sessions', shifted to this session's."""
+        accepted, judged = self._rates.total
+        shared = self.stats.rates.at(index)
+        return (accepted + PRIOR_TOKENS * shared) / (judged + PRIOR_TOKENS)

@@ -1,4 +1,4 @@
-"""What the expert must be told of a draft to judge it exactly."""
+"""What the drafter must send with a block so that the expert can judge it exactly."""
 
 from __future__ import annotations
 
@@ -23,56 +23,52 @@ from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, Verificati
 
 
 class ProbsPayload(Enum):
-    """Which drafted positions ship the drafter's row."""
+    """At which drafted positions the drafter's probabilities are sent."""
 
     NONE = auto()
-    DEFERRED = auto()  # those that the drafter's own rule defers; others are `rows.ABSENT`
+    DEFERRED = auto()  # where the drafter's own rule defers; `sparse_probs.ABSENT` elsewhere
     ALL = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadSpec:
-    """What a block carries besides its tokens."""
+    """What a block carries besides its tokens and their likelihoods."""
 
-    rows: ProbsPayload
-    row_unscaled: bool  # rows carry q0 beside q
+    probs: ProbsPayload
+    unscaled_probs: bool  # `probs` carry q0 beside q
     draft_stats: bool
-    entropy: bool  # the gates' entropy is read; else it is 0
-    likelihoods: bool  # q(x)
-    unscaled: bool  # q0(x)
-    ids_only: bool  # judged by the form without rows
+    entropy: bool  # of the draft statistics; 0 if nobody reads it
+    unscaled: bool  # q0 of the drafted tokens
 
 
 def payload_spec(policy: DecodingParams) -> PayloadSpec:
     """Return what the policy's rule, coupling, bonus and verification read of the drafter."""
-    blind = not policy.sampling.greedy and is_gumbel(policy) and isinstance(policy.rule, Lossless)
-    rows = _rows(policy)
+    rule, probs = policy.rule, _probs_payload(policy)
     return PayloadSpec(
-        rows=rows,
-        row_unscaled=rows is not ProbsPayload.NONE and isinstance(policy.rule, TokenV1),
-        draft_stats=isinstance(policy.rule, Chow | Diff | Opt | ChowLog | DiffLog | OptLog | Bild),
-        entropy=isinstance(policy.rule, ChowLog | DiffLog | OptLog),
-        likelihoods=not policy.sampling.greedy and not blind,
-        unscaled=isinstance(policy.rule, TokenV1),
-        ids_only=sends_ids_only(policy),
+        probs=probs,
+        unscaled_probs=probs is not ProbsPayload.NONE and isinstance(rule, TokenV1),
+        draft_stats=isinstance(rule, Chow | Diff | Opt | ChowLog | DiffLog | OptLog | Bild),
+        entropy=isinstance(rule, ChowLog | DiffLog | OptLog),
+        unscaled=isinstance(rule, TokenV1),
     )
 
 
 def is_gumbel(policy: DecodingParams) -> bool:
-    """Whether the emitted token is argmax(log pi + g); at temperature 0 there is no noise."""
+    """Whether the emitted token is argmax(log pi + g); at temperature 0 there is no noise g."""
     return policy.coupling is Coupling.GUMBEL and not policy.sampling.greedy
 
 
 def is_blockwise(policy: DecodingParams) -> bool:
-    """Whether the longest prefix of the block stands; only the maximal coupling can."""
+    """Whether blocks are verified as a whole, which only the maximal coupling can do."""
     return policy.verification is Verification.BLOCK and not is_gumbel(policy)
 
 
 def sends_ids_only(policy: DecodingParams) -> bool:
     """Whether a token rule runs on token ids: each draft is judged as a one-hot q.
 
-    A token rule's pi is linear in q while its decisions do not read q, so the law of judging
-    one-hots, averaged over the drafts, is pi. It refuses sum r q (1 - p), no less than with rows.
+    A token rule's pi is linear in q and its decisions do not read q, so judging one-hot drafts
+    gives pi on average over the drafts. The probability of rejection is sum r q (1 - p), which is
+    no less than with probabilities.
     """
     return (
         isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
@@ -83,22 +79,24 @@ def sends_ids_only(policy: DecodingParams) -> bool:
     )
 
 
-def wants_target(policy: DecodingParams) -> bool:
-    """Whether the bonus needs the drafter's row after the block; lossless pi is p anyway."""
+def needs_probs_after_block(policy: DecodingParams) -> bool:
+    """Whether the bonus token reads the drafter's probabilities at the position after the block.
+
+    Lossless does not: its pi is p.
+    """
     return policy.bonus is Bonus.TARGET and not isinstance(policy.rule, Lossless)
 
 
-def _rows(policy: DecodingParams) -> ProbsPayload:
-    """Return which rows cross the wire."""
+def _probs_payload(policy: DecodingParams) -> ProbsPayload:
     if policy.sampling.greedy:
-        # A greedy row is its token; only the one after the block has none to speak for it.
-        return ProbsPayload.ALL if wants_target(policy) else ProbsPayload.NONE
+        # A greedy draft is a one-hot at its token; after the block there is no token to tell it.
+        return ProbsPayload.ALL if needs_probs_after_block(policy) else ProbsPayload.NONE
     if sends_ids_only(policy) or (is_gumbel(policy) and isinstance(policy.rule, Lossless)):
         return ProbsPayload.NONE
-    if policy.rows is not RowFormat.AUTO or is_blockwise(policy) or wants_target(policy):
+    if policy.rows is not RowFormat.AUTO or is_blockwise(policy) or needs_probs_after_block(policy):
         return ProbsPayload.ALL
     if is_gumbel(policy) and isinstance(policy.rule, Chow | ChowLog | Diff | DiffLog | Bild):
-        # Kept, a draft is argmax(log q + g) already; deferred, only p matters.
+        # A kept draft is argmax(log q + g) already, and a deferred one depends on p alone.
         return ProbsPayload.NONE
-    decided = isinstance(policy.rule, Chow | ChowLog) and not is_gumbel(policy)
-    return ProbsPayload.DEFERRED if decided else ProbsPayload.ALL
+    decides = isinstance(policy.rule, Chow | ChowLog) and not is_gumbel(policy)
+    return ProbsPayload.DEFERRED if decides else ProbsPayload.ALL
