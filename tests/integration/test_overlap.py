@@ -1,7 +1,6 @@
-"""What a drafter sends unasked is what it would have drafted when asked, whatever comes between.
+"""Blocks drafted ahead equal the blocks that would be drafted on request, in any schedule.
 
-That holds for the chain of a session, whose guess is that all stands, and for its branches, which
-guess otherwise.
+That holds for blocks that assume full acceptance and for branches, which assume other verdicts.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
     from cascade.local import LocalServer
     from cascade.protocol.client import SessionStream
-    from cascade.router.router import Router as Loop
+    from cascade.router.router import Router
     from cascade.types import Statistics
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -63,138 +62,142 @@ POLICIES = {
     "deferring": DecodingParams(sampling=WARM, rule=Chow(alpha=0.6), bonus=Bonus.NONE),
 }
 
-RIVAL = -1  # the drafter's second choice
+RUNNER_UP = -1  # the drafter's second choice
 
 _names = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What the router does after a block: when it asks again, and after which tokens."""
+class Round:
+    """What a router requests, and the verdict that follows."""
 
     count: int
     ahead: int
-    accepted: int  # of the block; more than there are means all
-    token: int | None  # that follows them; None is the drafter's own next, or `RIVAL`
-    patient: bool  # lets the drafter get ahead before it asks again
+    accepted: int  # of the block; more than it has means all
+    token: int | None  # that follows them; None is the drafter's own next, or `RUNNER_UP`
+    waits: bool  # lets the drafter draft ahead before the next request
     floor: float = 0.0
     branches: int = 0
 
 
-turns = st.builds(
-    Turn,
+rounds = st.builds(
+    Round,
     count=st.integers(1, 4),
     ahead=st.integers(0, 2),
     accepted=st.sampled_from((0, 1, 2, 9, 9, 9)),
-    token=st.none() | st.just(RIVAL) | st.just(RIVAL) | st.integers(0, 7),
-    patient=st.booleans(),
+    token=st.none() | st.just(RUNNER_UP) | st.just(RUNNER_UP) | st.integers(0, 7),
+    waits=st.booleans(),
     floor=st.sampled_from((0.0, 0.0, 0.1, 0.5)),
     branches=st.integers(0, 4),
 )
 
 
-class Router:
-    """A session on a real drafter, whose committed tokens the test chooses."""
+class Client:
+    """A router's session on a real drafter; the test chooses which tokens are committed."""
 
-    def __init__(self, link: SessionStream, pair: Pair, policy: DecodingParams) -> None:
-        self.link = link
+    def __init__(self, stream: SessionStream, pair: Pair, policy: DecodingParams) -> None:
+        self.stream = stream
         self.drafter = pair.drafter
-        self.twin = reference.ModelPair(
+        self.reference = reference.ModelPair(
             prompt=PROMPT, drafter=pair.drafter.logits, expert=pair.expert.logits, policy=policy
         )
-        self.answer: list[int] = []
+        self.tokens: list[int] = []
         self.known = 0
 
     @property
     def digest(self) -> int:
-        return extend_digest(extend_digest(0, PROMPT), self.answer)
+        return extend_digest(extend_digest(0, PROMPT), self.tokens)
 
-    async def ask(self, turn: Turn, *, until_deferral: bool = False) -> Proposal:
-        """Ask for a block after the answer, and wait for the one that continues it."""
-        self.send(turn, until_deferral=until_deferral)
+    async def ask(self, round_: Round, *, until_deferral: bool = False) -> Proposal:
+        """Request a block after the committed tokens, and return the one that follows them."""
+        self.send(round_, until_deferral=until_deferral)
         while True:
-            item = await self.hear()
-            if (item.position, item.digest) == (len(self.answer), self.digest):
-                return item
+            proposal = await self.receive()
+            if (proposal.position, proposal.digest) == (len(self.tokens), self.digest):
+                return proposal
 
-    def send(self, turn: Turn, *, until_deferral: bool = False) -> None:
-        """Ask for a block after the answer."""
-        self.link.send(
+    def send(self, round_: Round, *, until_deferral: bool = False) -> None:
+        """Request a block after the committed tokens."""
+        self.stream.send(
             Propose(
-                session_id=self.link.session_id,
+                session_id=self.stream.session_id,
                 epoch=1,
-                position=len(self.answer),
+                position=len(self.tokens),
                 digest=self.digest,
-                count=turn.count,
-                tokens=tuple(self.answer[self.known :]),
+                count=round_.count,
+                tokens=tuple(self.tokens[self.known :]),
                 until_deferral=until_deferral,
-                ahead=turn.ahead,
-                floor=turn.floor,
-                branches=turn.branches,
+                ahead=round_.ahead,
+                floor=round_.floor,
+                branches=round_.branches,
             )
         )
-        self.known = len(self.answer)
+        self.known = len(self.tokens)
 
-    async def hear(self) -> Proposal:
-        """Return what the drafter says next."""
-        item = await asyncio.wait_for(self.link.receive(), 30)
-        assert isinstance(item, Proposal)
-        return item
+    async def receive(self) -> Proposal:
+        """Return the next proposal."""
+        proposal = await asyncio.wait_for(self.stream.receive(), 30)
+        assert isinstance(proposal, Proposal)
+        return proposal
 
-    def drafted(self, count: int) -> list[int]:
-        """Return the block that plain forward passes draft after the answer."""
+    def expected_block(self, count: int) -> list[int]:
+        """Return the block that plain forward passes draft after the committed tokens."""
         tokens: list[int] = []
-        while len(tokens) < count and not self.twin.has_ended(tokens):
+        while len(tokens) < count and not self.reference.has_ended(tokens):
             tokens.append(self._draw(tokens, Purpose.DRAFT))
         return tokens
 
-    def commit(self, block: tuple[int, ...], turn: Turn) -> None:
-        """Advance as a verdict would."""
-        kept = list(block[: turn.accepted])
-        guess = turn.token
-        if guess is None:
-            guess = self._draw(kept, Purpose.NEXT_TOKEN)
-        elif guess == RIVAL:
-            guess = self._rival(kept, *block[len(kept) : len(kept) + 1])
-        ends = len(kept) == len(block) and self.twin.policy.bonus is Bonus.NONE
-        self.answer += kept if ends and kept else [*kept, guess]
+    def commit(self, block: tuple[int, ...], round_: Round) -> None:
+        """Commit what a verdict would."""
+        kept = list(block[: round_.accepted])
+        token = round_.token
+        if token is None:
+            token = self._draw(kept, Purpose.NEXT_TOKEN)
+        elif token == RUNNER_UP:
+            token = self._runner_up(kept, *block[len(kept) : len(kept) + 1])
+        ends = len(kept) == len(block) and self.reference.policy.bonus is Bonus.NONE
+        self.tokens += kept if ends and kept else [*kept, token]
 
-    def stand_on(self, block: tuple[int, ...], proposal: Proposal) -> None:
-        """Commit the verdict that a pushed proposal was drafted on."""
-        kept = [*self.answer, *block][: proposal.position - 1]
+    def commit_assumed(self, block: tuple[int, ...], proposal: Proposal) -> None:
+        """Commit the verdict that a proposal drafted ahead assumes."""
+        kept = [*self.tokens, *block][: proposal.position - 1]
         before = extend_digest(extend_digest(0, PROMPT), kept)
-        (token,) = (one for one in range(8) if extend_digest(before, (one,)) == proposal.digest)
-        self.answer = [*kept, token]
+        (token,) = (
+            token for token in range(8) if extend_digest(before, (token,)) == proposal.digest
+        )
+        self.tokens = [*kept, token]
 
-    def _rival(self, tokens: list[int], drafted: int | None = None) -> int:
-        text = [*PROMPT, *self.answer, *tokens]
+    def _runner_up(self, tokens: list[int], drafted: int | None = None) -> int:
+        text = [*PROMPT, *self.tokens, *tokens]
         ranked = self.drafter.logits(text).argsort(descending=True).tolist()
         return next(token for token in ranked[drafted is None :] if token != drafted)
 
     def _draw(self, tokens: list[int], purpose: Purpose) -> int:
-        place = self.twin.probs_after([*self.answer, *tokens])
-        start = len(self.answer)
-        return self.twin.draw(place.q, purpose, position=place.position, start=start)
+        following = self.reference.probs_after([*self.tokens, *tokens])
+        start = len(self.tokens)
+        return self.reference.draw(following.q, purpose, position=following.position, start=start)
 
 
 @pytest.fixture
 async def drafter(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
-    peer = ReplicaClient(toy_stack.drafter.address, DRAFTER)
-    yield peer
-    await peer.close()
+    replica = ReplicaClient(toy_stack.drafter.address, DRAFTER)
+    yield replica
+    await replica.close()
 
 
-def opened(peer: ReplicaClient, server: LocalServer, pair: Pair, policy: DecodingParams) -> Router:
+def opened(
+    replica: ReplicaClient, server: LocalServer, pair: Pair, policy: DecodingParams
+) -> Client:
     name = SessionId(f"overlap/{next(_names)}")
-    link = peer.open_stream(name, 1)
+    stream = replica.open_stream(name, 1)
     session = Session(id=name, prompt=PROMPT, policy=policy)
-    link.send(Open(session=session, epoch=1, lease=server.token))
-    return Router(link, pair, policy)
+    stream.send(Open(session=session, epoch=1, lease=server.token))
+    return Client(stream, pair, policy)
 
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let drafters have capacity to spare however busy the machine and the tests before are."""
+    """Let drafters have spare capacity, however busy the machine is."""
     monkeypatch.setattr(Engine, "spare", 1.0)
     monkeypatch.setattr("cascade.drafter.drafter.MAX_BRANCH_OVERHEAD", 1e9)
 
@@ -204,153 +207,150 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(script=st.lists(turns, min_size=2, max_size=5))
-async def test_no_schedule_changes_a_block(
+@given(schedule=st.lists(rounds, min_size=2, max_size=5))
+async def test_a_block_does_not_depend_on_the_schedule(
     toy: Pair,
     toy_stack: LocalServer,
     drafter: ReplicaClient,
     policy: DecodingParams,
-    script: list[Turn],
+    schedule: list[Round],
 ) -> None:
-    """Right guesses, wrong ones, hasty and patient routers: each block is a function of its past.
+    """Whatever is accepted and whenever it is requested, a block depends on its prefix alone.
 
-    One that was drafted in advance may be longer or shorter than what is asked when it is due, and
-    one that the drafter doubts ends early: with the tokens that it would have had.
+    A block drafted ahead may have another length than the one requested, and one of low confidence
+    ends early; the tokens that it has are the same.
     """
-    router = opened(drafter, toy_stack, toy, replace(policy, seed=len(script)))
-    for turn in script:
-        proposal = await router.ask(turn)
+    client = opened(drafter, toy_stack, toy, replace(policy, seed=len(schedule)))
+    for round_ in schedule:
+        proposal = await client.ask(round_)
         tokens = proposal.block.tokens
-        expected = router.drafted(len(tokens))
+        expected = client.expected_block(len(tokens))
         assert list(tokens) == expected
         assert len(tokens) <= 4
         assert tokens or not expected
-        router.commit(tokens, turn)
-        if router.twin.has_ended(router.answer):
+        client.commit(tokens, round_)
+        if client.reference.has_ended(client.tokens):
             break
-        if turn.patient:
+        if round_.waits:
             await toy_stack.router.score(PROMPT, top=0)
-    router.link.close()
+    client.stream.close()
 
 
-async def test_a_right_guess_is_there_before_it_is_asked_for(
+async def test_a_right_guess_is_sent_before_its_block_is_requested(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
-    turn = Turn(count=3, ahead=1, accepted=9, token=None, patient=False)
-    first = await router.ask(turn)
-    pushed = await asyncio.wait_for(router.link.receive(), 30)
-    assert isinstance(pushed, Proposal)
-    router.commit(first.block.tokens, turn)
-    assert (pushed.position, pushed.timing.service_s) == (len(router.answer), 0.0)
-    assert pushed.digest == extend_digest(extend_digest(0, PROMPT), router.answer)
-    assert list(pushed.block.tokens) == router.drafted(3)
-    router.link.close()
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    round_ = Round(count=3, ahead=1, accepted=9, token=None, waits=False)
+    first = await client.ask(round_)
+    sent_ahead = await client.receive()
+    client.commit(first.block.tokens, round_)
+    assert (sent_ahead.position, sent_ahead.timing.service_s) == (len(client.tokens), 0.0)
+    assert sent_ahead.digest == extend_digest(extend_digest(0, PROMPT), client.tokens)
+    assert list(sent_ahead.block.tokens) == client.expected_block(3)
+    client.stream.close()
 
 
-async def test_a_guess_that_was_right_is_not_sent_again(
+async def test_a_block_sent_ahead_is_not_sent_again(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    """What comes next is the block after it: asking for it only let the line go on."""
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
-    turn = Turn(count=2, ahead=1, accepted=9, token=None, patient=False)
+    """The next proposal is the block after it: the request only lets the branch go on."""
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    round_ = Round(count=2, ahead=1, accepted=9, token=None, waits=False)
     positions: list[int] = []
     for _ in range(4):
-        block = (await router.ask(turn)).block.tokens
-        router.commit(block, turn)
-        positions.append(len(router.answer))
+        block = (await client.ask(round_)).block.tokens
+        client.commit(block, round_)
+        positions.append(len(client.tokens))
     assert positions == [3, 6, 9, 12]
     passes = toy_stack.drafter.engine.stats().passes
-    last = await asyncio.wait_for(router.link.receive(), 30)
-    assert isinstance(last, Proposal)
+    last = await client.receive()
     assert last.position == 12
     assert toy_stack.drafter.engine.stats().passes <= passes + 3
-    router.link.close()
+    client.stream.close()
 
 
-async def test_nothing_is_sent_unasked_where_nothing_ahead_is_wanted(
+async def test_nothing_is_drafted_ahead_where_the_request_says_so(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats().passes
-    await router.ask(Turn(count=3, ahead=0, accepted=9, token=None, patient=False))
+    await client.ask(Round(count=3, ahead=0, accepted=9, token=None, waits=False))
     await toy_stack.router.score(PROMPT, top=0)
     assert toy_stack.drafter.engine.stats().passes - before == 3 + 1  # and the prompt
-    router.link.close()
+    client.stream.close()
 
 
-async def test_nothing_is_drafted_on_from_a_block_that_ended_in_doubt(
+async def test_nothing_is_drafted_ahead_of_a_block_below_the_floor(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats().passes
-    turn = Turn(count=3, ahead=1, accepted=9, token=None, patient=False, floor=1.0)
-    first = await router.ask(turn)
+    round_ = Round(count=3, ahead=1, accepted=9, token=None, waits=False, floor=1.0)
+    first = await client.ask(round_)
     await toy_stack.router.score(PROMPT, top=0)
     assert first.block.length == 1
     assert toy_stack.drafter.engine.stats().passes - before == 1 + 1  # and the prompt
-    router.link.close()
+    client.stream.close()
 
 
-async def test_a_deferral_is_guessed_past(
+async def test_drafting_goes_on_after_a_deferral(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    """The line goes on after the token that the expert is to write."""
-    router = opened(drafter, toy_stack, toy, replace(POLICIES["deferring"], seed=3))
-    turn = Turn(count=8, ahead=1, accepted=9, token=None, patient=False)
-    first = await router.ask(turn, until_deferral=True)
+    """The deferred token serves as the guess of what the expert will choose."""
+    client = opened(drafter, toy_stack, toy, replace(POLICIES["deferring"], seed=3))
+    round_ = Round(count=8, ahead=1, accepted=9, token=None, waits=False)
+    first = await client.ask(round_, until_deferral=True)
     assert first.deferred
-    pushed = await asyncio.wait_for(router.link.receive(), 30)
-    assert isinstance(pushed, Proposal)
-    assert pushed.position == first.block.length + 1
-    router.link.close()
+    sent_ahead = await client.receive()
+    assert sent_ahead.position == first.block.length + 1
+    client.stream.close()
 
 
-BRANCHED = Turn(count=3, ahead=0, accepted=9, token=None, patient=False, branches=1)
+BRANCHED = Round(count=3, ahead=0, accepted=9, token=None, waits=False, branches=1)
 
 
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel"])
-async def test_another_verdict_that_was_guessed_takes_no_pass(
+async def test_a_verdict_that_a_branch_assumed_needs_no_forward_pass(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient, name: str
 ) -> None:
-    """Its block is there; what follows goes on from its rows, of which none is computed twice."""
-    router = opened(drafter, toy_stack, toy, replace(POLICIES[name], seed=5))
-    first = await router.ask(BRANCHED)
-    pushed = await router.hear()
-    assert (pushed.branched, pushed.timing.service_s) == (True, 0.0)
-    router.stand_on(first.block.tokens, pushed)
-    assert list(pushed.block.tokens) == router.drafted(3)
+    """Its block is there, and its KV cache is kept: no token is computed twice."""
+    client = opened(drafter, toy_stack, toy, replace(POLICIES[name], seed=5))
+    first = await client.ask(BRANCHED)
+    sent_ahead = await client.receive()
+    assert (sent_ahead.branched, sent_ahead.timing.service_s) == (True, 0.0)
+    client.commit_assumed(first.block.tokens, sent_ahead)
+    assert list(sent_ahead.block.tokens) == client.expected_block(3)
 
     before = toy_stack.drafter.engine.stats()
-    turn = replace(BRANCHED, branches=0)
-    router.send(turn)
-    router.commit(pushed.block.tokens, turn)
-    last = await router.ask(turn)
+    round_ = replace(BRANCHED, branches=0)
+    client.send(round_)
+    client.commit(sent_ahead.block.tokens, round_)
+    last = await client.ask(round_)
     after = toy_stack.drafter.engine.stats()
-    assert (last.branched, list(last.block.tokens)) == (False, router.drafted(3))
+    assert (last.branched, list(last.block.tokens)) == (False, client.expected_block(3))
     # The last draft and the bonus, which no pass has seen; then two drafts.
     assert (after.passes - before.passes, after.tokens - before.tokens) == (3, 4)
-    router.link.close()
+    client.stream.close()
 
 
 @pytest.mark.usefixtures("idle")
-async def test_a_branch_that_is_asked_for_is_gone_on_from(
+async def test_a_confirmed_branch_becomes_the_main_branch(
     toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    """It is the session's line then, with a chain of its own."""
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
-    first = await router.ask(BRANCHED)
-    router.stand_on(first.block.tokens, await router.hear())
+    """It drafts ahead then."""
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    first = await client.ask(BRANCHED)
+    client.commit_assumed(first.block.tokens, await client.receive())
     passes = toy_stack.drafter.engine.stats().passes
-    chained = replace(BRANCHED, ahead=1, branches=0)
-    router.send(chained)
-    chain = await router.hear()
-    router.commit(tuple(router.drafted(3)), chained)
-    assert chain.position == len(router.answer)
-    assert list(chain.block.tokens) == router.drafted(3)
+    ahead = replace(BRANCHED, ahead=1, branches=0)
+    client.send(ahead)
+    proposal = await client.receive()
+    client.commit(tuple(client.expected_block(3)), ahead)
+    assert proposal.position == len(client.tokens)
+    assert list(proposal.block.tokens) == client.expected_block(3)
     assert toy_stack.drafter.engine.stats().passes - passes == 1 + 3  # the bonus, and the block
-    router.link.close()
+    client.stream.close()
 
 
 @pytest.mark.usefixtures("idle")
@@ -358,38 +358,38 @@ async def test_a_branch_that_is_asked_for_is_gone_on_from(
     "limit",
     ["cascade.engine.engine.Engine.spare", "cascade.drafter.drafter.MAX_BRANCH_OVERHEAD"],
 )
-async def test_no_branch_is_drafted_where_no_capacity_is_left(
+async def test_no_branch_is_drafted_without_spare_capacity(
     toy: Pair,
     toy_stack: LocalServer,
     drafter: ReplicaClient,
     monkeypatch: pytest.MonkeyPatch,
     limit: str,
 ) -> None:
-    """Of the drafter's time, or of its passes."""
+    """Neither when the drafter is busy nor when its passes are full."""
     monkeypatch.setattr(limit, 0.0)
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
     before = toy_stack.drafter.engine.stats()
-    await router.ask(replace(BRANCHED, branches=4))
+    await client.ask(replace(BRANCHED, branches=4))
     await toy_stack.router.score(PROMPT, top=0)
     after = toy_stack.drafter.engine.stats()
     assert after.passes - before.passes == 3 + 1  # and the prompt
     assert after.branches == 0
-    router.link.close()
+    client.stream.close()
 
 
 @pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("heard", [0, 1, 2])
+@pytest.mark.parametrize("received", [0, 1, 2])
 async def test_a_session_that_ends_leaves_no_branch(
-    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient, heard: int
+    toy: Pair, toy_stack: LocalServer, drafter: ReplicaClient, received: int
 ) -> None:
-    """Wherever its branches are: not begun, being drafted, or at rest."""
-    router = opened(drafter, toy_stack, toy, POLICIES["greedy"])
-    asked = asyncio.create_task(router.ask(replace(BRANCHED, ahead=1, branches=4)))
-    if heard:
+    """Whether its branches have not begun, are being drafted, or are complete."""
+    client = opened(drafter, toy_stack, toy, POLICIES["greedy"])
+    asked = asyncio.create_task(client.ask(replace(BRANCHED, ahead=1, branches=4)))
+    if received:
         await asked
-    for _ in range(heard - 1):
-        await router.hear()
-    router.link.close()
+    for _ in range(received - 1):
+        await client.receive()
+    client.stream.close()
     asked.cancel()
     engine = toy_stack.drafter.engine
     async with asyncio.timeout(30):
@@ -398,7 +398,7 @@ async def test_a_session_that_ends_leaves_no_branch(
 
 
 async def written(
-    loop: Loop, policy: DecodingParams, *, draft_tokens: int
+    router: Router, policy: DecodingParams, *, draft_tokens: int
 ) -> tuple[list[tuple[int, Origin]], Statistics]:
     request = Request(
         prompt=PROMPT,
@@ -407,19 +407,19 @@ async def written(
         max_tokens=24,
         draft_tokens=draft_tokens,
     )
-    pieces = [piece async for piece in loop.generate(request)]
-    statistics = pieces[-1].statistics
+    chunks = [chunk async for chunk in router.generate(request)]
+    statistics = chunks[-1].statistics
     assert statistics is not None
-    pairs = [zip(piece.tokens, piece.origins, strict=True) for piece in pieces]
-    return [pair for piece in pairs for pair in piece], statistics
+    pairs = [zip(chunk.tokens, chunk.origins, strict=True) for chunk in chunks]
+    return [pair for chunk in pairs for pair in chunk], statistics
 
 
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", ["greedy", "sampled", "gumbel", "block"])
-async def test_an_answer_is_the_same_without_overlap(
+async def test_an_answer_is_the_same_without_drafting_ahead(
     toy: Pair, toy_stack: LocalServer, name: str
 ) -> None:
-    """Token for token, and who wrote it; and some of it did come from branches."""
+    """Token for token, with the same origins, while some blocks come from branches."""
     tiers = {"drafters": toy_stack.router._drafters, "experts": toy_stack.router._experts}  # pyright: ignore[reportPrivateUsage] - the stack's own
     router = {"overlap_blocks": 0, "overlap_branches": 0, "draft_deadline_s": 120}
     plain = toy.settings(router=router).router.loop(**tiers)
