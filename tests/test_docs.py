@@ -89,6 +89,11 @@ def settings_keys() -> frozenset[str]:
     )
 
 
+def test_the_architecture_page_has_a_line_for_every_package() -> None:
+    parts = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()}
+    assert parts - {"__init__.py", "__pycache__/", "py.typed"} <= set(PATHS)
+
+
 def test_the_life_of_a_token_fits_on_one_page() -> None:
     section = ARCHITECTURE.split("## The files that a token passes")[1].split("\n## ")[0]
     assert 10 < len(re.findall(r"^\| `", section, re.MULTILINE)) <= 30
