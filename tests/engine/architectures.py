@@ -40,7 +40,7 @@ _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _ROPE_HALF = 8  # frequencies of a head of 16
 
 # Every architecture by a name of ours: the model type, and what departs from the usual.
-FLAT: dict[str, tuple[str, dict[str, Any]]] = {
+VARLEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen2 sliding": (
@@ -271,11 +271,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("minimax", {"num_local_experts": 4}),
     "bert": ("bert", {}),
 }
-LEAN = [
+LLAMA_LIKE = [
     *("llama", "qwen2", "qwen2 sliding", "qwen3", "mistral", "mistral sliding"),
     *("yarn", "llama3 rope"),
 ]
-ALL = FLAT | PADDED | MORE | ROPE | REFUSED
+ALL = VARLEN | PADDED | MORE | ROPE | REFUSED
 _OWN_NAMES = {"gpt2", "gptj", "codegen", "gpt_bigcode", "bloom", "gpt_neo", "mpt", "xglm", "mamba"}
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Answer:
+class Received:
     """What became of a step: the whole sequence then, and its rows as they came."""
 
     context: list[int]
@@ -33,15 +33,15 @@ class Answer:
     error: Exception | None = None
 
 
-class Recorder:
+class RecordingHandler:
     """A head that keeps what it hears."""
 
     def __init__(self) -> None:
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, Received] = {}
         self.passes: list[list[str]] = []
 
-    def expect(self, step: ForwardRequest, *, context: list[int]) -> Answer:
-        answer = Answer(context=context)
+    def expect(self, step: ForwardRequest, *, context: list[int]) -> Received:
+        answer = Received(context=context)
         self.answers[id(step)] = answer
         return answer
 
@@ -65,19 +65,19 @@ class Recorder:
         answer.error, answer.ended = error, True
 
 
-class Bench:
+class EngineHarness:
     """Runs steps of named sessions and compares every row with the plain forward pass."""
 
     def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
         self._plain = copy.deepcopy(model)
-        self.head = Recorder()
+        self.head = RecordingHandler()
         self.engine = Engine(adopt(model, name="tiny"), handler=self.head, settings=settings)
         self.tokens: dict[str, list[int]] = {}
         self._steps: list[ForwardRequest] = []  # alive, so that no two share an id
         self.worst = 0.0
         self.largest = 0.0
 
-    def submit(self, session: str, tokens: Sequence[int], *, drop: int = 0, rows: int) -> Answer:
+    def submit(self, session: str, tokens: Sequence[int], *, drop: int = 0, rows: int) -> Received:
         """Queue a step that rolls back `drop` tokens and appends `tokens`."""
         known = self.tokens.get(session, [])
         base = len(known) - drop
@@ -90,7 +90,7 @@ class Bench:
         self.engine.submit(step)
         return answer
 
-    def branch(self, session: str, tokens: Sequence[int], *, trunk: str, base: int) -> Answer:
+    def branch(self, session: str, tokens: Sequence[int], *, trunk: str, base: int) -> Received:
         """Queue the first step of a branch that has the first `base` tokens of its trunk."""
         self.tokens[session] = [*self.tokens[trunk][:base], *tokens]
         step = ForwardRequest(
@@ -113,7 +113,7 @@ class Bench:
         self.tokens.pop(session)
         self.engine.release(SessionId(session))
 
-    def settle(self, *answers: Answer) -> None:
+    def run_until_done(self, *answers: Received) -> None:
         """Turn the engine until the answers are there, and check them."""
         for _ in range(1000):
             if all(answer.ended for answer in answers):
@@ -122,7 +122,7 @@ class Bench:
         for answer in answers:
             self.check(answer)
 
-    def check(self, answer: Answer) -> None:
+    def check(self, answer: Received) -> None:
         assert answer.ended
         assert answer.error is None, answer.error
         if not answer.rows:

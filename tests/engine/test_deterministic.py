@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from tests.engine.architectures import build
-from tests.engine.harness import Recorder
+from tests.engine.harness import RecordingHandler
 from torch import nn
 
 from cascade import demo
@@ -45,7 +45,7 @@ class Desk:
     """An engine turned by hand."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.head = Recorder()
+        self.head = RecordingHandler()
         self.engine = Engine(model, handler=self.head, settings=SETTINGS)
         self._steps: list[ForwardRequest] = []
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.architectures import VOCABULARY, build
-from tests.engine.harness import Answer, Bench
+from tests.engine.harness import EngineHarness, Received
 
 from cascade.engine import threads
 from cascade.engine.engine import Engine
@@ -29,75 +29,75 @@ SMALL = EngineSettings(cache_tokens=1024, max_step_tokens=64, max_sessions=4)
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench(build("llama"), SMALL)
+def bench() -> EngineHarness:
+    return EngineHarness(build("llama"), SMALL)
 
 
 def numbers(count: int, *, start: int = 3) -> list[int]:
     return [3 + (start * 7 + 11 * place) % (VOCABULARY - 3) for place in range(count)]
 
 
-def test_a_long_prefill_lets_blocks_pass(bench: Bench) -> None:
-    bench.settle(bench.submit("short", numbers(5), rows=1))
+def test_a_long_prefill_lets_blocks_pass(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("short", numbers(5), rows=1))
     prefill = bench.submit("long", numbers(300), rows=1)
     for _ in range(3):
-        bench.settle(bench.submit("short", numbers(2), rows=2))
+        bench.run_until_done(bench.submit("short", numbers(2), rows=2))
 
     assert not prefill.ended
-    bench.settle(prefill)
+    bench.run_until_done(prefill)
     assert bench.worst < 1e-4
 
 
-def test_more_rows_than_a_pass_holds_come_in_chunks(bench: Bench) -> None:
+def test_more_rows_than_a_pass_holds_come_in_chunks(bench: EngineHarness) -> None:
     answer = bench.submit("scored", numbers(200), rows=200)
 
-    bench.settle(answer)
+    bench.run_until_done(answer)
 
     assert len(bench.head.passes) > 1
     assert bench.worst < 1e-4
 
 
-def test_wanted_rows_run_again_where_all_is_cached(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(20), rows=0))
+def test_wanted_rows_run_again_where_all_is_cached(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(20), rows=0))
 
-    bench.settle(bench.submit("a", [], rows=4))
+    bench.run_until_done(bench.submit("a", [], rows=4))
 
     assert bench.worst < 1e-4
     assert bench.engine.stats().tokens == 24
 
 
-def test_a_step_that_repeats_itself_costs_its_rows_alone(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(20), rows=1))
+def test_a_step_that_repeats_itself_costs_its_rows_alone(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(20), rows=1))
 
-    bench.settle(bench.submit("a", numbers(20), drop=20, rows=1))
+    bench.run_until_done(bench.submit("a", numbers(20), drop=20, rows=1))
 
     assert bench.engine.stats().tokens == 21
 
 
-def test_a_step_without_rows_is_heard_when_it_is_done(bench: Bench) -> None:
+def test_a_step_without_rows_is_heard_when_it_is_done(bench: EngineHarness) -> None:
     first = bench.submit("a", numbers(20), rows=0)
-    bench.settle(first)
+    bench.run_until_done(first)
     again = bench.submit("a", numbers(20), drop=20, rows=0)
-    bench.settle(again)
+    bench.run_until_done(again)
 
     assert bench.head.passes == [["a"], ["a"]]
     assert bench.engine.stats().tokens == 20
 
 
-def test_the_pass_in_hand_says_what_it_runs(bench: Bench) -> None:
-    bench.settle(bench.submit("a", (1, 2, 3), rows=1), bench.submit("b", (4, 5), rows=1))
+def test_the_pass_in_hand_says_what_it_runs(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", (1, 2, 3), rows=1), bench.submit("b", (4, 5), rows=1))
     first = bench.engine.current_pass
-    bench.settle(bench.submit("a", (6,), rows=1))
+    bench.run_until_done(bench.submit("a", (6,), rows=1))
     second = bench.engine.current_pass
     assert [(one.tokens, one.sessions) for one in (first, second)] == [(5, 2), (1, 1)]
     assert second.began_s >= first.began_s
 
 
-def test_a_released_session_is_found_again_by_its_prefix(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(50), rows=1))
+def test_a_released_session_is_found_again_by_its_prefix(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
     bench.release("a")
 
-    bench.settle(bench.submit("b", [*numbers(40), 5, 5], rows=1))
+    bench.run_until_done(bench.submit("b", [*numbers(40), 5, 5], rows=1))
 
     assert bench.engine.cached_tokens(SessionId("b")) == 40
     assert bench.engine.cached_tokens(SessionId("nobody")) == 0
@@ -111,55 +111,55 @@ def test_a_released_session_is_found_again_by_its_prefix(bench: Bench) -> None:
     assert bench.worst < 1e-4
 
 
-def test_release_drops_the_waiting_step_unheard(bench: Bench) -> None:
+def test_release_drops_the_waiting_step_unheard(bench: EngineHarness) -> None:
     answer = bench.submit("a", numbers(200), rows=1)
     bench.engine.step()
 
     bench.release("a")
-    bench.settle(bench.submit("b", numbers(5), rows=1))
+    bench.run_until_done(bench.submit("b", numbers(5), rows=1))
 
     assert not answer.ended
     assert bench.engine.stats().waiting == 0
 
 
 @pytest.mark.parametrize(
-    ("step", "error", "message"),
+    ("fields", "error", "message"),
     [
-        ({"base": 3, "tokens": [5], "rows": 1}, InvalidRequest, "0 tokens here, so 3"),
-        ({"base": 0, "tokens": [5], "rows": 2}, InvalidRequest, "cannot give 2 rows"),
-        ({"base": 0, "tokens": [5], "rows": -1}, InvalidRequest, "cannot give -1 rows"),
-        ({"base": -1, "tokens": [5], "rows": 1}, InvalidRequest, "-1 cannot be kept"),
-        ({"base": 0, "tokens": [], "rows": 0}, InvalidRequest, "of 0 tokens"),
-        ({"base": 0, "tokens": [5] * 513, "rows": 1}, ContextTooLong, "513 tokens"),
+        ({"base": 3, "tokens": [5], "num_logits": 1}, InvalidRequest, "0 tokens here, so 3"),
+        ({"base": 0, "tokens": [5], "num_logits": 2}, InvalidRequest, "cannot give 2 logits"),
+        ({"base": 0, "tokens": [5], "num_logits": -1}, InvalidRequest, "cannot give -1 logits"),
+        ({"base": -1, "tokens": [5], "num_logits": 1}, InvalidRequest, "-1 cannot be kept"),
+        ({"base": 0, "tokens": [], "num_logits": 0}, InvalidRequest, "of 0 tokens"),
+        ({"base": 0, "tokens": [5] * 513, "num_logits": 1}, ContextTooLong, "513 tokens"),
     ],
 )
 def test_a_step_that_cannot_run_fails_alone(
-    bench: Bench, step: dict[str, object], error: type[Exception], message: str
+    bench: EngineHarness, fields: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    wrong = ForwardRequest(session=SessionId("wrong"), **step)  # pyright: ignore[reportArgumentType] - rows of the table
+    wrong = ForwardRequest(session=SessionId("wrong"), **fields)  # pyright: ignore[reportArgumentType] - fields of the table
     answer = bench.head.expect(wrong, context=[])
     bench.engine.submit(wrong)
 
-    bench.settle(bench.submit("right", numbers(5), rows=1))
+    bench.run_until_done(bench.submit("right", numbers(5), rows=1))
 
     assert answer.ended
     assert isinstance(answer.error, error)
     assert message in str(answer.error)
 
 
-def test_a_second_step_of_a_session_must_wait_for_the_first(bench: Bench) -> None:
+def test_a_second_step_of_a_session_must_wait_for_the_first(bench: EngineHarness) -> None:
     first = bench.submit("a", numbers(200), rows=1)
     second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1)
     answer = bench.head.expect(second, context=[])
     bench.engine.submit(second)
 
-    bench.settle(first)
+    bench.run_until_done(first)
 
     assert isinstance(answer.error, Internal)
 
 
-def test_one_session_too_many_is_told_to_come_again(bench: Bench) -> None:
-    bench.settle(*(bench.submit(str(number), numbers(5), rows=1) for number in range(4)))
+def test_one_session_too_many_is_told_to_come_again(bench: EngineHarness) -> None:
+    bench.run_until_done(*(bench.submit(str(number), numbers(5), rows=1) for number in range(4)))
 
     refused = bench.submit("fifth", numbers(5), rows=1)
     bench.engine.step()
@@ -167,16 +167,16 @@ def test_one_session_too_many_is_told_to_come_again(bench: Bench) -> None:
 
     bench.release("0")
     bench.tokens.pop("fifth")
-    bench.settle(bench.submit("fifth", numbers(5), rows=1))
+    bench.run_until_done(bench.submit("fifth", numbers(5), rows=1))
 
 
-def test_a_branch_runs_its_own_tokens_alone(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(50), rows=1))
+def test_a_branch_runs_its_own_tokens_alone(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
     before = bench.engine.stats().tokens
 
     branch = bench.branch("a~", [5], trunk="a", base=40)
-    bench.settle(branch, bench.submit("a", [7], rows=1))
-    bench.settle(bench.submit("a~", [6, 9], rows=2))
+    bench.run_until_done(branch, bench.submit("a", [7], rows=1))
+    bench.run_until_done(bench.submit("a~", [6, 9], rows=2))
 
     stats = bench.engine.stats()
     assert stats.tokens - before == 4
@@ -188,14 +188,14 @@ def test_a_branch_runs_its_own_tokens_alone(bench: Bench) -> None:
     assert bench.worst < 1e-4
 
 
-def test_a_session_goes_on_as_its_branch(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(50), rows=1))
+def test_a_session_goes_on_as_its_branch(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
     dropped = bench.submit("a", numbers(9), rows=1)
     branch = bench.branch("a~", [5], trunk="a", base=40)
     bench.adopt("a", branch="a~")
-    bench.settle(branch)
+    bench.run_until_done(branch)
 
-    bench.settle(bench.submit("a", [6], rows=1))
+    bench.run_until_done(bench.submit("a", [6], rows=1))
 
     assert not dropped.ended
     assert bench.engine.stats().tokens == 52
@@ -203,31 +203,31 @@ def test_a_session_goes_on_as_its_branch(bench: Bench) -> None:
     assert bench.worst < 1e-4
 
 
-def test_a_session_that_ended_is_not_brought_back_by_its_branch(bench: Bench) -> None:
-    bench.settle(bench.submit("a", numbers(50), rows=1))
-    bench.settle(bench.branch("a~", [5], trunk="a", base=40))
+def test_a_session_that_ended_is_not_brought_back_by_its_branch(bench: EngineHarness) -> None:
+    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
+    bench.run_until_done(bench.branch("a~", [5], trunk="a", base=40))
     bench.release("a")
     bench.engine.adopt(SessionId("a"), branch=SessionId("a~"))
 
-    bench.settle(bench.submit("b", numbers(5), rows=1))
+    bench.run_until_done(bench.submit("b", numbers(5), rows=1))
 
     assert (bench.engine.stats().sessions, bench.engine.stats().branches) == (1, 0)
 
 
 def test_branches_keep_no_session_out() -> None:
     """Neither by their number, nor by their room: one that is in the way fails."""
-    bench = Bench(build("llama"), replace(SMALL, cache_tokens=512))
+    bench = EngineHarness(build("llama"), replace(SMALL, cache_tokens=512))
     for name in "ab":
-        bench.settle(bench.submit(name, numbers(50, start=ord(name)), rows=1))
-    bench.settle(*(bench.branch(f"{name}~", [5], trunk=name, base=40) for name in "ab"))
+        bench.run_until_done(bench.submit(name, numbers(50, start=ord(name)), rows=1))
+    bench.run_until_done(*(bench.branch(f"{name}~", [5], trunk=name, base=40) for name in "ab"))
     refused = bench.branch("a~~", [6], trunk="a", base=40)
     bench.engine.step()
     assert isinstance(refused.error, Overloaded)
 
     for name in "cd":
-        bench.settle(bench.submit(name, numbers(50, start=ord(name)), rows=1))
+        bench.run_until_done(bench.submit(name, numbers(50, start=ord(name)), rows=1))
     for name in "abcd":
-        bench.settle(bench.submit(name, [8], rows=1))
+        bench.run_until_done(bench.submit(name, [8], rows=1))
     late = bench.submit("a~", [6], rows=1)
     bench.engine.step()
 
@@ -367,12 +367,12 @@ def test_what_waits_when_the_engine_stops_is_told() -> None:
     assert isinstance(head.errors["late"], Unavailable)
 
 
-def test_a_pass_that_fails_fails_its_own_steps_and_the_engine_lives(bench: Bench) -> None:
+def test_a_pass_that_fails_fails_its_own_steps_and_the_engine_lives(bench: EngineHarness) -> None:
     wrong = bench.submit("wrong", [VOCABULARY + 5], rows=1)
     bench.engine.step()
     assert isinstance(wrong.error, IndexError)
 
-    bench.settle(bench.submit("right", numbers(5), rows=1))
+    bench.run_until_done(bench.submit("right", numbers(5), rows=1))
 
 
 class Careless(Chain):
@@ -491,9 +491,11 @@ moves = st.builds(
 
 @settings(max_examples=15, deadline=None)
 @given(story=st.lists(st.lists(moves, min_size=1, max_size=5), min_size=1, max_size=8))
-def test_any_interleaving_gives_the_plain_rows(shared: Bench, story: list[list[Move]]) -> None:
+def test_any_interleaving_gives_the_plain_rows(
+    shared: EngineHarness, story: list[list[Move]]
+) -> None:
     """Submitting, rolling back and releasing in any order never shows in a row."""
-    waiting: dict[str, Answer] = {}
+    waiting: dict[str, Received] = {}
     for act in story:
         for move in act:
             if move.release and move.session in shared.tokens:
@@ -509,7 +511,7 @@ def test_any_interleaving_gives_the_plain_rows(shared: Bench, story: list[list[M
                 )
         shared.engine.step()
         waiting = {name: answer for name, answer in waiting.items() if not answer.ended}
-    shared.settle(*waiting.values())
+    shared.run_until_done(*waiting.values())
     for answer in shared.head.answers.values():
         if answer.ended:
             shared.check(answer)
@@ -520,5 +522,5 @@ def test_any_interleaving_gives_the_plain_rows(shared: Bench, story: list[list[M
 
 
 @pytest.fixture(scope="module")
-def shared() -> Bench:
-    return Bench(build("llama"), EngineSettings(cache_tokens=512, max_step_tokens=48))
+def shared() -> EngineHarness:
+    return EngineHarness(build("llama"), EngineSettings(cache_tokens=512, max_step_tokens=48))

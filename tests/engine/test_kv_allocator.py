@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.engine.kv_allocator import (
-    SMALLEST,
+    MIN_RANGE,
     KVRange,
     KVRangeAllocator,
     capacity_tokens,
@@ -23,7 +23,7 @@ def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
 
     assert size >= tokens
     assert size_class(size) == size
-    assert size < max(2 * tokens, SMALLEST + 1) or size - tokens < 1024
+    assert size < max(2 * tokens, MIN_RANGE + 1) or size - tokens < 1024
 
 
 @settings(max_examples=50, deadline=None)

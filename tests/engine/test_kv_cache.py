@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.engine.kv_cache import CachedSequence, KVCacheManager, common_prefix
-from cascade.engine.kv_pool import KVPool
+from cascade.engine.kv_pool import LayeredKVPool
 from cascade.types import SessionId
 
 A, B, C = SessionId("a"), SessionId("b"), SessionId("c")
@@ -15,9 +15,9 @@ TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
 
 def store(
-    *, capacity: int = 1024, prefix_reuse: bool = True, pool: KVPool | None = None
+    *, capacity: int = 1024, prefix_reuse: bool = True, pool: LayeredKVPool | None = None
 ) -> KVCacheManager:
-    pool = pool or KVPool(rows=capacity)
+    pool = pool or LayeredKVPool(num_slots=capacity)
     return KVCacheManager(pool=pool, capacity=capacity, prefix_reuse=prefix_reuse, max_idle=4)
 
 
@@ -45,7 +45,7 @@ def test_rewriting_keeps_the_rows_of_tokens_that_stay(
     base = min(base, len(old))
     sequence = CachedSequence(session=A, tokens=list(old), cached=len(old))
 
-    sequence.rewrite(base=base, tokens=new, regime=0)
+    sequence.rewrite(base=base, tokens=new, rope_length=0)
 
     assert sequence.tokens == old[:base] + new
     assert sequence.cached == common_prefix(old, sequence.tokens)
@@ -54,39 +54,39 @@ def test_rewriting_keeps_the_rows_of_tokens_that_stay(
 def test_rows_of_another_regime_are_not_kept() -> None:
     sequence = CachedSequence(session=A, tokens=[1, 2], cached=2)
 
-    sequence.rewrite(base=2, tokens=[3], regime=65)
+    sequence.rewrite(base=2, tokens=[3], rope_length=65)
 
     assert sequence.cached == 0
 
 
 def test_a_prompt_takes_over_the_rows_of_a_released_one() -> None:
     held = store()
-    extent = filled(held, A, list(range(100))).extent
+    extent = filled(held, A, list(range(100))).kv_range
     held.release(A)
 
     second = held.open(B, tokens=[*range(80), 7, 7])
 
-    assert (second.cached, second.reused, second.extent) == (80, 80, extent)
-    assert held.used == 128
+    assert (second.cached, second.reused, second.kv_range) == (80, 80, extent)
+    assert held.used_tokens == 128
     assert (held.prefix_hits, held.prefix_tokens) == (1, 80)
 
 
 def test_a_prompt_copies_the_rows_of_a_live_one() -> None:
-    pool = KVPool(rows=1024)
+    pool = LayeredKVPool(num_slots=1024)
     held = store(pool=pool)
     first = filled(held, A, list(range(100)))
     rows = torch.arange(100)
     states = torch.rand(2, 100, 4)
-    pool.write(0, key_HTD=states, value_HTD=states, rows_T=rows)
+    pool.write(0, key_HTD=states, value_HTD=states, slots_T=rows)
 
     second = held.open(B, tokens=[*range(60), 7, 7])
 
     assert second.cached == 60
-    assert first.extent
-    assert second.extent
-    assert first.extent != second.extent
-    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=rows[:0])
-    start = second.extent.start
+    assert first.kv_range
+    assert second.kv_range
+    assert first.kv_range != second.kv_range
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=rows[:0])
+    start = second.kv_range.start
     assert torch.equal(key[:, start : start + 60], states[:, :60])
 
 
@@ -105,7 +105,7 @@ def test_prefixes_of_another_regime_are_not_reused() -> None:
     held = store()
     filled(held, A, list(range(100)))
 
-    assert held.open(B, tokens=list(range(100)), regime=65).reused == 0
+    assert held.open(B, tokens=list(range(100)), rope_length=65).reused == 0
 
 
 def test_reuse_can_be_switched_off() -> None:
@@ -113,7 +113,7 @@ def test_reuse_can_be_switched_off() -> None:
     filled(held, A, list(range(100)))
     held.release(A)
 
-    assert held.used == 0
+    assert held.used_tokens == 0
     assert held.open(B, tokens=list(range(100))).reused == 0
 
 
@@ -138,7 +138,7 @@ def test_only_so_many_idle_sequences_are_kept() -> None:
         filled(held, session, [number] * 100)
         held.release(session)
 
-    assert held.used == 4 * 128
+    assert held.used_tokens == 4 * 128
 
 
 def test_a_victim_loses_its_rows_and_keeps_its_tokens() -> None:
@@ -148,7 +148,7 @@ def test_a_victim_loses_its_rows_and_keeps_its_tokens() -> None:
 
     assert not held.reserve(second, tokens=200, victims=())
     assert held.reserve(second, tokens=200, victims=iter([first]))
-    assert (first.cached, first.extent, first.tokens) == (0, None, [1] * 200)
+    assert (first.cached, first.kv_range, first.tokens) == (0, None, [1] * 200)
     assert held.preemptions == 1
 
 
@@ -162,24 +162,24 @@ def test_a_sequence_that_fits_nowhere_else_is_computed_again() -> None:
     assert held.reserve(second, tokens=900, victims=())
 
     assert second.cached == 0
-    assert second.extent
-    assert second.extent.size == 1024
-    assert first.extent is None
+    assert second.kv_range
+    assert second.kv_range.size == 1024
+    assert first.kv_range is None
 
 
 def test_growing_moves_the_rows_along() -> None:
-    pool = KVPool(rows=1024)
+    pool = LayeredKVPool(num_slots=1024)
     held = store(pool=pool)
     first = filled(held, A, [1] * 100)
     filled(held, B, [2] * 100)
     states = torch.rand(1, 100, 4)
-    pool.write(0, key_HTD=states, value_HTD=states, rows_T=torch.arange(100))
+    pool.write(0, key_HTD=states, value_HTD=states, slots_T=torch.arange(100))
 
     assert held.reserve(first, tokens=200, victims=())
 
-    assert first.extent
-    assert first.extent.start == 256
-    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=torch.arange(0))
+    assert first.kv_range
+    assert first.kv_range.start == 256
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=torch.arange(0))
     assert torch.equal(key[:, 256:356], states)
 
 
@@ -189,50 +189,50 @@ def test_a_prefix_too_short_to_matter_is_let_go(length: int) -> None:
     filled(held, A, [1] * length or [2])
     held.release(A)
 
-    assert held.used == 0
+    assert held.used_tokens == 0
 
 
 def test_a_branch_begins_with_its_trunks_rows_and_ends_without_a_trace() -> None:
-    pool = KVPool(rows=1024)
+    pool = LayeredKVPool(num_slots=1024)
     held = store(pool=pool)
     filled(held, A, list(range(100)))
     states = torch.rand(2, 100, 4)
-    pool.write(0, key_HTD=states, value_HTD=states, rows_T=torch.arange(100))
+    pool.write(0, key_HTD=states, value_HTD=states, slots_T=torch.arange(100))
 
-    branch = held.branch(B, trunk=A, base=60)
+    branch = held.branch(B, parent=A, base=60)
 
     assert branch is not None
-    assert branch.extent is not None
+    assert branch.kv_range is not None
     assert (branch.tokens, branch.cached) == (list(range(60)), 60)
-    rows = torch.arange(branch.extent.start, branch.extent.start + 60)
-    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], rows_T=torch.arange(0))
+    rows = torch.arange(branch.kv_range.start, branch.kv_range.start + 60)
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=torch.arange(0))
     assert torch.equal(key[:, rows], states[:, :60])
-    assert (len(held), held.branched, held.live, held.branches(A)) == (1, 1, 128, [B])
+    assert (len(held), held.num_branches, held.live_tokens, held.branches(A)) == (1, 1, 128, [B])
     held.release(B)
-    assert (len(held), held.branched, held.used) == (1, 0, 128)
+    assert (len(held), held.num_branches, held.used_tokens) == (1, 0, 128)
 
 
 def test_a_branch_becomes_its_session() -> None:
     held = store()
     filled(held, A, list(range(100)))
-    branch = held.branch(B, trunk=A, base=60)
+    branch = held.branch(B, parent=A, base=60)
 
     held.adopt(A, branch=B)
 
     assert held.find(A) is branch
     assert held.find(B) is None
-    assert (len(held), held.branched, held.used) == (1, 0, 128)
+    assert (len(held), held.num_branches, held.used_tokens) == (1, 0, 128)
 
 
 def test_a_branch_takes_the_room_of_idle_sequences_alone() -> None:
     held = store(capacity=256)
     filled(held, A, list(range(100)))
     filled(held, C, list(range(200, 300)))
-    assert held.branch(B, trunk=A, base=60) is None
+    assert held.branch(B, parent=A, base=60) is None
 
     held.release(C)
 
-    assert held.branch(B, trunk=A, base=60) is not None
+    assert held.branch(B, parent=A, base=60) is not None
     assert held.preemptions == 0
 
 
@@ -240,13 +240,13 @@ def test_no_branch_begins_where_the_trunk_has_lost_its_rows() -> None:
     held = store()
     held.drop(filled(held, A, list(range(100))))
 
-    assert held.branch(B, trunk=A, base=60) is None
-    assert held.branch(B, trunk=C, base=1) is None
+    assert held.branch(B, parent=A, base=60) is None
+    assert held.branch(B, parent=C, base=1) is None
 
 
 def test_branches_are_the_first_to_lose_their_rows() -> None:
     held = store()
     first = filled(held, A, list(range(100)))
-    branch = held.branch(B, trunk=A, base=60)
+    branch = held.branch(B, parent=A, base=60)
 
     assert held.least_recent() == [branch, first]

@@ -58,7 +58,7 @@ def test_weights_have_the_type_asked_for(
 
 @pytest.mark.parametrize("dtype", ["int8", "nonsense", "nn"])
 def test_a_type_that_is_none_is_refused(checkpoint: Path, dtype: str) -> None:
-    with pytest.raises(UnsupportedModel, match="take auto, float32, bfloat16 or float16"):
+    with pytest.raises(UnsupportedModel, match="use auto, float32, bfloat16 or float16"):
         load(str(checkpoint), device="cpu", dtype=dtype)
 
 

@@ -45,7 +45,7 @@ def test_a_token_special_to_one_alone_is_named() -> None:
     plain = byte_level()
     plain.add_tokens(["<tool>"])
 
-    with pytest.raises(MismatchedPair, match="'<tool>' is special to the expert alone"):
+    with pytest.raises(MismatchedPair, match="'<tool>' is special to the expert only"):
         check(wrap(plain), wrap(byte_level(added=("<tool>",))))
 
 

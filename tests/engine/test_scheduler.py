@@ -29,7 +29,7 @@ def add(scheduler: Scheduler, name: str, wish: Wish, *, whole: bool = False) -> 
     tokens = [1] * wish.tokens
     sequence = CachedSequence(session=session, tokens=tokens)
     step = ForwardRequest(session=session, base=0, tokens=tokens, num_logits=wish.rows)
-    return scheduler.add(step, sequence=sequence, whole=whole)
+    return scheduler.add(step, sequence=sequence, single_pass=whole)
 
 
 def granted(_: ScheduledStep) -> bool:
@@ -39,9 +39,9 @@ def granted(_: ScheduledStep) -> bool:
 def run(scheduler: Scheduler) -> list[StepChunk]:
     slices = scheduler.plan(reserve=granted)
     for piece in slices:
-        piece.job.sequence.cached += piece.count
-        if not piece.job.remaining:
-            scheduler.remove(piece.job.step.session)
+        piece.step.sequence.cached += piece.count
+        if not piece.step.remaining:
+            scheduler.remove(piece.step.request.session)
     return slices
 
 
@@ -59,7 +59,7 @@ def test_every_step_ends_and_no_pass_exceeds_the_budget(many: list[Wish]) -> Non
         assert slices
         assert sum(piece.count for piece in slices) <= BUDGET
         assert all(piece.count > 0 for piece in slices)
-        assert len({piece.job.number for piece in slices}) == len(slices)
+        assert len({piece.step.number for piece in slices}) == len(slices)
         total -= sum(piece.count for piece in slices)
 
     assert total == 0
@@ -74,9 +74,9 @@ def test_rows_that_fit_a_pass_come_in_one(many: list[Wish]) -> None:
 
     while len(scheduler):
         for piece in run(scheduler):
-            job = piece.job
-            first = job.end - job.step.num_logits
-            if 0 < job.step.num_logits <= BUDGET and job.sequence.cached > first:
+            job = piece.step
+            first = job.end - job.request.num_logits
+            if 0 < job.request.num_logits <= BUDGET and job.sequence.cached > first:
                 assert not job.remaining
 
 
@@ -139,7 +139,7 @@ def test_blocks_go_before_prefills_and_share_their_pass() -> None:
 
     slices = run(scheduler)
 
-    assert [(piece.job, piece.count) for piece in slices] == [(block, 5), (prefill, BUDGET - 5)]
+    assert [(piece.step, piece.count) for piece in slices] == [(block, 5), (prefill, BUDGET - 5)]
 
 
 def test_long_prefills_share_a_pass() -> None:
@@ -177,5 +177,5 @@ def test_a_step_without_room_in_the_cache_waits() -> None:
 
     slices = scheduler.plan(reserve=lambda job: job is second)
 
-    assert [piece.job for piece in slices] == [second]
-    assert first.passed_over == 1
+    assert [piece.step for piece in slices] == [second]
+    assert first.skipped_passes == 1

@@ -32,9 +32,9 @@ def test_the_share_follows_what_time_is_spent_on() -> None:
 
     for _ in range(1000):
         clock.now_s += 0.1
-        meter.note(busy=True)
+        meter.record(busy=True)
         clock.now_s += 0.3
-        meter.note(busy=False)
+        meter.record(busy=False)
 
     assert meter.share() == pytest.approx(0.25, abs=0.02)
     assert meter.busy_s == pytest.approx(100)
@@ -44,7 +44,7 @@ def test_time_without_a_note_is_idle() -> None:
     clock = Clock()
     meter = BusyMeter(clock=clock)
     clock.now_s += 100
-    meter.note(busy=True)
+    meter.record(busy=True)
     assert meter.share() > 0.99
 
     clock.now_s += 100

@@ -140,12 +140,6 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer) -> 
     assert not tokenizer.bytes_of(10**6)
 
 
-def test_a_part_of_a_character_shows_as_broken(byte_tokenizer: Tokenizer) -> None:
-    first, *_ = byte_tokenizer.encode("你", add_special=False)
-
-    assert byte_tokenizer.text_of(first) == "\ufffd"
-
-
 def test_special_tokens_are_known(byte_tokenizer: Tokenizer) -> None:
     assert byte_tokenizer.special_ids == {0, 1}
     assert byte_tokenizer.stop_ids == (1,)

@@ -1,4 +1,4 @@
-"""What one forward pass runs, and how attention reads it from the pool.
+"""The tokens of one forward pass, and how attention reads their sessions from the pool.
 
 Shapes: `T` tokens of the pass, `N` sessions of a group, `Q` queries and `K` keys of its longest
 session, `G` query heads per key head.
@@ -9,33 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-# Longer blocks fill the machine alone; padding them to one length would waste more than a call.
+# Longer blocks keep the device busy alone; padding them to one length would waste more than a call.
 SHORT_QUERIES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """New tokens of one session: where its rows are and which logits are wanted.
+    """New tokens of one session, and their place in the pool."""
 
-    `regime` is the length that RoPE frequencies are computed for, 0 for the usual ones. `place` is
-    the position of the first token where it is not the number of rows before it.
-    """
-
-    start: int  # first row of the session's extent
-    past: int  # rows that are valid before this pass
+    start: int  # first slot of the session's range
+    past: int  # tokens that are cached before this pass
     tokens: Sequence[int]
-    rows: int = 0  # logits of the last `rows` tokens are wanted
-    regime: int = 0
-    place: int | None = None
+    num_logits: int = 0  # return the logits of the last so many tokens
+    rope_length: int = 0  # length that RoPE frequencies are computed for; 0 for the usual ones
+    first_position: int | None = None  # of the first token; None if it equals `past`
 
     @property
     def count(self) -> int:
@@ -50,12 +46,12 @@ class Segment:
     @property
     def positions(self) -> range:
         """Return the position of each new token."""
-        first = self.past if self.place is None else self.place
+        first = self.past if self.first_position is None else self.first_position
         return range(first, first + len(self.tokens))
 
     @property
-    def new_rows(self) -> range:
-        """Return the pool row of each new token."""
+    def new_slots(self) -> range:
+        """Return the slot of each new token."""
         return range(self.start + self.past, self.start + self.length)
 
 
@@ -65,8 +61,8 @@ class Group:
 
     first: int  # tokens `first .. last` of the pass
     last: int
-    start: int  # first key row of the first session
-    stride: int  # rows from one session to the next
+    start: int  # first key slot of the first session
+    stride: int  # slots from one session to the next
     queries: tuple[int, ...]  # per session
     keys: tuple[int, ...]
 
@@ -76,122 +72,130 @@ class Group:
         return len(self.queries)
 
     @property
-    def even(self) -> bool:
+    def uniform(self) -> bool:
         """Whether all sessions have Q queries."""
         return len(set(self.queries)) == 1
 
-    @property
-    def whole(self) -> bool:
-        """Whether one session attends to nothing but its own new tokens."""
-        return self.size == 1 and self.queries == self.keys
+    def view(self, states_JRD: Tensor) -> Tensor:
+        """Return the group's states in a pool, `[N, J, K, D]`, without a copy."""
+        heads, _, size = states_JRD.shape
+        head_stride, slot_stride, _ = states_JRD.stride()
+        return states_JRD.as_strided(
+            (self.size, heads, max(self.keys), size),
+            (self.stride * slot_stride, head_stride, slot_stride, 1),
+            states_JRD.storage_offset() + self.start * slot_stride,
+        )
+
+
+class Varlen(NamedTuple):
+    """What a variable-length attention kernel needs: int32 tensors, and the longest of each."""
+
+    query_offsets: Tensor
+    key_starts: Tensor
+    key_counts: Tensor
+    max_queries: int
+    max_keys: int
 
 
 class RaggedBatch:
-    """Segments laid end to end in one row, with all that attention needs, built once a pass."""
+    """Segments end to end, with everything that attention needs, built once per pass.
+
+    Args:
+        segments: The segments.
+        device: The model's device.
+        num_slots: Slots of the pool.
+        deterministic: The attention of a token does not depend on the batch.
+    """
 
     def __init__(
         self,
         segments: Sequence[Segment],
         *,
         device: torch.device,
-        rows: int,
+        num_slots: int,
         deterministic: bool = False,
     ) -> None:
         self.segments = segments
         self.device = device
-        self._rows = rows
-        self._alone = deterministic  # every token is read as if it ran by itself
+        self._num_slots = num_slots
+        self._deterministic = deterministic
         self._offsets = [0, *accumulate(segment.count for segment in segments)]
+        # Deterministic attention reads every token as if it ran by itself.
+        self._read_as = segments
+        if deterministic:
+            pasts = [(s.start, past) for s in segments for past in range(s.past, s.length)]
+            self._read_as = [Segment(start=start, past=past, tokens=(0,)) for start, past in pasts]
         self.ids_T = self._tensor([token for s in segments for token in s.tokens])
-        self.positions_T = self._tensor([place for s in segments for place in s.positions])
-        self.rows_T = self._tensor([row for s in segments for row in s.new_rows])
+        self.positions_T = self._tensor([position for s in segments for position in s.positions])
+        self.slots_T = self._tensor([slot for s in segments for slot in s.new_slots])
         self._groups: dict[int | None, list[Group]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
         self._gathers: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._ragged: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
     @property
-    def tokens(self) -> int:
-        """Return T."""
-        return self._offsets[-1]
+    def all_logits(self) -> bool:
+        """Whether the logits of every token are requested."""
+        return all(segment.num_logits == segment.count for segment in self.segments)
 
-    def wanted(self) -> Tensor:
-        """Return `[N]`, the places in the pass of the tokens whose logits are wanted."""
+    def logit_indices(self) -> Tensor:
+        """Return `[N]`, the indices in the pass of the tokens whose logits are requested."""
         ends = zip(self.segments, self._offsets[1:], strict=True)
-        return self._tensor([i for segment, end in ends for i in range(end - segment.rows, end)])
+        return self._tensor([i for s, end in ends for i in range(end - s.num_logits, end)])
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """The arguments of a variable-length attention kernel."""
+        keys = [segment.length for segment in self.segments]
+        starts = [segment.start for segment in self.segments]
+        return Varlen(
+            query_offsets=self._tensor(self._offsets, torch.int32),
+            key_starts=self._tensor([*starts, 0], torch.int32),
+            key_counts=self._tensor(keys, torch.int32),
+            max_queries=max(segment.count for segment in self.segments),
+            max_keys=max(keys),
+        )
 
     def groups(self, window: int | None) -> list[Group]:
         """Return how a layer that sees `window` tokens back (None: all) reads the sessions."""
         if window not in self._groups:
-            self._groups[window] = list(
-                self._singles(window) if self._alone else self._shared(window)
-            )
+            self._groups[window] = [self._group(run, window) for run in self._runs(window)]
         return self._groups[window]
 
-    @cached_property
-    def all_wanted(self) -> bool:
-        """Whether the logits of every token are wanted."""
-        return all(segment.rows == segment.count for segment in self.segments)
-
     def mask(self, group: Group, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Return the additive mask `[N, 1, 1, Q, K]`, or None where a query sees every key."""
+        """Return the additive mask `[N, 1, 1, Q, K]`, or None if every query sees every key.
+
+        Args:
+            group: A group of this batch.
+            window: Tokens that the layer sees back; None for all.
+            dtype: Type of the mask.
+        """
         key = (group.first, window, dtype)
         if key not in self._masks:
             self._masks[key] = _mask(group, window, dtype, self.device)
         return self._masks[key]
 
     def gather(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Return `[N * Q]`, the group's tokens padded to Q queries each, and the way back."""
+        """Return indices `[N * Q]` that pad each session to Q queries, and those that undo it."""
         key = (group.first, group.last)
         if key not in self._gathers:
             self._gathers[key] = self._gather(group)
         return self._gathers[key]
 
-    def ragged(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Return query offsets, key starts and key counts as int32, and the longest of each."""
-        if self._ragged is None:
-            keys = [segment.length for segment in self.segments]
-            starts = [segment.start for segment in self.segments]
-            self._ragged = (
-                self._tensor(self._offsets, torch.int32),
-                self._tensor([*starts, 0], torch.int32),
-                self._tensor(keys, torch.int32),
-                max(segment.count for segment in self.segments),
-                max(keys),
-            )
-        return self._ragged
-
-    def _singles(self, window: int | None) -> Iterator[Group]:
-        """Yield a group for each token: the same call whatever else is in the pass."""
-        for segment, first in zip(self.segments, self._offsets, strict=False):
-            for place, length in enumerate(range(segment.past + 1, segment.length + 1)):
-                skipped = 0 if window is None else max(0, length - window)
-                yield Group(
-                    first=first + place,
-                    last=first + place + 1,
-                    start=segment.start + skipped,
-                    stride=0,
-                    queries=(1,),
-                    keys=(length - skipped,),
-                )
-
-    def _shared(self, window: int | None) -> Iterator[Group]:
-        for run in self._runs(window):
-            yield self._group(run, window)
-
     def _runs(self, window: int | None) -> list[range]:
         """Split the segments into runs that one strided view can read."""
         runs = [range(1)]
-        for place in range(1, len(self.segments)):
-            joined = range(runs[-1].start, place + 1)
-            if self._joins(joined, window):
+        for index in range(1, len(self._read_as)):
+            joined = range(runs[-1].start, index + 1)
+            if self._fits_one_view(joined, window):
                 runs[-1] = joined
             else:
-                runs.append(range(place, place + 1))
+                runs.append(range(index, index + 1))
         return runs
 
-    def _joins(self, run: range, window: int | None) -> bool:
-        segments = self.segments[run.start : run.stop]
+    def _fits_one_view(self, run: range, window: int | None) -> bool:
+        if self._deterministic:
+            return False
+        segments = self._read_as[run.start : run.stop]
         last = segments[-1]
         stride = segments[1].start - segments[0].start
         keys = [segment.length for segment in segments]
@@ -199,18 +203,18 @@ class RaggedBatch:
             return False
         if max(segment.count for segment in segments) > SHORT_QUERIES:
             return False
-        if last.start + max(keys) > self._rows or len(keys) * max(keys) > 2 * sum(keys):
+        if last.start + max(keys) > self._num_slots or len(keys) * max(keys) > 2 * sum(keys):
             return False
         return window is None or max(keys) <= 4 * window
 
     def _group(self, run: range, window: int | None) -> Group:
-        segments = self.segments[run.start : run.stop]
+        segments = self._read_as[run.start : run.stop]
         skipped = 0
         if len(segments) == 1 and window is not None:
             skipped = max(0, segments[0].past - window + 1)
         return Group(
-            first=self._offsets[run.start],
-            last=self._offsets[run.stop],
+            first=run.start if self._deterministic else self._offsets[run.start],
+            last=run.stop if self._deterministic else self._offsets[run.stop],
             start=segments[0].start + skipped,
             stride=segments[1].start - segments[0].start if len(segments) > 1 else 0,
             queries=tuple(segment.count for segment in segments),
@@ -222,8 +226,8 @@ class RaggedBatch:
         padded: list[int] = []
         valid: list[int] = []
         first = 0
-        for place, count in enumerate(group.queries):
-            valid.extend(range(place * longest, place * longest + count))
+        for index, count in enumerate(group.queries):
+            valid.extend(range(index * longest, index * longest + count))
             padded.extend(first + min(query, count - 1) for query in range(longest))
             first += count
         return self._tensor(padded), self._tensor(valid)
@@ -250,14 +254,15 @@ def _mask(
     return mask_NQK.masked_fill_(~seen_NQK, float("-inf"))[:, None, None]
 
 
-def partition(segments: Sequence[Segment], *, by_size: bool) -> Iterator[list[int]]:
-    """Yield places of segments that may share a forward pass.
+def partition(segments: Sequence[Segment], *, isolate_long: bool) -> list[list[int]]:
+    """Return the indices of segments that may share a forward pass, pass by pass.
 
-    Segments of different RoPE regimes may not. `by_size` also keeps long blocks apart, where
-    every segment would be padded to the longest.
+    Args:
+        segments: Segments; those of different RoPE lengths never share a pass.
+        isolate_long: Run each long segment alone, if all would be padded to the longest.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place, segment in enumerate(segments):
-        long = by_size and segment.count > SHORT_QUERIES
-        groups.setdefault((segment.regime, 1 + place if long else 0), []).append(place)
-    yield from groups.values()
+    passes: dict[tuple[int, int], list[int]] = {}
+    for index, segment in enumerate(segments):
+        alone = isolate_long and segment.count > SHORT_QUERIES
+        passes.setdefault((segment.rope_length, 1 + index if alone else 0), []).append(index)
+    return list(passes.values())

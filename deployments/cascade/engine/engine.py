@@ -1,13 +1,15 @@
-"""The engine: one model, one cache, one thread that turns waiting steps into forward passes."""
+"""The engine: one model, one KV cache and one thread that turns requests into forward passes."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -16,11 +18,10 @@ from cascade.engine.backends import select
 from cascade.engine.batch import Segment
 from cascade.engine.kv_allocator import capacity_tokens
 from cascade.engine.kv_cache import KVCacheManager
-from cascade.engine.preemption import Preemptor
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
-from cascade.engine.scheduler import ScheduledStep, Scheduler, StepChunk
+from cascade.engine.scheduler import Preemptor, ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
-from cascade.engine.stats import BusyMeter, EngineStats, ForwardPass
+from cascade.engine.stats import BusyMeter, EngineCounters, EngineStats, ForwardPass
 from cascade.engine.threads import IdleCores
 from cascade.errors import (
     CascadeError,
@@ -33,7 +34,7 @@ from cascade.errors import (
 from cascade.sampling import tensor_ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -44,34 +45,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Release:
-    session: SessionId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Adopt:
-    session: SessionId
-    branch: SessionId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stop:
-    pass
-
-
-_Message: TypeAlias = ForwardRequest | _Release | _Adopt | _Stop
+# What other threads send: a request, a call to make on the engine's thread, or None to stop it.
+_Message: TypeAlias = ForwardRequest | Callable[[], None] | None
 
 
 class Engine:
-    """Runs steps of many sessions through one model.
+    """Runs the requests of many sessions through one model.
 
     `submit`, `release`, `adopt`, `spare`, `cached_tokens` and `stats` may be called from any thread
-    and never wait. The head is called on the engine's own thread.
+    and never block. The logits handler is called on the engine's own thread.
+
+    Args:
+        model: The model; if the engine owns it, weights that the runner copied are freed.
+        handler: Receives the logits and the failures.
+        settings: The defaults if None.
+        clock: Seconds, monotonic.
 
     Raises:
-        UnsupportedModel: if the model cannot be served exactly.
+        UnsupportedModel: The model cannot be served exactly.
     """
 
     def __init__(
@@ -83,14 +74,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings = settings or EngineSettings()
-        self._head = handler
+        self._handler = handler
         self._settings = settings
         self.runner, capacity = _prepare(model, settings)
         self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
-        self._store = KVCacheManager(
+        self._cache = KVCacheManager(
             pool=self.runner.pool,
             capacity=capacity,
             prefix_reuse=settings.prefix_reuse,
@@ -103,66 +94,60 @@ class Engine:
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
         self._idle_cores = IdleCores(clock=clock) if device.type == "cpu" else None
-        self.current_pass = (
-            ForwardPass()
-        )  # the pass whose rows the head has; read on the engine's thread
-        self._planned_s: float | None = None  # when what runs now was planned
-        self._passes = 0
-        self._reads = 0
-        self._tokens = 0
-        self._turns = 0
-        self._backlog = 0
-        self._queued_tokens = 0
-        self._waits = 0
-        self._waited_s = 0.0
+        self.current_pass = ForwardPass()  # whose logits the handler has; for the engine's thread
+        self._cycle_began_s: float | None = None  # None between cycles
+        self._backlog = 0  # tokens that waited when the current cycle was planned
+        self._counters = EngineCounters()
 
     def start(self) -> None:
-        """Begin to run steps."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the pass it is in; waiting steps fail with `Unavailable`."""
-        self._inbox.put(_Stop())
+        """End the thread after its current pass; waiting requests fail with `Unavailable`."""
+        self._inbox.put(None)
         if self._thread.ident is not None:
             self._thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs; it ends by `stop` alone, unless the engine has a defect."""
+        """Whether the thread runs. Only `stop` or a defect of the engine ends it."""
         return self._thread.is_alive()
 
     @property
     def working_s(self) -> float:
-        """Return for how long the present plan has been run, 0 while there is none."""
-        planned_s = self._planned_s
-        return 0.0 if planned_s is None else self._clock() - planned_s
+        """Return the age of the current cycle, 0 if there is none."""
+        began_s = self._cycle_began_s
+        return 0.0 if began_s is None else self._clock() - began_s
 
     def submit(self, request: ForwardRequest) -> None:
-        """Queue a step. A session has at most one that is not finished."""
+        """Queue a request. A session has at most one that is not finished."""
         request.submitted_s = self._clock()
         self._inbox.put(request)
 
     def release(self, session: SessionId) -> None:
-        """End a session: its waiting step is dropped unheard, its cache becomes reusable.
+        """End a session and its branches.
 
-        Its branches end with it.
+        Their waiting requests are dropped without a call of the handler, the session's cache stays
+        for prefix reuse.
         """
-        self._inbox.put(_Release(session=session))
+        self._inbox.put(partial(self._release, session))
 
     def adopt(self, session: SessionId, *, branch: SessionId) -> None:
-        """Let a session go on as its branch, which ends as such.
+        """Replace a session by its branch, which then is no branch any more.
 
-        The session's waiting step is dropped unheard; that of the branch becomes the session's.
-        Steps that follow must be submitted: those that a head returns would come before.
+        The session's waiting request is dropped without a call of the handler; the branch's
+        becomes the session's. `submit` the requests that follow: those returned by a handler would
+        be accepted before the adoption.
         """
-        self._inbox.put(_Adopt(session=session, branch=branch))
+        self._inbox.put(partial(self._adopt, session, branch))
 
     @property
     def spare(self) -> float:
-        """Return the share of the time that is idle of late; 0 while anything waits for a pass.
+        """Return the recent share of idle time; 0 while any request waits.
 
-        On a CPU it is 0 too unless a whole core is left to this engine: what is done in advance
-        must not slow those who share the machine.
+        On a CPU it is also 0 unless a whole core is idle: speculative work must not slow other
+        processes of the machine.
         """
         busy = self._meter.share()
         crowded = self._idle_cores is not None and not self._idle_cores.leave_one(busy=busy)
@@ -170,38 +155,33 @@ class Engine:
         return 0.0 if waits or crowded else 1.0 - busy
 
     def cached_tokens(self, session: SessionId) -> int:
-        """Return how many tokens were found in the cache when `session` began."""
-        sequence = self._store.find(session)
+        """Return how many tokens of `session` were found in the cache when it opened."""
+        sequence = self._cache.find(session)
         return sequence.reused if sequence else 0
 
     def stats(self) -> EngineStats:
-        """Return the present figures."""
+        """Return a snapshot of load and counters."""
+        counters: dict[str, Any] = asdict(self._counters)
         return EngineStats(
+            **counters,
             busy=self._meter.share(),
             busy_s=self._meter.busy_s,
-            passes=self._passes,
-            reads=self._reads,
-            tokens=self._tokens,
-            turns=self._turns,
             budget_tokens=self._budget,
-            queued_tokens=self._queued_tokens,
-            waits=self._waits,
-            waited_s=self._waited_s,
             waiting=len(self._scheduler) + self._inbox.qsize(),
-            sessions=len(self._store),
-            branches=self._store.branched,
-            cache_tokens_used=self._store.used,
-            cache_tokens_live=self._store.live,
-            cache_tokens_capacity=self._store.capacity,
-            prefix_hits=self._store.prefix_hits,
-            prefix_tokens=self._store.prefix_tokens,
-            preemptions=self._store.preemptions,
+            sessions=len(self._cache),
+            branches=self._cache.num_branches,
+            cache_tokens_used=self._cache.used_tokens,
+            cache_tokens_live=self._cache.live_tokens,
+            cache_tokens_capacity=self._cache.capacity,
+            prefix_hits=self._cache.prefix_hits,
+            prefix_tokens=self._cache.prefix_tokens,
+            preemptions=self._cache.preemptions,
         )
 
     def step(self) -> bool:
-        """Take in what was submitted and run one plan; the thread repeats this until it is False.
+        """Process the inbox and run one cycle; the thread repeats this until it returns False.
 
-        Waits for a message where there is nothing to run. Without `start`, a caller may turn the
+        Waits for a message if there is nothing to run. Without `start`, a caller may step the
         engine itself.
         """
         with torch.inference_mode():
@@ -216,237 +196,221 @@ class Engine:
             while self.step():
                 pass
         finally:
-            self._give_up()
+            self._fail_all(Unavailable("The engine has stopped"))
 
-    def _give_up(self) -> None:
-        """Fail all that waits, so that nobody waits for a thread that has ended."""
-        stopped = Unavailable("The engine has stopped")
-        for job in list(self._scheduler):
-            self._abandon(job, stopped)
+    def _fail_all(self, error: Exception) -> None:
+        """Fail every waiting request, so that no caller waits for a thread that has ended."""
+        for step in list(self._scheduler):
+            self._abandon(step, error)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, ForwardRequest):
-                self._fail(message, stopped)
+                self._fail(message, error)
 
     def _receive(self) -> bool:
-        """Take in messages, waiting for one where there is nothing to run; False to stop."""
-        for message in self._messages():
+        """Process messages, waiting for one if there is nothing to run; False to stop."""
+        idle = not len(self._scheduler)
+        while idle or not self._inbox.empty():
+            message = self._inbox.get()
+            if idle:
+                self._meter.record(busy=False)
+                idle = False
             match message:
-                case _Stop():
+                case None:
                     return False
-                case _Release(session=session):
-                    for name in (*self._store.branches(session), session):
-                        self._scheduler.remove(name)
-                        self._store.release(name)
-                case _Adopt(session=session, branch=branch):
-                    self._replace(session, branch)
                 case ForwardRequest():
                     self._accept(message)
+                case _:
+                    message()
         return True
 
-    def _messages(self) -> Iterator[_Message]:
-        if not len(self._scheduler):
-            message = self._inbox.get()
-            self._meter.note(busy=False)
-            yield message
-        while True:
-            try:
-                yield self._inbox.get_nowait()
-            except Empty:
-                return
+    def _release(self, session: SessionId) -> None:
+        for name in (*self._cache.branches(session), session):
+            self._scheduler.remove(name)
+            self._cache.release(name)
 
-    def _accept(self, step: ForwardRequest) -> None:
-        """Put a step's tokens into its sequence and the step in the queue, or fail it."""
-        try:
-            sequence = self._admit(step)
-        except CascadeError as error:
-            self._fail(step, error)
-            return
-        # Logits are not kept: wanted rows run again even where their tokens are cached.
-        sequence.cached = min(sequence.cached, len(sequence.tokens) - step.num_logits)
-        sequence.reused = min(sequence.reused, sequence.cached)
-        whole = self.runner.regimes.dynamic and sequence.regime > 0
-        job = self._scheduler.add(step, sequence=sequence, whole=whole)
-        if not job.remaining:
-            self._deliver([(job, 0)], self._empty_0V)
-
-    def _replace(self, session: SessionId, branch: SessionId) -> None:
-        """Let a session go on as its branch, unless it was released meanwhile, both with it."""
-        if self._store.find(branch) is None:
+    def _adopt(self, session: SessionId, branch: SessionId) -> None:
+        if self._cache.find(branch) is None:  # released together with its session
             return
         self._scheduler.remove(session)
-        self._store.adopt(session, branch=branch)
+        self._cache.adopt(session, branch=branch)
         self._scheduler.rename(branch, to=session)
 
-    def _admit(self, step: ForwardRequest) -> CachedSequence:
-        sequence = self._store.find(step.session)
-        if sequence is None and step.parent is not None:
-            sequence = self._store.branch(step.session, trunk=step.parent, base=step.base)
+    def _accept(self, request: ForwardRequest) -> None:
+        """Add a request's tokens to its sequence and queue it, or fail it."""
+        try:
+            sequence = self._admit(request)
+        except CascadeError as error:
+            self._fail(request, error)
+            return
+        # Logits are not kept: their tokens run again even if they are cached.
+        sequence.cached = min(sequence.cached, len(sequence.tokens) - request.num_logits)
+        sequence.reused = min(sequence.reused, sequence.cached)
+        single_pass = self.runner.rope_lengths.dynamic and sequence.rope_length > 0
+        step = self._scheduler.add(request, sequence=sequence, single_pass=single_pass)
+        if not step.remaining:
+            self._deliver([(step, 0)], self._empty_0V)
+
+    def _admit(self, request: ForwardRequest) -> CachedSequence:
+        sequence = self._cache.find(request.session)
+        if sequence is None and request.parent is not None:
+            sequence = self._cache.branch(request.session, parent=request.parent, base=request.base)
             if sequence is None:
-                raise _no_room()
+                raise _no_space()
         known = len(sequence.tokens) if sequence else 0
-        self._check(step, known=known)
-        regime = self.runner.regimes.of(step.base + len(step.tokens))
+        self._check(request, known=known)
+        rope_length = self.runner.rope_lengths.of(request.base + len(request.tokens))
         if sequence is None:
-            return self._store.open(step.session, tokens=step.tokens, regime=regime)
-        sequence.rewrite(base=step.base, tokens=step.tokens, regime=regime)
-        self._store.touch(sequence)
+            return self._cache.open(request.session, tokens=request.tokens, rope_length=rope_length)
+        sequence.rewrite(base=request.base, tokens=request.tokens, rope_length=rope_length)
+        self._cache.touch(sequence)
         return sequence
 
-    def _check(self, step: ForwardRequest, *, known: int) -> None:
-        length = step.base + len(step.tokens)
-        if self._scheduler.find(step.session):
-            raise Internal(f"Session {step.session} has a step in flight; wait until it is done")
-        if not 0 <= step.base <= known:
+    def _check(self, request: ForwardRequest, *, known: int) -> None:
+        length = request.base + len(request.tokens)
+        if self._scheduler.find(request.session):
+            raise Internal(f"Session {request.session} has a request in flight; wait for its end")
+        if not 0 <= request.base <= known:
             raise InvalidRequest(
-                f"Session {step.session} has {known} tokens here, so {step.base} cannot be kept; "
-                "send it from the start"
+                f"Session {request.session} has {known} tokens here, so {request.base} cannot be "
+                "kept; send it from the start"
             )
-        if not 0 <= step.num_logits <= length or not length:
-            raise InvalidRequest(f"A step of {length} tokens cannot give {step.num_logits} rows")
+        if not 0 <= request.num_logits <= length or not length:
+            raise InvalidRequest(
+                f"A request of {length} tokens cannot give {request.num_logits} logits"
+            )
         if length > self.limit_tokens:
             raise ContextTooLong(
                 f"The session would have {length} tokens; this model's cache and context hold "
                 f"{self.limit_tokens}"
             )
-        if not known and len(self._store) >= self._settings.max_sessions:
+        if not known and len(self._cache) >= self._settings.max_sessions:
             raise Overloaded(f"All {self._settings.max_sessions} sessions of this replica are open")
 
     def _cycle(self) -> None:
-        """Run what the scheduler plans, pass by pass, and let the owner publish."""
+        """Plan once and run the plan, pass by pass."""
         if not len(self._scheduler):
             return
-        self._planned_s = self._clock()
-        self._backlog = sum(job.remaining for job in self._scheduler)
-        slices = self._plan()
-        self._begin(slices)
-        for places in self.runner.split([_segment(piece) for piece in slices]):
-            self._pass([slices[place] for place in places])
-        self._meter.note(busy=True)
-        self._planned_s = None
-
-    def _begin(self, slices: Sequence[StepChunk]) -> None:
-        """Count the wait of the steps that run for the first time."""
-        now_s = self._clock()
-        for step in (piece.job.step for piece in slices):
-            if step.submitted_s is not None:
-                self._waits += 1
-                self._waited_s += now_s - step.submitted_s
-                step.submitted_s = None
+        now_s = self._cycle_began_s = self._clock()
+        self._backlog = sum(step.remaining for step in self._scheduler)
+        chunks = self._plan()
+        for request in (chunk.step.request for chunk in chunks):
+            if request.submitted_s is not None:
+                self._counters.waits += 1
+                self._counters.waited_s += now_s - request.submitted_s
+                request.submitted_s = None
+        segments = [_segment(chunk) for chunk in chunks]
+        for indices in self.runner.split(segments):
+            self._forward([chunks[i] for i in indices], [segments[i] for i in indices])
+        self._meter.record(busy=True)
+        self._cycle_began_s = None
 
     def _plan(self) -> list[StepChunk]:
-        room = Preemptor(store=self._store, scheduler=self._scheduler)
-        slices = self._scheduler.plan(reserve=room.reserve)
-        for job in room.stunted:
-            self._abandon(job, _no_room())
-        # Neighbours in the pool are read together, so passes follow the pool's order.
-        return sorted(slices, key=_row)
+        preemptor = Preemptor(cache=self._cache, scheduler=self._scheduler)
+        chunks = self._scheduler.plan(reserve=preemptor.reserve)
+        for step in preemptor.failed:
+            self._abandon(step, _no_space())
+        # Sessions that are neighbours in the pool are read together, so segments follow its order.
+        return sorted(chunks, key=_first_slot)
 
-    def _pass(self, slices: list[StepChunk]) -> None:
-        """Run one forward pass; what goes wrong in it concerns its own steps alone."""
-        segments = [_segment(piece) for piece in slices]
-        tokens = sum(piece.count for piece in slices)
-        self.current_pass = ForwardPass(began_s=self._clock(), tokens=tokens, sessions=len(slices))
+    def _forward(self, chunks: list[StepChunk], segments: list[Segment]) -> None:
+        """Run one forward pass; an error fails the steps of this pass only."""
+        tokens = sum(chunk.count for chunk in chunks)
+        self.current_pass = ForwardPass(began_s=self._clock(), tokens=tokens, sessions=len(chunks))
         try:
             logits_NV = self.runner.forward(segments)[:, : self._columns]
-        # A pass may fail in the model or on the device in any way; the others' passes go on.
+        # Model and device may fail in any way; the other passes go on.
         except Exception as error:
-            log.exception("A forward pass of %d sessions failed", len(slices))
-            for piece in slices:
-                self._abandon(piece.job, error)
+            log.exception("A forward pass of %d sessions failed", len(chunks))
+            for chunk in chunks:
+                self._abandon(chunk.step, error)
             return
-        self._passes += 1
-        self._tokens += tokens
-        self._turns += len(slices)
-        self._queued_tokens += self._backlog
-        for piece in slices:
-            piece.job.sequence.cached += piece.count
-        done = [(p.job, s.rows) for p, s in zip(slices, segments, strict=True)]
-        self._deliver([(job, rows) for job, rows in done if rows or not job.remaining], logits_NV)
+        self._counters.passes += 1
+        self._counters.tokens += tokens
+        self._counters.turns += len(chunks)
+        self._counters.queued_tokens += self._backlog
+        for chunk in chunks:
+            chunk.step.sequence.cached += chunk.count
+        done = [(c.step, s.num_logits) for c, s in zip(chunks, segments, strict=True)]
+        self._deliver([(step, n) for step, n in done if n or not step.remaining], logits_NV)
 
     def _deliver(self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor) -> None:
-        """Give the head its rows and queue the steps that follow."""
-        ready = [_ready(job, rows) for job, rows in done]
-        for job, rows in done:
-            job.delivered += rows
-            if not job.remaining:
-                self._scheduler.remove(job.step.session)
-        if not ready:
+        """Give the handler its logits and queue the requests that follow."""
+        outputs = [_output(step, count) for step, count in done]
+        for step, count in done:
+            step.delivered += count
+            if not step.remaining:
+                self._scheduler.remove(step.request.session)
+        if not outputs:
             return
+        following: Sequence[ForwardRequest] = ()
+        reads_before = tensor_ops.device_reads()
         try:
-            follow = self._finish(ready, logits_NV)
-        # The head is another part's code; its defect must not end every session of the replica.
+            following = self._handler.finish(outputs, logits_NV)
+        # A defect of the handler must not end every session of the replica.
         except Exception as error:
-            log.exception("The head failed on %d steps", len(ready))
-            for job, _ in done:
-                self._abandon(job, error)
-            return
-        for step in follow:
-            self._accept(step)
+            log.exception("The logits handler failed on %d requests", len(outputs))
+            for step, _ in done:
+                self._abandon(step, error)
+        self._counters.reads += tensor_ops.device_reads() - reads_before
+        for request in following:
+            self._accept(request)
 
-    def _finish(self, ready: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        before = tensor_ops.reads()
+    def _abandon(self, step: ScheduledStep, error: Exception) -> None:
+        self._scheduler.remove(step.request.session)
+        self._fail(step.request, error)
+
+    def _fail(self, request: ForwardRequest, error: Exception) -> None:
         try:
-            return self._head.finish(ready, logits_NV)
-        finally:
-            self._reads += tensor_ops.reads() - before
-
-    def _abandon(self, job: ScheduledStep, error: Exception) -> None:
-        self._scheduler.remove(job.step.session)
-        self._fail(job.step, error)
-
-    def _fail(self, step: ForwardRequest, error: Exception) -> None:
-        try:
-            self._head.fail(step, error)
+            self._handler.fail(request, error)
         # As in `_deliver`.
         except Exception:
-            log.exception("The head failed to hear of a failure")
+            log.exception("The logits handler failed to handle a failed request")
 
 
-def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner, int]:
-    """Return the model's runner, warm, and how many tokens its cache holds."""
-    runner = select.choose(model.model, settings=settings)
+def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner[Any], int]:
+    """Return the model's runner, warmed up, and the tokens that its cache holds."""
+    runner = select.select_runner(model.model, settings=settings)
     capacity = capacity_tokens(
         settings,
         device=model.model.device,
         bytes_per_token=runner.pool.bytes_per_token,
         context_length=model.context_length,
     )
-    runner.resize(rows=capacity)
-    runner.warm()
+    runner.resize(num_slots=capacity)
+    runner.warm_up()
     if model.owned:
         runner.free_hf_weights()
     return runner, capacity
 
 
-def _no_room() -> Overloaded:
-    return Overloaded("The cache has no room to spare for a branch")
+def _no_space() -> Overloaded:
+    return Overloaded("The cache has no space left for a branch")
 
 
-def _segment(piece: StepChunk) -> Segment:
-    sequence = piece.job.sequence
-    assert sequence.extent is not None, "a planned step has its rows reserved"
-    first, last = sequence.cached, sequence.cached + piece.count
-    wanted = piece.job.end - piece.job.step.num_logits + piece.job.delivered
+def _segment(chunk: StepChunk) -> Segment:
+    step, sequence = chunk.step, chunk.step.sequence
+    assert sequence.kv_range is not None, "a planned step has its slots reserved"
+    first, last = sequence.cached, sequence.cached + chunk.count
     return Segment(
-        start=sequence.extent.start,
+        start=sequence.kv_range.start,
         past=first,
         tokens=sequence.tokens[first:last],
-        rows=max(0, last - max(first, wanted)),
-        regime=sequence.regime,
+        num_logits=max(0, last - max(first, step.first_logit + step.delivered)),
+        rope_length=sequence.rope_length,
     )
 
 
-def _ready(job: ScheduledStep, rows: int) -> LogitsOutput:
+def _output(step: ScheduledStep, count: int) -> LogitsOutput:
     return LogitsOutput(
-        request=job.step,
-        first=job.delivered,
-        count=rows,
-        position=job.end - job.step.num_logits + job.delivered,
-        last=not job.remaining,
+        request=step.request,
+        first=step.delivered,
+        count=count,
+        position=step.first_logit + step.delivered,
+        last=not step.remaining,
     )
 
 
-def _row(piece: StepChunk) -> int:
-    extent = piece.job.sequence.extent
-    return extent.start if extent else 0
+def _first_slot(chunk: StepChunk) -> int:
+    kv_range = chunk.step.sequence.kv_range
+    return kv_range.start if kv_range else 0

@@ -1,4 +1,4 @@
-"""How many tokens the KV cache of an engine holds."""
+"""The size of the KV cache and the allocation of contiguous slot ranges in it."""
 
 from __future__ import annotations
 
@@ -12,37 +12,46 @@ import torch
 if TYPE_CHECKING:
     from cascade.engine.settings import EngineSettings
 
-SMALLEST = 128
+MIN_RANGE = 128
 
 _UNIT = 1024
+
+_CPU_BYTES = 2**30
+
+_CPU_SHARE = 0.25  # of the free memory
+
+_ACCELERATOR_SHARE = 0.8
+
+_UNBOUNDED_CONTEXT = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVRange:
-    """Rows `start .. start + size` of the pool."""
+    """Slots `start .. start + size` of the pool."""
 
     start: int
     size: int
 
     @property
     def end(self) -> int:
-        """Return the row after the last."""
+        """Return the slot after the last."""
         return self.start + self.size
 
 
 def size_class(tokens: int) -> int:
-    """Return the rows an extent for `tokens` has: 128, 256, 512, then multiples of 1024.
+    """Return the slots of a range for `tokens`: 128, 256, 512, then multiples of 1024.
 
-    Few sizes put sessions at equal distances, which lets attention read a run of them as one view.
+    With few sizes, sessions often lie at equal distances, and attention reads a run of such
+    sessions as one strided view.
     """
-    size = SMALLEST
+    size = MIN_RANGE
     while size < min(tokens, _UNIT):
         size *= 2
     return size if size >= tokens else -(-tokens // _UNIT) * _UNIT
 
 
 class KVRangeAllocator:
-    """First fit over a sorted list of free stretches; neighbours merge when they come back."""
+    """First-fit allocation from a sorted list of free ranges; free neighbours are merged."""
 
     def __init__(self, *, capacity: int) -> None:
         self.capacity = capacity
@@ -50,54 +59,45 @@ class KVRangeAllocator:
 
     @property
     def used(self) -> int:
-        """Return the rows that are given out."""
+        """Return the number of allocated slots."""
         return self.capacity - sum(size for _, size in self._free)
 
     def allocate(self, tokens: int) -> KVRange | None:
-        """Return an extent of at least `tokens` rows, or None if no free stretch is long enough."""
-        wanted = size_class(tokens)
-        for place, (start, size) in enumerate(self._free):
-            if size >= wanted:
-                self._take(place, wanted)
-                return KVRange(start=start, size=wanted)
+        """Return a range of at least `tokens` slots, or None if no free range is long enough."""
+        needed = size_class(tokens)
+        for index, (start, size) in enumerate(self._free):
+            if size >= needed:
+                self._take(index, needed)
+                return KVRange(start=start, size=needed)
         return None
 
-    def extend(self, extent: KVRange, tokens: int) -> KVRange | None:
-        """Return `extent` grown in place to `tokens` rows, or None if what follows is not free."""
-        more = size_class(tokens) - extent.size
-        place = bisect.bisect_left(self._free, (extent.end, 0))
-        if place == len(self._free) or self._free[place][0] != extent.end:
+    def extend(self, kv_range: KVRange, tokens: int) -> KVRange | None:
+        """Return the range grown in place to `tokens` slots, or None if the next are not free."""
+        more = size_class(tokens) - kv_range.size
+        index = bisect.bisect_left(self._free, (kv_range.end, 0))
+        if index == len(self._free) or self._free[index][0] != kv_range.end:
             return None
-        if self._free[place][1] < more:
+        if self._free[index][1] < more:
             return None
-        self._take(place, more)
-        return KVRange(start=extent.start, size=extent.size + more)
+        self._take(index, more)
+        return KVRange(start=kv_range.start, size=kv_range.size + more)
 
-    def release(self, extent: KVRange) -> None:
-        """Take `extent` back."""
-        start, size = extent.start, extent.size
-        place = bisect.bisect_left(self._free, (start, 0))
-        if place < len(self._free) and self._free[place][0] == extent.end:
-            size += self._free.pop(place)[1]
-        if place and sum(self._free[place - 1]) == start:
-            place -= 1
-            start, before = self._free.pop(place)
+    def release(self, kv_range: KVRange) -> None:
+        """Free `kv_range`."""
+        start, size = kv_range.start, kv_range.size
+        index = bisect.bisect_left(self._free, (start, 0))
+        if index < len(self._free) and self._free[index][0] == kv_range.end:
+            size += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == start:
+            index -= 1
+            start, before = self._free.pop(index)
             size += before
-        self._free.insert(place, (start, size))
+        self._free.insert(index, (start, size))
 
-    def _take(self, place: int, count: int) -> None:
-        start, size = self._free.pop(place)
+    def _take(self, index: int, count: int) -> None:
+        start, size = self._free.pop(index)
         if size > count:
-            self._free.insert(place, (start + count, size - count))
-
-
-_CPU_BYTES = 2**30
-
-_CPU_SHARE = 0.25  # of the memory that is free
-
-_ACCELERATOR_SHARE = 0.8
-
-_UNBOUNDED_CONTEXT = 8192
+            self._free.insert(index, (start + count, size - count))
 
 
 def capacity_tokens(
@@ -107,7 +107,14 @@ def capacity_tokens(
     bytes_per_token: int,
     context_length: int | None,
 ) -> int:
-    """Return the cache's size: as set, else what memory allows and the sessions can use."""
+    """Return the cache's size in tokens: as set, else what fits memory and sessions can use.
+
+    Args:
+        settings: The engine's settings.
+        device: The device that holds the cache.
+        bytes_per_token: Memory of one token in all layers.
+        context_length: The model's limit in tokens; None if unknown.
+    """
     if settings.cache_tokens:
         return size_class(settings.cache_tokens)
     budget = settings.cache_bytes or _free_bytes(device)

@@ -1,4 +1,4 @@
-"""Sequences and the part of each that is cached; prefix reuse, growth, eviction."""
+"""The sequences of sessions and their KV slots: prefix reuse, growth, branches and eviction."""
 
 from __future__ import annotations
 
@@ -11,39 +11,44 @@ from cascade.engine.kv_allocator import KVRange, KVRangeAllocator
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from cascade.engine.kv_pool import Pool
+    from cascade.engine.kv_pool import KVPool
     from cascade.types import SessionId
 
-# Shorter prefixes cost less to compute than to look after.
-_LEAST_REUSE = 8
+_MIN_PREFIX = 8  # tokens below which reuse costs more than it saves
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class CachedSequence:
-    """All tokens of a session, of which the first `cached` have rows in the pool.
+    """The tokens of a session; the first `cached` of them have their states in the pool.
 
-    Rows computed under one RoPE regime are of no use in another (see `rope`).
+    States computed for one RoPE length are not valid for another (see `RopeLengths`).
     """
 
-    session: SessionId | None  # None when idle
-    trunk: SessionId | None = None  # of a branch
+    session: SessionId | None  # None if released
+    parent: SessionId | None = None  # of a branch
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
-    regime: int = 0
-    extent: KVRange | None = None
+    rope_length: int = 0
+    kv_range: KVRange | None = None
     reused: int = 0  # tokens found in the cache when the session opened
-    used: int = 0  # tick of the last use
+    last_used: int = 0  # tick
 
-    def rewrite(self, *, base: int, tokens: Sequence[int], regime: int) -> None:
-        """Keep `base` tokens and append `tokens`; rows of tokens that stay the same stay cached."""
+    def rewrite(self, *, base: int, tokens: Sequence[int], rope_length: int) -> None:
+        """Keep `base` tokens and append `tokens`; tokens that do not change stay cached.
+
+        Args:
+            base: Tokens to keep.
+            tokens: Tokens that replace the rest.
+            rope_length: RoPE length of the result.
+        """
         same = common_prefix(self.tokens[base:], tokens)
-        self.cached = min(self.cached, base + same) if regime == self.regime else 0
+        self.cached = min(self.cached, base + same) if rope_length == self.rope_length else 0
         self.tokens[base:] = tokens
-        self.regime = regime
+        self.rope_length = rope_length
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(left), len(right))
     left, right = list(left[:high]), list(right[:high])
     while low < high:
@@ -56,9 +61,16 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class KVCacheManager:
-    """Every sequence that has tokens, live and idle, and the extents they hold."""
+    """All sequences with tokens: live ones of open sessions, and idle ones kept for prefix reuse.
 
-    def __init__(self, *, pool: Pool, capacity: int, prefix_reuse: bool, max_idle: int) -> None:
+    Args:
+        pool: Stores the states.
+        capacity: Slots of the pool that sequences may use.
+        prefix_reuse: Start sequences from the longest cached prefix.
+        max_idle: Most idle sequences to keep.
+    """
+
+    def __init__(self, *, pool: KVPool, capacity: int, prefix_reuse: bool, max_idle: int) -> None:
         self._pool = pool
         self._allocator = KVRangeAllocator(capacity=capacity)
         self._live: dict[SessionId, CachedSequence] = {}
@@ -71,43 +83,51 @@ class KVCacheManager:
         self.preemptions = 0
 
     def __len__(self) -> int:
-        return sum(sequence.trunk is None for sequence in list(self._live.values()))
+        return sum(sequence.parent is None for sequence in list(self._live.values()))
 
     @property
-    def branched(self) -> int:
-        """Return the number of branches; any thread may ask."""
+    def num_branches(self) -> int:
+        """Return the number of branches; safe from any thread."""
         return len(self._live) - len(self)
 
     @property
     def capacity(self) -> int:
-        """Return the tokens the cache holds at most."""
+        """Return the capacity in tokens."""
         return self._allocator.capacity
 
     @property
-    def used(self) -> int:
-        """Return the tokens that extents are given out for."""
+    def used_tokens(self) -> int:
+        """Return the number of allocated slots."""
         return self._allocator.used
 
     @property
-    def live(self) -> int:
-        """Return the tokens of open sessions among them; any thread may ask."""
-        own = [sequence for sequence in list(self._live.values()) if sequence.trunk is None]
-        return sum(sequence.extent.size for sequence in own if sequence.extent is not None)
+    def live_tokens(self) -> int:
+        """Return how many of those open sessions hold; safe from any thread."""
+        own = [sequence for sequence in list(self._live.values()) if sequence.parent is None]
+        return sum(sequence.kv_range.size for sequence in own if sequence.kv_range is not None)
 
     def find(self, session: SessionId) -> CachedSequence | None:
         """Return the live sequence of `session`."""
         return self._live.get(session)
 
     def least_recent(self) -> list[CachedSequence]:
-        """Return the live sequences, branches first, then the one that rested longest."""
-        return sorted(self._live.values(), key=_worth)
+        """Return the live sequences, branches first, each least recently used first."""
+        return sorted(self._live.values(), key=lambda one: (one.parent is None, one.last_used))
 
-    def open(self, session: SessionId, *, tokens: Sequence[int], regime: int = 0) -> CachedSequence:
-        """Begin a sequence with `tokens`, its cache started from the longest known prefix."""
-        sequence = self._reuse(tokens, regime=regime) or CachedSequence(session=None)
+    def open(
+        self, session: SessionId, *, tokens: Sequence[int], rope_length: int = 0
+    ) -> CachedSequence:
+        """Create a sequence that starts from the longest cached prefix of its tokens.
+
+        Args:
+            session: Its session.
+            tokens: Its tokens.
+            rope_length: RoPE length of the tokens.
+        """
+        sequence = self._reuse(tokens, rope_length=rope_length) or CachedSequence(session=None)
         sequence.session = session
         sequence.tokens = list(tokens)
-        sequence.regime = regime
+        sequence.rope_length = rope_length
         sequence.reused = sequence.cached
         self._live[session] = sequence
         self.touch(sequence)
@@ -115,46 +135,52 @@ class KVCacheManager:
         self.prefix_tokens += sequence.reused
         return sequence
 
-    def branch(self, session: SessionId, *, trunk: SessionId, base: int) -> CachedSequence | None:
-        """Begin a sequence with the first `base` tokens and rows of a live one.
+    def branch(self, session: SessionId, *, parent: SessionId, base: int) -> CachedSequence | None:
+        """Create a branch with the first `base` tokens of a live sequence and their states.
 
-        Returns None where those rows are not there, or idle sequences do not make room for a copy.
+        Args:
+            session: Name of the branch.
+            parent: The session to copy from.
+            base: Tokens to copy.
+
+        Returns:
+            None if those tokens are not cached, or evicting idle sequences does not make space.
         """
-        source = self._live.get(trunk)
+        source = self._live.get(parent)
         if source is None or source.cached < base:
             return None
-        # The token that parts it from its trunk, at least, is still to come.
-        sequence = self._fork(source, length=base, room=base + 1, victims=self._evict_idle())
+        # There is at least one more token to come, which differs from the parent's.
+        sequence = self._fork(source, length=base, tokens=base + 1, victims=self._evict_idle())
         if sequence is None:
             return None
-        sequence.session, sequence.trunk = session, trunk
+        sequence.session, sequence.parent = session, parent
         sequence.tokens = source.tokens[:base]
         self._live[session] = sequence
         self.touch(sequence)
         return sequence
 
-    def branches(self, trunk: SessionId) -> list[SessionId]:
+    def branches(self, parent: SessionId) -> list[SessionId]:
         """Return the branches of a session."""
-        return [name for name, sequence in self._live.items() if sequence.trunk == trunk]
+        return [name for name, sequence in self._live.items() if sequence.parent == parent]
 
     def adopt(self, session: SessionId, *, branch: SessionId) -> None:
-        """Let a session go on with the tokens and rows of its branch, which is one no more."""
+        """Replace the sequence of a session by that of its branch."""
         sequence, old = self._live.pop(branch), self._live[session]
         self.drop(old)
-        sequence.session, sequence.trunk, sequence.reused = session, None, old.reused
+        sequence.session, sequence.parent, sequence.reused = session, None, old.reused
         self._live[session] = sequence
 
     def release(self, session: SessionId) -> None:
-        """End a session; its rows stay for a prompt that begins like it until room is needed.
+        """End a session; its states stay for prefix reuse until their space is needed.
 
-        Those of a branch do not: nearly all of them are its trunk's too.
+        Those of a branch do not stay: nearly all of them are its parent's too.
         """
         sequence = self._live.pop(session, None)
         if sequence is None:
             return
         sequence.session = None
-        reusable = self._prefix_reuse and sequence.trunk is None
-        if sequence.cached < _LEAST_REUSE or not reusable:
+        reusable = self._prefix_reuse and sequence.parent is None
+        if sequence.cached < _MIN_PREFIX or not reusable:
             self.drop(sequence)
             return
         del sequence.tokens[sequence.cached :]
@@ -163,83 +189,93 @@ class KVCacheManager:
             self.drop(self._idle.pop(0))
 
     def touch(self, sequence: CachedSequence) -> None:
-        """Note that `sequence` is used now."""
+        """Mark `sequence` as the most recently used."""
         self._tick += 1
-        sequence.used = self._tick
+        sequence.last_used = self._tick
 
     def drop(self, sequence: CachedSequence) -> None:
-        """Forget the rows of `sequence`, not its tokens."""
+        """Free the slots of `sequence`; its tokens stay known."""
         sequence.cached = 0
-        if sequence.extent is None:
+        if sequence.kv_range is None:
             return
-        self._allocator.release(sequence.extent)
-        sequence.extent = None
+        self._allocator.release(sequence.kv_range)
+        sequence.kv_range = None
 
     def reserve(
         self, sequence: CachedSequence, *, tokens: int, victims: Iterable[CachedSequence]
     ) -> bool:
-        """Give `sequence` an extent for `tokens`; False if even its victims do not make room.
+        """Make sure that `sequence` has slots for `tokens`; False if that is not possible.
 
-        Idle sequences go first, then `victims` in their order; last, the sequence moves by being
-        computed again, unless it is a branch.
+        Idle sequences are evicted first, then `victims`. Last, the sequence drops its own states
+        to be recomputed elsewhere, unless it is a branch.
+
+        Args:
+            sequence: A live sequence.
+            tokens: Slots that it needs.
+            victims: Sequences that may lose their slots, in this order.
         """
-        if sequence.extent is not None and sequence.extent.size >= tokens:
+        old = sequence.kv_range
+        if old is not None and old.size >= tokens:
             return True
-        for extent in self._attempts(sequence, tokens, victims):
-            if extent is not None:
-                self._move(sequence, extent)
-                return True
-        return False
+        own = () if sequence.parent is not None else (sequence,)
+        victims = chain(self._evict_idle(), victims, own)
+        kv_range = self._allocate(tokens, victims=victims, sequence=sequence)
+        if kv_range is None:
+            return False
+        if sequence.kv_range is not None and old is not None and old.start != kv_range.start:
+            self._pool.copy(source=old.start, target=kv_range.start, count=sequence.cached)
+            self._allocator.release(old)
+        sequence.kv_range = kv_range
+        return True
 
-    def _attempts(
-        self, sequence: CachedSequence, tokens: int, victims: Iterable[CachedSequence]
-    ) -> Iterator[KVRange | None]:
-        yield self._place(sequence, tokens)
-        for victim in chain(self._evict_idle(), victims):
-            if victim.extent is None or victim is sequence:
-                continue
-            self.preemptions += victim.session is not None and victim.trunk is None
-            self.drop(victim)
-            yield self._place(sequence, tokens)
-        if sequence.extent is not None and sequence.trunk is None:
-            self.drop(sequence)
-            yield self._place(sequence, tokens)
+    def _allocate(
+        self,
+        tokens: int,
+        *,
+        victims: Iterable[CachedSequence],
+        sequence: CachedSequence | None = None,
+    ) -> KVRange | None:
+        """Return a range for `tokens`, that of `sequence` grown if possible.
+
+        Victims lose their slots one by one until there is such a range.
+        """
+        for victim in chain((None,), victims):
+            if victim is not None:
+                if victim.kv_range is None:
+                    continue
+                evicted = victim.session is not None and victim.parent is None
+                self.preemptions += evicted and victim is not sequence
+                self.drop(victim)
+            old = sequence and sequence.kv_range
+            kv_range = old and self._allocator.extend(old, tokens)
+            kv_range = kv_range or self._allocator.allocate(tokens)
+            if kv_range is not None:
+                return kv_range
+        return None
 
     def _evict_idle(self) -> Iterator[CachedSequence]:
         while self._idle:
             yield self._idle.pop(0)
 
-    def _place(self, sequence: CachedSequence, tokens: int) -> KVRange | None:
-        if sequence.extent is not None:
-            grown = self._allocator.extend(sequence.extent, tokens)
-            if grown is not None:
-                return grown
-        return self._allocator.allocate(tokens)
-
-    def _move(self, sequence: CachedSequence, extent: KVRange) -> None:
-        old = sequence.extent
-        sequence.extent = extent
-        if old is None or old.start == extent.start:
-            return
-        self._pool.copy(source=old.start, target=extent.start, count=sequence.cached)
-        self._allocator.release(old)
-
-    def _reuse(self, tokens: Sequence[int], *, regime: int) -> CachedSequence | None:
-        best, length = self._longest(tokens, regime=regime)
+    def _reuse(self, tokens: Sequence[int], *, rope_length: int) -> CachedSequence | None:
+        """Return a sequence with the longest cached prefix: an idle one, or a copy."""
+        best, length = self._longest_prefix(tokens, rope_length=rope_length)
         if best is None:
             return None
         if best.session is None and 2 * length >= best.cached:
             self._idle.remove(best)
             best.cached = length
             return best
-        return self._fork(best, length=length, room=len(tokens), victims=())
+        return self._fork(best, length=length, tokens=len(tokens), victims=())
 
-    def _longest(self, tokens: Sequence[int], *, regime: int) -> tuple[CachedSequence | None, int]:
-        best, longest, known = None, _LEAST_REUSE - 1, list(tokens)
+    def _longest_prefix(
+        self, tokens: Sequence[int], *, rope_length: int
+    ) -> tuple[CachedSequence | None, int]:
+        best, longest, known = None, _MIN_PREFIX - 1, list(tokens)
         if not self._prefix_reuse:
             return None, 0
         for sequence in chain(self._idle, self._live.values()):
-            if sequence.regime != regime or sequence.cached <= longest:
+            if sequence.rope_length != rope_length or sequence.cached <= longest:
                 continue
             if sequence.tokens[: longest + 1] != known[: longest + 1]:
                 continue
@@ -253,21 +289,16 @@ class KVCacheManager:
         source: CachedSequence,
         *,
         length: int,
-        room: int,
+        tokens: int,
         victims: Iterable[CachedSequence],
     ) -> CachedSequence | None:
-        """Copy the first rows of `source`, if there is room for a copy, or `victims` make it."""
-        if source.extent is None:
+        """Copy the first `length` states of `source` to a range for `tokens`, if there is space."""
+        if source.kv_range is None:
             return None
-        extent, rest = self._allocator.allocate(room), iter(victims)
-        while extent is None and (victim := next(rest, None)):
-            self.drop(victim)
-            extent = self._allocator.allocate(room)
-        if extent is None:
+        kv_range = self._allocate(tokens, victims=victims)
+        if kv_range is None:
             return None
-        self._pool.copy(source=source.extent.start, target=extent.start, count=length)
-        return CachedSequence(session=None, cached=length, regime=source.regime, extent=extent)
-
-
-def _worth(sequence: CachedSequence) -> tuple[bool, int]:
-    return sequence.trunk is None, sequence.used
+        self._pool.copy(source=source.kv_range.start, target=kv_range.start, count=length)
+        return CachedSequence(
+            session=None, cached=length, rope_length=source.rope_length, kv_range=kv_range
+        )

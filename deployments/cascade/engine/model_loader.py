@@ -1,4 +1,4 @@
-"""Load one model's weights: safetensors only, no code from a checkpoint unless it is asked for."""
+"""Load one model. Weights come from safetensors; a checkpoint's own code runs only if allowed."""
 
 from __future__ import annotations
 
@@ -10,40 +10,29 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the tokens a model was made for, or None where its configuration names no bound."""
-    text: Any = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = next((v for v in (getattr(text, n, None) for n in names) if isinstance(v, int)), None)
-    if not found or found <= 0:
-        return None
-    rope: Any = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        return int(found * rope.get("factor", 1.0))
-    return found
-
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model on its device, and what others need to know of it."""
+    """A model on its device."""
 
     name: str
     model: PreTrainedModel
-    vocabulary: int  # columns of its logits
-    context_length: int | None  # None: no bound is known
-    stop_ids: tuple[int, ...]  # what its generation settings end an answer with
-    owned: bool = False  # by the engine that runs it, which may then free what it has copied
+    vocabulary: int  # logits per token
+    context_length: int | None  # None if unknown
+    stop_ids: tuple[int, ...]  # end-of-text ids of its generation settings
+    owned: bool = False  # by the engine that runs it, which may free weights that it has copied
 
 
 def load(
@@ -57,37 +46,35 @@ def load(
     """Return the model at a local path or of a Hugging Face repository, for one engine.
 
     Args:
-        name: directory or repository id.
-        device: a torch device, or "auto": cuda where there is one, else cpu.
+        name: Directory or repository id.
+        device: A torch device, or "auto": cuda if there is one, else cpu.
         dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the checkpoint's.
-        revision: branch, tag or commit of the repository.
-        trust_remote_code: run model code that comes with the checkpoint.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run model code that comes with the checkpoint.
 
     Raises:
-        UnsupportedModel: if there is no such model, or it is not one this server can run.
+        UnsupportedModel: There is no such model, or this server cannot run it.
     """
-    place = torch.device(pick_device(device))
-    config = _config(name, revision=revision, trust_remote_code=trust_remote_code)
-    check_kind(name, config)
+    torch_device = torch.device(pick_device(device))
+    read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     _check_files(name)
     model = _weights(
         name,
-        dtype=_dtype(dtype, place),
+        dtype=_dtype(dtype, torch_device),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return replace(adopt(model.to(place), name=name), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
+    return replace(adopt(model.to(torch_device), name=name), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
 
 
 def adopt(model: PreTrainedModel, *, name: str) -> LoadedModel:
     """Return `model`, already in memory, as a loaded one."""
-    stop: Any = getattr(model.generation_config, "eos_token_id", None)
     return LoadedModel(
         name=name,
         model=model.eval().requires_grad_(requires_grad=False),
         vocabulary=_vocabulary(model),
         context_length=context_length(model.config),
-        stop_ids=tuple(stop) if isinstance(stop, list) else () if stop is None else (int(stop),),
+        stop_ids=stop_ids(model.generation_config),
     )
 
 
@@ -98,9 +85,40 @@ def pick_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def stop_ids(generation_config: Any) -> tuple[int, ...]:
+    """Return the end-of-text ids of a model's generation settings."""
+    ids: Any = getattr(generation_config, "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return a model's context length in tokens, or None if its configuration has none."""
+    text: Any = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = next((v for v in (getattr(text, n, None) for n in names) if isinstance(v, int)), None)
+    if not found or found <= 0:
+        return None
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        return int(found * rope.get("factor", 1.0))
+    return found
+
+
+def read_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Return the configuration of a model.
+
+    Args:
+        name: Directory or repository id.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run configuration code that comes with the checkpoint.
+
+    Raises:
+        UnsupportedModel: It cannot be read, or says that this server cannot run the model.
+    """
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except OSError as error:
@@ -112,10 +130,13 @@ def _config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreT
         raise UnsupportedModel(
             f"The configuration of {name!r} is not one transformers can read: {_first_line(error)}"
         ) from error
+    _check_kind(name, config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    check_state(model_class)
+    return config
 
 
-def check_kind(name: str, config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel for what a configuration alone says cannot be served."""
+def _check_kind(name: str, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{name!r} is an encoder-decoder ({config.model_type}); this server runs decoder-only "
@@ -135,11 +156,15 @@ def check_kind(name: str, config: PreTrainedConfig) -> None:
 
 
 def check_state(kind: type[PreTrainedModel] | None) -> None:
-    """Raise UnsupportedModel for a model class whose layers are not all attention."""
+    """Check that a model's cache can be rolled back.
+
+    Raises:
+        UnsupportedModel: Some layers keep a recurrent state.
+    """
     if kind is not None and getattr(kind, "_is_stateful", False):
         raise UnsupportedModel(
             f"{kind.__name__} keeps a recurrent state, which cannot be rolled back when drafted "
-            "tokens are refused; serve a model whose layers all use attention"
+            "tokens are rejected; serve a model whose layers all use attention"
         )
 
 
@@ -187,7 +212,7 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UnsupportedModel(
-            f"dtype {dtype!r} is not one; take auto, float32, bfloat16 or float16"
+            f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16"
         )
     return found
 

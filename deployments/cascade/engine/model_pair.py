@@ -1,28 +1,30 @@
-"""What is known of a model without its weights: enough for the doors and to check a pair."""
+"""Check that two models can form a cascade, by their configurations and tokenizers alone.
+
+Both must share a vocabulary. The API also takes the tokenizer and the limits of the pair from here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import GenerationConfig
 
 from cascade.engine import tokenizer
-from cascade.engine.model_loader import check_kind, check_state, context_length
-from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.engine.model_loader import context_length, read_config, stop_ids
+from cascade.errors import MismatchedPair
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cascade.engine.tokenizer import Tokenizer
 
-_NAMED = 5
+_MAX_DIFFERENCES = 5  # in a message
 
-# Case, composed and decomposed accents, widths, spaces, digits, scripts and joined emoji: where
-# normalisers and pre-tokenisers part ways.
-_PROBES = (
+# Normalisers and pre-tokenisers differ in case, composed and decomposed accents, widths, spaces,
+# digits, scripts and joined emoji.
+_TEXTS = (
     "The quick brown fox JUMPED over 1234567890 lazy dogs, didn't it?",
     "  two  spaces,\ttab,\nline\r\nend   ",
     "caf\u00e9 cafe\u0301 \uff21\uff22\uff23 \u2460 \ufb01 \u00bd \u212b",
@@ -35,23 +37,23 @@ _PROBES = (
 def check_pair(
     drafter: Tokenizer, expert: Tokenizer, *, drafter_vocabulary: int, expert_vocabulary: int
 ) -> int:
-    """Return the vocabulary both models share: logits from there on are no tokens of the pair.
+    """Return the size of the vocabulary that both models share.
 
-    Models may have different numbers of logits, where embeddings were padded. Roles of tokens may
-    differ too (an instruct model ends its answers with another token than its base model does).
+    The models may have different numbers of logits, if embeddings were padded. Roles of tokens may
+    differ too: an instruct model ends its text with another token than its base model.
 
     Args:
-        drafter: the drafter's tokenizer.
-        expert: the expert's tokenizer.
-        drafter_vocabulary: columns of the drafter's logits.
-        expert_vocabulary: columns of the expert's logits.
+        drafter: The drafter's tokenizer.
+        expert: The expert's tokenizer.
+        drafter_vocabulary: Logits per token of the drafter.
+        expert_vocabulary: Logits per token of the expert.
 
     Raises:
-        MismatchedPair: if an id means different things to them, or texts fall into different ids.
+        MismatchedPair: An id means different tokens to them, or a text has different ids.
     """
-    _refuse(_by_id(drafter, expert), "ids mean different tokens")
-    _refuse(_by_speciality(drafter, expert), "tokens are special to one alone")
-    _refuse(_by_text(drafter, expert), "texts fall into different tokens")
+    _check(_by_id(drafter, expert), "ids mean different tokens")
+    _check(_by_special_token(drafter, expert), "tokens are special to one model only")
+    _check(_by_text(drafter, expert), "texts have different tokens")
     return min(drafter_vocabulary, expert_vocabulary, expert.size)
 
 
@@ -62,15 +64,15 @@ def _by_id(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
             yield f"id {id_} is {_name(ours)} to the drafter and {_name(theirs)} to the expert"
 
 
-def _by_speciality(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
+def _by_special_token(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
     ours, theirs = drafter.special_ids, expert.special_ids
     for id_ in sorted(ours ^ theirs):
         holder = "drafter" if id_ in ours else "expert"
-        yield f"{_name(expert.tokens.get(id_))} is special to the {holder} alone"
+        yield f"{_name(expert.tokens.get(id_))} is special to the {holder} only"
 
 
 def _by_text(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
-    for text in _PROBES:
+    for text in _TEXTS:
         ours = drafter.encode(text, add_special=False)
         theirs = expert.encode(text, add_special=False)
         for left, right in zip((*ours, -1), (*theirs, -1), strict=False):
@@ -82,8 +84,8 @@ def _by_text(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
                 break
 
 
-def _refuse(differences: Iterable[str], what: str) -> None:
-    named = list(islice(differences, _NAMED))
+def _check(differences: Iterable[str], what: str) -> None:
+    named = list(islice(differences, _MAX_DIFFERENCES))
     if named:
         raise MismatchedPair(
             f"Drafter and expert do not share a vocabulary, {what}: {'; '.join(named)}. Serve a "
@@ -106,65 +108,42 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPair:
-    """A pair as its doors see it."""
+    """What the API knows of a pair."""
 
-    tokenizer: Tokenizer  # of the expert, narrowed to what both models know
-    context_tokens: int | None  # of prompt and answer together; None: no bound is known
-    stop_ids: tuple[int, ...]  # that end an answer
+    tokenizer: Tokenizer  # the expert's, limited to the shared vocabulary
+    context_tokens: int | None  # prompt and completion together; None if unknown
+    stop_ids: tuple[int, ...]  # end-of-text ids
 
 
 def load_pair(drafter: ModelSource, expert: ModelSource) -> ModelPair:
-    """Return what the two models share; reads configurations and tokenizers alone.
+    """Return what the two models share, by their configurations and tokenizers.
 
     Raises:
         MismatchedPair: They do not share a vocabulary.
-        UnsupportedModel: One of them cannot be read, or cannot be served as far as that tells.
+        UnsupportedModel: One of them cannot be read, or its configuration is not supported.
     """
-    left, right = _config(drafter), _config(expert)
-    words = _tokenizer(expert)
+    configs: list[Any] = [
+        read_config(**asdict(source)).get_text_config(decoder=True) for source in (drafter, expert)
+    ]
+    expert_tokenizer = tokenizer.load(**asdict(expert))
     vocabulary = check_pair(
-        _tokenizer(drafter),
-        words,
-        drafter_vocabulary=left.vocab_size,
-        expert_vocabulary=right.vocab_size,
+        tokenizer.load(**asdict(drafter)),
+        expert_tokenizer,
+        drafter_vocabulary=configs[0].vocab_size,
+        expert_vocabulary=configs[1].vocab_size,
     )
-    lengths = [length for length in map(context_length, (left, right)) if length is not None]
+    lengths = [length for length in map(context_length, configs) if length is not None]
     return ModelPair(
-        tokenizer=words.narrowed(vocabulary),
+        tokenizer=expert_tokenizer.narrowed(vocabulary),
         context_tokens=min(lengths, default=None),
-        stop_ids=tuple(dict.fromkeys((*words.stop_ids, *_stop_ids(expert)))),
+        stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_stop_ids(expert)))),
     )
-
-
-def _tokenizer(source: ModelSource) -> Tokenizer:
-    return tokenizer.load(
-        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-
-
-def _config(source: ModelSource) -> Any:
-    try:
-        found = AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"No model at {source.name!r} whose configuration can be read: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    check_kind(source.name, found)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
-    check_state(kind)
-    return found.get_text_config(decoder=True)
 
 
 def _stop_ids(source: ModelSource) -> tuple[int, ...]:
     try:
-        stated: Any = GenerationConfig.from_pretrained(
-            source.name, revision=source.revision or "main"
-        ).eos_token_id
+        return stop_ids(
+            GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+        )
     except OSError:
         return ()
-    if stated is None:
-        return ()
-    return tuple(stated) if isinstance(stated, list) else (int(stated),)

@@ -1,4 +1,4 @@
-"""What a session asks of the engine's next forward pass, and what is done with the logits."""
+"""The engine's interface: what a session asks for, and who receives the logits."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class ForwardRequest:
-    """One session's wish: keep `base` tokens, append `tokens`, return logits of the last `rows`.
+    """One session's request: keep `base` tokens, append `tokens`, return some logits.
 
-    The engine remembers the tokens of every session, so an evicted cache is filled again unseen.
-    A step whose uncached tokens exceed the step budget runs in chunks. `rows` 0 only fills the
-    cache.
+    The engine remembers the tokens of every session and recomputes what was evicted. A request with
+    more uncached tokens than the step budget runs in chunks.
 
-    A session whose first step names a `trunk` is a branch of that session: it begins with a copy of
-    the trunk's first `base` tokens and their rows. It takes no room from others and loses its own
-    to any of them; without room its step fails. It counts as no session, and ends with its trunk.
+    A session whose first request names a `parent` is a branch of that session. It starts with a
+    copy of the parent's first `base` tokens and their keys and values. A branch takes cache space
+    from no session and may lose its own to any; its request fails when there is no space. Branches
+    do not count as sessions and end with their parent.
     """
 
     session: SessionId
-    base: int
+    base: int  # tokens of the session to keep; those after it are dropped
     tokens: Sequence[int]
-    num_logits: int
-    task: Any = None  # the head's own
-    parent: SessionId | None = None  # read in the first step of a branch
-    submitted_s: float | None = None  # the engine's: when, until its first pass
+    num_logits: int  # return the logits of the last so many tokens; 0 only fills the cache
+    task: Any = None  # for the logits handler
+    parent: SessionId | None = None  # read in the first request of a branch
+    submitted_s: float | None = None  # set by the engine, until the first pass of the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsOutput:
-    """Rows `first .. first + count` of the step's logits; `index` is the first row's token's place.
+    """Logits `first .. first + count` of a request; `position` is that of the first one's token.
 
-    `last` is false only for a chunk of a step that wants more rows than one pass holds.
+    `last` is False only for a chunk of a request that wants more logits than one pass computes.
     """
 
     request: ForwardRequest
@@ -50,14 +50,14 @@ class LogitsOutput:
 
 
 class LogitsHandler(Protocol):
-    """What becomes of logits. Called on the engine's thread, once a forward pass."""
+    """Consumes logits. Called on the engine's thread, once per forward pass."""
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
     ) -> Sequence[ForwardRequest]:
-        """Consume the rows of every ready step and return the steps that follow at once."""
+        """Consume the logits `[N, V]` of all outputs, in order; return the requests that follow."""
         ...
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        """Hear that a step cannot run."""
+        """Handle a request that cannot run."""
         ...

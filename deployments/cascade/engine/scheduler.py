@@ -1,8 +1,8 @@
-"""Which waiting steps the next forward pass runs, and how much of each.
+"""Which waiting requests the next forward pass runs, and how many tokens of each.
 
-Blocks to decode or verify go first; what is left of the token budget is shared by long prefills, so
-neither stalls the other. Where blocks leave nothing for some passes, one prefill a pass goes before
-them, so none starves.
+Blocks to decode or verify go first; long prefills share the rest of the token budget, so neither
+stalls the other. A prefill that got nothing for several passes goes before the blocks, one per
+pass. `Preemptor` decides which sequences lose their KV slots to the steps of a plan.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cascade.engine.kv_cache import CachedSequence
+    from cascade.engine.kv_cache import CachedSequence, KVCacheManager
     from cascade.engine.request import ForwardRequest
     from cascade.types import SessionId
 
-_SHORT = 64  # tokens up to which a step is a block rather than a prefill
-_PATIENCE = 4  # passes without a token after which a step goes first
-_LEAST_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
+_MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
+_MAX_SKIPPED = 4  # passes without a token after which a step goes first
+_MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ScheduledStep:
-    """A step on its way; its sequence already has the step's tokens."""
+    """A request in progress; its sequence already has the request's tokens."""
 
-    step: ForwardRequest
+    request: ForwardRequest
     sequence: CachedSequence
     number: int  # order of arrival
-    whole: bool = False  # must run in one pass from the first token
-    prefill: bool = False  # came with more tokens than a block has
-    delivered: int = 0  # rows that the head has had
-    passed_over: int = 0
+    single_pass: bool = False  # all tokens must run in one pass
+    began_long: bool = False  # arrived with more tokens than a block
+    delivered: int = 0  # logits that the handler has had
+    skipped_passes: int = 0
 
     @property
     def end(self) -> int:
@@ -40,137 +40,183 @@ class ScheduledStep:
         return len(self.sequence.tokens)
 
     @property
+    def first_logit(self) -> int:
+        """Return the position of the first token whose logits are requested."""
+        return self.end - self.request.num_logits
+
+    @property
     def remaining(self) -> int:
         """Return the tokens that are still to run."""
         return self.end - self.sequence.cached
 
     @property
-    def long(self) -> bool:
-        """Whether this is a prefill, be it the end of one, rather than a block."""
-        return self.prefill or self.remaining > _SHORT
+    def is_prefill(self) -> bool:
+        """Whether this is a prefill, or the rest of one, rather than a block."""
+        return self.began_long or self.remaining > _MAX_BLOCK
 
     @property
-    def starves(self) -> bool:
-        """Whether it has waited for longer than is fair."""
-        return self.passed_over >= _PATIENCE
+    def starved(self) -> bool:
+        """Whether it was skipped for too many passes."""
+        return self.skipped_passes >= _MAX_SKIPPED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepChunk:
-    """The next `count` tokens of a job."""
+    """The next `count` tokens of a step."""
 
-    job: ScheduledStep
+    step: ScheduledStep
     count: int
 
 
 class Scheduler:
-    """The waiting steps, at most one per session."""
+    """The waiting steps, at most one per session; a pass has a `budget` of tokens."""
 
     def __init__(self, *, budget: int) -> None:
         self._budget = budget
-        self._jobs: dict[SessionId, ScheduledStep] = {}
+        self._steps: dict[SessionId, ScheduledStep] = {}
         self._number = 0
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[ScheduledStep]:
-        return iter(self._jobs.values())
+        return iter(self._steps.values())
 
     def find(self, session: SessionId | None) -> ScheduledStep | None:
         """Return the waiting step of `session`."""
-        return None if session is None else self._jobs.get(session)
+        return None if session is None else self._steps.get(session)
 
     def add(
-        self, step: ForwardRequest, *, sequence: CachedSequence, whole: bool = False
+        self, request: ForwardRequest, *, sequence: CachedSequence, single_pass: bool = False
     ) -> ScheduledStep:
-        """Queue a step whose tokens are already in `sequence`."""
-        assert step.session not in self._jobs, "a session has one step at a time"
-        self._number += 1
-        job = ScheduledStep(step=step, sequence=sequence, number=self._number, whole=whole)
-        job.prefill = job.remaining > _SHORT
-        self._jobs[step.session] = job
-        return job
-
-    def remove(self, session: SessionId) -> ScheduledStep | None:
-        """Forget the step of `session`, done or not."""
-        return self._jobs.pop(session, None)
-
-    def rename(self, session: SessionId, *, to: SessionId) -> None:
-        """Let the step of `session`, if it has one, go on under another name."""
-        job = self._jobs.pop(session, None)
-        if job is not None:
-            job.step.session = to
-            self._jobs[to] = job
-
-    def plan(self, *, reserve: Callable[[ScheduledStep], bool]) -> list[StepChunk]:
-        """Return what the next pass runs: at most the budget, unless one whole step exceeds it.
+        """Queue a request and return its step.
 
         Args:
-            reserve: gives a job room in the cache; where it cannot, the job waits.
+            request: The request.
+            sequence: The session's sequence, which already has the request's tokens.
+            single_pass: All tokens must run in one pass.
         """
-        slices: list[StepChunk] = []
-        room = self._budget
-        jobs = self._order()
-        prefills = sum(job.long for job in jobs)
-        blocks = sum(job.remaining for job in jobs if not job.long)
-        for job in jobs:
-            share = max(_LEAST_SHARE, room // max(prefills, 1))
-            if room - blocks >= _LEAST_SHARE:
-                share = min(share, room - blocks) if job.long else share
-            prefills -= job.long
-            blocks -= 0 if job.long else job.remaining
-            count = self._take(job, room=room, share=share)
-            if not count or not reserve(job):
-                continue
-            # Making room may have dropped the job's own rows.
-            count = self._take(job, room=room, share=share)
-            if count:
-                slices.append(StepChunk(job=job, count=count))
-                room = max(0, room - count)
-        # A crumb left over by blocks does not count: prefills would live on crumbs under load.
-        least = min(_LEAST_SHARE, self._budget)
-        self._age(
-            {piece.job.number for piece in slices if piece.count >= min(least, piece.job.remaining)}
+        assert request.session not in self._steps, "a session has one step at a time"
+        self._number += 1
+        step = ScheduledStep(
+            request=request, sequence=sequence, number=self._number, single_pass=single_pass
         )
-        return slices
+        step.began_long = step.remaining > _MAX_BLOCK
+        self._steps[request.session] = step
+        return step
+
+    def remove(self, session: SessionId) -> ScheduledStep | None:
+        """Remove the step of `session`, finished or not."""
+        return self._steps.pop(session, None)
+
+    def rename(self, session: SessionId, *, to: SessionId) -> None:
+        """Move the step of `session`, if there is one, to another session."""
+        step = self._steps.pop(session, None)
+        if step is not None:
+            step.request.session = to
+            self._steps[to] = step
+
+    def plan(self, *, reserve: Callable[[ScheduledStep], bool]) -> list[StepChunk]:
+        """Return the chunks of the next pass: at most the budget, or one larger single-pass step.
+
+        Args:
+            reserve: Reserves KV slots for a step; a step for which it returns False waits.
+        """
+        chunks: list[StepChunk] = []
+        budget = self._budget
+        steps = self._order()
+        prefills = sum(step.is_prefill for step in steps)
+        block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
+        for step in steps:
+            share = max(_MIN_SHARE, budget // max(prefills, 1))
+            if step.is_prefill:
+                if budget - block_tokens >= _MIN_SHARE:
+                    share = min(share, budget - block_tokens)
+                prefills -= 1
+            else:
+                block_tokens -= step.remaining
+            if not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
+                continue
+            # Reserving may have dropped the step's own cached tokens.
+            count = self._chunk_size(step, budget=budget, share=share)
+            if count:
+                chunks.append(StepChunk(step=step, count=count))
+                budget = max(0, budget - count)
+        self._count_skipped(chunks)
+        return chunks
 
     def _order(self) -> list[ScheduledStep]:
-        """Return the jobs in the order of their turns.
+        """Return the steps by priority.
 
-        Of the prefills that starve only one a pass goes before the blocks: many prompts at once
-        must not hold up every verdict.
+        Of the starved prefills only one goes before the blocks, so that many prompts at once do not
+        delay every verification.
         """
-        long = [job for job in self._jobs.values() if job.long and job.starves]
-        first = max(long, key=_patience_lost, default=None)
-        return sorted(self._jobs.values(), key=lambda job: (_rank(job, first=first), job.number))
+        starved = [step for step in self._steps.values() if step.is_prefill and step.starved]
+        first = max(starved, key=lambda step: (step.skipped_passes, -step.number), default=None)
+        return sorted(
+            self._steps.values(), key=lambda step: (_priority(step, first=first), step.number)
+        )
 
-    def _take(self, job: ScheduledStep, *, room: int, share: int) -> int:
-        """Return how many tokens of `job` run; rows that fit a pass are not split."""
-        most = min(room, share)
-        if job.whole:
-            return job.remaining if room == self._budget or job.remaining <= room else 0
-        if job.remaining <= min(room, max(share, _SHORT)):
-            return job.remaining
-        fill = job.remaining - job.step.num_logits
-        if job.sequence.cached < job.end - job.step.num_logits:
-            return min(fill, most)
-        if job.step.num_logits > self._budget:
-            return min(job.remaining, most)
-        return job.remaining if job.remaining <= room else 0
+    def _chunk_size(self, step: ScheduledStep, *, budget: int, share: int) -> int:
+        """Return how many tokens of `step` run; logits that fit one pass are not split."""
+        most = min(budget, share)
+        if step.single_pass:
+            return step.remaining if budget == self._budget or step.remaining <= budget else 0
+        if step.remaining <= min(budget, max(share, _MAX_BLOCK)):
+            return step.remaining
+        if step.sequence.cached < step.first_logit:
+            return min(step.remaining - step.request.num_logits, most)
+        if step.request.num_logits > self._budget:
+            return min(step.remaining, most)
+        return step.remaining if step.remaining <= budget else 0
 
-    def _age(self, served: set[int]) -> None:
-        for job in self._jobs.values():
-            job.passed_over = 0 if job.number in served else job.passed_over + 1
+    def _count_skipped(self, chunks: list[StepChunk]) -> None:
+        # A few leftover tokens count as nothing: under load a prefill would get no more than those.
+        least = min(_MIN_SHARE, self._budget)
+        served = {
+            chunk.step.number for chunk in chunks if chunk.count >= min(least, chunk.step.remaining)
+        }
+        for step in self._steps.values():
+            step.skipped_passes = 0 if step.number in served else step.skipped_passes + 1
 
 
-def _patience_lost(job: ScheduledStep) -> tuple[int, int]:
-    return job.passed_over, -job.number
-
-
-def _rank(job: ScheduledStep, *, first: ScheduledStep | None) -> int:
-    if job is first:
-        return 0 if job.whole else 2
-    if job.long:
+def _priority(step: ScheduledStep, *, first: ScheduledStep | None) -> int:
+    if step is first:
+        return 0 if step.single_pass else 2
+    if step.is_prefill:
         return 4
-    return 1 if job.starves else 3
+    return 1 if step.starved else 3
+
+
+class Preemptor:
+    """Reserves KV slots for the steps of one plan; what it has reserved is not evicted again."""
+
+    def __init__(self, *, cache: KVCacheManager, scheduler: Scheduler) -> None:
+        self.failed: list[ScheduledStep] = []  # steps of branches that found no slots
+        self._cache = cache
+        self._scheduler = scheduler
+        self._reserved: set[CachedSequence] = set()
+
+    def reserve(self, step: ScheduledStep) -> bool:
+        """Reserve slots for a step; False if it has to wait or, as a branch, has failed."""
+        sequence = step.sequence
+        if sequence.parent is not None and (
+            sequence.kv_range is None
+            or not self._cache.reserve(sequence, tokens=step.end, victims=())
+        ):
+            self.failed.append(step)
+            return False
+        if not self._cache.reserve(sequence, tokens=step.end, victims=self._victims(step)):
+            return False
+        self._reserved.add(sequence)
+        return True
+
+    def _victims(self, step: ScheduledStep) -> Iterator[CachedSequence]:
+        """Yield sequences that may lose their slots: those without a step, then younger steps'."""
+        for sequence in self._cache.least_recent():
+            waiting = self._scheduler.find(sequence.session)
+            if waiting is None and sequence not in self._reserved:
+                yield sequence
+        for other in sorted(self._scheduler, key=lambda other: other.number, reverse=True):
+            if other.number > step.number and other.sequence not in self._reserved:
+                yield other.sequence

@@ -1,4 +1,4 @@
-"""What a person may choose about one engine; every default is safe on two cores."""
+"""Settings of one engine. Every default is safe on two cores."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from enum import StrEnum
 
 
 class Path(StrEnum):
-    """How ragged sessions meet the model; `AUTO` is the first that the self-check proves exact."""
+    """How the model runs; `AUTO` takes the fastest path that the check at load proves exact."""
 
     AUTO = "auto"
-    LEAN = "lean"  # our own forward pass, for Llama-like models on a CPU
-    CAPTURED = "captured"  # flat, and steps of one token a session replayed as CUDA graphs
-    FLAT = "flat"  # all tokens in one row, our attention over the cache in place
-    PADDED = "padded"  # left-padded rows, the model's own attention over a gathered cache
+    LEAN = "lean"  # our own forward pass for Llama-like models on a CPU
+    CAPTURED = "captured"  # flat, with decode steps of one token replayed as CUDA graphs
+    FLAT = "flat"  # a variable-length batch without padding; our attention reads the cache in place
+    PADDED = "padded"  # a left-padded batch and the model's own attention over a gathered cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One model on one device. Zeros mean "choose for me"."""
+    """One model on one device. A zero lets the engine choose."""
 
-    device: str = "auto"  # a torch device; auto is cuda where there is one
-    dtype: str = "auto"  # auto is float32 on a CPU, the checkpoint's own elsewhere
-    threads: int = 0  # of torch in this process
-    cache_tokens: int = 0  # capacity of the KV cache, in tokens of all sessions together
-    cache_bytes: int = 0  # the same as memory; read where cache_tokens is 0
-    max_step_tokens: int = 0  # tokens of one forward pass; 512 on a CPU, 4096 elsewhere
-    max_sessions: int = 256  # open at once; one more is refused
-    prefix_reuse: bool = True  # keep released sessions for prompts that begin like them
-    deterministic: bool = False  # a token's row is the same to the bit in any batch; CPU alone
-    packed: bool = True  # pre-packed linear layers, where the CPU has kernels for them
+    device: str = "auto"  # a torch device; auto is cuda if there is one
+    dtype: str = "auto"  # auto is float32 on a CPU, else the checkpoint's
+    threads: int = 0  # torch threads of this process
+    cache_tokens: int = 0  # capacity of the KV cache, for all sessions together
+    cache_bytes: int = 0  # the same in bytes; read if cache_tokens is 0
+    max_step_tokens: int = 0  # token budget of a forward pass; 512 on a CPU, else 4096
+    max_sessions: int = 256  # open at once; further ones are refused
+    prefix_reuse: bool = True  # keep the cache of released sessions for prompts with that prefix
+    deterministic: bool = False  # logits of a token do not depend on the batch; CPU only
+    packed: bool = True  # prepacked linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
-    vocabulary: int = 0  # columns of logits kept: the pair's common vocabulary
+    vocabulary: int = 0  # logits kept per token: the vocabulary that both models share
 
 
 def step_tokens(settings: EngineSettings, *, device: str) -> int:
-    """Return the token budget of one forward pass on `device` ("cpu", "cuda", ...)."""
+    """Return the token budget of a forward pass on `device` ("cpu", "cuda", ...)."""
     return settings.max_step_tokens or (512 if device == "cpu" else 4096)

@@ -1,4 +1,4 @@
-"""What an engine says of itself."""
+"""Counters and load figures of an engine."""
 
 from __future__ import annotations
 
@@ -12,34 +12,40 @@ if TYPE_CHECKING:
 _WINDOW_S = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine is doing and has done since it began."""
+@dataclass(slots=True, kw_only=True)
+class EngineCounters:
+    """Totals since the engine started."""
 
-    busy: float  # share of the last ten seconds or so spent in passes
-    busy_s: float  # seconds spent in passes since the beginning
-    passes: int
-    reads: int = 0  # times the head waited for numbers from the device, in all passes
-    tokens: int  # run through the model
-    turns: int  # sessions in those passes, summed: turns / passes is the mean batch
-    budget_tokens: int  # most that a pass runs
-    queued_tokens: int  # summed over passes: the tokens that waited when each was planned
-    waits: int  # submitted steps that have begun to run
-    waited_s: float  # summed over them: seconds from `submit` to the first pass
-    waiting: int  # steps not finished
+    passes: int = 0
+    reads: int = 0  # times the logits handler waited for numbers from the device
+    tokens: int = 0  # run through the model
+    turns: int = 0  # sessions per pass, summed: turns / passes is the mean batch size
+    queued_tokens: int = 0  # tokens that waited when a pass was planned, summed over passes
+    waits: int = 0  # requests that have begun to run
+    waited_s: float = 0.0  # seconds from `submit` to the first pass, summed over them
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats(EngineCounters):
+    """A snapshot of an engine's load and counters."""
+
+    busy: float  # share of about the last ten seconds spent in passes
+    busy_s: float  # seconds spent in passes in total
+    budget_tokens: int  # token budget of a pass
+    waiting: int  # requests not finished
     sessions: int  # open
-    branches: int  # of them
+    branches: int
     cache_tokens_used: int
-    cache_tokens_live: int  # of open sessions among them; the rest waits for like prompts
+    cache_tokens_live: int  # of those, held by open sessions; the rest is kept for prefix reuse
     cache_tokens_capacity: int
     prefix_hits: int  # sessions that began with cached tokens
-    prefix_tokens: int  # tokens so found
-    preemptions: int  # caches of open sessions dropped to make room
+    prefix_tokens: int  # tokens of those hits
+    preemptions: int  # open sessions that lost their cache to others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
-    """A forward pass: when it began, by the engine's clock, and what it ran."""
+    """A forward pass: its start by the engine's clock, and its size."""
 
     began_s: float = 0.0
     tokens: int = 0
@@ -47,7 +53,7 @@ class ForwardPass:
 
 
 class BusyMeter:
-    """The share of time spent busy; old times count less and less."""
+    """Share of time spent busy, as an exponential moving average."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -55,14 +61,14 @@ class BusyMeter:
         self._share = 0.0
         self._at_s = clock()
 
-    def note(self, *, busy: bool) -> None:
-        """Say what the time since the last note was spent on."""
+    def record(self, *, busy: bool) -> None:
+        """Count the time since the last record as busy or idle."""
         now_s = self._clock()
         self.busy_s += busy * (now_s - self._at_s)
-        kept = math.exp((self._at_s - now_s) / _WINDOW_S)
-        self._share = self._share * kept + busy * (1 - kept)
+        weight = math.exp((self._at_s - now_s) / _WINDOW_S)
+        self._share = self._share * weight + busy * (1 - weight)
         self._at_s = now_s
 
     def share(self) -> float:
-        """Return the share, as if the time since the last note were idle."""
+        """Return the share, counting the time since the last record as idle."""
         return self._share * math.exp((self._at_s - self._clock()) / _WINDOW_S)

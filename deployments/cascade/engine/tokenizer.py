@@ -1,8 +1,8 @@
-"""Text to tokens and back: loading, limits, chat templates."""
+"""Text to tokens and back: limits, chat templates and incremental decoding."""
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -14,52 +14,52 @@ from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character yet
+_REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
 
-# A character has at most four tokens, of one byte each; what is broken for longer stays broken.
-_PATIENCE = 8
+# A character has at most four tokens, of one byte each; if it is longer incomplete, it is invalid.
+_MAX_PENDING = 8
 
 
 class Detokenizer:
-    """Decodes one answer piece by piece; all pieces together are its text.
+    """Decodes one completion incrementally.
 
-    A token's text depends on the ones before it (spaces, bytes of one character), so each decode
-    starts at the tokens of the piece before.
+    A token's text depends on those before it (spaces, bytes of one character), so each decode
+    starts at the tokens of the previous piece of text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._window: list[int] = []  # tokens of the last piece, then those not yet told
-        self._told = 0  # of the window
-        self._known = ""  # text of the told tokens of the window
+        self._window: list[int] = []  # tokens of the last piece, then the pending ones
+        self._emitted = 0  # tokens of the window whose text was returned
+        self._prefix = ""  # their text
 
     def push(self, tokens: Iterable[int]) -> str:
-        """Return the text that `tokens` add; bytes of an unfinished character wait."""
-        return "".join(self._next(token) for token in tokens)
+        """Return the text that `tokens` add; an incomplete character stays pending."""
+        return "".join(self._push(token) for token in tokens)
 
     def flush(self) -> str:
-        """Return the text that still waits; what is no character is U+FFFD."""
-        return self._tell() if self._told < len(self._window) else ""
+        """Return the pending text; an incomplete character becomes U+FFFD."""
+        return self._emit() if self._emitted < len(self._window) else ""
 
-    def _next(self, token: int) -> str:
+    def _push(self, token: int) -> str:
         self._window.append(token)
-        waiting = len(self._window) - self._told
-        if waiting <= _PATIENCE and self._decode(self._window).endswith(_BROKEN):
+        pending = len(self._window) - self._emitted
+        if pending <= _MAX_PENDING and self._decode(self._window).endswith(_REPLACEMENT):
             return ""
-        return self._tell()
+        return self._emit()
 
-    def _tell(self) -> str:
-        fresh = self._window[self._told :]
-        whole, alone = self._decode(self._window), self._decode(fresh)
-        if not whole.startswith(self._known):
-            # Half a character can make a decoder give up the whole one before it.
-            whole = self._known + alone
-        text = whole[len(self._known) :]
+    def _emit(self) -> str:
+        pending = self._window[self._emitted :]
+        whole, alone = self._decode(self._window), self._decode(pending)
+        if not whole.startswith(self._prefix):
+            # Half a character can make a decoder drop the complete one before it.
+            whole = self._prefix + alone
+        text = whole[len(self._prefix) :]
         if alone:
             # Tokens without text, special ones, are no context for the next.
-            self._window, whole = fresh, alone
-        self._told = len(self._window)
-        self._known = whole
+            self._window, whole = pending, alone
+        self._emitted = len(self._window)
+        self._prefix = whole
         return text
 
 
@@ -67,7 +67,7 @@ _BYTE_TOKEN_LENGTH = len("<0x00>")
 
 
 class Tokenizer:
-    """A tokenizer and the ids it may give: those below `vocabulary`."""
+    """A tokenizer that gives only ids below `vocabulary`."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int | None = None
@@ -79,14 +79,14 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Return the ids that stand for no text."""
+        """Return the ids that are special tokens."""
         added: Mapping[int, Any] = self._tokenizer.added_tokens_decoder
         flagged = {id_ for id_, token in added.items() if token.special}
         return frozenset(flagged | set(self._tokenizer.all_special_ids))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Return the id that ends a text, if there is one."""
+        """Return the end-of-text id, if there is one."""
         end: Any = self._tokenizer.eos_token_id
         return () if end is None else (end,)
 
@@ -101,13 +101,13 @@ class Tokenizer:
         """Return the ids of `text`.
 
         Args:
-            text: any text.
-            add_special: begin with the token the model expects first, if it has one.
-            limit: most tokens to accept.
+            text: Any text.
+            add_special: Begin with the token that the model expects first, if it has one.
+            limit: Most tokens to accept.
 
         Raises:
-            ContextTooLong: if there are more than `limit`.
-            InvalidRequest: if the model has no logits for a token of the text.
+            ContextTooLong: There are more than `limit` tokens.
+            InvalidRequest: The models have no logits for a token of the text.
         """
         if limit is not None and len(text) > limit * self._longest:
             raise ContextTooLong(
@@ -133,17 +133,17 @@ class Tokenizer:
         continue_last: bool = False,
         **variables: Any,
     ) -> tuple[int, ...]:
-        """Return the ids of a conversation under the model's own template.
+        """Return the ids of a conversation in the model's chat template.
 
         Args:
-            messages: objects with a `role` and a `content`, oldest first.
-            limit: most tokens to accept.
-            continue_last: let the answer go on where the last message ends.
-            variables: further variables of the template, such as `tools`.
+            messages: Objects with a `role` and a `content`, oldest first.
+            limit: Most tokens to accept.
+            continue_last: Continue the last message instead of starting a new one.
+            variables: Further variables of the template, such as `tools`.
 
         Raises:
-            InvalidRequest: if there is no template, or it refuses the conversation.
-            ContextTooLong: if there are more than `limit` tokens.
+            InvalidRequest: There is no template, or it rejects the conversation.
+            ContextTooLong: There are more than `limit` tokens.
         """
         if not self.has_chat_template:
             raise InvalidRequest(
@@ -160,7 +160,7 @@ class Tokenizer:
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
+                f"The model's chat template rejects these messages: {error}", param="messages"
             ) from error
         return self.encode(text, add_special=False, limit=limit)
 
@@ -172,30 +172,22 @@ class Tokenizer:
         return text
 
     def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        """Return a decoder for one answer that comes in pieces."""
-
-        def decode(ids: Sequence[int]) -> str:
-            return self.decode(ids, skip_special=skip_special)
-
-        return Detokenizer(decode)
-
-    def text_of(self, id_: int) -> str:
-        """Return one token's text by itself; part of a character is U+FFFD."""
-        return self.bytes_of(id_).decode("utf-8", errors="replace")
+        """Return an incremental decoder for one completion."""
+        return Detokenizer(partial(self.decode, skip_special=skip_special))
 
     def bytes_of(self, id_: int) -> bytes:
-        """Return the bytes one token stands for; nothing for an id without a token."""
+        """Return the bytes of one token; none for an id without a token."""
         token = self.tokens.get(id_, "")
         if id_ in self._added:
             return token.encode()
         if self._byte_level:
-            return bytes(byte for char in token for byte in self._bytes_of_char(char))
+            return b"".join(self._alphabet.get(char) or char.encode() for char in token)
         if len(token) == _BYTE_TOKEN_LENGTH and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
 
     def narrowed(self, vocabulary: int) -> Tokenizer:
-        """Return this tokenizer, refusing ids from `vocabulary` on."""
+        """Return this tokenizer with a smaller vocabulary; other ids are refused."""
         return Tokenizer(self._tokenizer, vocabulary=vocabulary)
 
     @cached_property
@@ -208,25 +200,26 @@ class Tokenizer:
         return max(map(len, self.tokens.values()), default=1)
 
     @cached_property
-    def _alphabet(self) -> dict[str, int]:
+    def _alphabet(self) -> dict[str, bytes]:
         pairs: dict[int, str] = bytes_to_unicode()
-        return {char: byte for byte, char in pairs.items()}
+        return {char: bytes([byte]) for byte, char in pairs.items()}
 
     @cached_property
     def _byte_level(self) -> bool:
         backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
         return "ByteLevel" in str(getattr(backend, "decoder", ""))
 
-    def _bytes_of_char(self, char: str) -> bytes:
-        byte = self._alphabet.get(char)
-        return char.encode() if byte is None else bytes([byte])
-
 
 def load(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
     """Return the tokenizer at a local path or of a Hugging Face repository.
 
+    Args:
+        name: Directory or repository id.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run tokenizer code that comes with the checkpoint.
+
     Raises:
-        UnsupportedModel: if there is none that can be read.
+        UnsupportedModel: There is none that can be read.
     """
     try:
         loaded: Any = AutoTokenizer.from_pretrained(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from numpy.random import default_rng
-from tests.engine.architectures import FLAT, ROPE, VOCABULARY, build
-from tests.engine.harness import Bench
+from tests.engine.architectures import ROPE, VARLEN, VOCABULARY, build
+from tests.engine.harness import EngineHarness
 from tests.engine.test_exactness import ragged_story
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.engine import attention
 from cascade.engine.backends import cuda_graph, select
+from cascade.engine.backends.base import RopeLengths
 from cascade.engine.backends.cuda_graph import Bucket, CudaGraphRunner, StaticBatch
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import RaggedBatch, Segment
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
 from cascade.engine.request import ForwardRequest, LogitsOutput
-from cascade.engine.rope import RopeLengths
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 from cascade.types import SessionId
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from cascade.engine.backends.cuda_graph import Recorder, Replay
+    from cascade.engine.backends.cuda_graph import Capture, Replay
 
 TOLERANCE = 1e-4
 
@@ -63,14 +63,14 @@ class Twins:
         model: PreTrainedModel,
         *,
         rows: int = ROWS,
-        record: Recorder | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.plain = model
-        self.captured = CudaGraphRunner(copy.deepcopy(model), record=record)
+        self.captured = CudaGraphRunner(copy.deepcopy(model), capture=capture)
         self.flat = VarlenRunner(copy.deepcopy(model))
         self.tokens: dict[int, tuple[int, ...]] = {}
         for runner in (self.captured, self.flat):
-            runner.resize(rows=rows)
+            runner.resize(num_slots=rows)
 
     def open(self, *lengths: int) -> None:
         """Begin sessions of `lengths` tokens in passes of their own."""
@@ -93,7 +93,10 @@ class Twins:
         """Append tokens to sessions in one pass; return both runners' rows."""
         segments = [
             Segment(
-                start=place * EXTENT, past=len(self.tokens.get(place, ())), tokens=tokens, rows=rows
+                start=place * EXTENT,
+                past=len(self.tokens.get(place, ())),
+                tokens=tokens,
+                num_logits=rows,
             )
             for place, tokens in new.items()
         ]
@@ -131,7 +134,7 @@ def agree(got_NV: Tensor, want_NV: Tensor) -> bool:
     return bool(((got_NV - want_NV).abs().max() < TOLERANCE).item())
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", VARLEN)
 def test_replayed_rows_are_the_flat_and_the_plain_rows(name: str) -> None:
     """One to five sessions, across borders of sessions (4, 5) and of keys (127 to 129)."""
     twins = Twins(build(name))
@@ -144,7 +147,7 @@ def test_replayed_rows_are_the_flat_and_the_plain_rows(name: str) -> None:
         assert agree(got_NV, twins.expected(*places))
 
     assert len(twins.tokens[0]) == 131
-    assert twins.captured.recorded == buckets((1, 128), (2, 128), (4, 256), (8, 256))
+    assert twins.captured.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "deepseek-v3"])
@@ -162,30 +165,30 @@ def test_a_bucket_serves_again_after_rollbacks_and_other_passes(name: str) -> No
         got_NV, flat_NV = twins.run({0: numbers(5), 1: numbers(1)}, rows=1)
         assert agree(got_NV, flat_NV)
 
-    assert twins.captured.recorded == buckets((4, 128))
+    assert twins.captured.captured_buckets == buckets((4, 128))
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", VARLEN)
 def test_an_engine_on_the_captured_path_gives_the_plain_rows(name: str) -> None:
-    bench = Bench(build(name), CAPTURED)
+    bench = EngineHarness(build(name), CAPTURED)
 
     ragged_story(bench)
 
     assert isinstance(bench.engine.runner, CudaGraphRunner)
-    assert bench.engine.runner.recorded
+    assert bench.engine.runner.captured_buckets
     assert bench.worst < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ROPE)
 def test_rope_that_follows_the_longest_position_is_never_captured(name: str) -> None:
-    bench = Bench(build(name), CAPTURED)
+    bench = EngineHarness(build(name), CAPTURED)
 
     for session, length in (("short", 20), ("long", 90)):
-        bench.settle(bench.submit(session, numbers(length), rows=1))
-        bench.settle(bench.submit(session, numbers(1), rows=1))
+        bench.run_until_done(bench.submit(session, numbers(length), rows=1))
+        bench.run_until_done(bench.submit(session, numbers(1), rows=1))
 
     assert isinstance(bench.engine.runner, CudaGraphRunner)
-    assert not bench.engine.runner.recorded
+    assert not bench.engine.runner.captured_buckets
     assert bench.worst < TOLERANCE
 
 
@@ -197,7 +200,7 @@ def test_a_replay_writes_its_sessions_new_rows_and_scratch_alone() -> None:
 
     twins.step(0, 1, 2)
 
-    others_R = torch.ones(twins.captured.pool.rows, dtype=torch.bool)
+    others_R = torch.ones(twins.captured.pool.num_slots, dtype=torch.bool)
     others_R[news] = False
     others_R[ROWS:] = False
     for old_HRD, new_HRD in zip(before, states(twins.captured), strict=True):
@@ -209,13 +212,13 @@ def test_rows_outlive_the_next_replay() -> None:
     """A graph writes its logits where it wrote those before."""
     memory: dict[str, Tensor] = {}
 
-    def record(run: Replay) -> Replay:
+    def capture(run: Replay) -> Replay:
         def replay() -> Tensor:
             return memory.setdefault("logits", run()).copy_(run())
 
         return replay
 
-    twins = Twins(build("llama"), record=record)
+    twins = Twins(build("llama"), capture=capture)
     twins.open(20, 30)
     first_NV, flat_NV = twins.step(0, 1)
     twins.step(0, 1)
@@ -227,20 +230,20 @@ def test_a_new_pool_is_recorded_anew() -> None:
     twins = Twins(build("llama"))
     twins.open(20)
     twins.step(0)
-    twins.captured.resize(rows=2 * ROWS)
+    twins.captured.resize(num_slots=2 * ROWS)
 
-    assert not twins.captured.recorded
-    assert twins.captured.pool.rows > 2 * ROWS
+    assert not twins.captured.captured_buckets
+    assert twins.captured.pool.num_slots > 2 * ROWS
 
 
 @pytest.mark.parametrize(
     "segments",
     [
-        [Segment(start=0, past=20, tokens=(5, 6), rows=2)],
-        [Segment(start=0, past=20, tokens=(5,), rows=0)],
+        [Segment(start=0, past=20, tokens=(5, 6), num_logits=2)],
+        [Segment(start=0, past=20, tokens=(5,), num_logits=0)],
         [
-            Segment(start=0, past=20, tokens=(5,), rows=1),
-            Segment(start=EXTENT, past=0, tokens=(5, 6, 7), rows=1),
+            Segment(start=0, past=20, tokens=(5,), num_logits=1),
+            Segment(start=EXTENT, past=0, tokens=(5, 6, 7), num_logits=1),
         ],
     ],
 )
@@ -251,11 +254,11 @@ def test_other_passes_are_not_replayed(segments: list[Segment]) -> None:
     with torch.inference_mode():
         rows = twins.captured.forward(segments)
 
-    assert len(rows) == sum(one.rows for one in segments)
-    assert not twins.captured.recorded
+    assert len(rows) == sum(one.num_logits for one in segments)
+    assert not twins.captured.captured_buckets
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MOST_SESSIONS", 2), ("MOST_KEYS", 256)])
+@pytest.mark.parametrize(("limit", "most"), [("MAX_SESSIONS", 2), ("MAX_KEYS", 256)])
 def test_passes_above_the_largest_bucket_are_not_replayed(
     limit: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,18 +268,18 @@ def test_passes_above_the_largest_bucket_are_not_replayed(
 
     got_NV, flat_NV = twins.step(0, 1, 2)
     assert agree(got_NV, flat_NV)
-    assert not twins.captured.recorded
+    assert not twins.captured.captured_buckets
 
     twins.step(0, 1)
-    assert twins.captured.recorded == buckets((2, 128))
+    assert twins.captured.captured_buckets == buckets((2, 128))
 
 
 def test_the_largest_bucket_fits_the_scratch_rows() -> None:
     """A graph runs over scratch rows alone before it is captured."""
-    places = range(cuda_graph.MOST_SESSIONS // 2 + 1)
+    places = range(cuda_graph.MAX_SESSIONS // 2 + 1)
     alone: list[int] = []
 
-    def record(run: Replay) -> Replay:
+    def capture(run: Replay) -> Replay:
         before = states(twins.captured)
         alone.append(len(run()))
         for old_HRD, new_HRD in zip(before, states(twins.captured), strict=True):
@@ -284,13 +287,13 @@ def test_the_largest_bucket_fits_the_scratch_rows() -> None:
         return run
 
     rows = len(places) * EXTENT
-    twins = Twins(build("llama"), rows=rows, record=record)
+    twins = Twins(build("llama"), rows=rows, capture=capture)
     twins.open(*(3 for _ in places))
     got_NV, flat_NV = twins.step(*places)
 
-    assert alone == [cuda_graph.MOST_SESSIONS]
+    assert alone == [cuda_graph.MAX_SESSIONS]
     assert agree(got_NV, flat_NV)
-    assert twins.captured.recorded == buckets((cuda_graph.MOST_SESSIONS, 128))
+    assert twins.captured.captured_buckets == buckets((cuda_graph.MAX_SESSIONS, 128))
 
 
 def test_a_capture_that_fails_leaves_the_flat_path_for_good(
@@ -302,7 +305,7 @@ def test_a_capture_that_fails_leaves_the_flat_path_for_good(
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    twins = Twins(build("llama"), record=fail)
+    twins = Twins(build("llama"), capture=fail)
     twins.open(20, 30)
     with caplog.at_level(logging.WARNING):
         for places in ((0,), (0, 1), (1, 0)):
@@ -311,25 +314,25 @@ def test_a_capture_that_fails_leaves_the_flat_path_for_good(
 
     assert len(tries) == 1
     assert len([one for one in caplog.records if "was not captured" in one.message]) == 1
-    assert not twins.captured.recorded
+    assert not twins.captured.captured_buckets
 
 
 def test_buckets_recorded_before_a_failure_go_on() -> None:
     served: list[int] = []
 
-    def record(run: Replay) -> Replay:
+    def capture(run: Replay) -> Replay:
         if served:
             raise torch.OutOfMemoryError
         served.append(1)
         return run
 
-    twins = Twins(build("llama"), record=record)
+    twins = Twins(build("llama"), capture=capture)
     twins.open(20, 30, 40)
     for places in ((0, 1), (0, 1, 2), (1, 0)):
         got_NV, flat_NV = twins.step(*places)
         assert agree(got_NV, flat_NV)
 
-    assert twins.captured.recorded == buckets((2, 128))
+    assert twins.captured.captured_buckets == buckets((2, 128))
 
 
 @dataclass
@@ -382,14 +385,14 @@ def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
 
     assert head.written == expected
     assert isinstance(engine.runner, CudaGraphRunner)
-    assert engine.runner.recorded == buckets((4, 128), (4, 256))
+    assert engine.runner.captured_buckets == buckets((4, 128), (4, 256))
 
 
 def test_the_proof_at_load_replays() -> None:
-    runner = select.choose(build("llama"), settings=CAPTURED)
+    runner = select.select_runner(build("llama"), settings=CAPTURED)
 
     assert isinstance(runner, CudaGraphRunner)
-    assert runner.recorded == buckets((1, 128), (2, 128))
+    assert runner.captured_buckets == buckets((1, 128), (2, 128))
 
 
 def test_a_replay_that_gives_wrong_rows_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,14 +402,14 @@ def test_a_replay_that_gives_wrong_rows_is_refused_at_load(monkeypatch: pytest.M
     monkeypatch.setattr(StaticBatch, "attend", unread)
 
     with pytest.raises(UnsupportedModel, match="captured path: its logits differ"):
-        select.choose(build("llama"), settings=CAPTURED)
+        select.select_runner(build("llama"), settings=CAPTURED)
 
 
 def test_deterministic_rows_are_not_to_be_had_here() -> None:
     settings = EngineSettings(path=Path.CAPTURED, deterministic=True)
 
-    with pytest.raises(UnsupportedModel, match="captured path: its rows depend on the batch"):
-        select.choose(build("llama"), settings=settings)
+    with pytest.raises(UnsupportedModel, match="captured path: its logits depend on the batch"):
+        select.select_runner(build("llama"), settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -452,17 +455,17 @@ def blind(name: str) -> Moves:
     """Run what is captured of four sessions where no number can be read."""
     recorded: list[Replay] = []
 
-    def record(run: Replay) -> Replay:
+    def capture(run: Replay) -> Replay:
         recorded.append(run)
         return run
 
     model = build(name)
-    runner = CudaGraphRunner(model, record=record)
+    runner = CudaGraphRunner(model, capture=capture)
     nn.Module.to(model, device="meta", dtype=torch.bfloat16)
     runner.device = torch.device("meta")
-    runner.regimes = RopeLengths()
-    runner.resize(rows=ROWS)
-    segments = [Segment(start=i * EXTENT, past=20, tokens=(5,), rows=1) for i in range(4)]
+    runner.rope_lengths = RopeLengths()
+    runner.resize(num_slots=ROWS)
+    segments = [Segment(start=i * EXTENT, past=20, tokens=(5,), num_logits=1) for i in range(4)]
     with torch.inference_mode():
         assert runner.forward(segments).shape == (4, VOCABULARY)
         with Moves() as moves:
@@ -470,7 +473,7 @@ def blind(name: str) -> Moves:
     return moves
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", VARLEN)
 def test_what_is_captured_never_reads_the_device(name: str) -> None:
     moves = blind(name)
 
@@ -478,13 +481,13 @@ def test_what_is_captured_never_reads_the_device(name: str) -> None:
     assert not moves.found
 
 
-def same_size(query_THD: Tensor, values_JRD: Tensor, form: attention.Form) -> bool:
-    return not form.manual and query_THD.shape[-1] == values_JRD.shape[-1]
+def same_size(query_THD: Tensor, values_JRD: Tensor, params: attention.AttentionParams) -> bool:
+    return not params.unfused and query_THD.shape[-1] == values_JRD.shape[-1]
 
 
-@pytest.mark.parametrize("name", sorted(set(FLAT) - {"gemma2", "gpt-oss", "deepseek-v3"}))
+@pytest.mark.parametrize("name", sorted(set(VARLEN) - {"gemma2", "gpt-oss", "deepseek-v3"}))
 def test_with_flash_attention_neither(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_flash_serves", same_size)
+    monkeypatch.setattr(attention, "flash_supports", same_size)
 
     moves = blind(name)
 
@@ -499,11 +502,13 @@ def test_a_read_of_the_device_would_be_seen() -> None:
 
 def test_flash_attention_is_told_of_the_same_rows_as_on_the_flat_path() -> None:
     places = ((0, 20), (EXTENT, 126), (2 * EXTENT, 3))
-    segments = [Segment(start=start, past=past, tokens=(5,), rows=1) for start, past in places]
+    segments = [
+        Segment(start=start, past=past, tokens=(5,), num_logits=1) for start, past in places
+    ]
     inputs_5N = torch.tensor([(5, past, start + past, start, past + 1) for start, past in places]).T
-    flat = RaggedBatch(segments, device=torch.device("cpu"), rows=ROWS).ragged()
+    flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=ROWS).varlen
 
-    ours = StaticBatch(inputs_5N, keys=256, rows=ROWS).ragged()
+    ours = StaticBatch(inputs_5N, keys=256, num_slots=ROWS).varlen
 
     assert all(torch.equal(one, other) for one, other in zip(ours[:3], flat[:3], strict=True))
     assert [one.dtype for one in ours[:3]] == [torch.int32] * 3
@@ -525,7 +530,7 @@ def test_a_graph_gives_the_flat_rows(name: str, dtype: torch.dtype) -> None:
         got_NV, flat_NV = twins.step(*range(count))
         assert (got_NV - flat_NV).abs().max() < tolerance * flat_NV.abs().max()
 
-    assert twins.captured.recorded == buckets((1, 128), (2, 128), (4, 256), (8, 256))
+    assert twins.captured.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
 
 
 @pytest.mark.gpu
@@ -534,8 +539,8 @@ def test_a_replay_does_not_wait_for_the_device() -> None:
     model = build("llama")
     nn.Module.to(model, device="cuda", dtype=torch.bfloat16)
     runner = CudaGraphRunner(model)
-    runner.resize(rows=ROWS)
-    segments = [Segment(start=0, past=20, tokens=(5,), rows=1)]
+    runner.resize(num_slots=ROWS)
+    segments = [Segment(start=0, past=20, tokens=(5,), num_logits=1)]
 
     with torch.inference_mode():
         runner.forward(segments)
@@ -545,4 +550,4 @@ def test_a_replay_does_not_wait_for_the_device() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    assert runner.recorded == buckets((1, 128))
+    assert runner.captured_buckets == buckets((1, 128))

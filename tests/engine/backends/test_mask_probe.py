@@ -5,7 +5,7 @@ import torch
 from tests.engine.architectures import build
 
 from cascade.engine.backends import mask_probe
-from cascade.engine.backends.mask_probe import Unsuited
+from cascade.engine.backends.base import PathUnsupported
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_each_layers_window_is_found(name: str, expected: list[int | None]) -> N
     ],
 )
 def test_other_laws_are_not_for_the_flat_path(name: str, reason: str) -> None:
-    with pytest.raises(Unsuited, match=reason):
+    with pytest.raises(PathUnsupported, match=reason):
         mask_probe.windows(build(name))
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.engine.harness import Recorder
+from tests.engine.harness import RecordingHandler
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -87,7 +87,9 @@ def test_deterministic_rows_are_the_same_in_any_batch(dtype: torch.dtype, column
     assert linear(rows_NK[:0]).shape == (0, 96)
 
 
-def rows(engine: Engine, head: Recorder, session: str, *, first: int, count: int) -> torch.Tensor:
+def rows(
+    engine: Engine, head: RecordingHandler, session: str, *, first: int, count: int
+) -> torch.Tensor:
     tokens = TOKENS[first : first + count]
     step = ForwardRequest(session=SessionId(session), base=first, tokens=tokens, num_logits=count)
     answer = head.expect(step, context=[])
@@ -104,7 +106,7 @@ def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
     build: Callable[..., PreTrainedModel], dtype: torch.dtype
 ) -> None:
     """Greedy text is the same to the bit at every block length, on both paths."""
-    head = Recorder()
+    head = RecordingHandler()
     settings = EngineSettings(cache_tokens=2048, deterministic=True, prefix_reuse=False)
     engine = Engine(adopt(build(dtype), name="tiny"), handler=head, settings=settings)
     rows(engine, head, "alone", first=0, count=20)

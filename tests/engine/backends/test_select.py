@@ -5,8 +5,8 @@ import torch
 from tests.engine.architectures import build
 
 from cascade.engine.backends import select
-from cascade.engine.backends.base import PaddedRunner
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
+from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import RaggedBatch
 from cascade.engine.settings import EngineSettings, Path
@@ -20,7 +20,7 @@ AUTO = EngineSettings()
     [("llama", CpuLlamaRunner), ("gpt-oss", VarlenRunner), ("llama4", PaddedRunner)],
 )
 def test_the_first_exact_path_is_taken(name: str, path: type) -> None:
-    assert isinstance(select.choose(build(name), settings=AUTO), path)
+    assert isinstance(select.select_runner(build(name), settings=AUTO), path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -29,25 +29,25 @@ def test_half_precision_is_no_reason_to_refuse(name: str, dtype: torch.dtype) ->
     model = build(name)
     torch.nn.Module.to(model, dtype)
 
-    assert isinstance(select.choose(model, settings=AUTO), VarlenRunner | CpuLlamaRunner)
+    assert isinstance(select.select_runner(model, settings=AUTO), VarlenRunner | CpuLlamaRunner)
 
 
 def test_a_path_that_is_asked_for_is_not_replaced() -> None:
     for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, VarlenRunner)):
         only = EngineSettings(path=path)
-        assert isinstance(select.choose(build("llama"), settings=only), kind)
+        assert isinstance(select.select_runner(build("llama"), settings=only), kind)
 
     with pytest.raises(UnsupportedModel, match="lean path: it is no Llama-like model"):
-        select.choose(build("gpt2"), settings=EngineSettings(path=Path.LEAN))
+        select.select_runner(build("gpt2"), settings=EngineSettings(path=Path.LEAN))
     with pytest.raises(UnsupportedModel, match="flat path: its layers do not use"):
-        select.choose(build("bloom"), settings=EngineSettings(path=Path.FLAT))
+        select.select_runner(build("bloom"), settings=EngineSettings(path=Path.FLAT))
 
 
 def test_a_model_can_be_checked_again_after_an_engine_had_it() -> None:
     model = build("llama")
 
-    assert isinstance(select.choose(model, settings=AUTO), CpuLlamaRunner)
-    assert isinstance(select.choose(model, settings=AUTO), CpuLlamaRunner)
+    assert isinstance(select.select_runner(model, settings=AUTO), CpuLlamaRunner)
+    assert isinstance(select.select_runner(model, settings=AUTO), CpuLlamaRunner)
 
 
 def unmasked(*_: object) -> None:
@@ -60,7 +60,7 @@ def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for path in (Path.LEAN, Path.FLAT):
         with pytest.raises(UnsupportedModel, match=f"{path} path: its logits differ"):
-            select.choose(build("llama"), settings=EngineSettings(path=path))
+            select.select_runner(build("llama"), settings=EngineSettings(path=path))
 
 
 def test_a_model_that_needs_more_than_tokens_is_refused() -> None:
@@ -68,4 +68,4 @@ def test_a_model_that_needs_more_than_tokens_is_refused() -> None:
     model.forward = model.model.rotary_emb.forward
 
     with pytest.raises(UnsupportedModel, match="cannot run on token ids alone"):
-        select.choose(model, settings=AUTO)
+        select.select_runner(model, settings=AUTO)

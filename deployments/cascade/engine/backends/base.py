@@ -1,22 +1,25 @@
-"""One forward pass over segments of many sessions: the flat path and the padded one.
+"""What every way of running a model shares: pools, passes and length-dependent RoPE.
 
-The lean one and the captured one have files of their own.
+Dynamic NTK and LongRoPE take their frequencies from the largest position in a batch, so a short
+session beside a long one would be computed wrongly. Each session therefore has a *RoPE length*, the
+length that its frequencies are computed for, 0 for the usual ones. A pass never mixes RoPE lengths,
+and states of one are dropped when a session gets another. If all positions of a pass are below its
+RoPE length, it also runs *RoPE padding*: one token in a scratch slot, at the last position of that
+length.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from cascade.engine import rope
-from cascade.engine.backends import mask_probe
-from cascade.engine.backends.padded import PaddedBatch, PaddedCache
 from cascade.engine.batch import Segment, partition
-from cascade.engine.kv_allocator import SMALLEST
-from cascade.engine.kv_pool import KVPool
+from cascade.engine.kv_allocator import MIN_RANGE
+from cascade.engine.kv_pool import KVPool, LayeredKVPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,143 +27,118 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cascade.engine.kv_pool import Pool
+Pool = TypeVar("Pool", bound=KVPool)
 
 
-class Runner(Protocol):
-    """A model with a pool of rows."""
-
-    regimes: rope.RopeLengths
-
-    @property
-    def pool(self) -> Pool:
-        """Return the keys and values."""
-        ...
-
-    def resize(self, *, rows: int) -> None:
-        """Replace the pool by an empty one of `rows` rows, and some scratch."""
-        ...
-
-    def warm(self) -> None:
-        """Run one token, so that the pool takes its memory now."""
-        ...
-
-    def free_hf_weights(self) -> None:
-        """Free what the model has and this runner does not need; nothing else may use it then."""
-        ...
-
-    def split(self, segments: Sequence[Segment]) -> list[list[int]]:
-        """Return the places of segments that run together, pass by pass."""
-        ...
-
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        ...
+class PathUnsupported(Exception):
+    """This path cannot serve the model; the message says why."""
 
 
-class BaseRunner(ABC):
-    """What all paths share."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeLengths:
+    """Which sequence lengths share their RoPE frequencies."""
 
-    by_size = False
+    original: int = 0  # tokens up to which the usual frequencies hold; 0 for always
+    dynamic: bool = False  # beyond them, every length has its own
+
+    def of(self, length: int) -> int:
+        """Return the RoPE length of a session of `length` tokens."""
+        if not self.original or length <= self.original:
+            return 0
+        return length if self.dynamic else self.original + 1
+
+
+def find_rope_lengths(model: torch.nn.Module) -> RopeLengths:
+    """Return the RoPE lengths of `model`, read from its rotary modules."""
+    for module in model.modules():
+        types: Any = getattr(module, "rope_type", "")
+        names = set(types.values()) if isinstance(types, dict) else {types}
+        dynamic = any("dynamic" in str(name) for name in names)
+        if dynamic or "longrope" in names:
+            return RopeLengths(original=_original_length(module), dynamic=dynamic)
+    return RopeLengths()
+
+
+def _original_length(module: Any) -> int:
+    parameters: Any = getattr(module.config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for candidate in (parameters, *nested):
+        if "original_max_position_embeddings" in candidate:
+            return int(candidate["original_max_position_embeddings"])
+    return int(module.original_max_seq_len)
+
+
+def _reset_rope(model: torch.nn.Module) -> None:
+    """Make dynamic RoPE modules recompute their frequencies in the next pass."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
+
+
+class Runner(ABC, Generic[Pool]):
+    """A model with a pool of KV slots, which `resize` allocates.
+
+    Raises:
+        PathUnsupported: This path cannot serve the model.
+    """
+
+    isolate_long: ClassVar[bool] = False  # see `partition`
+    pool: Pool
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = model.device
-        self.regimes = rope.find(model)
-        self._scratch = 0
+        self.rope_lengths = find_rope_lengths(model)
+        self._scratch = 0  # first slot that no session has
 
     @abstractmethod
-    def resize(self, *, rows: int) -> None:
-        """Replace the pool by an empty one of `rows` rows, and some scratch."""
+    def make_pool(self, *, num_slots: int) -> Pool:
+        """Return an empty pool."""
 
     @abstractmethod
     def free_hf_weights(self) -> None:
-        """Free what the model has and this runner does not need."""
+        """Free the weights of the model that this runner does not need."""
 
-    def warm(self) -> None:
+    @abstractmethod
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
+
+    def resize(self, *, num_slots: int) -> None:
+        """Replace the pool by an empty one of `num_slots` slots and some scratch slots."""
+        self.pool = self.make_pool(num_slots=num_slots + MIN_RANGE)
+        self._scratch = num_slots
+
+    def warm_up(self) -> None:
         """Run one token, so that the pool takes its memory now."""
         with torch.inference_mode():
             self.forward([Segment(start=self._scratch, past=0, tokens=(0,))])
 
-    @abstractmethod
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
-        """Return the places of segments that run together, pass by pass."""
-        return list(partition(segments, by_size=self.by_size))
+        """Return the indices of segments that run together, pass by pass."""
+        return partition(segments, isolate_long=self.isolate_long)
 
     def _with_rope_padding(self, segments: Sequence[Segment]) -> list[Segment]:
-        regime = segments[0].regime
-        if self.regimes.dynamic:
-            rope.forget(self.model)
-        if all(segment.length < regime for segment in segments):
-            ballast = Segment(
-                start=self._scratch, past=0, tokens=(0,), regime=regime, place=regime - 1
+        rope_length = segments[0].rope_length
+        if self.rope_lengths.dynamic:
+            _reset_rope(self.model)
+        if all(segment.length < rope_length for segment in segments):
+            padding = Segment(
+                start=self._scratch, past=0, tokens=(0,), first_position=rope_length - 1
             )
-            return [*segments, ballast]
+            return [*segments, padding]
         return list(segments)
 
 
-class ModelRunner(BaseRunner):
-    """A runner that calls the model itself."""
+class ModelRunner(Runner[LayeredKVPool]):
+    """A runner that calls the model's own forward pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._pool = KVPool(rows=0)
 
-    @property
-    def pool(self) -> KVPool:
-        """Return the keys and values."""
-        return self._pool
-
-    def resize(self, *, rows: int) -> None:
-        """Replace the pool by an empty one of `rows` rows, and some scratch."""
-        self._pool = KVPool(rows=rows + SMALLEST)
-        self._scratch = rows
+    def make_pool(self, *, num_slots: int) -> LayeredKVPool:
+        """Return an empty pool."""
+        return LayeredKVPool(num_slots=num_slots)
 
     def free_hf_weights(self) -> None:
         """Free nothing: the model itself runs."""
-
-
-class PaddedRunner(ModelRunner):
-    """Left-padded rows and the model's own attention, over columns gathered from the pool."""
-
-    by_size = True
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters:
-            raise mask_probe.Unsuited("its forward pass takes no past_key_values")
-        self._takes_positions = "position_ids" in parameters
-        config: Any = model.config.get_text_config(decoder=True)
-        self._layers = int(config.num_hidden_layers)
-
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        batch = PaddedBatch(self._with_rope_padding(segments), device=self.device)
-        extra: dict[str, Any] = {}
-        if self._takes_positions:
-            extra["position_ids"] = batch.positions_BQ
-        kept = batch.queries
-        if self._slices_logits:
-            kept = max(1, *(segment.rows for segment in segments))
-            extra["logits_to_keep"] = torch.arange(
-                batch.queries - kept, batch.queries, device=self.device
-            )
-        logits_BQV: Tensor = self.model(
-            input_ids=batch.ids_BQ,
-            attention_mask=batch.mask_BK,
-            past_key_values=PaddedCache(batch, pool=self.pool, layers=self._layers),
-            use_cache=True,
-            **extra,
-        ).logits
-        return logits_BQV.flatten(0, 1)[self._kept(batch, kept)]
-
-    @staticmethod
-    def _kept(batch: PaddedBatch, kept: int) -> Tensor:
-        places_N = batch.wanted()
-        rows_N = places_N // batch.queries
-        return places_N - (rows_N + 1) * (batch.queries - kept)

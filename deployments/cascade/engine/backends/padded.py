@@ -1,29 +1,75 @@
-"""The fallback path's cache: ragged sessions as left-padded rows for a model's own attention.
+"""The `padded` path: ragged sessions as a left-padded batch for the model's own attention.
 
-Sessions are aligned on the right, so the distance between any query and key column is the true
-one: causal, sliding and chunked masks and ALiBi come out right without knowing the model.
+It is the fallback for models whose attention cannot be replaced. Sessions are aligned on the right,
+so the distance between a query and a key column is the true one: causal, sliding and chunked masks
+and ALiBi come out right for any model.
+
 Shapes: `B` sessions, `Q` new and `K` cached and new columns of the longest, `J` heads, `D` head
-size.
+size, `R` slots of the pool.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cascade.engine.backends.base import ModelRunner, PathUnsupported
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from cascade.engine.batch import Segment
-    from cascade.engine.kv_pool import KVPool
+    from cascade.engine.kv_pool import LayeredKVPool
 
 
-class PaddedBatch:
-    """Segments as rows of equal length, and where their columns lie in the pool."""
+class PaddedRunner(ModelRunner):
+    """The model's own attention over columns gathered from the pool.
+
+    Raises:
+        PathUnsupported: The model takes no cache.
+    """
+
+    isolate_long = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in parameters:
+            raise PathUnsupported("its forward pass takes no past_key_values")
+        self._takes_positions = "position_ids" in parameters
+        config: Any = model.config.get_text_config(decoder=True)
+        self._layers = int(config.num_hidden_layers)
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
+        batch = _PaddedBatch(self._with_rope_padding(segments), device=self.device)
+        extra: dict[str, Any] = {}
+        if self._takes_positions:
+            extra["position_ids"] = batch.positions_BQ
+        kept = batch.queries
+        if self._slices_logits:
+            kept = max(1, *(segment.num_logits for segment in segments))
+            extra["logits_to_keep"] = torch.arange(
+                batch.queries - kept, batch.queries, device=self.device
+            )
+        logits_BQV: Tensor = self.model(
+            input_ids=batch.ids_BQ,
+            attention_mask=batch.mask_BK,
+            past_key_values=_cache(batch, pool=self.pool, layers=self._layers),
+            use_cache=True,
+            **extra,
+        ).logits
+        return logits_BQV.flatten(0, 1)[batch.logit_indices(kept)]
+
+
+class _PaddedBatch:
+    """Segments as sequences of equal length, and the slots of their columns."""
 
     def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
         self.segments = segments
@@ -31,42 +77,43 @@ class PaddedBatch:
         self.queries = max(segment.count for segment in segments)
         self.past = max(segment.length for segment in segments) - self.queries
         self.keys = self.past + self.queries
-        self.ids_BQ = self._rows([self._left(s.tokens, self.queries) for s in segments])
-        self.positions_BQ = self._rows([self._left(s.positions, self.queries) for s in segments])
-        self.mask_BK = self._rows([self._left([1] * s.length, self.keys) for s in segments])
-        columns = [self._left(range(s.start, s.start + s.length), self.keys) for s in segments]
-        self.columns_BK = self._rows(columns).view(-1)
-        self.rows_T = self._rows([row for s in segments for row in s.new_rows])
-        self.valid_T = self._rows(self._valid())
+        self.ids_BQ = self._tensor([_pad(s.tokens, self.queries) for s in segments])
+        self.positions_BQ = self._tensor([_pad(s.positions, self.queries) for s in segments])
+        self.mask_BK = self._tensor([_pad([1] * s.length, self.keys) for s in segments])
+        columns = [_pad(range(s.start, s.start + s.length), self.keys) for s in segments]
+        self.columns_BK = self._tensor(columns).view(-1)
+        self.slots_T = self._tensor([slot for s in segments for slot in s.new_slots])
+        self.valid_T = self._last([s.count for s in segments], self.queries)
 
-    def wanted(self) -> Tensor:
-        """Return `[N]`, the places in `[B * Q]` of the tokens whose logits are wanted."""
-        return self._rows(
-            [
-                (place + 1) * self.queries - segment.rows + row
-                for place, segment in enumerate(self.segments)
-                for row in range(segment.rows)
-            ]
-        )
+    def logit_indices(self, kept: int) -> Tensor:
+        """Return `[N]`, where in `[B * kept]` the requested logits of the last columns are."""
+        return self._last([segment.num_logits for segment in self.segments], kept)
 
-    def _valid(self) -> list[int]:
-        ends = ((place + 1) * self.queries for place in range(len(self.segments)))
-        pairs = zip(ends, self.segments, strict=True)
-        return [i for end, segment in pairs for i in range(end - segment.count, end)]
+    def _last(self, counts: Sequence[int], width: int) -> Tensor:
+        """Return the indices of each session's last columns in a flat `[B * width]`."""
+        ends = range(width, width * (len(counts) + 1), width)
+        pairs = zip(ends, counts, strict=True)
+        return self._tensor([i for end, count in pairs for i in range(end - count, end)])
 
-    @staticmethod
-    def _left(values: Sequence[int], width: int) -> list[int]:
-        return [0] * (width - len(values)) + list(values)
-
-    def _rows(self, values: list[Any]) -> Tensor:
+    def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
+def _pad(values: Sequence[int], width: int) -> list[int]:
+    return [0] * (width - len(values)) + list(values)
+
+
+def _cache(batch: _PaddedBatch, *, pool: LayeredKVPool, layers: int) -> Cache:
+    return Cache(layers=[_PaddedLayer(batch=batch, pool=pool, layer=i) for i in range(layers)])
+
+
 class _PaddedLayer(CacheLayerMixin):
+    """One layer of a transformers cache over the pool, for one forward pass."""
+
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, *, batch: PaddedBatch, pool: KVPool, layer: int) -> None:
+    def __init__(self, *, batch: _PaddedBatch, pool: LayeredKVPool, layer: int) -> None:
         super().__init__()
         self._batch = batch
         self._pool = pool
@@ -74,7 +121,7 @@ class _PaddedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the pool shapes itself."""
+        """Do nothing: the pool allocates its own storage."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -82,11 +129,11 @@ class _PaddedLayer(CacheLayerMixin):
         """Store the new `[B, J, Q, D]` states and return all of them, `[B, J, K, D]`."""
         keys, values = self._pool.write(
             self._layer,
-            key_HTD=self._flat(key_states),
-            value_HTD=self._flat(value_states),
-            rows_T=self._batch.rows_T,
+            key_HTD=self._without_padding(key_states),
+            value_HTD=self._without_padding(value_states),
+            slots_T=self._batch.slots_T,
         )
-        return self._gathered(keys), self._gathered(values)
+        return self._gather(keys), self._gather(values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of key columns and the first one's offset."""
@@ -97,28 +144,15 @@ class _PaddedLayer(CacheLayerMixin):
         return self._batch.past
 
     def get_max_length(self) -> int:
-        """Return -1: there is no bound."""
+        """Return -1: there is no limit."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """Return -1: there is no bound."""
-        return -1
-
-    def _flat(self, states_BJQD: Tensor) -> Tensor:
+    def _without_padding(self, states_BJQD: Tensor) -> Tensor:
         flat = states_BJQD.transpose(0, 1).flatten(1, 2)
         return flat.index_select(1, self._batch.valid_T)
 
-    def _gathered(self, states_JRD: Tensor) -> Tensor:
+    def _gather(self, states_JRD: Tensor) -> Tensor:
         columns = states_JRD.index_select(1, self._batch.columns_BK)
         shape = (len(self._batch.segments), self._batch.keys)
-        # Models view what a cache returns, which must then be laid out as if it were new.
+        # Models call `view` on what a cache returns, so it must be contiguous.
         return columns.unflatten(1, shape).transpose(0, 1).contiguous()
-
-
-class PaddedCache(Cache):
-    """A transformers cache over the pool, for one forward pass."""
-
-    def __init__(self, batch: PaddedBatch, *, pool: KVPool, layers: int) -> None:
-        super().__init__(
-            layers=[_PaddedLayer(batch=batch, pool=pool, layer=i) for i in range(layers)]
-        )

@@ -1,25 +1,26 @@
-"""The proof at load that a path computes what the model's plain forward pass does.
+"""Choose the fastest path that is exact for a model, by a check at load.
 
-Models differ in ways no list can keep up with, and a wrong cache gives fluent nonsense. So each
-path runs a small ragged scenario with rollback and is taken only if every row agrees.
+Models differ in more ways than a list can cover, and a wrong cache gives fluent nonsense. So each
+path runs a small ragged scenario with rollback, and is taken only if all its logits agree with the
+model's plain forward pass.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cascade.engine.backends import prepacked_linear
-from cascade.engine.backends.base import PaddedRunner, Runner
+from cascade.engine.backends.base import PathUnsupported, Runner
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.backends.cuda_graph import CudaGraphRunner
-from cascade.engine.backends.mask_probe import Unsuited, own_attention
+from cascade.engine.backends.mask_probe import original_attention
+from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
-from cascade.engine.kv_allocator import SMALLEST
+from cascade.engine.kv_allocator import MIN_RANGE
 from cascade.engine.model_loader import check_state
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -32,52 +33,51 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The largest error of a row, as a share of its largest logit, that rounding explains.
+# Largest error of a token's logits, as a share of the largest logit, that rounding explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.03, torch.bfloat16: 0.1}
 
-# In half precision a near tie between experts of a mixture may fall the other way in a few rows.
+# In half precision a near tie in the routing of a mixture of experts may change for a few tokens.
 _HALF_QUANTILE = 0.75
 
 _FEW_IDS = 50  # fewer than any vocabulary has
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """`tokens` after `past` of a sequence; `context` is all of it."""
+class _Block(NamedTuple):
+    """The tokens of `context` after the first `past`, to run in one pass."""
 
     session: int
     past: int
     context: tuple[int, ...]
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.context[self.past :]
+    def segment(self) -> Segment:
+        tokens = self.context[self.past :]
+        start = self.session * MIN_RANGE
+        return Segment(start=start, past=self.past, tokens=tokens, num_logits=len(tokens))
 
 
-def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
-    """Return the first path that is exact for `model`.
+def select_runner(model: PreTrainedModel, *, settings: EngineSettings) -> Runner[Any]:
+    """Return a runner of the first path that is exact for `model`.
 
     Raises:
-        UnsupportedModel: if none is; the message says why.
+        UnsupportedModel: No path is; the message says why.
     """
     check_state(type(model))
     if settings.deterministic and model.device.type != "cpu":
-        raise UnsupportedModel(
-            f"deterministic rows were asked for on {model.device}; only the CPU path has them"
-        )
-    usual = own_attention(model)
-    model.set_attn_implementation(usual)
+        raise UnsupportedModel(f"deterministic is set on {model.device}; only a CPU supports it")
+    original = original_attention(model)
+    model.set_attn_implementation(original)
     scenario = _scenario(model)
-    expected = _plainly(model, scenario)
+    expected = _plain_logits(model, scenario)
     reasons: list[str] = []
     for path, build in paths(model, settings):
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(original)
         try:
-            return _proved(build, scenario, expected, exact=settings.deterministic)
-        except Unsuited as reason:
+            return _checked(build, scenario, expected, deterministic=settings.deterministic)
+        except PathUnsupported as reason:
             reasons.append(f"{path} path: {reason}")
             log.info("%s is not served by the %s path: %s", type(model).__name__, path, reason)
-    model.set_attn_implementation(usual)
+    model.set_attn_implementation(original)
     raise UnsupportedModel(
         f"{type(model).__name__} cannot be served exactly ({'; '.join(reasons)}); serve a "
         "decoder-only model whose cache is keys and values"
@@ -86,8 +86,8 @@ def choose(model: PreTrainedModel, *, settings: EngineSettings) -> Runner:
 
 def paths(
     model: PreTrainedModel, settings: EngineSettings
-) -> Iterator[tuple[Path, Callable[[], Runner]]]:
-    """Yield the paths that `model` may take and how each is built, the quickest first."""
+) -> Iterator[tuple[Path, Callable[[], Runner[Any]]]]:
+    """Yield the paths that settings and device allow and how to build each, fastest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     if settings.path in {Path.AUTO, Path.LEAN}:
         yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
@@ -95,8 +95,8 @@ def paths(
         return
     if packed:
         prepacked_linear.pack(model, deterministic=exact)
-    launches = settings.path is Path.AUTO and model.device.type == "cuda"
-    if launches or settings.path is Path.CAPTURED:
+    on_gpu = settings.path is Path.AUTO and model.device.type == "cuda"
+    if on_gpu or settings.path is Path.CAPTURED:
         yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
     if settings.path is Path.CAPTURED:
         return
@@ -106,25 +106,29 @@ def paths(
         yield Path.PADDED, lambda: PaddedRunner(model)
 
 
-def _proved(
-    build: Callable[[], Runner],
+def _checked(
+    build: Callable[[], Runner[Any]],
     scenario: list[list[_Block]],
-    expected: list[list[Tensor]],
+    expected: Tensor,
     *,
-    exact: bool,
-) -> Runner:
+    deterministic: bool,
+) -> Runner[Any]:
     try:
         runner = build()
-        runner.resize(rows=2 * SMALLEST)
-        actual = [_run(runner, blocks) for blocks in scenario]
-    except Unsuited:
+        runner.resize(num_slots=2 * MIN_RANGE)
+        with torch.inference_mode():
+            segments = [[block.segment for block in blocks] for blocks in scenario]
+            actual = torch.cat([runner.forward(one_pass) for one_pass in segments])
+    except PathUnsupported:
         raise
-    # Model code we have never seen may fail in any way; each of them means: not this path.
+    # Unknown model code may fail in any way, and each means that this path cannot serve it.
     except Exception as error:
-        raise Unsuited(f"it fails with {type(error).__name__}: {str(error)[:200]}") from error
+        raise PathUnsupported(
+            f"it fails with {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     _compare(actual, expected)
-    if exact:
-        _prove_bits(runner)
+    if deterministic:
+        _check_batch_invariance(runner)
     return runner
 
 
@@ -134,95 +138,62 @@ def _scenario(model: PreTrainedModel) -> list[list[_Block]]:
     first = tuple((7 * i + 3) % size for i in range(26))
     wrong = (*first[:21], *((11 * i + 5) % size for i in range(3)))
     second = tuple((13 * i + 2) % size for i in range(11))
-    return [
-        [_Block(session=0, past=0, context=first[:20])],
-        [
-            _Block(session=0, past=20, context=wrong),
-            _Block(session=1, past=0, context=second[:8]),
-        ],
-        [
-            _Block(session=0, past=21, context=first[:24]),
-            _Block(session=1, past=8, context=second[:10]),
-        ],
-        [
-            _Block(session=0, past=24, context=first[:25]),
-            _Block(session=1, past=10, context=second[:11]),
-        ],
-        [_Block(session=0, past=25, context=first[:26])],
+    passes = [
+        [(0, 0, first[:20])],
+        [(0, 20, wrong), (1, 0, second[:8])],
+        [(0, 21, first[:24]), (1, 8, second[:10])],
+        [(0, 24, first[:25]), (1, 10, second[:11])],
+        [(0, 25, first[:26])],
     ]
+    return [[_Block(*block) for block in blocks] for blocks in passes]
 
 
-def _run(runner: Runner, blocks: list[_Block]) -> list[Tensor]:
-    segments = [
-        Segment(
-            start=block.session * SMALLEST,
-            past=block.past,
-            tokens=block.tokens,
-            rows=len(block.tokens),
-        )
-        for block in blocks
-    ]
-    rows: dict[int, Tensor] = {}
-    with torch.inference_mode():
-        for places in runner.split(segments):
-            logits_NV = runner.forward([segments[place] for place in places])
-            counts = [segments[place].rows for place in places]
-            rows.update(zip(places, logits_NV.split(counts), strict=True))
-    return [rows[place] for place in range(len(segments))]
-
-
-def _plainly(model: PreTrainedModel, scenario: list[list[_Block]]) -> list[list[Tensor]]:
+def _plain_logits(model: PreTrainedModel, scenario: list[list[_Block]]) -> Tensor:
+    """Return the logits of every block by the model's plain forward pass over its context."""
+    plain: dict[tuple[int, ...], Tensor] = {}
+    blocks = [block for blocks in scenario for block in blocks]
     try:
-        return _expected(model, scenario)
-    # As in `_proved`: any failure means that tokens alone do not make this model speak.
+        for context in {block.context for block in blocks}:
+            tokens = torch.tensor([context], device=model.device)
+            with torch.inference_mode():
+                plain[context] = model(input_ids=tokens, use_cache=False).logits[0]
+    # As in `_checked`: any failure means that the model needs more than tokens.
     except Exception as error:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot run on token ids alone ({type(error).__name__}: "
             f"{str(error)[:200]}); serve a decoder-only language model"
         ) from error
+    return torch.cat([plain[block.context][block.past :] for block in blocks])
 
 
-def _expected(model: PreTrainedModel, scenario: list[list[_Block]]) -> list[list[Tensor]]:
-    """Return the plain forward pass of every block's context, its last rows."""
-    plain: dict[tuple[int, ...], Tensor] = {}
-    for block in (block for blocks in scenario for block in blocks):
-        if block.context not in plain:
-            tokens = torch.tensor([block.context], device=model.device)
-            with torch.inference_mode():
-                plain[block.context] = model(input_ids=tokens, use_cache=False).logits[0]
-    return [[plain[block.context][block.past :] for block in blocks] for blocks in scenario]
-
-
-def _compare(actual: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
-    got_NV = torch.cat([rows for blocks in actual for rows in blocks]).float()
-    want_NV = torch.cat([rows for blocks in expected for rows in blocks])
-    tolerance = _TOLERANCE.get(want_NV.dtype, 0.1)
-    exact = want_NV.dtype in {torch.float32, torch.float64}
-    want_NV = want_NV.float()
-    error_N = (got_NV - want_NV).abs().amax(-1) / want_NV.abs().amax(-1).clamp(min=1e-6)
-    error = float(error_N.max() if exact else error_N.quantile(_HALF_QUANTILE))
+def _compare(actual_NV: Tensor, expected_NV: Tensor) -> None:
+    tolerance = _TOLERANCE.get(expected_NV.dtype, 0.1)
+    full_precision = expected_NV.dtype in {torch.float32, torch.float64}
+    actual_NV, expected_NV = actual_NV.float(), expected_NV.float()
+    largest_N = expected_NV.abs().amax(-1).clamp(min=1e-6)
+    error_N = (actual_NV - expected_NV).abs().amax(-1) / largest_N
+    error = float(error_N.max() if full_precision else error_N.quantile(_HALF_QUANTILE))
     if not error <= tolerance:
-        raise Unsuited(
+        raise PathUnsupported(
             f"its logits differ from the plain forward pass by {error:.1e} of the largest logit "
             f"(allowed {tolerance:.0e})"
         )
 
 
-def _prove_bits(runner: Runner) -> None:
-    """Raise Unsuited unless tokens give the same bits one by one and in blocks beside others."""
+def _check_batch_invariance(runner: Runner[Any]) -> None:
+    """Raise PathUnsupported unless logits are the same to the bit alone and beside others."""
     first = tuple((7 * i + 3) % _FEW_IDS for i in range(26))
     other = tuple((13 * i + 2) % _FEW_IDS for i in range(37))
+    prompt = Segment(start=0, past=0, tokens=first[:20])
+    block = Segment(start=0, past=20, tokens=first[20:], num_logits=6)
     with torch.inference_mode():
-        runner.forward([Segment(start=0, past=0, tokens=first[:20])])
-        alone_NV = torch.cat(
-            [
-                runner.forward([Segment(start=0, past=i, tokens=first[i : i + 1], rows=1)])
-                for i in range(20, 26)
-            ]
-        )
-        for beside in (other[:3], other):
-            company = Segment(start=SMALLEST, past=0, tokens=beside, rows=1)
-            runner.forward([Segment(start=0, past=0, tokens=first[:20]), company])
-            block = Segment(start=0, past=20, tokens=first[20:], rows=6)
-            if not torch.equal(runner.forward([block, company])[:6], alone_NV):
-                raise Unsuited("on this CPU its rows depend on the batch to the bit")
+        runner.forward([prompt])
+        singles = [
+            Segment(start=0, past=i, tokens=first[i:][:1], num_logits=1) for i in range(20, 26)
+        ]
+        alone_NV = torch.cat([runner.forward([single]) for single in singles])
+        for tokens in (other[:3], other):
+            beside = Segment(start=MIN_RANGE, past=0, tokens=tokens, num_logits=1)
+            runner.forward([prompt, beside])
+            if not torch.equal(runner.forward([block, beside])[:6], alone_NV):
+                raise PathUnsupported("on this CPU its logits depend on the batch")

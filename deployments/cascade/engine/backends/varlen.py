@@ -1,75 +1,132 @@
-"""One forward pass over segments of many sessions: the flat path and the padded one.
+"""The `flat` path: all tokens of a pass in one variable-length batch without padding.
 
-The lean one and the captured one have files of their own.
+The model runs with our attention function. It is registered with transformers under a name that has
+no mask function, so that models build no mask.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from transformers import AttentionInterface
 
-from cascade.engine.attention import FLAT, Pass, grouped, running
+from cascade.engine import attention
+from cascade.engine.attention import AttentionParams, attend_groups
 from cascade.engine.backends import mask_probe
 from cascade.engine.backends.base import ModelRunner
 from cascade.engine.batch import RaggedBatch, Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cascade.engine.attention import Batch, Form
+    from cascade.engine.backends.cuda_graph import StaticBatch
+
+    Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionParams], Tensor]
+
+_VARLEN = "cascade_varlen"
 
 
 class VarlenRunner(ModelRunner):
-    """Tokens of all sessions in one row; attention reads each session's rows where they are.
+    """The model's forward pass with our attention, which reads each session's states in place.
 
     Raises:
-        Unsuited: if the model's attention is not ours to replace.
+        PathUnsupported: The model's attention cannot be replaced.
     """
 
     def __init__(self, model: PreTrainedModel, *, deterministic: bool = False) -> None:
         super().__init__(model)
-        self._windows = mask_probe.windows(model)
-        self._deterministic = deterministic
-        model.set_attn_implementation(FLAT)
+        self.windows = mask_probe.windows(model)
+        self.deterministic = deterministic
+        model.set_attn_implementation(_VARLEN)
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Store the segments' rows and return the wanted logits `[N, V]`, in segment order."""
-        segments = self._with_rope_padding(segments)
+        """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
         batch = RaggedBatch(
-            segments,
+            self._with_rope_padding(segments),
             device=self.device,
-            rows=self.pool.rows,
-            deterministic=self._deterministic,
+            num_slots=self.pool.num_slots,
+            deterministic=self.deterministic,
         )
-        wanted_N = batch.wanted()
+        indices_N = batch.logit_indices()
         # Some models cannot slice to nothing.
-        kept = wanted_N if len(wanted_N) else torch.zeros_like(batch.ids_T[:1])
-        narrowed = {"logits_to_keep": kept} if self._slices_logits else {}
-        current = self._reading(batch, partial(grouped, batch))
-        with running(current):
+        kept = indices_N if len(indices_N) else torch.zeros_like(batch.ids_T[:1])
+        with self.running(batch, partial(attend_groups, batch)):
             logits: Tensor = self.model(
                 input_ids=batch.ids_T[None],
                 position_ids=batch.positions_T[None],
                 use_cache=False,
-                **narrowed,
+                **({"logits_to_keep": kept} if self._slices_logits else {}),
             ).logits[0]
-        if not self._slices_logits:
-            return logits[wanted_N]
-        return logits[: len(wanted_N)]
+        return logits[: len(indices_N)] if self._slices_logits else logits[indices_N]
 
-    def _reading(
-        self, batch: Batch, attend: Callable[[Tensor, Tensor, Tensor, Form], Tensor]
-    ) -> Pass:
-        """Return a pass over this runner's pool."""
-        return Pass(
-            batch=batch,
-            attend=attend,
-            pool=self.pool,
-            windows=self._windows,
-            deterministic=self._deterministic,
-        )
+    @contextmanager
+    def running(self, batch: RaggedBatch | StaticBatch, attend: Attend) -> Generator[None]:
+        """Let attention calls on this thread work on a batch.
+
+        Args:
+            batch: The tokens of the pass.
+            attend: Attention of queries to the whole pool, if FlashAttention does not support it.
+        """
+        token = _current.set(_Context(runner=self, batch=batch, attend=attend))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Context:
+    runner: VarlenRunner
+    batch: RaggedBatch | StaticBatch
+    attend: Attend
+
+
+_current: ContextVar[_Context | None] = ContextVar("current", default=None)
+
+
+def _attention(  # noqa: PLR0913 - the signature is transformers'
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return attention `[1, T, H, D]` of every token to its own session.
+
+    Shapes are `[1, H, T, D]` for the query, `[1, J, T, D]` for key and value, and `[H]` for the
+    sinks `s_aux`.
+    """
+    current = _current.get()
+    assert current is not None, "an engine runs this model; use another copy"
+    assert attention_mask is None, "masks follow from the batch"
+    runner, batch = current.runner, current.batch
+    assert query.shape[2] == len(batch.slots_T), "every token of the pass has a query"
+    layer: Any = module.layer_idx
+    params = AttentionParams(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=runner.windows[layer],
+        softcap=softcap,
+        sinks_H=s_aux,
+        deterministic=runner.deterministic,
+    )
+    states = runner.pool.write(layer, key_HTD=key[0], value_HTD=value[0], slots_T=batch.slots_T)
+    query_THD = query[0].transpose(0, 1)
+    if attention.flash_supports(query_THD, states[1], params):
+        return attention.flash(batch.varlen, query_THD, *states, params)[None], None
+    return current.attend(query_THD, *states, params)[None], None
+
+
+AttentionInterface.register(_VARLEN, _attention)
