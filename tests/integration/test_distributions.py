@@ -1,0 +1,181 @@
+"""Answers sampled through router, drafter and expert follow the product of target distributions.
+
+tests/speculation/test_distributions.py proves this for every rule by enumeration, without servers.
+Here one rule of each kind of payload is sampled over the network path; the other combinations of
+rule and bonus, which send the same fields, run in the slow suite.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import pytest
+from scipy import stats
+from tests.reference import PositionProbs, target_distribution
+
+from cascade.rules import Chow, Lossless, Opt, TokenV3
+from cascade.types import (
+    Bonus,
+    Coupling,
+    DecodingParams,
+    Mode,
+    Request,
+    SamplingParams,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from tests.conftest import Pair
+    from torch import Tensor
+
+    from cascade.local import LocalServer
+    from cascade.rules import Rule
+
+PROMPT = (3, 1, 4, 1, 5)
+
+DRAFTED, LENGTH = 2, 3  # an answer is longer than a block, so a second round is judged too
+
+SAMPLES, CONCURRENCY = 1000, 50  # fewer samples could not tell all four rules apart
+
+SAMPLING = SamplingParams(temperature=1.5)  # q differs from q0, which rules must read
+
+UNLIKELY = 1e-4
+
+Answer: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Expected and sampled answers; each is computed once, though several tests read it."""
+
+    pair: Pair
+    server: LocalServer
+    _logits: dict[Answer, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _samples: dict[tuple[DecodingParams, int], Counter[Answer]] = field(default_factory=dict)
+
+    def expected(self, rule: Rule, *, length: int = LENGTH) -> dict[Answer, float]:
+        """Return the probability of each answer: the product of pi, from plain forward passes."""
+        answers: dict[Answer, float] = {(): 1.0}
+        for position in range(length):
+            longer = dict[Answer, float]()
+            for answer, probability in answers.items():
+                logits = self._plain_logits(answer)
+                q, p = ((one / SAMPLING.temperature).softmax(0) for one in logits)
+                q0, p0 = (one.softmax(0) for one in logits)
+                at = PositionProbs(position=position, q=q, p=p, q0=q0, p0=p0)
+                pi, _ = target_distribution(rule, at)
+                longer |= {(*answer, i): probability * x for i, x in enumerate(pi.tolist())}
+            answers = longer
+        return answers
+
+    async def sample(self, policy: DecodingParams, *, length: int = LENGTH) -> Counter[Answer]:
+        """Return how often each answer was generated, over many seeds."""
+        if (policy, length) not in self._samples:
+            semaphore = asyncio.Semaphore(CONCURRENCY)
+
+            async def one(seed: int) -> Answer:
+                request = Request(
+                    prompt=PROMPT,
+                    policy=replace(policy, seed=seed),
+                    mode=Mode.CASCADE,
+                    max_tokens=length,
+                    draft_tokens=DRAFTED,
+                )
+                async with semaphore:
+                    chunks = [chunk async for chunk in self.server.router.generate(request)]
+                return tuple(token for chunk in chunks for token in chunk.tokens)
+
+            answers = await asyncio.gather(*map(one, range(SAMPLES)))
+            self._samples[policy, length] = Counter(answers)
+        return self._samples[policy, length]
+
+    def _plain_logits(self, answer: Answer) -> tuple[Tensor, Tensor]:
+        if answer not in self._logits:
+            text = (*PROMPT, *answer)
+            drafter, expert = self.pair.drafter.logits(text), self.pair.expert.logits(text)
+            self._logits[answer] = drafter.double(), expert.double()
+        return self._logits[answer]
+
+
+@pytest.fixture(scope="module")
+def experiment(toy: Pair, toy_stack: LocalServer) -> Experiment:
+    return Experiment(toy, toy_stack)
+
+
+def p_value(seen: Counter[Answer], expected: dict[Answer, float]) -> float:
+    """Return the p-value of a chi-square test; rare answers are counted together."""
+    count = seen.total()
+    common = [answer for answer, probability in expected.items() if probability * count >= 5]
+    observed = [seen[answer] for answer in common]
+    wanted = [expected[answer] * count for answer in common]
+    if len(common) < len(expected):
+        observed.append(count - sum(observed))
+        wanted.append(count - sum(wanted))
+    return float(stats.chisquare(observed, wanted).pvalue)
+
+
+RULES = {
+    "lossless": Lossless(),
+    "opt": Opt(alpha=0.3),
+    "chow": Chow(alpha=0.55),
+    "token_v3": TokenV3(alpha=0.6),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "bonus"),
+    [
+        ("lossless", Bonus.NONE),
+        ("opt", Bonus.TARGET),
+        ("chow", Bonus.NONE),  # its bonus is ignored: the expert is asked at deferrals only
+        ("token_v3", Bonus.NONE),
+        pytest.param("lossless", Bonus.TARGET, marks=pytest.mark.slow),
+        pytest.param("opt", Bonus.NONE, marks=pytest.mark.slow),
+        pytest.param("token_v3", Bonus.TARGET, marks=pytest.mark.slow),
+    ],
+)
+async def test_answers_follow_the_product_of_pi(
+    experiment: Experiment, rule: str, bonus: Bonus
+) -> None:
+    policy = DecodingParams(rule=RULES[rule], bonus=bonus, sampling=SAMPLING)
+    expected = experiment.expected(RULES[rule])
+    assert sum(expected.values()) == pytest.approx(1)
+    assert p_value(await experiment.sample(policy), expected) > UNLIKELY
+
+
+async def test_the_samples_of_one_rule_refute_every_other_rule(experiment: Experiment) -> None:
+    """So these tests can tell the distributions apart."""
+    policy = DecodingParams(rule=RULES["token_v3"], bonus=Bonus.NONE, sampling=SAMPLING)
+    seen = await experiment.sample(policy)
+    for name, other in RULES.items():
+        if name != "token_v3":
+            assert p_value(seen, experiment.expected(other)) < UNLIKELY
+
+
+@pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
+async def test_the_last_token_follows_pi_too(experiment: Experiment, bonus: Bonus) -> None:
+    """With a budget of one token, a draft is judged and no bonus follows."""
+    rule = RULES["token_v3"]
+    policy = DecodingParams(rule=rule, bonus=bonus, sampling=SAMPLING)
+    seen = await experiment.sample(policy, length=1)
+    assert p_value(seen, experiment.expected(rule, length=1)) > UNLIKELY
+    assert p_value(seen, experiment.expected(RULES["lossless"], length=1)) < UNLIKELY
+
+
+VARIANTS = {
+    "gumbel": DecodingParams(coupling=Coupling.GUMBEL, bonus=Bonus.TARGET, rule=TokenV3(alpha=0.6)),
+    "block": DecodingParams(
+        verification=Verification.BLOCK, bonus=Bonus.TARGET, rule=Opt(alpha=0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", VARIANTS.values(), ids=VARIANTS)
+async def test_gumbel_coupling_and_block_verification_follow_pi_too(
+    experiment: Experiment, policy: DecodingParams
+) -> None:
+    seen = await experiment.sample(replace(policy, sampling=SAMPLING))
+    assert p_value(seen, experiment.expected(policy.rule)) > UNLIKELY
