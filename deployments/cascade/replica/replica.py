@@ -167,10 +167,9 @@ class Replica(ABC, Generic[Message]):
         """Return what is served here."""
         return self._description
 
-    async def lease(self) -> AsyncGenerator[LeaseTicket]:
-        """Hold a lease for the caller (a streaming Serve method)."""
-        async for ticket in self.leases.hold(self.address, self._end_lease):
-            yield ticket
+    def lease(self) -> AsyncGenerator[LeaseTicket]:
+        """Hold a lease for the caller, until it closes the generator or the session ends."""
+        return self.leases.hold(self.address, self._end_lease)
 
     def receive(self, connection: Connection, message: ToDrafter | ToExpert) -> None:
         """Serve one message of a stream.
