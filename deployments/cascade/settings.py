@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Interval
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -17,7 +17,6 @@ from cascade.api import context
 from cascade.api.context import Defaults, ServingContext
 from cascade.engine import model_pair, threads
 from cascade.engine.settings import EngineSettings
-from cascade.engine.settings import Path as EnginePath
 from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import ObservedGenerator, Observer
 from cascade.observability.request_log import RequestLog
@@ -39,19 +38,6 @@ class Settings(BaseModel):
     """A branch of the tree."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Engine(Settings):
-    """One model on one device; a zero lets the engine choose (`engine.settings`)."""
-
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: Natural = 0
-    cache_tokens: Natural = 0
-    max_step_tokens: Natural = 0
-    prefix_reuse: bool = True
-    deterministic: bool = False
-    path: EnginePath = EnginePath.AUTO
 
 
 class Deployment(Settings):
@@ -143,7 +129,7 @@ class Tier(Settings):
     model: str = "demo"  # a Hugging Face hub id, a folder, or `demo`: the pair that ships
     revision: str | None = None
     trust_remote_code: bool = False
-    engine: Engine = Engine()
+    engine: EngineSettings = Field(default_factory=EngineSettings)
     deployment: Deployment = Deployment()
     scaling: Scaling | None = None  # instead of the deployment's own number of replicas
     bind_host: str = "0.0.0.0"  # noqa: S104 - routers on other nodes connect; sessions need a lease
@@ -179,10 +165,10 @@ class Tier(Settings):
     def options(self) -> ReplicaOptions:
         """Return what a replica takes."""
         names = {one.name for one in fields(ReplicaOptions)} - {"model", "engine"}
-        most = self.deployment.max_ongoing_requests
+        sessions = self.engine.max_sessions or 2 * self.deployment.max_ongoing_requests
         return ReplicaOptions(
             model=self.model_path,
-            engine=EngineSettings(**self.engine.model_dump(), max_sessions=2 * most),
+            engine=replace(self.engine, max_sessions=sessions),
             **{name: getattr(self, name) for name in names},
         )
 

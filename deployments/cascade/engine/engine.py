@@ -16,8 +16,8 @@ import torch
 from cascade.engine import threads
 from cascade.engine.backends import select
 from cascade.engine.batch import Segment
-from cascade.engine.kv_allocator import capacity_tokens
 from cascade.engine.kv_cache import KVCacheManager
+from cascade.engine.kv_pool import capacity_tokens
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.scheduler import Preemptor, ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
@@ -31,14 +31,12 @@ from cascade.errors import (
     Overloaded,
     Unavailable,
 )
-from cascade.sampling import tensor_ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from cascade.engine.backends.base import Runner
     from cascade.engine.kv_cache import CachedSequence
     from cascade.engine.model_loader import LoadedModel
     from cascade.types import SessionId
@@ -76,16 +74,26 @@ class Engine:
         settings = settings or EngineSettings()
         self._handler = handler
         self._settings = settings
-        self.runner, capacity = _prepare(model, settings)
-        self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         device = model.model.device
+        self.runner = select.select_runner(model.model, settings=settings)
+        capacity = capacity_tokens(
+            settings,
+            device=device,
+            bytes_per_token=self.runner.pool.bytes_per_token,
+            context_length=model.context_length,
+        )
+        self.runner.resize(num_slots=capacity)
+        self.runner.warm_up()
+        if model.owned:
+            self.runner.free_hf_weights()
+        self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._cache = KVCacheManager(
             pool=self.runner.pool,
             capacity=capacity,
             prefix_reuse=settings.prefix_reuse,
-            max_idle=settings.max_sessions,
+            max_idle=settings.session_limit,
         )
         self._budget = step_tokens(settings, device=device.type)
         self._scheduler = Scheduler(budget=self._budget)
@@ -284,8 +292,10 @@ class Engine:
                 f"The session would have {length} tokens; this model's cache and context hold "
                 f"{self.limit_tokens}"
             )
-        if not known and len(self._cache) >= self._settings.max_sessions:
-            raise Overloaded(f"All {self._settings.max_sessions} sessions of this replica are open")
+        if not known and len(self._cache) >= self._settings.session_limit:
+            raise Overloaded(
+                f"All {self._settings.session_limit} sessions of this replica are open"
+            )
 
     def _cycle(self) -> None:
         """Plan once and run the plan, pass by pass."""
@@ -293,46 +303,53 @@ class Engine:
             return
         now_s = self._cycle_began_s = self._clock()
         self._backlog = sum(step.remaining for step in self._scheduler)
-        chunks = self._plan()
-        for request in (chunk.step.request for chunk in chunks):
+        passes = self._plan()
+        for request in (chunk.step.request for one_pass in passes for chunk, _ in one_pass):
             if request.submitted_s is not None:
                 self._counters.waits += 1
                 self._counters.waited_s += now_s - request.submitted_s
                 request.submitted_s = None
-        segments = [_segment(chunk) for chunk in chunks]
-        for indices in self.runner.split(segments):
-            self._forward([chunks[i] for i in indices], [segments[i] for i in indices])
+        for one_pass in passes:
+            self._forward(one_pass)
         self._meter.record(busy=True)
         self._cycle_began_s = None
 
-    def _plan(self) -> list[StepChunk]:
+    def _plan(self) -> list[list[tuple[StepChunk, Segment]]]:
+        """Return the chunks that run, with their segments, pass by pass."""
         preemptor = Preemptor(cache=self._cache, scheduler=self._scheduler)
         chunks = self._scheduler.plan(reserve=preemptor.reserve)
         for step in preemptor.failed:
             self._abandon(step, _no_space())
         # Sessions that are neighbours in the pool are read together, so segments follow its order.
-        return sorted(chunks, key=_first_slot)
+        planned = sorted(
+            ((chunk, _segment(chunk)) for chunk in chunks), key=lambda pair: pair[1].start
+        )
+        passes = self.runner.split([segment for _, segment in planned])
+        return [[planned[index] for index in indices] for indices in passes]
 
-    def _forward(self, chunks: list[StepChunk], segments: list[Segment]) -> None:
+    def _forward(self, planned: list[tuple[StepChunk, Segment]]) -> None:
         """Run one forward pass; an error fails the steps of this pass only."""
-        tokens = sum(chunk.count for chunk in chunks)
-        self.current_pass = ForwardPass(began_s=self._clock(), tokens=tokens, sessions=len(chunks))
+        tokens = sum(chunk.count for chunk, _ in planned)
+        self.current_pass = ForwardPass(began_s=self._clock(), tokens=tokens, sessions=len(planned))
         try:
-            logits_NV = self.runner.forward(segments)[:, : self._columns]
+            logits_NV = self.runner.forward([segment for _, segment in planned])
+            logits_NV = logits_NV[:, : self._columns]
         # Model and device may fail in any way; the other passes go on.
         except Exception as error:
-            log.exception("A forward pass of %d sessions failed", len(chunks))
-            for chunk in chunks:
+            log.exception("A forward pass of %d sessions failed", len(planned))
+            for chunk, _ in planned:
                 self._abandon(chunk.step, error)
             return
         self._counters.passes += 1
         self._counters.tokens += tokens
-        self._counters.turns += len(chunks)
+        self._counters.turns += len(planned)
         self._counters.queued_tokens += self._backlog
-        for chunk in chunks:
+        done: list[tuple[ScheduledStep, int]] = []
+        for chunk, segment in planned:
             chunk.step.sequence.cached += chunk.count
-        done = [(c.step, s.num_logits) for c, s in zip(chunks, segments, strict=True)]
-        self._deliver([(step, n) for step, n in done if n or not step.remaining], logits_NV)
+            if segment.num_logits or not chunk.step.remaining:
+                done.append((chunk.step, segment.num_logits))
+        self._deliver(done, logits_NV)
 
     def _deliver(self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor) -> None:
         """Give the handler its logits and queue the requests that follow."""
@@ -344,7 +361,6 @@ class Engine:
         if not outputs:
             return
         following: Sequence[ForwardRequest] = ()
-        reads_before = tensor_ops.device_reads()
         try:
             following = self._handler.finish(outputs, logits_NV)
         # A defect of the handler must not end every session of the replica.
@@ -352,7 +368,6 @@ class Engine:
             log.exception("The logits handler failed on %d requests", len(outputs))
             for step, _ in done:
                 self._abandon(step, error)
-        self._counters.reads += tensor_ops.device_reads() - reads_before
         for request in following:
             self._accept(request)
 
@@ -366,22 +381,6 @@ class Engine:
         # As in `_deliver`.
         except Exception:
             log.exception("The logits handler failed to handle a failed request")
-
-
-def _prepare(model: LoadedModel, settings: EngineSettings) -> tuple[Runner[Any], int]:
-    """Return the model's runner, warmed up, and the tokens that its cache holds."""
-    runner = select.select_runner(model.model, settings=settings)
-    capacity = capacity_tokens(
-        settings,
-        device=model.model.device,
-        bytes_per_token=runner.pool.bytes_per_token,
-        context_length=model.context_length,
-    )
-    runner.resize(num_slots=capacity)
-    runner.warm_up()
-    if model.owned:
-        runner.free_hf_weights()
-    return runner, capacity
 
 
 def _no_space() -> Overloaded:
@@ -409,8 +408,3 @@ def _output(step: ScheduledStep, count: int) -> LogitsOutput:
         position=step.first_logit + step.delivered,
         last=not step.remaining,
     )
-
-
-def _first_slot(chunk: StepChunk) -> int:
-    kv_range = chunk.step.sequence.kv_range
-    return kv_range.start if kv_range else 0

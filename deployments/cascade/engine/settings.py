@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar, Literal
+
+from cascade.types import Natural  # noqa: TC001 - pydantic reads annotations
 
 
 class Path(StrEnum):
@@ -18,20 +21,28 @@ class Path(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One model on one device. A zero lets the engine choose."""
+    """One model on one device; the `engine` branch of a tier. A zero lets the engine choose."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     device: str = "auto"  # a torch device; auto is cuda if there is one
-    dtype: str = "auto"  # auto is float32 on a CPU, else the checkpoint's
-    threads: int = 0  # torch threads of this process
-    cache_tokens: int = 0  # capacity of the KV cache, for all sessions together
-    cache_bytes: int = 0  # the same in bytes; read if cache_tokens is 0
-    max_step_tokens: int = 0  # token budget of a forward pass; 512 on a CPU, else 4096
-    max_sessions: int = 256  # open at once; further ones are refused
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto is float32 on a CPU, else the checkpoint's
+    )
+    threads: Natural = 0  # torch threads of this process
+    cache_tokens: Natural = 0  # capacity of the KV cache, for all sessions together
+    cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0
+    max_step_tokens: Natural = 0  # token budget of a forward pass; 512 on a CPU, else 4096
+    max_sessions: Natural = 0  # open at once; 0: twice max_ongoing_requests, or 256 without Ray
     prefix_reuse: bool = True  # keep the cache of released sessions for prompts with that prefix
     deterministic: bool = False  # logits of a token do not depend on the batch; CPU only
     packed: bool = True  # prepacked linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
-    vocabulary: int = 0  # logits kept per token: the vocabulary that both models share
+    vocabulary: Natural = 0  # logits kept per token; 0: the vocabulary that both models share
+
+    @property
+    def session_limit(self) -> int:
+        """Return how many sessions may be open at once."""
+        return self.max_sessions or 256
 
 
 def step_tokens(settings: EngineSettings, *, device: str) -> int:
