@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +21,8 @@ from cascade.types import DecodingParams, SamplingParams, Session, SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from cascade.engine.request import ForwardRequest, LogitsHandler
     from cascade.protocol.codec import ServerMessage
@@ -88,8 +91,11 @@ class FakeEngine:
             outputs.append(
                 LogitsOutput(request=request, first=0, count=request.num_logits, position=first)
             )
-        logits_NV = torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), VOCABULARY)
-        for request in self.handler.finish(outputs, 9.0 * logits_NV):
+        num_tokens = sum(len(request.tokens) for request in requests)
+        self.current_pass = ForwardPass(
+            began_s=time.monotonic(), tokens=num_tokens, sessions=len(requests)
+        )
+        for request in self.handler.finish(outputs, _logits(rows)):
             self.submit(request)
 
     def fail(self, session: SessionId, error: Exception) -> None:
@@ -100,6 +106,13 @@ class FakeEngine:
 
     def _forget(self, session: SessionId) -> None:
         self.waiting = [request for request in self.waiting if request.session != session]
+
+
+def _logits(tokens: Sequence[int]) -> Tensor:
+    """Return logits [N, V] whose largest is each token's, and whose second its successor's."""
+    first_N = torch.tensor(tokens, dtype=torch.int64)
+    one_hot = torch.nn.functional.one_hot
+    return 2.0 * one_hot(first_N, VOCABULARY) + one_hot((first_N + 1) % VOCABULARY, VOCABULARY)
 
 
 class _OnFakeEngine:
@@ -169,11 +182,12 @@ class Client:
         """Run forward passes; return the messages received since the last call."""
         for _ in range(passes):
             self.replica.engine.run()
+            await asyncio.sleep(0)  # the event loop delivers results
         return await self.take()
 
     async def take(self) -> list[ServerMessage]:
         """Return the messages received since the last call."""
-        await asyncio.sleep(0)  # the event loop delivers results
+        await asyncio.sleep(0)
         taken = self.received.copy()
         self.received.clear()
         return taken
