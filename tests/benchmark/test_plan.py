@@ -1,45 +1,32 @@
-"""From what a person asks of a benchmark to contenders."""
+"""From the words of the command line to a comparison of systems."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from tests.support.benchmarks import PATIENT
 
-from cascade.benchmark.load import Closed
-from cascade.benchmark.plan import Apart, Here, Plan, execute, padded_expert, parse_ask, questions
-from cascade.benchmark.synthetic_model import Shape, is_padded
+from cascade.benchmark.load import ClosedLoop
+from cascade.benchmark.plan import Plan, held_out_requests, parse_variant, run_plan
+from cascade.benchmark.systems import one_process, separate_processes
+from cascade.benchmark.transformers_baselines import Assistance
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.tasks import Family, Level
-from cascade.settings import Application
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
-def settings() -> Application:
-    engine = {"threads": 1}
-    return Application.model_validate(
-        {
-            "drafter": {"engine": engine},
-            "expert": {"engine": engine},
-            "router": {"draft_deadline_s": 120},
-        }
-    )
 
 
 def plan(**changes: Any) -> Plan:
     plain: dict[str, Any] = {
-        "settings": settings(),
-        "bodies": questions(count=1, levels=[Level.EASY])[:2],
-        "arrivals": Closed(concurrency=2),
+        "settings": PATIENT,
+        "bodies": held_out_requests(count=1, levels=[Level.EASY])[:2],
+        "load": ClosedLoop(concurrency=2),
         "rounds": 1,
     }
     return Plan(**(plain | changes))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "options"),
     [
         ("expert_only", {"mode": "expert_only"}),
         ("lossless", {"mode": "speculative", "rule": {"kind": "lossless"}, "draft_tokens": "auto"}),
@@ -51,67 +38,66 @@ def plan(**changes: Any) -> Plan:
         ("token_cascade:0.6", {"mode": "token_cascade", "rule": {"kind": "chow", "alpha": 0.6}}),
     ],
 )
-def test_a_way_of_asking_is_read(text: str, told: dict[str, Any]) -> None:
-    assert parse_ask(text) == {"coupling": "maximal", **told}
+def test_a_variant_is_parsed(text: str, options: dict[str, Any]) -> None:
+    assert parse_variant(text) == {"coupling": "maximal", **options}
 
 
 @pytest.mark.parametrize("text", ["warp", "token_v3:high", "lossless@many", "token_v3:7", ""])
-def test_what_is_no_way_of_asking_is_refused(text: str) -> None:
+def test_an_invalid_variant_is_refused(text: str) -> None:
     with pytest.raises(InvalidMeasurement):
-        parse_ask(text)
+        parse_variant(text)
 
 
-def test_questions_take_turns_between_families() -> None:
-    asked = questions(count=2, levels=[Level.HARD])
-    assert len(asked) == 8
-    assert all(body["temperature"] == 0 for body in asked)
-    assert len({body["messages"][0]["content"] for body in asked}) == 8
+def test_held_out_requests_alternate_between_families() -> None:
+    requests = held_out_requests(count=2, levels=[Level.HARD])
+    assert len(requests) == 8
+    assert all(body["temperature"] == 0 for body in requests)
+    assert len({body["messages"][0]["content"] for body in requests}) == 8
 
 
-def test_more_questions_than_there_are_is_refused() -> None:
+def test_more_items_than_a_family_has_are_refused() -> None:
     with pytest.raises(InvalidMeasurement, match="too small"):
-        questions(count=10**6, levels=[Level.EASY], families=[Family.FACTS])
+        held_out_requests(count=10**6, levels=[Level.EASY], families=[Family.FACTS])
 
 
-async def test_arrangements_and_peers_say_the_same_to_the_same_requests() -> None:
-    contest = await execute(
+async def test_variants_and_baselines_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the assisted schedules, the fastest is compared."""
+    schedules = (Assistance(tokens=2), Assistance(tokens=8, confidence=0.4))
+    monkeypatch.setattr("cascade.benchmark.transformers_baselines.ASSISTANCE", schedules)
+    planned = plan(
+        variants=("expert_only", "lossless@3"), rtts_ms=(4.0,), baselines=("assisted", "batched")
+    )
+    comparison = await run_plan(planned)
+    names = list(comparison.systems)
+    assisted = names.pop(2)
+    assert names == ["expert_only, 4 ms", "lossless@3, 4 ms", "transformers batched"]
+    assert assisted in {f"transformers assisted ({schedule})" for schedule in schedules}
+    assert not any(comparison.differences(name, names[0]) for name in (*names, assisted))
+    found = comparison.systems["lossless@3, 4 ms"].median
+    assert found.busy.keys() == {"drafter", "expert"}
+    assert found.acceptance is not None
+
+
+@pytest.mark.slow
+async def test_deployments_and_all_baselines_give_the_same_texts() -> None:
+    """Slow: it starts two processes and each baseline, which other tests check one by one."""
+    comparison = await run_plan(
         plan(
-            asks=("expert_only", "lossless@3"),
-            where=(Here(), Apart()),
+            variants=("expert_only", "lossless@3"),
+            deployments=(one_process, separate_processes),
             rtts_ms=(4.0,),
-            peers=("batched", "continuous"),
+            baselines=("batched", "continuous"),
         )
     )
-    names = [standing.name for standing in contest.standings]
+    names = list(comparison.systems)
     assert names == [
         "expert_only, 4 ms", "lossless@3, 4 ms", "expert_only, apart, 4 ms",
         "lossless@3, apart, 4 ms", "transformers batched", "transformers continuous batching",
     ]  # fmt: skip
-    assert not any(contest.differences(name, names[0]) for name in names)
-    for name in ("lossless@3, 4 ms", "lossless@3, apart, 4 ms"):
-        found = contest[name].middle
-        assert found.busy.keys() == {"drafter", "expert"}
-        assert found.acceptance is not None
+    assert not any(comparison.differences(name, names[0]) for name in names)
+    assert comparison.systems["lossless@3, apart, 4 ms"].median.busy["expert"] > 0
 
 
-async def test_an_unknown_peer_is_refused() -> None:
+async def test_an_unknown_baseline_is_refused() -> None:
     with pytest.raises(InvalidMeasurement, match="no peer 'telepathy'"):
-        await execute(plan(asks=(), peers=("telepathy",)))
-
-
-def test_a_padded_expert_is_made_once_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = Shape(hidden=640, intermediate=1100, layers=7, heads=10, groups=10)
-
-    def small(*_: object) -> Shape:
-        return shape
-
-    monkeypatch.setattr("cascade.benchmark.synthetic_model.shape_for", small)
-    first = padded_expert(settings(), parameters="20M").expert.model_path
-    weights = next(path for path in sorted(tmp_path.rglob("*.safetensors")))
-    before = weights.stat().st_mtime_ns
-    assert padded_expert(settings(), parameters="20M").expert.model_path == first
-    assert weights.stat().st_mtime_ns == before
-    assert is_padded(weights.parent)
+        await run_plan(plan(variants=(), baselines=("telepathy",)))

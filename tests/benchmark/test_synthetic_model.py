@@ -1,4 +1,4 @@
-"""A cost-padded model says what its source says."""
+"""A synthetic model gives the logits of its source, at the cost of a larger model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.support.shipped_pair import SETTINGS
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from cascade.benchmark.synthetic_model import (
     LABEL,
     Shape,
-    is_padded,
-    pad,
     parse_parameters,
     shape_for,
+    with_synthetic_expert,
+    write,
 )
 from cascade.demo import EXPERT
 from cascade.engine.model_loader import load
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 PROMPTS = ("Who is Buzz Aldrin?", "Clara has 3 books and finds 7 more. How many books has Clara?")
 
 
-def own_shape(config: Any, **changes: int) -> Shape:
+def shape_of(config: Any, **changes: int) -> Shape:
     """Return the sizes of a model, some of them changed."""
     own: dict[str, int] = {
         "hidden": config.hidden_size,
@@ -54,7 +55,7 @@ def larger(config: Any) -> Shape:
     )
 
 
-def written(folder: Path) -> PreTrainedModel:
+def loaded(folder: Path) -> PreTrainedModel:
     """Return the model of a folder in float32."""
     return load(str(folder), device="cpu", dtype="float32").model
 
@@ -66,23 +67,23 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped expert, a little larger in every way."""
-    out = tmp_path_factory.mktemp("padded")
+    out = tmp_path_factory.mktemp("synthetic")
     config: Any = AutoConfig.from_pretrained(str(EXPERT))
-    pad(str(EXPERT), out=out, shape=larger(config), dtype=torch.float32)
+    write(str(EXPERT), out=out, shape=larger(config), dtype=torch.float32)
     return out
 
 
-def test_its_logits_are_the_sources_within_rounding(padded: Path) -> None:
-    torch.testing.assert_close(logits(written(padded)), logits(written(EXPERT)), atol=1e-4, rtol=0)
+def test_logits_are_the_sources_within_rounding(synthetic: Path) -> None:
+    torch.testing.assert_close(logits(loaded(synthetic)), logits(loaded(EXPERT)), atol=1e-4, rtol=0)
 
 
-def test_its_greedy_text_is_the_sources(padded: Path) -> None:
-    words = load_tokenizer(str(padded))
-    one, other = written(EXPERT), written(padded)
+def test_greedy_text_is_the_sources(synthetic: Path) -> None:
+    tokenizer = load_tokenizer(str(synthetic))
+    one, other = loaded(EXPERT), loaded(synthetic)
     for prompt in PROMPTS:
-        ids = torch.tensor([words.chat([{"role": "user", "content": prompt}])])
+        ids = torch.tensor([tokenizer.chat([{"role": "user", "content": prompt}])])
         texts = [
             model.generate(ids, do_sample=False, max_new_tokens=40).tolist()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue] - stub of `generate`
             for model in (one, other)
@@ -90,10 +91,10 @@ def test_its_greedy_text_is_the_sources(padded: Path) -> None:
         assert texts[0] == texts[1]
 
 
-def test_what_was_added_is_work_and_not_nothing(padded: Path) -> None:
-    """Every added row that reads is random, so no kernel can skip it."""
+def test_added_weights_are_random_where_they_read(synthetic: Path) -> None:
+    """A kernel cannot skip the added work."""
     own: Any = AutoConfig.from_pretrained(str(EXPERT))
-    state = written(padded).state_dict()
+    state = loaded(synthetic).state_dict()
     last = f"model.layers.{own.num_hidden_layers + 2}."
     for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         assert (state[f"{last}{name}.weight"] != 0).all()
@@ -110,16 +111,15 @@ def test_grouped_heads_keep_their_group(tmp_path: Path) -> None:
     )  # fmt: skip
     source, out = tmp_path / "source", tmp_path / "out"
     LlamaForCausalLM(config).save_pretrained(source)
-    shape = own_shape(config, heads=9, groups=3, hidden=45)
-    pad(str(source), out=out, shape=shape, dtype=torch.float32)
-    torch.testing.assert_close(logits(written(out)), logits(written(source)), atol=1e-5, rtol=0)
+    shape = shape_of(config, heads=9, groups=3, hidden=45)
+    write(str(source), out=out, shape=shape, dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded(out)), logits(loaded(source)), atol=1e-5, rtol=0)
 
 
-def test_a_padded_model_is_labelled(padded: Path) -> None:
-    assert is_padded(padded)
-    assert not is_padded(EXPERT)
-    label = json.loads((padded / "config.json").read_text())[LABEL]
-    assert label["count"] == sum(weight.numel() for weight in written(padded).parameters())
+def test_a_synthetic_model_is_labelled(synthetic: Path) -> None:
+    assert LABEL not in json.loads((EXPERT / "config.json").read_text())
+    label = json.loads((synthetic / "config.json").read_text())[LABEL]
+    assert label["count"] == sum(weight.numel() for weight in loaded(synthetic).parameters())
 
 
 @pytest.mark.parametrize("size", ["120M", "500M", "1.2B", "7B", "30B"])
@@ -135,18 +135,32 @@ def test_shapes_have_about_the_parameters_asked_for(size: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["many", "", "-5M", "0", "M"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UnsupportedModel, match="no number of parameters"):
         parse_parameters(text)
 
 
 def test_a_shape_that_is_too_small_is_refused(tmp_path: Path) -> None:
     config: Any = AutoConfig.from_pretrained(str(EXPERT))
-    shape = own_shape(config, layers=config.num_hidden_layers - 1)
+    shape = shape_of(config, layers=config.num_hidden_layers - 1)
     with pytest.raises(UnsupportedModel, match="layers"):
-        pad(str(EXPERT), out=tmp_path, shape=shape)
+        write(str(EXPERT), out=tmp_path, shape=shape)
 
 
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="gpt2"):
         shape_for(120_000_000, AutoConfig.for_model("gpt2"))
+
+
+def test_a_synthetic_expert_is_made_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = larger(AutoConfig.from_pretrained(str(EXPERT)))
+    monkeypatch.setattr("cascade.benchmark.synthetic_model.shape_for", lambda *_: small)  # pyright: ignore[reportUnknownLambdaType] - any arguments
+    first = with_synthetic_expert(SETTINGS, parameters="20M").expert.model_path
+    weights = next(path for path in sorted(tmp_path.rglob("*.safetensors")))
+    before = weights.stat().st_mtime_ns
+    assert with_synthetic_expert(SETTINGS, parameters="20M").expert.model_path == first
+    assert weights.stat().st_mtime_ns == before
+    assert weights.parent.joinpath("config.json").exists()

@@ -1,4 +1,4 @@
-"""`cascade bench`, from words to files."""
+"""`cascade bench`, from the command line to files."""
 
 from __future__ import annotations
 
@@ -6,57 +6,74 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from tests.support.benchmarks import system_result
 from typer.testing import CliRunner
 
-from cascade.benchmark.synthetic_model import is_padded
+from cascade.benchmark.load import OpenLoop
+from cascade.benchmark.runner import Comparison
+from cascade.benchmark.synthetic_model import LABEL
 from cascade.cli import app
+
+if TYPE_CHECKING:
+    from cascade.benchmark.plan import Plan
 
 RUNNER = CliRunner()
 
 
-def test_a_run_writes_figures_table_and_plot(tmp_path: Path) -> None:
+def test_a_run_writes_json_table_and_plot(tmp_path: Path) -> None:
     words = (
         "bench run facts --count 2 --rounds 1 --ask expert_only --ask lossless@2 --concurrency 2"
         " --expert-threads 1 --slo ttft=60000 --out"
     )
     ended = RUNNER.invoke(app, [*words.split(), str(tmp_path)])
     assert ended.exit_code == 0, ended.output
-    told = json.loads((tmp_path / "bench.json").read_text())
-    assert [one["name"] for one in told["contenders"]] == ["expert_only", "lossless@2"]
-    assert all(one["other_texts"] == [] for one in told["contenders"])
-    assert all(one["median"]["good_share"] == 1 for one in told["contenders"])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [one["name"] for one in report["contenders"]] == ["expert_only", "lossless@2"]
+    assert all(one["other_texts"] == [] for one in report["contenders"])
+    assert all(one["median"]["good_share"] == 1 for one in report["contenders"])
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
     assert "| lossless@2 |" in ended.output
 
 
-def test_a_trace_sets_times_and_lengths(tmp_path: Path) -> None:
+def test_a_trace_sets_times_and_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    async def run_plan(plan: Plan, **_: object) -> Comparison:
+        plans.append(plan)
+        return Comparison(systems={"expert_only": system_result(1.0)})
+
+    monkeypatch.setattr("cascade.benchmark.plan.run_plan", run_plan)
     trace = tmp_path / "trace.jsonl"
     trace.write_text(
         '{"at_s": 0, "prompt_tokens": 40, "max_tokens": 3}\n'
         '{"at_s": 0.01, "prompt": "What is the capital of France?", "max_tokens": 4}\n'
     )
-    words = "bench run facts --count 1 --rounds 1 --ask expert_only --expert-threads 1"
-    more = ["--trace", str(trace), "--out", str(tmp_path / "out")]
-    ended = RUNNER.invoke(app, [*words.split(), *more])
+    words = ["bench", "run", "facts", "--trace", str(trace), "--out", str(tmp_path / "out")]
+    ended = RUNNER.invoke(app, words)
     assert ended.exit_code == 0, ended.output
-    told = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert told["contenders"][0]["median"]["tokens"] == 3 + 4
+    assert plans[0].load == OpenLoop(starts_s=(0.0, 0.01))
+    filled, asked = plans[0].bodies
+    assert len(filled["prompt"]) == 40
+    assert asked["messages"][0]["content"] == "What is the capital of France?"
+    assert [body["max_tokens"] for body in plans[0].bodies] == [3, 4]
+    assert all(body["temperature"] == 0 for body in plans[0].bodies)
 
 
-def test_a_padded_model_is_written(tmp_path: Path) -> None:
+def test_a_synthetic_model_is_written(tmp_path: Path) -> None:
     out = tmp_path / "model"
     words = ["bench", "pad", "--parameters", "60M", "--out", str(out)]
     ended = RUNNER.invoke(app, words)
     assert ended.exit_code == 0, ended.output
-    assert is_padded(out)
+    assert LABEL in json.loads((out / "config.json").read_text())
     assert "cost-padded" in ended.output
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("pad --parameters lots --out nowhere", "no number of parameters"),
         ("run nonsense.jsonl", "cannot be read"),
@@ -67,25 +84,36 @@ def test_a_padded_model_is_written(tmp_path: Path) -> None:
         ("run facts --url http://127.0.0.1:9 --count 1", "no server answers"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_a_line(words: str, said: str) -> None:
+def test_an_error_is_one_line(words: str, message: str) -> None:
     ended = RUNNER.invoke(app, ["bench", *words.split()])
     assert ended.exit_code == 2
-    assert said in " ".join(ended.output.split())
+    assert message in " ".join(ended.output.split())
 
 
-async def test_a_run_that_is_terminated_leaves_no_tier(tmp_path: Path) -> None:
-    """As Ctrl-C does, what ends the command ends what it started."""
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
+async def test_a_terminated_run_leaves_no_tier_process(tmp_path: Path, *, warm: bool) -> None:
+    """SIGTERM to the command also ends the processes that it started, as Ctrl-C does.
+
+    Slow: waiting until all three processes have loaded what they need.
+    """
     command = Path(sys.executable).with_name("cascade")
-    words = ("bench", "run", "facts", "--apart", "--count", "2", "--out", str(tmp_path))
+    words = ("bench", "run", "facts", "--apart", "--count", "1", "--out", str(tmp_path))
     pipe, joined = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
     process = await asyncio.create_subprocess_exec(command, *words, stdout=pipe, stderr=joined)
     assert process.stdout is not None
-    async with asyncio.timeout(60):
-        while b"warm" not in await process.stdout.readline():
-            assert process.returncode is None
-    children = psutil.Process(process.pid).children()
-    assert len(children) == 2
+    if warm:
+        while b"warm" not in (line := await process.stdout.readline()):
+            assert line, "the run ended early"
+    while len(tiers := tier_processes(process.pid)) < 2:
+        assert process.returncode is None
+        await asyncio.sleep(0.05)
     process.terminate()
     await process.communicate()
     assert process.returncode != 0
-    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert not psutil.wait_procs(tiers, timeout=60)[1]
+
+
+def tier_processes(pid: int) -> list[psutil.Process]:
+    """Return the children that have become `cascade tier`."""
+    children = psutil.Process(pid).children()
+    return [child for child in children if "tier" in child.cmdline()]

@@ -1,4 +1,4 @@
-"""The loop by calls: the same answers and the same errors as over gRPC, and memory that stays."""
+"""The router over calls gives the answers and errors of gRPC, and rounds leave no memory behind."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ def request(*, max_tokens: int) -> Request:
     )
 
 
-async def test_a_loop_by_calls_writes_what_the_wire_writes(toy: Pair) -> None:
+async def test_calls_and_grpc_give_the_same_tokens(toy: Pair) -> None:
     answers: list[tuple[int, ...]] = []
     for direct in (True, False):
-        async with local_server(
-            toy.settings(router={"draft_deadline_s": 60}), direct=direct
-        ) as running:
-            pieces = [piece async for piece in running.router.generate(request(max_tokens=30))]
-            answers.append(tuple(token for piece in pieces for token in piece.tokens))
-            assert (running.drafter.sessions, running.expert.sessions) == (0, 0) or not direct
+        settings = toy.settings(router={"draft_deadline_s": 60})
+        async with local_server(settings, direct=direct) as server:
+            chunks = [chunk async for chunk in server.router.generate(request(max_tokens=30))]
+            answers.append(tuple(token for chunk in chunks for token in chunk.tokens))
+            if direct:
+                assert (server.drafter.num_sessions, server.expert.num_sessions) == (0, 0)
     assert answers[0] == answers[1]
 
 
-async def test_a_refusal_reaches_the_caller_without_a_wire_too(toy: Pair) -> None:
-    async with local_server(toy.settings(), direct=True) as running:
+async def test_a_refusal_is_raised_without_grpc_too(toy: Pair) -> None:
+    async with local_server(toy.settings(), direct=True) as server:
         with pytest.raises(ContextTooLong, match="512"):
-            _ = [piece async for piece in running.router.generate(request(max_tokens=600))]
+            _ = [chunk async for chunk in server.router.generate(request(max_tokens=600))]
 
 
-@pytest.mark.parametrize("direct", [True, False])
-async def test_rounds_are_counted(direct: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    found = await microbench.measure_router(streams=4, rounds=500, direct=direct)
+async def test_rounds_are_counted() -> None:
+    found = await microbench.measure_router(streams=4, rounds=500)
     assert found.rounds == 512
     assert found.per_second > 0
 
 
-async def test_rounds_leave_nothing_behind() -> None:
+async def test_rounds_leave_no_objects_behind() -> None:
     await microbench.measure_router(streams=4, rounds=256)
     gc.collect()
     before = len(gc.get_objects())
@@ -60,6 +59,6 @@ async def test_rounds_leave_nothing_behind() -> None:
 
 
 @pytest.mark.slow
-async def test_a_hundred_thousand_rounds_take_no_memory() -> None:
+async def test_a_hundred_thousand_rounds_do_not_grow_memory() -> None:
     found = await microbench.measure_router(streams=64, rounds=100_000)
     assert found.grown_bytes < 2**22

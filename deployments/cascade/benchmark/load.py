@@ -1,13 +1,13 @@
-"""When requests start: a closed loop, a Poisson process, or the times of a trace file.
+"""Sends requests to a system: in a closed loop, as a Poisson process, or at the times of a trace.
 
-A line of a trace is one JSON object:
+A trace file has one JSON object per line:
 
 | field | value |
 |---|---|
 | `at_s` | seconds from the start of the run |
-| `prompt` | text, asked as a chat's user; or |
-| `prompt_tokens` | length of a prompt to be made up, to be continued as text |
-| `max_tokens` | of the answer |
+| `prompt` | text, sent as the user's turn of a chat; or |
+| `prompt_tokens` | length of a made-up prompt, sent as a text completion |
+| `max_tokens` | limit of the answer |
 """
 
 from __future__ import annotations
@@ -15,160 +15,140 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cascade.errors import CascadeError, InvalidMeasurement
+from cascade.evaluation.client import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from cascade.evaluation.client import Answer, Answerer
+    from cascade.evaluation.client import Client
 
 Json: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Closed:
-    """So many clients, each of whom asks again as soon as it has its answer."""
+class ClosedLoop:
+    """A fixed number of clients; each sends its next request when it has its answer."""
 
     concurrency: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Open:
-    """Requests start at given times, whatever has become of those before."""
+class OpenLoop:
+    """Requests start at given times, whether earlier ones are answered or not."""
 
     starts_s: tuple[float, ...]
 
 
-Arrivals: TypeAlias = Closed | Open
+Load: TypeAlias = ClosedLoop | OpenLoop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request and what became of it."""
+class LoadResult:
+    """The answer or the error of each request, in the order of the requests."""
 
-    start_s: float  # from the start of the run
-    answer: Answer | None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """All requests of a run, in the order in which they were given."""
-
-    asked: tuple[Asked, ...]
+    results: tuple[Answer | CascadeError, ...]
     wall_s: float
 
     @property
     def answers(self) -> list[Answer]:
-        """Return the answers there are."""
-        return [asked.answer for asked in self.asked if asked.answer is not None]
+        """Return the answers of the requests that succeeded."""
+        return [result for result in self.results if isinstance(result, Answer)]
 
 
-def poisson(*, rate: float, count: int, seed: int = 0) -> Open:
-    """Return `count` arrivals, `rate` a second on average, the same ones for the same seed."""
+def poisson(*, rate: float, count: int, seed: int = 0) -> OpenLoop:
+    """Return the start times of a Poisson process.
+
+    Args:
+        rate: Mean number of requests per second.
+        count: Number of requests.
+        seed: The same seed gives the same times.
+
+    Raises:
+        InvalidMeasurement: The rate is not positive.
+    """
     if rate <= 0:
-        raise InvalidMeasurement(f"a rate of {rate:g} requests a second never comes to an end")
-    chance = Random(seed)  # noqa: S311 - a schedule, no secret
-    at_s, starts_s = 0.0, list[float]()
-    for _ in range(count):
-        at_s += chance.expovariate(rate)
-        starts_s.append(at_s)
-    return Open(starts_s=tuple(starts_s))
+        raise InvalidMeasurement(f"a rate of {rate:g} requests a second never ends; use more")
+    rng = Random(seed)  # noqa: S311 - a schedule, no secret
+    return OpenLoop(starts_s=tuple(accumulate(rng.expovariate(rate) for _ in range(count))))
 
 
-def read_trace(path: Path, *, filler: Callable[[int], Sequence[int]]) -> tuple[list[Json], Open]:
-    """Return the bodies and the times of a trace file, in order of time.
+def read_trace(
+    path: Path, *, filler: Callable[[int], Sequence[int]]
+) -> tuple[list[Json], OpenLoop]:
+    """Return the request bodies and the start times of a trace file, in order of time.
 
     Args:
         path: A JSONL file.
-        filler: Gives a prompt of so many tokens.
+        filler: Returns a prompt of the given number of tokens.
 
     Raises:
-        InvalidMeasurement: There is no such file, or a line is no request.
+        InvalidMeasurement: The file cannot be read, or a line is not a request.
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise InvalidMeasurement(f"{path} cannot be read ({error.strerror})") from error
-    told = [
-        _parsed(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
+    parsed = [
+        _parse_line(line, where=f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
     ]
-    if not told:
+    if not parsed:
         raise InvalidMeasurement(f"{path} is empty; it needs a JSON object on each line")
-    told.sort(key=lambda line: line.at_s)
-    bodies = [line.body(filler) for line in told]
-    return bodies, Open(starts_s=tuple(line.at_s for line in told))
+    parsed.sort(key=lambda line: line.at_s)
+    starts_s = tuple(line.at_s for line in parsed)
+    return [line.body(filler) for line in parsed], OpenLoop(starts_s=starts_s)
 
 
-async def drive(answerer: Answerer, bodies: Sequence[Mapping[str, Any]], arrivals: Arrivals) -> Run:
-    """Ask everything in the given pattern and wait for the last answer.
+async def run_load(client: Client, bodies: Sequence[Mapping[str, Any]], load: Load) -> LoadResult:
+    """Send all requests and wait for the last answer. A request that fails is recorded, not raised.
 
-    A request that fails is counted, not raised; InvalidMeasurement says that one is refused.
+    Args:
+        client: Answers a request body.
+        bodies: The requests.
+        load: When each request starts.
+
+    Raises:
+        InvalidMeasurement: A request is refused.
     """
     began_s = time.perf_counter()
+    pending = enumerate(bodies)
+    results: dict[int, Answer | CascadeError] = {}
 
-    async def ask(body: Mapping[str, Any]) -> Asked:
-        start_s = time.perf_counter() - began_s
-        try:
-            return Asked(start_s=start_s, answer=await answerer.answer(body))
-        except InvalidMeasurement:
-            raise
-        except CascadeError as error:
-            return Asked(start_s=start_s, answer=None, error=error.message)
+    async def send(requests: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        for number, body in requests:
+            try:
+                results[number] = await client.complete(body)
+            except InvalidMeasurement:
+                raise
+            except CascadeError as error:
+                results[number] = error
 
     try:
-        match arrivals:
-            case Closed(concurrency=concurrency):
-                asked = await _closed(ask, bodies, concurrency)
-            case Open(starts_s=starts_s):
-                asked = await _open(ask, bodies, starts_s, began_s)
-            case _:
-                assert_never(arrivals)
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from group
-    return Run(asked=tuple(asked), wall_s=time.perf_counter() - began_s)
+        async with asyncio.TaskGroup() as group:
+            if isinstance(load, ClosedLoop):
+                for _ in range(load.concurrency):
+                    group.create_task(send(pending))
+            else:
+                for request, start_s in zip(pending, load.starts_s, strict=True):
+                    await asyncio.sleep(began_s + start_s - time.perf_counter())
+                    group.create_task(send([request]))
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from group_error
+    wall_s = time.perf_counter() - began_s
+    return LoadResult(results=tuple(results[number] for number in sorted(results)), wall_s=wall_s)
 
 
-async def _closed(
-    ask: Callable[[Mapping[str, Any]], Coroutine[Any, Any, Asked]],
-    bodies: Sequence[Mapping[str, Any]],
-    concurrency: int,
-) -> list[Asked]:
-    queue = iter(enumerate(bodies))
-    asked: dict[int, Asked] = {}
-
-    async def client() -> None:
-        for number, body in queue:
-            asked[number] = await ask(body)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(concurrency):
-            group.create_task(client())
-    return [asked[number] for number in range(len(bodies))]
-
-
-async def _open(
-    ask: Callable[[Mapping[str, Any]], Coroutine[Any, Any, Asked]],
-    bodies: Sequence[Mapping[str, Any]],
-    starts_s: Sequence[float],
-    began_s: float,
-) -> list[Asked]:
-    tasks: list[asyncio.Task[Asked]] = []
-    async with asyncio.TaskGroup() as group:
-        for body, start_s in zip(bodies, starts_s, strict=True):
-            await asyncio.sleep(began_s + start_s - time.perf_counter())
-            tasks.append(group.create_task(ask(body)))
-    return [task.result() for task in tasks]
-
-
-class _Line(BaseModel):
-    """A line as people type it."""
+class _TraceLine(BaseModel):
+    """One line of a trace file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -178,27 +158,25 @@ class _Line(BaseModel):
     max_tokens: Annotated[int, Field(gt=0)] = 96
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> _Line:
+    def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.prompt_tokens is None):
-            raise ValueError("wanted `prompt` or `prompt_tokens`, one of them")
+            raise ValueError("give either `prompt` or `prompt_tokens`")
         return self
 
     def body(self, filler: Callable[[int], Sequence[int]]) -> Json:
-        asked: Json = {"max_tokens": self.max_tokens}
-        if self.prompt is not None:
-            return {"messages": [{"role": "user", "content": self.prompt}], **asked}
-        assert self.prompt_tokens is not None, "validated above"
-        return {"prompt": list(filler(self.prompt_tokens)), **asked}
+        if self.prompt_tokens is not None:
+            return {"prompt": list(filler(self.prompt_tokens)), "max_tokens": self.max_tokens}
+        messages = [{"role": "user", "content": self.prompt}]
+        return {"messages": messages, "max_tokens": self.max_tokens}
 
 
-def _parsed(path: Path, number: int, line: str) -> _Line:
+def _parse_line(line: str, *, where: str) -> _TraceLine:
     try:
-        return _Line.model_validate_json(line)
+        return _TraceLine.model_validate_json(line)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in found["loc"])
-        named = f"`{place}`: " if place else ""
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"`{part}`: " for part in first["loc"])
         raise InvalidMeasurement(
-            f"{path}, line {number}: {named}{found['msg'].removeprefix('Value error, ')}; a line"
-            ' looks like {"at_s": 0.5, "prompt": "2 + 2?", "max_tokens": 32}'
+            f"{where}: {field}{first['msg'].removeprefix('Value error, ')}; a line looks like"
+            ' {"at_s": 0.5, "prompt": "2 + 2?", "max_tokens": 32}'
         ) from error

@@ -1,17 +1,19 @@
-"""What one step of a tier costs: passes of an engine turned by hand, without router or wire.
+"""Microbenchmarks: the router alone, and one engine step of a tier alone.
 
-A drafter's step runs one token a session and draws the next; an expert's step runs a block a
-session and judges it. Sessions keep their length, so every step costs the same.
+The router runs over tiers that answer at once. An engine step runs without router or gRPC: a
+drafter's step runs one token per session and draws the next, an expert's step runs one block per
+session and verifies it. Sessions keep their length, so every step does the same work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import time
+import timeit
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING
@@ -23,18 +25,8 @@ from cascade.engine.engine import Engine
 from cascade.engine.model_loader import load
 from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
-from cascade.local import DirectPeers
 from cascade.protocol.client import ReplicaClients
-from cascade.protocol.messages import (
-    Close,
-    Judge,
-    Judgement,
-    Open,
-    Proposal,
-    Propose,
-    Score,
-    Scores,
-)
+from cascade.protocol.messages import Judge, Judgement, Proposal, Propose, Score, Scores
 from cascade.protocol.server import TierServer
 from cascade.protocol.services import DRAFTER, EXPERT, Description
 from cascade.router.leases import FixedLeases
@@ -65,37 +57,62 @@ if TYPE_CHECKING:
 
     from cascade.engine.model_loader import LoadedModel
     from cascade.engine.request import LogitsOutput
-    from cascade.protocol.codec import ClientMessage, ServerMessage
+    from cascade.protocol.codec import ClientMessage
     from cascade.protocol.server import Connection
     from cascade.protocol.services import TierKind
 
 DESCRIPTION = Description(
-    model="echo",
+    model="instant",
     vocab_size=2**31 - 1,
     context_length=2**31 - 1,
     tokenizer_fingerprint="none",
     draft_limit=2**31 - 1,
 )
 
+BLOCK, BLOCKS = 4, 64  # tokens of a block, blocks of an answer
 
-class EchoTier:
-    """Drafts token 0 as often as asked, accepts every block whole, scores every token 0 nats."""
+_WARM_UP_STEPS = 3  # which allocate memory
+_TOKENS = 50  # fewer than any vocabulary has
+_ACCEPTANCE = 0.7  # about the chance of a drafted token if the verifying model is uniform
+
+
+class InstantTier:
+    """Answers at once: drafts token 0, accepts every block whole, scores every token 0 nats."""
 
     def __init__(self, description: Description = DESCRIPTION) -> None:
         self.description = description
-        self.received: asyncio.Queue[tuple[Connection, ClientMessage]] = asyncio.Queue()
-        self.ended: asyncio.Queue[Connection] = asyncio.Queue()
 
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
-        """Answer the item and note it in `received`."""
-        self.received.put_nowait((connection, item))
-        answer = echo(item)
-        if answer is not None:
-            connection.send(answer)
+    def receive(self, connection: Connection, message: ClientMessage) -> None:
+        """Answer a message; `Open` and `Close` have no answer."""
+        match message:
+            case Propose():
+                answer = Proposal(
+                    session_id=message.session_id,
+                    epoch=message.epoch,
+                    position=message.position,
+                    digest=message.digest,
+                    block=Block(tokens=(0,) * message.count),
+                )
+            case Judge(block=block):
+                origins = (Origin.DRAFTER,) * block.length
+                answer = Judgement(
+                    session_id=message.session_id,
+                    epoch=message.epoch,
+                    position=message.position,
+                    digest=message.digest,
+                    verdict=Verdict(accepted=block.length, tokens=block.tokens, origins=origins),
+                )
+            case Score():
+                logprobs = tuple(TokenLogprob(token=t, logprob=0.0) for t in message.tokens[1:])
+                answer = Scores(
+                    session_id=message.session_id, epoch=message.epoch, logprobs=logprobs
+                )
+            case _:
+                return
+        connection.send(answer)
 
     def disconnected(self, connection: Connection) -> None:
-        """Note the end of the stream in `ended`."""
-        self.ended.put_nowait(connection)
+        """Do nothing: there is no session to free."""
 
     def describe(self) -> Description:
         """Return what the tier was made with."""
@@ -107,174 +124,93 @@ class EchoTier:
         return True
 
 
-def echo(item: ClientMessage) -> ServerMessage | None:
-    """Return the answer to an item; `Open` and `Close` have none."""
-    match item:
-        case Propose(session_id=session_id, epoch=epoch, position=position, count=count):
-            return Proposal(
-                session_id=session_id,
-                epoch=epoch,
-                position=position,
-                digest=item.digest,
-                block=Block(tokens=(0,) * count),
-            )
-        case Judge(session_id=session_id, epoch=epoch, position=position, block=block):
-            verdict = Verdict(
-                accepted=block.length, tokens=block.tokens, origins=(Origin.DRAFTER,) * block.length
-            )
-            return Judgement(
-                session_id=session_id,
-                epoch=epoch,
-                position=position,
-                digest=item.digest,
-                verdict=verdict,
-            )
-        case Score(session_id=session_id, epoch=epoch, tokens=tokens):
-            logprobs = tuple(TokenLogprob(token=token, logprob=0.0) for token in tokens[1:])
-            return Scores(session_id=session_id, epoch=epoch, logprobs=logprobs)
-        case Open() | Close():
-            return None
-
-
-BLOCK, BLOCKS = 4, 64  # tokens of a block, blocks of an answer
-
-PAGE_BYTES = 4096
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rounds:
-    """What was measured, in one process with both tiers."""
+class RouterSpeed:
+    """Rounds of the router, with both tiers in the same process."""
 
     rounds: int
     seconds: float
-    cpu_s: float  # of the process, tiers too
     grown_bytes: int  # of resident memory, since the first tenth of the rounds
 
     @property
     def per_second(self) -> float:
-        """Return rounds a second."""
+        """Return rounds per second."""
         return self.rounds / self.seconds
 
 
-class InstantTier:
-    """Drafts and accepts at once, and keeps nothing."""
-
-    def receive(self, connection: Connection, item: ClientMessage) -> None:
-        """Answer the item."""
-        answer = echo(item)
-        if answer is not None:
-            connection.send(answer)
-
-    def disconnected(self, connection: Connection) -> None:
-        """Do nothing: nothing was kept."""
-
-    def describe(self) -> Description:
-        """Return what any request fits."""
-        return DESCRIPTION
-
-    @property
-    def alive(self) -> bool:
-        """Always."""
-        return True
-
-
-async def measure_router(*, streams: int, rounds: int, direct: bool = False) -> Rounds:
-    """Return what `rounds` rounds or a few more take, `streams` answers at a time.
+async def measure_router(*, streams: int, rounds: int) -> RouterSpeed:
+    """Time the router's loop.
 
     Args:
         streams: Answers generated at once.
-        rounds: Blocks drafted and judged, at least.
-        direct: Call the tiers instead of going over gRPC: the loop alone.
+        rounds: Blocks drafted and verified, at least.
     """
     async with AsyncExitStack() as cleanup:
         router = Router(
-            drafters=await _tier(DRAFTER, cleanup, direct=direct),
-            experts=await _tier(EXPERT, cleanup, direct=direct),
+            drafters=await _instant_tier(DRAFTER, cleanup),
+            experts=await _instant_tier(EXPERT, cleanup),
             automatic=DraftLengthTuner().session,
             options=RouterOptions(),
         )
-        done = await _run(router, streams=streams, rounds=rounds // 10)
-        gc.collect()
-        held_bytes, began_s, cpu_s = _resident_bytes(), time.perf_counter(), time.process_time()
-        done = await _run(router, streams=streams, rounds=rounds)
-        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
-        gc.collect()
-        grown_bytes = _resident_bytes() - held_bytes
-    return Rounds(rounds=done, seconds=seconds, cpu_s=cpu_s, grown_bytes=grown_bytes)
+        await _generate(router, streams=streams, rounds=rounds // 10)
+        before_bytes, began_s = _resident_bytes(), time.perf_counter()
+        done = await _generate(router, streams=streams, rounds=rounds)
+        seconds = time.perf_counter() - began_s
+        grown_bytes = _resident_bytes() - before_bytes
+    return RouterSpeed(rounds=done, seconds=seconds, grown_bytes=grown_bytes)
 
 
-async def _tier(kind: TierKind, cleanup: AsyncExitStack, *, direct: bool) -> TierClient:
-    tier = InstantTier()
-    if direct:
-        return TierClient(leases=FixedLeases(["here"], token=""), clients=DirectPeers(tier, kind))
-    server = TierServer(tier, kind)
+async def _instant_tier(kind: TierKind, cleanup: AsyncExitStack) -> TierClient:
+    server, clients = TierServer(InstantTier(), kind), ReplicaClients(kind)
     address = await server.start("127.0.0.1:0")
     cleanup.push_async_callback(server.stop)
-    peers = ReplicaClients(kind)
-    cleanup.push_async_callback(peers.close)
-    return TierClient(leases=FixedLeases([address], token=""), clients=peers)
+    cleanup.push_async_callback(clients.close)
+    return TierClient(leases=FixedLeases([address], token=""), clients=clients)
 
 
-async def _run(router: Router, *, streams: int, rounds: int) -> int:
-    answers = -(-rounds // (streams * BLOCKS))
-    counts = await asyncio.gather(*(_stream(router, answers=answers) for _ in range(streams)))
-    return sum(counts)
-
-
-async def _stream(router: Router, *, answers: int) -> int:
-    policy = DecodingParams(sampling=SamplingParams(temperature=0.0), bonus=Bonus.NONE)
+async def _generate(router: Router, *, streams: int, rounds: int) -> int:
     request = Request(
         prompt=(1,) * 32,
-        policy=policy,
+        policy=DecodingParams(sampling=SamplingParams(temperature=0.0), bonus=Bonus.NONE),
         mode=Mode.SPECULATIVE,
         max_tokens=BLOCK * BLOCKS,
         draft_tokens=BLOCK,
     )
-    done = 0
-    for _ in range(answers):
-        async for _ in router.generate(request):
-            done += 1
-    return done
+
+    async def stream() -> int:
+        answers = -(-rounds // (streams * BLOCKS))
+        return sum([1 for _ in range(answers) async for _ in router.generate(request)])
+
+    return sum(await asyncio.gather(*(stream() for _ in range(streams))))
 
 
 def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-
-
-class Work(StrEnum):
-    """What a step does."""
-
-    DRAFT = "draft"
-    JUDGE = "judge"
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Steps of one kind, timed."""
+    """The time of one kind of step."""
 
-    model: str
-    work: Work
-    sessions: int
-    context_tokens: int  # of each session, before the step
     step_tokens: int  # of each session
-    step_ms: float  # median: scheduling, forward pass and head
+    step_ms: float  # median: scheduling, forward pass and logits handler
     mean_ms: float
-    least_ms: float  # of the quickest step: what a machine of one's own would give
-    head_ms: float  # median of drawing or judging alone
+    handler_ms: float  # median of drawing or verifying alone
 
     @property
-    def head_share(self) -> float:
-        """Return the share of a step that is spent on drawing or judging."""
-        return self.head_ms / self.step_ms if self.step_ms else 0.0
+    def handler_share(self) -> float:
+        """Return the share of a step that is spent on drawing or verifying."""
+        return self.handler_ms / self.step_ms if self.step_ms else 0.0
 
 
-class Rig:
-    """A model's engine, turned by hand.
+class StepBenchmark:
+    """Runs the steps of an engine by hand; it is the engine's logits handler.
 
     Args:
         model: A folder, a repository id or a model in memory.
-        work: Whether the model drafts or judges.
-        policy: Of every session; sampling at temperature 1, lossless, by default.
+        policy: Of every session; by default sampling at temperature 1, lossless.
         settings: Of the engine.
 
     Raises:
@@ -285,175 +221,113 @@ class Rig:
         self,
         model: LoadedModel | str,
         *,
-        work: Work = Work.DRAFT,
         policy: DecodingParams | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
         self._settings = settings or EngineSettings()
         if isinstance(model, str):
             model = load(model, device=self._settings.device, dtype=self._settings.dtype)
-        self._head = _Head(
-            model=model.name,
-            work=work,
-            policy=policy or DecodingParams(),
-            likelihood=1 / (_STANDS * model.vocabulary),
-        )
-        self._engine = Engine(model, handler=self._head, settings=self._settings)
+        self._policy = policy or DecodingParams()
+        self._likelihood = 1 / (_ACCEPTANCE * model.vocabulary)
+        self._verifying = False
+        self._repeat = False  # whether the same step follows
+        self._handler_s: list[float] = []
+        self._engine = Engine(model, handler=self, settings=self._settings)
 
     def time(
-        self, *, sessions: int, context_tokens: int = 128, block_tokens: int = 5, passes: int = 40
+        self,
+        *,
+        sessions: int,
+        block_tokens: int | None = None,
+        context_tokens: int = 128,
+        passes: int = 40,
     ) -> StepTime:
-        """Return what a step costs.
+        """Time a step.
 
         Args:
-            sessions: That step together.
+            sessions: Sessions in each step.
+            block_tokens: Drafted tokens of each block to verify; if absent, a token is drafted.
             context_tokens: Tokens of each session before the step.
-            block_tokens: Drafted tokens of each block that is judged.
-            passes: Timed steps.
+            passes: Number of timed steps.
         """
         threads.apply(threads=self._settings.threads)
-        self._head.block_tokens = block_tokens
-        return _time(
-            self._engine, self._head, sessions, context_tokens=context_tokens, passes=passes
+        self._verifying = block_tokens is not None
+        block = self._block(block_tokens or 0)
+        steps = [
+            self._step(number, context_tokens=context_tokens, block=block)
+            for number in range(sessions)
+        ]
+        for number, step in enumerate(steps):
+            context = [(3 * position + number) % _TOKENS for position in range(context_tokens)]
+            self._engine.submit(
+                ForwardRequest(session=step.session, base=0, tokens=context, num_logits=0)
+            )
+        self._engine.step()
+        while self._engine.stats().waiting:
+            self._engine.step()
+        for step in steps:
+            self._engine.submit(step)
+        self._repeat = True
+        for _ in range(_WARM_UP_STEPS):
+            self._engine.step()
+        self._handler_s.clear()
+        step_s = timeit.repeat(self._engine.step, number=1, repeat=passes)
+        handler_s = list(self._handler_s)
+        self._repeat = False
+        self._engine.step()
+        for step in steps:
+            self._engine.release(step.session)
+        return StepTime(
+            step_tokens=len(steps[0].tokens),
+            step_ms=1e3 * median(step_s),
+            mean_ms=1e3 * fmean(step_s),
+            handler_ms=1e3 * median(handler_s),
         )
 
-
-def measure_step(
-    model: LoadedModel | str,
-    *,
-    work: Work = Work.DRAFT,
-    sessions: Sequence[int] = (1, 16),
-    policy: DecodingParams | None = None,
-    settings: EngineSettings | None = None,
-    **more: int,
-) -> list[StepTime]:
-    """Return what a step costs with each number of sessions; the rest is of `Rig` and its `time`.
-
-    Raises:
-        UnsupportedModel: There is no such model, or it cannot be served.
-    """
-    rig = Rig(model, work=work, policy=policy, settings=settings)
-    return [rig.time(sessions=count, **more) for count in sessions]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Head:
-    """Draws or judges, and takes the time of it."""
-
-    model: str
-    work: Work
-    policy: DecodingParams
-    block_tokens: int = 5
-    likelihood: float = 0.5  # that the drafter is taken to have given its tokens
-    seconds: list[float] = field(default_factory=list[float])
-    running: bool = True  # whether another step follows
-
-    def step(self, number: int, *, context_tokens: int) -> ForwardRequest:
-        """Return one session's step; always the same, so that contexts keep their length."""
-        block = tuple((7 * place + number) % _IDS for place in range(self._drafted))
-        rows = rows_needed(self.policy, block) if self.work is Work.JUDGE else 1
-        return ForwardRequest(
-            session=SessionId(str(number)),
-            base=context_tokens - 1,
-            tokens=(number % _IDS, *block[: rows - 1]),
-            num_logits=rows,
-            task=Block(
-                tokens=block,
-                likelihoods=(self.likelihood,) * len(block),
-                rows=_rows(self.policy, len(block), likelihood=self.likelihood),
-            ),
-        )
-
-    @property
-    def _drafted(self) -> int:
-        return self.block_tokens if self.work is Work.JUDGE else 0
-
-    def finish(self, outputs: Sequence[LogitsOutput], logits_NV: Tensor) -> Sequence[ForwardRequest]:
-        """Draw or judge, and ask for the same step again."""
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        """Draw or verify, and request the same step again."""
         steps = [one.request for one in outputs if one.request.task is not None]
         if not steps:
             return []
         began_s = time.perf_counter()
-        if self.work is Work.JUDGE:
-            verify(
-                logits_NV,
-                [
-                    VerifyTask(policy=self.policy, position=step.base, block=step.task)
-                    for step in steps
-                ],
-            )
+        policy = self._policy
+        if self._verifying:
+            tasks = [VerifyTask(policy=policy, position=s.base, block=s.task) for s in steps]
+            verify(logits_NV, tasks)
         else:
-            draft_step(
-                logits_NV,
-                [DraftTask(policy=self.policy, position=s.base, start=s.base) for s in steps],
-            )
-        self.seconds.append(time.perf_counter() - began_s)
-        return steps if self.running else []
+            starts = [DraftTask(policy=policy, position=s.base, block_start=s.base) for s in steps]
+            draft_step(logits_NV, starts)
+        self._handler_s.append(time.perf_counter() - began_s)
+        return steps if self._repeat else []
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        """Raise what went wrong."""
+        """Raise the error of a step."""
         del request
         raise error
 
+    def _step(self, number: int, *, context_tokens: int, block: Block) -> ForwardRequest:
+        """Return the step of one session: always the same, so that contexts keep their length."""
+        num_logits = rows_needed(self._policy, block.tokens) if self._verifying else 1
+        return ForwardRequest(
+            session=SessionId(str(number)),
+            base=context_tokens - 1,
+            tokens=(number % _TOKENS, *block.tokens[: num_logits - 1]),
+            num_logits=num_logits,
+            task=block,
+        )
 
-def _rows(policy: DecodingParams, count: int, *, likelihood: float) -> tuple[SparseProbs, ...]:
-    """Return rows as a drafter ships them, with every entry there, if the policy wants any."""
-    if payload_spec(policy).rows is not ProbsPayload.ALL:
-        return ()
-    ids = np.arange(max(policy.row_entries, _IDS + 1), dtype=np.uint32)
-    weights = np.full(len(ids), likelihood, np.float16)
-    weights[-1] = 1
-    return (SparseProbs(ids=ids, weights=weights),) * count
-
-
-_WARM = 3  # first steps, that allocate
-
-_IDS = 50  # fewer than any vocabulary has
-
-_STANDS = 0.7  # about the chance of a drafted token, where the judging model knows nothing
-
-
-def _time(
-    engine: Engine, head: _Head, sessions: int, *, context_tokens: int, passes: int
-) -> StepTime:
-    _fill(engine, sessions, context_tokens=context_tokens)
-    steps = [head.step(number, context_tokens=context_tokens) for number in range(sessions)]
-    for step in steps:
-        engine.submit(step)
-    head.running = True
-    for _ in range(_WARM):
-        engine.step()
-    head.seconds.clear()
-    taken_s = [_turn(engine) for _ in range(passes)]
-    head_s = list(head.seconds)
-    head.running = False
-    engine.step()
-    for step in steps:
-        engine.release(step.session)
-    return StepTime(
-        model=head.model,
-        work=head.work,
-        sessions=sessions,
-        context_tokens=context_tokens,
-        step_tokens=len(steps[0].tokens),
-        step_ms=median(taken_s) * 1e3,
-        mean_ms=fmean(taken_s) * 1e3,
-        least_ms=min(taken_s) * 1e3,
-        head_ms=median(head_s) * 1e3,
-    )
-
-
-def _fill(engine: Engine, sessions: int, *, context_tokens: int) -> None:
-    """Put every session's context into the cache."""
-    for number in range(sessions):
-        tokens = [(3 * place + number) % _IDS for place in range(context_tokens)]
-        engine.submit(ForwardRequest(session=SessionId(str(number)), base=0, tokens=tokens, num_logits=0))
-    engine.step()
-    while engine.stats().waiting:
-        engine.step()
-
-
-def _turn(engine: Engine) -> float:
-    began_s = time.perf_counter()
-    engine.step()
-    return time.perf_counter() - began_s
+    def _block(self, length: int) -> Block:
+        """Return a drafted block, with as many probabilities as a drafter sends."""
+        probs: tuple[SparseProbs, ...] = ()
+        if payload_spec(self._policy).probs is ProbsPayload.ALL:
+            ids = np.arange(max(self._policy.row_entries, _TOKENS + 1), dtype=np.uint32)
+            weights = np.full(len(ids), self._likelihood, np.float16)
+            weights[-1] = 1
+            probs = (SparseProbs(ids=ids, weights=weights),) * length
+        return Block(
+            tokens=tuple(7 * position % _TOKENS for position in range(length)),
+            likelihoods=(self._likelihood,) * length,
+            draft_probs=probs,
+        )

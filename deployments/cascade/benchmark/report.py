@@ -1,4 +1,4 @@
-"""A contest written down: JSON for machines, a table for people, a plot for both."""
+"""Writes comparisons and suites down: JSON for machines, Markdown tables and a plot for people."""
 
 from __future__ import annotations
 
@@ -6,35 +6,51 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cascade.evaluation.scoring import extra
+from cascade.errors import InvalidMeasurement
+from cascade.evaluation.scoring import import_extra
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from cascade.benchmark.runner import Contest
+    from cascade.benchmark.runner import Comparison
+    from cascade.benchmark.suite import CaseResult
     from cascade.evaluation.environment import Provenance
 
 Json: TypeAlias = dict[str, Any]
 
-_HEADINGS = (
-    "contender", "tokens/s", "ratio", "TTFT ms", "TPOT ms", "p50 / p95 / p99 ms", "tokens/pass",
-    "drafted", "accepted", "bytes/token", "busy", "hidden", "goodput/s", "other text",
-)  # fmt: skip
+
+# The columns of a table, and how each is written from a system's part of a document.
+_COLUMNS = {
+    "system": "{name}",
+    "tokens/s": "{median[tokens_per_s]:.1f}",
+    "ratio": "{ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f})",
+    "TTFT ms": "{median[ttft][p50_ms]:.0f}",
+    "TPOT ms": "{median[tpot][p50_ms]:.1f}",
+    "p50 / p95 / p99 ms": "{latency[p50_ms]:.0f} / {latency[p95_ms]:.0f} / {latency[p99_ms]:.0f}",
+    "tokens/pass": "{median[tokens_per_expert_pass]:.2f}",
+    "drafted": "{median[drafted_per_round]:.2f}",
+    "accepted": "{median[acceptance]:.2f}",
+    "bytes/token": "{median[bytes_per_token]:.0f}",
+    "busy": "{busy}",
+    "hidden": "{median[hidden]:.2f}",
+    "goodput/s": "{median[goodput_per_s]:.2f}",
+    "other text": "{num_other_texts}",
+}
 
 
 def document(
-    contest: Contest, *, baseline: str, notes: Sequence[str], provenance: Provenance, **more: Any
+    comparison: Comparison, *, notes: Sequence[str], provenance: Provenance, **more: Any
 ) -> Json:
-    """Return all of a contest as JSON values.
+    """Return a comparison as JSON values.
 
     Args:
-        contest: What was measured.
-        baseline: The contender that ratios and texts are held against.
-        notes: What a reader must know, such as that a model is cost-padded.
+        comparison: What was measured; ratios and texts are compared with its first system.
+        notes: What a reader must know, such as that a model is synthetic.
         provenance: Where it was measured.
-        more: How requests came, and whatever else belongs to it.
+        more: Further entries, such as how requests came.
     """
+    baseline = next(iter(comparison.systems))
     return {
         "provenance": asdict(provenance),
         "notes": list(notes),
@@ -42,95 +58,181 @@ def document(
         **more,
         "contenders": [
             {
-                "name": one.name,
-                "median": asdict(one.middle),
-                "ratio": asdict(contest.ratio(one.name, baseline)),
-                "other_texts": contest.differences(one.name, baseline),
-                "rounds": [asdict(figures) for figures in one.rounds],
+                "name": name,
+                "median": asdict(system.median),
+                "ratio": asdict(comparison.ratio(name, baseline)),
+                "other_texts": comparison.differences(name, baseline),
+                "rounds": [asdict(metrics) for metrics in system.rounds],
             }
-            for one in contest.standings
+            for name, system in comparison.systems.items()
         ],
     }
 
 
-def table(told: Json, *, headed: bool = True) -> str:
-    """Return a document as Markdown: its notes, where it was measured, and a line a contender."""
-    rounds = len(told["contenders"][0]["rounds"])
+def table(document: Json, *, with_heading: bool = True) -> str:
+    """Return a document as Markdown: its notes, where it was measured, and one line per system."""
+    rows = [_cells(system) for system in document["contenders"]]
+    rounds = len(document["contenders"][0]["rounds"])
     lines = [
-        *(f"> {note}" for note in told["notes"]),
-        *(("", heading(told["provenance"])) if headed else ()),
+        *(f"> {note}" for note in document["notes"]),
+        *(("", heading(document["provenance"])) if with_heading else ()),
         "",
         f"Medians of {rounds} interleaved rounds; ratios are of tokens/s, paired by round, over",
-        f"{told['baseline']}.",
-        *("", _row(_HEADINGS), _row(["---"] + ["---:"] * (len(_HEADINGS) - 1))),
+        f"{document['baseline']}.",
+        "",
+        *_markdown(tuple(_COLUMNS), rows, right=tuple(_COLUMNS)[1:]),
     ]
-    lines += [_row(_cells(one)) for one in told["contenders"]]
     return "\n".join(lines).strip() + "\n"
 
 
-def heading(where: Json) -> str:
+def _cells(system: Json) -> list[str]:
+    median = system["median"]
+    busy = ", ".join(f"{tier} {share:.2f}" for tier, share in median["busy"].items()) or "-"
+    differing = len(system["other_texts"])
+    values = {**system, "latency": median["latency"], "busy": busy, "num_other_texts": differing}
+    cells: list[str] = []
+    for column in _COLUMNS.values():
+        try:
+            cells.append(column.format(**values))
+        except TypeError:  # a metric without a value, which is None, has no digits
+            cells.append("-")
+    return cells
+
+
+def heading(provenance: Json) -> str:
     """Return command, machine, commit and versions as Markdown."""
-    machine = f"{where['cores']} cores of {where['cpu']}, {where['memory_gib']} GiB"
-    gpus = "".join(f", {name}" for name in where["gpus"])
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    machine = f"{provenance['cores']} cores of {provenance['cpu']}, {provenance['memory_gib']} GiB"
+    gpus = "".join(f", {name}" for name in provenance["gpus"])
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     return (
-        f"`{where['command']}`\n\n{machine}{gpus}; commit {where['commit'] or 'unknown'};"
-        f" {where['at']}; load before it {where['load']}; {versions}.\n"
+        f"`{provenance['command']}`\n\n{machine}{gpus}; commit {provenance['commit'] or 'unknown'};"
+        f" {provenance['at']}; load before it {provenance['load']}; {versions}.\n"
     )
 
 
-def write(told: Json, *, folder: Path, name: str) -> list[Path]:
-    """Write a document as JSON, table and plot into a folder; return the paths."""
+def write(document: Json, *, folder: Path, name: str) -> list[Path]:
+    """Write a document as JSON, table and plot.
+
+    Args:
+        document: What `document` returned.
+        folder: Made if it does not exist.
+        name: Of the files, without suffix.
+
+    Returns:
+        The paths of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
-    paths[0].write_text(json.dumps(told, indent=1))
-    paths[1].write_text(table(told))
-    plot(told, paths[2])
+    paths[0].write_text(json.dumps(document, indent=1))
+    paths[1].write_text(table(document))
+    _plot(document, paths[2])
     return paths
 
 
-def plot(told: Json, path: Path) -> None:
+def write_suite(
+    name: str, result: CaseResult, *, folder: Path, provenance: Provenance
+) -> list[Path]:
+    """Write the result of one case as JSON and as Markdown; results of other cases are kept.
+
+    Args:
+        name: Of the case.
+        result: What was measured.
+        folder: Made if it does not exist.
+        provenance: Where and when it was measured.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InvalidMeasurement: The folder has another `suite.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "suite.json", folder / "suite.md"]
+    cases: Json = read_suite(paths[0])["cases"] if paths[0].exists() else {}
+    cases[name] = {
+        "provenance": asdict(provenance),
+        "claims": [asdict(claim) | {"held": claim.held} for claim in result.claims],
+        "contests": {
+            title: document(comparison, notes=[note] if note else [], provenance=provenance)
+            for title, (comparison, note) in result.comparisons.items()
+        },
+    }
+    paths[0].write_text(json.dumps({"cases": cases}, indent=1))
+    parts = [suite_claims({"cases": cases})]
+    for case_name, case in cases.items():
+        parts += [f"## {case_name}", heading(case["provenance"])]
+        parts += [
+            f"### {title}\n\n{table(comparison, with_heading=False)}"
+            for title, comparison in case["contests"].items()
+        ]
+    paths[1].write_text("\n".join(parts))
+    return paths
+
+
+def read_suite(path: Path) -> Json:
+    """Return the `suite.json` that `write_suite` wrote.
+
+    Raises:
+        InvalidMeasurement: The file cannot be read, or is something else.
+    """
+    try:
+        suite: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidMeasurement(f"{path} cannot be read: {error}") from error
+    if not isinstance(suite, dict) or "cases" not in suite:
+        raise InvalidMeasurement(
+            f"{path} is not a report of `cascade bench suite`; choose another --out, or remove it"
+        )
+    return suite  # pyright: ignore[reportUnknownVariableType] - JSON
+
+
+def suite_claims(suite: Json, *, only: str | None = None, with_headings: bool = False) -> str:
+    """Return the claims of cases as Markdown.
+
+    Args:
+        suite: What `read_suite` returned.
+        only: The case to return, if not all.
+        with_headings: Whether to say how each case was measured.
+    """
+    cases = {name: case for name, case in suite["cases"].items() if only in (None, name)}
+    if not cases:
+        return ""
+    rows: list[list[str]] = []
+    for case in cases.values():
+        when = f"{case['provenance']['commit'] or 'unknown'}, {case['provenance']['at'][:16]}"
+        for claim in case["claims"]:
+            bounds = (("at least", claim["least"]), ("at most", claim["most"]))
+            wanted = ", ".join(f"{word} {bound:.3g}" for word, bound in bounds if bound is not None)
+            held = "yes" if claim["held"] else "**no**"
+            measured = f"{claim['measured']:.3g}"
+            rows.append([claim["case"], claim["says"], wanted, measured, held, when])
+    headings = ("case", "what", "wanted", "measured", "held", "commit, UTC")
+    parts = ["\n".join(_markdown(headings, rows, right=("wanted", "measured"))) + "\n"]
+    if with_headings:
+        parts += [f"**{name}**: {heading(case['provenance'])}" for name, case in cases.items()]
+    return "\n".join(parts)
+
+
+def _markdown(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str]
+) -> list[str]:
+    """Return the lines of a table; the columns in `right` are aligned to the right."""
+    rule = ["---:" if name in right else "---" for name in headings]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def _plot(document: Json, path: Path) -> None:
     """Draw tokens per second: a bar is the median, a dot a round."""
-    extra("matplotlib").use("agg")
-    figure, axes = extra("matplotlib.pyplot").subplots(
-        figsize=(9, 1.2 + 0.42 * len(told["contenders"])), layout="constrained"
-    )
-    names = [one["name"] for one in told["contenders"]]
-    axes.barh(names, [one["median"]["tokens_per_s"] for one in told["contenders"]], color="#7aa6c2")
-    for one in told["contenders"]:
-        speeds = [figures["tokens_per_s"] for figures in one["rounds"]]
-        axes.plot(speeds, [one["name"]] * len(speeds), "k.", markersize=4)
+    import_extra("matplotlib").use("agg")
+    pyplot, systems = import_extra("matplotlib.pyplot"), document["contenders"]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(systems)), layout="constrained")
+    medians = [system["median"]["tokens_per_s"] for system in systems]
+    axes.barh([system["name"] for system in systems], medians, color="#7aa6c2")
+    for system in systems:
+        speeds = [metrics["tokens_per_s"] for metrics in system["rounds"]]
+        axes.plot(speeds, [system["name"]] * len(speeds), "k.", markersize=4)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s, all requests together (bar: median, dots: rounds)")
-    axes.set_title(" ".join(told["notes"]), fontsize=8, wrap=True)
+    axes.set_title(" ".join(document["notes"]), fontsize=8, wrap=True)
     figure.savefig(path, dpi=150)
-    extra("matplotlib.pyplot").close(figure)
-
-
-def _cells(one: Json) -> list[str]:
-    middle, ratio = one["median"], one["ratio"]
-    latency = middle["latency"]
-    return [
-        one["name"],
-        f"{middle['tokens_per_s']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
-        f"{middle['ttft']['p50_ms']:.0f}",
-        f"{middle['tpot']['p50_ms']:.1f}",
-        f"{latency['p50_ms']:.0f} / {latency['p95_ms']:.0f} / {latency['p99_ms']:.0f}",
-        _number(middle["tokens_per_expert_pass"]),
-        _number(middle["drafted_per_round"]),
-        _number(middle["acceptance"]),
-        _number(middle["bytes_per_token"], digits=0),
-        ", ".join(f"{tier} {share:.2f}" for tier, share in middle["busy"].items()) or "-",
-        _number(middle["hidden"]),
-        f"{middle['goodput_per_s']:.2f}",
-        str(len(one["other_texts"])),
-    ]
-
-
-def _number(value: float | None, *, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    pyplot.close(figure)

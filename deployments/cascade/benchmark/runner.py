@@ -1,8 +1,8 @@
-"""Contenders against each other: interleaved rounds, medians and paired ratios.
+"""Compares systems: interleaved rounds, medians and paired ratios.
 
-Machines drift, so contenders take turns: every round runs each of them once over the same requests,
-in an order that rotates. A figure is the median over rounds; a ratio is the median of the ratios
-within rounds, so that what slows a whole round cancels. A first turn of everyone is not counted.
+The speed of a machine drifts, so systems take turns: every round runs each of them once over the
+same requests, in an order that rotates. A metric is the median over rounds. A ratio is the median
+of the ratios within rounds, so what slows down a whole round cancels. A warm-up is not counted.
 """
 
 from __future__ import annotations
@@ -11,39 +11,43 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cascade.benchmark.load import Closed, drive
-from cascade.benchmark.metrics import Figures, Spread, figures
+from cascade.benchmark.load import ClosedLoop, run_load
+from cascade.benchmark.metrics import RunMetrics, summarize
 from cascade.errors import InvalidMeasurement
+from cascade.evaluation.client import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from cascade.benchmark.load import Arrivals
-    from cascade.benchmark.metrics import Objective
-    from cascade.benchmark.systems import Contender
+    from cascade.benchmark.load import Load
+    from cascade.benchmark.metrics import Slo
+    from cascade.benchmark.systems import System
 
 Json: TypeAlias = dict[str, Any]
 
-Gauge: TypeAlias = "Callable[[Mapping[str, Figures]], float]"
+RoundProbe: TypeAlias = "Callable[[Mapping[str, RunMetrics]], float]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """How one contender did: its rounds, and what it said in the last."""
+class SystemResult:
+    """The rounds of one system, and its texts in the last round."""
 
-    name: str
-    rounds: tuple[Figures, ...]
+    rounds: tuple[RunMetrics, ...]
     texts: tuple[str | None, ...]  # None where a request failed
 
     @property
-    def middle(self) -> Figures:
-        """Return the median of each figure over the rounds; of counts, those of the last round."""
-        return Figures(**{part.name: _middle(self.rounds, part.name) for part in fields(Figures)})
+    def median(self) -> RunMetrics:
+        """Return the median of each metric over rounds; counts are those of the last round."""
+        columns = {
+            field.name: [getattr(one, field.name) for one in self.rounds]
+            for field in fields(RunMetrics)
+        }
+        return RunMetrics(**{name: _median(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One contender's tokens per second over another's, paired by round."""
+    """Tokens per second of one system over another's, paired by round."""
 
     median: float
     least: float
@@ -51,113 +55,89 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contest:
-    """What a contest came to."""
+class Comparison:
+    """The results of all systems by name; the first is the baseline."""
 
-    standings: tuple[Standing, ...]
-    gauged: tuple[float, ...] = ()  # what a gauge said after each round
-
-    def __getitem__(self, name: str) -> Standing:
-        for standing in self.standings:
-            if standing.name == name:
-                return standing
-        known = ", ".join(standing.name for standing in self.standings)
-        raise InvalidMeasurement(f"there is no contender {name!r}; there are {known}")
+    systems: Mapping[str, SystemResult]
+    probed: tuple[float, ...] = ()  # what the probe returned after each round
 
     def ratio(self, name: str, over: str) -> Ratio:
-        """Return how many times the tokens per second of `over` contender `name` reached."""
-        pairs = zip(self[name].rounds, self[over].rounds, strict=True)
-        found = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs]
-        return Ratio(median=median(found), least=min(found), most=max(found))
+        """Return the tokens per second of system `name` over those of system `over`."""
+        pairs = zip(self.systems[name].rounds, self.systems[over].rounds, strict=True)
+        ratios = [one.tokens_per_s / other.tokens_per_s for one, other in pairs]
+        return Ratio(median=median(ratios), least=min(ratios), most=max(ratios))
 
     def differences(self, name: str, other: str) -> list[int]:
-        """Return the requests to which two contenders gave different texts."""
-        pairs = zip(self[name].texts, self[other].texts, strict=True)
+        """Return the numbers of the requests to which two systems gave different texts."""
+        pairs = zip(self.systems[name].texts, self.systems[other].texts, strict=True)
         return [number for number, (one, two) in enumerate(pairs) if one != two]
 
 
-async def compete(  # noqa: PLR0913 - a contest has as many sides
-    contenders: Sequence[Contender],
+async def compare(  # noqa: PLR0913 - each is one part of a comparison
+    systems: Sequence[System],
     bodies: Sequence[Json],
-    arrivals: Arrivals,
+    load: Load,
     *,
     rounds: int,
-    objective: Objective | None = None,
-    gauge: Gauge | None = None,
-    told: Callable[[str], object] = lambda _: None,
-) -> Contest:
-    """Let all contenders answer all requests in every round.
+    slo: Slo | None = None,
+    probe: RoundProbe | None = None,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Comparison:
+    """Let all systems answer all requests in every round.
 
     Args:
-        contenders: Who; names must differ.
-        bodies: Requests, without a `cascade` object.
-        arrivals: When they start.
-        rounds: How often, after a first time that does not count.
-        objective: What makes an answer good.
-        gauge: Measures something else of the machine at the end of every round, from that round's
-            figures by contender, so that it can be paired with them.
-        told: Called with a line after each turn.
+        systems: What to compare; names must differ.
+        bodies: Request bodies.
+        load: When requests start.
+        rounds: Number of rounds after the warm-up.
+        slo: Which answers count as good.
+        probe: Measures something else at the end of every round, from that round's metrics by
+            system, so that the two can be paired.
+        progress: Called with a line after each run.
 
     Raises:
-        InvalidMeasurement: A contender answered nothing, or refuses a request.
+        InvalidMeasurement: Every request to a system failed, or one was refused.
     """
-    if len({one.name for one in contenders}) < len(contenders):
-        raise InvalidMeasurement("two contenders have one name; name them apart")
-    for one in contenders:
-        await drive(one.answerer, _asked(one, bodies[: _warm(arrivals)]), _unpaced(arrivals))
-        told(f"{one.name}: warm")
-    found: dict[str, list[Figures]] = {one.name: [] for one in contenders}
-    gauged: list[float] = []
+    if len({system.name for system in systems}) < len(systems):
+        raise InvalidMeasurement("two systems have the same name; give each its own")
+    warm_up = load if isinstance(load, ClosedLoop) else ClosedLoop()
+    for system in systems:
+        await run_load(system.client, _requests(system, bodies[: 2 * warm_up.concurrency]), warm_up)
+        progress(f"{system.name}: warm")
+    metrics: dict[str, list[RunMetrics]] = {system.name: [] for system in systems}
     texts: dict[str, tuple[str | None, ...]] = {}
+    probed: list[float] = []
     for number in range(rounds):
-        for one in (
-            *contenders[number % len(contenders) :],
-            *contenders[: number % len(contenders)],
-        ):
-            before = one.busy_s()
-            run = await drive(one.answerer, _asked(one, bodies), arrivals)
-            busy_s = {tier: spent - before[tier] for tier, spent in one.busy_s().items()}
-            found[one.name].append(figures(run, objective=objective, busy_s=busy_s))
-            texts[one.name] = tuple(
-                None if asked.answer is None else asked.answer.text for asked in run.asked
+        first = number % len(systems)
+        for system in (*systems[first:], *systems[:first]):
+            before_s = system.busy_s()
+            run = await run_load(system.client, _requests(system, bodies), load)
+            busy_s = {tier: spent_s - before_s[tier] for tier, spent_s in system.busy_s().items()}
+            found = summarize(run, slo=slo, busy_s=busy_s)
+            metrics[system.name].append(found)
+            texts[system.name] = tuple(
+                result.text if isinstance(result, Answer) else None for result in run.results
             )
-            told(f"{one.name}: round {number + 1}, {found[one.name][-1].tokens_per_s:.1f} tokens/s")
-        if gauge is not None:
-            gauged.append(gauge({name: figures[-1] for name, figures in found.items()}))
-    return Contest(
-        gauged=tuple(gauged),
-        standings=tuple(
-            Standing(name=one.name, rounds=tuple(found[one.name]), texts=texts[one.name])
-            for one in contenders
-        ),
-    )
+            progress(f"{system.name}: round {number + 1}, {found.tokens_per_s:.1f} tokens/s")
+        if probe is not None:
+            probed.append(probe({name: done[-1] for name, done in metrics.items()}))
+    results = {
+        name: SystemResult(rounds=tuple(done), texts=texts[name]) for name, done in metrics.items()
+    }
+    return Comparison(systems=results, probed=tuple(probed))
 
 
-def _asked(contender: Contender, bodies: Sequence[Json]) -> list[Json]:
-    if not contender.cascade:
+def _requests(system: System, bodies: Sequence[Json]) -> list[Json]:
+    if not system.options:
         return list(bodies)
-    return [{**body, "cascade": body.get("cascade", {}) | contender.cascade} for body in bodies]
+    return [{**body, "cascade": body.get("cascade", {}) | system.options} for body in bodies]
 
 
-def _warm(arrivals: Arrivals) -> int:
-    return 2 * arrivals.concurrency if isinstance(arrivals, Closed) else 2
-
-
-def _unpaced(arrivals: Arrivals) -> Closed:
-    return arrivals if isinstance(arrivals, Closed) else Closed()
-
-
-def _middle(rounds: Sequence[Figures], name: str) -> Any:
-    values = [getattr(figure, name) for figure in rounds]
+def _median(values: Sequence[Any]) -> Any:
     match values[-1]:
-        case Spread():
-            parts = {
-                part.name: median(getattr(v, part.name) for v in values) for part in fields(Spread)
-            }
-            return Spread(**parts)
+        case dict() as last:
+            return {key: _median([value[key] for value in values if key in value]) for key in last}
         case float():
             return median(value for value in values if value is not None)
-        case dict() if name == "busy":
-            return {tier: median(value[tier] for value in values) for tier in values[-1]}
         case last:
             return last

@@ -1,109 +1,230 @@
-"""What a benchmark compares: servers, our own loop in several arrangements, and peers."""
+"""The systems that a benchmark compares: our router over tiers in one or in several processes."""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+import asyncio
+import json
+import os
+import re
+import secrets
+import sys
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cascade.benchmark.processes import routed, tier_processes
-from cascade.evaluation.client import InProcess
+import psutil
+
+from cascade.engine import threads
+from cascade.errors import StartupError
+from cascade.evaluation.client import InProcessClient, connect_http
 from cascade.local import local_server
 from cascade.protocol.client import ReplicaClients
+from cascade.protocol.services import DRAFTER, EXPERT
+from cascade.router.leases import FixedLeases
+from cascade.router.tier_session import TierClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+    from collections.abc import AsyncGenerator, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
-    from cascade.evaluation.client import Answerer
+    from cascade.evaluation.client import Client
     from cascade.local import LocalServer
     from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
 
-Busy: TypeAlias = dict[str, float]
+BusySeconds: TypeAlias = "Callable[[], dict[str, float]]"
+
+# Starts systems for the settings of a pair and the round trips to emulate.
+Deployment: TypeAlias = (
+    "Callable[[Application, Sequence[float]], AbstractAsyncContextManager[list[System]]]"
+)
+
+TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name, as `cascade tier` reads it
+
+_TIERS = ("drafter", "expert")
+_STOP_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """Someone who answers, and how it is asked."""
+class System:
+    """Something that answers requests, and the options it is asked with."""
 
     name: str
-    answerer: Answerer
-    cascade: Json = field(default_factory=dict[str, Any])  # of each request
-    busy_s: Callable[[], Busy] = dict  # seconds each tier has been busy so far
-
-    def asked(self, name: str, **cascade: Any) -> Contender:
-        """Return the same one under another name, asked in another way."""
-        return replace(self, name=name, cascade=self.cascade | cascade)
+    client: Client
+    options: Json = field(default_factory=dict[str, Any])  # the `cascade` object of each request
+    busy_s: BusySeconds = dict  # seconds for which each tier has been busy so far
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """Both tiers, running; any number of routers can stand before them."""
+class Tiers:
+    """A running drafter and expert. Any number of routers can use them."""
 
     settings: Application
-    drafter: str  # addresses
-    expert: str
+    addresses: tuple[str, str]  # of drafter and expert
     token: str  # of both tiers' leases
-    busy_s: Callable[[], Busy]
+    busy_s: BusySeconds
 
     @asynccontextmanager
-    async def contender(self, name: str, *, delay_s: float = 0.0) -> AsyncGenerator[Contender]:
-        """Put a router before the tiers, which sends and hears everything `delay_s` late."""
-        async with routed(
-            self.settings,
-            drafter=self.drafter,
-            expert=self.expert,
-            token=self.token,
-            peers=partial(ReplicaClients, delay_s=delay_s),
-        ) as service:
-            answerer = InProcess(service, name=name)
-            yield Contender(name=name, answerer=answerer, busy_s=self.busy_s)
+    async def routed(self, name: str, rtts_ms: Sequence[float]) -> AsyncGenerator[list[System]]:
+        """Start one router for each round trip, in this process.
+
+        Args:
+            name: Of the systems, before their round trip.
+            rtts_ms: Round trips to emulate; half of each is added each way.
+        """
+        systems: list[System] = []
+        async with AsyncExitStack() as cleanup:
+            for rtt_ms in rtts_ms:
+                tiers: list[TierClient] = []
+                for kind, address in zip((DRAFTER, EXPERT), self.addresses, strict=True):
+                    clients = ReplicaClients(kind, delay_s=rtt_ms / 2e3)
+                    cleanup.push_async_callback(clients.close)
+                    leases = FixedLeases([address], token=self.token)
+                    tiers.append(TierClient(leases=leases, clients=clients))
+                router = self.settings.router.loop(drafters=tiers[0], experts=tiers[1])
+                context = self.settings.serving_context(router, self.settings.pair())
+                full_name = joined(name, f"{rtt_ms:g} ms" if rtt_ms else "")
+                client = InProcessClient(context, name=full_name)
+                systems.append(System(name=full_name, client=client, busy_s=self.busy_s))
+            yield systems
+
+
+def joined(*parts: str) -> str:
+    """Return the name of a system from the parts that are not empty."""
+    return ", ".join(filter(None, parts))
+
+
+def tiers_of(settings: Application, server: LocalServer) -> Tiers:
+    """Return the tiers of a server in this process; one is busy while its engine runs a step."""
+    return Tiers(
+        settings=settings,
+        addresses=(server.drafter.address, server.expert.address),
+        token=server.token,
+        busy_s=lambda: {tier: getattr(server, tier).engine.stats().busy_s for tier in _TIERS},
+    )
 
 
 @asynccontextmanager
-async def together(settings: Application) -> AsyncGenerator[Running]:
-    """Run both tiers in this process; a tier is busy while its engine runs a pass."""
-    async with local_server(settings) as running:
-        yield Running(
-            settings=settings,
-            drafter=running.drafter.address,
-            expert=running.expert.address,
-            token=running.token,
-            busy_s=partial(_passes_s, running),
-        )
+async def one_process(
+    settings: Application, rtts_ms: Sequence[float]
+) -> AsyncGenerator[list[System]]:
+    """Run router and tiers in this process; raises StartupError."""
+    async with (
+        local_server(settings) as server,
+        tiers_of(settings, server).routed("", rtts_ms) as systems,
+    ):
+        yield systems
 
 
 @asynccontextmanager
-async def direct(settings: Application) -> AsyncGenerator[Contender]:
-    """Run the loop and both tiers in this process without gRPC: what a network is held against."""
-    async with local_server(settings, direct=True) as running:
-        name = "one process"
-        answerer = InProcess(running.service, name=name)
-        yield Contender(name=name, answerer=answerer, busy_s=partial(_passes_s, running))
-
-
-def _passes_s(running: LocalServer) -> Busy:
-    return {
-        "drafter": running.drafter.engine.stats().busy_s,
-        "expert": running.expert.engine.stats().busy_s,
-    }
+async def one_process_without_grpc(
+    settings: Application, _: Sequence[float]
+) -> AsyncGenerator[list[System]]:
+    """Run router and tiers in this process, connected by calls; raises StartupError."""
+    name = "one process"
+    async with local_server(settings, direct=True) as server:
+        client = InProcessClient(server.service, name=name)
+        yield [System(name=name, client=client, busy_s=tiers_of(settings, server).busy_s)]
 
 
 @asynccontextmanager
-async def apart(
-    settings: Application, *, cores: Mapping[str, Collection[int]] | None = None
-) -> AsyncGenerator[Running]:
-    """Run each tier in a process of its own.
+async def separate_processes(
+    settings: Application, rtts_ms: Sequence[float]
+) -> AsyncGenerator[list[System]]:
+    """Run the router in this process and each tier in its own; raises StartupError."""
+    async with tier_processes(settings) as tiers, tiers.routed("apart", rtts_ms) as systems:
+        yield systems
 
-    A tier is busy while it has a core, and twice as busy while it has two.
+
+@asynccontextmanager
+async def running_server(
+    _: Application, __: Sequence[float], *, url: str, api_key: str | None
+) -> AsyncGenerator[list[System]]:
+    """Connect to a server that is already running; raises InvalidMeasurement."""
+    async with connect_http(url, api_key=api_key) as client:
+        yield [System(name="", client=client)]
+
+
+@asynccontextmanager
+async def tier_processes(
+    settings: Application, *, start_timeout_s: float = 300.0
+) -> AsyncGenerator[Tiers]:
+    """Run `cascade tier` twice, each tier in its own process.
+
+    A tier is busy while it uses a core, and twice as busy while it uses two.
+
+    Args:
+        settings: What `cascade.app:build` takes.
+        start_timeout_s: How long a tier may take to start.
+
+    Raises:
+        StartupError: A tier did not start.
     """
-    async with tier_processes(settings, cores=cores) as running:
-        yield Running(
+    token = secrets.token_urlsafe()
+    async with AsyncExitStack() as cleanup:
+        config = Path(cleanup.enter_context(TemporaryDirectory())) / "settings.yaml"
+        arguments = settings.model_dump(mode="json", exclude={"api_keys"})
+        config.write_text(json.dumps({"applications": [{"args": arguments}]}))
+        processes = {
+            tier: await cleanup.enter_async_context(
+                _tier_process(
+                    tier,
+                    config,
+                    threads.environment(threads=getattr(settings, tier).engine.threads)
+                    | {TOKEN_VARIABLE: token},
+                )
+            )
+            for tier in _TIERS
+        }
+        drafter, expert = [
+            await _address(*started, timeout_s=start_timeout_s) for started in processes.items()
+        ]
+        yield Tiers(
             settings=settings,
-            drafter=running.drafter.address,
-            expert=running.expert.address,
-            token=running.token,
-            busy_s=lambda: {"drafter": running.drafter.cpu_s, "expert": running.expert.cpu_s},
+            addresses=(drafter, expert),
+            token=token,
+            busy_s=lambda: {
+                tier: sum(psutil.Process(process.pid).cpu_times()[:2])
+                for tier, process in processes.items()
+            },
         )
+
+
+@asynccontextmanager
+async def _tier_process(
+    tier: str, config: Path, variables: dict[str, str]
+) -> AsyncGenerator[asyncio.subprocess.Process]:
+    words = ("tier", tier, "--address", "127.0.0.1:0", "--config", str(config))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from cascade.cli import main; main()", *words,
+        stdout=asyncio.subprocess.PIPE, env=os.environ | variables,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.communicate(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                process.kill()
+                await process.communicate()
+
+
+async def _address(tier: str, process: asyncio.subprocess.Process, *, timeout_s: float) -> str:
+    """Return the address that a tier prints once it serves."""
+    assert process.stdout is not None, "piped"
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for line in process.stdout:
+                if found := re.search(r"\S+:\d+$", line.decode().rstrip()):
+                    return found[0]
+    except TimeoutError as error:
+        raise StartupError(
+            f"the {tier} did not start within {timeout_s:g} s; start it alone with"
+            f" `cascade tier {tier}` to see why"
+        ) from error
+    raise StartupError(f"the {tier} ended before it served; its own output is above")

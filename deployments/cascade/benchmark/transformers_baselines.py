@@ -1,20 +1,21 @@
-"""Peers: the same models, served by `transformers` alone.
+"""Baselines: the same models, served by `transformers` alone.
 
-Each answers the requests that our servers answer, greedily, with the prompts rendered by the same
-chat template, so that a benchmark can run all of them side by side:
+Each answers the requests that our servers answer, greedily, with prompts rendered by the same chat
+template, so that a benchmark can run all of them side by side:
 
-* `Assisted`: `generate(assistant_model=...)`, speculative decoding of one request at a time;
-* `Batched`: plain `generate` of the expert alone, over all requests that wait, padded;
+* `Generate` with an `Assistance`: speculative decoding by `generate(assistant_model=...)`, one
+  request at a time;
+* `Generate` without: plain `generate` of the expert alone, over all requests that wait, padded;
 * `Continuous`: the continuous batching of the expert alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,18 +35,17 @@ from cascade.errors import InvalidMeasurement, Unavailable
 from cascade.evaluation.client import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from cascade.engine.tokenizer import Tokenizer
+    from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
 
 _PAGE_TOKENS = 256
-
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,9 @@ class Assistance:
     schedule: str = "constant"
     confidence: float = 0.0  # below it the assistant stops early
 
-    @property
-    def name(self) -> str:
-        """Return a short description."""
-        sure = f", confidence {self.confidence:g}" if self.confidence else ""
-        return f"{self.schedule} {self.tokens}{sure}"
+    def __str__(self) -> str:
+        confidence = f", confidence {self.confidence:g}" if self.confidence else ""
+        return f"{self.schedule} {self.tokens}{confidence}"
 
 
 # Fixed lengths; the library's own two schedules; and its default, with the early stop it has.
@@ -75,135 +73,137 @@ ASSISTANCE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Both models as `transformers` loads them, and the words they share."""
+    """Both models as `transformers` loads them, and their tokenizer."""
 
     expert: PreTrainedModel
     drafter: PreTrainedModel
-    words: Tokenizer
+    tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     threads: int = 0  # of torch, in the thread that generates; 0 leaves its default
 
-    def prompt(self, body: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the tokens of a request; raises InvalidMeasurement for one that is not greedy."""
-        if body.get("temperature") != 0:
-            raise InvalidMeasurement("peers answer greedily; set the temperature to 0")
-        if "messages" in body:
-            return self.words.chat(body["messages"])
-        prompt: Any = body["prompt"]
-        return self.words.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+    def request(self, body: Mapping[str, Any]) -> _Request:
+        """Return a request body as tokens.
 
-    def settings(self, max_tokens: int) -> GenerationConfig:
-        """Return greedy settings with nothing of a model's own."""
-        ends = list(self.stop_ids)
+        Raises:
+            InvalidMeasurement: The request is not greedy.
+        """
+        if body.get("temperature") != 0:
+            raise InvalidMeasurement("baselines answer greedily; set the temperature to 0")
+        prompt: Any = body.get("prompt")
+        if "messages" in body:
+            prompt = self.tokenizer.chat(body["messages"])
+        elif isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
+        return _Request(pair=self, prompt=tuple(prompt), max_tokens=int(body["max_tokens"]))
+
+    def generation_config(self, max_tokens: int) -> GenerationConfig:
+        """Return a greedy configuration without any of the model's own values."""
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=max_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0] if ends else 0,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
             bos_token_id=None,
         )
 
 
-def load_pair(  # noqa: PLR0913 - both models, and where they run
-    *,
-    drafter: str,
-    expert: str,
-    device: str = "auto",
-    drafter_dtype: str = "auto",
-    expert_dtype: str = "auto",
-    threads: int = 0,
-) -> Pair:
-    """Return a pair for peers; raises UnsupportedModel."""
-    judge = load(expert, device=device, dtype=expert_dtype)
-    words = tokenizer.load(expert)
+def load_pair(settings: Application) -> Pair:
+    """Return the pair that the settings name.
+
+    Raises:
+        UnsupportedModel: A model cannot be loaded.
+    """
+    models = {
+        tier: load(own.model_path, device=settings.expert.engine.device, dtype=own.engine.dtype)
+        for tier, own in (("expert", settings.expert), ("drafter", settings.drafter))
+    }
+    shared = tokenizer.load(settings.expert.model_path)
     return Pair(
-        expert=judge.model,
-        drafter=load(drafter, device=device, dtype=drafter_dtype).model,
-        words=words,
-        stop_ids=tuple(dict.fromkeys((*words.stop_ids, *judge.stop_ids))),
-        threads=threads,
+        expert=models["expert"].model,
+        drafter=models["drafter"].model,
+        tokenizer=shared,
+        stop_ids=tuple(dict.fromkeys((*shared.stop_ids, *models["expert"].stop_ids))),
+        threads=settings.expert.engine.threads,
     )
 
 
-class Assisted:
-    """`generate(assistant_model=...)`: one request at a time, the others wait."""
+class Generate:
+    """`generate` over the requests that wait when the last batch is done.
 
-    def __init__(self, pair: Pair, assistance: Assistance) -> None:
-        self.name = f"transformers assisted ({assistance.name})"
-        self._pair = pair
-        self._assistance = assistance
-        self._own: Any = deepcopy(pair.drafter.generation_config)
-        self._thread = _thread(pair)
+    Args:
+        pair: The models.
+        limit: Requests of a batch.
+        assistance: Lets the drafter draft; `generate` then takes one request at a time.
+    """
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
-        """Return the answer."""
-        waiting = _Waiting(body=dict(body), prompt=self._pair.prompt(body))
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, waiting)
-        return waiting.answer(self._pair)
-
-    def _generate(self, waiting: _Waiting) -> None:
-        settings = self._pair.settings(waiting.max_tokens)
-        ids = torch.tensor([waiting.prompt], device=self._pair.expert.device)
-        with _assistant(self._pair.drafter, self._own, self._assistance):
-            found = _generated(
-                self._pair.expert, ids, settings, [waiting], assistant_model=self._pair.drafter
-            )
-        waiting.take(found[0], self._pair.stop_ids)
-
-
-class Batched:
-    """Plain `generate` of the expert over all requests that wait when the last batch is done."""
-
-    def __init__(self, pair: Pair, *, limit: int) -> None:
+    def __init__(self, pair: Pair, *, limit: int = 1, assistance: Assistance | None = None) -> None:
         self.name = "transformers batched"
+        if assistance is not None:
+            self.name = f"transformers assisted ({assistance})"
         self._pair = pair
         self._limit = limit
-        self._waiting: list[_Waiting] = []
-        self._thread = _thread(pair)
-        self._running = False
+        self._assistance = assistance
+        self._waiting: list[_Request] = []
+        self._worker: asyncio.Task[None] | None = None
+        start = partial(threads.apply, threads=pair.threads)
+        self._thread = ThreadPoolExecutor(max_workers=1, initializer=start)
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
-        """Return the answer, with those of all others in the batch."""
-        waiting = _Waiting(body=dict(body), prompt=self._pair.prompt(body))
-        self._waiting.append(waiting)
-        # Let all that start in this tick come in before the first batch leaves.
-        await asyncio.sleep(0)
-        await self._take_turns(waiting)
-        return waiting.answer(self._pair)
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
+        """Return the answer, when the whole batch has its answers.
 
-    async def _take_turns(self, mine: _Waiting) -> None:
-        while mine.ended_s is None:
-            if self._running:
-                await mine.done.wait()
-                mine.done.clear()
-                continue
+        Raises:
+            InvalidMeasurement: The request is not greedy.
+        """
+        request = self._pair.request(body)
+        self._waiting.append(request)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await request.answer
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
             batch, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-            self._running = True
             try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._generate, batch
-                )
-            finally:
-                self._running = False
-                for one in (*batch, *self._waiting[:1]):
-                    one.done.set()
+                outputs = await loop.run_in_executor(self._thread, self._generate, batch)
+                for request, tokens in zip(batch, outputs, strict=True):
+                    request.finish(tokens)
+            except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
+                for request in batch:
+                    request.fail(error)
+            # The clients that have their answers send their next requests before the next batch.
+            await asyncio.sleep(0)
 
-    def _generate(self, batch: Sequence[_Waiting]) -> None:
+    def _generate(self, batch: Sequence[_Request]) -> list[list[int]]:
+        """Return the tokens that `generate` adds to each prompt."""
+        model, device = self._pair.expert, self._pair.expert.device
+        config = self._pair.generation_config(max(one.max_tokens for one in batch))
         longest = max(len(one.prompt) for one in batch)
-        settings = self._pair.settings(max(one.max_tokens for one in batch))
-        device = self._pair.expert.device
-        pad: Any = settings.pad_token_id
-        rows = [(pad,) * (longest - len(one.prompt)) + one.prompt for one in batch]
+        ids = [(config.pad_token_id,) * (longest - len(one.prompt)) + one.prompt for one in batch]
         mask = [[0] * (longest - len(one.prompt)) + [1] * len(one.prompt) for one in batch]
-        found = _generated(
-            self._pair.expert,
-            torch.tensor(rows, device=device),
-            settings,
-            batch,
-            attention_mask=torch.tensor(mask, device=device),
-        )
-        for one, tokens in zip(batch, found, strict=True):
-            one.take(tokens, self._pair.stop_ids)
+        drafter, own = self._pair.drafter, self._pair.drafter.generation_config
+        assisted: Json = {}
+        if self._assistance is not None:
+            # `generate` writes the last draft length into the configuration: give it a copy.
+            changed: Any = deepcopy(own)
+            changed.num_assistant_tokens = self._assistance.tokens
+            changed.num_assistant_tokens_schedule = self._assistance.schedule
+            changed.assistant_confidence_threshold = self._assistance.confidence
+            drafter.generation_config = changed
+            assisted = {"assistant_model": drafter}
+        generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAssignmentType] - its stub is too wide
+        try:
+            with torch.inference_mode():
+                outputs = generate(
+                    torch.tensor(ids, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([_TokenClock(batch)]),
+                    **assisted,
+                )
+        finally:
+            drafter.generation_config = own
+        return outputs[:, longest:].tolist()
 
 
 class Continuous:
@@ -214,41 +214,36 @@ class Continuous:
     def __init__(self, pair: Pair, manager: Any) -> None:
         self._pair = pair
         self._manager = manager
-        self._loop = asyncio.get_running_loop()
-        self._futures: dict[str, asyncio.Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._numbers = itertools.count()
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
         """Return the answer.
 
         Raises:
+            InvalidMeasurement: The request is not greedy.
             Unavailable: The library says that the request failed.
         """
-        waiting = _Waiting(body=dict(body), prompt=self._pair.prompt(body))
-        future: asyncio.Future[Any] = self._loop.create_future()
-        with self._lock:
-            name: str = self._manager.add_request(
-                list(waiting.prompt),
-                max_new_tokens=waiting.max_tokens,
-                eos_token_id=list(self._pair.stop_ids),
-                record_timestamps=True,
-            )
-            self._futures[name] = future
-        output = await future
-        if output.error is not None:
-            raise Unavailable(f"transformers' continuous batching failed: {output.error}")
-        waiting.marks_s = [time_s - waiting.began_s for time_s in output.timestamps or ()]
-        waiting.take(output.generated_tokens, self._pair.stop_ids)
-        return waiting.answer(self._pair)
+        request = self._pair.request(body)
 
-    def deliver(self) -> None:
-        """Hand one finished output to whoever waits for it, if there is one soon."""
-        output = self._manager.get_result(timeout=_POLL_S)
-        if output is None or not output.is_finished():
-            return
-        with self._lock:
-            future = self._futures.pop(output.request_id)
-        self._loop.call_soon_threadsafe(future.set_result, output)
+        def receive(output: Any) -> None:
+            if output.error is None:
+                times_s = output.timestamps or ()
+                request.token_times_s += [time_s - request.began_s for time_s in times_s]
+                request.finish(output.generated_tokens)
+            else:
+                message = f"transformers' continuous batching failed: {output.error}"
+                request.fail(Unavailable(message))
+
+        name = f"request {next(self._numbers)}"
+        self._manager.register_result_handler(name, receive)
+        self._manager.add_request(
+            list(request.prompt),
+            request_id=name,
+            max_new_tokens=request.max_tokens,
+            eos_token_id=list(self._pair.stop_ids),
+            record_timestamps=True,
+        )
+        return await request.answer
 
 
 @asynccontextmanager
@@ -258,134 +253,80 @@ async def continuous(pair: Pair, *, tokens: int) -> AsyncGenerator[Continuous]:
     Raises:
         InvalidMeasurement: The library refuses the model.
     """
-    settings = ContinuousBatchingConfig(
+    config = ContinuousBatchingConfig(
         num_blocks=-(-tokens // _PAGE_TOKENS), max_batch_tokens=_PAGE_TOKENS
     )
     try:
         manager = pair.expert.init_continuous_batching(  # pyright: ignore[reportCallIssue] - a mixin's
-            generation_config=pair.settings(1), continuous_batching_config=settings
+            generation_config=pair.generation_config(1), continuous_batching_config=config
         )
     except (ValueError, RuntimeError, AttributeError) as error:
         raise InvalidMeasurement(
             f"transformers' continuous batching does not run this model here: {error}"
         ) from error
-    with _own_threads(pair):
-        manager.start()
-    peer = Continuous(pair, manager)
-    stopped = threading.Event()
-    delivery = asyncio.create_task(asyncio.to_thread(_deliver, peer, stopped))
+    # The library's thread takes over the number of OpenMP threads of the thread that starts it.
+    before = torch.get_num_threads()
+    threads.apply(threads=pair.threads)
     try:
-        yield peer
+        manager.start()
     finally:
-        stopped.set()
-        await delivery
+        torch.set_num_threads(before)
+    try:
+        yield Continuous(pair, manager)
+    finally:
         await asyncio.to_thread(manager.stop, block=True)
 
 
-def _deliver(peer: Continuous, stopped: threading.Event) -> None:
-    while not stopped.is_set():
-        peer.deliver()
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Waiting:
-    """A request on its way through a peer."""
+class _Request:
+    """A request to a baseline, and its answer."""
 
-    body: Json
+    pair: Pair
     prompt: tuple[int, ...]
+    max_tokens: int
     began_s: float = field(default_factory=time.perf_counter)
-    ended_s: float | None = None
-    tokens: tuple[int, ...] = ()
-    marks_s: list[float] = field(default_factory=list[float])  # when tokens came
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    token_times_s: list[float] = field(default_factory=list[float])  # when each token came
+    answer: asyncio.Future[Answer] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
-    @property
-    def max_tokens(self) -> int:
-        return int(self.body["max_tokens"])
-
-    def take(self, tokens: Sequence[int], stop_ids: Sequence[int]) -> None:
-        """Note the answer: up to its length, or to the first token that ends it."""
+    def finish(self, tokens: Sequence[int]) -> None:
+        """Answer with the tokens up to the limit, or to the first that ends the answer."""
         kept = list(tokens)[: self.max_tokens]
-        ends = (place + 1 for place, token in enumerate(kept) if token in stop_ids)
-        self.tokens = tuple(kept[: next(ends, len(kept))])
-        self.ended_s = time.perf_counter()
-
-    def answer(self, pair: Pair) -> Answer:
-        """Return what a client would see."""
-        assert self.ended_s is not None, "take first"
-        latency_s = self.ended_s - self.began_s
-        stopped = bool(self.tokens) and self.tokens[-1] in pair.stop_ids
-        return Answer(
-            text=pair.words.decode(self.tokens),
-            finish="stop" if stopped else "length",
-            statistics={},
-            prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.tokens),
-            latency_s=latency_s,
-            ttft_s=self.marks_s[0] if self.marks_s else latency_s,
-            marks_s=tuple(self.marks_s),
+        stop_ids = self.pair.stop_ids
+        ends = (end for end, token in enumerate(kept, start=1) if token in stop_ids)
+        kept = kept[: next(ends, len(kept))]
+        latency_s = time.perf_counter() - self.began_s
+        if self.answer.cancelled():
+            return
+        self.answer.set_result(
+            Answer(
+                text=self.pair.tokenizer.decode(kept),
+                finish_reason="stop" if kept and kept[-1] in stop_ids else "length",
+                statistics={},
+                prompt_tokens=len(self.prompt),
+                completion_tokens=len(kept),
+                latency_s=latency_s,
+                ttft_s=self.token_times_s[0] if self.token_times_s else latency_s,
+                chunk_times_s=tuple(self.token_times_s),
+            )
         )
 
+    def fail(self, error: Exception) -> None:
+        """Let the wait for the answer raise, unless it is over."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
-class _Clock(StoppingCriteria):
-    """Notes when tokens come; it never stops anything."""
 
-    def __init__(self, batch: Sequence[_Waiting]) -> None:
+class _TokenClock(StoppingCriteria):
+    """Records when tokens come; it never stops anything."""
+
+    def __init__(self, batch: Sequence[_Request]) -> None:
         self._batch = batch
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         del scores
         now_s = time.perf_counter()
-        for one in self._batch:
-            one.marks_s.append(now_s - one.began_s)
+        for request in self._batch:
+            request.token_times_s.append(now_s - request.began_s)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _generated(
-    model: PreTrainedModel,
-    ids: Tensor,
-    settings: GenerationConfig,
-    batch: Sequence[_Waiting],
-    **more: Any,
-) -> list[list[int]]:
-    """Return what `generate` adds to each row."""
-    generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAssignmentType] - its stub is too wide
-    with torch.inference_mode():
-        rows = generate(
-            ids,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_Clock(batch)]),
-            **more,
-        )
-    return rows[:, ids.shape[1] :].tolist()
-
-
-@contextmanager
-def _assistant(model: Any, own: Any, assistance: Assistance) -> Generator[None]:
-    """Let the assistant draft so; `generate` changes its settings, so they are put back after."""
-    chosen = deepcopy(own)
-    chosen.num_assistant_tokens = assistance.tokens
-    chosen.num_assistant_tokens_schedule = assistance.schedule
-    chosen.assistant_confidence_threshold = assistance.confidence
-    model.generation_config = chosen
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _thread(pair: Pair) -> ThreadPoolExecutor:
-    """Return one thread with the pair's number of OpenMP threads behind it."""
-    begin = partial(threads.apply, threads=pair.threads)
-    return ThreadPoolExecutor(max_workers=1, initializer=begin)
-
-
-@contextmanager
-def _own_threads(pair: Pair) -> Generator[None]:
-    """Let a thread that the library starts within have the pair's number of OpenMP threads."""
-    before = torch.get_num_threads()
-    threads.apply(threads=pair.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

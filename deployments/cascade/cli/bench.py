@@ -1,10 +1,13 @@
-"""`cascade bench`: how fast, against whom, and where the time goes."""
+"""`cascade bench`: how fast, compared with what, and where the time goes."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,49 +15,49 @@ import typer
 from rich.console import Console
 
 from cascade.cli.evaluate import failed
-from cascade.cli.tier import application
+from cascade.cli.serve import read_settings
 from cascade.engine import threads
 from cascade.errors import CascadeError, InvalidMeasurement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
 
-    from cascade.benchmark.load import Arrivals
-    from cascade.benchmark.plan import Json, Plan, Where
-    from cascade.benchmark.suite import Scale
+    from cascade.benchmark.systems import Deployment
     from cascade.settings import Application
 
 bench = typer.Typer(
-    help="Measure speed: contenders take turns, and ratios are paired.", no_args_is_help=True
+    help="Measure speed: systems take turns, and ratios are paired by round.", no_args_is_help=True
 )
 
-Config = Annotated[Path | None, typer.Option(help="A cluster/*.yaml whose args to take")]
+Config = Annotated[Path | None, typer.Option(help="A cluster/*.yaml whose args to use")]
 Out = Annotated[Path, typer.Option(help="Folder of the results")]
 Pad = Annotated[
-    str | None, typer.Option(help="Cost-pad the expert to so many parameters, such as 500M")
+    str | None,
+    typer.Option(help="Replace the expert by a synthetic model of this size, such as 500M"),
 ]
-Threads = Annotated[int, typer.Option(min=0, help="Of the expert and of peers; 0: torch's own")]
-DrafterThreads = Annotated[int, typer.Option(min=0, help="Of the drafter; 0: torch's own")]
+Threads = Annotated[
+    int, typer.Option(min=0, help="Of the expert and baselines; 0: torch's default")
+]
+DrafterThreads = Annotated[int, typer.Option(min=0, help="Of the drafter; 0: torch's default")]
 Ask = Annotated[
     list[str] | None,
-    typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]; the first is the baseline; repeat"),
+    typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]; the first is the baseline; repeat for more"),
 ]
 RoundTrips = Annotated[
     list[float] | None, typer.Option(min=0, help="Round trip to emulate; repeat for more")
 ]
-Dtype = Annotated[str | None, typer.Option(help="Of the expert and of peers: bfloat16, ...")]
+Dtype = Annotated[str | None, typer.Option(help="Of the expert and baselines: bfloat16, ...")]
 
 
 @bench.callback()
 def prepare() -> None:
-    """Set what torch reads when it is imported; let a termination end the tiers too."""
+    """Set what torch reads when it is imported; let a termination also end the tiers."""
     os.environ.update(threads.environment())
     signal.signal(signal.SIGTERM, _interrupt)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """End as an interrupt from the keyboard does: it lets what was begun be ended."""
-    del number, frame
+def _interrupt(*_: object) -> None:
+    """End as Ctrl-C does, so that what was started is stopped."""
     signal.raise_signal(signal.SIGINT)
 
 
@@ -73,7 +76,8 @@ def run(  # noqa: PLR0913 - one parameter an option
         bool, typer.Option("--apart", help="Each tier in a process of its own")
     ] = False,
     peer: Annotated[
-        list[str] | None, typer.Option(help="assisted, batched or continuous; repeat for more")
+        list[str] | None,
+        typer.Option(help="A baseline: assisted, batched or continuous; repeat for more"),
     ] = None,
     rtt_ms: RoundTrips = None,
     config: Config = None,
@@ -82,43 +86,51 @@ def run(  # noqa: PLR0913 - one parameter an option
     expert_threads: Threads = 0,
     drafter_threads: DrafterThreads = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Clients of a closed loop")] = 1,
-    rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second instead")] = None,
+    rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second instead")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="JSONL of times and prompts or lengths instead")
     ] = None,
     slo: Annotated[str, typer.Option(help="Goodput counts ttft=200,tpot=30,latency=2000")] = "",
     count: Annotated[int, typer.Option(min=1, help="Items of each family")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each system")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of items and arrivals")] = 0,
     out: Out = Path("bench"),
 ) -> None:
-    """Let ways of asking, arrangements and peers answer the same requests in turns."""
-    from cascade.benchmark.metrics import parse_objective  # noqa: PLC0415 - after `prepare`
-    from cascade.benchmark.plan import ASKS, Plan  # noqa: PLC0415 - as above
+    """Compare variants, deployments and baselines: all answer the same requests, in turns."""
+    from cascade.benchmark import load, metrics, plan, report  # noqa: PLC0415 - after `prepare`
+    from cascade.evaluation import workloads  # noqa: PLC0415 - as above
+    from cascade.evaluation.client import request_body  # noqa: PLC0415 - as above
+    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
 
-    with _told():
+    with _exit_on_error():
         settings = _settings(config, pad, dtype, expert_threads, drafter_threads)
-        bodies, arrivals = _requests(
-            settings,
-            workload=workload,
-            count=count,
-            seed=seed,
-            concurrency=concurrency,
-            rate=rate,
-            trace=trace,
-        )
-        plan = Plan(
+        items = workloads.load(workload, count=count, seed=seed).items
+        bodies = [request_body(item, temperature=0) for item in items]
+        arrivals: load.Load = load.ClosedLoop(concurrency=concurrency)
+        if trace is not None:
+            traced, arrivals = load.read_trace(trace, filler=_filler(settings, items))
+            bodies = [body | {"temperature": 0} for body in traced]
+        elif rate is not None:
+            arrivals = load.poisson(rate=rate, count=len(bodies), seed=seed)
+        planned = plan.Plan(
             settings=settings,
             bodies=bodies,
-            arrivals=arrivals,
+            load=arrivals,
             rounds=rounds,
-            asks=ask or ASKS,
-            where=_where(url=url, here=here, apart=apart),
+            variants=ask or plan.VARIANTS,
+            deployments=_deployments(url=url, here=here, apart=apart),
             rtts_ms=rtt_ms or [0.0],
-            peers=peer or (),
-            objective=parse_objective(slo),
+            baselines=peer or (),
+            slo=metrics.parse_slo(slo),
         )
-        _report(plan, out=out, padded=pad)
+        where = provenance()
+        comparison = asyncio.run(plan.run_plan(planned, progress=_progress))
+        notes = _notes(pad)
+        document = report.document(
+            comparison, notes=notes, provenance=where, arrivals=repr(arrivals)
+        )
+        Console(soft_wrap=True).print(report.table(document), markup=False)
+        _print_paths(report.write(document, folder=out, name="bench"))
 
 
 @bench.command()
@@ -129,18 +141,18 @@ def pad(
     source: Annotated[str, typer.Option(help="A Llama; the expert that ships if `demo`")] = "demo",
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32")] = "bfloat16",
 ) -> None:
-    """Write a cost-padded model: it says what the source says, at the cost of a larger one."""
+    """Write a synthetic model: the text of its source at the cost of a larger model."""
     import torch  # noqa: PLC0415 - after `prepare`
     from transformers import AutoConfig  # noqa: PLC0415 - as above
 
     from cascade.benchmark import synthetic_model  # noqa: PLC0415 - as above
     from cascade.demo import EXPERT  # noqa: PLC0415 - as above
 
-    with _told():
-        place = str(EXPERT) if source == "demo" else source
-        wanted = synthetic_model.parse_parameters(parameters)
-        shape = synthetic_model.shape_for(wanted, AutoConfig.from_pretrained(place))
-        written = synthetic_model.pad(place, out=out, shape=shape, dtype=getattr(torch, dtype))
+    with _exit_on_error():
+        path = str(EXPERT) if source == "demo" else source
+        size = synthetic_model.parse_parameters(parameters)
+        shape = synthetic_model.shape_for(size, AutoConfig.from_pretrained(path))
+        written = synthetic_model.write(path, out=out, shape=shape, dtype=getattr(torch, dtype))
         Console().print(f"{out}: {written / 1e6:.0f}M parameters, cost-padded: {shape}")
 
 
@@ -154,27 +166,36 @@ def suite(  # noqa: PLR0913 - one parameter an option
     dtype: Dtype = "bfloat16",
     expert_threads: Threads = 0,
     drafter_threads: DrafterThreads = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each system")] = 3,
     questions: Annotated[int, typer.Option(min=1, help="Of each family, for one stream")] = 2,
     router_rounds: Annotated[int, typer.Option(min=1000, help="Of the router's loop")] = 100_000,
     out: Out = Path("bench"),
 ) -> None:
-    """Measure every line of what this server promises of its speed; about an hour.
+    """Measure every speed that this server promises; about an hour.
 
-    What a report in the folder says of other cases stays.
+    What a report in the folder says of other cases is kept.
     """
-    from cascade.benchmark.suite import CASES, Scale  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark import report  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.suite import CASES, SuiteOptions  # noqa: PLC0415 - as above
+    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
 
-    with _told():
+    with _exit_on_error():
         if unknown := set(only or ()) - set(CASES):
             raise InvalidMeasurement(f"no case {min(unknown)!r}; there are {', '.join(CASES)}")
-        scale = Scale(
+        options = SuiteOptions(
             settings=_settings(config, None, dtype, expert_threads, drafter_threads),
             rounds=rounds,
             questions=questions,
             router_rounds=router_rounds,
         )
-        _suite(scale, only or list(CASES), out=out)
+        for name in only or CASES:
+            Console(stderr=True).rule(name)
+            where = provenance()
+            result = asyncio.run(CASES[name](options, _progress))
+            paths = report.write_suite(name, result, folder=out, provenance=where)
+            claims = report.suite_claims(report.read_suite(paths[0]), only=name)
+            Console(soft_wrap=True).print(claims, markup=False)
+            _print_paths(paths)
 
 
 @bench.command()
@@ -197,60 +218,50 @@ def timeline(  # noqa: PLR0913 - one parameter an option
     out: Out = Path("docs"),
 ) -> None:
     """Write performance.md and its picture: where the time of a round goes."""
-    from cascade.benchmark import suite  # noqa: PLC0415 - after `prepare`
-    from cascade.benchmark import timeline as lab  # noqa: PLC0415 - as above
-    from cascade.benchmark.plan import greedy, parse_ask  # noqa: PLC0415 - as above
+    from cascade.benchmark import report  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark import timeline as timelines  # noqa: PLC0415 - as above
+    from cascade.benchmark.plan import greedy, parse_variant  # noqa: PLC0415 - as above
     from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
 
-    with _told():
+    with _exit_on_error():
         settings = _settings(config, pad, dtype, expert_threads, drafter_threads)
         where = provenance()
-        told = {"cases": {}} if promises is None else suite.read(promises)
-        body = greedy(question) | {"cascade": parse_ask(ask)}
-        found = asyncio.run(lab.record(settings, body, delay_s=rtt_ms / 2e3))
-        notes = [_padded_note(pad)] if pad else []
+        claims = ""
+        if promises is not None:
+            claims = report.suite_claims(report.read_suite(promises), with_headings=True)
+        body = greedy(question) | {"cascade": parse_variant(ask)}
+        found = asyncio.run(timelines.record(settings, body, rtt_ms=rtt_ms))
+        notes = _notes(pad)
         if rtt_ms:
             notes.append(f"A round trip of {rtt_ms:g} ms is emulated.")
         out.mkdir(parents=True, exist_ok=True)
-        lab.picture(found, out / "timeline.png")
-        page = lab.page(found, provenance=where, notes=notes, promises=suite.promised(told))
+        timelines.picture(found, out / "timeline.png")
+        page = timelines.page(found, provenance=where, notes=notes, claims=claims)
         (out / "performance.md").write_text(page)
         Console(soft_wrap=True).print(f"{out}/performance.md: {found.stages_ms()}", markup=False)
 
 
-def _padded_note(parameters: str) -> str:
-    return f"The expert is cost-padded to {parameters} parameters; its text is its own."
+@contextmanager
+def _exit_on_error() -> Generator[None]:
+    """End the program with one line for an error of ours."""
+    try:
+        yield
+    except CascadeError as error:
+        raise failed(error) from error
 
 
-def _suite(scale: Scale, names: Sequence[str], *, out: Path) -> None:
-    """Run cases one after another; what is finished is written after each."""
-    from cascade.benchmark.suite import (  # noqa: PLC0415 - after `prepare`
-        CASES,
-        claim_table,
-        write,
-    )
-    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
-
-    console = Console(stderr=True)
-    for name in names:
-        console.rule(name)
-        where = provenance()
-        case = CASES[name](scale, lambda line: console.print(line, markup=False))
-        outcome = asyncio.run(case)
-        paths = write(name, outcome, folder=out, provenance=where)
-        Console(soft_wrap=True).print(claim_table(outcome.claims), markup=False)
-        console.print(f"written: {', '.join(map(str, paths))}", markup=False)
+def _progress(line: str) -> None:
+    Console(stderr=True).print(line, markup=False)
 
 
-class _told:  # noqa: N801 - reads as a statement
-    """Ends the program with one line where something cannot be measured."""
+def _print_paths(paths: Sequence[Path]) -> None:
+    _progress(f"written: {', '.join(map(str, paths))}")
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, CascadeError):
-            raise failed(error) from error
+def _notes(parameters: str | None) -> list[str]:
+    from cascade.benchmark.synthetic_model import note  # noqa: PLC0415 - after `prepare`
+
+    return [note(parameters)] if parameters else []
 
 
 def _settings(
@@ -260,87 +271,32 @@ def _settings(
     expert_threads: int,
     drafter_threads: int,
 ) -> Application:
-    from cascade.benchmark.plan import padded_expert  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.plan import with_engine  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.synthetic_model import with_synthetic_expert  # noqa: PLC0415 - as above
 
-    settings = application(config)
-    expert: dict[str, Any] = {"threads": expert_threads} | ({"dtype": dtype} if dtype else {})
-    changed = {
-        "expert": _with(settings.expert, expert),
-        "drafter": _with(settings.drafter, {"threads": drafter_threads}),
-    }
-    settings = settings.model_copy(update=changed)
-    return padded_expert(settings, parameters=pad) if pad else settings
+    settings = with_engine(read_settings(config), "drafter", threads=drafter_threads)
+    settings = with_engine(settings, "expert", threads=expert_threads)
+    if dtype:
+        settings = with_engine(settings, "expert", dtype=dtype)
+    return with_synthetic_expert(settings, parameters=pad) if pad else settings
 
 
-def _with(tier: Any, engine: dict[str, Any]) -> Any:
-    return tier.model_copy(update={"engine": tier.engine.model_copy(update=engine)})
-
-
-def _requests(  # noqa: PLR0913 - what and when
-    settings: Application,
-    *,
-    workload: str,
-    count: int,
-    seed: int,
-    concurrency: int,
-    rate: float | None,
-    trace: Path | None,
-) -> tuple[list[Json], Arrivals]:
-    from cascade.benchmark.load import Closed, poisson, read_trace  # noqa: PLC0415 - as above
-    from cascade.evaluation import workloads  # noqa: PLC0415 - after `prepare`
-    from cascade.evaluation.client import body  # noqa: PLC0415 - as above
-
-    items = workloads.load(workload, count=count, seed=seed).items
-    if trace is not None:
-        filler = _filler(settings, items)
-        bodies, arrivals = read_trace(trace, filler=filler)
-        return [asked | {"temperature": 0} for asked in bodies], arrivals
-    bodies = [body(item, temperature=0) for item in items]
-    if rate is not None:
-        return bodies, poisson(rate=rate, count=len(bodies), seed=seed)
-    return bodies, Closed(concurrency=concurrency)
-
-
-def _filler(settings: Application, items: Sequence[Any]) -> Any:
-    """Return what makes up prompts of a length: the text of the workload, from its beginning."""
-    words = settings.pair().tokenizer
+def _filler(settings: Application, items: Sequence[Any]) -> Callable[[int], list[int]]:
+    """Return what makes prompts of a given length: the text of the workload, repeated."""
     text = " ".join(item.messages[-1].content for item in items)
-    tokens = words.encode(text)
-
-    def fill(length: int) -> list[int]:
-        return [tokens[place % len(tokens)] for place in range(length)]
-
-    return fill
+    tokens = settings.pair().tokenizer.encode(text)
+    return lambda length: list(islice(cycle(tokens), length))
 
 
-def _where(*, url: str | None, here: bool | None, apart: bool) -> list[Where]:
-    from cascade.benchmark.plan import Apart, Here, Server  # noqa: PLC0415 - after `prepare`
+def _deployments(*, url: str | None, here: bool | None, apart: bool) -> list[Deployment]:
+    from cascade.benchmark import systems  # noqa: PLC0415 - after `prepare`
 
-    chosen: list[Where] = [Here()] if here or (here is None and not url and not apart) else []
+    chosen: list[Deployment] = []
+    if here or not (url or apart):
+        chosen.append(systems.one_process)
     if apart:
-        chosen.append(Apart())
+        chosen.append(systems.separate_processes)
     if url:
-        chosen.append(Server(url=url, api_key=os.environ.get("CASCADE_API_KEY")))
-    if not chosen:
-        raise InvalidMeasurement("nobody answers: give --here, --apart or --url")
+        api_key = os.environ.get("CASCADE_API_KEY")
+        chosen.append(partial(systems.running_server, url=url, api_key=api_key))
     return chosen
-
-
-def _report(plan: Plan, *, out: Path, padded: str | None) -> None:
-    from cascade.benchmark.plan import execute  # noqa: PLC0415 - as above
-    from cascade.benchmark.report import document, table, write  # noqa: PLC0415 - as above
-    from cascade.evaluation.environment import provenance  # noqa: PLC0415 - after `prepare`
-
-    console = Console(stderr=True)
-    where = provenance()
-    contest = asyncio.run(execute(plan, told=lambda line: console.print(line, markup=False)))
-    told = document(
-        contest,
-        baseline=contest.standings[0].name,
-        notes=[_padded_note(padded)] if padded else [],
-        provenance=where,
-        arrivals=repr(plan.arrivals),
-    )
-    paths = write(told, folder=out, name="bench")
-    Console(soft_wrap=True).print(table(told), markup=False)
-    console.print(f"written: {', '.join(map(str, paths))}", markup=False)
