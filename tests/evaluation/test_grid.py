@@ -7,7 +7,15 @@ import pytest
 from cascade.api.schema import Options
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation import grid
-from cascade.evaluation.grid import BASELINES, CURVES, USUAL, Block, Setting, joined, read_grid
+from cascade.evaluation.grid import (
+    BASELINES,
+    CURVES,
+    DEFAULT_CURVES,
+    GridBlock,
+    Setting,
+    merge_blocks,
+    read_grid,
+)
 from cascade.types import Bonus, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,32 +29,32 @@ def read(folder: Path, text: str) -> list[Setting]:
     return read_grid(path)
 
 
-def test_every_curve_makes_a_request_that_the_server_takes() -> None:
+def test_the_server_accepts_the_request_of_every_curve() -> None:
     curves = {curve: [dial] for curve, dial in DIALS.items()}
-    settings = Block(curves=curves, bonus=Bonus.TARGET).settings()
+    settings = GridBlock(curves=curves, bonus=Bonus.TARGET).settings()
     options = {setting.curve: Options.model_validate(setting.options()) for setting in settings}
     assert set(options) == {*CURVES, *BASELINES}
     assert {option.mode for option in options.values()} == set(Mode)
-    assert {curve for curve, told in options.items() if told.draft_tokens is None} == {
+    assert {curve for curve, option in options.items() if option.draft_tokens is None} == {
         "expert_only", "drafter_only", "token_cascade", "sequence_cascade",
     }  # fmt: skip
 
 
-def test_every_curve_and_mode_is_described() -> None:
+def test_the_module_docstring_describes_every_mode() -> None:
     for name in ("lossy_solved", *(mode.value for mode in Mode)):
         assert name in (grid.__doc__ or "")
 
 
-def test_baselines_stand_in_every_grid_and_nothing_twice() -> None:
-    settings = Block(temperatures=[0, 1], draft_tokens=[3, 5], curves={"chow": [0.1, 0.1]})
+def test_every_grid_has_the_baselines_and_no_duplicates() -> None:
+    settings = GridBlock(temperatures=[0, 1], draft_tokens=[3, 5], curves={"chow": [0.1, 0.1]})
     found = settings.settings()
     assert len(found) == len(set(found)) == 2 * (2 + 2 * (1 + 1))
     assert len({setting.key for setting in found}) == len(found)
 
 
-def test_a_usual_grid_needs_no_file() -> None:
-    curves = {setting.curve for setting in joined([Block()])}
-    assert curves == {*USUAL, *BASELINES}
+def test_the_default_grid_has_the_default_curves() -> None:
+    curves = {setting.curve for setting in merge_blocks([GridBlock()])}
+    assert curves == {*DEFAULT_CURVES, *BASELINES}
 
 
 def test_a_file_may_have_several_blocks(tmp_path: Path) -> None:
@@ -60,7 +68,7 @@ def test_a_file_may_have_several_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("curves: {chaw: [0.1]}", "no curve `chaw`.*chow"),
         ("curves: {chow: [1.5]}", "`chow` has no dial 1.5.*less than or equal to 1"),
@@ -75,18 +83,20 @@ def test_a_file_may_have_several_blocks(tmp_path: Path) -> None:
         ("{", "cannot be read"),
     ],
 )
-def test_a_grid_that_is_none_says_why(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(InvalidMeasurement, match=told):
+def test_an_invalid_grid_is_refused_with_the_reason(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(InvalidMeasurement, match=message):
         read(tmp_path, text)
 
 
-def test_a_grid_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_a_missing_grid_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidMeasurement, match="cannot be read"):
         read_grid(tmp_path / "none.yaml")
 
 
-def test_the_grid_of_the_docs_has_every_curve_that_they_compare() -> None:
+def test_the_grid_in_the_docs_has_every_default_curve() -> None:
     settings = read_grid(DOCS / "evaluate-grid.yaml")
     for temperature in (0, 1):
         found = {one.curve for one in settings if one.temperature == temperature}
-        assert found == {*USUAL, *BASELINES}
+        assert found == {*DEFAULT_CURVES, *BASELINES}

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cascade.errors import InvalidMeasurement, Unavailable
 from cascade.evaluation.client import Answer
-from cascade.evaluation.grid import Block, Setting, joined
-from cascade.evaluation.records import Record, Store, counts
-from cascade.evaluation.run import Costs, alternating, measure, measure_costs, use
+from cascade.evaluation.grid import GridBlock, Setting, merge_blocks
+from cascade.evaluation.records import Record, Store, count
+from cascade.evaluation.run import (
+    Costs,
+    Run,
+    interleave_families,
+    pass_kind,
+    run_settings,
+)
 from cascade.evaluation.workloads import Workload, load
 from cascade.types import Mode
 
@@ -17,10 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from cascade.evaluation.client import InProcess
-
 ANSWER = Answer(
-    text="", finish="stop", prompt_tokens=3, completion_tokens=10, latency_s=1, ttft_s=0.5,
+    text="", finish_reason="stop", prompt_tokens=3, completion_tokens=10, latency_s=1, ttft_s=0.5,
     statistics={
         "drafted": 12, "judged": 8, "accepted": 6, "deferred": 3, "expert_tokens": 4,
         "drafter_passes": 12, "expert_passes": 3, "rounds": 3, "kept_tokens": 1,
@@ -28,7 +32,9 @@ ANSWER = Answer(
     },
 )  # fmt: skip
 
-SETTINGS = joined([Block(temperatures=[1.0], curves={"chow": [0.3], "sequence_cascade": [-0.1]})])
+SETTINGS = merge_blocks(
+    [GridBlock(temperatures=[1.0], curves={"chow": [0.3], "sequence_cascade": [-0.1]})]
+)
 
 
 def setting(mode: Mode) -> Setting:
@@ -47,42 +53,42 @@ def setting(mode: Mode) -> Setting:
         (Mode.EXPERT_ONLY, 10, 10),
     ],
 )
-def test_what_counts_as_offered_and_rejected_in_each_mode(
+def test_each_mode_has_its_own_count_of_offered_and_rejected(
     mode: Mode, offered: int, rejected: int
 ) -> None:
-    found = counts(ANSWER, setting(mode), quality=1)
+    found = count(ANSWER, setting(mode), quality=1)
     assert (found.offered, found.rejected) == (offered, rejected)
     assert (found.bytes, found.tokens, found.expert_passes) == (150, 10, 3)
 
 
-def test_a_sequence_cascade_that_keeps_its_draft_rejects_nothing() -> None:
+def test_a_sequence_cascade_that_keeps_its_draft_rejects_no_token() -> None:
     kept = replace(ANSWER, statistics=ANSWER.statistics | {"expert_tokens": 0})
-    assert counts(kept, setting(Mode.SEQUENCE_CASCADE), quality=1).rejected == 0
+    assert count(kept, setting(Mode.SEQUENCE_CASCADE), quality=1).rejected == 0
 
 
-def test_a_server_that_tells_no_statistics_counts_as_none() -> None:
+def test_without_statistics_all_counts_are_zero() -> None:
     silent = replace(ANSWER, statistics={})
-    assert counts(silent, setting(Mode.CASCADE), quality=0).offered == 0
+    assert count(silent, setting(Mode.CASCADE), quality=0).offered == 0
 
 
 def test_families_take_turns() -> None:
     workload = load("families", count=2)
-    order = [workload.items[number].family for number in alternating(workload.items)]
+    order = [workload.items[number].family for number in interleave_families(workload.items)]
     assert order == [*workload.families, *workload.families]
 
 
-class Counting:
-    """Answers with what it is told to and notes what it was asked."""
+class RecordingClient:
+    """Returns one answer to every request and records the requests."""
 
-    name = "counting"
+    name = "recording"
 
     def __init__(self, *, failing: int | None = None) -> None:
-        self.asked: list[Mapping[str, Any]] = []
+        self.bodies: list[Mapping[str, Any]] = []
         self.failing = failing
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
-        self.asked.append(body)
-        if len(self.asked) == self.failing:
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
+        self.bodies.append(body)
+        if len(self.bodies) == self.failing:
             raise Unavailable("gone")
         return ANSWER
 
@@ -91,26 +97,28 @@ def workload(count: int) -> Workload:
     return load("facts", count=count)
 
 
-async def test_each_item_meets_each_setting_with_a_seed_of_its_own(tmp_path: Path) -> None:
-    answerer, store = Counting(), Store(tmp_path, manifest={})
-    await measure(workload(4), SETTINGS, answerer, store=store, seed=7, concurrency=3)
-    assert len(answerer.asked) == 4 * len(SETTINGS)
-    assert {asked["seed"] for asked in answerer.asked} == {7, 8, 9, 10}
-    assert all(store.finished(one) for one in SETTINGS)
+async def test_each_item_is_asked_under_each_setting_with_its_own_seed(tmp_path: Path) -> None:
+    client, store = RecordingClient(), Store(tmp_path, manifest={})
+    run = Run(folder=tmp_path, seed=7, concurrency=3)
+    await run_settings(workload(4), SETTINGS, client, store=store, run=run)
+    assert len(client.bodies) == 4 * len(SETTINGS)
+    assert {body["seed"] for body in client.bodies} == {7, 8, 9, 10}
+    assert all(store.is_finished(one) for one in SETTINGS)
     assert [record.item for record in store.read(SETTINGS[0])] == [
         item.name for item in workload(4).items
     ]
 
 
-async def test_a_run_that_was_cut_goes_on_where_it_was(tmp_path: Path) -> None:
-    store = Store(tmp_path, manifest={"seed": 1})
+async def test_a_failed_run_resumes_after_its_finished_settings(tmp_path: Path) -> None:
+    store, run = Store(tmp_path, manifest={"seed": 1}), Run(folder=tmp_path, concurrency=1)
     with pytest.raises(Unavailable, match="gone"):
-        await measure(workload(4), SETTINGS, Counting(failing=9), store=store, concurrency=1)
-    finished = [one for one in SETTINGS if store.finished(one)]
+        await run_settings(workload(4), SETTINGS, RecordingClient(failing=9), store=store, run=run)
+    finished = [one for one in SETTINGS if store.is_finished(one)]
     assert finished == SETTINGS[:2]
-    again = Counting()
-    await measure(workload(4), SETTINGS, again, store=Store(tmp_path, manifest={"seed": 1}))
-    assert len(again.asked) == 4 * (len(SETTINGS) - 2)
+    again = RecordingClient()
+    store = Store(tmp_path, manifest={"seed": 1})
+    await run_settings(workload(4), SETTINGS, again, store=store, run=run)
+    assert len(again.bodies) == 4 * (len(SETTINGS) - 2)
 
 
 def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
@@ -119,9 +127,9 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
         Store(tmp_path, manifest={"workload": "two"})
 
 
-def test_records_survive_the_store(tmp_path: Path) -> None:
+def test_records_are_the_same_after_storing_and_reading(tmp_path: Path) -> None:
     store = Store(tmp_path, manifest={})
-    records = [Record(item="a/1", text="né", counts=counts(ANSWER, SETTINGS[0], quality=0.5))]
+    records = [Record(item="a/1", text="né", counts=count(ANSWER, SETTINGS[0], quality=0.5))]
     store.write(SETTINGS[0], records)
     assert store.read(SETTINGS[0]) == records
 
@@ -132,14 +140,7 @@ def test_modelled_latency_is_passes_times_their_cost() -> None:
         expert_s={"expert_only": 1.0, "speculative 5": 2.0},
     )
     block = Setting(curve="chow", dial=0.1, temperature=0, draft_tokens=5)
-    assert use(block) == "speculative 5"
+    assert pass_kind(block) == "speculative 5"
     assert costs.latency_s(block, drafter_passes=5, expert_passes=2) == pytest.approx(5.0)
     whole = Setting(curve="sequence_cascade", dial=-1, temperature=0)
     assert costs.latency_s(whole, drafter_passes=5, expert_passes=2) == pytest.approx(2.5)
-
-
-async def test_costs_of_passes_are_measured_for_every_use(shipped: InProcess) -> None:
-    costs = await measure_costs(workload(1), SETTINGS, shipped)
-    assert {"expert_only", "speculative 5"} <= set(costs.expert_s)
-    assert set(costs.drafter_s) == {"drafter_only", "token_cascade", "speculative 5"}
-    assert all(cost > 0 for found in asdict(costs).values() for cost in found.values())

@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tests.support.synthetic import cell, made
+from tests.support.evaluation_results import cell, make_results
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.grid import BASELINES, CURVES, Setting, checked
-from cascade.evaluation.tune import Goal, Target, defaults, fragment, parse, tune
+from cascade.evaluation.grid import BASELINES, CURVES, Setting, validated
+from cascade.evaluation.tune import Goal, Target, defaults, parse, tune, yaml_fragment
 from cascade.settings import Application
 from cascade.types import Mode
 
 COUNT = 40
 
-RESULTS = made(
+RESULTS = make_results(
     cells=[
         cell("expert_only", quality=[1.0] * 30 + [0.0] * 10),
         cell("drafter_only", quality=[1.0] * 10 + [0.0] * 30),
@@ -32,12 +32,12 @@ RESULTS = made(
 )  # fmt: skip
 
 
-def chosen(*targets: str, **more: Any) -> str:
-    return tune(RESULTS, [parse(told) for told in targets], group="a", **more).setting.name
+def chosen(*targets: str, **options: Any) -> str:
+    return tune(RESULTS, [parse(text) for text in targets], group="a", **options).setting.name
 
 
 @pytest.mark.parametrize(
-    ("told", "target"),
+    ("text", "target"),
     [
         ("quality >= expert - 0.5",
          {"metric": "quality", "at_least": True, "baseline": "expert", "change": -0.5}),
@@ -50,32 +50,32 @@ def chosen(*targets: str, **more: Any) -> str:
          {"metric": "latency", "at_least": False, "baseline": "drafter", "change": 1.0}),
     ],
 )  # fmt: skip
-def test_a_target_is_read(told: str, target: dict[str, Any]) -> None:
-    assert parse(told) == Target(told=told, **target)
+def test_a_target_is_parsed(text: str, target: dict[str, Any]) -> None:
+    assert parse(text) == Target(text=text, **target)
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted"),
+    ("text", "message"),
     [
-        ("good", "is no target; wanted one like"),
-        ("quality > 3", "is no target"),
+        ("good", "is not a target; wanted one like"),
+        ("quality > 3", "is not a target"),
         ("beauty >= 3", "no metric `beauty`; wanted one of quality"),
         ("quality >= teacher", "no baseline `teacher`; wanted one of expert"),
         ("quality >= 90% of teacher", "no baseline `teacher`"),
     ],
 )
-def test_a_target_that_is_none_says_what_is_wanted(told: str, wanted: str) -> None:
-    with pytest.raises(InvalidMeasurement, match=wanted):
-        parse(told)
+def test_the_error_for_an_invalid_target_says_what_is_wanted(text: str, message: str) -> None:
+    with pytest.raises(InvalidMeasurement, match=message):
+        parse(text)
 
 
-def test_fewest_rejections_at_a_quality_are_chosen() -> None:
+def test_a_bound_on_quality_chooses_the_fewest_rejections() -> None:
     assert chosen("quality >= expert") == "chow 0.1"
     assert chosen("quality >= expert - 3") == "chow 0.5"
     assert chosen("quality >= 40") == "token_v3 0.9"
 
 
-def test_best_quality_under_a_bound_of_cost_is_chosen() -> None:
+def test_a_bound_on_cost_chooses_the_best_quality() -> None:
     assert chosen("expert_passes <= 25%") == "chow 0.5"
     assert chosen("rejections <= 5") == "token_v3 0.9"
 
@@ -86,35 +86,37 @@ def test_targets_combine_and_the_goal_can_be_named() -> None:
     assert chosen("quality >= 60", goal=Goal.EXPERT_PASSES) == "chow 0.5"
 
 
-def test_more_confidence_takes_a_surer_setting() -> None:
-    """One item of 40 below the expert: surely within 3 points less often than not at all below."""
+def test_more_confidence_chooses_a_surer_setting() -> None:
+    """The faster setting misses one more item of 40 than the expert, 2.5 points."""
     unsure = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
     assert 0.5 < unsure.probability < 0.95
     assert chosen("quality >= expert - 3", confidence=0.95) == "chow 0.1"
 
 
-def test_where_no_setting_meets_a_target_the_nearest_is_told() -> None:
+def test_the_error_where_no_setting_meets_a_target_names_the_nearest() -> None:
     with pytest.raises(InvalidMeasurement, match=r"nearest is .*quality >= 99: .*short by 24"):
         chosen("quality >= 99")
 
 
-def test_an_unknown_family_or_temperature_says_what_there_is() -> None:
+def test_the_error_for_an_unknown_family_or_temperature_lists_the_known() -> None:
     with pytest.raises(InvalidMeasurement, match="no family `z`; wanted one of a"):
         tune(RESULTS, [parse("quality >= 1")], group="z")
     with pytest.raises(InvalidMeasurement, match="no temperature 1; wanted one of 0"):
         chosen("quality >= 1", temperature=1.0)
 
 
-def test_several_temperatures_need_one_to_be_named() -> None:
-    both = made(cells=[cell("chow", dial=0.1), cell("expert_only", temperature=1)], families="aa")
+def test_one_of_several_temperatures_must_be_named() -> None:
+    both = make_results(
+        cells=[cell("chow", dial=0.1), cell("expert_only", temperature=1)], families="aa"
+    )
     with pytest.raises(InvalidMeasurement, match="temperatures 0, 1; name the one"):
         tune(both, [parse("quality >= 1")], group="a")
 
 
 @pytest.mark.parametrize("curve", [*CURVES, *BASELINES])
-def test_every_setting_drops_into_the_settings_of_a_server(curve: str) -> None:
+def test_the_defaults_of_every_setting_are_valid_settings_of_a_server(curve: str) -> None:
     dial = {"sequence_cascade": -0.3}.get(curve, None if curve in BASELINES else 0.5)
-    setting = checked(Setting(curve=curve, dial=dial, temperature=0.5, draft_tokens=3))
+    setting = validated(Setting(curve=curve, dial=dial, temperature=0.5, draft_tokens=3))
     found = Application.model_validate({"defaults": defaults(setting)}).defaults
     assert found.mode is setting.mode
     assert found.temperature == 0.5
@@ -126,9 +128,9 @@ def test_every_setting_drops_into_the_settings_of_a_server(curve: str) -> None:
         assert found.draft_tokens == 3
 
 
-def test_the_fragment_is_yaml_whose_comments_say_how_sure_it_is() -> None:
+def test_the_yaml_has_comments_that_say_how_sure_the_choice_is() -> None:
     choice = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
-    text = fragment(choice, RESULTS)
+    text = yaml_fragment(choice, RESULTS)
     Application.model_validate(yaml.safe_load(text))
     assert "chow 0.5: rejections 10" in text
     assert "quality >= expert - 3: 72.5 [" in text

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.scoring import Scorer
-from cascade.evaluation.tasks import Family, Split, split_of
+from cascade.evaluation.tasks import Family, Scorer, Split, split_of
 from cascade.evaluation.workloads import Message, Workload, load
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
     return caught.value.message
 
 
-def test_two_lines_suffice(tmp_path: Path) -> None:
+def test_a_file_of_two_lines_is_a_workload(tmp_path: Path) -> None:
     workload = load(written(tmp_path, f"{GOOD}\n\n{CHAT}\n"))
     plain, chat = workload.items
     assert workload.families == ("mine", "places")
@@ -43,7 +42,7 @@ def test_two_lines_suffice(tmp_path: Path) -> None:
     assert [turn.role for turn in chat.messages] == ["system", "user", "assistant", "user"]
 
 
-def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     assert len(load(written(tmp_path, f"\ufeff{GOOD}\r\n{CHAT}\r\n")).items) == 2
 
 
@@ -53,7 +52,7 @@ def test_a_text_can_be_continued_instead_of_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "parts"),
     [
         (GOOD.replace("number", "blue"), ["`scorer`", '"blue"', "bigrams", "bleu", "program"]),
         (GOOD.replace(', "scorer": "number"', ""), ["`scorer` is missing"]),
@@ -73,47 +72,47 @@ def test_a_text_can_be_continued_instead_of_answered(tmp_path: Path) -> None:
         ("four", ["Invalid JSON"]),
     ],
 )
-def test_a_broken_line_is_named_with_what_is_wrong(
-    tmp_path: Path, line: str, told: list[str]
+def test_the_error_for_an_invalid_line_says_what_is_wrong(
+    tmp_path: Path, line: str, parts: list[str]
 ) -> None:
     message = refusal(tmp_path, f"{GOOD}\n{line}\n")
     assert "mine.jsonl" in message
     assert "line 2" in message
     assert "line 1:" not in message
-    for part in told:
+    for part in parts:
         assert part in message
 
 
-def test_all_broken_lines_are_told_at_once_but_no_flood(tmp_path: Path) -> None:
+def test_the_error_lists_at_most_ten_invalid_lines(tmp_path: Path) -> None:
     message = refusal(tmp_path, "\n".join(["{}"] * 30))
     assert "line 10:" in message
     assert "line 11:" not in message
     assert "20 more" in message
 
 
-def test_bytes_that_are_no_text_are_placed(tmp_path: Path) -> None:
+def test_the_error_for_invalid_utf8_names_line_and_byte(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD.encode() + b'\n{"prompt": "caf\xe9"}\n')
     assert "line 2: byte 0xe9 is no UTF-8" in message
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
-def test_an_empty_file_is_refused_with_an_example(tmp_path: Path, text: str) -> None:
+def test_the_error_for_an_empty_file_has_an_example(tmp_path: Path, text: str) -> None:
     message = refusal(tmp_path, text)
     assert "is empty" in message
     assert '"scorer": "number"' in message
 
 
-def test_an_id_may_come_once(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_refused(tmp_path: Path) -> None:
     line = GOOD.replace("}", ', "id": "a"}')
     assert "'a' comes twice" in refusal(tmp_path, f"{line}\n{line}")
 
 
-def test_no_file_says_what_there_is() -> None:
+def test_the_error_for_a_missing_file_lists_the_families() -> None:
     with pytest.raises(InvalidMeasurement, match=r"nowhere.jsonl cannot be read.*families.*facts"):
         load("nowhere.jsonl")
 
 
-def test_the_families_are_held_out_and_kept_apart() -> None:
+def test_the_families_are_held_out_items() -> None:
     workload = load("families", count=3)
     assert workload.families == tuple(Family)
     assert len(workload.items) == 3 * len(Family)
@@ -121,14 +120,15 @@ def test_the_families_are_held_out_and_kept_apart() -> None:
     assert {split_of(item.messages[0].content) for item in workload.items} == {Split.TEST}
 
 
-def test_one_family_can_be_named_and_drawn_anew() -> None:
+def test_one_family_can_be_drawn_with_another_seed() -> None:
     first, second = (load("facts", count=2, seed=seed) for seed in (0, 1))
     assert first.families == ("facts",)
     assert first.digest != second.digest
     assert first.digest == load("facts", count=2).digest
 
 
-def test_more_items_than_a_family_has_are_refused() -> None:
+def test_more_items_than_a_family_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.evaluation.tasks.generate._MAX_REPEATS", 20)
     with pytest.raises(InvalidMeasurement, match="ask for fewer"):
         load("facts", count=100_000)
 

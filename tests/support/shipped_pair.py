@@ -1,16 +1,14 @@
-"""The pair that ships, in process and behind a real HTTP door."""
+"""Fixtures of the shipped pair: in this process, and over HTTP."""
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
-import uvicorn
+from tests.support.http_server import serve_http
 
 from cascade.api.http import create_app
-from cascade.evaluation.client import InProcess, in_process
+from cascade.evaluation.client import InProcessClient, start_in_process
 from cascade.settings import Application
 
 if TYPE_CHECKING:
@@ -21,21 +19,14 @@ SETTINGS = Application.model_validate({"drafter": {"engine": ENGINE}, "expert": 
 
 
 @pytest.fixture(scope="session")
-async def shipped() -> AsyncIterator[InProcess]:
-    """The pair that ships, answering in this process."""
-    async with in_process(SETTINGS) as answerer:
-        yield answerer
+async def shipped() -> AsyncIterator[InProcessClient]:
+    """A client of the shipped pair in this process."""
+    async with start_in_process(SETTINGS) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-async def door(shipped: InProcess) -> AsyncIterator[str]:
-    """The address of the same pair over HTTP."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        config = uvicorn.Config(create_app(shipped.service), lifespan="off", log_level="error")
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        await serving
+async def shipped_url(shipped: InProcessClient) -> AsyncIterator[str]:
+    """The URL of the same pair over HTTP."""
+    async with serve_http(create_app(shipped.service)) as url:
+        yield url

@@ -1,6 +1,6 @@
-"""Who answers: a server over HTTP, or the same doors and loop in this process.
+"""Clients that time a request's answer: a server over HTTP, or the same code in this process.
 
-Both take the body of a request, as JSON values, and time what comes back.
+Both take the request body as JSON values.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -17,7 +17,7 @@ from cascade.api import build_request, responses
 from cascade.api.completion import Completions
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import CascadeError, Internal, InvalidMeasurement, Overloaded, Unavailable
-from cascade.evaluation.scoring import extra
+from cascade.evaluation.scoring import import_extra
 from cascade.local import local_server
 
 if TYPE_CHECKING:
@@ -30,215 +30,203 @@ if TYPE_CHECKING:
 
 Json: TypeAlias = dict[str, Any]
 
-PATIENT_S = 600.0
+TIMEOUT_S = 600.0
 
 _RETRIES = 8
+
+_EXTENSIONS = ("cascade", "top_k", "min_p")  # request fields that OpenAI's client does not know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came back, and when, in seconds from the request."""
+    """A whole answer, with times in seconds from the request."""
 
     text: str
-    finish: str | None
+    finish_reason: str | None
     statistics: Json  # `usage.cascade`; empty from a server that has none
     prompt_tokens: int
     completion_tokens: int
     latency_s: float
-    ttft_s: float  # to the first piece of text; the latency if there was none
-    marks_s: tuple[float, ...] = field(default=(), repr=False)  # of each piece of text
-    blocks: tuple[int, ...] = ()  # tokens drafted in each round, where rounds were traced
+    ttft_s: float  # to the first text; the latency if there was none
+    chunk_times_s: tuple[float, ...] = field(default=(), repr=False)  # of each chunk with text
+    draft_lengths: tuple[int, ...] = ()  # tokens drafted in each round, where rounds were traced
 
 
-class Answerer(Protocol):
-    """Answers the body of a chat or of a text completion."""
+class Client(Protocol):
+    """Completes chats and texts."""
 
     @property
     def name(self) -> str:
-        """Say who answers: what a later run must match to go on."""
+        """Return what a later run must match to resume this one."""
         ...
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
-        """Return the answer; raises a CascadeError."""
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
+        """Return the answer to a request body; raises a CascadeError."""
         ...
 
 
-def body(item: Item, *, seed: int | None = None, **more: Any) -> Json:
-    """Return the request that asks an item.
+def request_body(item: Item, *, seed: int | None = None, **fields: Any) -> Json:
+    """Return the request body of an item.
 
     Args:
-        item: What is asked.
+        item: What to ask.
         seed: Makes the answer repeatable.
-        more: Fields of the request, such as `temperature` and `cascade`.
+        fields: More fields of the request, such as `temperature` and `cascade`.
     """
-    asked: Json = {"max_tokens": item.max_tokens, **more}
+    body: Json = {"max_tokens": item.max_tokens, **fields}
     if seed is not None:
-        asked["seed"] = seed
+        body["seed"] = seed
     if item.completion:
-        return {"prompt": item.messages[0].content, **asked}
-    turns = [{"role": turn.role, "content": turn.content} for turn in item.messages]
-    return {"messages": turns, **asked}
+        return {"prompt": item.messages[0].content, **body}
+    return {"messages": [asdict(message) for message in item.messages], **body}
 
 
-class OverHttp:
-    """Asks a server with OpenAI's client, streaming."""
+class HttpClient:
+    """Streams answers from a server with OpenAI's client."""
 
     def __init__(self, client: Any, *, url: str, model: str) -> None:
         self._client = client
         self._model = model
         self.name = f"{url} {model}"
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
         """Return the server's answer.
 
         Raises:
             InvalidMeasurement: The server refuses the request.
-            Unavailable: It cannot be reached, or breaks off.
+            Unavailable: It cannot be reached, or the connection breaks.
         """
-        openai = extra("openai")
+        openai = import_extra("openai")
         try:
-            return await self._answer(dict(body))
+            return await self._complete(dict(body))
         except openai.APIStatusError as error:
             if error.status_code < 500:  # noqa: PLR2004 - where the server's own failures begin
                 raise InvalidMeasurement(f"the server refuses: {error.message}") from error
             raise Unavailable(f"the server fails: {error.message}") from error
         except openai.APIError as error:
-            raise Unavailable(f"the server at {self.name} cannot be heard: {error}") from error
+            raise Unavailable(f"cannot reach the server at {self.name}: {error}") from error
 
-    async def _answer(self, asked: Json) -> Answer:
-        began_s = time.perf_counter()
-        more = {name: asked.pop(name) for name in ("cascade", "top_k", "min_p") if name in asked}
-        door = self._client.chat if "messages" in asked else self._client
-        watch = _Watch()
-        async with await door.completions.create(
+    async def _complete(self, body: Json) -> Answer:
+        start_s = time.perf_counter()
+        extensions = {name: body.pop(name) for name in _EXTENSIONS if name in body}
+        api = self._client.chat if "messages" in body else self._client
+        texts: list[str] = []
+        times_s: list[float] = []
+        usage = finish_reason = None
+        async with await api.completions.create(
             model=self._model,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body=more,
-            **asked,
+            extra_body=extensions,
+            **body,
         ) as chunks:
             async for chunk in chunks:
-                watch.chunk(chunk, at_s=time.perf_counter() - began_s)
-        return watch.answer(latency_s=time.perf_counter() - began_s)
-
-
-class _Watch:
-    """Puts an answer together from the chunks of a stream."""
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self._marks_s: list[float] = []
-        self._usage: Any = None
-        self._finish: str | None = None
-
-    def chunk(self, chunk: Any, *, at_s: float) -> None:
-        """Hear one chunk of a chat or of a text."""
-        self._usage = chunk.usage or self._usage
-        for choice in chunk.choices:
-            text = choice.text if hasattr(choice, "text") else choice.delta.content
-            self._finish = choice.finish_reason or self._finish
-            if text:
-                self._texts.append(text)
-                self._marks_s.append(at_s)
-
-    def answer(self, *, latency_s: float) -> Answer:
-        """Return the whole answer; raises Unavailable if the stream had no end."""
-        if self._finish is None or self._usage is None:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    text = choice.text if hasattr(choice, "text") else choice.delta.content
+                    finish_reason = choice.finish_reason or finish_reason
+                    if text:
+                        texts.append(text)
+                        times_s.append(time.perf_counter() - start_s)
+        if finish_reason is None or usage is None:
             raise Unavailable("the server's stream ended before its answer")
+        latency_s = time.perf_counter() - start_s
         return Answer(
-            text="".join(self._texts),
-            finish=self._finish,
-            statistics=(self._usage.model_extra or {}).get("cascade") or {},
-            prompt_tokens=self._usage.prompt_tokens,
-            completion_tokens=self._usage.completion_tokens,
+            text="".join(texts),
+            finish_reason=finish_reason,
+            statistics=(usage.model_extra or {}).get("cascade") or {},
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
             latency_s=latency_s,
-            ttft_s=self._marks_s[0] if self._marks_s else latency_s,
-            marks_s=tuple(self._marks_s),
+            ttft_s=times_s[0] if times_s else latency_s,
+            chunk_times_s=tuple(times_s),
         )
 
 
-class InProcess:
-    """Asks a service, without HTTP: the doors' own translation, and the loop over gRPC."""
+class InProcessClient:
+    """Calls a service in this process: the server's own request parsing, without HTTP."""
 
     def __init__(self, service: ServingContext, *, name: str) -> None:
         self.service = service
         self.name = name
 
-    async def answer(self, body: Mapping[str, Any]) -> Answer:
-        """Return the answer; a tier that is full is asked again.
+    async def complete(self, body: Mapping[str, Any]) -> Answer:
+        """Return the answer; a tier that is full is tried again.
 
         Raises:
             InvalidMeasurement: The service refuses the request.
             CascadeError: What ended the answer early.
         """
-        call = self._call(body)
-        for _ in range(_RETRIES):
-            try:
-                return await self._answer(call)
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after_s or 1)
-        return await self._answer(call)
-
-    def _call(self, body: Mapping[str, Any]) -> CompletionCall:
         try:
             if "messages" in body:
-                return build_request.chat(ChatBody.model_validate(body), self.service)
-            return build_request.completion(CompletionBody.model_validate(body), self.service)
+                call = build_request.chat(ChatBody.model_validate(body), self.service)
+            else:
+                call = build_request.completion(CompletionBody.model_validate(body), self.service)
         except (CascadeError, ValueError) as error:
             raise InvalidMeasurement(f"the request is refused: {error}") from error
+        for _ in range(_RETRIES):
+            try:
+                return await self._complete(call)
+            except Overloaded as error:
+                await asyncio.sleep(error.retry_after_s or 1)
+        return await self._complete(call)
 
-    async def _answer(self, call: CompletionCall) -> Answer:
-        answers = Completions(call, self.service)
-        began_s = time.perf_counter()
-        marks_s = [
-            time.perf_counter() - began_s
-            async for heard in answers.write()
-            if heard is not None and heard[1].text
+    async def _complete(self, call: CompletionCall) -> Answer:
+        completions = Completions(call, self.service)
+        start_s = time.perf_counter()
+        times_s = [
+            time.perf_counter() - start_s
+            async for item in completions.stream()
+            if item is not None and item[1].text
         ]
-        latency_s = time.perf_counter() - began_s
-        usage = responses.usage_object(answers.usage)
-        whole = answers.all[0].whole
+        latency_s = time.perf_counter() - start_s
+        usage = responses.usage_object(completions.usage)
+        whole = completions.all[0].output
         if whole.finish is None:
             raise Internal("An answer ended without a reason")
         return Answer(
             text=whole.text,
-            finish=whole.finish.value,
+            finish_reason=whole.finish.value,
             statistics=usage["cascade"],
             prompt_tokens=usage["prompt_tokens"],
             completion_tokens=usage["completion_tokens"],
             latency_s=latency_s,
-            ttft_s=marks_s[0] if marks_s else latency_s,
-            marks_s=tuple(marks_s),
-            blocks=tuple(row.drafted for row in answers.usage.statistics.trace),
+            ttft_s=times_s[0] if times_s else latency_s,
+            chunk_times_s=tuple(times_s),
+            draft_lengths=tuple(one.drafted for one in completions.usage.statistics.trace),
         )
 
 
 @asynccontextmanager
-async def over_http(
+async def connect_http(
     url: str, *, api_key: str | None = None, model: str | None = None
-) -> AsyncGenerator[OverHttp]:
-    """Reach a server; its first model answers unless one is named.
+) -> AsyncGenerator[HttpClient]:
+    """Connect to a server.
+
+    Args:
+        url: The address, with or without `/v1`.
+        api_key: If the server needs one.
+        model: Which served model answers; the first if absent.
 
     Raises:
         InvalidMeasurement: openai is not installed, or no server answers there.
     """
-    openai = extra("openai")
+    openai = import_extra("openai")
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     async with openai.AsyncOpenAI(
-        base_url=base, api_key=api_key or "none", max_retries=_RETRIES, timeout=PATIENT_S
+        base_url=base, api_key=api_key or "none", max_retries=_RETRIES, timeout=TIMEOUT_S
     ) as client:
-        named = model or await _first_model(client, url)
-        yield OverHttp(client, url=base, model=named)
+        yield HttpClient(client, url=base, model=model or await _first_model(client, url))
 
 
 async def _first_model(client: Any, url: str) -> str:
-    openai = extra("openai")
+    openai = import_extra("openai")
     try:
         models = await client.with_options(max_retries=0, timeout=10).models.list()
     except openai.APIError as error:
         raise InvalidMeasurement(
             f"no server answers at {url} ({error}); start one with `serve run cluster/local.yaml`,"
-            " or leave --url out to answer in this process"
+            " or omit --url to answer in this process"
         ) from error
     if not models.data:
         raise InvalidMeasurement(f"the server at {url} serves no model")
@@ -246,31 +234,32 @@ async def _first_model(client: Any, url: str) -> str:
 
 
 @asynccontextmanager
-async def in_process(settings: Application) -> AsyncGenerator[InProcess]:
-    """Start both tiers here and answer with them; no draft is given up for being late.
+async def start_in_process(settings: Application) -> AsyncGenerator[InProcessClient]:
+    """Start both tiers in this process, with a drafter deadline that never passes.
 
-    A drafter that is late on a busy machine is otherwise left out of a round, which would make
-    counts depend on the machine.
+    Otherwise a drafter that is late on a busy machine would be left out of a round, and the counts
+    would depend on the machine.
 
     Raises:
         StartupError: The pair cannot be served.
     """
-    patient = settings.router.model_copy(update={"draft_deadline_s": PATIENT_S})
+    router = replace(settings.router, draft_deadline_s=TIMEOUT_S)
     names = [
-        identity(tier.model_path, tier.revision) for tier in (settings.drafter, settings.expert)
+        model_identity(tier.model_path, tier.revision)
+        for tier in (settings.drafter, settings.expert)
     ]
-    async with local_server(settings.model_copy(update={"router": patient})) as running:
-        yield InProcess(running.service, name=f"in process: {' and '.join(names)}")
+    async with local_server(settings.model_copy(update={"router": router})) as running:
+        yield InProcessClient(running.service, name=f"in process: {' and '.join(names)}")
 
 
-def identity(place: str, revision: str | None) -> str:
-    """Return a model's name and what changes when its files do."""
-    folder = Path(place)
+def model_identity(path: str, revision: str | None) -> str:
+    """Return a model's name with its revision, or with a digest of its files if it is a folder."""
+    folder = Path(path)
     if not folder.is_dir():
-        return place if revision is None else f"{place}@{revision}"
+        return path if revision is None else f"{path}@{revision}"
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json"):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json"):
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
     return f"{folder.name}@{digest.hexdigest()[:12]}"

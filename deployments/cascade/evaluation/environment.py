@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: what a figure needs beside it to mean anything."""
+"""The machine, versions and commit of a measurement, which are reported with its results."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Provenance:
     """Machine, versions, commit and command of a run."""
 
     command: str
-    commit: str  # with a `+` where files differ from it; empty outside a checkout
+    commit: str  # with a `+` if tracked files are modified; empty outside a checkout
     at: str  # UTC, ISO 8601
     cpu: str
-    cores: int  # that this process may use
+    cores: int  # available to this process
     memory_gib: float
     gpus: tuple[str, ...]
     python: str
     versions: dict[str, str]
     environment: dict[str, str]  # variables that change timings
-    load: float  # processes that wanted a core in the minute before; more than ours is noise
+    load: float  # runnable processes over the last minute; other processes add noise
 
 
 def provenance() -> Provenance:
-    """Return where this process runs, and what it is."""
+    """Return the provenance of this process."""
     return Provenance(
         command=command_line(sys.argv),
         commit=commit(Path(__file__).parent),
@@ -54,38 +54,38 @@ def provenance() -> Provenance:
 
 
 def command_line(arguments: list[str]) -> str:
-    """Return what to type to run the same again."""
+    """Return the shell command that runs the same again."""
     return shlex.join([Path(arguments[0]).name, *arguments[1:]])
 
 
 def commit(folder: Path) -> str:
-    """Return the commit that a folder's checkout is at, with a `+` if tracked files differ."""
+    """Return the commit of a folder's checkout, with a `+` if tracked files are modified."""
     head = _git(folder, "rev-parse", "--short=12", "HEAD")
     changed = head and _git(folder, "status", "--porcelain", "--untracked-files=no")
     return f"{head}+" if changed else head
 
 
-def _git(folder: Path, *words: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     try:
-        ended = subprocess.run(  # noqa: S603 - fixed words
-            ["git", "-C", str(folder), *words],  # noqa: S607 - git is where the user has it
+        process = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "-C", str(folder), *arguments],  # noqa: S607 - git is on the user's path
             capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
-    return ended.stdout.strip()
+    return process.stdout.strip()
 
 
 def _cpu() -> str:
-    """Return the processor's name, or at least its kind."""
+    """Return the processor's name with its family and model, or at least its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    told = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in told.items()}
-    kind = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-    return f"{fields.get('model name', platform.machine())} ({kind})"
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
+    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return f"{fields.get('model name', platform.machine())} ({model})"
 
 
 def _gpus() -> tuple[str, ...]:

@@ -1,12 +1,12 @@
-"""What an evaluation tries: settings of the server, in curves that a dial moves along.
+"""The settings that an evaluation compares: curves, each with a dial whose values are its points.
 
 | curve | dial | request |
 |---|---|---|
-| a kind of `decoding.rules` | `alpha`; ensemble `weight`, typical `epsilon` | mode cascade |
+| a kind of `cascade.rules` | `alpha`; ensemble `weight`, typical `epsilon` | mode cascade |
 | `lossy`, `lossy_solved` | `alpha`, with beta one or solved | mode speculative |
 | `token_cascade` | `alpha` of chow | mode token_cascade |
-| `sequence_cascade` | least mean log-probability of a draft that stands | mode sequence_cascade |
-| `lossless`, `expert_only`, `drafter_only` | none | always among the settings |
+| `sequence_cascade` | least mean log-probability of an accepted draft | mode sequence_cascade |
+| `lossless`, `expert_only`, `drafter_only` | none | in every grid |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOSSY, LOSSY_SOLVED = "lossy", "lossy_solved"
 
 BASELINES = (EXPERT, DRAFTER, LOSSLESS)
 
-_DRAFTS = (LOSSLESS, LOSSY, LOSSY_SOLVED)  # mode speculative
+_SPECULATIVE = (LOSSLESS, LOSSY, LOSSY_SOLVED)
 
 _KINDS = [
     str(field.default)
@@ -48,13 +48,13 @@ RULES = tuple(kind for kind in _KINDS if kind not in (LOSSLESS, LOSSY))
 
 CURVES = (*RULES, LOSSY, LOSSY_SOLVED, TOKEN_CASCADE, SEQUENCE_CASCADE)
 
-_DIALS = {"ensemble": "weight", "typical": "epsilon"}
+_DIAL_FIELDS = {"ensemble": "weight", "typical": "epsilon"}
 
-_RULE: TypeAdapter[Rule] = TypeAdapter(Annotated[Rule, Field(discriminator="kind")])
+_RULE_ADAPTER: TypeAdapter[Rule] = TypeAdapter(Annotated[Rule, Field(discriminator="kind")])
 
 DRAFT_TOKENS = 5
 
-USUAL: dict[str, list[float]] = {
+DEFAULT_CURVES: dict[str, list[float]] = {
     "chow": [0.05, 0.2, 0.4, 0.6],
     "diff": [0.05, 0.2, 0.4, 0.6],
     "opt": [0.05, 0.2, 0.4, 0.6],
@@ -67,7 +67,7 @@ USUAL: dict[str, list[float]] = {
     SEQUENCE_CASCADE: [-0.02, -0.1, -0.3],
 }
 
-"""The curves of an evaluation that names none."""
+"""The curves of an evaluation that names none, each with its dials."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,57 +76,67 @@ class Setting:
 
     curve: str
     temperature: float
-    dial: float | None = None  # of the curve; None for baselines
-    draft_tokens: int | None = None  # None where nobody judges blocks
+    dial: float | None = None  # None for baselines
+    draft_tokens: int | None = None  # None in modes without blocks
     bonus: Bonus | None = None  # None: the server's
 
     @property
     def name(self) -> str:
-        """Return the curve with its dial, as tables say it."""
+        """Return the curve with its dial, as tables show it."""
         return self.curve if self.dial is None else f"{self.curve} {self.dial:g}"
 
     @property
     def key(self) -> str:
-        """Return what no other setting of a grid is called; it is fit for a file's name."""
-        parts = [self.curve, *([] if self.dial is None else [f"{self.dial:g}"])]
-        parts.append(f"t{self.temperature:g}")
-        parts += [] if self.draft_tokens is None else [f"d{self.draft_tokens}"]
-        return "_".join([*parts, *([] if self.bonus is None else [self.bonus.value])])
+        """Return a name that is unique in a grid and usable as a file name."""
+        parts = (
+            self.curve,
+            None if self.dial is None else f"{self.dial:g}",
+            f"t{self.temperature:g}",
+            None if self.draft_tokens is None else f"d{self.draft_tokens}",
+            None if self.bonus is None else self.bonus.value,
+        )
+        return "_".join(part for part in parts if part is not None)
 
     @property
     def mode(self) -> Mode:
         """Return the mode of the request."""
-        if self.curve in _DRAFTS:
+        if self.curve in _SPECULATIVE:
             return Mode.SPECULATIVE
         return Mode.CASCADE if self.curve in RULES else Mode(self.curve)
 
     @property
     def rule(self) -> dict[str, Any] | None:
-        """Return the rule of the request, in modes that have one."""
+        """Return the rule of the request, or None in modes without one."""
         if self.curve in (LOSSY, LOSSY_SOLVED):
             beta = "one" if self.curve == LOSSY else "solved"
             return {"kind": LOSSY, "alpha": self.dial, "beta": beta}
         if self.curve == TOKEN_CASCADE:
             return {"kind": "chow", "alpha": self.dial}
         if self.curve in RULES:
-            return {"kind": self.curve, _DIALS.get(self.curve, "alpha"): self.dial}
+            return {"kind": self.curve, _DIAL_FIELDS.get(self.curve, "alpha"): self.dial}
         return {"kind": LOSSLESS} if self.curve == LOSSLESS else None
 
     def options(self) -> dict[str, Any]:
         """Return the `cascade` object of the request.
 
-        Blocks are judged under the maximal coupling, which refuses least and is the papers'; with a
-        seed in the request the server would choose another.
+        Blocks are judged with the maximal coupling, which rejects least and is the papers'; for a
+        request with a seed the server would choose another.
         """
-        told: dict[str, Any] = {"mode": self.mode.value, "coupling": "maximal"}
-        if self.curve == SEQUENCE_CASCADE:
-            told["patience"] = {"confidence": "mean", "threshold": self.dial}
-        optional = {"rule": self.rule, "draft_tokens": self.draft_tokens, "bonus": self.bonus}
-        return told | {name: value for name, value in optional.items() if value is not None}
+        options = {
+            "mode": self.mode.value,
+            "coupling": "maximal",
+            "rule": self.rule,
+            "draft_tokens": self.draft_tokens,
+            "bonus": self.bonus,
+            "patience": {"confidence": "mean", "threshold": self.dial}
+            if self.curve == SEQUENCE_CASCADE
+            else None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
 
-class Block(BaseModel):
-    """Curves to try at each of some temperatures and draft lengths."""
+class GridBlock(BaseModel):
+    """Curves to evaluate at each of some temperatures and draft lengths."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -136,36 +146,36 @@ class Block(BaseModel):
     draft_tokens: Annotated[list[Annotated[int, Field(ge=1, le=32)]], Field(min_length=1)] = Field(
         default=[DRAFT_TOKENS]
     )
-    curves: dict[str, list[float]] = USUAL
+    curves: dict[str, list[float]] = DEFAULT_CURVES
     bonus: Bonus | None = None
 
     def settings(self) -> list[Setting]:
         """Return the settings, baselines first.
 
         Raises:
-            InvalidMeasurement: No such curve, or a dial that its rule refuses.
+            InvalidMeasurement: There is no such curve, or its rule refuses a dial.
         """
-        found: list[Setting] = []
-        for temperature, length in itertools.product(self.temperatures, self.draft_tokens):
-            dials = {name: [None] for name in BASELINES} | self.curves
-            for curve, values in dials.items():
-                for dial in values:
-                    setting = Setting(
-                        curve=curve,
-                        dial=dial,
-                        temperature=temperature,
-                        draft_tokens=length,
-                        bonus=self.bonus,
-                    )
-                    found.append(checked(setting))
-        return list(dict.fromkeys(found))
+        points = [
+            (curve, dial)
+            for curve, dials in ({name: [None] for name in BASELINES} | self.curves).items()
+            for dial in dials
+        ]
+        settings = [
+            Setting(
+                curve=curve, dial=dial, temperature=temperature, draft_tokens=length,
+                bonus=self.bonus,
+            )
+            for temperature, length in itertools.product(self.temperatures, self.draft_tokens)
+            for curve, dial in points
+        ]  # fmt: skip
+        return list(dict.fromkeys(validated(setting) for setting in settings))
 
 
-def checked(setting: Setting) -> Setting:
-    """Return the setting without what its mode does not read.
+def validated(setting: Setting) -> Setting:
+    """Return the setting without the fields that its mode does not read.
 
     Raises:
-        InvalidMeasurement: No such curve, or a dial that its rule refuses.
+        InvalidMeasurement: There is no such curve, or its rule refuses the dial.
     """
     if setting.curve not in (*CURVES, *BASELINES):
         raise InvalidMeasurement(
@@ -173,11 +183,11 @@ def checked(setting: Setting) -> Setting:
         )
     if setting.rule is not None:
         try:
-            _RULE.validate_python(setting.rule)
+            _RULE_ADAPTER.validate_python(setting.rule)
         except ValidationError as error:
-            wanted = error.errors()[0]["msg"].lower()
+            reason = error.errors()[0]["msg"].lower()
             raise InvalidMeasurement(
-                f"`{setting.curve}` has no dial {setting.dial}: {wanted}"
+                f"`{setting.curve}` has no dial {setting.dial}: {reason}"
             ) from error
     if setting.mode in (Mode.CASCADE, Mode.SPECULATIVE):
         return setting
@@ -188,7 +198,7 @@ def read_grid(path: Path) -> list[Setting]:
     """Return the settings of a YAML file: one block, or a list of blocks.
 
     Raises:
-        InvalidMeasurement: The file is none, and why.
+        InvalidMeasurement: The file cannot be read, or is not a grid.
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -196,17 +206,17 @@ def read_grid(path: Path) -> list[Setting]:
         raise InvalidMeasurement(f"the grid {path} cannot be read: {error}") from error
     blocks: list[Any] = document if isinstance(document, list) else [document or {}]
     try:
-        parsed = [Block.model_validate(block) for block in blocks]
+        parsed = [GridBlock.model_validate(block) for block in blocks]
     except ValidationError as error:
-        found = error.errors()[0]
-        place = ".".join(str(part) for part in found["loc"]) or "it"
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "it"
         raise InvalidMeasurement(
-            f"the grid {path}: `{place}`: {found['msg'].lower()}; a block has"
-            f" {', '.join(Block.model_fields)}"
+            f"the grid {path}: `{field}`: {problem['msg'].lower()}; a block has"
+            f" {', '.join(GridBlock.model_fields)}"
         ) from error
-    return joined(parsed)
+    return merge_blocks(parsed)
 
 
-def joined(blocks: Sequence[Block]) -> list[Setting]:
-    """Return the settings of all blocks, none twice."""
+def merge_blocks(blocks: Sequence[GridBlock]) -> list[Setting]:
+    """Return the settings of all blocks without duplicates."""
     return list(dict.fromkeys(setting for block in blocks for setting in block.settings()))

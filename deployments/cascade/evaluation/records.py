@@ -1,19 +1,19 @@
-"""What one answer showed, and where the answers of finished settings are kept.
+"""The counts of each answer, and the folder that keeps the answers of finished settings.
 
-Counts of an answer, from which every rate is a quotient of sums over answers:
+Every rate is a quotient of sums of counts over answers. By mode:
 
 | mode | offered | rejected |
 |---|---|---|
-| cascade, speculative | drafts judged: up to and with a block's first refusal | the refused |
-| token_cascade | tokens of the answer | those the drafter deferred, the expert's |
+| cascade, speculative | drafts judged, to a block's first rejection | rejected drafts |
+| token_cascade | tokens of the answer | those that the drafter deferred to the expert |
 | sequence_cascade | tokens of the draft | all of them if the expert answered anew, else none |
 | drafter_only | tokens of the answer | none |
-| expert_only | tokens of the answer | all: each is the expert's |
+| expert_only | tokens of the answer | all: the expert wrote each |
 
 rejection rate = rejected / offered = 1 - accepted / judged, the axis of the paper's Gemma figures
-(arXiv 2405.19261); its notebook judges one draft a step, where this is refusals over tokens.
-deferral rate = deferred / judged: positions the rule gave to the expert, of those it decided on. A
-deferred draft is still accepted where the expert happens to agree, so rejections are fewer.
+(arXiv 2405.19261); its notebook judges one draft a step, where this is rejections over tokens.
+deferral rate = deferred / judged: the share of judged positions that the rule gave to the expert.
+A deferred token is still accepted where the expert agrees, so there are fewer rejections.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Counts:
     """The numbers of one answer; the columns of `results.json`."""
 
     quality: float
-    bleu: float | None = None  # of the sentence, where BLEU is a second figure
+    bleu: float | None = None  # of the sentence, where BLEU is reported beside the quality
     tokens: int = 0
     offered: int = 0
     rejected: int = 0
@@ -53,63 +53,70 @@ class Counts:
     drafter_passes: int = 0
     expert_passes: int = 0
     bytes: int = 0
-    latency_s: float = 0.0  # measured while others were answered too
+    latency_s: float = 0.0  # measured while other requests were running too
     ttft_s: float = 0.0
 
 
 COLUMNS = tuple(field.name for field in fields(Counts))
 
+_FROM_STATISTICS = ("judged", "deferred", "rounds", "drafted", "accepted", "kept_tokens",
+                    "expert_tokens", "drafter_passes", "expert_passes")  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One item answered under one setting."""
+    """The answer to one item under one setting."""
 
     item: str
     text: str
     counts: Counts
 
 
-def counts(
-    answer: Answer, setting: Setting, *, quality: float, bleu: float | None = None
-) -> Counts:
-    """Return the numbers of an answer; zeros where a server tells none."""
-    told = answer.statistics
-    offered, rejected = _offers(answer, setting)
-    same = ("judged", "deferred", "rounds", "drafted", "accepted", "kept_tokens",
-            "expert_tokens", "drafter_passes", "expert_passes")  # fmt: skip
+def count(answer: Answer, setting: Setting, *, quality: float, bleu: float | None = None) -> Counts:
+    """Return the numbers of an answer; zeros where the server sent no statistics.
+
+    Args:
+        answer: What the client returned.
+        setting: How it was asked; its mode says what counts as offered.
+        quality: Of the answer, 0 to 1.
+        bleu: Of the answer, 0 to 1, where it is reported too.
+    """
+    statistics = answer.statistics
+    offered, rejected = _offered_and_rejected(answer, setting.mode)
     return Counts(
         quality=quality,
         bleu=bleu,
         tokens=answer.completion_tokens,
         offered=offered,
         rejected=rejected,
-        bytes=told.get("sent_bytes", 0) + told.get("received_bytes", 0),
+        bytes=statistics.get("sent_bytes", 0) + statistics.get("received_bytes", 0),
         latency_s=answer.latency_s,
         ttft_s=answer.ttft_s,
-        **{name: told.get(name, 0) for name in same},
+        **{name: statistics.get(name, 0) for name in _FROM_STATISTICS},
     )
 
 
-def _offers(answer: Answer, setting: Setting) -> tuple[int, int]:
-    """Return the tokens that the drafter offered and those of them that did not stand."""
-    told, tokens = answer.statistics, answer.completion_tokens
-    match setting.mode:
+def _offered_and_rejected(answer: Answer, mode: Mode) -> tuple[int, int]:
+    tokens = answer.completion_tokens
+    drafted, judged, accepted, by_expert = (
+        answer.statistics.get(name, 0)
+        for name in ("drafted", "judged", "accepted", "expert_tokens")
+    )
+    match mode:
         case Mode.EXPERT_ONLY:
             return tokens, tokens
         case Mode.DRAFTER_ONLY:
             return tokens, 0
         case Mode.TOKEN_CASCADE:
-            return tokens, told.get("expert_tokens", 0)
+            return tokens, by_expert
         case Mode.SEQUENCE_CASCADE:
-            drafted = told.get("drafted", 0)
-            return drafted, drafted if told.get("expert_tokens", 0) else 0
+            return drafted, drafted if by_expert else 0
         case Mode.CASCADE | Mode.SPECULATIVE:
-            judged = told.get("judged", 0)
-            return judged, max(judged - told.get("accepted", 0), 0)
+            return judged, max(judged - accepted, 0)
 
 
 class Store:
-    """A folder with a manifest and one file a finished setting: a run that was cut goes on."""
+    """A folder with a manifest and one file per finished setting, so that a run can be resumed."""
 
     def __init__(self, folder: Path, *, manifest: Mapping[str, Any]) -> None:
         """Open or make the folder.
@@ -121,22 +128,22 @@ class Store:
         self._costs = folder / "costs.json"
         try:
             self._cells.mkdir(parents=True, exist_ok=True)
-            _same(folder / "run.json", manifest)
+            _check_manifest(folder / "run.json", manifest)
         except OSError as error:
             raise InvalidMeasurement(f"{folder} cannot be written: {error.strerror}") from error
 
-    def finished(self, setting: Setting) -> bool:
-        """Say whether all of a setting's records are there."""
+    def is_finished(self, setting: Setting) -> bool:
+        """Return whether all of a setting's records are stored."""
         return self._path(setting).exists()
 
     def write(self, setting: Setting, records: list[Record]) -> None:
-        """Keep a setting's records, all at once."""
+        """Store all of a setting's records."""
         _write(self._path(setting), [asdict(record) for record in records])
 
     def read(self, setting: Setting) -> list[Record]:
         """Return a finished setting's records."""
-        told = json.loads(self._path(setting).read_text(encoding="utf-8"))
-        return [Record(**record | {"counts": Counts(**record["counts"])}) for record in told]
+        rows = json.loads(self._path(setting).read_text(encoding="utf-8"))
+        return [Record(**row | {"counts": Counts(**row["counts"])}) for row in rows]
 
     def read_costs(self) -> dict[str, Any] | None:
         """Return the costs that an earlier run measured."""
@@ -145,30 +152,33 @@ class Store:
         return json.loads(self._costs.read_text(encoding="utf-8"))
 
     def write_costs(self, costs: Mapping[str, Any]) -> None:
-        """Keep measured costs."""
+        """Store measured costs."""
         _write(self._costs, costs)
 
     def _path(self, setting: Setting) -> Path:
         return self._cells / f"{setting.key}.json"
 
 
-def _same(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, or compare it with the one that is there."""
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, or compare it with the stored one."""
     if not path.exists():
         _write(path, manifest)
         return
-    was = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in manifest if was.get(name) != manifest[name]]
-    if changed:
-        told = "; ".join(f"{name} was {was.get(name)!r}, is {manifest[name]!r}" for name in changed)
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changes = "; ".join(
+        f"{name} was {old.get(name)!r}, is {value!r}"
+        for name, value in manifest.items()
+        if old.get(name) != value
+    )
+    if changes:
         raise InvalidMeasurement(
-            f"{path.parent} holds another evaluation ({told}); name a new folder with --out, or"
+            f"{path.parent} holds another evaluation ({changes}); name a new folder with --out, or"
             " delete this one"
         )
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees all of it or nothing."""
+    """Write JSON atomically."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     os.replace(part, path)  # noqa: PTH105 - atomic, and says so

@@ -1,4 +1,4 @@
-"""An evaluation for readers: figures, findings in words, Markdown tables and one HTML page."""
+"""Plots, Markdown tables and one HTML page of an evaluation's results."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import base64
 import math
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from cascade.evaluation import compare
-from cascade.evaluation.compare import FROM_LOSSLESS
+from cascade.evaluation.compare import FROM_LOSSLESS, View
 from cascade.evaluation.grid import (
     BASELINES,
     CURVES,
@@ -24,14 +25,14 @@ from cascade.evaluation.grid import (
     TOKEN_CASCADE,
 )
 from cascade.evaluation.results import ALL
-from cascade.evaluation.scoring import extra
+from cascade.evaluation.scoring import import_extra
 from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from cascade.evaluation.results import Cell, Draws, Figure, Results
+    from cascade.evaluation.results import Cell, Estimate, GroupMetrics, Results
 
 _AXES = {
     "rejection_rate": "rejection rate",
@@ -40,111 +41,106 @@ _AXES = {
 
 _MARKERS = {DRAFTER: "v", EXPERT: "*", LOSSLESS: "D"}
 
-_DASHED = (TOKEN_CASCADE, SEQUENCE_CASCADE, "lossy", "lossy_solved")
+_DASHED = (TOKEN_CASCADE, SEQUENCE_CASCADE, LOSSY, LOSSY_SOLVED)
 
-_PANELS_WIDE = 3
+_MAX_COLUMNS = 3
 
 _DOTS_PER_INCH = 110
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write a figure for each axis, temperature and draft length; return the files.
+def plot(results: Results, folder: Path) -> list[Path]:
+    """Write a plot for each axis, temperature and draft length; return the files.
 
     Raises:
         InvalidMeasurement: matplotlib is not installed.
     """
-    extra("matplotlib")
-    return [
-        _figure(results, folder, axis=axis, temperature=temperature, length=length)
-        for axis in _AXES
-        for temperature in results.temperatures
-        for length in results.lengths
-    ]
-
-
-def _figure(
-    results: Results,
-    folder: Path,
-    *,
-    axis: str,
-    temperature: float,
-    length: int,
-) -> Path:
+    figures = import_extra("matplotlib.figure")
     groups = [group for group in results.groups if group != ALL]
-    cells = results.select(temperature=temperature, draft_tokens=length)
-    wide = min(len(groups), _PANELS_WIDE)
-    high = -(-len(groups) // wide)
-    sheet = extra("matplotlib.figure").Figure(
-        figsize=(4.6 * wide + 1.6, 3.6 * high + 0.6), layout="constrained"
-    )
-    panels = list(sheet.subplots(high, wide, squeeze=False).flat)
-    for panel in panels:
-        panel.set_visible(False)
-    for panel, group in zip(panels, groups, strict=False):
-        panel.set_visible(True)
-        _panel(panel, results.draws[group], cells, axis=axis)
-        panel.set_title(group, fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    sheet.supxlabel(_AXES[axis], fontsize=10)
-    sheet.supylabel("quality, points", fontsize=10)
-    sheet.suptitle(f"temperature {temperature:g}, {length} drafted tokens a block", fontsize=11)
-    path = folder / f"quality-{axis.split('_', maxsplit=1)[0]}-t{temperature:g}-d{length}.png"
-    sheet.savefig(path, dpi=_DOTS_PER_INCH)
-    return path
+    columns = min(len(groups), _MAX_COLUMNS)
+    rows = math.ceil(len(groups) / columns)
+    paths: list[Path] = []
+    for axis, temperature, length in product(_AXES, results.temperatures, results.lengths):
+        cells = results.select(temperature=temperature, draft_tokens=length)
+        figure = figures.Figure(
+            figsize=(4.6 * columns + 1.6, 3.6 * rows + 0.6), layout="constrained"
+        )
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for panel, group in zip(panels, groups, strict=False):
+            _plot_group(panel, results.metrics[group], cells, axis=axis)
+            panel.set_title(group, fontsize=10)
+        for panel in panels[len(groups) :]:
+            panel.set_visible(False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+        figure.supxlabel(_AXES[axis], fontsize=10)
+        figure.supylabel("quality, points", fontsize=10)
+        figure.suptitle(
+            f"temperature {temperature:g}, {length} drafted tokens a block", fontsize=11
+        )
+        name = f"quality-{axis.split('_', maxsplit=1)[0]}-t{temperature:g}-d{length}.png"
+        figure.savefig(folder / name, dpi=_DOTS_PER_INCH)
+        paths.append(folder / name)
+    return paths
 
 
-def _panel(panel: Any, draws: Draws, cells: list[Cell], *, axis: str) -> None:
-    """Draw the curves of one family, then the baselines as points over them."""
-    lossless = [cell for cell in cells if cell.setting.curve == LOSSLESS]
-    present = {cell.setting.curve for cell in cells}
-    for number, curve in enumerate(curve for curve in CURVES if curve in present):
-        members = [cell for cell in cells if cell.setting.curve == curve]
-        ends = lossless if curve in FROM_LOSSLESS else []
-        _curve(panel, draws, [*ends, *members], axis=axis, curve=curve, colour=number)
+def _plot_group(panel: Any, metrics: GroupMetrics, cells: list[Cell], *, axis: str) -> None:
+    """Plot the curves of one family, then the baselines as points over them."""
+    curves = {
+        curve: [cell for cell in cells if cell.setting.curve == curve]
+        for curve in (*CURVES, *BASELINES)
+    }
+    present = [curve for curve in CURVES if curves[curve]]
+    for number, curve in enumerate(present):
+        ends = curves[LOSSLESS] if curve in FROM_LOSSLESS else []
+        xs, ys = _coordinates(metrics, [*ends, *curves[curve]], axis=axis)
+        _, _, bars = panel.errorbar(
+            [x.value for x in xs],
+            [y.value for y in ys],
+            xerr=_arms(xs),
+            yerr=_arms(ys),
+            label=curve,
+            color=f"C{number % 10}",
+            linestyle="--" if curve in _DASHED else "-",
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            elinewidth=0.6,
+        )
+        for bar in bars:
+            bar.set_alpha(0.25)
     for cell in cells:
         if cell.setting.curve in BASELINES:
-            _point(panel, draws, cell, axis=axis)
+            _plot_baseline(panel, metrics, cell, axis=axis)
     if axis == "rejection_rate":
-        _fit(panel, draws, cells)
+        # Modes without blocks reject far more than all others; they may lie outside the plot.
+        rates = [
+            metrics.estimate(cell, "rejection_rate").high
+            for cell in cells
+            if cell.setting.mode in (Mode.CASCADE, Mode.SPECULATIVE)
+        ]
+        panel.set_xlim(-0.01, max(0.05, 1.15 * max(rates)))
     panel.grid(visible=True, alpha=0.25)
     panel.tick_params(labelsize=8)
 
 
-def _curve(  # noqa: PLR0913 - what to draw, of what
-    panel: Any, draws: Draws, cells: list[Cell], *, axis: str, curve: str, colour: int
-) -> None:
-    points = sorted(
-        ((draws.figure(cell, axis), draws.figure(cell, "quality")) for cell in cells),
-        key=lambda point: point[0].value,
-    )
-    xs, ys = ([point[side] for point in points] for side in (0, 1))
-    _, _, bars = panel.errorbar(
-        [x.value for x in xs],
-        [y.value for y in ys],
-        xerr=_arms(xs),
-        yerr=_arms(ys),
-        label=curve,
-        color=f"C{colour % 10}",
-        linestyle="--" if curve in _DASHED else "-",
-        marker="o",
-        markersize=3,
-        linewidth=1.2,
-        elinewidth=0.6,
-    )
-    for bar in bars:
-        bar.set_alpha(0.25)
+def _coordinates(
+    metrics: GroupMetrics, cells: Iterable[Cell], *, axis: str
+) -> tuple[list[Estimate], list[Estimate]]:
+    """Return the cells' positions on the axis, ascending, and their qualities."""
+    points = [(metrics.estimate(cell, axis), metrics.estimate(cell, "quality")) for cell in cells]
+    points.sort(key=lambda point: point[0].value)
+    return [x for x, _ in points], [y for _, y in points]
 
 
-def _arms(figures: list[Any]) -> list[list[float]]:
-    """Return how far the intervals reach below and above; a bar has no negative arm."""
-    below = [max(0.0, one.value - one.low) for one in figures]
-    return [below, [max(0.0, one.high - one.value) for one in figures]]
+def _arms(estimates: Iterable[Estimate]) -> list[list[float]]:
+    """Return how far the intervals reach below and above, at least 0."""
+    arms = [(max(0.0, e.value - e.low), max(0.0, e.high - e.value)) for e in estimates]
+    return [[below for below, _ in arms], [above for _, above in arms]]
 
 
-def _point(panel: Any, draws: Draws, cell: Cell, *, axis: str) -> None:
-    """Draw a baseline. The expert rejects by convention all: its quality is a line instead."""
-    x, y = draws.figure(cell, axis), draws.figure(cell, "quality")
+def _plot_baseline(panel: Any, metrics: GroupMetrics, cell: Cell, *, axis: str) -> None:
+    """Plot a point. The expert rejects everything by definition: its quality is a line instead."""
+    x, y = metrics.estimate(cell, axis), metrics.estimate(cell, "quality")
     curve = cell.setting.curve
     if curve == EXPERT and axis == "rejection_rate":
         panel.axhline(y.value, color="black", linestyle=":", linewidth=1, label=curve)
@@ -156,42 +152,23 @@ def _point(panel: Any, draws: Draws, cell: Cell, *, axis: str) -> None:
     )  # fmt: skip
 
 
-def _fit(panel: Any, draws: Draws, cells: list[Cell]) -> None:
-    """Leave out, at the right, what the modes without blocks reject beyond all others."""
-    rates = [
-        draws.figure(cell, "rejection_rate").high
-        for cell in cells
-        if cell.setting.mode in (Mode.CASCADE, Mode.SPECULATIVE)
-    ]
-    panel.set_xlim(-0.01, max(0.05, 1.15 * max(rates)))
-
-
-METRICS = (
-    "quality", "rejection_rate", "deferral_rate", "tokens_per_expert_pass", "latency",
-    "expert_passes", "drafter_passes", "tokens", "bytes", "wall_s",
-)  # fmt: skip
-
-HEADINGS = {
-    "quality": "quality",
-    "rejection_rate": "rejected",
-    "deferral_rate": "deferred",
-    "tokens_per_expert_pass": "tokens / expert pass",
-    "latency": "latency, modelled",
-    "expert_passes": "expert passes",
-    "drafter_passes": "drafter passes",
-    "tokens": "tokens",
-    "bytes": "bytes",
-    "wall_s": "s under load",
+# Of each metric: heading, decimals, and whether tables show its interval.
+_METRICS = {
+    "quality": ("quality", 1, True),
+    "rejection_rate": ("rejected", 3, True),
+    "deferral_rate": ("deferred", 3, False),
+    "tokens_per_expert_pass": ("tokens / expert pass", 2, False),
+    "latency": ("latency, modelled", 2, True),
+    "expert_passes": ("expert passes", 2, False),
+    "drafter_passes": ("drafter passes", 2, False),
+    "tokens": ("tokens", 2, False),
+    "bytes": ("bytes", 0, False),
+    "wall_s": ("s under load", 2, False),
 }
 
 _BRIEF = (
-    "quality",
-    "rejection_rate",
-    "deferral_rate",
-    "tokens_per_expert_pass",
-    "latency",
-    "bytes",
-)
+    "quality", "rejection_rate", "deferral_rate", "tokens_per_expert_pass", "latency", "bytes"
+)  # fmt: skip
 
 _BETTER_SHOWN = 3
 
@@ -212,138 +189,133 @@ class Table:
         return "\n\n".join(part for part in (f"## {self.title}", self.note, table) if part)
 
 
-def figures(results: Results) -> list[dict[str, Any]]:
+def estimates(results: Results) -> list[dict[str, Any]]:
     """Return every metric of every setting in every group, with its interval, as JSON values."""
     found: list[dict[str, Any]] = []
-    for group in results.groups:
-        draws = results.draws[group]
-        for cell in results.cells:
-            told = {name: _json(draws.figure(cell, name)) for name in _metrics(cell)}
-            bleu = {"corpus_bleu": cell.corpus_bleu[group]} if group in cell.corpus_bleu else {}
-            found.append({"setting": cell.setting.key, "group": group, **told, **bleu})
+    for group, cell in product(results.groups, results.cells):
+        names = (*_METRICS, "bleu") if "bleu" in cell.columns else _METRICS
+        entry: dict[str, Any] = {"setting": cell.setting.key, "group": group}
+        for name in names:
+            interval = asdict(results.metrics[group].estimate(cell, name))
+            entry[name] = {
+                part: round(value, 6) if math.isfinite(value) else None
+                for part, value in interval.items()
+            }
+        if group in cell.corpus_bleu:
+            entry["corpus_bleu"] = cell.corpus_bleu[group]
+        found.append(entry)
     return found
-
-
-def _metrics(cell: Cell) -> tuple[str, ...]:
-    return (*METRICS, "bleu") if "bleu" in cell.columns else METRICS
-
-
-def _json(figure: Figure) -> dict[str, float | None]:
-    return {
-        name: round(value, 6) if math.isfinite(value) else None
-        for name, value in asdict(figure).items()
-    }
 
 
 def settings_table(
     results: Results, group: str, *, temperature: float, brief: bool = False
 ) -> Table:
-    """Return what every setting at a temperature scored and cost in a group."""
-    metrics = _BRIEF if brief else METRICS
-    draws = results.draws[group]
+    """Return what every setting scored and cost.
+
+    Args:
+        results: Of an evaluation.
+        group: Of items.
+        temperature: Of sampling.
+        brief: Whether to leave out the less important metrics.
+    """
+    names = _BRIEF if brief else tuple(_METRICS)
+    metrics = results.metrics[group]
     cells = [cell for cell in results.cells if cell.setting.temperature == temperature]
-    several = len(results.lengths) > 1
-    bleu = any(group in cell.corpus_bleu for cell in cells)
-    headings = ["setting", *(["draft"] if several else []), *(HEADINGS[m] for m in metrics)]
-    rows: list[tuple[str, ...]] = []
-    for cell in cells:
-        length = [str(cell.setting.draft_tokens or "")] if several else []
-        row = [cell.setting.name, *length, *(_said(draws.figure(cell, m), m) for m in metrics)]
-        rows.append(tuple([*row, f"{cell.corpus_bleu[group]:.1f}"] if bleu else row))
+    # Each column: its heading and a text for each cell.
+    columns = [("setting", [cell.setting.name for cell in cells])]
+    if len(results.lengths) > 1:
+        columns.append(("draft", [str(cell.setting.draft_tokens or "") for cell in cells]))
+    for name in names:
+        shown = [_format(metrics.estimate(cell, name), name) for cell in cells]
+        columns.append((_METRICS[name][0], shown))
+    if any(group in cell.corpus_bleu for cell in cells):
+        columns.append(("BLEU", [f"{cell.corpus_bleu[group]:.1f}" for cell in cells]))
+    headings, texts = zip(*columns, strict=True)
     return Table(
         title=f"{group}, temperature {temperature:g}",
-        headings=tuple([*headings, "BLEU"] if bleu else headings),
-        rows=tuple(rows),
+        headings=headings,
+        rows=tuple(zip(*texts, strict=True)),
     )
 
 
-def _said(figure: Figure, metric: str) -> str:
-    if not math.isfinite(figure.value):
+def _format(estimate: Estimate, metric: str) -> str:
+    if not math.isfinite(estimate.value):
         return ""
-    digits = {"quality": 1, "rejection_rate": 3, "deferral_rate": 3, "wall_s": 2, "latency": 2,
-              "bytes": 0}.get(metric, 2)  # fmt: skip
-    value = f"{figure.value:.{digits}f}"
-    if metric not in ("quality", "rejection_rate", "latency"):
-        return value
-    return f"{value} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    _, decimals, with_interval = _METRICS[metric]
+    if with_interval:
+        return _with_interval(estimate, f".{decimals}f")
+    return f"{estimate.value:.{decimals}f}"
+
+
+def _with_interval(estimate: Estimate, spec: str = "+.1f") -> str:
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
 def finding_tables(results: Results) -> list[Table]:
-    """Return the tables that answer the questions of `compare`."""
+    """Return the tables of the comparisons in `compare`, those with any rows."""
     tables: list[Table] = []
-    for temperature in results.temperatures:
-        for length in results.lengths:
-            views = [
-                compare.View(
-                    results=results, group=group, temperature=temperature, draft_tokens=length
-                )
-                for group in results.groups
-            ]
-            tables += [
-                _matched_table(views, strict=False),
-                _matched_table(views, strict=True),
-                _paying_table(views),
-                *(_equal_table(views, lossy) for lossy in (LOSSY, LOSSY_SOLVED)),
-                _better_table(views),
-            ]
+    for temperature, length in product(results.temperatures, results.lengths):
+        views = [
+            View(results=results, group=group, temperature=temperature, draft_tokens=length)
+            for group in results.groups
+        ]
+        tables += [
+            _matched_table(views, strict=False),
+            _matched_table(views, strict=True),
+            _share_table(views),
+            *(_equal_table(views, lossy) for lossy in (LOSSY, LOSSY_SOLVED)),
+            _better_table(views),
+        ]
     return [table for table in tables if table.rows]
 
 
-def _titled(what: str, views: Sequence[compare.View]) -> str:
+def _title(text: str, views: Sequence[View]) -> str:
     temperature, length = views[0].temperature, views[0].draft_tokens
-    return f"{what}: temperature {temperature:g}, {length} drafted tokens a block"
+    return f"{text}: temperature {temperature:g}, {length} drafted tokens a block"
 
 
-def _groups(views: Sequence[compare.View]) -> list[str]:
-    return [view.group for view in views]
-
-
-def _matched_table(views: Sequence[compare.View], *, strict: bool) -> Table:
+def _matched_table(views: Sequence[View], *, strict: bool) -> Table:
     found = [compare.matched(view, strict=strict) for view in views]
     families = [one for one in found if one.group != ALL or len(found) == 1]
     paying = sum(one.pays for one in families)
-    kept = (
-        f"it is measured at most {compare.POINT:g} point below"
+    condition = (
+        f"its measured quality is at most {compare.POINT:g} point lower"
         if strict
         else "the 95 % interval of the paired difference reaches zero"
     )
     near = "within a point of" if strict else "at"
     return Table(
-        title=_titled(f"Fewest rejections {near} the expert's quality", views),
+        title=_title(f"Fewest rejections {near} the expert's quality", views),
         note=(
             f"At most {compare.FEWER:g} of the rejections of lossless speculation on {paying} of"
-            f" {len(families)} families. A setting keeps the expert's quality if {kept}."
-            " The last two columns are what a setting chosen on one half of the items shows on the"
+            f" {len(families)} families. A setting keeps the expert's quality if {condition}."
+            " The last two columns: a setting chosen on one half of the items, measured on the"
             " other."
         ),
-        headings=("family", "setting", "quality less the expert's", "rejected", "lossless rejects",
+        headings=("family", "setting", "quality minus the expert's", "rejected", "lossless rejects",
                   "share", "share, other half", "difference, other half"),
         rows=tuple(_matched_row(one) for one in found),
     )  # fmt: skip
 
 
 def _matched_row(one: compare.Matched) -> tuple[str, ...]:
+    lossless = f"{one.lossless_rate.value:.3f}"
     if one.cell is None:
-        return (one.group, "none", "", "", f"{one.lossless_rate.value:.3f}", "", "", "")
-    halves = one.halves or (math.nan, math.nan)
+        return (one.group, "none", "", "", lossless, "", "", "")
+    ratio, difference = one.halves or (math.nan, math.nan)
     return (
         one.group,
         one.cell.setting.name,
-        _points(one.difference),
+        _with_interval(one.difference),
         f"{one.rejection_rate.value:.3f}",
-        f"{one.lossless_rate.value:.3f}",
-        f"{one.ratio.value:.2f} [{one.ratio.low:.2f}, {one.ratio.high:.2f}]",
-        "" if math.isnan(halves[0]) else f"{halves[0]:.2f}",
-        "" if math.isnan(halves[1]) else f"{halves[1]:+.1f}",
+        lossless,
+        _with_interval(one.ratio, ".2f"),
+        "" if math.isnan(ratio) else f"{ratio:.2f}",
+        "" if math.isnan(difference) else f"{difference:+.1f}",
     )
 
 
-def _points(figure: Figure) -> str:
-    return f"{figure.value:+.1f} [{figure.low:+.1f}, {figure.high:+.1f}]"
-
-
-def _paying_table(views: Sequence[compare.View]) -> Table:
-    """Return the same share rule by rule: where it is 1 or nothing, the rule does not pay."""
+def _share_table(views: Sequence[View]) -> Table:
     rows: list[tuple[str, ...]] = []
     for rule in compare.rules(views[0].results):
         found = [compare.matched(view, curve=rule) for view in views]
@@ -351,73 +323,75 @@ def _paying_table(views: Sequence[compare.View]) -> Table:
             (rule, *("-" if one.cell is None else f"{one.ratio.value:.2f}" for one in found))
         )
     return Table(
-        title=_titled("Share of lossless rejections at the expert's quality", views),
-        note="From 1 on, and where there is none, the rule does not pay.",
-        headings=("rule", *_groups(views)),
+        title=_title("Share of lossless rejections at the expert's quality", views),
+        note="Where the share is 1 or more, or missing, the rule does not pay.",
+        headings=("rule", *(view.group for view in views)),
         rows=tuple(rows),
     )
 
 
-def _equal_table(views: Sequence[compare.View], lossy: str) -> Table:
-    found = {
-        rule: [compare.equal(view, curve=rule, lossy=lossy) for view in views]
-        for rule in compare.rules(views[0].results)
-    }
+def _equal_table(views: Sequence[View], lossy: str) -> Table:
+    rows: list[tuple[str, ...]] = []
     best: dict[str, float] = {}
-    for one in (one for row in found.values() for one in row if one and one.group != ALL):
-        best[one.group] = max(best.get(one.group, -math.inf), one.difference.value)
-    holding = sum(value >= 0 for value in best.values())
+    for rule in compare.rules(views[0].results):
+        found = [compare.equal(view, curve=rule, lossy=lossy) for view in views]
+        for one in found:
+            if one and one.group != ALL:
+                best[one.group] = max(best.get(one.group, -math.inf), one.difference.value)
+        if any(found):
+            rows.append((rule, *(_with_interval(one.difference) if one else "" for one in found)))
+    no_lower = sum(value >= 0 for value in best.values())
     return Table(
-        title=_titled(f"Quality less {lossy}'s at equal rejections", views),
+        title=_title(f"Quality minus {lossy}'s at equal rejections", views),
         note=(
-            f"The best rule scores no lower than {lossy} on {holding} of {len(best)} families:"
+            f"The best rule scores no lower than {lossy} on {no_lower} of {len(best)} families:"
             " points, averaged over the rejection rates that both curves reach."
         ),
-        headings=("rule", *_groups(views)),
-        rows=tuple(
-            (rule, *("" if one is None else _points(one.difference) for one in row))
-            for rule, row in found.items()
-            if any(row)
-        ),
+        headings=("rule", *(view.group for view in views)),
+        rows=tuple(rows),
     )
 
 
-def _better_table(views: Sequence[compare.View]) -> Table:
-    found = [one for view in views for one in compare.better(view)[:_BETTER_SHOWN]]
+def _better_table(views: Sequence[View]) -> Table:
     return Table(
-        title=_titled("Above the expert itself", views),
+        title=_title("Above the expert itself", views),
         note=(
-            f"Settings whose 95 % interval is clear of zero, at most {_BETTER_SHOWN} a family; of"
-            f" {len(views[0].cascades())} settings one in forty would be without any effect."
+            f"Settings whose 95 % interval is above zero, at most {_BETTER_SHOWN} a family; by"
+            f" chance alone, one in forty of the {len(views[0].cascades())} settings would be."
         ),
-        headings=("family", "setting", "quality less the expert's", "rejected"),
+        headings=("family", "setting", "quality minus the expert's", "rejected"),
         rows=tuple(
-            (one.group, one.cell.setting.name, _points(one.difference),
-             f"{one.rejection_rate.value:.3f}")
-            for one in found
+            (view.group, cell.setting.name, _with_interval(difference),
+             f"{view.metrics.estimate(cell, 'rejection_rate').value:.3f}")
+            for view in views
+            for cell, difference in compare.better(view)[:_BETTER_SHOWN]
         ),
     )  # fmt: skip
 
 
 def write(results: Results, folder: Path, *, plots: Sequence[Path]) -> list[Path]:
-    """Write `tables.md` and `report.html`; return both."""
+    """Write `tables.md` and `report.html`; return both.
+
+    Args:
+        results: Of an evaluation.
+        folder: Where to.
+        plots: PNG files, embedded in the page.
+    """
     findings = finding_tables(results)
     settings = [
         settings_table(results, group, temperature=temperature)
-        for group in results.groups
-        for temperature in results.temperatures
+        for group, temperature in product(results.groups, results.temperatures)
     ]
     tables, page = folder / "tables.md", folder / "report.html"
     markdown = "\n\n".join(table.markdown() for table in (*findings, *settings))
     tables.write_text(markdown + "\n", encoding="utf-8")
-    page.write_text(_html(results, findings, settings, plots), encoding="utf-8")
-    return [tables, page]
-
-
-def _html(
-    results: Results, findings: Sequence[Table], settings: Sequence[Table], plots: Sequence[Path]
-) -> str:
     source = files("cascade.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots}
-    return page.render(about=results.about, findings=findings, settings=settings, images=images)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    html = environment.from_string(source).render(
+        about=results.about,
+        findings=findings,
+        settings=settings,
+        images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots},
+    )
+    page.write_text(html, encoding="utf-8")
+    return [tables, page]

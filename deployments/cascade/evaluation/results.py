@@ -1,15 +1,15 @@
-"""What an evaluation found: `results.json`, and the figures drawn from it with their intervals.
+"""The results of an evaluation: `results.json`, and the metrics with their confidence intervals.
 
-The intervals are percentile bootstraps over items (Efron, 1979), 95 %, resampled within families.
+The intervals are 95 % percentile bootstraps over items (Efron, 1979), resampled within families.
 One set of resamples serves every setting, so a difference of two settings is paired by item.
 
-Shapes: `R` resamples and before them the items as they are, `N` items, `M` of one group.
+Shapes: `N` items, `M` items of a group, `R` resamples; the first is always the items as they are.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,8 @@ _MEANS = {"quality": ("quality", 100), "bleu": ("bleu", 100), "wall_s": ("latenc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A number and its interval."""
+class Estimate:
+    """A value and its confidence interval."""
 
     value: float
     low: float
@@ -61,19 +61,19 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A setting and the columns of its records, in the order of the items."""
+    """A setting and the columns of its records: a value for each item, in order."""
 
     setting: Setting
     columns: Mapping[str, Floats]
-    corpus_bleu: Mapping[str, float]  # by family, where BLEU is a figure
+    corpus_bleu: Mapping[str, float]  # by family, where BLEU is reported
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All of an evaluation. `about` says what was asked, of whom, when and where."""
+    """All results of an evaluation. `about` says what was asked, who answered, when and where."""
 
     about: Mapping[str, Any]
-    families: tuple[str, ...]  # of the items, one each
+    families: tuple[str, ...]  # of each item
     cells: tuple[Cell, ...]
 
     @property
@@ -94,27 +94,27 @@ class Results:
 
     @cached_property
     def resamples(self) -> Floats:
-        """Return how often each resample has each item, [R + 1, N]; first each item once."""
+        """Return how often each resample has each item, [R + 1, N]; the first has each once."""
         random = np.random.default_rng(0)
         names = np.array(self.families)
         weights_RN = np.ones((RESAMPLES + 1, len(names)))
         for name in dict.fromkeys(self.families):
-            members = np.flatnonzero(names == name)
-            share = np.full(len(members), 1 / len(members))
-            drawn = random.multinomial(len(members), share, size=RESAMPLES)
-            weights_RN[1:, members] = drawn
+            members_M = np.flatnonzero(names == name)
+            size = len(members_M)
+            drawn_RM = random.multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
+            weights_RN[1:, members_M] = drawn_RM
         return weights_RN
 
     def resamples_of(self, group: str) -> Floats:
-        """Return the resamples of one group's items, [R + 1, N]; others weigh nothing."""
+        """Return the resamples of one group, [R + 1, N]; items of other groups weigh nothing."""
         if group == ALL:
             return self.resamples
         return self.resamples * (np.array(self.families) == group)
 
     @cached_property
-    def draws(self) -> Mapping[str, Draws]:
+    def metrics(self) -> Mapping[str, GroupMetrics]:
         """Return the metrics of each group."""
-        return {group: Draws(self, group) for group in self.groups}
+        return {group: GroupMetrics(self, group) for group in self.groups}
 
     def expert(self, setting: Setting) -> Cell:
         """Return the expert alone at a setting's temperature."""
@@ -128,21 +128,25 @@ class Results:
     def find(self, curve: str, *, temperature: float, draft_tokens: int | None = None) -> Cell:
         """Return the first cell of a curve.
 
+        Args:
+            curve: Its name.
+            temperature: Of the setting.
+            draft_tokens: Of the setting; None for modes without blocks.
+
         Raises:
             InvalidMeasurement: There is none.
         """
+        wanted = (curve, temperature, draft_tokens)
         for cell in self.cells:
-            which = cell.setting
-            if (which.curve, which.temperature, which.draft_tokens) == (
-                curve, temperature, draft_tokens,
-            ):  # fmt: skip
+            setting = cell.setting
+            if (setting.curve, setting.temperature, setting.draft_tokens) == wanted:
                 return cell
         raise InvalidMeasurement(
             f"the results have no {curve} at temperature {temperature:g}; evaluate again"
         )
 
     def select(self, *, temperature: float, draft_tokens: int | None = None) -> list[Cell]:
-        """Return the cells at a temperature and draft length; those without a length too."""
+        """Return the cells at a temperature, of one draft length or in modes without blocks."""
         return [
             cell
             for cell in self.cells
@@ -151,20 +155,19 @@ class Results:
         ]
 
 
-class Draws:
-    """The metrics of one group of items: arrays over resamples, the first value as measured."""
+class GroupMetrics:
+    """The metrics of one group of items, over all resamples."""
 
     def __init__(self, results: Results, group: str, *, weights_RN: Floats | None = None) -> None:
         self._results = results
         weights_RN = results.resamples_of(group) if weights_RN is None else weights_RN
-        self._members = np.flatnonzero(weights_RN[0])
-        self._weights_RM = np.ascontiguousarray(weights_RN[:, self._members])
+        self._members_M = np.flatnonzero(weights_RN[0])
+        self._weights_RM = np.ascontiguousarray(weights_RN[:, self._members_M])
         self._sizes_R = self._weights_RM.sum(axis=1)
         self._known: dict[tuple[str, str], Floats] = {}
-        self.group = group
 
-    def metric(self, cell: Cell, name: str) -> Floats:
-        """Return a metric over resamples, [R + 1].
+    def resampled(self, cell: Cell, name: str) -> Floats:
+        """Return a metric in every resample, [R + 1].
 
         Args:
             cell: Of a setting.
@@ -174,50 +177,51 @@ class Draws:
         """
         key = cell.setting.key, name
         if key not in self._known:
-            self._known[key] = self._metric(cell, name)
+            self._known[key] = self._compute(cell, name)
         return self._known[key]
 
-    def _metric(self, cell: Cell, name: str) -> Floats:
+    def _compute(self, cell: Cell, name: str) -> Floats:
         if name in _RATIOS:
-            return self._ratio(cell, *_RATIOS[name])
-        if name == "latency":
+            above, below = (self._sum(cell, column) for column in _RATIOS[name])
+        elif name == "latency":
             expert = self._results.expert(cell.setting)
-            return _quotient(self._sum(cell, "modelled_s"), self._sum(expert, "modelled_s"))
-        column, scale = _MEANS[name]
-        return scale * self._sum(cell, column) / self._sizes_R
+            above, below = (self._sum(one, "modelled_s") for one in (cell, expert))
+        else:
+            column, scale = _MEANS[name]
+            return scale * self._sum(cell, column) / self._sizes_R
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return above / below
 
-    def figure(self, cell: Cell, name: str) -> Figure:
-        """Return a metric as measured, with its interval."""
-        return figure(self.metric(cell, name))
+    def estimate(self, cell: Cell, name: str) -> Estimate:
+        """Return a metric's value and interval."""
+        return estimate(self.resampled(cell, name))
 
-    def difference(self, cell: Cell, other: Cell, name: str = "quality") -> Figure:
-        """Return how much higher `cell` is than `other`, paired by item."""
-        return figure(self.metric(cell, name) - self.metric(other, name))
+    def difference(self, cell: Cell, other: Cell) -> Estimate:
+        """Return how much higher the quality of `cell` is than that of `other`."""
+        return estimate(self.resampled(cell, "quality") - self.resampled(other, "quality"))
 
     def _sum(self, cell: Cell, column: str) -> Floats:
-        return self._weights_RM @ cell.columns[column][self._members]
-
-    def _ratio(self, cell: Cell, above: str, below: str) -> Floats:
-        return _quotient(self._sum(cell, above), self._sum(cell, below))
+        return self._weights_RM @ cell.columns[column][self._members_M]
 
 
-def figure(draws_R: Floats) -> Figure:
-    """Return the first draw and the interval of the others; NaN where it is undefined."""
-    value, others_R = float(draws_R[0]), draws_R[1:][np.isfinite(draws_R[1:])]
+def estimate(values_R: Floats) -> Estimate:
+    """Return the first value and the interval of the others; NaN where it is undefined."""
+    value, others_R = float(values_R[0]), values_R[1:][np.isfinite(values_R[1:])]
     if not np.isfinite(value) or not others_R.size:
-        return Figure(value=value, low=np.nan, high=np.nan)
+        return Estimate(value=value, low=np.nan, high=np.nan)
     tail = 50 * (1 - COVERAGE)
     low, high = np.percentile(others_R, [tail, 100 - tail])
-    return Figure(value=value, low=float(low), high=float(high))
-
-
-def _quotient(above_R: Floats, below_R: Floats) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return above_R / below_R
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
 def save(results: Results, path: Path, *, figures: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.json`: the columns of every setting, and the figures for readers."""
+    """Write `results.json`.
+
+    Args:
+        results: Whose columns are written.
+        path: The file.
+        figures: The metrics of every setting, for readers.
+    """
     document = {
         "format": FORMAT,
         "about": results.about,
@@ -225,13 +229,9 @@ def save(results: Results, path: Path, *, figures: Sequence[Mapping[str, Any]]) 
         "cells": [
             {
                 "key": cell.setting.key,
-                "curve": cell.setting.curve,
-                "dial": cell.setting.dial,
-                "temperature": cell.setting.temperature,
-                "draft_tokens": cell.setting.draft_tokens,
-                "bonus": cell.setting.bonus,
+                **asdict(cell.setting),
                 "corpus_bleu": dict(cell.corpus_bleu),
-                "columns": {name: _plain(values_N) for name, values_N in cell.columns.items()},
+                "columns": {name: _to_json(values_N) for name, values_N in cell.columns.items()},
             }
             for cell in results.cells
         ],
@@ -240,7 +240,7 @@ def save(results: Results, path: Path, *, figures: Sequence[Mapping[str, Any]]) 
     path.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _plain(values_N: Floats) -> list[float | None]:
+def _to_json(values_N: Floats) -> list[float | None]:
     return [
         None if np.isnan(value) else int(value) if value == int(value) else round(value, 6)
         for value in values_N.tolist()
@@ -251,32 +251,31 @@ def load(path: Path) -> Results:
     """Return the results in a file, or in the folder of an evaluation.
 
     Raises:
-        InvalidMeasurement: The file is none.
+        InvalidMeasurement: The file cannot be read, or is no `results.json` of this version.
     """
     path = path / "results.json" if path.is_dir() else path
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise InvalidMeasurement(
-                f"{path} has format {document['format']}, this reads {FORMAT}; evaluate again"
+                f"{path} has format {document['format']}, not {FORMAT}; evaluate again"
             )
         return Results(
             about=document["about"],
             families=tuple(document["families"]),
-            cells=tuple(_cell(told) for told in document["cells"]),
+            cells=tuple(_cell(entry) for entry in document["cells"]),
         )
     except OSError as error:
         raise InvalidMeasurement(
             f"{path} cannot be read ({error.strerror}); give the folder of `cascade evaluate`"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidMeasurement(f"{path} is no results.json of `cascade evaluate`") from error
+        raise InvalidMeasurement(f"{path} is not a results.json of `cascade evaluate`") from error
 
 
-def _cell(told: Mapping[str, Any]) -> Cell:
-    names = ("curve", "dial", "temperature", "draft_tokens", "bonus")
+def _cell(entry: Mapping[str, Any]) -> Cell:
     return Cell(
-        setting=Setting(**{name: told[name] for name in names}),
-        columns={name: np.array(found, dtype=float) for name, found in told["columns"].items()},
-        corpus_bleu=told["corpus_bleu"],
+        setting=Setting(**{field.name: entry[field.name] for field in fields(Setting)}),
+        columns={name: np.array(values, dtype=float) for name, values in entry["columns"].items()},
+        corpus_bleu=entry["corpus_bleu"],
     )

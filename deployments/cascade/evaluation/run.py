@@ -1,125 +1,175 @@
-"""Answers every item under every setting, many at once, and keeps what is finished.
+"""Runs an evaluation: answers every item under every setting, scores, gathers and reports.
 
-Settings follow one another without a pause: while the last items of one are answered, those of the
-next have begun, so the engines' batches stay full.
+Settings run without a pause between them: the first items of the next setting start while the last
+of the previous one are still being answered, so the engines' batches stay full.
 """
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, TypeVar
 
-from cascade.evaluation.client import body
+import numpy as np
+
+from cascade.evaluation import report
+from cascade.evaluation.client import request_body
+from cascade.evaluation.environment import provenance
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS, TOKEN_CASCADE, Setting
-from cascade.evaluation.records import Record, counts
-from cascade.evaluation.scoring import Scorer, score, sentence_bleu
-from cascade.evaluation.tasks import Family
+from cascade.evaluation.records import COLUMNS, Record, Store, count
+from cascade.evaluation.results import Cell, Results, save
+from cascade.evaluation.scoring import corpus_bleu, score, sentence_bleu
+from cascade.evaluation.tasks import Family, Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
-    from cascade.evaluation.client import Answerer
-    from cascade.evaluation.records import Store
+    from numpy.typing import NDArray
+
+    from cascade.evaluation.client import Client
     from cascade.evaluation.workloads import Item, Workload
 
-_SCORERS_AT_ONCE = 2
+_CONCURRENT_SCORERS = 2
 
 _COST_ITEMS = 12
 
 _SLOW = (Scorer.PROGRAM, Scorer.BLEU)
 
-
-@dataclass(slots=True, kw_only=True)
-class _Cell:
-    """A setting on its way."""
-
-    setting: Setting
-    records: list[Record | None]
-    missing: int
+T = TypeVar("T", float, "NDArray[np.float64]")
 
 
-async def measure(  # noqa: PLR0913 - what, how, by whom, where to
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Where an evaluation's files go, and how its requests are sent."""
+
+    folder: Path  # each finished setting is stored at once, so that a run can be resumed
+    seed: int = 0  # item `i` is asked with seed + i under every setting
+    concurrency: int = 32  # requests in flight
+
+    def open_store(self, workload: Workload, client: Client) -> Store:
+        """Open the folder; raises InvalidMeasurement if it holds another evaluation."""
+        manifest = {"workload": workload.digest, "answered_by": client.name, "seed": self.seed}
+        return Store(self.folder, manifest=manifest)
+
+
+async def evaluate(
     workload: Workload,
     settings: Sequence[Setting],
-    answerer: Answerer,
+    client: Client,
+    *,
+    run: Run,
+    on_answer: Callable[[], object] = lambda: None,
+) -> Results:
+    """Run every setting that the folder lacks and return the results of all.
+
+    Args:
+        workload: What is asked.
+        settings: How; settings of an earlier run in the folder need not be among them.
+        client: Who answers.
+        run: Where to, and how.
+        on_answer: Called after each answer.
+
+    Raises:
+        InvalidMeasurement: The folder holds another evaluation, or the server refuses a setting.
+        CascadeError: An answer failed.
+    """
+    store = run.open_store(workload, client)
+    costs = store.read_costs()
+    if costs is None:
+        costs = asdict(await measure_costs(workload, settings, client, seed=run.seed))
+        store.write_costs(costs)
+    await run_settings(workload, settings, client, store=store, run=run, on_answer=on_answer)
+    return Results(
+        about={
+            "workload": workload.name,
+            "digest": workload.digest,
+            "items": dict(Counter(item.family for item in workload.items)),
+            "answered_by": client.name,
+            "seed": run.seed,
+            "concurrency": run.concurrency,
+            "costs": costs,
+            "provenance": asdict(provenance()),
+        },
+        families=tuple(item.family for item in workload.items),
+        cells=tuple(
+            _cell(workload, setting, store.read(setting), costs=Costs(**costs))
+            for setting in settings
+        ),
+    )
+
+
+def count_unfinished(
+    workload: Workload, settings: Sequence[Setting], client: Client, *, run: Run
+) -> int:
+    """Return how many answers are missing.
+
+    Args:
+        workload: What is asked.
+        settings: How.
+        client: Who answers.
+        run: Where to, and how.
+
+    Raises:
+        InvalidMeasurement: The folder holds another evaluation, or cannot be written.
+    """
+    store = run.open_store(workload, client)
+    return len(workload.items) * sum(not store.is_finished(setting) for setting in settings)
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write `results.json`, the plots, `tables.md` and `report.html`; return the files."""
+    path = folder / "results.json"
+    save(results, path, figures=report.estimates(results))
+    plots = report.plot(results, folder)
+    return [path, *plots, *report.write(results, folder, plots=plots)]
+
+
+async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
+    workload: Workload,
+    settings: Sequence[Setting],
+    client: Client,
     *,
     store: Store,
-    seed: int = 0,
-    concurrency: int = 32,
-    told: Callable[[], object] = lambda: None,
+    run: Run,
+    on_answer: Callable[[], object] = lambda: None,
 ) -> None:
     """Answer and score every item under every setting that the store lacks.
 
     Args:
         workload: What is asked.
         settings: How.
-        answerer: Who answers.
+        client: Who answers.
         store: Where a setting's records go as soon as all are there.
-        seed: Item `i` is asked with seed + i under every setting.
-        concurrency: Answers under way at once.
-        told: Called after each answer.
+        run: Seed and concurrency.
+        on_answer: Called after each answer.
 
     Raises:
         CascadeError: An item could not be answered; finished settings are kept.
     """
-    jobs = _jobs(workload, [setting for setting in settings if not store.finished(setting)])
-    with Judge() as judge:
+    jobs = _jobs(workload, [setting for setting in settings if not store.is_finished(setting)])
+    scores = _Scores()
 
-        async def work() -> None:
-            for cell, number in jobs:
-                item = workload.items[number]
-                asked = body(
-                    item,
-                    seed=seed + number,
-                    temperature=cell.setting.temperature,
-                    cascade=cell.setting.options(),
-                )
-                answer = await answerer.answer(asked)
-                quality, bleu = await judge.quality(item, answer.text)
-                cell.records[number] = Record(
-                    item=item.name,
-                    text=answer.text,
-                    counts=counts(answer, cell.setting, quality=quality, bleu=bleu),
-                )
-                _finish(cell, store)
-                told()
+    async def work() -> None:
+        for setting, records, number in jobs:
+            item = workload.items[number]
+            body = request_body(
+                item,
+                seed=run.seed + number,
+                temperature=setting.temperature,
+                cascade=setting.options(),
+            )
+            answer = await client.complete(body)
+            quality, bleu = await scores.of(item, answer.text)
+            counts = count(answer, setting, quality=quality, bleu=bleu)
+            records[number] = Record(item=item.name, text=answer.text, counts=counts)
+            if len(records) == len(workload.items):
+                store.write(setting, [records[number] for number in range(len(records))])
+            on_answer()
 
-        await _together([work() for _ in range(concurrency)])
-
-
-def _jobs(workload: Workload, settings: Sequence[Setting]) -> Iterator[tuple[_Cell, int]]:
-    """Yield each item of each setting; items of different families take turns."""
-    order = alternating(workload.items)
-    for setting in settings:
-        size = len(workload.items)
-        cell = _Cell(setting=setting, records=[None] * size, missing=size)
-        for number in order:
-            yield cell, number
-
-
-def alternating(items: Sequence[Item]) -> list[int]:
-    """Return the numbers of the items, one of each family after another."""
-    place: dict[str, int] = {}
-    turns: list[tuple[int, int]] = []
-    for number, item in enumerate(items):
-        place[item.family] = place.get(item.family, 0) + 1
-        turns.append((place[item.family], number))
-    return [number for _, number in sorted(turns)]
-
-
-def _finish(cell: _Cell, store: Store) -> None:
-    cell.missing -= 1
-    if not cell.missing:
-        store.write(cell.setting, [record for record in cell.records if record is not None])
-
-
-async def _together(work: Sequence[Any]) -> None:
-    """Run all; the first error stops the others and is raised itself."""
-    tasks = [asyncio.ensure_future(part) for part in work]
+    tasks = [asyncio.ensure_future(work()) for _ in range(run.concurrency)]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -128,76 +178,102 @@ async def _together(work: Sequence[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Judge:
-    """Scores answers beside the event loop; the same answer to an item is scored once."""
+def _jobs(
+    workload: Workload, settings: Sequence[Setting]
+) -> Iterator[tuple[Setting, dict[int, Record], int]]:
+    """Yield each item's number under each setting, with the dictionary for its record."""
+    order = interleave_families(workload.items)
+    for setting in settings:
+        records: dict[int, Record] = {}
+        for number in order:
+            yield setting, records, number
+
+
+def interleave_families(items: Sequence[Item]) -> list[int]:
+    """Return the numbers of the items, one of each family after another."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, int]] = []
+    for number, item in enumerate(items):
+        turns.append((seen[item.family], number))
+        seen[item.family] += 1
+    return [number for _, number in sorted(turns)]
+
+
+class _Scores:
+    """Quality and BLEU of answers. Slow scorers run in threads, and no answer is scored twice."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_SCORERS_AT_ONCE, thread_name_prefix="score")
+        self._slots = asyncio.Semaphore(_CONCURRENT_SCORERS)
         self._known: dict[tuple[str, str], tuple[float, float | None]] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    async def quality(self, item: Item, text: str) -> tuple[float, float | None]:
-        """Return the quality, and the sentence's BLEU where that is a second figure."""
+    async def of(self, item: Item, text: str) -> tuple[float, float | None]:
         key = item.name, text
         if key not in self._known:
-            work = partial(qualities, item, text)
             if item.scorer in _SLOW:
-                loop = asyncio.get_running_loop()
-                self._known[key] = await loop.run_in_executor(self._pool, work)
+                async with self._slots:
+                    self._known[key] = await asyncio.to_thread(_quality_and_bleu, item, text)
             else:
-                self._known[key] = work()
+                self._known[key] = _quality_and_bleu(item, text)
         return self._known[key]
 
 
-def qualities(item: Item, text: str) -> tuple[float, float | None]:
-    """Return an answer's quality, and its BLEU too for translations."""
+def _quality_and_bleu(item: Item, text: str) -> tuple[float, float | None]:
+    """Return an answer's quality, and for translations its BLEU too."""
     quality = score(item.scorer, text, item.references)
     if item.scorer is Scorer.BLEU:
         return quality, quality
-    translation = item.family == Family.TRANSLATION
-    return quality, sentence_bleu(text, item.references) if translation else None
+    return quality, sentence_bleu(text, item.references) if _has_bleu(item) else None
+
+
+def _has_bleu(item: Item) -> bool:
+    return item.family == Family.TRANSLATION or item.scorer is Scorer.BLEU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Seconds of one pass of each tier, by how the tiers are used: `speculative 5`, and so on.
+    """Seconds of one forward pass of each tier, by the kind of pass: `speculative 5`, and so on.
 
-    A modelled latency is passes times these: what an answer alone on the machine would take, were
-    nothing overlapped. It does not depend on what else ran while answers were collected.
+    The modelled latency is passes times these costs: what an answer would take alone on the machine
+    if nothing overlapped. It does not depend on what else ran while answers were collected.
     """
 
     drafter_s: dict[str, float] = field(default_factory=dict[str, float])
     expert_s: dict[str, float] = field(default_factory=dict[str, float])
 
-    def latency_s(self, setting: Setting, *, drafter_passes: int, expert_passes: int) -> float:
-        """Return the modelled latency of an answer; 0 where a pass was never timed."""
-        return drafter_passes * self._of(self.drafter_s, setting, DRAFTER) + (
-            expert_passes * self._of(self.expert_s, setting, EXPERT)
-        )
+    def latency_s(self, setting: Setting, *, drafter_passes: T, expert_passes: T) -> T:
+        """Return the modelled latency of answers; 0 where a pass was never timed.
 
-    def _of(self, costs: dict[str, float], setting: Setting, otherwise: str) -> float:
-        return costs.get(use(setting), costs.get(otherwise, 0.0))
+        Args:
+            setting: How they were asked.
+            drafter_passes: Forward passes of the drafter, one number or an array.
+            expert_passes: Forward passes of the expert, likewise.
+        """
+        kind = pass_kind(setting)
+        drafter_s = self.drafter_s.get(kind, self.drafter_s.get(DRAFTER, 0.0))
+        expert_s = self.expert_s.get(kind, self.expert_s.get(EXPERT, 0.0))
+        return drafter_passes * drafter_s + expert_passes * expert_s
 
 
-def use(setting: Setting) -> str:
-    """Return how a setting uses the tiers, as far as a pass's cost depends on it."""
+def pass_kind(setting: Setting) -> str:
+    """Return what the cost of a forward pass depends on."""
     if setting.draft_tokens is not None:
         return f"speculative {setting.draft_tokens}"
     return setting.curve
 
 
 async def measure_costs(
-    workload: Workload, settings: Sequence[Setting], answerer: Answerer, *, seed: int = 0
+    workload: Workload, settings: Sequence[Setting], client: Client, *, seed: int = 0
 ) -> Costs:
-    """Return the median cost of a pass, one request at a time, the uses taking turns.
+    """Return the median cost of a pass, one request at a time, the kinds of pass taking turns.
 
-    The waits that the router reports are divided by passes, so a round trip between router and tier
-    counts, and what the machine does beside falls on every use alike.
+    The waits that the router reports are divided by passes: the network between router and tier
+    counts, and other load on the machine affects all kinds alike.
+
+    Args:
+        workload: What is asked.
+        settings: Whose kinds of pass are timed.
+        client: Who answers.
+        seed: Of each request.
     """
     lengths = sorted({s.draft_tokens for s in settings if s.draft_tokens is not None})
     probes = [
@@ -206,19 +282,38 @@ async def measure_costs(
         Setting(curve=TOKEN_CASCADE, dial=0.5, temperature=1.0),
         *(Setting(curve=LOSSLESS, temperature=1.0, draft_tokens=length) for length in lengths),
     ]
-    times: dict[tuple[str, str], list[float]] = {}
-    order = alternating(workload.items)[:_COST_ITEMS]
+    times_s = {tier: defaultdict[str, list[float]](list) for tier in ("drafter", "expert")}
+    order = interleave_families(workload.items)[:_COST_ITEMS]
     for turn, number in enumerate([order[0], *order]):
         for probe in probes:
-            item = workload.items[number]
-            asked = body(item, seed=seed, temperature=1.0, cascade=probe.options())
-            told = (await answerer.answer(asked)).statistics
-            for tier in ("drafter", "expert"):
-                passes = told.get(f"{tier}_passes", 0)
-                if passes and turn:  # the first turn warms up
-                    per_pass_s = told.get(f"{tier}_s", 0.0) / passes
-                    times.setdefault((tier, use(probe)), []).append(per_pass_s)
-    return Costs(
-        drafter_s={of: median(found) for (tier, of), found in times.items() if tier == "drafter"},
-        expert_s={of: median(found) for (tier, of), found in times.items() if tier == "expert"},
+            options = probe.options()
+            body = request_body(workload.items[number], seed=seed, temperature=1.0, cascade=options)
+            statistics = (await client.complete(body)).statistics
+            for tier, by_kind in times_s.items():
+                passes = statistics.get(f"{tier}_passes", 0)
+                if passes and turn:  # the first turn is warm-up
+                    by_kind[pass_kind(probe)].append(statistics.get(f"{tier}_s", 0.0) / passes)
+    drafter_s, expert_s = (
+        {kind: median(times) for kind, times in by_kind.items()} for by_kind in times_s.values()
     )
+    return Costs(drafter_s=drafter_s, expert_s=expert_s)
+
+
+def _cell(workload: Workload, setting: Setting, records: Sequence[Record], *, costs: Costs) -> Cell:
+    columns = {
+        name: np.array([getattr(record.counts, name) for record in records], dtype=float)
+        for name in COLUMNS
+    }
+    columns["modelled_s"] = costs.latency_s(
+        setting,
+        drafter_passes=columns["drafter_passes"],
+        expert_passes=columns["expert_passes"],
+    )
+    if np.isnan(columns["bleu"]).all():
+        del columns["bleu"]
+    pairs: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    for record, item in zip(records, workload.items, strict=True):
+        if _has_bleu(item):
+            pairs[item.family].append((record.text, item.references))
+    bleu = {family: corpus_bleu(*zip(*found, strict=True)) for family, found in pairs.items()}
+    return Cell(setting=setting, columns=columns, corpus_bleu=bleu)

@@ -1,65 +1,105 @@
-"""From an answer to its quality in [0, 1]: the scorers that a workload may name.
+"""Scorers: each turns an answer into a quality in [0, 1].
 
-| scorer | 1 means | after |
+| scorer | 1 means | as in |
 |---|---|---|
-| `exact` | a reference, letter for letter but for space around it | |
-| `match` | a reference but for case, articles and punctuation | SQuAD, TriviaQA |
-| `contains` | the words of a reference stand somewhere in the answer, as `match` reads them | |
+| `exact` | equal to a reference but for surrounding space | |
+| `match` | equal to a reference but for case, articles and punctuation | SQuAD, TriviaQA |
+| `contains` | contains the words of a reference, compared as by `match` | |
 | `number` | the last integer of the answer is a reference | GSM8K |
 | `bigrams` | the same word pairs as the nearest reference: ROUGE-2, F1 | XSum |
 | `bleu` | the same n-grams as the references: sentence BLEU by sacrebleu | WMT |
-| `program` | the answer is Python, and the references, assertions, all hold | MBPP |
+| `program` | the answer is Python, and all the references, assertions, hold | MBPP |
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
+import re
+from collections import Counter
 from importlib import import_module
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.tasks.scoring import last_number, passed, rouge_2, words
+from cascade.evaluation.tasks import Scorer
+from cascade.evaluation.tasks.sandbox import passes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
+
+_ARTICLES = frozenset({"a", "an", "the"})
 
 
-class Scorer(StrEnum):
-    """How an answer becomes a number in [0, 1]."""
+def score(  # noqa: PLR0911 - one return per scorer
+    scorer: Scorer, answer: str, references: Sequence[str]
+) -> float:
+    """Return the quality of an answer, from 0 to 1.
 
-    EXACT = "exact"
-    MATCH = "match"
-    CONTAINS = "contains"
-    NUMBER = "number"
-    BIGRAMS = "bigrams"
-    BLEU = "bleu"
-    PROGRAM = "program"
-
-
-def score(scorer: Scorer, answer: str, references: Sequence[str]) -> float:
-    """Return how right `answer` is; the nearest reference counts, assertions count together.
+    Args:
+        scorer: How to compare.
+        answer: What the model wrote.
+        references: Right answers, of which the nearest counts; for `program`, assertions.
 
     Raises:
-        InvalidMeasurement: `bleu` without sacrebleu.
+        InvalidMeasurement: The scorer is `bleu`, and sacrebleu is not installed.
     """
-    return _QUALITY[scorer](answer, references)
+    match scorer:
+        case Scorer.EXACT:
+            return float(answer.strip() in {right.strip() for right in references})
+        case Scorer.MATCH:
+            return float(words(answer) in [words(right) for right in references])
+        case Scorer.CONTAINS:
+            text = _spaced(answer)
+            return float(any(_spaced(right) in text for right in references))
+        case Scorer.NUMBER:
+            return float(last_number(answer) in references)
+        case Scorer.BIGRAMS:
+            return max(rouge_2(answer, right) for right in references)
+        case Scorer.BLEU:
+            return sentence_bleu(answer, references)
+        case Scorer.PROGRAM:
+            return float(passes(answer, references))
+
+
+def words(text: str) -> list[str]:
+    """Return the words that SQuAD compares: lower case, no punctuation, no articles."""
+    plain = re.sub(r"[^\w\s]", "", text.lower())
+    return [word for word in plain.split() if word not in _ARTICLES]
+
+
+def _spaced(text: str) -> str:
+    """Return the words between spaces, so that a substring begins and ends with whole words."""
+    return " " + "".join(f"{word} " for word in words(text))
+
+
+def last_number(text: str) -> str | None:
+    """Return the last integer of `text`, as written, or None."""
+    numbers = re.findall(r"-?\d+", text)
+    return numbers[-1] if numbers else None
+
+
+def rouge_2(answer: str, reference: str) -> float:
+    """Return the F1 of shared word pairs (Lin, 2004), as in XSum's ROUGE-2."""
+    ours, theirs = (
+        Counter(pairwise(re.findall(r"\w+", text.lower()))) for text in (answer, reference)
+    )
+    shared = (ours & theirs).total()
+    return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
 
 
 def sentence_bleu(answer: str, references: Sequence[str]) -> float:
-    """Return sacrebleu's sentence BLEU over 100; orders longer than the answer are left out."""
-    bleu = extra("sacrebleu").metrics.BLEU(effective_order=True)
+    """Return sacrebleu's sentence BLEU, 0 to 1, over the n-gram orders that the answer has."""
+    bleu = import_extra("sacrebleu").metrics.BLEU(effective_order=True)
     return float(bleu.sentence_score(answer, list(references)).score) / 100
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Return sacrebleu's BLEU of a corpus, 0 to 100; items may differ in how many references."""
+    """Return sacrebleu's BLEU of a corpus, 0 to 100; items may have different numbers of them."""
     streams = [list(stream) for stream in zip_longest(*references)]
-    return float(extra("sacrebleu").corpus_bleu(list(answers), streams).score)
+    return float(import_extra("sacrebleu").corpus_bleu(list(answers), streams).score)
 
 
-def extra(name: str) -> Any:
-    """Return a module of the extra `lab`.
+def import_extra(name: str) -> Any:
+    """Return a module of the optional dependencies `lab`.
 
     Raises:
         InvalidMeasurement: It is not installed.
@@ -68,42 +108,6 @@ def extra(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise InvalidMeasurement(
-            f"{name} is not installed, and this needs it: pip install 'speculative-cascades[lab]'"
+            f"{name.partition('.')[0]} is not installed, and this needs it:"
+            " pip install 'speculative-cascades[lab]'"
         ) from error
-
-
-def _exact(answer: str, references: Sequence[str]) -> float:
-    return float(answer.strip() in {right.strip() for right in references})
-
-
-def _match(answer: str, references: Sequence[str]) -> float:
-    return float(words(answer) in [words(right) for right in references])
-
-
-def _contains(answer: str, references: Sequence[str]) -> float:
-    said = words(answer)
-    return float(any(_within(words(right), said) for right in references))
-
-
-def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
-    size = len(part)
-    return any(whole[at : at + size] == part for at in range(len(whole) - size + 1))
-
-
-def _number(answer: str, references: Sequence[str]) -> float:
-    return float(last_number(answer) in references)
-
-
-def _bigrams(answer: str, references: Sequence[str]) -> float:
-    return max(rouge_2(answer, right) for right in references)
-
-
-_QUALITY: Mapping[Scorer, Callable[[str, Sequence[str]], float]] = {
-    Scorer.EXACT: _exact,
-    Scorer.MATCH: _match,
-    Scorer.CONTAINS: _contains,
-    Scorer.NUMBER: _number,
-    Scorer.BIGRAMS: _bigrams,
-    Scorer.BLEU: sentence_bleu,
-    Scorer.PROGRAM: passed,
-}

@@ -1,4 +1,4 @@
-"""The setting that meets a target, how sure that is, and the YAML that makes it the default.
+"""Chooses the setting that meets a target, says how sure that is, and writes it as YAML defaults.
 
 A target is `METRIC >= BOUND` or `METRIC <= BOUND`:
 
@@ -10,11 +10,11 @@ A target is `METRIC >= BOUND` or `METRIC <= BOUND`:
 | `latency` | modelled; the expert alone is 1 |
 
 and a bound a number (`85`), a baseline's value (`expert`, `drafter`, `lossless`), one with units
-added or taken off (`expert - 0.5`), or a share of one (`60% of lossless`; `60%` alone is of the
-expert). So "at least the expert's quality less 0.5 points" is `quality >= expert - 0.5`, and
+added or subtracted (`expert - 0.5`), or a share of one (`60% of lossless`; `60%` alone is of the
+expert). So "at least the expert's quality minus 0.5 points" is `quality >= expert - 0.5`, and
 "at most 60 % of its expert passes" is `expert_passes <= 60%`.
 
-How sure: the share of the bootstrap's resamples of the items in which every target is met.
+How sure: the share of bootstrap resamples of the items in which every target is met.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import yaml
 
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS
-from cascade.evaluation.results import Figure, figure
+from cascade.evaluation.results import Estimate, estimate
 from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from cascade.evaluation.grid import Setting
-    from cascade.evaluation.results import Cell, Draws, Results
+    from cascade.evaluation.results import Cell, GroupMetrics, Results
 
     Floats = NDArray[np.float64]
 
@@ -52,23 +52,20 @@ METRICS = {
     "bytes": ("bytes", 1.0),
     "latency": ("latency", 1.0),
 }
-
-"""A target's metrics: the name in `results` and what it is multiplied with."""
-
-_USUAL_BASELINE = "expert"
+"""A target's metrics: the name in `results` and the factor to a target's unit."""
 
 BASELINES = {"expert": EXPERT, "drafter": DRAFTER, "lossless": LOSSLESS}
 
 _TARGET = re.compile(
     r"(?P<metric>\w+)\s*(?P<sign>[<>]=)\s*"
     r"(?:(?P<share>\d+(?:\.\d+)?)\s*%(?:\s*of\s+(?:the\s+)?(?P<of>\w+))?"
-    r"|(?P<baseline>[a-z]+)(?:\s*(?P<way>[+-])\s*(?P<change>\d+(?:\.\d+)?))?"
+    r"|(?P<baseline>[a-z]+)(?:\s*(?P<change>[+-]\s*\d+(?:\.\d+)?))?"
     r"|(?P<number>-?\d+(?:\.\d+)?))"
 )
 
 
 class Goal(StrEnum):
-    """What is made best among the settings that meet the targets."""
+    """What is optimized among the settings that meet the targets."""
 
     QUALITY = "quality"  # highest
     REJECTIONS = "rejections"  # lowest, as all others
@@ -78,9 +75,9 @@ class Goal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A metric and where it must be: bound = share * baseline + change, or `change` alone."""
+    """A metric and its bound: share * baseline + change, or `change` alone."""
 
-    told: str
+    text: str
     metric: str
     at_least: bool
     baseline: str | None = None
@@ -90,11 +87,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Margin:
-    """How far inside a target a setting is, in the metric's units; below zero it misses."""
+    """How far a setting is inside a target, in the metric's unit; below zero it misses."""
 
     target: Target
-    value: Figure  # of the metric
-    inside: Figure
+    value: Estimate  # of the metric
+    inside: Estimate
+
+    def __str__(self) -> str:
+        by, side = self.inside, "inside"
+        if by.value < 0:
+            by, side = Estimate(value=-by.value, low=-by.high, high=-by.low), "short"
+        return f"{self.target.text}: {self.value}, {side} by {by}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,40 +109,37 @@ class Choice:
     margins: tuple[Margin, ...]
     probability: float
     goal: Goal
-    reached: Figure  # of the goal's metric
+    reached: Estimate  # of the goal's metric
 
 
-def parse(told: str) -> Target:
-    """Return the target that a text says.
+def parse(text: str) -> Target:
+    """Return the target that a text describes.
 
     Raises:
-        InvalidMeasurement: It says none.
+        InvalidMeasurement: It describes none.
     """
-    found = _TARGET.fullmatch(told.strip().lower())
-    if found is None:
+    match = _TARGET.fullmatch(text.strip().lower())
+    if match is None:
         raise InvalidMeasurement(
-            f"`{told}` is no target; wanted one like `quality >= expert - 0.5`,"
+            f"`{text}` is not a target; wanted one like `quality >= expert - 0.5`,"
             " `expert_passes <= 60%` or `rejections <= 60% of lossless`"
         )
-    metric = _known(found["metric"], METRICS, "metric", told)
-    sign = {"+": 1.0, "-": -1.0, None: 0.0}[found["way"]]
-    named = found["of"] or found["baseline"] or (_USUAL_BASELINE if found["share"] else None)
+    baseline = match["of"] or match["baseline"] or ("expert" if match["share"] else None)
+    named = [("metric", match["metric"], METRICS)]
+    named += [] if baseline is None else [("baseline", baseline, BASELINES)]
+    for kind, name, known in named:
+        if name not in known:
+            raise InvalidMeasurement(
+                f"`{text}` has no {kind} `{name}`; wanted one of {', '.join(known)}"
+            )
     return Target(
-        told=told,
-        metric=metric,
-        at_least=found["sign"] == ">=",
-        baseline=None if named is None else _known(named, BASELINES, "baseline", told),
-        share=float(found["share"] or 100) / 100,
-        change=float(found["number"] or sign * float(found["change"] or 0)),
+        text=text,
+        metric=match["metric"],
+        at_least=match["sign"] == ">=",
+        baseline=baseline,
+        share=float(match["share"] or 100) / 100,
+        change=float(re.sub(r"\s", "", match["number"] or match["change"] or "0")),
     )
-
-
-def _known(name: str, known: Any, what: str, told: str) -> str:
-    if name not in known:
-        raise InvalidMeasurement(
-            f"`{told}` has no {what} `{name}`; wanted one of {', '.join(known)}"
-        )
-    return name
 
 
 def tune(  # noqa: PLR0913 - a question and where to look for its answer
@@ -157,86 +157,78 @@ def tune(  # noqa: PLR0913 - a question and where to look for its answer
         results: Of an evaluation.
         targets: All must be met.
         group: A family, or `all`.
-        temperature: At which answers are to be sampled; the results' only one if absent.
-        goal: What to make best: rejections, unless a target bounds costs, then quality.
+        temperature: Of sampling; the results' only one if absent.
+        goal: What to optimize: rejections if a target bounds quality, otherwise quality.
         confidence: The least probability that a setting meets the targets. A setting must also meet
             them as measured.
 
     Raises:
-        InvalidMeasurement: No setting does; the nearest is told.
+        InvalidMeasurement: No setting meets the targets (the message names the nearest), or the
+            results lack the group or temperature.
     """
-    _check(results, group, temperature)
-    wanted = results.temperatures[0] if temperature is None else temperature
-    aim = goal or _goal(targets)
-    cells = [
-        cell
+    if group not in results.groups:
+        raise InvalidMeasurement(
+            f"the results have no family `{group}`; wanted one of {', '.join(results.groups)}"
+        )
+    temperature = _temperature(results, temperature)
+    if goal is None:
+        bounds_quality = any(target.metric == "quality" for target in targets)
+        goal = Goal.REJECTIONS if bounds_quality else Goal.QUALITY
+    choices = [
+        _choice(results, cell, targets, group=group, goal=goal)
         for cell in results.cells
-        if cell.setting.temperature == wanted and cell.setting.mode is not Mode.EXPERT_ONLY
+        if cell.setting.temperature == temperature and cell.setting.mode is not Mode.EXPERT_ONLY
     ]
-    choices = [_choice(results, cell, targets, group=group, goal=aim) for cell in cells]
     meeting = [
         choice
         for choice in choices
         if choice.probability >= confidence and all(m.inside.value >= 0 for m in choice.margins)
     ]
     if not meeting:
-        raise InvalidMeasurement(_missed(choices, group, confidence))
-    sign = -1 if aim is Goal.QUALITY else 1
+        raise InvalidMeasurement(_describe_nearest(choices, group, confidence))
+    sign = -1 if goal is Goal.QUALITY else 1
     return min(meeting, key=lambda c: (sign * c.reached.value, -c.probability))
 
 
-def _check(results: Results, group: str, temperature: float | None) -> None:
-    if group not in results.groups:
-        raise InvalidMeasurement(
-            f"the results have no family `{group}`; wanted one of {', '.join(results.groups)}"
-        )
+def _temperature(results: Results, wanted: float | None) -> float:
     measured = ", ".join(f"{known:g}" for known in results.temperatures)
-    if temperature is None and len(results.temperatures) > 1:
+    if wanted is None:
+        if len(results.temperatures) > 1:
+            raise InvalidMeasurement(
+                f"the results have temperatures {measured}; name the one you serve with"
+                " --temperature"
+            )
+        wanted = min(results.temperatures)
+    if wanted not in results.temperatures:
         raise InvalidMeasurement(
-            f"the results have temperatures {measured}; name the one you serve with --temperature"
+            f"the results have no temperature {wanted:g}; wanted one of {measured}"
         )
-    if temperature is not None and temperature not in results.temperatures:
-        raise InvalidMeasurement(
-            f"the results have no temperature {temperature:g}; wanted one of {measured}"
-        )
-
-
-def _goal(targets: Sequence[Target]) -> Goal:
-    bounds_quality = any(target.metric == "quality" for target in targets)
-    return Goal.REJECTIONS if bounds_quality else Goal.QUALITY
+    return wanted
 
 
 def _choice(
-    results: Results, cell: Cell, targets: Sequence[Target], *, group: str, goal: Goal
+    results: Results, cell: Cell, targets: Iterable[Target], *, group: str, goal: Goal
 ) -> Choice:
-    draws = results.draws[group]
-    inside = [_inside(results, draws, cell, target) for target in targets]
-    met_R = np.all([margin_R[1:] >= 0 for margin_R in inside], axis=0)
+    metrics = results.metrics[group]
+    margins: list[Margin] = []
+    is_met_R = np.ones(len(results.resamples) - 1, dtype=bool)
+    for target in targets:
+        value_R = _scaled(metrics, cell, target.metric)
+        bound_R: Floats | float = target.change
+        if target.baseline is not None:
+            baseline = _baseline(results, cell.setting, BASELINES[target.baseline])
+            bound_R = target.share * _scaled(metrics, baseline, target.metric) + target.change
+        inside_R = value_R - bound_R if target.at_least else bound_R - value_R
+        is_met_R &= inside_R[1:] >= 0
+        margins.append(Margin(target=target, value=estimate(value_R), inside=estimate(inside_R)))
     return Choice(
         setting=cell.setting,
         group=group,
-        margins=tuple(
-            Margin(
-                target=target,
-                value=figure(_scaled(draws, cell, target.metric)),
-                inside=figure(margin_R),
-            )
-            for target, margin_R in zip(targets, inside, strict=True)
-        ),
-        probability=float(met_R.mean()),
+        margins=tuple(margins),
+        probability=float(is_met_R.mean()),
         goal=goal,
-        reached=figure(_scaled(draws, cell, goal.value)),
+        reached=estimate(_scaled(metrics, cell, goal.value)),
     )
-
-
-def _inside(results: Results, draws: Draws, cell: Cell, target: Target) -> Floats:
-    """Return how far inside a target a setting is, over resamples; below zero it misses."""
-    value_R = _scaled(draws, cell, target.metric)
-    bound_R: Floats | float = target.change
-    if target.baseline is not None:
-        reference = _baseline(results, cell.setting, BASELINES[target.baseline])
-        bound_R = target.share * _scaled(draws, reference, target.metric) + target.change
-    return value_R - bound_R if target.at_least else bound_R - value_R
 
 
 def _baseline(results: Results, setting: Setting, curve: str) -> Cell:
@@ -245,58 +237,52 @@ def _baseline(results: Results, setting: Setting, curve: str) -> Cell:
     return results.find(curve, temperature=setting.temperature)
 
 
-def _scaled(draws: Draws, cell: Cell, metric: str) -> Floats:
-    """Return a metric in a target's units; a rate with nothing to divide by is nought."""
+def _scaled(metrics: GroupMetrics, cell: Cell, metric: str) -> Floats:
+    """Return a metric in a target's unit; a rate whose divisor is zero counts as zero."""
     name, scale = METRICS[metric]
-    return scale * np.nan_to_num(draws.metric(cell, name))
+    return scale * np.nan_to_num(metrics.resampled(cell, name))
 
 
-def _missed(choices: Sequence[Choice], group: str, confidence: float) -> str:
-    nearest = max(choices, key=lambda c: (c.probability, _worst(c)))
-    told = "; ".join(
-        f"{m.target.told}: {m.value.value:.3g}, "
-        + (f"inside by {m.inside.value:.3g}" if m.inside.value >= 0
-           else f"short by {-m.inside.value:.3g}")
-        for m in nearest.margins
-    )  # fmt: skip
+def _describe_nearest(choices: Sequence[Choice], group: str, confidence: float) -> str:
+    def worst_margin(choice: Choice) -> float:
+        """Return the margin furthest outside, as a share of the metric's value."""
+        return min(m.inside.value / max(abs(m.value.value), 1e-9) for m in choice.margins)
+
+    nearest = max(choices, key=lambda choice: (choice.probability, worst_margin(choice)))
+    margins = "; ".join(map(str, nearest.margins))
     return (
         f"no setting meets the targets on {group} with probability {confidence:g} or more; the"
-        f" nearest is {nearest.setting.name} with {nearest.probability:.2f} ({told})."
+        f" nearest is {nearest.setting.name} with {nearest.probability:.2f} ({margins})."
         " Loosen a target, or evaluate more settings"
     )
 
 
-def _worst(choice: Choice) -> float:
-    """Return the margin furthest outside, as a share of the metric's value."""
-    return min(m.inside.value / max(abs(m.value.value), 1e-9) for m in choice.margins)
-
-
 def defaults(setting: Setting) -> dict[str, Any]:
     """Return the setting as `args.defaults` of a `cluster/*.yaml`."""
-    told: dict[str, Any] = {"mode": setting.mode.value}
-    if setting.rule is not None:
-        told["rule"] = setting.rule
-    if setting.mode is Mode.SEQUENCE_CASCADE:
-        told |= {"confidence": "mean", "confidence_threshold": setting.dial}
-    if setting.draft_tokens is not None:
-        told["draft_tokens"] = setting.draft_tokens
-    if setting.bonus is not None:
-        told["bonus"] = setting.bonus.value
-    return told | {"temperature": setting.temperature}
+    is_sequence = setting.mode is Mode.SEQUENCE_CASCADE
+    values = {
+        "mode": setting.mode.value,
+        "rule": setting.rule,
+        "confidence": "mean" if is_sequence else None,
+        "confidence_threshold": setting.dial if is_sequence else None,
+        "draft_tokens": setting.draft_tokens,
+        "bonus": setting.bonus and str(setting.bonus),
+        "temperature": setting.temperature,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def fragment(choice: Choice, results: Results) -> str:
-    """Return YAML that goes under `args:` of an application, its comments saying how sure it is."""
+def yaml_fragment(choice: Choice, results: Results) -> str:
+    """Return YAML for `args:` of an application, with comments that say how sure it is."""
     count = sum(choice.group in ("all", family) for family in results.families)
-    name, workload = choice.setting.name, results.about["workload"]
-    where = f"{count} items of {choice.group} in {workload}"
-    told = [f"{name}: {choice.goal.value} {choice.reached} on {where}; intervals of 95 %"]
-    for margin in choice.margins:
-        side = "inside" if margin.inside.value >= 0 else "short"
-        told.append(f"{margin.target.told}: {margin.value}, {side} by {margin.inside}")
-    told.append(f"all met with probability {choice.probability:.2f}")
-    comments = "".join(f"# {line}\n" for line in told)
+    found = f"{choice.setting.name}: {choice.goal.value} {choice.reached}"
+    items = f"{count} items of {choice.group} in {results.about['workload']}"
+    comments = [
+        f"{found} on {items}; intervals of 95 %",
+        *map(str, choice.margins),
+        f"all met with probability {choice.probability:.2f}",
+    ]
     body = yaml.safe_dump(
         {"defaults": defaults(choice.setting)}, sort_keys=False, default_flow_style=None
     )
-    return comments + body
+    return "".join(f"# {comment}\n" for comment in comments) + body

@@ -1,23 +1,24 @@
-"""What is asked, and what a right answer is: a user's JSONL file or the families that ship.
+"""Workloads: items to ask with their right answers, from a JSONL file or the shipped families.
 
 A line of a file is one JSON object:
 
 | field | value |
 |---|---|
-| `prompt` | text, which is asked as a chat's user, or a list of `{"role": ..., "content": ...}` |
+| `prompt` | text, sent as a chat's user message, or a list of `{"role": ..., "content": ...}` |
 | `reference` or `references` | a right answer, or a list of them; assertions for `program` |
-| `scorer` | a name of `cascade.lab.scoring` |
+| `scorer` | one of `cascade.evaluation.scoring` |
 | `id` | the line's number if absent |
-| `family` | results are kept apart by it; the file's name if absent |
-| `system` | comes before the prompt |
+| `family` | results are reported for each family; the file's name if absent |
+| `system` | a system message before the prompt |
 | `max_tokens` | of the answer, 256 if absent |
-| `completion` | true lets the text of `prompt` be continued instead of answered |
+| `completion` | true continues the text of `prompt` instead of answering it |
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,28 +35,27 @@ from pydantic import (
 )
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.scoring import Scorer
-from cascade.evaluation.tasks import ALL_LEVELS, Family, held_out
+from cascade.evaluation.tasks import Family, Scorer, held_out
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pydantic_core import ErrorDetails
 
 FAMILIES = "families"
 
 _FAMILY_TOKENS = 96
 
-_SHOWN_LINES = 10
+_MAX_PROBLEMS = 10  # shown of a broken file
 
-_SHOWN_CHARACTERS = 60
+_MAX_CHARACTERS = 60  # shown of a broken value
+
+_EXAMPLE = '{"prompt": "2 + 2?", "reference": "4", "scorer": "number"}'
 
 _Text = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One message of a chat."""
 
     role: str
     content: str
@@ -63,7 +63,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question and what is right."""
+    """One question and its right answers."""
 
     id: str  # of its family
     family: str
@@ -71,30 +71,30 @@ class Item:
     references: tuple[str, ...]
     scorer: Scorer
     max_tokens: int = 256
-    completion: bool = False  # the one message is text to continue
+    completion: bool = False  # whether the only message is text to continue
 
     @property
     def name(self) -> str:
-        """Return what no other item of the workload is called."""
+        """Return a name that is unique in the workload."""
         return f"{self.family}/{self.id}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Items in order; `name` is what was asked for."""
+    """Items in order; `name` is as given to `load`."""
 
     name: str
     items: tuple[Item, ...]
 
     @cached_property
     def digest(self) -> str:
-        """Return what changes with any item."""
-        told = json.dumps([asdict(item) for item in self.items], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        """Return a hash of all items."""
+        items = json.dumps([asdict(item) for item in self.items], sort_keys=True)
+        return hashlib.sha256(items.encode()).hexdigest()
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Return the families, in the order in which they first come."""
+        """Return the families, in order of first appearance."""
         return tuple(dict.fromkeys(item.family for item in self.items))
 
 
@@ -107,11 +107,14 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
         seed: Of the draw of held-out items.
 
     Raises:
-        InvalidMeasurement: There is none of that name, or the file has lines that are none.
+        InvalidMeasurement: There is no such workload, the file has invalid lines, or a family has
+            fewer items.
     """
     if name == FAMILIES or name in set(Family):
-        chosen = tuple(Family) if name == FAMILIES else (Family(name),)
-        return shipped(chosen, name=name, count=100 if count is None else count, seed=seed)
+        families = tuple(Family) if name == FAMILIES else (Family(name),)
+        size = 100 if count is None else count
+        items = [item for family in families for item in _held_out(family, count=size, seed=seed)]
+        return Workload(name=name, items=tuple(items))
     workload = read(Path(name))
     if count is None:
         return workload
@@ -123,56 +126,57 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
     return Workload(name=workload.name, items=tuple(kept))
 
 
-def shipped(families: Sequence[Family], *, name: str, count: int, seed: int = 0) -> Workload:
-    """Return `count` held-out items of each family, of all levels.
-
-    Raises:
-        InvalidMeasurement: A family has fewer.
-    """
-    items: list[Item] = []
-    for family in families:
-        try:
-            drawn = held_out(family, count=count, seed=seed, levels=ALL_LEVELS)
-        except ValueError as error:
-            raise InvalidMeasurement(f"--count is {count}: {error}") from error
-        items.extend(
-            Item(
-                id=str(number),
-                family=family.value,
-                messages=(Message(role="user", content=item.prompt),),
-                references=item.references,
-                scorer=Scorer(item.scorer.value),
-                max_tokens=_FAMILY_TOKENS,
-            )
-            for number, item in enumerate(drawn, start=1)
+def _held_out(family: Family, *, count: int, seed: int) -> list[Item]:
+    try:
+        items = held_out(family, count=count, seed=seed)
+    except ValueError as error:
+        raise InvalidMeasurement(f"--count is {count}: {error}") from error
+    return [
+        Item(
+            id=str(number),
+            family=family.value,
+            messages=(Message(role="user", content=item.prompt),),
+            references=item.references,
+            scorer=item.scorer,
+            max_tokens=_FAMILY_TOKENS,
         )
-    return Workload(name=name, items=tuple(items))
+        for number, item in enumerate(items, start=1)
+    ]
 
 
 def read(path: Path) -> Workload:
-    """Return the workload of a JSONL file; empty lines are stepped over.
+    """Return the workload of a JSONL file; empty lines are skipped.
 
     Raises:
-        InvalidMeasurement: No file, no items, or broken lines, each named.
+        InvalidMeasurement: The file cannot be read, is empty or has invalid lines.
     """
     items: list[Item] = []
     problems: list[str] = []
-    for number, line in _lines(path):
-        try:
-            items.append(_Line.model_validate_json(line).item(str(number), family=path.stem))
-        except ValidationError as error:
-            problems.append(f"line {number}: {_told(error)}")
-    problems = problems or _doubles(items)
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                items.append(_Line.model_validate_json(line).item(str(number), family=path.stem))
+            except ValidationError as error:
+                found = map(_describe, error.errors(include_url=False))
+                problems.append(f"line {number}: {'; '.join(dict.fromkeys(found))}")
+    ids = Counter((item.id, item.family) for item in items)
+    problems = problems or [
+        f"`id` {id_!r} comes twice in family {family}; wanted once"
+        for (id_, family), count in ids.items()
+        if count > 1
+    ]
     if problems:
-        more = len(problems) - _SHOWN_LINES
+        more = len(problems) - _MAX_PROBLEMS
         rest = [f"and {more} more"] if more > 0 else []
-        raise InvalidMeasurement("\n  ".join([f"{path}:", *problems[:_SHOWN_LINES], *rest]))
+        raise InvalidMeasurement("\n  ".join([f"{path}:", *problems[:_MAX_PROBLEMS], *rest]))
     if not items:
-        raise InvalidMeasurement(f"{path} is empty; it needs a JSON object on each line, {_SHAPE}")
+        raise InvalidMeasurement(
+            f"{path} is empty; it needs a JSON object on each line, {_EXAMPLE}"
+        )
     return Workload(name=str(path), items=tuple(items))
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -182,52 +186,31 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             f" {known}"
         ) from error
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise InvalidMeasurement(
             f"{path}, line {number}: byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8"
         ) from error
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, line) for number, line in lines if line.strip()]
-
-
-def _doubles(items: Sequence[Item]) -> list[str]:
-    seen: set[str] = set()
-    problems: list[str] = []
-    for item in items:
-        if item.name in seen:
-            problems.append(f"`id` {item.id!r} comes twice in family {item.family}; wanted once")
-        seen.add(item.name)
-    return problems
-
-
-_SHAPE = '{"prompt": "2 + 2?", "reference": "4", "scorer": "number"}'
-
-_Role = Literal["system", "developer", "user", "assistant"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Turn(_Strict):
-    role: _Role
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
     content: str
 
 
-def _kind(prompt: object) -> str:
-    return "messages" if isinstance(prompt, list) else "text"
-
-
 _Prompt = Annotated[
-    Annotated[_Text, Tag("text")] | Annotated[list[_Turn], Field(min_length=1), Tag("messages")],
-    Discriminator(_kind),
+    Annotated[_Text, Tag("text")] | Annotated[list[_Message], Field(min_length=1), Tag("messages")],
+    Discriminator(lambda prompt: "messages" if isinstance(prompt, list) else "text"),
 ]
 
 
 class _Line(_Strict):
-    """A line as people type it."""
+    """A line of a file."""
 
     prompt: _Prompt
     scorer: Scorer
@@ -240,57 +223,50 @@ class _Line(_Strict):
     completion: bool = False
 
     @model_validator(mode="after")
-    def _consistent(self) -> _Line:
+    def _check(self) -> _Line:
         if (self.reference is None) == (self.references is None):
-            both = "none of them" if self.reference is None else "both"
-            raise ValueError(f"wanted `reference` or `references`, got {both}")
+            given = "none of them" if self.reference is None else "both"
+            raise ValueError(f"wanted `reference` or `references`, got {given}")
         if self.completion and (not isinstance(self.prompt, str) or self.system is not None):
             raise ValueError("`completion` wants a `prompt` that is text, and no `system`")
         return self
 
     def item(self, number: str, *, family: str) -> Item:
-        turns = (
-            [_Turn(role="user", content=self.prompt)]
-            if isinstance(self.prompt, str)
-            else (self.prompt)
-        )
-        system = [] if self.system is None else [_Turn(role="system", content=self.system)]
+        messages = [] if self.system is None else [Message(role="system", content=self.system)]
+        if isinstance(self.prompt, str):
+            messages.append(Message(role="user", content=self.prompt))
+        else:
+            messages += [Message(role=one.role, content=one.content) for one in self.prompt]
         return Item(
             id=self.id or number,
             family=self.family or family,
-            messages=tuple(
-                Message(role=turn.role, content=turn.content) for turn in [*system, *turns]
-            ),
-            references=tuple(
-                [self.reference] if self.reference is not None else self.references or ()
-            ),
+            messages=tuple(messages),
+            references=tuple(self.references or [self.reference or ""]),
             scorer=self.scorer,
             max_tokens=self.max_tokens,
             completion=self.completion,
         )
 
 
-def _told(error: ValidationError) -> str:
-    """Return all that is wrong with one line: what, wanted and got."""
-    return "; ".join(dict.fromkeys(_problem(found) for found in error.errors(include_url=False)))
-
-
-def _problem(found: ErrorDetails) -> str:
-    place = ".".join(str(part) for part in found["loc"])
-    if not place:
-        whole = f": {_shown(found['input'])}" if found["type"] != "value_error" else ""
-        return found["msg"].removeprefix("Value error, ") + whole
-    match found["type"]:
+def _describe(error: ErrorDetails) -> str:
+    """Return what is wrong with a line: the field, what was expected and what was given."""
+    field = ".".join(str(part) for part in error["loc"])
+    given = _shorten(error["input"])
+    match error["type"]:
+        case "value_error" if not field:
+            return error["msg"].removeprefix("Value error, ")
+        case _ if not field:
+            return f"{error['msg']}: {given}"
         case "missing":
-            return f"`{place}` is missing; an item looks like {_SHAPE}"
+            return f"`{field}` is missing; an item looks like {_EXAMPLE}"
         case "extra_forbidden":
-            return f"`{place}` is unknown; wanted one of {', '.join(_Line.model_fields)}"
+            return f"`{field}` is unknown; wanted one of {', '.join(_Line.model_fields)}"
         case "enum":
-            return f"`{place}` is {_shown(found['input'])}; wanted one of {', '.join(Scorer)}"
+            return f"`{field}` is {given}; wanted one of {', '.join(Scorer)}"
         case _:
-            return f"`{place}` is {_shown(found['input'])}; {found['msg'].lower()}"
+            return f"`{field}` is {given}; {error['msg'].lower()}"
 
 
-def _shown(value: Any) -> str:
-    told = json.dumps(value, ensure_ascii=False, default=str)
-    return told if len(told) <= _SHOWN_CHARACTERS else told[:_SHOWN_CHARACTERS] + "..."
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..."

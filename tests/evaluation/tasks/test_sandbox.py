@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from cascade.evaluation.tasks.sandbox import harmless, passed
+from cascade.evaluation.tasks.sandbox import is_harmless, passes
 
 HONEST = {
     "a method": "def f(x):\n    xs = []\n    xs.append(x)\n    return xs[0]",
@@ -40,16 +40,16 @@ ESCAPES = {
 
 @pytest.mark.parametrize("program", HONEST.values(), ids=HONEST)
 def test_an_honest_program_passes(program: str) -> None:
-    assert passed(program, ["assert f(3) == 3"]) == 1
+    assert passes(program, ["assert f(3) == 3"])
 
 
 def test_every_assertion_must_hold() -> None:
-    assert passed("x = 1", ["assert x == 1", "assert x == 2"]) == 0
+    assert not passes("x = 1", ["assert x == 1", "assert x == 2"])
 
 
 @pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
 def test_a_way_out_fails_though_the_assertions_would_hold(program: str) -> None:
-    assert passed(f"x = 1\n{program}", ["assert x == 1"]) == 0
+    assert not passes(f"x = 1\n{program}", ["assert x == 1"])
 
 
 @pytest.mark.parametrize(
@@ -66,21 +66,21 @@ def test_a_way_out_fails_though_the_assertions_would_hold(program: str) -> None:
     ],
 )
 def test_a_program_that_breaks_its_limits_scores_nothing(program: str) -> None:
-    assert passed(program, ["assert True"]) == 0
+    assert not passes(program, ["assert True"])
 
 
 def test_a_result_cannot_be_printed() -> None:
-    assert passed("print(1)\nraise ValueError", ["assert True"]) == 0
+    assert not passes("print(1)\nraise ValueError", ["assert True"])
 
 
 def test_a_flood_of_output_goes_nowhere() -> None:
-    assert passed("for _ in range(1000):\n    print('x' * 1000000)", ["assert True"]) == 1
+    assert passes("for _ in range(1000):\n    print('x' * 1000000)", ["assert True"])
 
 
 @pytest.mark.parametrize("program", ["x.format()", "x._y", "__y", "async def f(): pass"])
 def test_what_reaches_out_is_seen_before_it_runs(program: str) -> None:
-    assert not harmless(ast.parse(program))
+    assert not is_harmless(ast.parse(program))
 
 
 def test_plain_code_is_harmless() -> None:
-    assert harmless(ast.parse("def f(xs):\n    return sorted(xs)[0].lower()"))
+    assert is_harmless(ast.parse("def f(xs):\n    return sorted(xs)[0].lower()"))

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 from itertools import islice
 
 import pytest
 
+from cascade.evaluation.scoring import score
 from cascade.evaluation.tasks import (
-    FAMILIES,
     Family,
-    Item,
     Level,
-    Scorer,
     Split,
+    generate,
     held_out,
     phrasings,
-    score,
     split_of,
     stream,
 )
-from cascade.evaluation.tasks.scoring import last_number, passed, rouge_2, words
 from cascade.evaluation.tasks.translation import date_in, number_in
 
 COUNT = 60
@@ -28,8 +26,22 @@ def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
-def test_every_family_has_a_generator() -> None:
-    assert set(FAMILIES) == set(Family)
+# Of 400 items of each family; the shipped pair was trained on the generator that made them.
+DIGESTS = {
+    Family.PROBLEMS: "3e48836a15bc3d56",
+    Family.TRANSLATION: "5bab5a4a68520025",
+    Family.REPORTS: "2c597af48040707f",
+    Family.PASSAGES: "699fc01905fc2921",
+    Family.FACTS: "cda090df72ca711e",
+    Family.FUNCTIONS: "309bcf1c379c383a",
+}
+
+
+def test_the_generated_items_never_change(family: Family) -> None:
+    digest = hashlib.sha256()
+    for item in islice(stream("0", split=Split.TRAIN, shares={family: 1}), 400):
+        digest.update(repr((item.prompt, phrasings(item.answer), item.references)).encode())
+    assert digest.hexdigest()[:16] == DIGESTS[family]
 
 
 def test_the_same_seed_draws_the_same_items(family: Family) -> None:
@@ -41,7 +53,7 @@ def test_another_seed_draws_other_items(family: Family) -> None:
 
 
 def test_no_training_prompt_is_held_out(family: Family) -> None:
-    """Whatever the seeds, the digest of a prompt decides its split."""
+    """A checksum of the prompt decides its split, whatever the seeds."""
     tested = {item.prompt for item in held_out(family, count=COUNT)}
     trained = {
         item.prompt
@@ -59,19 +71,22 @@ def test_held_out_prompts_are_distinct_and_of_all_levels(family: Family) -> None
     assert {item.family for item in items} == {family}
 
 
-def test_every_phrasing_is_a_right_answer(family: Family) -> None:
-    for item in held_out(family, count=12 if family is Family.FUNCTIONS else 40):
+def test_every_phrasing_of_the_answer_scores_1(family: Family) -> None:
+    for item in held_out(family, count=6 if family is Family.FUNCTIONS else 40):
         assert len(item.short) < len(item.formal)
         for text in phrasings(item.answer):
-            assert score(item, text) == 1
+            assert score(item.scorer, text, item.references) == 1
 
 
 def test_a_wrong_answer_scores_less(family: Family) -> None:
-    for item in held_out(family, count=20):
-        assert score(item, "I do not know.") < 0.5
+    for item in held_out(family, count=6):
+        assert score(item.scorer, "I do not know.", item.references) < 0.5
 
 
-def test_asking_for_more_prompts_than_there_are_says_how_many_there_are() -> None:
+def test_the_error_for_too_many_prompts_says_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generate, "_MAX_REPEATS", 20)
     with pytest.raises(ValueError, match="not 5000; ask for fewer"):
         held_out(Family.FACTS, count=5000)
 
@@ -101,7 +116,7 @@ def test_buzz_aldrin_has_a_short_and_a_formal_answer() -> None:
         (99, "ninety-nine", "quatre-vingt-dix-neuf", "neunundneunzig"),
     ],
 )
-def test_numbers_are_spelled_as_the_languages_spell_them(
+def test_numbers_are_spelled_as_in_each_language(
     number: int, english: str, french: str, german: str
 ) -> None:
     languages = ("English", "French", "German")
@@ -117,57 +132,3 @@ def test_dates_follow_the_language() -> None:
     assert date_in("French", day=1, month=4, year=1998) == "1er mai 1998"
     assert date_in("German", day=17, month=2, year=1998) == "17. März 1998"
     assert date_in("English", day=17, month=2, year=1998) == "17 March 1998"
-
-
-def test_only_the_last_number_counts() -> None:
-    assert last_number("3 + 4 = 7. The answer is 7.") == "7"
-    assert last_number("2 - 5 = -3") == "-3"
-    assert last_number("none") is None
-
-
-def test_matching_ignores_case_articles_and_punctuation() -> None:
-    assert words("The capital, of Peru!") == words("capital of peru")
-
-
-def test_rouge_2_counts_shared_pairs() -> None:
-    """Three of three pairs against three of four: F1 = 2 * 3 / (3 + 4)."""
-    assert rouge_2("a b c d", "a b c d e") == pytest.approx(6 / 7)
-    assert rouge_2("one", "one") == 0
-
-
-def _program(*assertions: str) -> Item:
-    return Item(
-        family=Family.FUNCTIONS,
-        level=Level.EASY,
-        prompt="",
-        answer=(),
-        references=assertions,
-        scorer=Scorer.PROGRAM,
-    )
-
-
-def test_a_program_is_right_when_all_assertions_hold() -> None:
-    item = _program("assert f(2) == 4", "assert f(3) == 9")
-    assert score(item, "def f(x):\n    return x ** 2") == 1
-    assert score(item, "def f(x):\n    return x + 2") == 0
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "def f(x):\n    return",
-        "def f(x) return 1",
-        "import os\ndef f(x):\n    return 1",
-        "def f(x):\n    return open('/etc/hostname') and 1",
-        "def f(x):\n    return ().__class__ and 1",
-        "def f(x):\n    return 'x' * 10 ** 9 and 1",
-        "raise SystemExit",
-        "print(1)\ndef f(x):\n    return 2",
-    ],
-)
-def test_a_program_that_fails_misbehaves_or_fakes_its_result_scores_nothing(program: str) -> None:
-    assert passed(program, ["assert f(1) == 1"]) == 0
-
-
-def test_an_endless_program_is_stopped() -> None:
-    assert passed("while True:\n    pass", ["assert True"]) == 0

@@ -1,113 +1,62 @@
-"""Small Python functions from a docstring, in the manner of MBPP; their tests are run."""
+"""Small Python functions described by a docstring, in the style of MBPP; their tests are run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import Choice, Family, Item, Level, Scorer
+from cascade.evaluation.tasks.item import Choice, Level, Question, load_data
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from random import Random
 
 _VERBS = ("compute", "value", "result", "apply", "solve", "answer", "make", "get")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Operation:
-    """A value's transformation; `{}` stands for the value, `N` and `M` for numbers."""
-
-    words: str
-    code: str
+# Pairs of a description and its code; `{}` stands for the value, `N` and `M` for numbers.
+_OPERATIONS: Mapping[str, Sequence[tuple[str, str]]] = load_data("functions.json")
 
 
-_ON_NUMBERS = (
-    _Operation(words="{} plus N", code="{} + N"),
-    _Operation(words="{} minus N", code="{} - N"),
-    _Operation(words="{} times N", code="{} * N"),
-    _Operation(words="the square of {}", code="{} ** 2"),
-    _Operation(words="the remainder of {} divided by N", code="{} % N"),
-    _Operation(words="the absolute value of {}", code="abs({})"),
-    _Operation(words="the larger of {} and N", code="max({}, N)"),
-    _Operation(words="the smaller of {} and N", code="min({}, N)"),
-)
-
-_ON_LISTS = (
-    _Operation(words="the sum of {}", code="sum({})"),
-    _Operation(words="the largest item of {}", code="max({})"),
-    _Operation(words="the smallest item of {}", code="min({})"),
-    _Operation(words="the length of {}", code="len({})"),
-    _Operation(words="the last item of {}", code="{}[-1]"),
-    _Operation(words="the first item of {}", code="{}[0]"),
-    _Operation(words="{} in reverse order", code="{}[::-1]"),
-    _Operation(words="{} in sorted order", code="sorted({})"),
-)
-
-_OF_ITEMS = (
-    _Operation(words="the list of {} for each x in xs", code="[{} for x in xs]"),
-    _Operation(words="the sum of {} for each x in xs", code="sum({} for x in xs)"),
-    _Operation(words="the largest {} for each x in xs", code="max({} for x in xs)"),
-)
-
-_PARITIES = (
-    _Operation(words="even", code="x % 2 == 0"),
-    _Operation(words="odd", code="x % 2 == 1"),
-)
-
-_BOUNDS = (
-    _Operation(words="positive", code="x > 0"),
-    _Operation(words="negative", code="x < 0"),
-    _Operation(words="larger than M", code="x > M"),
-    _Operation(words="smaller than M", code="x < M"),
-)
-
-
-def draw(random: Random, level: Level) -> Item:
+def draw(random: Random, level: Level) -> Question:
     """Return a function of one operation on a number, one on a list, of two, or with a filter."""
     name = f"{random.choice(_VERBS)}_{random.choice('abcdefgh')}"
     if level >= Level.HARD:
-        # A filter may leave nothing, which has no largest item.
-        outers = _OF_ITEMS[:2] if level == Level.HARDEST else _OF_ITEMS
-        inner, outer = random.choice(_ON_NUMBERS), random.choice(outers)
-        words = _fill(outer.words, _fill(inner.words, "x"))
-        code = _fill(outer.code, _fill(inner.code, "x"))
+        inner = random.choice(_OPERATIONS["on_numbers"])
+        # A filter may leave no items, and an empty list has no largest item.
+        outer = random.choice(_OPERATIONS["on_items"][: 2 if level == Level.HARDEST else 3])
         argument = "xs"
+        words, code = (
+            out.replace("{}", into.replace("{}", "x"))
+            for out, into in zip(outer, inner, strict=True)
+        )
         if level == Level.HARDEST:
             words, code = _filtered(random, words=words, code=code)
     else:
-        argument, operations = ("x", _ON_NUMBERS) if level == Level.EASY else ("xs", _ON_LISTS)
-        operation = random.choice(operations)
-        words, code = _fill(operation.words, argument), _fill(operation.code, argument)
+        argument, kind = ("x", "on_numbers") if level == Level.EASY else ("xs", "on_lists")
+        operation = random.choice(_OPERATIONS[kind])
+        words, code = (text.replace("{}", argument) for text in operation)
     number = str(random.randint(2, 9))
     words, code = words.replace("N", number), code.replace("N", number)
-    assertions = _assertions(random, name=name, argument=argument, code=code)
-    head = f"def {name}({argument}):"
-    return Item(
-        family=Family.FUNCTIONS,
-        level=level,
-        prompt=f'Write a Python function.\n{head}\n    """Return {words}."""',
+    head, docstring = f"def {name}({argument}):", f'\n    """Return {words}."""'
+    return Question(
+        prompt=f"Write a Python function.\n{head}{docstring}",
         answer=(
             head,
-            Choice("", f'\n    """Return {words}."""'),
+            Choice("", docstring),
             Choice(f"\n    return {code}", f"\n    result = {code}\n    return result"),
         ),
-        references=tuple(assertions),
-        scorer=Scorer.PROGRAM,
+        references=tuple(_assertions(random, name=name, argument=argument, code=code)),
     )
 
 
 def _filtered(random: Random, *, words: str, code: str) -> tuple[str, str]:
-    """Return the description and the code for those items that one or two conditions hold of."""
+    """Return the description and code restricted to items that meet one or two conditions."""
     bound = str(random.randint(-9, 9))
-    groups = random.choice(((_PARITIES,), (_BOUNDS,), (_PARITIES, _BOUNDS)))
-    conditions = [random.choice(group) for group in groups]
-    said = " and ".join(condition.words for condition in conditions).replace("M", bound)
-    test = " and ".join(condition.code for condition in conditions).replace("M", bound)
-    return f"{words} that is {said}", code.replace("in xs", f"in xs if {test}")
-
-
-def _fill(template: str, value: str) -> str:
-    return template.replace("{}", value)
+    groups = random.choice((("parities",), ("bounds",), ("parities", "bounds")))
+    conditions = [random.choice(_OPERATIONS[group]) for group in groups]
+    description, test = (
+        " and ".join(texts).replace("M", bound) for texts in zip(*conditions, strict=True)
+    )
+    return f"{words} that is {description}", code.replace("in xs", f"in xs if {test}")
 
 
 def _assertions(random: Random, *, name: str, argument: str, code: str) -> list[str]:

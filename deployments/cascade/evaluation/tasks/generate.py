@@ -1,4 +1,4 @@
-"""Seeded streams of items; train and test are disjoint by the digest of the prompt."""
+"""Seeded streams of items. A checksum of the prompt decides whether an item is train or test."""
 
 from __future__ import annotations
 
@@ -8,71 +8,101 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cascade.evaluation.tasks import facts, functions, passages, problems, reports, translation
-from cascade.evaluation.tasks.item import Draw, Family, Item, Level, Split
+from cascade.evaluation.tasks.item import Family, Item, Level, Question, Scorer, Split, phrasings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-FAMILIES: Mapping[Family, Draw] = {
-    Family.PROBLEMS: problems.draw,
-    Family.TRANSLATION: translation.draw,
-    Family.REPORTS: reports.draw,
-    Family.PASSAGES: passages.draw,
-    Family.FACTS: facts.draw,
-    Family.FUNCTIONS: functions.draw,
+_FAMILIES: Mapping[Family, tuple[Callable[[Random, Level], Question], Scorer]] = {
+    Family.PROBLEMS: (problems.draw, Scorer.NUMBER),
+    Family.TRANSLATION: (translation.draw, Scorer.MATCH),
+    Family.REPORTS: (reports.draw, Scorer.BIGRAMS),
+    Family.PASSAGES: (passages.draw, Scorer.MATCH),
+    Family.FACTS: (facts.draw, Scorer.MATCH),
+    Family.FUNCTIONS: (functions.draw, Scorer.PROGRAM),
 }
 
-ALL_LEVELS = tuple(Level)
-
-EQUAL_SHARES: Mapping[Family, float] = MappingProxyType(dict.fromkeys(Family, 1.0))
+_EQUAL_SHARES: Mapping[Family, float] = MappingProxyType(dict.fromkeys(Family, 1.0))
 
 _TEST_EVERY = 10
 
-_PATIENCE = 2000  # draws without a new prompt, after which a family counts as exhausted
+_MAX_REPEATS = 2000  # draws without a new prompt, after which a family counts as exhausted
 
-# The README asks these; a reader's first answer should not hang on the luck of the split.
+# The README asks these; a reader's first answer should not depend on the split.
 _ALWAYS_TRAINED = frozenset({"Who is Buzz Aldrin?", "What is the capital of France?"})
+
+
+def draw(family: Family, random: Random, level: Level) -> Item:
+    """Return a random item.
+
+    Args:
+        family: Which kind of task.
+        random: The generator whose next numbers decide the item.
+        level: How hard it is.
+    """
+    generate, scorer = _FAMILIES[family]
+    prompt, answer, references = generate(random, level)
+    return Item(
+        family=family,
+        level=level,
+        prompt=prompt,
+        answer=answer,
+        references=references or phrasings(answer),
+        scorer=scorer,
+    )
 
 
 def split_of(prompt: str) -> Split:
     """Return the split that `prompt` belongs to: about one prompt in ten is test."""
-    if prompt in _ALWAYS_TRAINED:
-        return Split.TRAIN
-    return Split.TRAIN if zlib.crc32(prompt.encode()) % _TEST_EVERY else Split.TEST
+    trained = prompt in _ALWAYS_TRAINED or zlib.crc32(prompt.encode()) % _TEST_EVERY
+    return Split.TRAIN if trained else Split.TEST
 
 
 def stream(
     seed: str,
     *,
     split: Split,
-    shares: Mapping[Family, float] = EQUAL_SHARES,
-    levels: Sequence[Level] = ALL_LEVELS,
+    shares: Mapping[Family, float] = _EQUAL_SHARES,
+    levels: Sequence[Level] = tuple(Level),
 ) -> Iterator[Item]:
-    """Yield items of `split` without end, of each family its share."""
+    """Yield items without end.
+
+    Args:
+        seed: The same seed yields the same items.
+        split: Which prompts to yield.
+        shares: The families, each with its relative frequency.
+        levels: Which levels to draw from, all equally often.
+    """
     families, weights = list(shares), list(shares.values())
     random = Random(seed)  # noqa: S311 - a data set, no secret
     while True:
-        draw = FAMILIES[random.choices(families, weights)[0]]
-        item = draw(random, random.choice(levels))
+        family = random.choices(families, weights)[0]
+        item = draw(family, random, random.choice(levels))
         if split_of(item.prompt) == split:
             yield item
 
 
 def held_out(
-    family: Family,
-    *,
-    count: int,
-    seed: int = 0,
-    levels: Sequence[Level] = ALL_LEVELS,
+    family: Family, *, count: int, seed: int = 0, levels: Sequence[Level] = tuple(Level)
 ) -> list[Item]:
-    """Return `count` test items of `family`, no prompt twice, the same ones for the same seed."""
-    seen: dict[str, Item] = {}
-    fruitless = 0
+    """Return test items, no prompt twice.
+
+    Args:
+        family: Which kind of task.
+        count: How many items.
+        seed: The same seed returns the same items.
+        levels: Which levels to draw from.
+
+    Raises:
+        ValueError: The family has fewer than `count` test prompts.
+    """
+    items: dict[str, Item] = {}
+    repeats = 0
     for item in stream(f"{family}/{seed}", split=Split.TEST, shares={family: 1}, levels=levels):
-        fruitless = fruitless + 1 if item.prompt in seen else 0
-        seen.setdefault(item.prompt, item)
-        if len(seen) == count:
-            return list(seen.values())
-        if fruitless == _PATIENCE:
+        repeats = repeats + 1 if item.prompt in items else 0
+        items.setdefault(item.prompt, item)
+        if len(items) == count:
+            return list(items.values())
+        if repeats == _MAX_REPEATS:
             break
-    raise ValueError(f"{family} has {len(seen)} test prompts, not {count}; ask for fewer")
+    raise ValueError(f"{family} has {len(items)} test prompts, not {count}; ask for fewer")

@@ -1,17 +1,20 @@
-"""What every task family yields: a prompt, its right answers, and how to score another."""
+"""The types that all task families share, and how their JSON data becomes answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from importlib.resources import files
 from itertools import product
-from random import Random
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class Family(StrEnum):
-    """The six families; each mirrors a benchmark of the papers."""
+    """The six families; each imitates a benchmark of the papers."""
 
     PROBLEMS = "problems"  # GSM8K
     TRANSLATION = "translation"  # WMT
@@ -22,12 +25,15 @@ class Family(StrEnum):
 
 
 class Scorer(StrEnum):
-    """How an answer becomes a number in [0, 1]; see `scoring.score`."""
+    """How an answer becomes a number in [0, 1]; see `cascade.evaluation.scoring`."""
 
-    NUMBER = "number"  # the last number of the answer is the reference
-    MATCH = "match"  # equal to a reference but for case, articles and punctuation
-    BIGRAMS = "bigrams"  # ROUGE-2 against the nearest reference
-    PROGRAM = "program"  # the share of the references, Python assertions, that hold
+    EXACT = "exact"
+    MATCH = "match"
+    CONTAINS = "contains"
+    NUMBER = "number"
+    BIGRAMS = "bigrams"
+    BLEU = "bleu"
+    PROGRAM = "program"
 
 
 class Split(StrEnum):
@@ -38,7 +44,7 @@ class Split(StrEnum):
 
 
 class Level(IntEnum):
-    """How hard an item is meant to be: 1 for a drafter, 4 for an expert alone."""
+    """The intended difficulty, from 1 (a drafter can answer it) to 4 (only an expert can)."""
 
     EASY = 1
     MIDDLE = 2
@@ -47,7 +53,7 @@ class Level(IntEnum):
 
 
 class Choice(NamedTuple):
-    """Two ways to go on with an answer, both right."""
+    """Two ways to phrase a part of an answer, both right."""
 
     short: str
     formal: str
@@ -56,10 +62,12 @@ class Choice(NamedTuple):
 Answer: TypeAlias = tuple[str | Choice, ...]
 
 
-def phrasings(answer: Answer) -> tuple[str, ...]:
-    """Return every text that the choices of `answer` allow, the shortest choices first."""
-    ways = ((part,) if isinstance(part, str) else part for part in answer)
-    return tuple(dict.fromkeys("".join(parts) for parts in product(*ways)))
+class Question(NamedTuple):
+    """What a family generates. Without `references`, every phrasing of the answer is one."""
+
+    prompt: str
+    answer: Answer
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +83,36 @@ class Item:
 
     @property
     def short(self) -> str:
-        """Return the answer in the style that the drafter leans to."""
+        """Return the answer in the style that the drafter prefers."""
         return phrasings(self.answer)[0]
 
     @property
     def formal(self) -> str:
-        """Return the answer in the style that the expert leans to."""
+        """Return the answer in the style that the expert prefers."""
         return phrasings(self.answer)[-1]
 
 
-Draw: TypeAlias = Callable[[Random, Level], Item]
+def phrasings(answer: Answer) -> tuple[str, ...]:
+    """Return every text that the choices of `answer` allow, the shortest choices first."""
+    options = ((part,) if isinstance(part, str) else part for part in answer)
+    return tuple(dict.fromkeys("".join(parts) for parts in product(*options)))
+
+
+def load_data(name: str) -> Any:
+    """Return the parsed JSON file `name` of this folder."""
+    return json.loads(files(__package__ or "").joinpath(name).read_text(encoding="utf-8"))
+
+
+def fill(template: Sequence[str | Sequence[str]], values: Mapping[str, str]) -> Answer:
+    """Return a template's parts with `values` filled in; a pair of texts becomes a choice."""
+    return tuple(
+        part.format(**values)
+        if isinstance(part, str)
+        else Choice(*(text.format(**values) for text in part))
+        for part in template
+    )
+
+
+PERIOD = Choice("", ".")
+
+WORDS: Mapping[str, Sequence[str]] = load_data("words.json")

@@ -1,58 +1,29 @@
-"""A short passage and a question it answers, in the manner of SQuAD."""
+"""A short passage and a question about it, in the style of SQuAD."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import Answer, Choice, Family, Item, Level, Scorer, phrasings
-from cascade.evaluation.tasks.words import CITIES, JOBS, NAMES
+from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, Question
 
 if TYPE_CHECKING:
     from random import Random
 
-_PERIOD = Choice("", ".")
 
-_BONDS = ("friend", "neighbour", "boss", "cousin")
-
-
-def draw(random: Random, level: Level) -> Item:
+def draw(random: Random, level: Level) -> Question:
     """Return a passage about `level` people and a question about one of them.
 
-    At the hardest level the question names the person by a relative: two sentences answer it.
+    At the hardest level the question names the person by a relative, so that two sentences are
+    needed to answer it.
     """
     if level == Level.HARDEST:
         return _two_hops(random)
-    names, jobs = random.sample(NAMES, level), random.sample(JOBS, level)
-    cities = random.sample(CITIES, level)
-    told = [
-        _sentence(random, name=name, job=job, city=city)
-        for name, job, city in zip(names, jobs, cities, strict=True)
-    ]
-    asked = random.randrange(level)
-    question, answer = _question(random, name=names[asked], job=jobs[asked], city=cities[asked])
-    return Item(
-        family=Family.PASSAGES,
-        level=level,
-        prompt=f"{' '.join(told)}\n{question}",
-        answer=answer,
-        references=phrasings(answer),
-        scorer=Scorer.MATCH,
-    )
-
-
-def _sentence(random: Random, *, name: str, job: str, city: str) -> str:
-    return random.choice(
-        (
-            f"{name} is a {job} in {city}.",
-            f"{name} lives in {city} and works as a {job}.",
-            f"In {city}, {name} works as a {job}.",
-        )
-    )
-
-
-def _question(random: Random, *, name: str, job: str, city: str) -> tuple[str, Answer]:
-    """Return a question and its answer."""
-    question, said, more = random.choice(
+    names, jobs = random.sample(WORDS["names"], level), random.sample(WORDS["jobs"], level)
+    cities = random.sample(WORDS["cities"], level)
+    sentences = _sentences(random, names, jobs, cities)
+    index = random.randrange(level)
+    name, job, city = names[index], jobs[index], cities[index]
+    question, answer, addition = random.choice(
         (
             (f"Where does {name} live?", city, f", where {name} lives"),
             (f"What does {name} do?", job, f", in {city}"),
@@ -60,38 +31,39 @@ def _question(random: Random, *, name: str, job: str, city: str) -> tuple[str, A
             (f"Who is the {job}?", name, f" from {city}"),
         )
     )
-    return question, (said, Choice("", more), _PERIOD)
+    return Question(f"{' '.join(sentences)}\n{question}", (answer, Choice("", addition), PERIOD))
 
 
-def _two_hops(random: Random) -> Item:
-    names = random.sample(NAMES, 6)
+def _sentences(random: Random, names: list[str], jobs: list[str], cities: list[str]) -> list[str]:
+    return [
+        random.choice(
+            (
+                f"{name} is a {job} in {city}.",
+                f"{name} lives in {city} and works as a {job}.",
+                f"In {city}, {name} works as a {job}.",
+            )
+        )
+        for name, job, city in zip(names, jobs, cities, strict=True)
+    ]
+
+
+def _two_hops(random: Random) -> Question:
+    names = random.sample(WORDS["names"], 6)
     people, relatives = names[:3], names[3:]
-    jobs, cities = random.sample(JOBS, 3), random.sample(CITIES, 3)
-    bonds = [random.choice(_BONDS) for _ in people]
-    told = [
-        _sentence(random, name=name, job=job, city=city)
-        for name, job, city in zip(people, jobs, cities, strict=True)
+    jobs, cities = random.sample(WORDS["jobs"], 3), random.sample(WORDS["cities"], 3)
+    relations = [random.choice(WORDS["relations"]) for _ in people]
+    sentences = _sentences(random, people, jobs, cities) + [
+        f"{name} is the {relation} of {relative}."
+        for name, relation, relative in zip(people, relations, relatives, strict=True)
     ]
-    told += [
-        f"{name} is the {bond} of {relative}."
-        for name, bond, relative in zip(people, bonds, relatives, strict=True)
-    ]
-    random.shuffle(told)
-    asked = random.randrange(3)
-    whom = f"the {bonds[asked]} of {relatives[asked]}"
-    name, job, city = people[asked], jobs[asked], cities[asked]
+    random.shuffle(sentences)
+    index = random.randrange(3)
+    who = f"the {relations[index]} of {relatives[index]}"
+    name, job, city = people[index], jobs[index], cities[index]
     question, short, formal = random.choice(
         (
-            (f"Where does {whom} live?", city, f"{name} lives in {city}"),
-            (f"What does {whom} do?", job, f"{name} works as a {job}"),
+            (f"Where does {who} live?", city, f"{name} lives in {city}"),
+            (f"What does {who} do?", job, f"{name} works as a {job}"),
         )
     )
-    answer = (Choice(short, formal), _PERIOD)
-    return Item(
-        family=Family.PASSAGES,
-        level=Level.HARDEST,
-        prompt=f"{' '.join(told)}\n{question}",
-        answer=answer,
-        references=phrasings(answer),
-        scorer=Scorer.MATCH,
-    )
+    return Question(f"{' '.join(sentences)}\n{question}", (Choice(short, formal), PERIOD))

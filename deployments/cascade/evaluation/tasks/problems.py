@@ -1,18 +1,17 @@
-"""Word problems of one to four steps, in the manner of GSM8K."""
+"""Arithmetic word problems of one to four steps, in the style of GSM8K."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import Choice, Family, Item, Level, Scorer
-from cascade.evaluation.tasks.words import NAMES, THINGS
+from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, Question
 
 if TYPE_CHECKING:
     from random import Random
 
 
-def draw(random: Random, level: Level) -> Item:
-    """Return a problem; sums at first, products from the third level on."""
+def draw(random: Random, level: Level) -> Question:
+    """Return a problem: sums at the first two levels, products from the third on."""
     kinds = {
         Level.EASY: (_one_step,),
         Level.MIDDLE: (_two_steps,),
@@ -22,16 +21,15 @@ def draw(random: Random, level: Level) -> Item:
     return random.choice(kinds[level])(random)
 
 
-def _one_step(random: Random) -> Item:
-    name, thing = random.choice(NAMES), random.choice(THINGS)
+def _one_step(random: Random) -> Question:
+    name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     first, second = random.randint(2, 20), random.randint(2, 12)
     if random.choice((True, False)) or second >= first:
         total, verb, sign = first + second, random.choice(("buys", "finds")), "+"
     else:
         total, verb, sign = first - second, random.choice(("loses", "sells")), "-"
     more = "more" if sign == "+" else "of them"
-    return _item(
-        level=Level.EASY,
+    return _question(
         prompt=f"{name} has {first} {thing} and {verb} {second} {more}. "
         f"How many {thing} does {name} have now?",
         sums=(f"{first} {sign} {second} = {total}",),
@@ -40,14 +38,13 @@ def _one_step(random: Random) -> Item:
     )
 
 
-def _two_steps(random: Random) -> Item:
-    name, friend = random.sample(NAMES, 2)
-    thing = random.choice(THINGS)
+def _two_steps(random: Random) -> Question:
+    name, friend = random.sample(WORDS["names"], 2)
+    thing = random.choice(WORDS["things"])
     first, second = random.randint(3, 20), random.randint(2, 12)
     third = random.randint(2, min(12, first + second - 1))
     middle, total = first + second, first + second - third
-    return _item(
-        level=Level.MIDDLE,
+    return _question(
         prompt=f"{name} has {first} {thing}, buys {second} more and gives {third} to {friend}. "
         f"How many {thing} does {name} have left?",
         sums=(f"{first} + {second} = {middle}", f"{middle} - {third} = {total}"),
@@ -56,12 +53,11 @@ def _two_steps(random: Random) -> Item:
     )
 
 
-def _boxes(random: Random) -> Item:
-    name, thing = random.choice(NAMES), random.choice(THINGS)
+def _boxes(random: Random) -> Question:
+    name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     boxes, each, loose = random.randint(2, 9), random.randint(2, 9), random.randint(2, 12)
     middle, total = boxes * each, boxes * each + loose
-    return _item(
-        level=Level.HARD,
+    return _question(
         prompt=f"{name} fills {boxes} boxes with {each} {thing} each and has {loose} {thing} left. "
         f"How many {thing} does {name} have in all?",
         sums=(f"{boxes} * {each} = {middle}", f"{middle} + {loose} = {total}"),
@@ -70,17 +66,14 @@ def _boxes(random: Random) -> Item:
     )
 
 
-def _shopping(random: Random) -> Item:
-    name, (first, second) = random.choice(NAMES), random.sample(THINGS, 2)
-    (cost, price), (count, number) = (
-        [random.randint(2, 9) for _ in range(2)],
-        [random.randint(2, 6) for _ in range(2)],
-    )
+def _shopping(random: Random) -> Question:
+    name, (first, second) = random.choice(WORDS["names"]), random.sample(WORDS["things"], 2)
+    cost, price = random.randint(2, 9), random.randint(2, 9)
+    count, number = random.randint(2, 6), random.randint(2, 6)
     one, other = count * cost, number * price
     spent = one + other
     total = 100 * (1 + (spent - 1) // 100)
-    return _item(
-        level=Level.HARDEST,
+    return _question(
         prompt=f"{name} buys {count} {first} at {cost} euros each and {number} {second} at {price} "
         f"euros each, and pays with {total} euros. How many euros does {name} get back?",
         sums=(
@@ -94,16 +87,15 @@ def _shopping(random: Random) -> Item:
     )
 
 
-def _sharing(random: Random) -> Item:
-    name, friend = random.sample(NAMES, 2)
-    thing = random.choice(THINGS)
+def _sharing(random: Random) -> Question:
+    name, friend = random.sample(WORDS["names"], 2)
+    thing = random.choice(WORDS["things"])
     people, each, bags = random.randint(2, 9), random.randint(3, 12), random.randint(2, 4)
     given = random.randint(1, each - 1)
     per_bag, rest = divmod(people * each, bags)
     loose = "" if not rest else f" and {rest} more"
     middle = people * each
-    return _item(
-        level=Level.HARDEST,
+    return _question(
         prompt=f"{name} has {bags} bags of {per_bag} {thing}{loose}. {people} children share them "
         f"equally, and each gives {given} to {friend}. How many {thing} does each child keep?",
         sums=(
@@ -117,14 +109,13 @@ def _sharing(random: Random) -> Item:
     )
 
 
-def _growing(random: Random) -> Item:
-    name, thing = random.choice(NAMES), random.choice(THINGS)
+def _growing(random: Random) -> Question:
+    name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     start, daily, days = random.randint(3, 20), random.randint(2, 9), random.randint(2, 9)
     found = daily * days
     have = start + found
     lost = random.randint(2, have - 1)
-    return _item(
-        level=Level.HARDEST,
+    return _question(
         prompt=f"{name} has {start} {thing} and collects {daily} every day. "
         f"After {days} days {name} loses {lost}. How many {thing} are left?",
         sums=(
@@ -138,18 +129,15 @@ def _growing(random: Random) -> Item:
     )
 
 
-def _item(*, level: Level, prompt: str, sums: tuple[str, ...], total: int, formal: str) -> Item:
+def _question(*, prompt: str, sums: tuple[str, ...], total: int, formal: str) -> Question:
     steps = ", ".join(sums)
-    return Item(
-        family=Family.PROBLEMS,
-        level=level,
-        prompt=prompt,
-        answer=(
+    return Question(
+        prompt,
+        (
             Choice(steps, f"{formal} So {steps}"),
             Choice(". Answer:", ". The answer is"),
             f" {total}",
-            Choice("", "."),
+            PERIOD,
         ),
         references=(str(total),),
-        scorer=Scorer.NUMBER,
     )

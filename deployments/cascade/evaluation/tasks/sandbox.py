@@ -1,4 +1,7 @@
-"""Whether a program of a model holds up to its assertions, found out in a process of its own."""
+"""Runs a program that a model wrote, and its assertions, in a restricted process of its own.
+
+This file is both the library and the program that the process runs: it imports nothing of ours.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LIMITS = {
+_LIMITS = {
     resource.RLIMIT_CPU: 2,  # seconds
     resource.RLIMIT_AS: 1 << 28,
     resource.RLIMIT_FSIZE: 0,
@@ -24,7 +27,7 @@ LIMITS = {
     resource.RLIMIT_CORE: 0,
 }
 
-PLAIN = (
+_BUILTINS = (
     "abs", "all", "any", "ascii", "bin", "bool", "bytes", "callable", "chr", "complex", "dict",
     "divmod", "enumerate", "filter", "float", "frozenset", "hash", "hex", "id", "int",
     "isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next", "object",
@@ -35,87 +38,90 @@ PLAIN = (
     "ZeroDivisionError",
 )  # fmt: skip
 
-REACHING = (
+_ESCAPING_ATTRIBUTES = (
     "format", "format_map", "mro", "with_traceback", "ag_await", "ag_code", "ag_frame",
     "cr_await", "cr_code", "cr_frame", "cr_origin", "gi_code", "gi_frame", "gi_yieldfrom",
     "f_back", "f_builtins", "f_code", "f_globals", "f_lasti", "f_locals", "f_trace", "tb_frame",
     "tb_next",
 )  # fmt: skip
 
-_REFUSED = (ast.Import, ast.ImportFrom, ast.MatchClass, ast.AsyncFunctionDef, ast.Await)
+_FORBIDDEN_NODES = (ast.Import, ast.ImportFrom, ast.MatchClass, ast.AsyncFunctionDef, ast.Await)
 
 
-def harmless(tree: ast.AST) -> bool:
-    """Say whether a program reaches into nothing. `match` would read attributes by their names."""
-    return not any(isinstance(node, _REFUSED) or _reaches(node) for node in ast.walk(tree))
+def is_harmless(tree: ast.AST) -> bool:
+    """Return whether a program uses no name or syntax that leads out of the sandbox."""
+    # Class patterns of `match` are forbidden too: they read attributes by name.
+    return not any(isinstance(node, _FORBIDDEN_NODES) or _escapes(node) for node in ast.walk(tree))
 
 
-def _reaches(node: ast.AST) -> bool:
+def _escapes(node: ast.AST) -> bool:
     match node:
         case ast.Attribute(attr=name):
-            return name.startswith("_") or name in REACHING
+            return name.startswith("_") or name in _ESCAPING_ATTRIBUTES
         case ast.Name(id=name):
             return name.startswith("__")
         case ast.FunctionDef(name=name):
-            return name.startswith("__") and name != "__init__"  # `__eq__` could equal all
+            # An `__eq__` could make an answer equal to everything.
+            return name.startswith("__") and name != "__init__"
         case _:
             return False
 
 
-def held(program: str, assertions: list[str]) -> int:
-    """Return how many assertions hold before the first that does not."""
+def count_passed(program: str, assertions: list[str]) -> int:
+    """Return how many assertions hold before the first that fails."""
     tree = ast.parse(program)
-    if not harmless(tree):
+    if not is_harmless(tree):
         return 0
-    plain: dict[str, Any] = {name: getattr(builtins, name) for name in PLAIN}
-    plain["print"] = _silent
-    scope: dict[str, Any] = {"__builtins__": plain, "__name__": "program"}
+    allowed: dict[str, Any] = {name: getattr(builtins, name) for name in _BUILTINS}
+    allowed["print"] = _print_nothing
+    scope: dict[str, Any] = {"__builtins__": allowed, "__name__": "program"}
     exec(compile(tree, "program", "exec"), scope)  # noqa: S102 - what this process is for
     count = 0
-    for line in assertions:
-        exec(line, dict(scope))  # noqa: S102 - as above
+    for assertion in assertions:
+        exec(assertion, dict(scope))  # noqa: S102 - as above
         count += 1
     return count
 
 
-def _silent(*_: object, **__: object) -> None:
-    """Print nothing: standard output is for the result."""
+def _print_nothing(*_: object, **__: object) -> None:
+    """Ignore the text: standard output carries the result."""
 
 
 def main() -> None:
-    """Read, limit, run, tell."""
-    mark, program, assertions = ast.literal_eval(sys.stdin.read())
-    for limit, value in LIMITS.items():
+    """Read a program from standard input, run it under limits and print how many tests passed."""
+    secret, program, assertions = ast.literal_eval(sys.stdin.read())
+    for limit, value in _LIMITS.items():
         resource.setrlimit(limit, (value, value))
     count = 0
     with suppress(Exception):  # whatever a program raises, it has failed
-        count = held(program, assertions)
-    sys.stdout.write(f"{mark} {count}")
+        count = count_passed(program, assertions)
+    sys.stdout.write(f"{secret} {count}")
 
 
-if __name__ == "__main__":
-    main()
-
-_TIMEOUT_S = 10.0  # of the clock; a busy machine may give two seconds of processor late
+_TIMEOUT_S = 10.0  # wall time; a busy machine may take long to grant two seconds of CPU
 
 
-def passed(program: str, assertions: Sequence[str]) -> float:
-    """Return 1 if `program` runs and all `assertions` hold, else 0.
+def passes(program: str, assertions: Sequence[str]) -> bool:
+    """Return whether `program` runs and all `assertions` hold.
 
-    Both run in an isolated interpreter with an empty environment and folder, under the limits of
-    `jail`: two seconds of processor, 256 MiB, no files, no processes, no imports, plain builtins.
-    It withstands the ways out of Python that are known to us; it is no virtual machine.
+    Both run in an isolated interpreter with an empty environment and folder: two seconds of CPU,
+    256 MiB, no files, no processes, no imports, few builtins. This stops the known ways out of
+    Python; it is no virtual machine.
     """
-    mark = secrets.token_hex()
-    told = repr((mark, program, list(assertions)))
+    secret = secrets.token_hex()
+    message = repr((secret, program, list(assertions)))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(  # noqa: S603 - our own interpreter, isolated
+            process = subprocess.run(  # noqa: S603 - our own interpreter, isolated
                 [sys.executable, "-I", "-S", __file__],
-                input=told.encode("utf-8", "backslashreplace"), cwd=folder,
+                input=message.encode("utf-8", "backslashreplace"), cwd=folder,
                 env={"PYTHONUTF8": "1"}, capture_output=True, timeout=_TIMEOUT_S, check=False,
                 start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return 0.0
-    return float(done.stdout == f"{mark} {len(assertions)}".encode())
+            return False
+    return process.stdout == f"{secret} {len(assertions)}".encode()
+
+
+if __name__ == "__main__":
+    main()

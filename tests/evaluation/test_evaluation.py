@@ -6,25 +6,33 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.client import over_http
-from cascade.evaluation.evaluate import Run, evaluate, unfinished, write
-from cascade.evaluation.grid import Block, joined
+from cascade.evaluation.client import connect_http
+from cascade.evaluation.grid import GridBlock, merge_blocks
 from cascade.evaluation.results import ALL, Results, load
+from cascade.evaluation.run import Run, count_unfinished, evaluate, write
+from cascade.evaluation.workloads import Workload
 from cascade.evaluation.workloads import load as workload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cascade.evaluation.client import InProcess
+    from cascade.evaluation.client import InProcessClient
 
-ITEMS = workload("families", count=1)
+ITEMS = Workload(  # with a corpus BLEU, a program, and neither
+    name="three families",
+    items=tuple(
+        item
+        for family in ("translation", "functions", "facts")
+        for item in workload(family, count=1).items
+    ),
+)
 
 CURVES = {
     "chow": [0.3], "token_v3": [0.95], "lossy": [0.9], "token_cascade": [0.3],
     "sequence_cascade": [-0.1],
 }  # fmt: skip
 
-SETTINGS = joined([Block(temperatures=[1.0], curves=CURVES)])
+SETTINGS = merge_blocks([GridBlock(temperatures=[1.0], curves=CURVES)])
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +41,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-async def results(shipped: InProcess, folder: Path) -> Results:
+async def results(shipped: InProcessClient, folder: Path) -> Results:
     return await evaluate(ITEMS, SETTINGS, shipped, run=Run(folder=folder))
 
 
-async def test_the_real_pair_is_evaluated(results: Results) -> None:
+async def test_an_evaluation_of_the_shipped_pair_has_plausible_rates(results: Results) -> None:
     assert [cell.setting for cell in results.cells] == SETTINGS
     assert results.groups == (ALL, *ITEMS.families)
-    draws = results.draws[ALL]
-    rates = {cell.setting.name: draws.figure(cell, "rejection_rate") for cell in results.cells}
+    metrics = results.metrics[ALL]
+    rates = {cell.setting.name: metrics.estimate(cell, "rejection_rate") for cell in results.cells}
     assert rates["expert_only"].value == 1
     assert rates["drafter_only"].value == 0
     assert 0 <= rates["token_v3 0.95"].value <= rates["lossless"].value < 1
     expert = results.find("expert_only", temperature=1)
-    assert draws.figure(expert, "tokens_per_expert_pass").value == pytest.approx(1)
-    assert draws.figure(expert, "latency").value == 1
+    assert metrics.estimate(expert, "tokens_per_expert_pass").value == pytest.approx(1)
+    assert metrics.estimate(expert, "latency").value == 1
 
 
-async def test_translation_has_a_corpus_score_beside_its_matches(results: Results) -> None:
+async def test_the_cost_of_every_kind_of_pass_is_measured(results: Results) -> None:
+    costs = results.about["costs"]
+    assert {"expert_only", "speculative 5"} <= set(costs["expert_s"])
+    assert set(costs["drafter_s"]) == {"drafter_only", "token_cascade", "speculative 5"}
+    assert all(cost > 0 for found in costs.values() for cost in found.values())
+
+
+async def test_translation_has_a_corpus_bleu_too(results: Results) -> None:
     expert = results.find("expert_only", temperature=1)
     assert set(expert.corpus_bleu) == {"translation"}
     assert 0 <= expert.corpus_bleu["translation"] <= 100.001
 
 
-async def test_a_finished_evaluation_asks_nothing_more(
-    shipped: InProcess, results: Results, folder: Path
+async def test_a_finished_evaluation_sends_no_more_requests(
+    shipped: InProcessClient, results: Results, folder: Path
 ) -> None:
     run = Run(folder=folder)
-    assert unfinished(ITEMS, SETTINGS, shipped, run=run) == 0
-    more = joined([Block(temperatures=[1.0], curves={"opt": [0.1]})])
-    assert unfinished(ITEMS, more, shipped, run=run) == len(ITEMS.items)
+    assert count_unfinished(ITEMS, SETTINGS, shipped, run=run) == 0
+    more = merge_blocks([GridBlock(temperatures=[1.0], curves={"opt": [0.1]})])
+    assert count_unfinished(ITEMS, more, shipped, run=run) == len(ITEMS.items)
     again = await evaluate(ITEMS, SETTINGS, shipped, run=run)
     assert again.about["costs"] == results.about["costs"]
     assert [list(cell.columns["quality"]) for cell in again.cells] == [
@@ -70,18 +85,18 @@ async def test_a_finished_evaluation_asks_nothing_more(
     ]
 
 
-async def test_another_workload_does_not_enter_the_folder(
-    shipped: InProcess, results: Results, folder: Path
+async def test_the_folder_of_another_workload_is_refused(
+    shipped: InProcessClient, results: Results, folder: Path
 ) -> None:
     del results
     with pytest.raises(InvalidMeasurement, match="another evaluation"):
         await evaluate(workload("facts", count=1), SETTINGS, shipped, run=Run(folder=folder))
 
 
-async def test_a_server_is_evaluated_over_http(door: str, tmp_path: Path) -> None:
-    """At temperature 0 lossless speculation says what the expert says, and no more passes."""
-    settings = joined([Block(temperatures=[0.0], curves={"opt": [0.2]})])
-    async with over_http(door) as server:
+async def test_a_server_is_evaluated_over_http(shipped_url: str, tmp_path: Path) -> None:
+    """At temperature 0 lossless speculation equals the expert, in no more expert passes."""
+    settings = merge_blocks([GridBlock(temperatures=[0.0], curves={"opt": [0.2]})])
+    async with connect_http(shipped_url) as server:
         found = await evaluate(
             workload("facts", count=2), settings, server, run=Run(folder=tmp_path)
         )
@@ -92,7 +107,9 @@ async def test_a_server_is_evaluated_over_http(door: str, tmp_path: Path) -> Non
     assert found.groups == ("facts",)
 
 
-async def test_json_plots_tables_and_a_page_are_written(results: Results, tmp_path: Path) -> None:
+async def test_json_plots_tables_and_an_html_page_are_written(
+    results: Results, tmp_path: Path
+) -> None:
     written = write(results, tmp_path)
     names = {path.name for path in written}
     assert names == {
@@ -111,6 +128,6 @@ async def test_json_plots_tables_and_a_page_are_written(results: Results, tmp_pa
     tables = (tmp_path / "tables.md").read_text()
     assert "| chow |" in tables
     assert "BLEU" in tables
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert len(told["figures"]) == len(SETTINGS) * len(results.groups)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert len(document["figures"]) == len(SETTINGS) * len(results.groups)
     assert load(tmp_path).families == results.families

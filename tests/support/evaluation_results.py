@@ -1,4 +1,4 @@
-"""Results that were never measured: columns as a test wants them."""
+"""Builds evaluation results from columns of numbers, without running an evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ BLOCKS = ("lossless", "lossy", "chow", "opt", "token_v3")
 def cell(
     curve: str, *, dial: float | None = None, temperature: float = 0, **columns: Sequence[float]
 ) -> Cell:
-    """Return a setting with some columns; the others follow from how many items those have."""
+    """Return a setting with some of its columns; `make_results` fills in the others.
+
+    Args:
+        curve: Of the setting.
+        dial: Of the setting.
+        temperature: Of the setting.
+        columns: A value for each item, by the column's name.
+    """
     setting = Setting(
         curve=curve,
         dial=dial,
@@ -33,28 +40,34 @@ def cell(
     )
 
 
-def filled(one: Cell, *, count: int) -> Cell:
-    """Return the cell with every column: 10 tokens, and as many offered and judged."""
-    alone = one.setting.curve == "expert_only"
+def with_all_columns(one: Cell, *, count: int) -> Cell:
+    """Return the cell with every column: 10 tokens per answer, all offered and judged."""
+    expert_only = one.setting.curve == "expert_only"
     passes = {"expert_only": 10, "drafter_only": 0}.get(one.setting.curve, 4)
-    usual = dict.fromkeys(COLUMNS, 0.0) | {
+    defaults = dict.fromkeys(COLUMNS, 0.0) | {
         "quality": 1.0,
         "tokens": 10.0,
         "offered": 10.0,
         "judged": 10.0,
-        "rejected": 10.0 if alone else 0.0,
+        "rejected": 10.0 if expert_only else 0.0,
         "expert_passes": float(passes),
         "modelled_s": float(passes),
     }
-    del usual["bleu"]
-    columns = {name: np.full(count, value) for name, value in usual.items()}
+    del defaults["bleu"]
+    columns = {name: np.full(count, value) for name, value in defaults.items()}
     return Cell(setting=one.setting, columns=columns | dict(one.columns), corpus_bleu={})
 
 
-def made(
+def make_results(
     *, cells: Sequence[Cell] = (), families: str = "aaabbb", temperature: float = 0
 ) -> Results:
-    """Return results with the baselines before `cells`; a letter of `families` is an item's."""
+    """Return results with the baselines before `cells`.
+
+    Args:
+        cells: Their settings may be baselines, which replace the default ones.
+        families: One letter for each item: its family.
+        temperature: Of the default baselines.
+    """
     baselines = [
         cell(name, temperature=temperature) for name in ("expert_only", "drafter_only", "lossless")
     ]
@@ -63,5 +76,5 @@ def made(
     return Results(
         about={"workload": "made up"},
         families=tuple(families),
-        cells=tuple(filled(one, count=len(families)) for one in everything),
+        cells=tuple(with_all_columns(one, count=len(families)) for one in everything),
     )
