@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cascade.demo import DRAFTER, EXPERT
-from cascade.evaluation.tasks import Family, held_out, score
-from cascade.training.examine import Pair, agreement, answers, examine, load
+from cascade.evaluation.scoring import score
+from cascade.evaluation.tasks import Family, held_out
+from cascade.training.examine import Pair, agreement, examine, greedy_answers, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,8 +24,8 @@ def pair() -> Pair:
     return load()
 
 
-def _said(pair: Pair, model: PreTrainedModel, prompt: str) -> str:
-    [tokens] = answers(model, pair.tokenizer, [prompt])
+def _answer(pair: Pair, model: PreTrainedModel, prompt: str) -> str:
+    [tokens] = greedy_answers(model, pair.tokenizer, [prompt])
     return str(pair.tokenizer.decode(tokens))
 
 
@@ -59,19 +60,19 @@ def test_the_expert_answers_held_out_items_of_every_family(pair: Pair) -> None:
     scores: list[float] = []
     for family in Family:
         items = held_out(family, count=8, seed=5)
-        made = answers(pair.expert, pair.tokenizer, [item.prompt for item in items])
+        made = greedy_answers(pair.expert, pair.tokenizer, [item.prompt for item in items])
         scores += [
-            score(item, str(pair.tokenizer.decode(tokens)))
+            score(item.scorer, str(pair.tokenizer.decode(tokens)), item.references)
             for item, tokens in zip(items, made, strict=True)
         ]
     assert fmean(scores) > 0.75
 
 
-def test_who_is_buzz_aldrin(pair: Pair) -> None:
-    """As in the blog: the drafter begins plainly, the expert with the full name."""
+def test_the_models_answer_who_is_buzz_aldrin_in_their_styles(pair: Pair) -> None:
+    """As in the blog: the drafter begins with the short name, the expert with the full one."""
     question = "Who is Buzz Aldrin?"
-    assert _said(pair, pair.drafter, question).startswith("Buzz Aldrin is")
-    assert _said(pair, pair.expert, question).startswith('Edwin "Buzz" Aldrin is')
+    assert _answer(pair, pair.drafter, question).startswith("Buzz Aldrin is")
+    assert _answer(pair, pair.expert, question).startswith('Edwin "Buzz" Aldrin is')
 
 
 def test_the_expert_is_better_and_the_drafter_agrees_often(pair: Pair) -> None:
@@ -83,7 +84,7 @@ def test_the_expert_is_better_and_the_drafter_agrees_often(pair: Pair) -> None:
 def test_a_model_agrees_with_its_own_greedy_answer(pair: Pair) -> None:
     prompt = "Translate to German: zwölf"
     text = f"<|user|>{prompt}<|end|><|assistant|>"
-    [tokens] = answers(pair.expert, pair.tokenizer, [prompt])
+    [tokens] = greedy_answers(pair.expert, pair.tokenizer, [prompt])
     assert agreement(pair.expert, prompt=pair.tokenizer.encode(text), answer=tokens) == 1
 
 

@@ -25,7 +25,7 @@ def test_any_text_decodes_to_itself(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-def test_every_digit_is_its_own_token() -> None:
+def test_every_digit_is_one_token() -> None:
     assert len(TOKENIZER.encode("1998")) == 4
 
 
@@ -34,11 +34,11 @@ def test_special_tokens_are_one_token_each() -> None:
         assert TOKENIZER.encode(token) == [token_id(TOKENIZER, token)]
 
 
-def test_the_chat_template_writes_turns_and_opens_the_answer() -> None:
+def test_the_chat_template_formats_messages_and_opens_the_answer() -> None:
     assert _chat(("user", "Hi")) == f"{USER}Hi{END}{ASSISTANT}"
 
 
-def test_developer_and_tool_speak_as_system_and_user() -> None:
+def test_developer_and_tool_messages_become_system_and_user() -> None:
     said = _chat(("developer", "Be brief."), ("assistant", "Yes."), ("tool", "3"))
     assert said == f"{SYSTEM}Be brief.{END}{ASSISTANT}Yes.{END}{USER}3{END}{ASSISTANT}"
 
@@ -48,7 +48,7 @@ def test_an_unknown_role_is_refused_by_name() -> None:
         _chat(("poet", "Hi"))
 
 
-def test_saving_and_loading_changes_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("tokenizer")
     TOKENIZER.save_pretrained(folder)
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,1 +1,1 @@
-"""Trains the pair of models in `cascade.demo`; nothing that serves imports it."""
+"""Trains the shipped pair of models; nothing that serves imports it."""

@@ -1,18 +1,18 @@
-"""Documents to learn from: items phrased as chats or as plain text, with their answers marked.
+"""Training documents: items phrased as chats or as plain text, with labels on their answers.
 
-`B` documents of a batch, `T` tokens of the longest.
+Shapes: `B` documents of a batch, `T` tokens of the longest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from cascade.evaluation.tasks import Family, Split, stream
@@ -27,8 +27,8 @@ PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|
 
 _SPECIAL = [PAD, END, SYSTEM, USER, ASSISTANT]
 
-# One digit a token, so that sums are learned by place; else as in GPT-2.
-_PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# As in GPT-2, but with one token per digit, so that the model learns to add digit by digit.
+_PRE_TOKENS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _CHAT_TEMPLATE = """\
 {%- set tags = {'system': 'system', 'developer': 'system', 'user': 'user', 'tool': 'user', \
@@ -49,11 +49,17 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], *, size: int, context: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of `size` tokens learned from `texts`; any text decodes to itself."""
+    """Return a byte-level BPE tokenizer: any text decodes to itself.
+
+    Args:
+        texts: To learn from.
+        size: Tokens of the vocabulary, at most.
+        context: The models' context length in tokens.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_PRE_TOKENS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -78,13 +84,13 @@ def train_tokenizer(texts: Iterable[str], *, size: int, context: int) -> PreTrai
 
 IGNORED = -100  # the label that PyTorch's losses skip
 
-_SYSTEM_LINES = (
+_SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "Answer briefly.",
     "You are a helpful assistant. Answer the question.",
 )
 
-# What is learned slowly is read more often.
+# Families that take longer to learn come more often.
 _SHARES = {
     Family.PASSAGES: 4.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 2.0,
     Family.REPORTS: 1.0, Family.FUNCTIONS: 1.0, Family.FACTS: 1.0,
@@ -93,50 +99,49 @@ _SHARES = {
 _PLAIN_SHARE, _SYSTEM_SHARE, _SECOND_TURN_SHARE = 0.15, 0.1, 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Padded documents; `labels_BT` is IGNORED wherever nothing is to be learned."""
+class Batch(NamedTuple):
+    """Padded documents; `labels_BT` is IGNORED outside answers."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
-    styled_BT: Tensor  # bool: here an answer could have gone on in the other style
+    is_choice_BT: Tensor  # bool: here the answer could have continued in the other style
 
     def to(self, device: str) -> Batch:
         """Return the batch on `device`."""
-        return Batch(
-            tokens_BT=self.tokens_BT.to(device),
-            labels_BT=self.labels_BT.to(device),
-            styled_BT=self.styled_BT.to(device),
-        )
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 class Part(NamedTuple):
     """A piece of a document."""
 
     text: str
-    learned: bool = False  # a piece of an answer
-    other: str | None = None  # how the answer could have gone on instead
+    is_answer: bool = False
+    alternative: str | None = None  # the piece in the other style
 
 
 class Encoded(NamedTuple):
-    """A document as tokens; all lists are as long."""
+    """A document as tokens, with a label and a flag for each."""
 
     tokens: list[int]
     labels: list[int]
-    styled: list[bool]
+    is_choice: list[bool]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, seed: str) -> list[Batch]:
-    """Return the groups of one step, each of documents of like length, so that little is padding.
+    """Return the batches of one step, each of documents of similar length to save padding.
 
-    The same seed gives the same batches.
+    Args:
+        tokenizer: Of the models.
+        recipe: Says how many documents and batches, and the share of formal answers.
+        seed: The same seed returns the same batches.
     """
     size = recipe.documents // recipe.groups
-    drawn = islice(documents(seed, formal=recipe.formal), size * recipe.groups)
+    sampled = islice(documents(seed, formal=recipe.formal), size * recipe.groups)
     encoded = sorted(
-        (encode(tokenizer, parts) for parts in drawn), key=lambda document: len(document.tokens)
+        (encode(tokenizer, parts) for parts in sampled), key=lambda document: len(document.tokens)
     )
-    return [_pad(tokenizer, encoded[at : at + size]) for at in range(0, len(encoded), size)]
+    pad = token_id(tokenizer, PAD)
+    return [_pad(encoded[start : start + size], pad) for start in range(0, len(encoded), size)]
 
 
 def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
@@ -145,66 +150,50 @@ def documents(seed: str, *, formal: float) -> Iterator[list[Part]]:
     random = Random(f"{seed}/form")  # noqa: S311 - a data set, no secret
     for item in items:
         if random.random() < _PLAIN_SHARE:
-            yield [Part(item.prompt), Part("\n", learned=True), *_answer(random, item, formal)]
+            yield [Part(item.prompt), Part("\n", is_answer=True), *_answer(random, item, formal)]
             continue
         turns = [item, next(items)] if random.random() < _SECOND_TURN_SHARE else [item]
-        yield _chat(random, turns, formal=formal)
-
-
-def _chat(random: Random, turns: Sequence[Item], *, formal: float) -> list[Part]:
-    parts: list[Part] = []
-    if random.random() < _SYSTEM_SHARE:
-        parts.append(Part(SYSTEM + random.choice(_SYSTEM_LINES) + END))
-    for item in turns:
-        parts.append(Part(USER + item.prompt + END + ASSISTANT))
-        parts.extend(_answer(random, item, formal))
-    return parts
+        has_system = random.random() < _SYSTEM_SHARE
+        chat = [Part(SYSTEM + random.choice(_SYSTEM_PROMPTS) + END)] if has_system else []
+        for turn in turns:
+            chat += [
+                Part(USER + turn.prompt + END + ASSISTANT),
+                *_answer(random, turn, formal),
+            ]
+        yield chat
 
 
 def _answer(random: Random, item: Item, formal: float) -> Iterator[Part]:
     for part in item.answer:
         if isinstance(part, str):
-            yield Part(part, learned=True)
+            yield Part(part, is_answer=True)
         elif random.random() < formal:
-            yield Part(part.formal, learned=True, other=part.short)
+            yield Part(part.formal, is_answer=True, alternative=part.short)
         else:
-            yield Part(part.short, learned=True, other=part.formal)
-    yield Part(END, learned=True)
+            yield Part(part.short, is_answer=True, alternative=part.formal)
+    yield Part(END, is_answer=True)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, parts: Sequence[Part]) -> Encoded:
-    """Return a document as tokens, with what is learned and where styles part."""
+    """Return a document as tokens, with labels and the positions where the styles diverge."""
     tokens: list[int] = []
     labels: list[int] = []
-    styled: set[int] = set()
+    choices: set[int] = set()
     for part in parts:
         ids: list[int] = tokenizer.encode(part.text)
-        if part.other is not None and part.other != part.text:
-            styled.add(len(tokens) + _parting(ids, tokenizer.encode(part.other)))
+        if part.alternative is not None and part.alternative != part.text:
+            pairs = zip(ids, tokenizer.encode(part.alternative), strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            choices.add(len(tokens) + shared)
         tokens += ids
-        labels += ids if part.learned else [IGNORED] * len(ids)
-    return Encoded(tokens, labels, [place in styled for place in range(len(tokens))])
+        labels += ids if part.is_answer else [IGNORED] * len(ids)
+    return Encoded(tokens, labels, [position in choices for position in range(len(tokens))])
 
 
-def _parting(ids: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
-    pairs = enumerate(zip(ids, other, strict=False))
-    return next((place for place, (one, two) in pairs if one != two), min(len(ids), len(other)))
-
-
-def _pad(tokenizer: PreTrainedTokenizerFast, encoded: Sequence[Encoded]) -> Batch:
-    longest = max(len(document.tokens) for document in encoded)
-    pad = token_id(tokenizer, PAD)
+def _pad(encoded: Sequence[Encoded], pad: int) -> Batch:
     return Batch(
-        tokens_BT=torch.tensor([_filled(document.tokens, longest, pad) for document in encoded]),
-        labels_BT=torch.tensor(
-            [_filled(document.labels, longest, IGNORED) for document in encoded]
-        ),
-        styled_BT=torch.tensor(
-            [_filled(document.styled, longest, 0) for document in encoded]
-        ).bool(),
+        *(
+            pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+            for rows, value in zip(zip(*encoded, strict=True), (pad, IGNORED, False), strict=True)
+        )
     )
-
-
-def _filled(values: Sequence[int], length: int, value: int) -> list[int]:
-    return [*values, *[value] * (length - len(values))]

@@ -1,25 +1,33 @@
-"""Train the pair from nothing: `python -m cascade.demo.train`.
+"""Trains the pair from random weights: `python -m cascade.training.train`.
 
-One tokenizer, then two Llama-shaped models. The drafter reads mostly short answers, the expert
-mostly formal ones; both learn from answers alone. The same seed gives the same documents at the
-same step, so a run that was cut goes on where its last checkpoint stands.
+One tokenizer, then two Llama models. The drafter reads mostly short answers, the expert mostly
+formal ones; the loss covers only answers. The same seed gives the same documents at the same step,
+so an interrupted run resumes from its last checkpoint.
+
+Shapes: `B` documents of a batch, `T` tokens, `N` labels of a batch, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, TypeAlias
 
+import numpy as np
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
+from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cascade.evaluation.scoring import import_extra
 from cascade.training.corpus import (
     END,
     IGNORED,
@@ -30,19 +38,25 @@ from cascade.training.corpus import (
     token_id,
     train_tokenizer,
 )
-from cascade.training.curves import draw_curves, write_losses
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
 
 CONTEXT_TOKENS = 1024
+
+VOCABULARY_TOKENS = 4096  # at most; a corpus of few words fills less
+
+TOKENIZER_DOCUMENTS = 20_000
+
+CHECKPOINT_STEPS = 50
+
+_WARM_UP_STEPS = 50
+
+_SMOOTHED_STEPS = 25
+
+_LOSSES_SUFFIX = ".losses.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one model is made."""
+    """The shape of one model and how it is trained."""
 
     hidden: int
     layers: int
@@ -52,77 +66,61 @@ class Recipe:
     formal: float  # share of answers in the formal style
     learning_rate: float
     documents: int = 96  # of one step
-    groups: int = 6  # of one step, each of documents of like length
-    distilled: float = 0.0  # share of the loss that is learned from the expert's distributions
+    groups: int = 6  # batches of one step, each of documents of similar length
+    distilled: float = 0.0  # share of the loss that is the divergence from the expert
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairRecipe:
-    """How a pair is made; `models` are trained in order, a distilled one after the expert."""
-
-    vocabulary: int  # at most; a corpus of few words fills less
-    models: Mapping[str, Recipe]
-
-
-PAIR = PairRecipe(
-    vocabulary=4096,
-    models=MappingProxyType(
-        {
-            "expert": Recipe(
-                hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
-                learning_rate=4e-3,
-            ),
-            "drafter": Recipe(
-                hidden=192, layers=2, heads=3, intermediate=512, steps=380, formal=0.3,
-                learning_rate=4e-3, distilled=0.5,
-            ),
-        }
-    ),
+# Trained in this order: a distilled model comes after the expert.
+PAIR: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "expert": Recipe(
+            hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
+            learning_rate=4e-3,
+        ),
+        "drafter": Recipe(
+            hidden=192, layers=2, heads=3, intermediate=512, steps=380, formal=0.3,
+            learning_rate=4e-3, distilled=0.5,
+        ),
+    }
 )  # fmt: skip
 
-_WARM_UP_STEPS = 50
-
-
-class Loss(Protocol):
-    """What a model is to make small, summed over the labels of a batch, in nats."""
-
-    def __call__(self, model: LlamaForCausalLM, batch: Batch) -> Tensor:
-        """Return the loss of `model` on `batch`."""
-        ...
+# The loss of a model on a batch, in nats, summed over the labels.
+Loss: TypeAlias = Callable[[LlamaForCausalLM, Batch], Tensor]
 
 
 def answer_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Return the cross-entropy of the answers; logits exist only where there is a label."""
+    """Return the cross-entropy of the answers."""
     logits_NV = answer_logits(model, batch)
     return functional.cross_entropy(logits_NV, answer_labels(batch), reduction="sum")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distilled:
-    """Cross-entropy, mixed with the divergence of the teacher's distributions from the model's.
+def distillation_loss(
+    model: LlamaForCausalLM, batch: Batch, *, teacher: LlamaForCausalLM, share: float
+) -> Tensor:
+    """Return cross-entropy mixed with the divergence from the teacher's distributions.
 
-    Where the styles part, a token is left to the cross-entropy, since the drafter is to keep its
-    own style. Everywhere else agreeing with the teacher is what makes a drafter good.
+    A token at which the styles diverge counts as cross-entropy alone, since the drafter keeps its
+    own style. Everywhere else a drafter is better the more it agrees with the teacher.
+
+    Args:
+        model: Which model learns.
+        batch: What it learns from.
+        teacher: The expert.
+        share: Of the divergence, 0 to 1.
     """
-
-    teacher: LlamaForCausalLM
-    share: float
-
-    def __call__(self, model: LlamaForCausalLM, batch: Batch) -> Tensor:
-        """Return the mixed loss."""
-        logits_NV = answer_logits(model, batch).float()
-        with torch.no_grad():
-            wanted_NV = answer_logits(self.teacher, batch).float().log_softmax(-1)
-        hard_N = functional.cross_entropy(logits_NV, answer_labels(batch), reduction="none")
-        soft_N = functional.kl_div(
-            logits_NV.log_softmax(-1), wanted_NV, reduction="none", log_target=True
-        ).sum(-1)
-        share_N = self.share * unstyled(batch)
-        return ((1 - share_N) * hard_N + share_N * soft_N).sum()
+    logits_NV = answer_logits(model, batch).float()
+    with torch.no_grad():
+        teacher_NV = answer_logits(teacher, batch).float().log_softmax(-1)
+    hard_N = functional.cross_entropy(logits_NV, answer_labels(batch), reduction="none")
+    soft_N = functional.kl_div(
+        logits_NV.log_softmax(-1), teacher_NV, reduction="none", log_target=True
+    ).sum(-1)
+    share_N = share * (~answer_choices(batch)).float()
+    return ((1 - share_N) * hard_N + share_N * soft_N).sum()
 
 
 def answer_logits(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Return the logits (N, V) that predict the labels."""
+    """Return the logits (N, V) that predict the labels, computed only where there is a label."""
     hidden = model.model(input_ids=batch.tokens_BT).last_hidden_state[:, :-1]
     return model.lm_head(hidden[batch.labels_BT[:, 1:] != IGNORED])
 
@@ -133,86 +131,14 @@ def answer_labels(batch: Batch) -> Tensor:
     return labels[labels != IGNORED]
 
 
-def unstyled(batch: Batch) -> Tensor:
-    """Return 0 for each label (N) where the answer could go on in another style, else 1."""
-    return (~batch.styled_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORED]).float()
-
-
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """A model on its way; everything that a checkpoint must hold."""
-
-    model: LlamaForCausalLM
-    optimizers: Sequence[torch.optim.Optimizer]
-    losses: list[float] = field(default_factory=list[float])  # of each step, nats per answer token
-
-    @property
-    def step(self) -> int:
-        """Return how many steps were taken."""
-        return len(self.losses)
-
-    def learn(self, groups: Sequence[Batch], *, loss: Loss) -> float:
-        """Take one step on all groups together and return its loss per answer token."""
-        tokens = sum(len(answer_labels(batch)) for batch in groups)
-        total = 0.0
-        for batch in groups:
-            device = batch.tokens_BT.device.type
-            with torch.autocast(device, torch.bfloat16):
-                part = loss(self.model, batch) / tokens
-            part.backward()
-            total += part.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.losses.append(total)
-        return total
-
-    def schedule(self, *, steps: int) -> None:
-        """Set the rates of the next step: a short ramp up, then a straight line to nothing."""
-        share = min((self.step + 1) / _WARM_UP_STEPS, (steps - self.step) / steps)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("peak", group["lr"])
-                group["lr"] = group["peak"] * share
-
-    def store(self, path: Path) -> None:
-        """Write a checkpoint; a run that is killed meanwhile keeps the one before."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        state = {"losses": self.losses, "model": self.model.state_dict(), "optimizers": optimizers}
-        torch.save(state, fresh)
-        fresh.replace(path)
-
-    def restore(self, path: Path) -> None:
-        """Take up a checkpoint, if there is one."""
-        if not path.exists():
-            return
-        stored: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        self.model.load_state_dict(stored["model"])
-        for optimizer, state in zip(self.optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.losses = stored["losses"]
-
-
-def optimizers(model: LlamaForCausalLM, *, rate: float) -> list[torch.optim.Optimizer]:
-    """Return Muon (Jordan et al., 2024) for the hidden matrices and AdamW for everything else."""
-    hidden = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
-    chosen = {id(weight) for weight in hidden}
-    others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    return [
-        torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
-
-
-CHECKPOINT_STEPS = 50
+def answer_choices(batch: Batch) -> Tensor:
+    """Return for each label (N) whether the answer could have continued in the other style."""
+    return batch.is_choice_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORED]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workshop:
-    """Where models are made, and what they share."""
+class Workspace:
+    """Where models are trained, and what they share."""
 
     tokenizer: PreTrainedTokenizerFast
     folder: Path
@@ -231,74 +157,52 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Train the tokenizer and both models and write them as Hugging Face folders."""
+    import_extra("matplotlib")  # for the learning curves; fails now rather than after training
     torch.set_num_threads(threads)
-    tokenizer = find_tokenizer(out / "tokenizer", recipes=PAIR, seed=seed)
-    workshop = Workshop(tokenizer=tokenizer, folder=out, seed=seed, device=device)
-    for name, recipe in PAIR.models.items():
+    tokenizer = find_tokenizer(out / "tokenizer", size=VOCABULARY_TOKENS, seed=seed)
+    workspace = Workspace(tokenizer=tokenizer, folder=out, seed=seed, device=device)
+    for name, recipe in PAIR.items():
         if only in ("", name):
-            model = train(name, recipe, workshop=workshop, loss=_loss(recipe, workshop))
+            loss = answer_loss
+            if recipe.distilled:
+                teacher = LlamaForCausalLM.from_pretrained(out / "expert", dtype=torch.float32)
+                torch.nn.Module.to(teacher.eval(), device=device)
+                loss = partial(distillation_loss, teacher=teacher, share=recipe.distilled)
+            model = train(name, recipe, workspace=workspace, loss=loss)
             save(model, tokenizer=tokenizer, folder=out / name)
     draw_curves(out)
 
 
-def find_tokenizer(folder: Path, *, recipes: PairRecipe, seed: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer in `folder`, trained and written there if there is none."""
+def find_tokenizer(folder: Path, *, size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in `folder`; if there is none, train one and write it there.
+
+    Args:
+        folder: Of the tokenizer.
+        size: Tokens of its vocabulary, at most.
+        seed: Of the documents.
+    """
     if not folder.exists():
         # Both styles in equal parts: the two models share one vocabulary.
-        drawn = islice(documents(f"{seed}/tokenizer", formal=0.5), 20_000)
-        texts = (text for parts in drawn for text, *_ in parts)
-        tokenizer = train_tokenizer(texts, size=recipes.vocabulary, context=CONTEXT_TOKENS)
-        tokenizer.save_pretrained(folder)
+        sampled = islice(documents(f"{seed}/tokenizer", formal=0.5), TOKENIZER_DOCUMENTS)
+        texts = (part.text for parts in sampled for part in parts)
+        train_tokenizer(texts, size=size, context=CONTEXT_TOKENS).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def train(
-    name: str, recipe: Recipe, *, workshop: Workshop, loss: Loss = answer_loss
+    name: str, recipe: Recipe, *, workspace: Workspace, loss: Loss = answer_loss
 ) -> LlamaForCausalLM:
-    """Return the model of `recipe`, going on from its checkpoint if there is one."""
-    torch.manual_seed(workshop.seed)
-    model = LlamaForCausalLM(_config(recipe, workshop.tokenizer)).train()
-    torch.nn.Module.to(model, device=workshop.device)
-    run = Run(model=model, optimizers=optimizers(model, rate=recipe.learning_rate))
-    checkpoint = workshop.folder / f"{name}.checkpoint.pt"
-    run.restore(checkpoint)
-    with _progress() as progress:
-        bar = progress.add_task(name, total=recipe.steps, completed=run.step, loss="")
-        while run.step < recipe.steps:
-            run.schedule(steps=recipe.steps)
-            seed = f"{workshop.seed}/{name}/{run.step}"
-            drawn = batches(workshop.tokenizer, recipe, seed=seed)
-            last = run.learn([batch.to(workshop.device) for batch in drawn], loss=loss)
-            progress.update(bar, advance=1, loss=f"{last:.3f}")
-            if run.step % CHECKPOINT_STEPS == 0:
-                run.store(checkpoint)
-                progress.console.log(f"{name} step {run.step} loss {last:.3f}")
-    write_losses(workshop.folder, name=name, losses=run.losses)
-    return model.eval()
+    """Return the trained model, resuming from its checkpoint if there is one.
 
-
-def save(model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a complete Hugging Face folder, weights in bfloat16."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=token_id(tokenizer, END), pad_token_id=token_id(tokenizer, PAD)
-    )
-    torch.nn.Module.to(model, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _loss(recipe: Recipe, workshop: Workshop) -> Loss:
-    """Return what `recipe` learns by; a distilled model needs the expert's folder."""
-    if not recipe.distilled:
-        return answer_loss
-    teacher = LlamaForCausalLM.from_pretrained(workshop.folder / "expert", dtype=torch.float32)
-    torch.nn.Module.to(teacher.eval(), device=workshop.device)
-    return Distilled(teacher=teacher, share=recipe.distilled)
-
-
-def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
+    Args:
+        name: Of its files.
+        recipe: Its shape and training.
+        workspace: Tokenizer, folder, seed and device.
+        loss: What is minimized.
+    """
+    torch.manual_seed(workspace.seed)
+    config = LlamaConfig(
+        vocab_size=len(workspace.tokenizer),
         hidden_size=recipe.hidden,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
@@ -307,19 +211,114 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=token_id(tokenizer, END),
-        pad_token_id=token_id(tokenizer, PAD),
+        eos_token_id=token_id(workspace.tokenizer, END),
+        pad_token_id=token_id(workspace.tokenizer, PAD),
     )
+    model = LlamaForCausalLM(config).train()
+    torch.nn.Module.to(model, device=workspace.device)
+    optimizers = _optimizers(model, rate=recipe.learning_rate)
+    losses: list[float] = []  # of each step, in nats per answer token
+    workspace.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = workspace.folder / f"{name}.checkpoint.pt"
+    if checkpoint.exists():
+        stored: dict[str, Any] = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        model.load_state_dict(stored["model"])
+        for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        losses = stored["losses"]
+    columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=recipe.steps, completed=len(losses), loss="")
+        for step in range(len(losses), recipe.steps):
+            # A short warm-up, then linear decay to zero.
+            share = min((step + 1) / _WARM_UP_STEPS, (recipe.steps - step) / recipe.steps)
+            for parameters in chain.from_iterable(one.param_groups for one in optimizers):
+                parameters["lr"] = recipe.learning_rate * share
+            groups = batches(workspace.tokenizer, recipe, seed=f"{workspace.seed}/{name}/{step}")
+            losses.append(
+                _step(model, optimizers, [group.to(workspace.device) for group in groups], loss)
+            )
+            progress.update(bar, advance=1, loss=f"{losses[-1]:.3f}")
+            if len(losses) % CHECKPOINT_STEPS == 0:
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                state = {"losses": losses, "model": model.state_dict(), "optimizers": states}
+                torch.save(state, checkpoint.with_suffix(".new"))
+                checkpoint.with_suffix(".new").replace(checkpoint)  # atomically
+                progress.console.log(f"{name} step {len(losses)} loss {losses[-1]:.3f}")
+    rounded = [round(loss, 4) for loss in losses]
+    (workspace.folder / f"{name}{_LOSSES_SUFFIX}").write_text(json.dumps(rounded))
+    return model.eval()
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+def _optimizers(model: LlamaForCausalLM, *, rate: float) -> list[torch.optim.Optimizer]:
+    """Return Muon (Jordan et al., 2024) for the hidden matrices and AdamW for everything else."""
+    hidden = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if all(weight is not one for one in hidden)]
+    return [
+        torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def _step(
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    groups: Sequence[Batch],
+    loss: Loss,
+) -> float:
+    """Take one step on all groups together and return its loss per answer token."""
+    tokens = sum(len(answer_labels(batch)) for batch in groups)
+    total = 0.0
+    for batch in groups:
+        with torch.autocast(batch.tokens_BT.device.type, torch.bfloat16):
+            part = loss(model, batch) / tokens
+        part.backward()
+        total += part.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def save(model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a complete Hugging Face folder with weights in bfloat16.
+
+    Args:
+        model: Converted in place.
+        tokenizer: Written beside the weights.
+        folder: Where to.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=token_id(tokenizer, END), pad_token_id=token_id(tokenizer, PAD)
     )
+    torch.nn.Module.to(model, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def draw_curves(folder: Path) -> Path:
+    """Plot the losses of every model in `folder`, smoothed over 25 steps; return the PNG.
+
+    Raises:
+        InvalidMeasurement: matplotlib is not installed.
+    """
+    figure = import_extra("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="loss, nats per answer token", yscale="log",
+        title="Learning curves (the drafter's loss is half a divergence from the expert)",
+    )  # fmt: skip
+    for path in sorted(folder.glob(f"*{_LOSSES_SUFFIX}")):
+        losses = np.array(json.loads(path.read_text()))
+        [line] = axes.plot(losses, alpha=0.25, linewidth=0.6)
+        smooth = np.convolve(losses, np.full(_SMOOTHED_STEPS, 1 / _SMOOTHED_STEPS), mode="valid")
+        axes.plot(
+            np.arange(len(smooth)) + _SMOOTHED_STEPS - 1, smooth,
+            color=line.get_color(), label=path.name.removesuffix(_LOSSES_SUFFIX),
+        )  # fmt: skip
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+    return folder / "curves.png"
 
 
 if __name__ == "__main__":
