@@ -1,4 +1,4 @@
-"""A server on loopback that says what it is told to, line by line."""
+"""An HTTP server with fixed responses, in a thread: the commands under test are synchronous."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Recorded:
-    """An ASGI application: one recorded response a path, and the bodies it was sent."""
+class RecordingApp:
+    """An ASGI app with one response per path, which records the requests."""
 
     responses: Mapping[str, tuple[int, str, bytes]]
     url: str = ""
@@ -43,11 +43,9 @@ class Recorded:
 
 
 @contextmanager
-def _serving(responses: Mapping[str, tuple[int, str, bytes]]) -> Generator[Recorded]:
-    app = Recorded(responses)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+def _serving(responses: Mapping[str, tuple[int, str, bytes]]) -> Generator[RecordingApp]:
+    app = RecordingApp(responses)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         app.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -60,6 +58,6 @@ def _serving(responses: Mapping[str, tuple[int, str, bytes]]) -> Generator[Recor
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[..., AbstractContextManager[Recorded]]:
-    """Serve responses, by path, on a free port of loopback while a block runs."""
+def serving() -> Callable[..., AbstractContextManager[RecordingApp]]:
+    """Return a context manager that serves responses by path on a free loopback port."""
     return _serving

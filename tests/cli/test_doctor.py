@@ -12,14 +12,13 @@ from typer.testing import CliRunner
 
 from cascade.cli import app
 from cascade.cli.doctor import (
-    DEFAULT_PLAN,
-    Finding,
-    Grade,
-    Plan,
+    Check,
+    ServeConfig,
+    Status,
     available_bytes,
     check_cluster,
+    check_config,
     check_memory,
-    check_plan,
     check_ports,
     check_requirement,
     check_resources,
@@ -45,8 +44,8 @@ def _json(value: object) -> tuple[int, str, bytes]:
     return 200, JSON, json.dumps(value).encode()
 
 
-def _grades(findings: list[Finding]) -> list[Grade]:
-    return [finding.grade for finding in findings]
+def _statuses(checks: list[Check]) -> list[Status]:
+    return [check.status for check in checks]
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -55,89 +54,91 @@ def _write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_every_finding_that_is_not_well_says_what_to_do() -> None:
-    findings = [
+def test_every_warning_and_failure_says_how_to_fix_it() -> None:
+    checks = [
         *check_memory(free_bytes=1),
         *check_threads({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "9999"}),
-        *check_server(NOWHERE),
-        *check_cluster(NOWHERE, plan=Plan(resources={"GPU": 999})),
+        check_server(NOWHERE),
+        *check_cluster(NOWHERE, config=ServeConfig(resources={"GPU": 999})),
     ]
-    assert {finding.grade for finding in findings} == {Grade.WARN, Grade.FAIL}
-    assert all(finding.advice for finding in findings)
+    assert {check.status for check in checks} == {Status.WARN, Status.FAIL}
+    assert all(check.fix for check in checks)
 
 
-def test_what_is_installed_here_is_new_enough() -> None:
-    assert set(_grades(check_versions())) == {Grade.OK}
+def test_the_installed_libraries_are_new_enough() -> None:
+    assert set(_statuses(check_versions())) == {Status.OK}
 
 
-def test_a_library_that_is_too_old_fails_with_the_command_that_mends_it() -> None:
-    [finding] = check_requirement(Requirement("httpx>=999"))
-    assert finding.grade is Grade.FAIL
-    assert finding.advice == "pip install 'httpx>=999'"
+def test_a_library_that_is_too_old_fails_with_the_command_that_updates_it() -> None:
+    check = check_requirement(Requirement("httpx>=999"))
+    assert check is not None
+    assert check.status is Status.FAIL
+    assert check.fix == "pip install 'httpx>=999'"
 
 
 def test_a_library_that_is_missing_fails() -> None:
-    [finding] = check_requirement(Requirement("no-such-library-here"))
-    assert "not installed" in finding.told
+    check = check_requirement(Requirement("no-such-library-here"))
+    assert check is not None
+    assert "not installed" in check.message
 
 
 def test_a_package_that_is_not_installed_fails() -> None:
-    assert _grades(check_versions("no-such-library-here")) == [Grade.FAIL]
+    assert _statuses(check_versions("no-such-library-here")) == [Status.FAIL]
 
 
-def test_plain_thread_settings_are_well() -> None:
-    assert _grades(check_threads({})) == [Grade.OK]
-    assert _grades(check_threads({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})) == [
-        Grade.OK
+def test_default_thread_settings_are_ok() -> None:
+    assert _statuses(check_threads({})) == [Status.OK]
+    assert _statuses(check_threads({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})) == [
+        Status.OK
     ]
 
 
-def test_free_memory_is_a_number_of_this_machine() -> None:
+def test_the_available_memory_is_plausible() -> None:
     assert 0 < available_bytes() < 2**50
 
 
-def test_a_taken_port_fails_unless_the_server_holds_it() -> None:
+def test_a_taken_port_fails_unless_the_server_uses_it() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        plan = Plan(http_port=port, grpc_port=port)
-        assert _grades(check_ports(plan, serving=False)) == [Grade.FAIL, Grade.FAIL]
-        assert _grades(check_ports(plan, serving=True)) == [Grade.OK, Grade.OK]
-    assert _grades(check_ports(plan, serving=False)) == [Grade.OK, Grade.OK]
+        config = ServeConfig(http_port=port, grpc_port=port)
+        assert _statuses(check_ports(config, serving=False)) == [Status.FAIL, Status.FAIL]
+        assert _statuses(check_ports(config, serving=True)) == [Status.OK, Status.OK]
+    assert _statuses(check_ports(config, serving=False)) == [Status.OK, Status.OK]
 
 
-def test_a_server_that_is_not_well_is_quoted(serving: Serving) -> None:
+def test_the_failure_of_an_unhealthy_server_quotes_its_response(serving: Serving) -> None:
     with serving({"/health": (503, JSON, b'{"error": "no expert"}')}) as server:
-        [finding] = check_server(server.url)
-    assert finding.grade is Grade.FAIL
-    assert "no expert" in finding.told
+        check = check_server(server.url)
+    assert check.status is Status.FAIL
+    assert "no expert" in check.message
 
 
-def test_a_healthy_server_is_well(serving: Serving) -> None:
+def test_a_healthy_server_is_ok(serving: Serving) -> None:
     with serving({"/health": _json({"status": "ok"})}) as server:
-        assert _grades(check_server(server.url)) == [Grade.OK]
+        assert check_server(server.url).status is Status.OK
 
 
-def test_a_cluster_is_held_against_the_plan(serving: Serving) -> None:
+def test_resources_of_the_cluster_are_compared_with_the_yaml(serving: Serving) -> None:
     responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json({})}
     with serving(responses) as server:
-        findings = check_cluster(server.url, plan=Plan(resources={"CPU": 2.0, "GPU": 3.0}))
-    assert _grades(findings) == [Grade.OK, Grade.FAIL]
-    assert findings[0].told.endswith("4 CPU, 1 GPU")
-    assert findings[1].told == "the YAML asks for 3 GPU, the cluster has 1"
+        checks = check_cluster(server.url, config=ServeConfig(resources={"CPU": 2.0, "GPU": 3.0}))
+    assert _statuses(checks) == [Status.OK, Status.FAIL]
+    assert checks[0].message.endswith("4 CPU, 1 GPU")
+    assert checks[1].message == "the YAML asks for 3 GPU, the cluster has 1"
 
 
-def test_memory_and_node_marks_are_no_resources_to_plan_with() -> None:
+def test_memory_and_node_resources_are_ignored() -> None:
     assert resources_of(STATUS) == {"CPU": 4.0, "GPU": 1.0}
 
 
-def test_enough_of_everything_is_well() -> None:
-    assert _grades(check_resources({"CPU": 2}, have={"CPU": 2}, where="here")) == [Grade.OK]
+def test_sufficient_resources_are_ok() -> None:
+    assert _statuses(check_resources({"CPU": 2}, available={"CPU": 2}, where="here")) == [Status.OK]
 
 
-def test_an_application_that_failed_says_why(serving: Serving) -> None:
-    told = {
+def test_a_failed_application_shows_the_reason(serving: Serving) -> None:
+    status = {
         "applications": {
             "cascade": {
                 "status": "DEPLOY_FAILED",
@@ -146,30 +147,30 @@ def test_an_application_that_failed_says_why(serving: Serving) -> None:
             }
         }
     }
-    responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json(told)}
+    responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json(status)}
     with serving(responses) as server:
-        findings = check_cluster(server.url, plan=DEFAULT_PLAN)
-    assert findings[-1].grade is Grade.FAIL
-    assert findings[-1].told == "application cascade is DEPLOY_FAILED: No vocabulary is shared"
+        checks = check_cluster(server.url, config=ServeConfig())
+    assert checks[-1].status is Status.FAIL
+    assert checks[-1].message == "application cascade is DEPLOY_FAILED: No vocabulary is shared"
 
 
-def test_a_running_application_counts_its_replicas(serving: Serving) -> None:
+def test_a_running_application_shows_its_replicas(serving: Serving) -> None:
     inside = {"Router": {"replicas": [{}]}, "Expert": {"replicas": [{}, {}]}}
-    told = {"applications": {"cascade": {"status": "RUNNING", "deployments": inside}}}
-    responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json(told)}
+    status = {"applications": {"cascade": {"status": "RUNNING", "deployments": inside}}}
+    responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json(status)}
     with serving(responses) as server:
-        findings = check_cluster(server.url, plan=DEFAULT_PLAN)
-    assert findings[-1].told == "application cascade runs: Router 1, Expert 2"
+        checks = check_cluster(server.url, config=ServeConfig())
+    assert checks[-1].message == "application cascade runs: Router 1, Expert 2"
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
-def test_our_own_yaml_is_well_formed(path: Path) -> None:
-    findings, plan = check_plan(path)
-    assert _grades(findings) == [Grade.OK]
-    assert plan.resources["CPU"] > 0
+def test_the_yaml_files_of_the_repository_are_valid(path: Path) -> None:
+    checks, config = check_config(path)
+    assert _statuses(checks) == [Status.OK]
+    assert config.resources["CPU"] > 0
 
 
-def test_replicas_and_ports_are_read(tmp_path: Path) -> None:
+def test_the_resources_of_all_replicas_and_the_ports_are_read(tmp_path: Path) -> None:
     text = """
 http_options: {port: 8100}
 applications:
@@ -186,45 +187,47 @@ applications:
       router:
         deployment: {ray_actor_options: {num_cpus: 1, resources: {door: 1}}}
 """
-    findings, plan = check_plan(_write(tmp_path, text))
-    assert _grades(findings) == [Grade.OK]
-    assert plan.http_port == 8100
-    assert plan.grpc_port == 9000
-    assert plan.resources == {"CPU": 1.5 + 2 + 1, "GPU": 3 + 2, "door": 1}
+    checks, config = check_config(_write(tmp_path, text))
+    assert _statuses(checks) == [Status.OK]
+    assert config.http_port == 8100
+    assert config.grpc_port == 9000
+    assert config.resources == {"CPU": 1.5 + 2 + 1, "GPU": 3 + 2, "door": 1}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("a: [", "is no YAML"),
-        ("a: 1", "is no Serve YAML"),
-        ("- 1", "is no Serve YAML"),
+        ("a: [", "is not YAML"),
+        ("a: 1", "is not a Serve YAML"),
+        ("- 1", "is not a Serve YAML"),
         (
             "applications: [{import_path: 'cascade.app:build', args: {router: {n: 1}}}]",
             "args.router.n",
         ),
     ],
 )
-def test_a_bad_yaml_is_named_with_its_fault(text: str, said: str, tmp_path: Path) -> None:
-    findings, _ = check_plan(_write(tmp_path, text))
-    assert set(_grades(findings)) == {Grade.FAIL}
-    assert any(said in finding.told for finding in findings)
+def test_the_failure_of_an_invalid_yaml_says_what_is_wrong(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    checks, _ = check_config(_write(tmp_path, text))
+    assert set(_statuses(checks)) == {Status.FAIL}
+    assert any(message in check.message for check in checks)
 
 
-def test_a_yaml_that_is_not_there_is_named(tmp_path: Path) -> None:
-    [finding], _ = check_plan(tmp_path / "none.yaml")
-    assert finding.grade is Grade.FAIL
-    assert "No such file" in finding.told
+def test_a_missing_yaml_fails(tmp_path: Path) -> None:
+    [check], _ = check_config(tmp_path / "none.yaml")
+    assert check.status is Status.FAIL
+    assert "No such file" in check.message
 
 
-def test_the_command_exits_with_one_where_something_fails(tmp_path: Path) -> None:
+def test_the_command_exits_with_1_if_a_check_fails(tmp_path: Path) -> None:
     arguments = ["doctor", "--dashboard", NOWHERE, "--url", NOWHERE, str(tmp_path / "none.yaml")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert result.stdout.startswith("fail  ")
 
 
-def test_the_command_looks_at_everything() -> None:
+def test_the_command_runs_every_check() -> None:
     result = CliRunner().invoke(app, ["doctor", "--dashboard", NOWHERE, "--url", NOWHERE])
-    for told in ("Python", "libraries", "cores", "memory", "OpenMP", "Ray cluster", "port 8000"):
-        assert told in result.stdout
+    for text in ("Python", "libraries", "cores", "memory", "OpenMP", "Ray cluster", "port 8000"):
+        assert text in result.stdout

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -34,7 +37,9 @@ def two(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_two_lines_are_evaluated_gone_on_with_and_tuned(two: str, tmp_path: Path) -> None:
+def test_a_workload_is_evaluated_resumed_and_tuned(
+    two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     first = run("evaluate", two, "--out", str(out), *GRID)
     assert first.exit_code == 0, first.output
@@ -47,6 +52,10 @@ def test_two_lines_are_evaluated_gone_on_with_and_tuned(two: str, tmp_path: Path
         "token_v3_0.9_t0_d3.json",
     }  # fmt: skip
 
+    name = json.loads((out / "run.json").read_text())["answered_by"]
+    # A client that cannot complete anything: finished settings are not run again.
+    silent = nullcontext(SimpleNamespace(name=name))
+    monkeypatch.setattr("cascade.evaluation.client.start_in_process", Mock(return_value=silent))
     again = run("evaluate", two, "--out", str(out), *GRID)
     assert again.exit_code == 0, again.output
     assert {p.name: p.stat().st_mtime_ns for p in (out / "cells").iterdir()} == written
@@ -68,46 +77,46 @@ def test_two_lines_are_evaluated_gone_on_with_and_tuned(two: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "is empty"),
         (LINES[0] + "\n" + LINES[1][:-1], "line 2: Invalid JSON"),
         (LINES[0].replace("contains", "blue"), 'line 1: `scorer` is "blue"; wanted one of exact'),
     ],
 )
-def test_a_broken_file_is_named_in_one_error(tmp_path: Path, text: str, told: str) -> None:
+def test_an_invalid_workload_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
     result = run("evaluate", str(path), "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--rule", "chaw", "--alpha", "1"], "no curve `chaw`"),
         (["--rule", "chow"], "--rule and --alpha go together"),
         (["--rule", "chow", "--alpha", "2"], "`chow` has no dial 2.0"),
         (["--grid", "none.yaml"], "cannot be read"),
-        (["--grid", "none.yaml", "--temperature", "1"], "--grid says all"),
-        (["--config", "none.yaml"], "none.yaml cannot be taken"),
+        (["--grid", "none.yaml", "--temperature", "1"], "--grid excludes"),
+        (["--config", "none.yaml"], "none.yaml cannot be used"),
         (["--url", "http://127.0.0.1:9", "--config", "x"], "give one"),
         (["--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(
-    two: str, tmp_path: Path, options: list[str], told: str
+def test_wrong_options_are_a_one_line_error(
+    two: str, tmp_path: Path, options: list[str], message: str
 ) -> None:
     result = run("evaluate", two, "--out", str(tmp_path / "out"), *options)
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_a_yaml_without_applications_is_no_configuration(two: str, tmp_path: Path) -> None:
+def test_a_yaml_without_applications_is_refused(two: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("applications: []")
     result = run("evaluate", two, "--config", str(path))
@@ -115,7 +124,9 @@ def test_a_yaml_without_applications_is_no_configuration(two: str, tmp_path: Pat
     assert "wanted a file like cluster/local.yaml" in result.stderr
 
 
-def test_a_refusing_server_ends_the_evaluation(two: str, serving: Serving, tmp_path: Path) -> None:
+def test_a_server_that_refuses_requests_ends_the_evaluation(
+    two: str, serving: Serving, tmp_path: Path
+) -> None:
     error = {"error": {"message": "alpha is bad", "type": "invalid_request_error", "param": None}}
     models = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1}]}
     responses = {
@@ -129,14 +140,14 @@ def test_a_refusing_server_ends_the_evaluation(two: str, serving: Serving, tmp_p
     assert "alpha is bad" in result.stderr
 
 
-def test_tuning_what_was_never_evaluated_says_what_to_give(tmp_path: Path) -> None:
+def test_tuning_without_results_says_what_to_give(tmp_path: Path) -> None:
     result = run("tune", str(tmp_path), "--target", "quality >= 1")
     assert result.exit_code == 2
     assert "give the folder of `cascade evaluate`" in result.stderr
 
 
 @pytest.mark.parametrize("option", [["--target", "good"], ["--target", "quality >= 1", "--goal=x"]])
-def test_a_target_or_goal_that_is_none_is_told(tmp_path: Path, option: list[str]) -> None:
+def test_an_invalid_target_or_goal_is_refused(tmp_path: Path, option: list[str]) -> None:
     (tmp_path / "results.json").write_text(
         '{"format": 1, "about": {}, "families": [], "cells": []}'
     )

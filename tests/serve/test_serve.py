@@ -189,7 +189,7 @@ def test_the_doctor_finds_nothing_wrong(server: Server) -> None:
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert f"the server at {server.http} is well" in run.stdout
+    assert f"the server at {server.http} is healthy" in run.stdout
     assert f"Ray cluster at {server.dashboard}: " in run.stdout
     assert re.search(r"application cascade runs", run.stdout), run.stdout
 

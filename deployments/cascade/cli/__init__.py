@@ -8,8 +8,7 @@ from cascade.cli.ask import ask
 from cascade.cli.bench import bench
 from cascade.cli.doctor import doctor
 from cascade.cli.evaluate import evaluate
-from cascade.cli.router import router
-from cascade.cli.tier import tier
+from cascade.cli.serve import router, tier
 from cascade.cli.tune import tune
 
 app = typer.Typer(
@@ -19,13 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(ask)
+for command in (ask, doctor, evaluate, tier, router, tune):
+    app.command()(command)
 app.add_typer(bench, name="bench")
-app.command()(doctor)
-app.command()(evaluate)
-app.command()(tier)
-app.command()(router)
-app.command()(tune)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""`cascade ask`: one question to a running server, its answer coloured by who wrote it."""
+"""`cascade ask`: asks a running server, and colours each token by the model that wrote it."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,18 +19,13 @@ from cascade.types import Mode, Origin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
 CONNECT_TIMEOUT_S = 5.0
 
 READ_TIMEOUT_S = 120.0
 
-_DATA = "data:"
-
-_END = "[DONE]"
-
 
 class AskError(Exception):
-    """Why there is no whole answer, in one line; `status` is the exit status."""
+    """Why there is no complete answer, in one line; `status` is the exit status."""
 
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
@@ -38,7 +34,7 @@ class AskError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A piece of the answer. `origin` is d, k or e, and None from a server that does not say."""
+    """A piece of the answer. `origin` is d, k or e, or None from a server without origins."""
 
     text: str
     origin: str | None = None
@@ -46,7 +42,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What came with the answer: OpenAI's usage, the reason it ended and the rounds, if asked."""
+    """OpenAI's usage, the finish reason and, if requested, the trace of rounds."""
 
     usage: dict[str, Any]
     finish: str | None
@@ -54,17 +50,22 @@ class Report:
 
 
 def complete(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[Token | Report]:
-    """Yield the tokens of one answer as they come, and at the end a report.
+    """Yield the tokens of one answer as they arrive, then a report.
+
+    Args:
+        client: Connected to the server.
+        path: Of the endpoint.
+        body: Of the request, to which streaming is added.
 
     Raises:
-        AskError: No server, an error of the server, or a stream that was cut.
+        AskError: No server answers, it returns an error, or the stream ends early.
     """
     request = body | {"stream": True, "stream_options": {"include_usage": True}}
     try:
         with client.stream("POST", path, json=request) as response:
             if response.is_error:
                 response.read()
-                raise AskError(_refusal(response))
+                raise AskError(_http_error(response))
             yield from _read(response)
     except httpx.ConnectError as error:
         raise AskError(
@@ -74,7 +75,7 @@ def complete(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[
         ) from error
     except httpx.TimeoutException as error:
         raise AskError(
-            f"the server at {client.base_url} fell silent; the answer stops here", status=3
+            f"the server at {client.base_url} stopped sending; the answer is incomplete", status=3
         ) from error
     except httpx.HTTPError as error:
         raise AskError(f"the connection to {client.base_url} broke: {error}", status=3) from error
@@ -94,32 +95,27 @@ def _read(response: httpx.Response) -> Iterator[Token | Report]:
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """Yield the events of a stream up to its end mark."""
+    """Yield the server-sent events of a stream up to its end mark."""
     for line in response.iter_lines():
-        if not line.startswith(_DATA):
+        if not line.startswith("data:"):
             continue
-        text = line.removeprefix(_DATA).strip()
-        if text == _END:
+        text = line.removeprefix("data:").strip()
+        if text == "[DONE]":
             return
-        event = _parsed(text)
+        try:
+            event = json.loads(text)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise AskError(f"the server sent {text[:80]!r} where JSON was expected")
         if "error" in event:
             raise AskError(_message(event["error"]))
         yield event
     raise AskError("the stream was cut before its end; the answer may be incomplete")
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise AskError(f"the server sent {text[:80]!r} where JSON was expected")
-    return value
-
-
 def _tokens(choice: dict[str, Any]) -> Iterator[Token]:
-    """Yield a choice's new tokens, or its text as one piece if the server does not name tokens."""
+    """Yield a choice's new tokens, or its text as one if the server does not send tokens."""
     extension = choice.get("cascade") or {}
     if extension.get("tokens"):
         for text, origin in zip(extension["tokens"], extension["origins"], strict=False):
@@ -130,8 +126,8 @@ def _tokens(choice: dict[str, Any]) -> Iterator[Token]:
         yield Token(text=text)
 
 
-def _refusal(response: httpx.Response) -> str:
-    """Return what an error response says, in one line."""
+def _http_error(response: httpx.Response) -> str:
+    """Return the message of an error response, in one line."""
     try:
         message = _message(response.json()["error"])
     except (ValueError, KeyError, TypeError):
@@ -153,27 +149,26 @@ STYLES = {
     Origin.EXPERT.value: "bold magenta",
 }
 
-_LEGEND = (
-    ("drafter", Origin.DRAFTER.value),
-    ("drafter, kept by the rule", Origin.KEPT.value),
-    ("expert", Origin.EXPERT.value),
-)
-
-_PRINTED_CONTROLS = "\n\t"
-
+_LEGEND = {
+    "drafter": "tokens of the drafter",
+    "kept": "tokens of the drafter, kept by the rule",
+    "expert": "tokens of the expert",
+}
 
 Url = Annotated[str, typer.Option(envvar="CASCADE_URL", help="The server")]
 
-Key = Annotated[str | None, typer.Option(envvar="CASCADE_API_KEY", help="If the server wants one")]
+Key = Annotated[str | None, typer.Option(envvar="CASCADE_API_KEY", help="If the server needs one")]
 
 RuleText = Annotated[
     str | None, typer.Option(help="A rule's kind, such as token_v3, or a JSON object")
 ]
 
-Length = Annotated[str | None, typer.Option(help="Tokens the drafter writes ahead, or auto")]
+Length = Annotated[
+    str | None, typer.Option(help="Tokens that the drafter drafts in a round, or auto")
+]
 
 Chat = Annotated[
-    bool, typer.Option("--chat/--completion", help="Ask, or let the text be continued")
+    bool, typer.Option("--chat/--completion", help="Send a chat message, or text to continue")
 ]
 
 
@@ -182,7 +177,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     *,
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="A served model; the first if absent")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="Who writes")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="How the models share the work")] = None,
     rule: RuleText = None,
     alpha: Annotated[float | None, typer.Option(help="The rule's dial; needs --rule")] = None,
     draft_tokens: Length = None,
@@ -193,7 +188,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     trace: Annotated[bool, typer.Option("--trace", help="Show every round")] = False,
     api_key: Key = None,
 ) -> None:
-    """Ask a running server, and see which model wrote each token of the answer."""
+    """Ask a running server, and show which model wrote each token of the answer."""
     cascade = {
         "mode": mode and mode.value,
         "rule": rule_object(rule, alpha),
@@ -205,55 +200,54 @@ def ask(  # noqa: PLR0913 - one parameter an option
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
-        "cascade": _given(cascade) or None,
+        "cascade": _without_none(cascade) or None,
     }
-    path, words = _question(sys.stdin.read() if prompt == "-" else prompt, chat=chat)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    path, question = "/v1/completions", dict[str, Any](prompt=text)
+    if chat:
+        path = "/v1/chat/completions"
+        question = {"messages": [{"role": "user", "content": text}]}
     try:
         with _client(url, api_key) as client:
-            report = _print_answer(complete(client, path, words | _given(body)))
+            report = _print_answer(complete(client, path, question | _without_none(body)))
     except AskError as error:
-        raise _failed(error) from error
+        line = Text.assemble(("error ", "bold red"), str(error))
+        Console(stderr=True).print(line, soft_wrap=True)
+        raise typer.Exit(error.status) from error
     _print_report(report)
 
 
-def _question(text: str, *, chat: bool) -> tuple[str, dict[str, Any]]:
-    """Return the path that `text` goes to, and its part of the body."""
-    if chat:
-        return "/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}
-    return "/v1/completions", {"prompt": text}
-
-
-def _failed(error: AskError) -> typer.Exit:
-    """Print an error in one line and return what ends the program."""
-    line = Text.assemble(("error ", "bold red"), str(error))
-    Console(stderr=True).print(line, soft_wrap=True)
-    return typer.Exit(error.status)
-
-
 def rule_object(rule: str | None, alpha: float | None) -> dict[str, Any] | None:
-    """Return the request's `rule`: a kind with its alpha, or the JSON object as given."""
+    """Return the request's `rule`: a kind with its alpha, or the JSON object as given.
+
+    Raises:
+        BadParameter: There is an alpha without a rule, or the rule is invalid JSON.
+    """
     if rule is None:
         if alpha is not None:
             raise typer.BadParameter("--alpha belongs to a rule; add --rule, such as token_v3")
         return None
-    if not rule.startswith("{"):
-        return {"kind": rule} | ({} if alpha is None else {"alpha": alpha})
     try:
-        return json.loads(rule) | ({} if alpha is None else {"alpha": alpha})
+        kind: dict[str, Any] = json.loads(rule) if rule.startswith("{") else {"kind": rule}
     except ValueError as error:
-        raise typer.BadParameter(f"--rule is no JSON object: {error}") from error
+        raise typer.BadParameter(f"--rule is not a JSON object: {error}") from error
+    return kind if alpha is None else kind | {"alpha": alpha}
 
 
 def draft_length(given: str | None) -> int | str | None:
-    """Return the request's `draft_tokens`: a number or auto."""
+    """Return the request's `draft_tokens`: a number or auto.
+
+    Raises:
+        BadParameter: It is neither.
+    """
     if given is None or given == "auto":
         return given
     if not given.isdecimal():
-        raise typer.BadParameter(f"--draft-tokens is {given!r}; give a number from 0 on, or auto")
+        raise typer.BadParameter(f"--draft-tokens is {given!r}; give a number, 0 or more, or auto")
     return int(given)
 
 
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -263,39 +257,37 @@ def _client(url: str, api_key: str | None) -> httpx.Client:
     try:
         return httpx.Client(base_url=url, timeout=timeout, headers=headers)
     except httpx.InvalidURL as error:
-        raise AskError(f"{url!r} is no address: {error}", status=2) from error
+        raise AskError(f"{url!r} is not a URL: {error}", status=2) from error
 
 
 def _print_answer(items: Iterator[Token | Report]) -> Report:
-    """Print tokens as they come to standard output; return the report that ends them."""
+    """Print tokens to standard output as they arrive; return the report at the end."""
     console = Console(highlight=False)
-    report, begun = Report(usage={}, finish=None, trace=[]), False
+    report, started = Report(usage={}, finish=None, trace=[]), False
     try:
         for item in items:
             if isinstance(item, Report):
                 report = item
                 continue
-            begun = True
+            started = True
             style = STYLES.get(item.origin or "", "")
             console.print(Text(visible(item.text), style), end="", soft_wrap=True)
     finally:
-        if begun:
+        if started:
             console.print()
     return report
 
 
 def visible(text: str) -> str:
-    """Return `text` with control characters replaced: a model must not steer the terminal."""
+    """Return `text` with control characters replaced: a model must not control the terminal."""
     return "".join(
-        letter
-        if letter.isprintable() or letter in _PRINTED_CONTROLS
-        else "\N{REPLACEMENT CHARACTER}"
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}"
         for letter in text
     )
 
 
 def _print_report(report: Report) -> None:
-    """Print statistics and rounds to standard error, so that a pipe gets the answer alone."""
+    """Print statistics and rounds to standard error, so that a pipe gets only the answer."""
     console = Console(stderr=True, highlight=False)
     if report.finish == "length":
         console.print("cut at --max-tokens", style="dim")
@@ -308,37 +300,34 @@ def _print_report(report: Report) -> None:
 
 
 def _statistics(statistics: dict[str, Any]) -> Table:
-    """Return what the answer cost. The rows of tokens are the legend too."""
+    """Return what the answer cost. The rows of tokens are also the legend of the colours."""
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    counts = [statistics.get(f"{name}_tokens", 0) for name in ("drafter", "kept", "expert")]
-    total = sum(counts)
-    for (label, origin), count in zip(_LEGEND, counts, strict=True):
+    number = Counter(statistics)  # 0 for what the server does not send
+    total = sum(number[f"{name}_tokens"] for name in _LEGEND)
+    for (name, label), style in zip(_LEGEND.items(), STYLES.values(), strict=True):
+        count = number[f"{name}_tokens"]
         share = f"{count}  {count / total:4.0%}" if total else str(count)
-        table.add_row(Text(f"tokens of the {label}", STYLES[origin]), share)
-    passes, drafted = statistics.get("expert_passes", 0), statistics.get("drafted", 0)
+        table.add_row(Text(label, style), share)
+    passes, drafted, accepted = (number[name] for name in ("expert_passes", "drafted", "accepted"))
     if passes:
         table.add_row("tokens per expert pass", f"{total / passes:.2f}")
-    table.add_row(
-        "expert passes, drafter passes", f"{passes}, {statistics.get('drafter_passes', 0)}"
-    )
+    table.add_row("expert passes, drafter passes", f"{passes}, {number['drafter_passes']}")
     if drafted:
-        accepted = statistics.get("accepted", 0)
         table.add_row("drafts accepted", f"{accepted} of {drafted}  {accepted / drafted:4.0%}")
-        table.add_row("deferral rate", f"{statistics.get('deferral_rate', 0):.2f}")
-    sent, received = (statistics.get(f"{way}_bytes", 0) for way in ("sent", "received"))
-    table.add_row("bytes between the tiers", f"{sent + received:,}")
-    waits = [statistics.get(f"{tier}_s", 0) for tier in ("drafter", "expert")]
-    table.add_row("waited for drafter, expert", "{:.3f} s, {:.3f} s".format(*waits))
+        table.add_row("deferral rate", f"{number['deferral_rate']:.2f}")
+    table.add_row("bytes between the tiers", f"{number['sent_bytes'] + number['received_bytes']:,}")
+    waits = f"{number['drafter_s']:.3f} s, {number['expert_s']:.3f} s"
+    table.add_row("waited for drafter, expert", waits)
     return table
 
 
 def _rounds(trace: list[dict[str, Any]]) -> Table:
     names = ("position", "drafted", "accepted", "deferred", "tokens", "draft_ms", "judge_ms")
     table = Table(*names, box=None, header_style="dim")
-    for row in trace:
-        values = (row.get(name, "") for name in names)
+    for one in trace:
+        values = (one.get(name, "") for name in names)
         table.add_row(
             *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values)
         )

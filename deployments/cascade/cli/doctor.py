@@ -1,4 +1,4 @@
-"""`cascade doctor`: what is wrong with this machine or cluster, and what to do about it."""
+"""`cascade doctor`: finds what is wrong with this machine or cluster, and says how to fix it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import httpx
+import psutil
 import typer
 import yaml
 from packaging.requirements import Requirement
@@ -28,258 +30,212 @@ if TYPE_CHECKING:
     from cascade.settings import Deployment
 
 
-class Grade(StrEnum):
-    """How bad it is."""
+class Status(StrEnum):
+    """The outcome of a check."""
 
     OK = "ok"
-    WARN = "warn"  # runs, but not as it could
+    WARN = "warn"  # runs, but not at its best
     FAIL = "fail"  # does not run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the doctor's, and what to do unless all is well."""
+class Check(NamedTuple):
+    """One line of the output, and how to fix it unless the status is OK."""
 
-    grade: Grade
-    told: str
-    advice: str = ""
-
-
-def ok(told: str) -> Finding:
-    """Return a finding that needs nothing done."""
-    return Finding(grade=Grade.OK, told=told)
+    status: Status
+    message: str
+    fix: str = ""
 
 
-def warn(told: str, advice: str) -> Finding:
-    """Return a finding that costs something."""
-    return Finding(grade=Grade.WARN, told=told, advice=advice)
+_ok = partial(Check, Status.OK)
+_warn = partial(Check, Status.WARN)
+_fail = partial(Check, Status.FAIL)
 
 
-def fail(told: str, advice: str) -> Finding:
-    """Return a finding that stops the server."""
-    return Finding(grade=Grade.FAIL, told=told, advice=advice)
-
-
-DISTRIBUTION = "speculative-cascades"
-
-
-def check_versions(distribution: str = DISTRIBUTION) -> list[Finding]:
-    """Hold Python and every installed library against the metadata of `distribution`."""
+def check_versions(distribution: str = "speculative-cascades") -> list[Check]:
+    """Compare Python and every installed library with the requirements of `distribution`."""
     try:
-        told = metadata.metadata(distribution)
+        needed = metadata.metadata(distribution)["Requires-Python"]
     except metadata.PackageNotFoundError:
-        return [fail(f"{distribution} is not installed", "pip install . in its folder")]
-    python = _python(told["Requires-Python"])
-    requirements = [Requirement(line) for line in metadata.requires(distribution) or ()]
-    needed = [
+        return [_fail(f"{distribution} is not installed", "pip install . in its folder")]
+    version = platform.python_version()
+    python = _ok(f"Python {version}")
+    if not SpecifierSet(needed).contains(version, prereleases=True):
+        fix = "make a virtual environment with a matching Python"
+        python = _fail(f"Python {version}, but {needed} is needed", fix)
+    requirements = [
         requirement
-        for requirement in requirements
+        for requirement in map(Requirement, metadata.requires(distribution) or ())
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ]
-    findings = [finding for requirement in needed for finding in check_requirement(requirement)]
-    return [python, *(findings or [ok(f"{len(needed)} libraries are as new as needed")])]
+    failures = [check for check in map(check_requirement, requirements) if check is not None]
+    return [python, *(failures or [_ok(f"{len(requirements)} libraries are as new as needed")])]
 
 
-def _python(wanted: str) -> Finding:
-    version = platform.python_version()
-    if SpecifierSet(wanted).contains(version, prereleases=True):
-        return ok(f"Python {version}")
-    return fail(f"Python {version}, but {wanted} is needed", "make a virtual environment with it")
-
-
-def check_requirement(requirement: Requirement) -> list[Finding]:
-    """Return what is wrong with one library: nothing, that it is missing, or that it is too old."""
+def check_requirement(requirement: Requirement) -> Check | None:
+    """Return a failure if the library is missing or too old."""
+    fix = f"pip install '{requirement}'"
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return [fail(f"{requirement.name} is not installed", f"pip install '{requirement}'")]
+        return _fail(f"{requirement.name} is not installed", fix)
     if requirement.specifier.contains(version, prereleases=True):
-        return []
-    return [
-        fail(
-            f"{requirement.name} is {version}, but {requirement.specifier} is needed",
-            f"pip install '{requirement}'",
-        )
-    ]
+        return None
+    return _fail(f"{requirement.name} is {version}, but {requirement.specifier} is needed", fix)
 
 
 _IMPORT_PATH = "cascade.app:build"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Ports, and the sum of what all replicas reserve, by Ray's names of resources."""
+class ServeConfig:
+    """The ports of a Serve YAML, and the sum of what all its replicas reserve, by resource."""
 
     http_port: int = 8000
     grpc_port: int = 9000
     resources: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
-DEFAULT_PLAN = Plan()
-
-
-def check_plan(path: Path) -> tuple[list[Finding], Plan]:
+def check_config(path: Path) -> tuple[list[Check], ServeConfig]:
     """Read a Serve YAML; return what is wrong with it, and what it asks for."""
     try:
-        told = yaml.safe_load(path.read_text())
-        return [ok(f"{path} is well formed")], read_plan(told)
+        return [_ok(f"{path} is valid")], _read_config(yaml.safe_load(path.read_text()))
     except OSError as error:
-        return [fail(f"{path} cannot be read: {error.strerror}", "give a Serve YAML")], DEFAULT_PLAN
+        failures = [_fail(f"{path} cannot be read: {error.strerror}", "give a Serve YAML")]
     except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        return [fail(f"{path} is no YAML: {line}", "mend it")], DEFAULT_PLAN
+        failures = [_fail(f"{path} is not YAML: {' '.join(str(error).split())}", "correct it")]
     except ValidationError as error:
-        return [_misfit(path, problem) for problem in error.errors()], DEFAULT_PLAN
+        failures = [
+            _fail(
+                f"{path}: args.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}",
+                "see cascade/settings.py",
+            )
+            for problem in error.errors()
+        ]
     except (KeyError, TypeError, AttributeError) as error:
-        advice = f"it needs `applications:` with one of import_path {_IMPORT_PATH}"
-        return [fail(f"{path} is no Serve YAML ({error!r})", advice)], DEFAULT_PLAN
+        fix = f"it needs `applications:` with one of import_path {_IMPORT_PATH}"
+        failures = [_fail(f"{path} is not a Serve YAML ({error!r})", fix)]
+    return failures, ServeConfig()
 
 
-def read_plan(told: dict[str, Any]) -> Plan:
-    """Return what a parsed Serve YAML asks for.
-
-    Raises:
-        ValidationError: `args:` are not settings of `cascade.settings`.
-        KeyError: There is no `applications:`.
-    """
-    from cascade.settings import Application  # noqa: PLC0415 - brings torch along
+def _read_config(document: dict[str, Any]) -> ServeConfig:
+    from cascade.settings import Application  # noqa: PLC0415 - imports torch
 
     resources: Counter[str] = Counter()
-    for application in told["applications"]:
+    for application in document["applications"]:
         if application["import_path"] == _IMPORT_PATH:
             settings = Application.model_validate(application.get("args") or {})
-            for tier in (settings.router, settings.drafter, settings.expert):
-                resources.update(reserved(tier.deployment))
-    return Plan(
-        http_port=(told.get("http_options") or {}).get("port", DEFAULT_PLAN.http_port),
-        grpc_port=(told.get("grpc_options") or {}).get("port", DEFAULT_PLAN.grpc_port),
-        resources=dict(resources),
-    )
+            for part in (settings.router, settings.drafter, settings.expert):
+                resources.update(_reserved(part.deployment))
+    ports = {
+        f"{protocol}_port": options["port"]
+        for protocol in ("http", "grpc")
+        if "port" in (options := document.get(f"{protocol}_options") or {})
+    }
+    return ServeConfig(resources=dict(resources), **ports)
 
 
-def reserved(deployment: Deployment) -> dict[str, float]:
-    """Return what the replicas that a deployment starts with reserve together."""
+def _reserved(deployment: Deployment) -> dict[str, float]:
+    """Return the resources that a deployment's initial replicas reserve together."""
     count = deployment.num_replicas
     if scaling := deployment.autoscaling_config:
         count = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
+    options = deployment.ray_actor_options
     one: Counter[str] = Counter()
-    if bundles := deployment.placement_group_bundles:
-        for bundle in bundles:
-            one.update(bundle)
-    else:
-        options = deployment.ray_actor_options
-        one.update({"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)})
-        one.update(options.get("resources", {}))
+    for bundle in deployment.placement_group_bundles or [
+        {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)},
+        options.get("resources", {}),
+    ]:
+        one.update(bundle)
     return {name: count * amount for name, amount in one.items() if amount}
-
-
-def _misfit(path: Path, problem: Any) -> Finding:
-    place = ".".join(str(part) for part in problem["loc"])
-    return fail(f"{path}: args.{place}: {problem['msg']}", "see cascade/settings.py")
 
 
 _GIB = 2**30
 
-_LEAST_MEMORY_BYTES = 4 * _GIB
+_NEEDED_MEMORY_GIB = 4
 
 _LEAST_DISK_SHARE = 0.05  # below this Ray stops writing objects
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_devices() -> list[Finding]:
-    """Say what there is to compute on."""
+def check_devices() -> list[Check]:
+    """Report the cores and GPUs."""
     import torch  # noqa: PLC0415 - takes a second; `cascade ask` must not wait for it
 
-    cores = ok(f"{usable_cores()} processor cores")
-    count = torch.cuda.device_count()
-    if not count and torch.version.cuda:
-        advice = "see nvidia-smi; the driver may be too old, or a container lack --gpus all"
-        return [cores, warn("no GPU to be seen by a PyTorch that is built for one", advice)]
-    names = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [
-        cores,
-        *(ok(f"GPU {card.name}, {card.total_memory / _GIB:.0f} GiB") for card in names),
-        *([] if count else [ok("no GPU; models run on the processor")]),
-    ]
+    cores = _ok(f"{_usable_cores()} processor cores")
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if devices:
+        return [cores, *(_ok(f"GPU {d.name}, {d.total_memory / _GIB:.0f} GiB") for d in devices)]
+    if torch.version.cuda:
+        fix = "see nvidia-smi; the driver may be too old, or a container may lack --gpus all"
+        return [cores, _warn("PyTorch is built for GPUs and finds none", fix)]
+    return [cores, _ok("no GPU; models run on the processor")]
 
 
-def num_gpus() -> int:
-    """Return how many GPUs PyTorch can use."""
-    import torch  # noqa: PLC0415 - as above
-
-    return torch.cuda.device_count()
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_memory(*, free_bytes: int | None = None) -> list[Finding]:
-    """Hold free memory and disk against what the pair that ships and Ray need."""
-    free = available_bytes() if free_bytes is None else free_bytes
-    memory = (
-        ok(f"{free / _GIB:.1f} GiB of memory free")
-        if free >= _LEAST_MEMORY_BYTES
-        else warn(
-            f"{free / _GIB:.1f} GiB of memory free; a local server takes up to 4",
+def check_memory(*, free_bytes: int | None = None) -> list[Check]:
+    """Compare free memory and disk with what the shipped pair and Ray need."""
+    free_gib = (available_bytes() if free_bytes is None else free_bytes) / _GIB
+    memory = _ok(f"{free_gib:.1f} GiB of memory free")
+    if free_gib < _NEEDED_MEMORY_GIB:
+        memory = _warn(
+            f"{free_gib:.1f} GiB of memory free; a local server uses up to {_NEEDED_MEMORY_GIB}",
             "end other programs, or give the container more",
         )
-    )
     disk = shutil.disk_usage("/tmp")  # noqa: S108 - where Ray keeps its session
-    if disk.free < _LEAST_DISK_SHARE * disk.total:
-        told = f"the disk of /tmp is {1 - disk.free / disk.total:.0%} full; Ray stops at 95%"
-        return [memory, fail(told, "make room, or start Ray with --temp-dir elsewhere")]
-    return [memory]
+    if disk.free >= _LEAST_DISK_SHARE * disk.total:
+        return [memory]
+    message = f"the disk of /tmp is {1 - disk.free / disk.total:.0%} full; Ray stops at 95%"
+    return [memory, _fail(message, "make room, or start Ray with --temp-dir elsewhere")]
 
 
 def available_bytes() -> int:
-    """Return the memory a new process can have, in a container that of the container."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(rows["MemAvailable"].split()[0]) * 1024
-    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
-        free = min(free, int(limit) - int(_CGROUP_USED.read_text()))
+    """Return the memory available to a new process, within the container's limit."""
+    free = psutil.virtual_memory().available
+    limit = _CGROUP / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int((_CGROUP / "memory.current").read_text()))
     return free
 
 
-def check_threads(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Look for settings under which tiers on one machine fight for its cores."""
-    findings: list[Finding] = []
+def check_threads(environment: Mapping[str, str] = os.environ) -> list[Check]:
+    """Find OpenMP settings that make tiers on one machine compete for its cores."""
+    checks: list[Check] = []
     if environment.get("OMP_WAIT_POLICY", "").lower() == "active":
-        advice = "unset it; waiting threads of one tier would hold the cores of the other"
-        findings.append(warn("OMP_WAIT_POLICY is active", advice))
-    threads, cores = environment.get("OMP_NUM_THREADS", ""), usable_cores()
+        fix = "unset it; idle threads of one tier would occupy the cores of the other"
+        checks.append(_warn("OMP_WAIT_POLICY is active", fix))
+    threads, cores = environment.get("OMP_NUM_THREADS", ""), _usable_cores()
     if threads.isdecimal() and int(threads) > cores:
-        advice = "unset it; every replica sets its own threads"
-        findings.append(warn(f"OMP_NUM_THREADS is {threads} on {cores} cores", advice))
-    return findings or [ok("OpenMP settings leave the tiers their threads")]
+        fix = "unset it; every replica sets its own threads"
+        checks.append(_warn(f"OMP_NUM_THREADS is {threads} on {cores} cores", fix))
+    return checks or [_ok("OpenMP settings let each tier choose its threads")]
 
 
-def check_ports(plan: Plan, *, serving: bool) -> list[Finding]:
-    """Say whether the ports are free, or taken by our own server."""
-    ports = {"HTTP": plan.http_port, "gRPC": plan.grpc_port}
-    return [_port(door, port, serving=serving) for door, port in ports.items()]
+def check_ports(config: ServeConfig, *, serving: bool) -> list[Check]:
+    """Return whether the ports are free.
+
+    Args:
+        config: Whose ports.
+        serving: Whether a cascade answers, which then is what uses them.
+    """
+    checks: list[Check] = []
+    for protocol, port in (("HTTP", config.http_port), ("gRPC", config.grpc_port)):
+        if _is_free(port):
+            checks.append(_ok(f"port {port} is free for {protocol}"))
+        elif serving:
+            checks.append(_ok(f"port {port} for {protocol} is in use, and the server answers"))
+        else:
+            fix = f"end what uses it (`lsof -i :{port}`), or set another port in the YAML"
+            checks.append(
+                _fail(f"port {port} for {protocol} is taken, and no cascade answers", fix)
+            )
+    return checks
 
 
-def _port(door: str, port: int, *, serving: bool) -> Finding:
-    if port_is_free(port):
-        return ok(f"port {port} is free for {door}")
-    if serving:
-        return ok(f"port {port} for {door} is in use, and the server answers")
-    return fail(
-        f"port {port} for {door} is taken, and no cascade answers",
-        f"end what holds it (`lsof -i :{port}`), or set another port in the YAML",
-    )
-
-
-def port_is_free(port: int) -> bool:
-    """Say whether a server could listen on `port` of this machine."""
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -291,62 +247,75 @@ def port_is_free(port: int) -> bool:
 
 _TIMEOUT_S = 5.0
 
-_RUNNING = "RUNNING"
 
-
-def check_server(url: str) -> list[Finding]:
-    """Ask the server how it is."""
+def check_server(url: str) -> Check:
+    """Return whether the server answers and is healthy."""
     try:
         response = httpx.get(f"{url}/health", timeout=_TIMEOUT_S)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return [warn(f"no server answers at {url} ({error})", "serve run cluster/local.yaml")]
+        return _warn(f"no server answers at {url} ({error})", "serve run cluster/local.yaml")
     if response.is_success:
-        return [ok(f"the server at {url} is well")]
-    told = f"the server at {url} says {response.status_code}: {response.text[:200]}"
-    return [fail(told, "serve status; the log of the Router says why")]
+        return _ok(f"the server at {url} is healthy")
+    message = f"the server at {url} answers {response.status_code}: {response.text[:200]}"
+    return _fail(message, "serve status; the log of the Router has the reason")
 
 
-def check_cluster(dashboard: str, *, plan: Plan) -> list[Finding]:
-    """Hold the plan against the cluster's resources, or against this machine if there is none."""
+def check_cluster(dashboard: str, *, config: ServeConfig) -> list[Check]:
+    """Compare the config with the cluster's resources, or with this machine if there is none.
+
+    Args:
+        dashboard: URL of the Ray dashboard.
+        config: What is to be deployed.
+    """
     try:
-        told = _get(dashboard, "/api/cluster_status")
+        status = _get(dashboard, "/api/cluster_status")
     except httpx.HTTPStatusError as error:
-        refused = f"the Ray cluster at {dashboard} answers {error.response.status_code}"
-        return [warn(refused, "it may want its token; put it in RAY_AUTH_TOKEN")]
+        message = f"the Ray cluster at {dashboard} answers {error.response.status_code}"
+        return [_warn(message, "it may need its token; put it in RAY_AUTH_TOKEN")]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        advice = "`serve run` starts one here; name another with --dashboard"
-        here = {"CPU": float(usable_cores()), "GPU": float(num_gpus())}
+        import torch  # noqa: PLC0415 - as above
+
+        here = {"CPU": float(_usable_cores()), "GPU": float(torch.cuda.device_count())}
         return [
-            warn(f"no Ray cluster answers at {dashboard}", advice),
-            *check_resources(plan.resources, have=here, where="this machine"),
+            _warn(
+                f"no Ray cluster answers at {dashboard}",
+                "`serve run` starts one here; name another with --dashboard",
+            ),
+            *check_resources(config.resources, available=here, where="this machine"),
         ]
-    total = resources_of(told)
+    total = resources_of(status)
     listed = ", ".join(f"{amount:g} {name}" for name, amount in sorted(total.items()))
     return [
-        ok(f"Ray cluster at {dashboard}: {listed}"),
-        *check_resources(plan.resources, have=total, where="the cluster"),
-        *_applications(dashboard),
+        _ok(f"Ray cluster at {dashboard}: {listed}"),
+        *check_resources(config.resources, available=total, where="the cluster"),
+        *_check_applications(dashboard),
     ]
 
 
 def check_resources(
-    asked: Mapping[str, float], *, have: Mapping[str, float], where: str
-) -> list[Finding]:
-    """Return one failure a resource that is asked for beyond what there is."""
-    lacking = [
-        fail(
-            f"the YAML asks for {amount:g} {name}, {where} has {have.get(name, 0):g}",
+    needed: Mapping[str, float], *, available: Mapping[str, float], where: str
+) -> list[Check]:
+    """Return a failure for each resource that is not sufficient.
+
+    Args:
+        needed: Amounts by name.
+        available: Amounts by name.
+        where: What has them, for the message.
+    """
+    failures = [
+        _fail(
+            f"the YAML asks for {amount:g} {name}, {where} has {available.get(name, 0):g}",
             "add nodes, or lower num_replicas or ray_actor_options",
         )
-        for name, amount in sorted(asked.items())
-        if amount > have.get(name, 0)
+        for name, amount in sorted(needed.items())
+        if amount > available.get(name, 0)
     ]
-    return lacking or ([ok(f"{where} has what the YAML asks for")] if asked else [])
+    return failures or ([_ok(f"{where} has what the YAML asks for")] if needed else [])
 
 
-def resources_of(told: dict[str, Any]) -> dict[str, float]:
+def resources_of(status: dict[str, Any]) -> dict[str, float]:
     """Return the totals of CPU, GPU and custom resources from a dashboard's cluster status."""
-    usage = told["data"]["clusterStatus"]["loadMetricsReport"]["usage"]
+    usage = status["data"]["clusterStatus"]["loadMetricsReport"]["usage"]
     return {
         name: float(total)
         for name, (_, total) in usage.items()
@@ -354,50 +323,46 @@ def resources_of(told: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def ray_token() -> str | None:
-    """Return the token that guards a Ray cluster, from where Ray itself looks for it."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    default = Path.home() / ".ray" / "auth_token"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
+def _check_applications(dashboard: str) -> list[Check]:
     try:
-        return path.read_text().strip() or None
-    except OSError:
-        return None
-
-
-def _applications(dashboard: str) -> list[Finding]:
-    try:
-        told = _get(dashboard, "/api/serve/applications/")
+        status = _get(dashboard, "/api/serve/applications/")
     except (httpx.HTTPError, ValueError):
-        return [warn("Serve does not run on the cluster", "serve deploy cluster/cluster.yaml")]
-    return [
-        _application(name, application)
-        for name, application in (told.get("applications") or {}).items()
-    ]
-
-
-def _application(name: str, told: dict[str, Any]) -> Finding:
-    deployments = told.get("deployments") or {}
-    counts = ", ".join(
-        f"{deployment} {len(inside.get('replicas') or ())}"
-        for deployment, inside in deployments.items()
-    )
-    status = told.get("status")
-    if status == _RUNNING:
-        return ok(f"application {name} runs: {counts}")
-    reasons = [told.get("message"), *(inside.get("message") for inside in deployments.values())]
-    because = " ".join(" ".join(reason.split()) for reason in reasons if reason)[:400]
-    return fail(f"application {name} is {status}: {because}", "serve status; see the logs")
+        return [_warn("Serve does not run on the cluster", "serve deploy cluster/cluster.yaml")]
+    checks: list[Check] = []
+    for name, application in (status.get("applications") or {}).items():
+        deployments = application.get("deployments") or {}
+        if application.get("status") == "RUNNING":
+            counts = ", ".join(
+                f"{deployment} {len(details.get('replicas') or ())}"
+                for deployment, details in deployments.items()
+            )
+            checks.append(_ok(f"application {name} runs: {counts}"))
+            continue
+        messages = [part.get("message") or "" for part in (application, *deployments.values())]
+        reason = " ".join(" ".join(messages).split())[:400]
+        message = f"application {name} is {application.get('status')}: {reason}"
+        checks.append(_fail(message, "serve status; see the logs"))
+    return checks
 
 
 def _get(dashboard: str, path: str) -> dict[str, Any]:
-    headers = {"authorization": f"Bearer {token}"} if (token := ray_token()) else {}
+    headers = {"authorization": f"Bearer {token}"} if (token := _ray_token()) else {}
     response = httpx.get(dashboard + path, timeout=_TIMEOUT_S, headers=headers).raise_for_status()
     return response.json()
 
 
-_STYLES = {Grade.OK: "green", Grade.WARN: "yellow", Grade.FAIL: "bold red"}
+def _ray_token() -> str | None:
+    """Return the token of a Ray cluster from where Ray itself looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    default = Path.home() / ".ray" / "auth_token"
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default).read_text().strip() or None
+    except OSError:
+        return None
+
+
+_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
 
 def doctor(
@@ -406,36 +371,30 @@ def doctor(
     ] = None,
     *,
     url: Annotated[
-        str | None, typer.Option(envvar="CASCADE_URL", help="The server; else as the YAML says")
+        str | None,
+        typer.Option(envvar="CASCADE_URL", help="The server; if absent, as the YAML says"),
     ] = None,
     dashboard: Annotated[
         str, typer.Option(envvar="RAY_DASHBOARD_ADDRESS", help="The dashboard of the Ray cluster")
     ] = "http://127.0.0.1:8265",
 ) -> None:
-    """Say what is wrong with this machine or cluster; exit 1 if the server cannot run on it."""
-    findings, plan = check_plan(config) if config else ([], DEFAULT_PLAN)
-    address = url or f"http://127.0.0.1:{plan.http_port}"
-    server = check_server(address)
-    serving = any(finding.grade is Grade.OK for finding in server)
-    findings += [
+    """Find what is wrong with this machine or cluster; exit 1 if the server cannot run on it."""
+    checks, serve = check_config(config) if config else ([], ServeConfig())
+    server = check_server(url or f"http://127.0.0.1:{serve.http_port}")
+    checks += [
         *check_versions(),
         *check_devices(),
         *check_memory(),
         *check_threads(),
-        *check_cluster(dashboard, plan=plan),
-        *check_ports(plan, serving=serving),
-        *server,
+        *check_cluster(dashboard, config=serve),
+        *check_ports(serve, serving=server.status is Status.OK),
+        server,
     ]
-    show(findings)
-    if any(finding.grade is Grade.FAIL for finding in findings):
-        raise typer.Exit(1)
-
-
-def show(findings: list[Finding]) -> None:
-    """Print one line a finding, and under it what to do."""
     console = Console(highlight=False)
-    for finding in findings:
-        line = Text.assemble((f"{finding.grade.value:4}  ", _STYLES[finding.grade]), finding.told)
+    for check in checks:
+        line = Text.assemble((f"{check.status.value:4}  ", _STYLES[check.status]), check.message)
         console.print(line, soft_wrap=True)
-        if finding.advice:
-            console.print(Text(f"      {finding.advice}", "dim"), soft_wrap=True)
+        if check.fix:
+            console.print(Text(f"      {check.fix}", "dim"), soft_wrap=True)
+    if any(check.status is Status.FAIL for check in checks):
+        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`cascade evaluate`: what each setting of the server scores and costs on a workload."""
+"""`cascade evaluate`: the quality and cost of each setting of the server on a workload."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from cascade.cli.ask import Key  # noqa: TC001 - typer reads the annotations
-from cascade.cli.tier import application as read
+from cascade.cli.serve import read_settings
 from cascade.errors import CascadeError, InvalidMeasurement, StartupError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from cascade.evaluation import report
-    from cascade.evaluation.client import Answerer
+    from cascade.evaluation.client import Client
     from cascade.evaluation.grid import Setting
     from cascade.evaluation.results import Results
+    from cascade.evaluation.run import Run
     from cascade.evaluation.workloads import Workload
-    from cascade.settings import Application
 
 _INTERRUPTED = 130
-_FILE_COLUMNS = 160  # of what goes to a file or a pipe
+_FILE_COLUMNS = 160  # of a table that is written to a file or a pipe
 
 
 def evaluate(  # noqa: PLR0913 - one parameter an option
@@ -36,10 +35,10 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     ],
     *,
     url: Annotated[
-        str | None, typer.Option(help="A running server; absent, the pair runs in this process")
+        str | None, typer.Option(help="A running server; if absent, the pair runs in this process")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="In process: a cluster/*.yaml whose args to take")
+        Path | None, typer.Option(help="In process: a cluster/*.yaml whose args to use")
     ] = None,
     api_key: Key = None,
     model: Annotated[str | None, typer.Option(help="A served model; the first if absent")] = None,
@@ -47,7 +46,8 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
         Path | None, typer.Option(help="YAML of temperatures, draft_tokens and curves")
     ] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(help="A curve to try, such as token_v3; repeat for more")
+        list[str] | None,
+        typer.Option(help="A curve to evaluate, such as token_v3; repeat for more"),
     ] = None,
     alpha: Annotated[
         list[float] | None, typer.Option(help="A dial of each --rule; repeat for more")
@@ -56,42 +56,42 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
         list[float] | None, typer.Option(min=0, max=2, help="Repeat for more; 0 if absent")
     ] = None,
     draft_tokens: Annotated[
-        list[int] | None, typer.Option(min=1, max=32, help="Of a block; repeat for more; 5")
+        list[int] | None,
+        typer.Option(min=1, max=32, help="Drafted tokens of a block; repeat for more; 5 if absent"),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Items of each family; 100, or a file's all")
+        int | None,
+        typer.Option(min=1, help="Items of each family; 100, or a whole file, if absent"),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Answers under way at once")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of items and answers")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results")] = Path("evaluation"),
 ) -> None:
-    """Measure quality and cost over a grid of rules, and draw the curves.
+    """Measure quality and cost over a grid of rules, and plot the curves.
 
-    Every finished setting is kept in the folder at once: the same command goes on where it was cut.
+    Every finished setting is stored at once, so the same command resumes an interrupted run.
     """
+    # Imported late, as all of the evaluation: `cascade ask` does not need torch.
+    from cascade.evaluation import workloads  # noqa: PLC0415 - as above
+    from cascade.evaluation.run import Run  # noqa: PLC0415 - as above
+
     try:
-        chosen = _settings(grid, rule, alpha, temperature, draft_tokens)
-        results = asyncio.run(
-            _evaluate(
-                _workload(workload, count, seed),
-                chosen,
-                _answering(url, config, api_key, model),
-                out,
-                {"seed": seed, "concurrency": concurrency},
-            )
-        )
-        show(results, out)
+        settings = _settings(grid, rule, alpha, temperature, draft_tokens)
+        items = workloads.load(workload, count=count, seed=seed)
+        client = _client(url, config, api_key, model)
+        run = Run(folder=out, seed=seed, concurrency=concurrency)
+        _report(asyncio.run(_evaluate(items, settings, client, run)), out)
     except CascadeError as error:
         raise failed(error) from error
     except KeyboardInterrupt:
         Console(stderr=True).print(
-            f"stopped; finished settings are in {out}, and the same command goes on", markup=False
+            f"stopped; finished settings are in {out}, and the same command resumes", markup=False
         )
         raise typer.Exit(_INTERRUPTED) from None
 
 
 def failed(error: CascadeError) -> typer.Exit:
-    """Print an error and return what ends the program: 2 where the caller can mend it, else 1."""
+    """Print an error and return the exit: status 2 if the user can fix it, otherwise 1."""
     console = Console(stderr=True, soft_wrap=True)
     console.print("error", style="bold red", end=" ")
     console.print(error.message, markup=False, highlight=False)
@@ -105,57 +105,45 @@ def _settings(
     temperatures: list[float] | None,
     draft_tokens: list[int] | None,
 ) -> list[Setting]:
-    """Return the grid of a file, or the one that the options span."""
-    from cascade.evaluation.grid import Block, joined, read_grid  # noqa: PLC0415 - see `_evaluate`
+    """Return the grid of a file, or the one that the options define."""
+    from cascade.evaluation.grid import (  # noqa: PLC0415 - as above
+        GridBlock,
+        merge_blocks,
+        read_grid,
+    )
 
-    given = rules or alphas or temperatures or draft_tokens
     if grid is not None:
-        if given:
+        if rules or alphas or temperatures or draft_tokens:
             raise InvalidMeasurement(
-                "--grid says all; leave out --rule, --alpha, --temperature and --draft-tokens"
+                "--grid excludes --rule, --alpha, --temperature and --draft-tokens"
             )
         return read_grid(grid)
     if bool(rules) != bool(alphas):
         raise InvalidMeasurement("--rule and --alpha go together: which curves, and which dials")
-    spanned: dict[str, Any] = {
+    options: dict[str, Any] = {
         "temperatures": temperatures,
         "draft_tokens": draft_tokens,
         "curves": dict.fromkeys(rules, alphas) if rules else None,
     }
-    return joined([Block(**{name: value for name, value in spanned.items() if value})])
+    return merge_blocks([GridBlock(**{name: value for name, value in options.items() if value})])
 
 
-def _workload(name: str, count: int | None, seed: int) -> Workload:
-    from cascade.evaluation import workloads  # noqa: PLC0415 - see `_evaluate`
-
-    return workloads.load(name, count=count, seed=seed)
-
-
-def _answering(
+def _client(
     url: str | None, config: Path | None, api_key: str | None, model: str | None
-) -> AbstractAsyncContextManager[Answerer]:
-    from cascade.evaluation.client import in_process, over_http  # noqa: PLC0415 - see `_evaluate`
+) -> AbstractAsyncContextManager[Client]:
+    import yaml  # noqa: PLC0415 - as above
+    from pydantic import ValidationError  # noqa: PLC0415 - as above
 
-    if url is None:
-        return in_process(application(config))
-    if config is not None:
-        raise InvalidMeasurement("--url asks a running server, --config starts one; give one")
-    return over_http(url, api_key=api_key, model=model)
+    from cascade.evaluation.client import connect_http, start_in_process  # noqa: PLC0415 - as above
 
-
-def application(config: Path | None) -> Application:
-    """Return the settings in a Serve YAML, or the defaults.
-
-    Raises:
-        InvalidMeasurement: The file is none.
-    """
-    import yaml  # noqa: PLC0415 - see `_evaluate`
-    from pydantic import ValidationError  # noqa: PLC0415 - see `_evaluate`
-
+    if url is not None:
+        if config is not None:
+            raise InvalidMeasurement("--url uses a running server, --config starts one; give one")
+        return connect_http(url, api_key=api_key, model=model)
     try:
-        return read(config)
+        return start_in_process(read_settings(config))
     except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise InvalidMeasurement(f"{config} cannot be taken: {error}") from error
+        raise InvalidMeasurement(f"{config} cannot be used: {error}") from error
     except (KeyError, IndexError, TypeError) as error:
         raise InvalidMeasurement(
             f"{config} has no `applications`; wanted a file like cluster/local.yaml"
@@ -165,30 +153,27 @@ def application(config: Path | None) -> Application:
 async def _evaluate(
     workload: Workload,
     settings: list[Setting],
-    answering: AbstractAsyncContextManager[Answerer],
-    out: Path,
-    options: dict[str, int],
+    starting: AbstractAsyncContextManager[Client],
+    run: Run,
 ) -> Results:
-    # Imported late, as all of the lab: `cascade ask` need not wait for torch.
-    from cascade.evaluation import evaluate as lab  # noqa: PLC0415 - as said
+    from cascade.evaluation.run import count_unfinished, evaluate  # noqa: PLC0415 - as above
 
-    run = lab.Run(folder=out, **options)
-    async with answering as answerer:
-        total = lab.unfinished(workload, settings, answerer, run=run)
+    async with starting as client:
+        total = count_unfinished(workload, settings, client, run=run)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("answers", total=total)
-            return await lab.evaluate(
-                workload, settings, answerer, run=run, told=lambda: progress.advance(task)
+            return await evaluate(
+                workload, settings, client, run=run, on_answer=lambda: progress.advance(task)
             )
 
 
-def show(results: Results, folder: Path) -> None:
-    """Write the files, and print the findings and the table of all items together."""
-    from cascade.evaluation import evaluate as lab  # noqa: PLC0415 - see `_evaluate`
-    from cascade.evaluation import report  # noqa: PLC0415 - see `_evaluate`
+def _report(results: Results, folder: Path) -> None:
+    """Write the files; print the comparisons and the table of all items together."""
+    from cascade.evaluation import report  # noqa: PLC0415 - as above
+    from cascade.evaluation.run import write  # noqa: PLC0415 - as above
 
-    written = lab.write(results, folder)
+    paths = write(results, folder)
     overall = [
         report.settings_table(results, results.groups[0], temperature=temperature, brief=True)
         for temperature in results.temperatures
@@ -197,17 +182,13 @@ def show(results: Results, folder: Path) -> None:
     if not console.is_terminal:
         console.width = _FILE_COLUMNS
     for table in (*overall, *report.finding_tables(results)):
-        _print(table, console)
-    console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-
-
-def _print(table: report.Table, console: Console) -> None:
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(f"\n{table.title}", style="bold")
-    if table.note:
-        console.print(table.note, style="dim")
-    console.print(drawn)
+        drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for number, heading in enumerate(table.headings):
+            drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(f"\n{table.title}", style="bold")
+        if table.note:
+            console.print(table.note, style="dim")
+        console.print(drawn)
+    console.print("written: " + ", ".join(str(path) for path in paths), soft_wrap=True)

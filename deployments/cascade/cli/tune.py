@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,77 +11,61 @@ from rich.console import Console
 from cascade.cli.evaluate import failed
 from cascade.errors import CascadeError, InvalidMeasurement
 
-if TYPE_CHECKING:
-    from cascade.evaluation.results import Results
-    from cascade.evaluation.tune import Choice, Goal
-
 
 def tune(  # noqa: PLR0913 - one parameter an option
     results: Annotated[Path, typer.Argument(help="The folder of `cascade evaluate`")],
     *,
     target: Annotated[
         list[str],
-        typer.Option(help="'quality >= expert - 0.5', 'expert_passes <= 60%'; repeat, all are met"),
+        typer.Option(help="'quality >= expert - 0.5', 'expert_passes <= 60%'; repeat for more"),
     ],
-    family: Annotated[str | None, typer.Option(help="Of the items; all together if absent")] = None,
+    family: Annotated[str | None, typer.Option(help="Items to consider; all if absent")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="That you serve; needed where several were measured")
+        float | None, typer.Option(help="Of serving; required if several were measured")
     ] = None,
     goal: Annotated[
         str | None,
-        typer.Option(help="Best of those that meet: quality, rejections, expert_passes, latency"),
+        typer.Option(help="What to optimize: quality, rejections, expert_passes, latency"),
     ] = None,
     confidence: Annotated[
         float, typer.Option(min=0, max=1, help="Least probability that the targets are met")
     ] = 0.5,
     out: Annotated[
-        Path | None, typer.Option(help="File of the YAML; standard output if absent")
+        Path | None, typer.Option(help="YAML file to write; standard output if absent")
     ] = None,
 ) -> None:
-    """Choose the rule and its dial that meet a stated target, and say how sure that is.
+    """Choose the rule and its dial that meet the targets, and say how sure the choice is.
 
     The YAML goes under `args:` of the application in a cluster/*.yaml.
     """
-    from cascade.evaluation import results as lab  # noqa: PLC0415 - `cascade ask` need not wait for it
-    from cascade.evaluation import tune as tuning  # noqa: PLC0415 - as above
+    # Imported late: `cascade ask` does not need torch.
+    from cascade.evaluation.results import load  # noqa: PLC0415 - as above
+    from cascade.evaluation.tune import Goal, parse, yaml_fragment  # noqa: PLC0415 - as above
+    from cascade.evaluation.tune import tune as choose  # noqa: PLC0415 - as above
 
     try:
-        found = lab.load(results)
-        choice = tuning.tune(
-            found,
-            [tuning.parse(told) for told in target],
-            group=family or found.groups[0],
+        measured = load(results)
+        if goal is not None and goal not in set(Goal):
+            raise InvalidMeasurement(f"--goal is {goal!r}; wanted one of {', '.join(Goal)}")
+        choice = choose(
+            measured,
+            [parse(text) for text in target],
+            group=family or measured.groups[0],
             temperature=temperature,
-            goal=_goal(goal),
+            goal=Goal(goal) if goal else None,
             confidence=confidence,
         )
-        _tell(choice, found, out)
+        fragment = yaml_fragment(choice, measured)
+        if out is None:
+            typer.echo(fragment, nl=False)
+            return
+        try:
+            out.write_text(fragment, encoding="utf-8")
+        except OSError as error:
+            raise InvalidMeasurement(f"{out} cannot be written: {error.strerror}") from error
     except CascadeError as error:
         raise failed(error) from error
-
-
-def _goal(name: str | None) -> Goal | None:
-    from cascade.evaluation import tune as tuning  # noqa: PLC0415 - as above
-
-    if name is None:
-        return None
-    if name not in set(tuning.Goal):
-        known = ", ".join(tuning.Goal)
-        raise InvalidMeasurement(f"--goal is {name!r}; wanted one of {known}")
-    return tuning.Goal(name)
-
-
-def _tell(choice: Choice, results: Results, out: Path | None) -> None:
-    from cascade.evaluation.tune import fragment  # noqa: PLC0415 - as above
-
-    text = fragment(choice, results)
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidMeasurement(f"{out} cannot be written: {error.strerror}") from error
     Console(highlight=False).print(
-        f"{choice.setting.name}, sure to {choice.probability:.2f}; written to {out}", markup=False
+        f"{choice.setting.name}, with probability {choice.probability:.2f}; written to {out}",
+        markup=False,
     )

@@ -1,4 +1,4 @@
-"""The parts as plain processes: a server without Ray."""
+"""`cascade tier` and `cascade router`: a server of plain processes, without Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from cascade.cli.tier import TOKEN_VARIABLE
+from cascade.cli.serve import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -21,10 +21,10 @@ ENVIRONMENT = {TOKEN_VARIABLE: "between us", "PATH": "/usr/bin:/bin", "OMP_NUM_T
 
 
 @asynccontextmanager
-async def running(*words: str) -> AsyncGenerator[asyncio.subprocess.Process]:
-    """Run a command of ours until the block ends; it must then end cleanly."""
+async def running(*arguments: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run a `cascade` command until the block ends."""
     process = await asyncio.create_subprocess_exec(
-        COMMAND, *words, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT
+        COMMAND, *arguments, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT
     )
     try:
         yield process
@@ -34,7 +34,7 @@ async def running(*words: str) -> AsyncGenerator[asyncio.subprocess.Process]:
 
 
 async def address(process: asyncio.subprocess.Process) -> str:
-    """Return the address that a tier says it serves on."""
+    """Return the address that a tier prints."""
     assert process.stdout is not None
     line = (await process.stdout.readline()).decode()
     assert " serves " in line, line
@@ -42,13 +42,12 @@ async def address(process: asyncio.subprocess.Process) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
 
-async def answers(url: str, process: asyncio.subprocess.Process) -> None:
-    """Return once the server takes connections."""
+async def wait_ready(url: str, process: asyncio.subprocess.Process) -> None:
+    """Return once the server is healthy."""
     async with httpx.AsyncClient(base_url=url) as client:
         while process.returncode is None:
             try:
@@ -62,13 +61,16 @@ async def answers(url: str, process: asyncio.subprocess.Process) -> None:
 async def test_three_processes_without_ray_answer() -> None:
     port, metrics = free_port(), free_port()
     bind = ("--address", "127.0.0.1:0")
-    told = (*bind, "--metrics-port", str(metrics))
-    async with running("tier", "drafter", *bind) as left, running("tier", "expert", *told) as right:
+    with_metrics = (*bind, "--metrics-port", str(metrics))
+    async with (
+        running("tier", "drafter", *bind) as left,
+        running("tier", "expert", *with_metrics) as right,
+    ):
         drafter, expert = await asyncio.gather(address(left), address(right))
-        words = ("router", "--drafter", drafter, "--expert", expert, "--port", str(port))
-        async with running(*words) as router:
+        arguments = ("router", "--drafter", drafter, "--expert", expert, "--port", str(port))
+        async with running(*arguments) as router:
             url = f"http://127.0.0.1:{port}"
-            await answers(url, router)
+            await wait_ready(url, router)
             body = {"prompt": "The capital", "max_tokens": 12, "temperature": 0}
             async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                 answer = (await client.post("/v1/completions", json=body)).json()

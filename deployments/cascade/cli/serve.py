@@ -1,0 +1,157 @@
+"""`cascade tier` and `cascade router`: the parts of a server as plain processes, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from cascade.engine import threads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from fastapi import FastAPI
+
+    from cascade.replica.replica import Replica
+    from cascade.settings import Application
+
+TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
+Token = Annotated[
+    str, typer.Option(envvar=TOKEN_VARIABLE, help="Secret that callers of a tier send")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="A cluster/*.yaml whose args to use; defaults if absent")
+]
+
+
+class TierName(StrEnum):
+    """A tier."""
+
+    DRAFTER = "drafter"
+    EXPERT = "expert"
+
+
+def read_settings(config: Path | None) -> Application:
+    """Return the settings of the first application of a Serve YAML, or the defaults."""
+    from cascade.settings import Application  # noqa: PLC0415 - imports torch
+
+    if config is None:
+        return Application()
+    document: Any = yaml.safe_load(config.read_text())
+    return Application.model_validate(document["applications"][0].get("args", {}))
+
+
+def tier(  # noqa: PLR0913 - one parameter an option
+    name: Annotated[TierName, typer.Argument(help="Which tier")],
+    *,
+    address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
+    token: Token,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
+    config: Config = None,
+    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus; 0: none")] = 0,
+) -> None:
+    """Serve one replica of a tier on its gRPC address until interrupted."""
+    # Importing the settings imports torch, which reads these variables.
+    os.environ.update(threads.environment())
+    settings = getattr(read_settings(config), name.value)
+    if model is not None:
+        settings = settings.model_copy(update={"model": model})
+    work = _serve(name, settings.options(), address=address, token=token, metrics_port=metrics_port)
+    asyncio.run(work)
+
+
+async def _serve(
+    name: TierName, options: Any, *, address: str, token: str, metrics_port: int
+) -> None:
+    # Imported late: torch reads the environment when it is imported.
+    from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - as above
+    from cascade.expert.expert import Expert  # noqa: PLC0415 - as above
+
+    kind = Drafter if name is TierName.DRAFTER else Expert
+    replica: Replica[Any] = await kind.start(options, address=address, token=token)
+    typer.echo(f"{name.value} serves {options.model} on {replica.address}")
+    reports = asyncio.create_task(_report(replica, metrics_port)) if metrics_port else None
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+    if reports is not None:
+        reports.cancel()
+    await replica.stop()
+
+
+async def _report(replica: Replica[Any], port: int) -> None:
+    from prometheus_client import start_http_server  # noqa: PLC0415 - rarely needed
+
+    from cascade.observability.metric_specs import ENGINE  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PrometheusMetrics  # noqa: PLC0415 - as above
+    from cascade.replica.metrics import keep_reporting  # noqa: PLC0415 - as above
+
+    metrics = PrometheusMetrics(ENGINE)
+    start_http_server(port, registry=metrics.registry)
+    await keep_reporting(replica, metrics)
+
+
+def router(  # noqa: PLR0913 - one parameter an option
+    *,
+    drafter: Annotated[list[str], typer.Option(help="Address of a drafter; repeat for more")],
+    expert: Annotated[list[str], typer.Option(help="Address of an expert; repeat for more")],
+    token: Token,
+    host: Annotated[str, typer.Option(help="HTTP address to bind")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port to bind")] = 8000,
+    config: Config = None,
+) -> None:
+    """Serve HTTP over tiers that were started with `cascade tier`."""
+    import uvicorn  # noqa: PLC0415 - `cascade ask` does not need a server's libraries
+
+    app = _http_app(read_settings(config), drafters=drafter, experts=expert, token=token)
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def _http_app(
+    settings: Application, *, drafters: list[str], experts: list[str], token: str
+) -> FastAPI:
+    from fastapi.responses import PlainTextResponse  # noqa: PLC0415 - as above
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415 - as above
+
+    from cascade.api.http import create_app  # noqa: PLC0415 - as above
+    from cascade.observability.metric_specs import ROUTER  # noqa: PLC0415 - as above
+    from cascade.observability.metrics import PrometheusMetrics  # noqa: PLC0415 - as above
+    from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
+    from cascade.protocol import services  # noqa: PLC0415 - as above
+    from cascade.protocol.client import ReplicaClients  # noqa: PLC0415 - as above
+    from cascade.router.leases import FixedLeases  # noqa: PLC0415 - as above
+    from cascade.router.tier_session import TierClient  # noqa: PLC0415 - as above
+
+    pair, metrics = settings.pair(), PrometheusMetrics(ROUTER)
+    to_stderr()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        drafter, expert = (
+            TierClient(leases=FixedLeases(addresses, token=token), clients=ReplicaClients(kind))
+            for addresses, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
+        )
+        loop = settings.router.loop(drafters=drafter, experts=expert)
+        app.state.service = settings.serving_context(settings.observe(loop, metrics), pair)
+        yield
+        await drafter.clients.close()
+        await expert.clients.close()
+
+    app = create_app()
+
+    @app.get("/metrics", include_in_schema=False)
+    async def get_metrics() -> PlainTextResponse:
+        text = generate_latest(metrics.registry)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+
+    app.router.lifespan_context = lifespan
+    return app
