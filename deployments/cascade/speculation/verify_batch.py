@@ -30,7 +30,7 @@ from cascade.speculation.target_distribution import (
     TargetDistribution,
     target_distribution,
 )
-from cascade.types import Block, Bonus, DecodingParams, DraftStats, SparseProbs
+from cascade.types import Block, Bonus, DecodingParams, DraftStats, SamplingParams, SparseProbs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,12 +102,10 @@ class VerifyBatch:
     @cached_property
     def p(self) -> Probs:
         """The expert's processed probabilities, N rows."""
-        samplings = self._per_row([task.policy.sampling for task in self.tasks])
-        contexts = [
-            context
-            for task, (start, end) in zip(self.tasks, pairwise(self.row_offsets), strict=True)
-            for context in _contexts(task, end - start)
-        ]
+        samplings, contexts = list[SamplingParams](), list[Context]()
+        for task, (start, end) in zip(self.tasks, pairwise(self.row_offsets), strict=True):
+            samplings += [task.policy.sampling] * (end - start)
+            contexts += _contexts(task, end - start)
         return process(self.logits_NV, samplings, contexts)
 
     @cached_property
@@ -189,13 +187,6 @@ class VerifyBatch:
         for some, (start, end) in zip(values, pairwise(self.judged_offsets), strict=True):
             found += some[: end - start]
             found += [missing] * (end - len(found))
-        return found
-
-    def _per_row(self, values: Sequence[_Value]) -> list[_Value]:
-        """Return each task's value for each of its rows of logits."""
-        found: list[_Value] = []
-        for value, (start, end) in zip(values, pairwise(self.row_offsets), strict=True):
-            found += [value] * (end - start)
         return found
 
 
