@@ -71,7 +71,7 @@ class EngineHarness:
     def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
         self._plain = copy.deepcopy(model)
         self.head = RecordingHandler()
-        self.engine = Engine(adopt(model, name="tiny"), handler=self.head, settings=settings)
+        self.engine = Engine(adopt(model), handler=self.head, settings=settings)
         self.tokens: dict[str, list[int]] = {}
         self._steps: list[ForwardRequest] = []  # alive, so that no two share an id
         self.worst = 0.0

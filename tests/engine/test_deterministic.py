@@ -34,7 +34,7 @@ LENGTH = 24
 def tiny(name: str) -> LoadedModel:
     model = build(name)
     nn.Module.to(model, torch.bfloat16)
-    return adopt(model, name="tiny")
+    return adopt(model)
 
 
 def shipped() -> LoadedModel:

@@ -270,7 +270,7 @@ def test_steps_that_follow_run_in_the_very_next_passes() -> None:
     prompt = torch.tensor([numbers(7)])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)  # pyright: ignore[reportCallIssue] - mixed into the class at run time
     head = Chain(length=12)
-    engine = Engine(adopt(model, name="tiny"), handler=head, settings=SMALL)
+    engine = Engine(adopt(model), handler=head, settings=SMALL)
     engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
 
     for _ in range(12):
@@ -319,9 +319,7 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
         for prompt in prompts
     ]
     head = Chains(length=20, prompt=7)
-    engine = Engine(
-        adopt(model, name="tiny"), handler=head, settings=EngineSettings(cache_tokens=1024)
-    )
+    engine = Engine(adopt(model), handler=head, settings=EngineSettings(cache_tokens=1024))
     steps = [
         ForwardRequest(session=SessionId(str(place)), base=0, tokens=prompt, num_logits=1)
         for place, prompt in enumerate(prompts)
@@ -342,7 +340,7 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
 
 def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
     head = Chain(length=5)
-    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
+    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
     engine.start()
     engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
     assert head.done.wait(60)
@@ -357,7 +355,7 @@ def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
 
 def test_what_waits_when_the_engine_stops_is_told() -> None:
     head = Chain(length=5)
-    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
+    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
     engine.stop()
     engine.submit(ForwardRequest(session=SessionId("late"), base=0, tokens=[5], num_logits=1))
     engine.start()
@@ -386,7 +384,7 @@ class Careless(Chain):
 
 def test_a_head_that_fails_does_not_end_the_engine() -> None:
     head = Careless(length=2)
-    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=SMALL)
+    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
 
     engine.submit(ForwardRequest(session=SessionId("bad"), base=0, tokens=[5], num_logits=1))
     engine.step()
@@ -415,9 +413,7 @@ class Watching(Chain):
 
 def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
     head, clock = Watching(length=2), itertools.count()
-    engine = Engine(
-        adopt(build("llama"), name="tiny"), handler=head, settings=SMALL, clock=clock.__next__
-    )
+    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL, clock=clock.__next__)
     head.engine = engine
     assert engine.working_s == 0
     engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1))
@@ -445,9 +441,7 @@ def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
     settings_of = (usual + 2, usual + 1, 0)
     heads = [Counting(length=1) for _ in settings_of]
     engines = [
-        Engine(
-            adopt(build("llama"), name="tiny"), handler=head, settings=replace(SMALL, threads=count)
-        )
+        Engine(adopt(build("llama")), handler=head, settings=replace(SMALL, threads=count))
         for head, count in zip(heads, settings_of, strict=True)
     ]
     for engine, head in zip(engines, heads, strict=True):
@@ -463,7 +457,7 @@ def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
 def test_only_the_pairs_vocabulary_has_logits() -> None:
     head = Chain(length=1)
     cut = EngineSettings(cache_tokens=1024, vocabulary=100)
-    engine = Engine(adopt(build("llama"), name="tiny"), handler=head, settings=cut)
+    engine = Engine(adopt(build("llama")), handler=head, settings=cut)
     engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(90), num_logits=90))
     engine.step()
 

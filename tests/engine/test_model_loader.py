@@ -10,7 +10,7 @@ from tests.engine.architectures import VOCABULARY, build
 from transformers import AutoConfig, LlamaConfig, LlamaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from cascade.engine.model_loader import adopt, context_length, load, pick_device
+from cascade.engine.model_loader import adopt, context_length, load
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -173,12 +173,14 @@ def test_the_ids_that_end_an_answer_come_as_a_tuple(
     assert model.generation_config
     model.generation_config.eos_token_id = stated
 
-    assert adopt(model, name="tiny").stop_ids == ids
+    assert adopt(model).stop_ids == ids
 
 
-def test_a_named_device_is_taken_as_it_is() -> None:
-    assert pick_device("cuda:3") == "cuda:3"
-    assert pick_device("auto") in {"cpu", "cuda"}
+def test_the_device_is_chosen_or_named(checkpoint: Path) -> None:
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+
+    assert load(str(checkpoint)).model.device.type == chosen
+    assert load(str(checkpoint), device="meta").model.device.type == "meta"
 
 
 def test_a_saved_configuration_names_its_context(checkpoint: Path) -> None:

@@ -68,9 +68,7 @@ class Deaf:
 def test_waits_and_queues_are_summed_over_what_ran() -> None:
     clock = Clock()
     settings = EngineSettings(cache_tokens=1024, max_step_tokens=64)
-    engine = Engine(
-        adopt(build("llama"), name="tiny"), handler=Deaf(), settings=settings, clock=clock
-    )
+    engine = Engine(adopt(build("llama")), handler=Deaf(), settings=settings, clock=clock)
     for session, count in (("a", 10), ("b", 60)):
         tokens = [3] * count
         engine.submit(

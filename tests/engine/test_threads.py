@@ -16,7 +16,7 @@ from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
 from cascade.engine.settings import EngineSettings
-from cascade.engine.threads import IdleCores
+from cascade.engine.stats import IdleCores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ def test_an_engine_has_nothing_to_spare_where_no_core_is_left(
     shares: list[float], busy: float, spare: float
 ) -> None:
     settings = EngineSettings(cache_tokens=64)
-    engine = Engine(adopt(build("llama"), name="tiny"), handler=Chain(length=1), settings=settings)
+    engine = Engine(adopt(build("llama")), handler=Chain(length=1), settings=settings)
     shares.append(busy)
     assert engine.spare == spare
 

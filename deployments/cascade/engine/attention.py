@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from cascade.engine.batch import RaggedBatch, Varlen
 
 _FLASH_HEAD_SIZE = 256
-
 _SHORT = 32  # queries up to which folding heads into them is faster than broadcasting keys
 
 
@@ -29,7 +28,6 @@ class AttentionParams:
     window: int | None  # tokens the layer sees back, itself included; None for all
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks_H: Tensor | None = None  # a score per head that takes weight and gives no value
-    deterministic: bool = False  # the result of a token does not depend on the batch
 
     @property
     def unfused(self) -> bool:
@@ -169,7 +167,6 @@ def flash_supports(query_THD: Tensor, values_JRD: Tensor, params: AttentionParam
     return (
         query_THD.is_cuda
         and not params.unfused
-        and not params.deterministic
         and query_THD.dtype in {torch.float16, torch.bfloat16}
         and size == values_JRD.shape[-1]
         and size <= _FLASH_HEAD_SIZE

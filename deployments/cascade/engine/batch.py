@@ -178,7 +178,15 @@ class RaggedBatch:
         """Return indices `[N * Q]` that pad each session to Q queries, and those that undo it."""
         key = (group.first, group.last)
         if key not in self._gathers:
-            self._gathers[key] = self._gather(group)
+            longest = max(group.queries)
+            padded: list[int] = []
+            valid: list[int] = []
+            first = 0
+            for index, count in enumerate(group.queries):
+                valid.extend(range(index * longest, index * longest + count))
+                padded.extend(first + min(query, count - 1) for query in range(longest))
+                first += count
+            self._gathers[key] = self._tensor(padded), self._tensor(valid)
         return self._gathers[key]
 
     def _runs(self, window: int | None) -> list[range]:
@@ -221,17 +229,6 @@ class RaggedBatch:
             keys=tuple(segment.length - skipped for segment in segments),
         )
 
-    def _gather(self, group: Group) -> tuple[Tensor, Tensor]:
-        longest = max(group.queries)
-        padded: list[int] = []
-        valid: list[int] = []
-        first = 0
-        for index, count in enumerate(group.queries):
-            valid.extend(range(index * longest, index * longest + count))
-            padded.extend(first + min(query, count - 1) for query in range(longest))
-            first += count
-        return self._tensor(padded), self._tensor(valid)
-
     def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
@@ -257,9 +254,8 @@ def _mask(
 def partition(segments: Sequence[Segment], *, isolate_long: bool) -> list[list[int]]:
     """Return the indices of segments that may share a forward pass, pass by pass.
 
-    Args:
-        segments: Segments; those of different RoPE lengths never share a pass.
-        isolate_long: Run each long segment alone, if all would be padded to the longest.
+    Segments of different RoPE lengths never do. `isolate_long` runs each long segment alone, for
+    batches where all would be padded to the longest.
     """
     passes: dict[tuple[int, int], list[int]] = {}
     for index, segment in enumerate(segments):

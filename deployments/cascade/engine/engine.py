@@ -21,8 +21,7 @@ from cascade.engine.kv_pool import capacity_tokens
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.scheduler import Preemptor, ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
-from cascade.engine.stats import BusyMeter, EngineCounters, EngineStats, ForwardPass
-from cascade.engine.threads import IdleCores
+from cascade.engine.stats import BusyMeter, EngineCounters, EngineStats, ForwardPass, IdleCores
 from cascade.errors import (
     CascadeError,
     ContextTooLong,
@@ -204,16 +203,14 @@ class Engine:
             while self.step():
                 pass
         finally:
-            self._fail_all(Unavailable("The engine has stopped"))
-
-    def _fail_all(self, error: Exception) -> None:
-        """Fail every waiting request, so that no caller waits for a thread that has ended."""
-        for step in list(self._scheduler):
-            self._abandon(step, error)
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, ForwardRequest):
-                self._fail(message, error)
+            # No caller must wait for a thread that has ended.
+            stopped = Unavailable("The engine has stopped")
+            for step in list(self._scheduler):
+                self._abandon(step, stopped)
+            while not self._inbox.empty():
+                message = self._inbox.get()
+                if isinstance(message, ForwardRequest):
+                    self._fail(message, stopped)
 
     def _receive(self) -> bool:
         """Process messages, waiting for one if there is nothing to run; False to stop."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from cascade.engine.kv_allocator import KVRange, KVRangeAllocator
+from cascade.engine.kv_pool import KVRangeAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from cascade.engine.kv_pool import KVPool
+    from cascade.engine.kv_pool import KVPool, KVRange
     from cascade.types import SessionId
 
 _MIN_PREFIX = 8  # tokens below which reuse costs more than it saves
@@ -103,8 +103,8 @@ class KVCacheManager:
     @property
     def live_tokens(self) -> int:
         """Return how many of those open sessions hold; safe from any thread."""
-        own = [sequence for sequence in list(self._live.values()) if sequence.parent is None]
-        return sum(sequence.kv_range.size for sequence in own if sequence.kv_range is not None)
+        live = list(self._live.values())
+        return sum(one.kv_range.size for one in live if one.kv_range and one.parent is None)
 
     def find(self, session: SessionId) -> CachedSequence | None:
         """Return the live sequence of `session`."""
@@ -259,22 +259,8 @@ class KVCacheManager:
 
     def _reuse(self, tokens: Sequence[int], *, rope_length: int) -> CachedSequence | None:
         """Return a sequence with the longest cached prefix: an idle one, or a copy."""
-        best, length = self._longest_prefix(tokens, rope_length=rope_length)
-        if best is None:
-            return None
-        if best.session is None and 2 * length >= best.cached:
-            self._idle.remove(best)
-            best.cached = length
-            return best
-        return self._fork(best, length=length, tokens=len(tokens), victims=())
-
-    def _longest_prefix(
-        self, tokens: Sequence[int], *, rope_length: int
-    ) -> tuple[CachedSequence | None, int]:
         best, longest, known = None, _MIN_PREFIX - 1, list(tokens)
-        if not self._prefix_reuse:
-            return None, 0
-        for sequence in chain(self._idle, self._live.values()):
+        for sequence in chain(self._idle, self._live.values()) if self._prefix_reuse else ():
             if sequence.rope_length != rope_length or sequence.cached <= longest:
                 continue
             if sequence.tokens[: longest + 1] != known[: longest + 1]:
@@ -282,7 +268,13 @@ class KVCacheManager:
             length = common_prefix(sequence.tokens[: sequence.cached], known)
             if length > longest:
                 best, longest = sequence, length
-        return best, longest
+        if best is None:
+            return None
+        if best.session is None and 2 * longest >= best.cached:
+            self._idle.remove(best)
+            best.cached = longest
+            return best
+        return self._fork(best, length=longest, tokens=len(tokens), victims=())
 
     def _fork(
         self,

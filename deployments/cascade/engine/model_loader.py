@@ -10,10 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from cascade.errors import UnsupportedModel
 
@@ -27,7 +24,6 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class LoadedModel:
     """A model on its device."""
 
-    name: str
     model: PreTrainedModel
     vocabulary: int  # logits per token
     context_length: int | None  # None if unknown
@@ -55,7 +51,9 @@ def load(
     Raises:
         UnsupportedModel: There is no such model, or this server cannot run it.
     """
-    torch_device = torch.device(pick_device(device))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_device = torch.device(device)
     read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     _check_files(name)
     model = _weights(
@@ -64,25 +62,17 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return replace(adopt(model.to(torch_device), name=name), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
+    return replace(adopt(model.to(torch_device)), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
 
 
-def adopt(model: PreTrainedModel, *, name: str) -> LoadedModel:
+def adopt(model: PreTrainedModel) -> LoadedModel:
     """Return `model`, already in memory, as a loaded one."""
     return LoadedModel(
-        name=name,
         model=model.eval().requires_grad_(requires_grad=False),
         vocabulary=_vocabulary(model),
         context_length=context_length(model.config),
         stop_ids=stop_ids(model.generation_config),
     )
-
-
-def pick_device(device: str) -> str:
-    """Return the torch device that "auto" means here, or `device` itself."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def stop_ids(generation_config: Any) -> tuple[int, ...]:
@@ -131,7 +121,7 @@ def read_config(
             f"The configuration of {name!r} is not one transformers can read: {_first_line(error)}"
         ) from error
     _check_kind(name, config)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     check_state(model_class)
     return config
 
@@ -142,7 +132,7 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
             f"{name!r} is an encoder-decoder ({config.model_type}); this server runs decoder-only "
             "models"
         )
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    known: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     heads = {known} if isinstance(known, str) else set(known or ())
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())

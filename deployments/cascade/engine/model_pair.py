@@ -6,7 +6,6 @@ Both must share a vocabulary. The API also takes the tokenizer and the limits of
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
@@ -16,7 +15,7 @@ from cascade.engine.model_loader import context_length, read_config, stop_ids
 from cascade.errors import MismatchedPair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
 
     from cascade.engine.tokenizer import Tokenizer
 
@@ -51,46 +50,48 @@ def check_pair(
     Raises:
         MismatchedPair: An id means different tokens to them, or a text has different ids.
     """
-    _check(_by_id(drafter, expert), "ids mean different tokens")
-    _check(_by_special_token(drafter, expert), "tokens are special to one model only")
-    _check(_by_text(drafter, expert), "texts have different tokens")
+    different = {id_ for id_, _ in drafter.tokens.items() ^ expert.tokens.items()}
+    _check(
+        "ids mean different tokens",
+        [
+            f"id {id_} is {_name(drafter.tokens.get(id_))} to the drafter and "
+            f"{_name(expert.tokens.get(id_))} to the expert"
+            for id_ in sorted(different)
+        ],
+    )
+    special, others = drafter.special_ids, expert.special_ids
+    _check(
+        "tokens are special to one model only",
+        [
+            f"{_name(expert.tokens.get(id_))} is special to the "
+            f"{'drafter' if id_ in special else 'expert'} only"
+            for id_ in sorted(special ^ others)
+        ],
+    )
+    _check("texts have different tokens", list(_by_text(drafter, expert)))
     return min(drafter_vocabulary, expert_vocabulary, expert.size)
 
 
-def _by_id(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
-    for id_ in sorted(drafter.tokens.keys() | expert.tokens.keys()):
-        ours, theirs = drafter.tokens.get(id_), expert.tokens.get(id_)
-        if ours != theirs:
-            yield f"id {id_} is {_name(ours)} to the drafter and {_name(theirs)} to the expert"
+def _check(what: str, differences: list[str]) -> None:
+    if differences:
+        raise MismatchedPair(
+            f"Drafter and expert do not share a vocabulary, {what}: "
+            f"{'; '.join(differences[:_MAX_DIFFERENCES])}. Serve a drafter trained with the "
+            "expert's tokenizer"
+        )
 
 
-def _by_special_token(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
-    ours, theirs = drafter.special_ids, expert.special_ids
-    for id_ in sorted(ours ^ theirs):
-        holder = "drafter" if id_ in ours else "expert"
-        yield f"{_name(expert.tokens.get(id_))} is special to the {holder} only"
-
-
-def _by_text(drafter: Tokenizer, expert: Tokenizer) -> Iterable[str]:
+def _by_text(drafter: Tokenizer, expert: Tokenizer) -> Iterator[str]:
     for text in _TEXTS:
-        ours = drafter.encode(text, add_special=False)
-        theirs = expert.encode(text, add_special=False)
-        for left, right in zip((*ours, -1), (*theirs, -1), strict=False):
+        ours = (*drafter.encode(text, add_special=False), -1)
+        theirs = (*expert.encode(text, add_special=False), -1)
+        for left, right in zip(ours, theirs, strict=False):
             if left != right:
                 yield (
                     f"in {text[:20]!r}... the drafter reads {_name(drafter.tokens.get(left))} "
                     f"where the expert reads {_name(expert.tokens.get(right))}"
                 )
                 break
-
-
-def _check(differences: Iterable[str], what: str) -> None:
-    named = list(islice(differences, _MAX_DIFFERENCES))
-    if named:
-        raise MismatchedPair(
-            f"Drafter and expert do not share a vocabulary, {what}: {'; '.join(named)}. Serve a "
-            "drafter trained with the expert's tokenizer"
-        )
 
 
 def _name(token: str | None) -> str:

@@ -1,15 +1,20 @@
-"""Counters and load figures of an engine."""
+"""Counters of an engine, and meters of its load and the machine's."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _WINDOW_S = 10.0
+_SAMPLE_PERIOD_S = 0.5  # a shorter one would measure single passes
+_WHOLE_CORE = 0.9
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,7 +22,6 @@ class EngineCounters:
     """Totals since the engine started."""
 
     passes: int = 0
-    reads: int = 0  # times the logits handler waited for numbers from the device
     tokens: int = 0  # run through the model
     turns: int = 0  # sessions per pass, summed: turns / passes is the mean batch size
     queued_tokens: int = 0  # tokens that waited when a pass was planned, summed over passes
@@ -72,3 +76,25 @@ class BusyMeter:
     def share(self) -> float:
         """Return the share, counting the time since the last record as idle."""
         return self._share * math.exp((self._at_s - self._clock()) / _WINDOW_S)
+
+
+class IdleCores:
+    """How many cores no process has used recently, by a clock in seconds."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._sampled_s = -math.inf
+        self._idle = 0.0
+        psutil.cpu_percent()  # it measures the time since the call before
+
+    def leave_one(self, *, busy: float) -> bool:
+        """Return whether a core is left for a thread that was busy for the share `busy`."""
+        return self() + busy >= _WHOLE_CORE
+
+    def __call__(self) -> float:
+        """Return the number; samples the system at most twice a second."""
+        now_s = self._clock()
+        if now_s - self._sampled_s >= _SAMPLE_PERIOD_S:
+            self._sampled_s = now_s
+            self._idle = (os.cpu_count() or 1) * (1 - psutil.cpu_percent() / 100)
+        return self._idle

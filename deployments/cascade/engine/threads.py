@@ -11,48 +11,9 @@ between, every page of them faults, which can take longer than the work on them.
 from __future__ import annotations
 
 import ctypes
-import math
-import os
 import sys
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING
-
-import psutil
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_SAMPLE_PERIOD_S = 0.5  # a shorter one would measure single passes
-
-_WHOLE_CORE = 0.9
-
-
-class IdleCores:
-    """How many cores no process has used recently.
-
-    Args:
-        clock: Seconds.
-    """
-
-    def __init__(self, *, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._sampled_s = -math.inf
-        self._idle = 0.0
-        psutil.cpu_percent()  # it measures the time since the call before
-
-    def leave_one(self, *, busy: float) -> bool:
-        """Return whether a core is left for a thread that was busy for the share `busy`."""
-        return self() + busy >= _WHOLE_CORE
-
-    def __call__(self) -> float:
-        """Return the number; samples the system at most twice a second."""
-        now_s = self._clock()
-        if now_s - self._sampled_s >= _SAMPLE_PERIOD_S:
-            self._sampled_s = now_s
-            self._idle = (os.cpu_count() or 1) * (1 - psutil.cpu_percent() / 100)
-        return self._idle
-
 
 # With the default of 5 ms a Python thread can delay the engine's for longer than a decode step.
 _SWITCH_INTERVAL_S = 0.0005
@@ -63,11 +24,7 @@ _KEPT_BYTES = 2**30
 
 
 def environment(*, threads: int = 0) -> dict[str, str]:
-    """Return the environment variables that a replica's process must start with.
-
-    Args:
-        threads: OpenMP threads of the process; 0 for torch's default.
-    """
+    """Return the environment of a replica's process with so many OpenMP threads; 0: default."""
     variables = {
         "OMP_WAIT_POLICY": "PASSIVE",
         "OPENBLAS_NUM_THREADS": "1",
@@ -79,11 +36,7 @@ def environment(*, threads: int = 0) -> dict[str, str]:
 
 
 def apply(*, threads: int = 0) -> None:
-    """Set what can be set in a running process; the thread count applies to the calling thread.
-
-    Args:
-        threads: OpenMP threads that work for it; 0 for torch's default.
-    """
+    """Set what a running process can set, and the calling thread's OpenMP threads; 0: default."""
     import torch  # noqa: PLC0415 - processes without torch call `environment`
 
     default = _default_threads()

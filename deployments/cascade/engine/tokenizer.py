@@ -80,8 +80,7 @@ class Tokenizer:
     @property
     def special_ids(self) -> frozenset[int]:
         """Return the ids that are special tokens."""
-        added: Mapping[int, Any] = self._tokenizer.added_tokens_decoder
-        flagged = {id_ for id_, token in added.items() if token.special}
+        flagged = {id_ for id_, token in self._added.items() if token.special}
         return frozenset(flagged | set(self._tokenizer.all_special_ids))
 
     @property
@@ -191,9 +190,8 @@ class Tokenizer:
         return Tokenizer(self._tokenizer, vocabulary=vocabulary)
 
     @cached_property
-    def _added(self) -> frozenset[int]:
-        added: Mapping[int, Any] = self._tokenizer.added_tokens_decoder
-        return frozenset(added)
+    def _added(self) -> Mapping[int, Any]:
+        return self._tokenizer.added_tokens_decoder
 
     @cached_property
     def _longest(self) -> int:

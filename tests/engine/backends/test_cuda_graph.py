@@ -376,7 +376,7 @@ def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
         for one, prompt in prompts.items()
     }
     head = Greedy(prompts=prompts, length=30)
-    engine = Engine(adopt(model, name="tiny"), handler=head, settings=CAPTURED)
+    engine = Engine(adopt(model), handler=head, settings=CAPTURED)
     for one, prompt in prompts.items():
         engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, num_logits=1))
     engine.start()

@@ -108,7 +108,7 @@ def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
     """Greedy text is the same to the bit at every block length, on both paths."""
     head = RecordingHandler()
     settings = EngineSettings(cache_tokens=2048, deterministic=True, prefix_reuse=False)
-    engine = Engine(adopt(build(dtype), name="tiny"), handler=head, settings=settings)
+    engine = Engine(adopt(build(dtype)), handler=head, settings=settings)
     rows(engine, head, "alone", first=0, count=20)
     alone = torch.cat(
         [rows(engine, head, "alone", first=place, count=1) for place in range(20, 40)]

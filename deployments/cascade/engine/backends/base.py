@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from cascade.engine.batch import Segment, partition
-from cascade.engine.kv_allocator import MIN_RANGE
-from cascade.engine.kv_pool import KVPool, LayeredKVPool
+from cascade.engine.kv_pool import MIN_RANGE, KVPool, LayeredKVPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -58,7 +58,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
             model, partial(_linear, packed=packed, deterministic=deterministic)
         )
         self._params = [
-            AttentionParams(scale=self._weights.scale, window=window, deterministic=deterministic)
+            AttentionParams(scale=self._weights.scale, window=window)
             for _, window in sorted(mask_probe.windows(model).items())
         ]
         self.numpy_llama = (
@@ -161,13 +161,7 @@ class _PoolReader:
         self._share = share
 
     def attend(self, query_THD: Tensor, *, layer: int, params: AttentionParams) -> Tensor:
-        """Return the attention of every token, `[T, H * D]`.
-
-        Args:
-            query_THD: The queries.
-            layer: Index of the layer.
-            params: The layer's parameters.
-        """
+        """Return the attention of every token in a layer, `[T, H * D]`."""
         if params.window is None and self._uniform:
             keys_NJKD, values_NJKD = self._views[2 * layer], self._views[2 * layer + 1]
             return attend_folded(

@@ -25,7 +25,7 @@ from cascade.engine.attention import attend
 from cascade.engine.backends.base import PathUnsupported, RopeLengths
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment, Varlen
-from cascade.engine.kv_allocator import MIN_RANGE
+from cascade.engine.kv_pool import MIN_RANGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +43,7 @@ Replay: TypeAlias = Callable[[], Tensor]
 Capture: TypeAlias = Callable[[Replay], Replay]
 
 MAX_SESSIONS = 64  # more keep the device busy anyway; their padding fits the scratch slots
-
 MAX_KEYS = 2**17  # of all sessions: without FlashAttention, a layer's keys are copied
-
 _WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first runs
 
 _capturing = threading.Lock()  # a process can capture one graph at a time
@@ -92,12 +90,6 @@ class Bucket:
     keys: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Graph:
-    inputs_5N: Tensor
-    replay: Replay
-
-
 class CudaGraphRunner(VarlenRunner):
     """The `flat` path, with graphs for passes of one token and its logits per session.
 
@@ -123,7 +115,7 @@ class CudaGraphRunner(VarlenRunner):
         self._capture = capture
         if capture is None and self.device.type == "cuda":
             self._capture = CudaGraphs(self.device)
-        self._graphs: dict[Bucket, _Graph | None] = {}  # None: runs on the `flat` path
+        self._graphs: dict[Bucket, tuple[Tensor, Replay] | None] = {}  # None: cannot be captured
         self._capturable = True
 
     @property
@@ -144,10 +136,11 @@ class CudaGraphRunner(VarlenRunner):
         graph = self._graphs[bucket] if bucket else None
         if graph is None:
             return super().forward(segments)
-        padding = self._padding(graph.inputs_5N.shape[1] - len(segments))
-        graph.inputs_5N.copy_(self._inputs([*segments, *padding]), non_blocking=True)
+        inputs_5N, replay = graph
+        padding = self._padding(inputs_5N.shape[1] - len(segments))
+        inputs_5N.copy_(self._inputs([*segments, *padding]), non_blocking=True)
         # The next replay overwrites what this one returns.
-        return graph.replay()[: len(segments)].clone()
+        return replay()[: len(segments)].clone()
 
     def _bucket(self, segments: Sequence[Segment]) -> Bucket | None:
         """Return the bucket of a pass, or None if it is not one token per session."""
@@ -163,14 +156,14 @@ class CudaGraphRunner(VarlenRunner):
             return None
         return Bucket(sessions=sessions, keys=keys)
 
-    def _capture_bucket(self, bucket: Bucket) -> _Graph | None:
-        """Capture a bucket over scratch slots; None if the model cannot be captured."""
+    def _capture_bucket(self, bucket: Bucket) -> tuple[Tensor, Replay] | None:
+        """Capture a bucket over scratch slots; return its inputs and replay, None if it fails."""
         if not self._capturable:
             return None
         inputs_5N = self._inputs(self._padding(bucket.sessions)).to(self.device)
         try:
             run = partial(self._run, inputs_5N, keys=bucket.keys)
-            replay = self._capture(run) if self._capture else run
+            return inputs_5N, self._capture(run) if self._capture else run
         # Model code may do anything that no graph can hold; the `flat` path serves it as well.
         except Exception:
             log.warning(
@@ -181,7 +174,6 @@ class CudaGraphRunner(VarlenRunner):
             )
             self._capturable = False
             return None
-        return _Graph(inputs_5N=inputs_5N, replay=replay)
 
     def _run(self, inputs_5N: Tensor, *, keys: int) -> Tensor:
         """Run a bucket. This is captured: no code in it depends on a value of `inputs_5N`."""

@@ -87,16 +87,17 @@ class Weights(Generic[LinearT]):
 
 
 def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
-    """Return the weights of `model`, which keeps its own.
-
-    Args:
-        model: Any model.
-        make: Builds a linear layer of weight `[O, C]` and bias `[O]`; each is a copy.
+    """Return the weights of `model`, with a linear layer that `make` builds of each matrix.
 
     Raises:
         PathUnsupported: It is not a Llama-like model on a CPU.
     """
-    _check(model)
+    if type(model).__name__ not in _MODELS:
+        raise PathUnsupported("it is no Llama-like model")
+    if model.device.type != "cpu" or model.dtype not in {torch.float32, torch.bfloat16}:
+        raise PathUnsupported("it is for float32 and bfloat16 on a CPU")
+    if find_rope_lengths(model) != RopeLengths():
+        raise PathUnsupported("its rotations depend on the length of a pass")
     body: Any = model.model
     attention = body.layers[0].self_attn
     size = int(attention.head_dim)
@@ -128,15 +129,6 @@ def rotations(weights: Weights[Any], *, positions: int) -> Tensor:
     cos_1PD, sin_1PD = weights.rotary(torch.empty(0), positions_1P)
     half = weights.head_size // 2
     return torch.complex(cos_1PD[0, :, None, :half], sin_1PD[0, :, None, :half])
-
-
-def _check(model: PreTrainedModel) -> None:
-    if type(model).__name__ not in _MODELS:
-        raise PathUnsupported("it is no Llama-like model")
-    if model.device.type != "cpu" or model.dtype not in {torch.float32, torch.bfloat16}:
-        raise PathUnsupported("it is for float32 and bfloat16 on a CPU")
-    if find_rope_lengths(model) != RopeLengths():
-        raise PathUnsupported("its rotations depend on the length of a pass")
 
 
 def _join(

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROBE = "cascade_probe"
-
 _QUERY = 8191  # a position whose sliding window, in current models, does not reach the start
 
 

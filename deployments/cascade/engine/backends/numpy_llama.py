@@ -34,16 +34,13 @@ if TYPE_CHECKING:
     ArrayMap: TypeAlias = Callable[[Array], Array]
 
 MAX_SESSIONS = 4  # up to which one session after the other is faster than all together
-
 MAX_WEIGHTS = 2**20  # of a matrix; for a larger one a second core pays off
 
 
 class NumpyLlama:
     """A Llama-like model for one token at a time, over the pool of the `lean` path.
 
-    Args:
-        model: The model; its matrices are copied.
-        windows: Tokens that each layer sees back, itself included; None for all.
+    It copies the matrices. `windows` are the tokens that each layer sees back; None for all.
     """
 
     def __init__(self, model: PreTrainedModel, *, windows: Sequence[int | None]) -> None:

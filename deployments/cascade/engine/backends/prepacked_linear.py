@@ -25,20 +25,15 @@ log = logging.getLogger(__name__)
 # In batches of 2 to 32 vectors the kernels give each the same result whatever the others are; a
 # single vector may be summed in another order.
 _MAX_BATCH = 32
-
 _MIN_WEIGHTS = 2**14  # below, a call costs more than the layout saves
-
 _VECTOR_WEIGHTS = 2**20  # of a float32 matrix below which numpy is faster for one vector
 
 
 def pack(model: nn.Module, *, deterministic: bool = False) -> int:
-    """Pack the linear layers of a model on a CPU; return how many there are.
+    """Pack the linear layers of a model if its CPU has the kernels; return their number.
 
-    The model's results stay the same, within rounding. Takes the memory of the weights once more.
-
-    Args:
-        model: Any model; it stays unchanged if it cannot be packed.
-        deterministic: Results do not depend on the batch.
+    Results stay the same, within rounding; if `deterministic`, they do not depend on the batch. The
+    packed weights take memory in addition to the model's own.
     """
     if not supported(next(model.parameters())):
         log.warning("Linear layers are not packed: that needs a CPU that has the kernels")

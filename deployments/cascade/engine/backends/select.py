@@ -20,7 +20,7 @@ from cascade.engine.backends.mask_probe import original_attention
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
-from cascade.engine.kv_allocator import MIN_RANGE
+from cascade.engine.kv_pool import MIN_RANGE
 from cascade.engine.model_loader import check_state
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -38,7 +38,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.03, tor
 
 # In half precision a near tie in the routing of a mixture of experts may change for a few tokens.
 _HALF_QUANTILE = 0.75
-
 _FEW_IDS = 50  # fewer than any vocabulary has
 
 
@@ -89,20 +88,18 @@ def paths(
 ) -> Iterator[tuple[Path, Callable[[], Runner[Any]]]]:
     """Yield the paths that settings and device allow and how to build each, fastest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
-    if settings.path in {Path.AUTO, Path.LEAN}:
+    auto = settings.path is Path.AUTO
+    if auto or settings.path is Path.LEAN:
         yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
     if settings.path is Path.LEAN:
         return
     if packed:
         prepacked_linear.pack(model, deterministic=exact)
-    on_gpu = settings.path is Path.AUTO and model.device.type == "cuda"
-    if on_gpu or settings.path is Path.CAPTURED:
+    if settings.path is Path.CAPTURED or (auto and model.device.type == "cuda"):
         yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
-    if settings.path is Path.CAPTURED:
-        return
-    if settings.path is not Path.PADDED:
+    if auto or settings.path is Path.FLAT:
         yield Path.FLAT, lambda: VarlenRunner(model, deterministic=exact)
-    if settings.path is not Path.FLAT and not exact:
+    if (auto or settings.path is Path.PADDED) and not exact:
         yield Path.PADDED, lambda: PaddedRunner(model)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -69,27 +68,17 @@ class VarlenRunner(ModelRunner):
 
     @contextmanager
     def running(self, batch: RaggedBatch | StaticBatch, attend: Attend) -> Generator[None]:
-        """Let attention calls on this thread work on a batch.
-
-        Args:
-            batch: The tokens of the pass.
-            attend: Attention of queries to the whole pool, if FlashAttention does not support it.
-        """
-        token = _current.set(_Context(runner=self, batch=batch, attend=attend))
+        """Let attention on this thread work on a batch, by `attend` or by FlashAttention."""
+        token = _current.set((self, batch, attend))
         try:
             yield
         finally:
             _current.reset(token)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Context:
-    runner: VarlenRunner
-    batch: RaggedBatch | StaticBatch
-    attend: Attend
-
-
-_current: ContextVar[_Context | None] = ContextVar("current", default=None)
+_current: ContextVar[tuple[VarlenRunner, RaggedBatch | StaticBatch, Attend] | None] = ContextVar(
+    "current", default=None
+)
 
 
 def _attention(  # noqa: PLR0913 - the signature is transformers'
@@ -112,7 +101,7 @@ def _attention(  # noqa: PLR0913 - the signature is transformers'
     current = _current.get()
     assert current is not None, "an engine runs this model; use another copy"
     assert attention_mask is None, "masks follow from the batch"
-    runner, batch = current.runner, current.batch
+    runner, batch, attend = current
     assert query.shape[2] == len(batch.slots_T), "every token of the pass has a query"
     layer: Any = module.layer_idx
     params = AttentionParams(
@@ -120,13 +109,12 @@ def _attention(  # noqa: PLR0913 - the signature is transformers'
         window=runner.windows[layer],
         softcap=softcap,
         sinks_H=s_aux,
-        deterministic=runner.deterministic,
     )
     states = runner.pool.write(layer, key_HTD=key[0], value_HTD=value[0], slots_T=batch.slots_T)
     query_THD = query[0].transpose(0, 1)
     if attention.flash_supports(query_THD, states[1], params):
         return attention.flash(batch.varlen, query_THD, *states, params)[None], None
-    return current.attend(query_THD, *states, params)[None], None
+    return attend(query_THD, *states, params)[None], None
 
 
 AttentionInterface.register(_VARLEN, _attention)

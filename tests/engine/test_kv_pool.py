@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.engine.kv_allocator import (
+from cascade.engine.kv_pool import (
     MIN_RANGE,
     KVRange,
     KVRangeAllocator,
