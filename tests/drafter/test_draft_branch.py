@@ -208,7 +208,7 @@ def test_a_block_drafted_until_a_deferral_is_in_doubt_only_at_its_guess() -> Non
 
 
 def test_a_fork_drafts_the_block_after_another_verdict() -> None:
-    branch = new_branch(5, message=propose(5, ahead=1, branches=1))
+    branch = new_branch(5, message=propose(5, ahead=2, branches=1))
     branch.add(drafted(6, 0.5, runner_up=8))
     branch.add(drafted(7, 0.5, runner_up=9))
     *_, candidate = branch.candidates()

@@ -109,6 +109,7 @@ def test_a_confirmed_branch_becomes_the_main_one_and_keeps_its_cache() -> None:
     forest = grown()
     forest.fork()
     dropped, confirmed = others(forest)
+    forest.tree.in_flight.add(forest.tree.main)
     message = propose(3, 9)
     assert forest.tree.follow(message)
     assert forest.tree.main is confirmed
@@ -197,4 +198,5 @@ def test_the_failure_of_the_last_branch_in_flight_is_reported() -> None:
     assert not forest.tree.drop_failed(first)
     assert not forest.tree.drop_failed(first), "it is not in flight any more"
     assert forest.tree.drop_failed(second)
+    assert not forest.tree.drop_failed(second)
     assert forest.engine.released == ["s/1", "s/2"]

@@ -9,6 +9,7 @@ from tests.support.fake_engine import Client, FakeDrafter, successor
 
 from cascade.errors import ContextTooLong, InvalidRequest, Overloaded
 from cascade.protocol.messages import Close, Proposal, Propose, Refusal
+from cascade.speculation.confidence import Calibration
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -75,6 +76,26 @@ async def test_a_confirmed_branch_answers_without_a_forward_pass() -> None:
     client.send(propose(client, 3))
     engine = client.replica.engine
     assert (len(engine.adopted), len(engine.released), engine.waiting) == (1, 1, [])
+
+
+@pytest.mark.usefixtures("branching")
+async def test_a_branch_confirmed_while_it_is_drafted_goes_on_in_the_adopted_cache() -> None:
+    client = Client(FakeDrafter(), prompt=(1,))
+    client.send(propose(client, branches=1))
+    await client.run(2)
+    client.send(propose(client, 3, ahead=1))
+    assert blocks(await client.run(5)) == [(1, (4, 5), True), (4, (7, 8), False)]
+    assert client.replica.engine.cache == {"s/0": [1, 3, 4, 5, 6, 7]}
+
+
+@pytest.mark.usefixtures("branching")
+async def test_a_mismatch_teaches_the_rules_calibration() -> None:
+    client = Client(FakeDrafter(), prompt=(1,))
+    client.send(propose(client, branches=1))
+    await client.run(4)
+    client.send(propose(client, 9))
+    (calibration,) = client.replica._calibrations.values()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] - a drafter's own
+    assert calibration != Calibration()
 
 
 @pytest.mark.usefixtures("branching")

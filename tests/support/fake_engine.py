@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable  # noqa: TC003 - a field of a dataclass
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +21,7 @@ from cascade.replica.options import ReplicaOptions
 from cascade.types import DecodingParams, SamplingParams, Session, SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -54,13 +55,20 @@ class FakeEngine:
     waiting: list[ForwardRequest] = field(default_factory=list["ForwardRequest"])
     adopted: list[str] = field(default_factory=list[str])
     released: list[str] = field(default_factory=list[str])
+    _inbox: list[Callable[[], None]] | None = None  # calls made while the handler has logits
 
     def submit(self, request: ForwardRequest) -> None:
+        self._call(lambda: self._submit(request))
+
+    def _submit(self, request: ForwardRequest) -> None:
         if request.parent is not None:
             self.cache[request.session] = self.cache[request.parent][: request.base]
         self.waiting.append(request)
 
     def adopt(self, session: SessionId, *, branch: SessionId) -> None:
+        self._call(lambda: self._adopt(session, branch))
+
+    def _adopt(self, session: SessionId, branch: SessionId) -> None:
         self.adopted.append(branch)
         self.cache[session] = self.cache.pop(branch)
         self._forget(session)
@@ -69,6 +77,9 @@ class FakeEngine:
                 request.session = session
 
     def release(self, session: SessionId) -> None:
+        self._call(lambda: self._release(session))
+
+    def _release(self, session: SessionId) -> None:
         self.released.append(session)
         self.cache.pop(session, None)
         self._forget(session)
@@ -95,14 +106,24 @@ class FakeEngine:
         self.current_pass = ForwardPass(
             began_s=time.monotonic(), tokens=num_tokens, sessions=len(requests)
         )
+        self._inbox = []
         for request in self.handler.finish(outputs, _logits(rows)):
-            self.submit(request)
+            self._submit(request)  # before anything that waits in the inbox, as in an engine
+        inbox, self._inbox = self._inbox, None
+        for call in inbox:
+            call()
 
     def fail(self, session: SessionId, error: Exception) -> None:
         """Let the waiting request of a session fail."""
         (request,) = (one for one in self.waiting if one.session == session)
         self.waiting.remove(request)
         self.handler.fail(request, error)
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if self._inbox is None:
+            call()
+        else:
+            self._inbox.append(call)
 
     def _forget(self, session: SessionId) -> None:
         self.waiting = [request for request in self.waiting if request.session != session]
