@@ -1,4 +1,4 @@
-"""Every error a user can meet, as one small tree; each leaf knows its three codes.
+"""All errors a user can get, as a tree; each has its HTTP status and gRPC code.
 
     CascadeError
     ├── InvalidRequest            400  INVALID_ARGUMENT
@@ -13,13 +13,12 @@
     │   └── ExpertUnavailable
     ├── Cancelled                 499  CANCELLED
     ├── Internal                  500  INTERNAL
-    └── StartupError              what stops a server before it serves
-        ├── InvalidSettings
+    └── StartupError              stops a server or a command before it starts
         ├── UnsupportedModel
         ├── MismatchedPair
         └── InvalidMeasurement
 
-`grpc` is the name of a `grpc.StatusCode`, `http` a status, `type` and `code` the words of OpenAI's
+`grpc` is the name of a `grpc.StatusCode`, `http` a status; `type` and `code` are those of OpenAI's
 error object.
 """
 
@@ -29,7 +28,7 @@ from typing import ClassVar
 
 
 class CascadeError(Exception):
-    """The root: nothing else crosses a door of this server."""
+    """The root: the HTTP and gRPC APIs return no other errors."""
 
     grpc: ClassVar[str] = "INTERNAL"
     http: ClassVar[int] = 500
@@ -45,25 +44,25 @@ class CascadeError(Exception):
 
 
 class InvalidRequest(CascadeError):
-    """The request cannot be served as it stands; repeating it will not help."""
+    """The request is wrong; repeating it will not help."""
 
     grpc, http, type, code = "INVALID_ARGUMENT", 400, "invalid_request_error", None
 
 
 class ContextTooLong(InvalidRequest):
-    """Prompt and answer together do not fit the context of the pair."""
+    """Prompt and completion together do not fit the context of the models."""
 
     code = "context_length_exceeded"
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A parameter that would change the text and that this server does not implement."""
+    """The request has a parameter that this server does not implement."""
 
     code = "unsupported_parameter"
 
 
 class Unauthenticated(CascadeError):
-    """No valid key or lease token came with the call."""
+    """The call has no valid API key or lease token."""
 
     grpc, http, type, code = "UNAUTHENTICATED", 401, "authentication_error", "invalid_api_key"
 
@@ -75,7 +74,7 @@ class ModelNotFound(CascadeError):
 
 
 class Overloaded(CascadeError):
-    """No room now; the same request can succeed after `retry_after_s` seconds."""
+    """No capacity now; the same request can succeed after `retry_after_s` seconds."""
 
     grpc, http, type, code = "RESOURCE_EXHAUSTED", 429, "rate_limit_error", "overloaded"
 
@@ -91,7 +90,7 @@ class DeadlineExceeded(CascadeError):
 
 
 class Unavailable(CascadeError):
-    """A part of the server is not there now; the same request can succeed after `retry_after_s`."""
+    """A part of the server is down; the same request can succeed after `retry_after_s` seconds."""
 
     grpc, http, code = "UNAVAILABLE", 503, "unavailable"
 
@@ -101,35 +100,31 @@ class Unavailable(CascadeError):
 
 
 class DrafterUnavailable(Unavailable):
-    """No drafter replica answers."""
+    """No drafter replica is reachable."""
 
     code = "drafter_unavailable"
 
 
 class ExpertUnavailable(Unavailable):
-    """No expert replica answers."""
+    """No expert replica is reachable."""
 
     code = "expert_unavailable"
 
 
 class Cancelled(CascadeError):
-    """The caller left."""
+    """The caller disconnected."""
 
     grpc, http, code = "CANCELLED", 499, "cancelled"
 
 
 class Internal(CascadeError):
-    """A defect of ours; the log has the details, the answer has none."""
+    """A bug in this server; the log has the details, the response does not."""
 
 
 class StartupError(CascadeError):
-    """The server refuses to start, and says why."""
+    """The server or command cannot start."""
 
     code = "startup_error"
-
-
-class InvalidSettings(StartupError):
-    """Settings that contradict themselves or the machine."""
 
 
 class UnsupportedModel(StartupError):
@@ -141,4 +136,4 @@ class MismatchedPair(StartupError):
 
 
 class InvalidMeasurement(StartupError):
-    """A workload, grid, target or results that cannot be measured or read as they stand."""
+    """A workload, grid, target or results file that cannot be used."""

@@ -1,18 +1,17 @@
-"""A tiny byte-level vocabulary, a scripted generator, and the real client over both."""
+"""A tiny byte-level tokenizer, a scripted generator, and OpenAI's client of both."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import socket
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-import uvicorn
 from openai import AsyncOpenAI
+from tests.support.http_server import serve_http
 from tests.support.scripted_generator import ScriptedGenerator
 from tokenizers import Tokenizer as Trained
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -48,10 +47,10 @@ WORDS = [
 ]
 
 TEMPLATE = (
-    "{% for turn in messages %}"
-    "{% if loop.last and turn.role == 'assistant' %}"
-    "{{ raise_exception('the last turn is the assistant\\'s own') }}{% endif %}"
-    f"{USER}{{{{ turn.role }}}}: {{{{ turn.content }}}}{END}"
+    "{% for message in messages %}"
+    "{% if loop.last and message.role == 'assistant' %}"
+    "{{ raise_exception('the last message is the assistant\\'s own') }}{% endif %}"
+    f"{USER}{{{{ message.role }}}}: {{{{ message.content }}}}{END}"
     f"{{% endfor %}}{ASSISTANT}"
 )
 
@@ -59,7 +58,7 @@ CORPUS = [" ".join(WORDS[at:] + WORDS[:at]) for at in range(len(WORDS))] * 3
 
 
 @pytest.fixture(scope="session")
-def words() -> Tokenizer:
+def tokenizer() -> Tokenizer:
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -80,28 +79,28 @@ def words() -> Tokenizer:
 
 
 @pytest.fixture
-def say(words: Tokenizer) -> Callable[[Request], list[int]]:
-    """The words, in an order that prompt and seed decide, as what the generator answers."""
+def script(tokenizer: Tokenizer) -> Callable[[Request], list[int]]:
+    """Return the tokens that the generator yields: all words, ordered by prompt and seed."""
 
-    def script(request: Request) -> list[int]:
+    def words(request: Request) -> list[int]:
         key = f"{request.prompt} {request.policy.seed}"
         order = sorted(WORDS, key=lambda word: hashlib.sha256((key + word).encode()).digest())
-        return [*words.encode(" ".join(order)), *words.stop_ids]
+        return [*tokenizer.encode(" ".join(order)), *tokenizer.stop_ids]
 
-    return script
-
-
-@pytest.fixture
-def generator(say: Callable[[Request], list[int]]) -> ScriptedGenerator:
-    return ScriptedGenerator(script=say)
+    return words
 
 
 @pytest.fixture
-def service(words: Tokenizer, generator: ScriptedGenerator) -> ServingContext:
+def generator(script: Callable[[Request], list[int]]) -> ScriptedGenerator:
+    return ScriptedGenerator(script=script)
+
+
+@pytest.fixture
+def service(tokenizer: Tokenizer, generator: ScriptedGenerator) -> ServingContext:
     numbers = iter(range(1, 1_000_000))
     return ServingContext(
         generator=generator,
-        tokenizer=words,
+        tokenizer=tokenizer,
         models=("pair", "org/pair"),
         limits=Limits(context_tokens=512, body_bytes=200_000),
         keep_alive_s=60.0,
@@ -113,7 +112,7 @@ def service(words: Tokenizer, generator: ScriptedGenerator) -> ServingContext:
 
 @pytest.fixture
 async def connect(service: ServingContext) -> AsyncIterator[Callable[..., AsyncOpenAI]]:
-    """Return OpenAI's own client of a service with some parts changed."""
+    """Return OpenAI's client of the service with some fields changed."""
     clients: list[AsyncOpenAI] = []
 
     def client(*, strict: bool = True, **changes: Any) -> AsyncOpenAI:
@@ -122,7 +121,7 @@ async def connect(service: ServingContext) -> AsyncIterator[Callable[..., AsyncO
         clients.append(
             AsyncOpenAI(
                 api_key="any",
-                base_url="http://door/v1",
+                base_url="http://server/v1",
                 http_client=httpx2.AsyncClient(transport=transport),
                 max_retries=0,
                 _strict_response_validation=strict,
@@ -141,19 +140,19 @@ async def client(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
 
 
 @pytest.fixture
-async def loose(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
-    """The client without strict types: its own are stricter than OpenAI's service in two places."""
+async def lenient(connect: Callable[..., AsyncOpenAI]) -> AsyncOpenAI:
+    """The client without strict types, which are stricter than OpenAI's service in two places."""
     return connect(strict=False)
 
 
 @pytest.fixture
 async def raw(service: ServingContext) -> AsyncIterator[Callable[..., httpx2.AsyncClient]]:
-    """Return a plain HTTP client of a service with some parts changed."""
+    """Return a plain HTTP client of the service with some fields changed."""
     clients: list[httpx2.AsyncClient] = []
 
     def client(**changes: Any) -> httpx2.AsyncClient:
         transport = httpx2.ASGITransport(app=create_app(replace(service, **changes)))
-        clients.append(httpx2.AsyncClient(transport=transport, base_url="http://door"))
+        clients.append(httpx2.AsyncClient(transport=transport, base_url="http://server"))
         return clients[-1]
 
     yield client
@@ -168,31 +167,25 @@ async def http(raw: Callable[..., httpx2.AsyncClient]) -> httpx2.AsyncClient:
 
 @pytest.fixture
 async def listen(service: ServingContext) -> AsyncIterator[Callable[..., Awaitable[str]]]:
-    """Return what serves on loopback, for what needs real connections, and says where."""
-    servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+    """Return what serves the service, with some fields changed, on a real port; gives the URL."""
+    async with AsyncExitStack() as servers:
 
-    async def serve(**changes: Any) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
-        app = create_app(replace(service, **changes))
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
-        servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async def serve(**changes: Any) -> str:
+            app = create_app(replace(service, **changes))
+            return await servers.enter_async_context(serve_http(app))
 
-    yield serve
-    for server, task in servers:
-        server.should_exit = True
-        await task
-
-
-def told(text: str) -> list[Any]:
-    """Return what the events of a stream say, in order; comments too."""
-    parts = [part for part in text.split("\n\n") if part]
-    return [
-        json.loads(part[6:]) if part.startswith("data: {") else part.removeprefix("data: ")
-        for part in parts
-    ]
+        yield serve
 
 
 @pytest.fixture
 def events() -> Callable[[str], list[Any]]:
-    return told
+    """Return what parses a stream: its events in order, comments too."""
+
+    def parse(text: str) -> list[Any]:
+        parts = [part for part in text.split("\n\n") if part]
+        return [
+            json.loads(part[6:]) if part.startswith("data: {") else part.removeprefix("data: ")
+            for part in parts
+        ]
+
+    return parse

@@ -1,4 +1,4 @@
-"""Defaults, limits and combinations: from a body to requests that cannot be wrong."""
+"""Defaults, limits and combinations of request fields."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def request(service: ServingContext, **fields: Any) -> Request:
 
 
 def chat(service: ServingContext, **fields: Any) -> CompletionCall:
-    turns = [{"role": "user", "content": "Buzz"}]
-    return build_request.chat(ChatBody.model_validate({"messages": turns} | fields), service)
+    messages = [{"role": "user", "content": "Buzz"}]
+    return build_request.chat(ChatBody.model_validate({"messages": messages} | fields), service)
 
 
-def refused(service: ServingContext, **fields: Any) -> str | None:
+def refused_param(service: ServingContext, **fields: Any) -> str | None:
     with pytest.raises(InvalidRequest) as caught:
         complete(service, **fields)
     return caught.value.param
 
 
-def test_a_body_that_says_nothing_gets_the_defaults(service: ServingContext) -> None:
+def test_absent_fields_get_the_defaults(service: ServingContext) -> None:
     defaults = Defaults(
         mode=Mode.CASCADE,
         rule=TokenV3(alpha=0.8),
@@ -62,7 +62,7 @@ def test_a_body_that_says_nothing_gets_the_defaults(service: ServingContext) -> 
         bonus=Bonus.TARGET,
         rows=RowFormat.FULL,
         row_entries=9,
-        patience=SequenceCascadeParams(threshold=-2.0),
+        confidence_threshold=-2.0,
         temperature=0.5,
         top_p=0.9,
         top_k=11,
@@ -77,7 +77,7 @@ def test_a_body_that_says_nothing_gets_the_defaults(service: ServingContext) -> 
     assert (got.policy.logprobs, got.trace, got.prediction) == (None, False, ())
 
 
-def test_a_body_that_says_everything_is_heard(service: ServingContext) -> None:
+def test_every_field_reaches_the_request(service: ServingContext) -> None:
     got = request(
         service,
         temperature=0.3,
@@ -120,14 +120,14 @@ def test_a_body_that_says_everything_is_heard(service: ServingContext) -> None:
     assert (got.draft_tokens, got.trace) == (3, True)
 
 
-def test_seeds_count_up_over_the_choices_of_each_prompt(service: ServingContext) -> None:
-    """So a prompt in a batch gets the text that it gets alone."""
+def test_the_choices_of_each_prompt_have_consecutive_seeds(service: ServingContext) -> None:
+    """So a prompt in a batch gets the same text as alone."""
     call = complete(service, prompt=["a", "b"], n=3, seed=7)
     assert [one.policy.seed for one in call.requests] == [7, 8, 9, 7, 8, 9]
     assert [len(set(call.requests[at : at + 3])) for at in (0, 3)] == [3, 3]
 
 
-def test_seeds_of_all_sizes_fit(service: ServingContext) -> None:
+def test_seeds_wrap_around(service: ServingContext) -> None:
     assert request(service, seed=-1).policy.seed == MAX_SEED - 1
     assert [one.policy.seed for one in complete(service, seed=MAX_SEED - 1, n=2).requests] == [
         MAX_SEED - 1,
@@ -135,21 +135,21 @@ def test_seeds_of_all_sizes_fit(service: ServingContext) -> None:
     ]
 
 
-def test_a_seed_brings_the_coupling_that_makes_it_mean_something(service: ServingContext) -> None:
+def test_a_seed_implies_gumbel_coupling(service: ServingContext) -> None:
     assert request(service, seed=7).policy.coupling is Coupling.GUMBEL
     assert request(service).policy.coupling is Coupling.MAXIMAL
-    asked = {"coupling": "maximal"}
-    assert request(service, seed=7, cascade=asked).policy.coupling is Coupling.MAXIMAL
+    options = {"coupling": "maximal"}
+    assert request(service, seed=7, cascade=options).policy.coupling is Coupling.MAXIMAL
 
 
-def test_without_a_seed_each_call_draws_its_own(service: ServingContext) -> None:
+def test_without_a_seed_each_call_draws_one(service: ServingContext) -> None:
     assert request(service).policy.seed != request(service).policy.seed
 
 
-def test_gumbel_has_no_block_verification(service: ServingContext) -> None:
-    """Asked for together they are refused; a default gives way."""
-    asked = {"verification": "block"}
-    assert refused(service, seed=7, cascade=asked) == "cascade.verification"
+def test_block_verification_needs_maximal_coupling(service: ServingContext) -> None:
+    """A request for both is refused; a default gives way."""
+    options = {"verification": "block"}
+    assert refused_param(service, seed=7, cascade=options) == "cascade.verification"
     block = replace(service, defaults=Defaults(verification=Verification.BLOCK))
     assert request(block, seed=7).policy.verification is Verification.TOKEN
     assert request(block).policy.verification is Verification.BLOCK
@@ -168,7 +168,7 @@ def test_gumbel_has_no_block_verification(service: ServingContext) -> None:
         ("sequence_cascade", TokenV3(alpha=0.8), Lossless()),
     ],
 )
-def test_a_mode_takes_the_default_rule_where_it_can(
+def test_a_mode_takes_the_default_rule_if_it_can(
     service: ServingContext, mode: str, default: Any, rule: Any
 ) -> None:
     got = request(replace(service, defaults=Defaults(rule=default)), cascade={"mode": mode})
@@ -178,9 +178,9 @@ def test_a_mode_takes_the_default_rule_where_it_can(
 @pytest.mark.parametrize(
     "mode", ["speculative", "token_cascade", "expert_only", "drafter_only", "sequence_cascade"]
 )
-def test_a_rule_that_a_mode_cannot_use_is_refused(service: ServingContext, mode: str) -> None:
-    asked = {"mode": mode, "rule": {"kind": "token_v3", "alpha": 0.5}}
-    assert refused(service, cascade=asked) == "cascade.rule"
+def test_a_rule_that_the_mode_cannot_use_is_refused(service: ServingContext, mode: str) -> None:
+    options = {"mode": mode, "rule": {"kind": "token_v3", "alpha": 0.5}}
+    assert refused_param(service, cascade=options) == "cascade.rule"
 
 
 def test_a_rule_alone_means_a_cascade(service: ServingContext) -> None:
@@ -189,26 +189,26 @@ def test_a_rule_alone_means_a_cascade(service: ServingContext) -> None:
     assert request(alone, cascade={"rule": {"kind": "lossless"}}).mode is Mode.CASCADE
 
 
-def test_draft_lengths_are_bounded_and_auto_is_the_routers(service: ServingContext) -> None:
+def test_draft_tokens_has_a_limit_and_auto_means_none(service: ServingContext) -> None:
     fixed = replace(service, defaults=Defaults(draft_tokens=5))
     assert request(fixed).draft_tokens == 5
     assert request(fixed, cascade={"draft_tokens": "auto"}).draft_tokens is None
     assert request(fixed, cascade={"draft_tokens": 0}).draft_tokens == 0
-    assert refused(fixed, cascade={"draft_tokens": 33}) == "cascade.draft_tokens"
+    assert refused_param(fixed, cascade={"draft_tokens": 33}) == "cascade.draft_tokens"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-6])
-def test_the_coldest_temperatures_are_greedy(service: ServingContext, temperature: float) -> None:
+def test_temperatures_near_0_are_greedy(service: ServingContext, temperature: float) -> None:
     assert request(service, temperature=temperature).policy.sampling.greedy
 
 
-def test_no_mass_at_all_still_leaves_the_likeliest_token(service: ServingContext) -> None:
+def test_top_p_0_is_greedy_and_top_k_minus_1_keeps_all(service: ServingContext) -> None:
     sampling = request(service, top_p=0, top_k=40).policy.sampling
     assert (sampling.top_k, sampling.top_p) == (1, 1.0)
     assert request(service, top_k=-1).policy.sampling.top_k == 0
 
 
-def test_ends_of_text_stop_unless_they_are_to_be_ignored(service: ServingContext) -> None:
+def test_stop_ids_include_the_models_unless_ignore_eos(service: ServingContext) -> None:
     (end,) = service.tokenizer.stop_ids
     more = replace(service, stop_ids=(2,))
     assert request(more).policy.stop_ids == (end, 2)
@@ -216,7 +216,7 @@ def test_ends_of_text_stop_unless_they_are_to_be_ignored(service: ServingContext
     assert request(more, ignore_eos=True, stop_token_ids=[9]).policy.stop_ids == (9,)
 
 
-def test_prompts_come_as_text_or_tokens_alone_or_many(service: ServingContext) -> None:
+def test_prompts_are_texts_or_token_lists_one_or_many(service: ServingContext) -> None:
     one, two = service.tokenizer.encode("Buzz"), service.tokenizer.encode("Moon")
     assert complete(service, prompt="Buzz").prompts == (one,)
     assert complete(service, prompt=["Buzz", "Moon"]).prompts == (one, two)
@@ -225,16 +225,20 @@ def test_prompts_come_as_text_or_tokens_alone_or_many(service: ServingContext) -
 
 
 @pytest.mark.parametrize("prompt", [[10**6], [[1], [330]], [2**32 - 1]])
-def test_tokens_outside_the_vocabulary_are_refused(service: ServingContext, prompt: Any) -> None:
-    assert refused(service, prompt=prompt) == "prompt"
+def test_prompt_tokens_outside_the_vocabulary_are_refused(
+    service: ServingContext, prompt: Any
+) -> None:
+    assert refused_param(service, prompt=prompt) == "prompt"
 
 
 @pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias"])
-def test_so_are_they_elsewhere(service: ServingContext, name: str) -> None:
+def test_other_token_ids_outside_the_vocabulary_are_refused(
+    service: ServingContext, name: str
+) -> None:
     value: Any = {10**6: 1.0} if name == "logit_bias" else [10**6]
-    assert refused(service, **{name: value}) == name
+    assert refused_param(service, **{name: value}) == name
     negative: Any = {-1: 1.0}
-    assert refused(service, logit_bias=negative) == "logit_bias"
+    assert refused_param(service, logit_bias=negative) == "logit_bias"
 
 
 @pytest.mark.parametrize(
@@ -249,11 +253,13 @@ def test_so_are_they_elsewhere(service: ServingContext, name: str) -> None:
         ({"max_tokens": 9}, Limits(max_tokens=8), "max_tokens"),
     ],
 )
-def test_limits_are_kept(service: ServingContext, fields: Any, limits: Limits, param: str) -> None:
-    assert refused(replace(service, limits=limits), **fields) == param
+def test_values_above_the_limits_are_refused(
+    service: ServingContext, fields: Any, limits: Limits, param: str
+) -> None:
+    assert refused_param(replace(service, limits=limits), **fields) == param
 
 
-def test_prompt_and_answer_fit_the_context_together(service: ServingContext) -> None:
+def test_prompt_and_completion_must_fit_the_context(service: ServingContext) -> None:
     small = replace(service, limits=Limits(context_tokens=10))
     assert request(small, prompt=[5] * 6, max_tokens=4).max_tokens == 4
     for fields, param in [
@@ -267,9 +273,7 @@ def test_prompt_and_answer_fit_the_context_together(service: ServingContext) -> 
         assert caught.value.param == param
 
 
-def test_what_is_left_of_the_context_bounds_an_answer_that_names_no_length(
-    service: ServingContext,
-) -> None:
+def test_the_default_length_is_what_the_context_leaves(service: ServingContext) -> None:
     small = replace(service, limits=Limits(context_tokens=20))
     assert request(small, prompt=[5] * 15).max_tokens == 5
     assert request(small, prompt=[5] * 2).max_tokens == 16
@@ -279,7 +283,7 @@ def test_what_is_left_of_the_context_bounds_an_answer_that_names_no_length(
     assert chat(short).requests[0].max_tokens == 2
 
 
-def test_both_names_of_the_length_of_a_chat_must_agree(service: ServingContext) -> None:
+def test_both_names_of_a_chats_length_must_agree(service: ServingContext) -> None:
     assert chat(service, max_tokens=5).requests[0].max_tokens == 5
     assert chat(service, max_completion_tokens=6).requests[0].max_tokens == 6
     assert chat(service, max_tokens=7, max_completion_tokens=7).requests[0].max_tokens == 7
@@ -287,21 +291,21 @@ def test_both_names_of_the_length_of_a_chat_must_agree(service: ServingContext) 
         chat(service, max_tokens=5, max_completion_tokens=6)
 
 
-def test_a_model_must_be_one_of_this_server(service: ServingContext) -> None:
+def test_an_unknown_model_is_refused(service: ServingContext) -> None:
     assert complete(service).model == "pair"
     assert complete(service, model="org/pair").model == "org/pair"
     with pytest.raises(ModelNotFound):
         complete(service, model="other")
 
 
-def test_a_prediction_becomes_a_draft(service: ServingContext) -> None:
+def test_a_prediction_is_tokenized(service: ServingContext) -> None:
     content = [{"type": "text", "text": "on the"}, {"type": "text", "text": "Moon"}]
     got = chat(service, prediction={"type": "content", "content": content}).requests[0]
     assert service.tokenizer.decode(got.prediction) == "on the\nMoon"
 
 
-def test_roles_and_parts_reach_the_template(service: ServingContext) -> None:
-    turns = [
+def test_roles_and_text_parts_reach_the_template(service: ServingContext) -> None:
+    messages = [
         {"role": "developer", "content": "be"},
         {"role": "system", "content": "brief"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -314,12 +318,12 @@ def test_roles_and_parts_reach_the_template(service: ServingContext) -> None:
         },
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
-    (prompt,) = chat(service, messages=turns).prompts
+    (prompt,) = chat(service, messages=messages).prompts
     text = service.tokenizer.decode(prompt)
     assert text == "system: besystem: briefuser: a\nbassistant: tool: 42"
 
 
-def test_a_conversation_that_the_template_refuses_is_refused(service: ServingContext) -> None:
+def test_a_conversation_that_the_template_rejects_is_refused(service: ServingContext) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chat(service, messages=[{"role": "assistant", "content": "hello"}])
     assert caught.value.param == "messages"
@@ -327,7 +331,7 @@ def test_a_conversation_that_the_template_refuses_is_refused(service: ServingCon
 
 
 @pytest.mark.parametrize(
-    "turn",
+    "message",
     [
         {"role": "user", "content": None},
         {"role": "assistant"},
@@ -345,7 +349,9 @@ def test_a_conversation_that_the_template_refuses_is_refused(service: ServingCon
         },
     ],
 )
-def test_turns_that_say_nothing_or_nonsense_are_refused(service: ServingContext, turn: Any) -> None:
+def test_empty_messages_and_bad_tool_calls_are_refused(
+    service: ServingContext, message: Any
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        chat(service, messages=[turn, {"role": "user", "content": "hi"}])
+        chat(service, messages=[message, {"role": "user", "content": "hi"}])
     assert (caught.value.param or "").startswith("messages")

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, with OpenAI's own client and its strict types (conformance 8 to 12)."""
+"""`/v1/chat/completions`, with OpenAI's client and its strict types (conformance 8 to 12)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
-async def ask(client: AsyncOpenAI, **fields: Any) -> ChatCompletion:
-    told: dict[str, Any] = {"model": "pair", "messages": HI, "seed": 7} | fields
-    return await client.chat.completions.create(**told)
+async def complete(client: AsyncOpenAI, **fields: Any) -> ChatCompletion:
+    body: dict[str, Any] = {"model": "pair", "messages": HI, "seed": 7} | fields
+    return await client.chat.completions.create(**body)
 
 
-async def refused(client: AsyncOpenAI, **fields: Any) -> str | None:
+async def refused_param(client: AsyncOpenAI, **fields: Any) -> str | None:
     with pytest.raises(openai.BadRequestError) as caught:
-        await ask(client, **fields)
+        await complete(client, **fields)
     return caught.value.param
 
 
-async def test_every_role_and_text_in_parts_is_heard(
+async def test_every_role_and_text_parts_reach_the_prompt(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 8."""
@@ -40,49 +40,49 @@ async def test_every_role_and_text_in_parts_is_heard(
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
-    answer = await ask(client, messages=messages)
-    assert answer.choices[0].message.role == "assistant"
-    prompt = service.tokenizer.decode(generator.heard[0].prompt)
+    response = await complete(client, messages=messages)
+    assert response.choices[0].message.role == "assistant"
+    prompt = service.tokenizer.decode(generator.requests[0].prompt)
     assert prompt == "system: dsystem: suser: uassistant: tool: t"
 
 
-async def test_a_part_that_is_no_text_is_refused(client: AsyncOpenAI) -> None:
+async def test_a_content_part_other_than_text_is_a_400(client: AsyncOpenAI) -> None:
     """Conformance 8."""
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    param = await refused(client, messages=[{"role": "user", "content": image}])
+    param = await refused_param(client, messages=[{"role": "user", "content": image}])
     assert param == "messages[0].content[0].type"
 
 
-async def test_the_limit_has_two_names(client: AsyncOpenAI) -> None:
+async def test_max_tokens_and_max_completion_tokens_mean_the_same(client: AsyncOpenAI) -> None:
     """Conformance 9."""
     for name in ("max_tokens", "max_completion_tokens"):
-        answer = await ask(client, **{name: 3})
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == 3
-    assert await refused(client, max_tokens=3, max_completion_tokens=4) == "max_tokens"
+        response = await complete(client, **{name: 3})
+        assert response.usage is not None
+        assert response.usage.completion_tokens == 3
+    assert await refused_param(client, max_tokens=3, max_completion_tokens=4) == "max_tokens"
 
 
-async def test_an_answer_without_a_limit_goes_to_its_end(client: AsyncOpenAI) -> None:
-    assert (await ask(client)).choices[0].finish_reason == "stop"
+async def test_without_a_limit_a_chat_ends_at_its_stop_token(client: AsyncOpenAI) -> None:
+    assert (await complete(client)).choices[0].finish_reason == "stop"
 
 
-async def test_alternatives_need_log_probabilities_and_are_twenty_at_most(
+async def test_top_logprobs_needs_logprobs_and_is_at_most_20(
     client: AsyncOpenAI,
 ) -> None:
     """Conformance 10."""
-    assert await refused(client, top_logprobs=2) == "top_logprobs"
-    assert await refused(client, logprobs=True, top_logprobs=21) == "top_logprobs"
+    assert await refused_param(client, top_logprobs=2) == "top_logprobs"
+    assert await refused_param(client, logprobs=True, top_logprobs=21) == "top_logprobs"
     for count in (0, 20):
-        answer = await ask(client, logprobs=True, top_logprobs=count)
-        logprobs = answer.choices[0].logprobs
+        response = await complete(client, logprobs=True, top_logprobs=count)
+        logprobs = response.choices[0].logprobs
         assert logprobs is not None
         assert {len(token.top_logprobs) for token in logprobs.content or []} == {count}
 
 
-async def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(client: AsyncOpenAI) -> None:
-    """Conformance 10. Characters of several tokens are in every answer."""
-    answer = await ask(client, logprobs=True, top_logprobs=3)
-    (choice,) = answer.choices
+async def test_the_bytes_of_the_logprobs_are_the_bytes_of_the_text(client: AsyncOpenAI) -> None:
+    """Conformance 10. Every completion has characters of several tokens."""
+    response = await complete(client, logprobs=True, top_logprobs=3)
+    (choice,) = response.choices
     assert choice.logprobs is not None
     content = choice.logprobs.content or []
     data = b"".join(bytes(token.bytes or []) for token in content)
@@ -90,37 +90,37 @@ async def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(client: AsyncOp
 
 
 @pytest.mark.parametrize("temperature", [0, 1, 2])
-async def test_temperatures_up_to_two(
+async def test_temperatures_from_0_to_2_are_accepted(
     client: AsyncOpenAI, generator: ScriptedGenerator, temperature: float
 ) -> None:
     """Conformance 11."""
-    await ask(client, temperature=temperature)
-    assert generator.heard[0].policy.sampling.temperature == temperature
+    await complete(client, temperature=temperature)
+    assert generator.requests[0].policy.sampling.temperature == temperature
 
 
-async def test_and_no_further(client: AsyncOpenAI) -> None:
+async def test_temperature_above_2_and_top_p_above_1_are_a_400(client: AsyncOpenAI) -> None:
     """Conformance 11."""
-    assert await refused(client, temperature=2.1) == "temperature"
-    assert await refused(client, top_p=1.1) == "top_p"
+    assert await refused_param(client, temperature=2.1) == "temperature"
+    assert await refused_param(client, top_p=1.1) == "top_p"
     for top_p in (0, 1):
-        assert await ask(client, top_p=top_p)
+        assert await complete(client, top_p=top_p)
 
 
-async def test_a_conversation_that_the_template_refuses_is_a_bad_request(
-    client: AsyncOpenAI,
-) -> None:
-    assert await refused(client, messages=[{"role": "assistant", "content": "a"}]) == "messages"
+async def test_a_conversation_that_the_template_rejects_is_a_400(client: AsyncOpenAI) -> None:
+    assert (
+        await refused_param(client, messages=[{"role": "assistant", "content": "a"}]) == "messages"
+    )
 
 
-async def test_a_prediction_is_a_draft(
+async def test_a_prediction_reaches_the_generator(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
-    answer = await ask(client, prediction={"type": "content", "content": "on the Moon"})
-    assert service.tokenizer.decode(generator.heard[0].prediction) == "on the Moon"
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens_details is not None
-    # The script keeps nothing of it, and says so in OpenAI's counters.
-    assert answer.usage.completion_tokens_details.accepted_prediction_tokens == 0
+    response = await complete(client, prediction={"type": "content", "content": "on the Moon"})
+    assert service.tokenizer.decode(generator.requests[0].prediction) == "on the Moon"
+    assert response.usage is not None
+    assert response.usage.completion_tokens_details is not None
+    # The scripted generator accepts nothing of it.
+    assert response.usage.completion_tokens_details.accepted_prediction_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ async def test_a_prediction_is_a_draft(
         ("reasoning_effort", "low"),
     ],
 )
-async def test_what_is_not_there_is_not_ignored(client: AsyncOpenAI, name: str, value: Any) -> None:
+async def test_unsupported_parameters_are_a_400(client: AsyncOpenAI, name: str, value: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        await ask(client, **{name: value})
+        await complete(client, **{name: value})
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", name)

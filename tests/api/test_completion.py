@@ -1,4 +1,4 @@
-"""Several streams as one, and statistics added up."""
+"""Merged streams, summed statistics, and completions that fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cascade.errors import Internal, Overloaded
 from cascade.types import Round, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Sequence
 
     from cascade.api.context import ServingContext
     from cascade.types import OutputChunk, Request
@@ -45,36 +45,39 @@ class Source:
             self.closed = True
 
 
+def streams_of(sources: Sequence[Source]) -> dict[int, AsyncGenerator[int]]:
+    return {number: source.stream() for number, source in enumerate(sources)}
+
+
 @given(counts=st.lists(st.integers(0, 5), max_size=4))
-def test_every_item_of_every_stream_comes_once_and_in_its_order(counts: list[int]) -> None:
+def test_merge_yields_every_item_once_and_in_order(counts: list[int]) -> None:
     sources = [Source(count) for count in counts]
 
     async def collect() -> list[tuple[int, int] | None]:
-        streams = [source.stream() for source in sources]
-        return [item async for item in merge(streams, keep_alive_s=None)]
+        return [item async for item in merge(streams_of(sources), keep_alive_s=None)]
 
     items = asyncio.run(collect())
-    for at, count in enumerate(counts):
-        assert [item[1] for item in items if item and item[0] == at] == list(range(count))
+    for number, count in enumerate(counts):
+        assert [item[1] for item in items if item and item[0] == number] == list(range(count))
     assert len(items) == sum(counts)
     assert all(source.closed for source in sources)
 
 
-async def test_the_first_error_ends_all_streams() -> None:
+async def test_the_first_error_ends_all_merged_streams() -> None:
     sources = [Source(100), Source(1, error=Overloaded("full"))]
     with pytest.raises(Overloaded):
-        assert [item async for item in merge([one.stream() for one in sources], keep_alive_s=None)]
+        assert [item async for item in merge(streams_of(sources), keep_alive_s=None)]
     assert all(source.closed for source in sources)
 
 
-async def test_closing_closes_every_stream() -> None:
+async def test_closing_a_merge_closes_every_stream() -> None:
     sources = [Source(100), Source(100)]
-    async with aclosing(merge([one.stream() for one in sources], keep_alive_s=None)) as merged:
+    async with aclosing(merge(streams_of(sources), keep_alive_s=None)) as merged:
         await anext(merged)
     assert all(source.closed for source in sources)
 
 
-async def test_silence_ticks_and_changes_nothing() -> None:
+async def test_merge_yields_none_while_no_item_arrives() -> None:
     gate = asyncio.Event()
 
     async def late() -> AsyncGenerator[int]:
@@ -82,14 +85,14 @@ async def test_silence_ticks_and_changes_nothing() -> None:
         yield 1
 
     items: list[tuple[int, int] | None] = []
-    async for item in merge([late()], keep_alive_s=0.001):
+    async for item in merge({0: late()}, keep_alive_s=0.001):
         items.append(item)
         gate.set()
     assert items[0] is None
     assert items[-1] == (0, 1)
 
 
-def test_statistics_add_up() -> None:
+def test_statistics_are_summed() -> None:
     causes = {"drafter late": 2}
     one = Statistics(rounds=2, drafter_s=0.5, accepted_lengths=[1, 0, 1], trace=[ROUND])
     two = Statistics(rounds=1, drafter_s=0.25, accepted_lengths=[1], draft_length_reason="fixed")
@@ -101,31 +104,33 @@ def test_statistics_add_up() -> None:
     assert sum_statistics([one]) == one
 
 
-SAID: list[OutputChunk] = []
+NO_CHUNKS: list[OutputChunk] = []
 
 
-class Mute:
-    """A generator that ends without saying why."""
+class SilentGenerator:
+    """A generator that ends without a finish reason."""
 
     async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         del request
-        if SAID:
-            yield SAID[0]
+        for chunk in NO_CHUNKS:
+            yield chunk
 
     async def score(self, tokens: object, *, top: int) -> tuple[()]:
         del tokens, top
         return ()
 
 
-async def test_an_answer_that_ends_without_a_reason_is_a_defect(service: ServingContext) -> None:
+async def test_a_generation_without_a_finish_reason_is_an_internal_error(
+    service: ServingContext,
+) -> None:
     call = build_request.completion(CompletionBody(prompt="x"), service)
     with pytest.raises(Internal):
-        await Completions(call, replace(service, generator=Mute())).run()
+        await Completions(call, replace(service, generator=SilentGenerator())).run()
 
 
-async def test_the_generator_hears_what_the_client_calls_the_request(
+async def test_requests_have_the_id_of_their_call(
     service: ServingContext,
 ) -> None:
     call = build_request.completion(CompletionBody(prompt="x", n=2), service)
-    named = Completions(call, service, name="abc")
-    assert [answer.request.name for answer in named.all] == ["abc", "abc"]
+    completions = Completions(call, service, request_id="abc")
+    assert [completion.request.name for completion in completions.all] == ["abc", "abc"]

@@ -1,4 +1,4 @@
-"""`/v1/completions`, with OpenAI's own client (conformance 1 to 7, 13 to 16)."""
+"""`/v1/completions`, with OpenAI's client (conformance 1 to 7, 13 to 16)."""
 
 from __future__ import annotations
 
@@ -17,83 +17,81 @@ if TYPE_CHECKING:
     from cascade.api.context import ServingContext
 
 
-async def ask(client: AsyncOpenAI, **fields: Any) -> Completion:
-    told: dict[str, Any] = {"model": "pair", "prompt": "Buzz", "seed": 7} | fields
-    return await client.completions.create(**told)
+async def complete(client: AsyncOpenAI, **fields: Any) -> Completion:
+    body: dict[str, Any] = {"model": "pair", "prompt": "Buzz", "seed": 7} | fields
+    return await client.completions.create(**body)
 
 
-def texts(answer: Completion) -> list[str]:
-    return [choice.text for choice in answer.choices]
+def texts(response: Completion) -> list[str]:
+    return [choice.text for choice in response.choices]
 
 
-async def test_every_form_of_prompt_is_answered_in_order(
+async def test_every_form_of_prompt_gets_its_choices_in_order(
     client: AsyncOpenAI, service: ServingContext
 ) -> None:
     """Conformance 1: the index of a choice is its prompt's index times n plus its number."""
     buzz, moon = (list(service.tokenizer.encode(text)) for text in ("Buzz", "Moon"))
-    alone = [texts(await ask(client, prompt=prompt, n=2)) for prompt in ("Buzz", "Moon")]
+    alone = [texts(await complete(client, prompt=prompt, n=2)) for prompt in ("Buzz", "Moon")]
     for prompt in (["Buzz", "Moon"], [buzz, moon]):
-        answer = await ask(client, prompt=prompt, n=2)
-        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-        assert texts(answer) == alone[0] + alone[1]
-    assert texts(await ask(client, prompt=buzz, n=2)) == alone[0]
+        response = await complete(client, prompt=prompt, n=2)
+        assert [choice.index for choice in response.choices] == [0, 1, 2, 3]
+        assert texts(response) == alone[0] + alone[1]
+    assert texts(await complete(client, prompt=buzz, n=2)) == alone[0]
 
 
-async def test_sixteen_tokens_unless_told(client: AsyncOpenAI) -> None:
+async def test_max_tokens_is_16_by_default(client: AsyncOpenAI) -> None:
     """Conformance 2, and 16: `length` at exactly the limit."""
-    answer = await ask(client)
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 16
-    assert answer.choices[0].finish_reason == "length"
+    response = await complete(client)
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 16
+    assert response.choices[0].finish_reason == "length"
 
 
-async def test_an_echo_begins_with_the_prompt(client: AsyncOpenAI) -> None:
-    """Conformance 3: with an answer, and alone."""
-    said = texts(await ask(client))[0]
-    assert texts(await ask(client, echo=True)) == ["Buzz" + said]
-    alone = await ask(client, echo=True, max_tokens=0)
+async def test_echo_begins_with_the_prompt(client: AsyncOpenAI) -> None:
+    """Conformance 3: with a completion, and alone."""
+    said = texts(await complete(client))[0]
+    assert texts(await complete(client, echo=True)) == ["Buzz" + said]
+    alone = await complete(client, echo=True, max_tokens=0)
     assert texts(alone) == ["Buzz"]
     assert alone.choices[0].finish_reason == "length"
     assert alone.usage is not None
     assert alone.usage.completion_tokens == 0
 
 
-async def test_nothing_at_all_can_be_asked_for(client: AsyncOpenAI) -> None:
-    """`max_tokens` 0 without echo fills caches and says nothing."""
-    assert texts(await ask(client, max_tokens=0)) == [""]
+async def test_max_tokens_may_be_0(client: AsyncOpenAI) -> None:
+    """Without echo this only fills caches."""
+    assert texts(await complete(client, max_tokens=0)) == [""]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 8])
-async def test_an_echo_has_the_log_probabilities_of_the_prompt(
-    loose: AsyncOpenAI, service: ServingContext, max_tokens: int
+async def test_echo_has_the_logprobs_of_the_prompt(
+    lenient: AsyncOpenAI, service: ServingContext, max_tokens: int
 ) -> None:
-    """Conformance 3: the first token has none; OpenAI's types rule that out, its service does."""
+    """Conformance 3: the first has none, as in OpenAI's service but not in its client's types."""
     prompt = "Buzz \N{CRESCENT MOON} Moon"
-    answer = await ask(loose, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)
-    logprobs = answer.choices[0].logprobs
+    response = await complete(lenient, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)
+    logprobs = response.choices[0].logprobs
     assert logprobs is not None
     count = len(service.tokenizer.encode(prompt)) + max_tokens
     assert (logprobs.token_logprobs or [])[0] is None
     assert (logprobs.top_logprobs or [])[0] is None
     assert None not in (logprobs.token_logprobs or [])[1:]
     assert len(logprobs.tokens or []) == len(logprobs.token_logprobs or []) == count
-    assert "".join(logprobs.tokens or []) == answer.choices[0].text
+    assert "".join(logprobs.tokens or []) == response.choices[0].text
 
 
-async def test_an_echo_is_streamed_too(loose: AsyncOpenAI) -> None:
+async def test_echo_is_streamed_too(lenient: AsyncOpenAI) -> None:
     fields: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 9}
-    said = texts(await ask(loose, **fields))[0]
-    stream: Any = await ask(loose, stream=True, **fields)
+    said = texts(await complete(lenient, **fields))[0]
+    stream: Any = await complete(lenient, stream=True, **fields)
     assert "".join([chunk.choices[0].text async for chunk in stream]) == said
 
 
 @pytest.mark.parametrize("count", range(6))
-async def test_log_probabilities_agree_with_the_text_character_by_character(
-    client: AsyncOpenAI, count: int
-) -> None:
-    """Conformance 4. The texts have characters of several tokens each."""
-    answer = await ask(client, logprobs=count, max_tokens=40, n=3)
-    for choice in answer.choices:
+async def test_logprobs_agree_with_the_text(client: AsyncOpenAI, count: int) -> None:
+    """Conformance 4. The texts have characters of several tokens."""
+    response = await complete(client, logprobs=count, max_tokens=40, n=3)
+    for choice in response.choices:
         logprobs = choice.logprobs
         assert logprobs is not None
         tokens, offsets = logprobs.tokens or [], logprobs.text_offset or []
@@ -108,44 +106,44 @@ async def test_log_probabilities_agree_with_the_text_character_by_character(
             assert len(tops) <= count + 1
 
 
-async def test_log_probabilities_are_absent_unless_asked_for(client: AsyncOpenAI) -> None:
-    assert (await ask(client)).choices[0].logprobs is None
+async def test_logprobs_are_absent_by_default(client: AsyncOpenAI) -> None:
+    assert (await complete(client)).choices[0].logprobs is None
 
 
-async def test_a_seed_gives_different_choices_and_the_same_ones_again(client: AsyncOpenAI) -> None:
+async def test_a_seed_repeats_choices_that_differ_from_each_other(client: AsyncOpenAI) -> None:
     """Conformance 5."""
-    first, second = [texts(await ask(client, n=3, seed=7)) for _ in range(2)]
+    first, second = [texts(await complete(client, n=3, seed=7)) for _ in range(2)]
     assert len(set(first)) == 3
     assert first == second
 
 
-async def test_a_prompt_is_counted_once_and_answers_are_summed(
+async def test_usage_counts_a_prompt_once_and_sums_its_choices(
     client: AsyncOpenAI, service: ServingContext
 ) -> None:
     """Conformance 6."""
-    answer = await ask(client, prompt=["Buzz", "on the Moon"], n=3, max_tokens=5)
-    assert answer.usage is not None
+    response = await complete(client, prompt=["Buzz", "on the Moon"], n=3, max_tokens=5)
+    assert response.usage is not None
     prompts = sum(len(service.tokenizer.encode(text)) for text in ("Buzz", "on the Moon"))
-    assert answer.usage.prompt_tokens == prompts
-    assert answer.usage.completion_tokens == 2 * 3 * 5
-    assert answer.usage.total_tokens == prompts + 30
+    assert response.usage.prompt_tokens == prompts
+    assert response.usage.completion_tokens == 2 * 3 * 5
+    assert response.usage.total_tokens == prompts + 30
 
 
 @pytest.mark.parametrize(("name", "value"), [("suffix", "end"), ("best_of", 3)])
-async def test_what_would_change_the_text_is_not_ignored(
+async def test_suffix_and_best_of_are_unsupported(
     client: AsyncOpenAI, name: str, value: Any
 ) -> None:
     """Conformance 7."""
     with pytest.raises(openai.BadRequestError) as caught:
-        await ask(client, **{name: value})
+        await complete(client, **{name: value})
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", name)
 
 
-async def test_sampling_reaches_the_generator(
+async def test_sampling_parameters_reach_the_generator(
     client: AsyncOpenAI, generator: ScriptedGenerator
 ) -> None:
-    await ask(client, logit_bias={"9": -100}, presence_penalty=1, temperature=0)
-    sampling = generator.heard[0].policy.sampling
+    await complete(client, logit_bias={"9": -100}, presence_penalty=1, temperature=0)
+    sampling = generator.requests[0].policy.sampling
     assert (sampling.logit_bias, sampling.presence_penalty) == (((9, -100.0),), 1.0)
     assert sampling.greedy
 
@@ -153,42 +151,42 @@ async def test_sampling_reaches_the_generator(
 @pytest.mark.parametrize("blocks", [(1,), (2,), (3, 1, 4), (40,)])
 @pytest.mark.parametrize("stop", ["Moon", " M", "oon the", "ż", "日本語", "\N{ADULT}"])
 async def test_a_stop_string_never_shows_wherever_blocks_end(
-    loose: AsyncOpenAI, generator: ScriptedGenerator, blocks: tuple[int, ...], stop: str
+    lenient: AsyncOpenAI, generator: ScriptedGenerator, blocks: tuple[int, ...], stop: str
 ) -> None:
     """Conformance 13, 14: within a token, over tokens, over blocks and over chunks."""
     generator.blocks = blocks
-    whole = texts(await ask(loose, max_tokens=60))[0]
-    answer = await ask(loose, max_tokens=60, stop=stop)
-    assert texts(answer) == [whole.split(stop)[0]]
-    stream: Any = await ask(loose, max_tokens=60, stop=stop, stream=True)
+    whole = texts(await complete(lenient, max_tokens=60))[0]
+    response = await complete(lenient, max_tokens=60, stop=stop)
+    assert texts(response) == [whole.split(stop)[0]]
+    stream: Any = await complete(lenient, max_tokens=60, stop=stop, stream=True)
     streamed = ""
     async for chunk in stream:
         streamed += chunk.choices[0].text
         assert whole.split(stop)[0].startswith(streamed)
-    assert streamed == texts(answer)[0]
+    assert streamed == texts(response)[0]
 
 
-async def test_four_stop_strings_are_allowed_and_five_are_not(client: AsyncOpenAI) -> None:
+async def test_at_most_four_stop_strings_are_allowed(client: AsyncOpenAI) -> None:
     """Conformance 13."""
-    assert await ask(client, stop=["1", "2", "3", "4"])
+    assert await complete(client, stop=["1", "2", "3", "4"])
     with pytest.raises(openai.BadRequestError) as caught:
-        await ask(client, stop=["1", "2", "3", "4", "5"])
+        await complete(client, stop=["1", "2", "3", "4", "5"])
     assert caught.value.param == "stop"
 
 
-async def test_nothing_counts_after_the_token_that_completes_a_stop_string(
+async def test_tokens_after_a_stop_string_are_not_counted(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 15: inside an accepted block, for text, log-probabilities, usage and origins."""
     generator.blocks = (60,)
-    answer = await ask(client, max_tokens=60, stop="Moon", logprobs=0)
-    (choice,) = answer.choices
+    response = await complete(client, max_tokens=60, stop="Moon", logprobs=0)
+    (choice,) = response.choices
     assert choice.logprobs is not None
-    assert answer.usage is not None
-    script = generator.script(generator.heard[0])
+    assert response.usage is not None
+    script = generator.script(generator.requests[0])
     counts = range(1, len(script))
     until = next(at for at in counts if "Moon" in service.tokenizer.decode(script[:at]))
-    assert answer.usage.completion_tokens == until < len(script)
+    assert response.usage.completion_tokens == until < len(script)
     assert len(choice.logprobs.tokens or []) == until
     assert "".join(choice.logprobs.tokens or []) == choice.text
     assert len((choice.model_extra or {})["cascade"]["origins"]) == until
@@ -196,30 +194,30 @@ async def test_nothing_counts_after_the_token_that_completes_a_stop_string(
     assert generator.open == 0
 
 
-async def test_nothing_counts_after_the_end_of_text(
+async def test_tokens_after_the_stop_token_are_not_counted(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     """Conformance 15: the end of text counts as a token and has no text."""
     end = service.tokenizer.stop_ids
     generator.script = lambda _: [*service.tokenizer.encode("Moon"), *end, 9, 9]
-    answer = await ask(client, logprobs=0)
-    assert answer.usage is not None
-    assert texts(answer) == ["Moon"]
-    assert answer.usage.completion_tokens == len(service.tokenizer.encode("Moon")) + 1
-    assert answer.choices[0].finish_reason == "stop"
-    assert "stop_reason" not in (answer.choices[0].model_extra or {})
+    response = await complete(client, logprobs=0)
+    assert response.usage is not None
+    assert texts(response) == ["Moon"]
+    assert response.usage.completion_tokens == len(service.tokenizer.encode("Moon")) + 1
+    assert response.choices[0].finish_reason == "stop"
+    assert "stop_reason" not in (response.choices[0].model_extra or {})
 
 
-async def test_a_stop_token_of_the_callers_is_told(
+async def test_a_stop_token_of_the_request_is_the_stop_reason(
     client: AsyncOpenAI, generator: ScriptedGenerator
 ) -> None:
     generator.script = lambda _: [8, 9, 10]
-    answer = await ask(client, extra_body={"stop_token_ids": [9]})
-    assert (answer.choices[0].model_extra or {})["stop_reason"] == 9
+    response = await complete(client, extra_body={"stop_token_ids": [9]})
+    assert (response.choices[0].model_extra or {})["stop_reason"] == 9
 
 
 @pytest.mark.parametrize("ending", ["text", "token"])
-async def test_stop_wins_where_the_limit_applies_too(
+async def test_the_finish_reason_is_stop_where_the_limit_applies_too(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext, ending: str
 ) -> None:
     """Conformance 16."""
@@ -227,29 +225,27 @@ async def test_stop_wins_where_the_limit_applies_too(
     script = [*moon, *service.tokenizer.stop_ids] if ending == "token" else list(moon)
     generator.script = lambda _: script
     stop = "Moon" if ending == "text" else None
-    answer = await ask(client, max_tokens=len(script), stop=stop)
-    assert answer.choices[0].finish_reason == "stop"
+    response = await complete(client, max_tokens=len(script), stop=stop)
+    assert response.choices[0].finish_reason == "stop"
 
 
-async def test_ends_of_text_can_be_ignored(
+async def test_ignore_eos_generates_past_the_stop_token(
     client: AsyncOpenAI, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     moon = service.tokenizer.encode("Moon")
     generator.script = lambda _: [*moon, *service.tokenizer.stop_ids, *moon]
-    answer = await ask(client, extra_body={"ignore_eos": True})
-    assert texts(answer) == ["MoonMoon"]
+    response = await complete(client, extra_body={"ignore_eos": True})
+    assert texts(response) == ["MoonMoon"]
 
 
-async def test_token_ids_are_returned_if_asked_for(
-    client: AsyncOpenAI, service: ServingContext
-) -> None:
-    answer = await ask(client, extra_body={"return_token_ids": True})
-    extra = answer.choices[0].model_extra or {}
+async def test_return_token_ids_returns_them(client: AsyncOpenAI, service: ServingContext) -> None:
+    response = await complete(client, extra_body={"return_token_ids": True})
+    extra = response.choices[0].model_extra or {}
     assert extra["prompt_token_ids"] == list(service.tokenizer.encode("Buzz"))
-    assert service.tokenizer.decode(extra["token_ids"]) == answer.choices[0].text
+    assert service.tokenizer.decode(extra["token_ids"]) == response.choices[0].text
 
 
-async def test_the_expert_alone_has_written_every_token(client: AsyncOpenAI) -> None:
-    answer = await ask(client, extra_body={"cascade": {"mode": "expert_only"}})
-    origins = (answer.choices[0].model_extra or {})["cascade"]["origins"]
+async def test_in_expert_only_mode_every_token_is_the_experts(client: AsyncOpenAI) -> None:
+    response = await complete(client, extra_body={"cascade": {"mode": "expert_only"}})
+    origins = (response.choices[0].model_extra or {})["cascade"]["origins"]
     assert set(origins) == {Origin.EXPERT}

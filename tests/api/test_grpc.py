@@ -1,4 +1,4 @@
-"""The gRPC door, with a real server and channel."""
+"""The gRPC API, with a real server and channel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.serve.grpc_util import RayServegRPCContext
+from tests.support.rpc_errors import error_info, status_of
 
 from cascade.api.grpc import GenerationServicer
 from cascade.errors import Overloaded
@@ -37,9 +37,9 @@ CHOW = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=0.5))
 @pytest.fixture
 async def channel(service: ServingContext) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    door = GenerationServicer(lambda: service)
-    rpc.add_GenerationServiceServicer_to_server(door, server)
-    health_pb2_grpc.add_HealthServicer_to_server(door, server)
+    servicer = GenerationServicer(lambda: service)
+    rpc.add_GenerationServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
@@ -54,8 +54,8 @@ def stub(channel: grpc.aio.Channel) -> rpc.GenerationServiceAsyncStub:
 
 def generation(**fields: Any) -> pb.Generation:
     prompts = {"text", "tokens", "chat"} & set(fields)
-    told: dict[str, Any] = fields if prompts else {"text": "Buzz"} | fields
-    return pb.Generation(**told)
+    given: dict[str, Any] = fields if prompts else {"text": "Buzz"} | fields
+    return pb.Generation(**given)
 
 
 def whole(**fields: Any) -> pb.GenerateRequest:
@@ -66,28 +66,23 @@ def stream(**fields: Any) -> pb.GenerateStreamRequest:
     return pb.GenerateStreamRequest(generation=generation(**fields))
 
 
-def details(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
-    packed = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
-    info = error_details_pb2.ErrorInfo()
-    status_pb2.Status.FromString(cast("bytes", packed)).details[0].Unpack(info)
-    return info
-
-
-async def test_an_answer_has_its_text_tokens_and_origins(
+async def test_a_choice_has_text_tokens_and_origins(
     stub: rpc.GenerationServiceAsyncStub, service: ServingContext
 ) -> None:
-    answer = await stub.Generate(whole(seed=7, max_tokens=5))
-    (choice,) = answer.choices
+    response = await stub.Generate(whole(seed=7, max_tokens=5))
+    (choice,) = response.choices
     assert choice.text == service.tokenizer.decode(choice.token_ids)
-    assert len(choice.token_ids) == len(choice.origins) == answer.usage.completion_token_count == 5
+    assert (
+        len(choice.token_ids) == len(choice.origins) == response.usage.completion_token_count == 5
+    )
     assert choice.finish_reason == pb.FINISH_REASON_LENGTH
-    assert (answer.model, answer.create_time.seconds) == ("pair", 1_800_000_000)
+    assert (response.model, response.create_time.seconds) == ("pair", 1_800_000_000)
 
 
-async def test_a_stream_says_piece_by_piece_what_an_answer_says_at_once(
+async def test_the_deltas_of_a_stream_join_to_the_response(
     stub: rpc.GenerationServiceAsyncStub,
 ) -> None:
-    answer = await stub.Generate(whole(seed=7, max_tokens=30, choice_count=2))
+    response = await stub.Generate(whole(seed=7, max_tokens=30, choice_count=2))
     frames = [
         frame async for frame in stub.GenerateStream(stream(seed=7, max_tokens=30, choice_count=2))
     ]
@@ -95,13 +90,13 @@ async def test_a_stream_says_piece_by_piece_what_an_answer_says_at_once(
     for frame in frames:
         for choice in frame.choices:
             texts[choice.index] += choice.text
-    assert texts == [choice.text for choice in answer.choices]
-    assert frames[-1].usage == answer.usage
+    assert texts == [choice.text for choice in response.choices]
+    assert frames[-1].usage == response.usage
     assert not any(frame.HasField("usage") for frame in frames[:-1])
     assert len({frame.request_id for frame in frames}) == 1
 
 
-async def test_the_same_request_over_http_gets_the_same_answer(
+async def test_the_same_request_over_http_gets_the_same_completions(
     stub: rpc.GenerationServiceAsyncStub, client: AsyncOpenAI
 ) -> None:
     """Conformance 40: same tokens, same usage."""
@@ -137,7 +132,7 @@ async def test_the_same_request_over_http_gets_the_same_answer(
     assert list(by_grpc.usage.accepted_lengths) == cost["accepted_lengths"]
 
 
-async def test_the_door_hears_every_field(
+async def test_every_field_reaches_the_generator(
     stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator, service: ServingContext
 ) -> None:
     await stub.Generate(
@@ -164,8 +159,8 @@ async def test_the_door_hears_every_field(
             trace=True,
         )
     )
-    (heard,) = generator.heard
-    policy = heard.policy
+    (request,) = generator.requests
+    policy = request.policy
     assert policy.sampling == SamplingParams(
         temperature=0.5,
         top_k=3,
@@ -177,9 +172,9 @@ async def test_the_door_hears_every_field(
     assert (policy.rule, policy.coupling, policy.bonus) == (Lossy(alpha=0.0), "gumbel", "none")
     assert (policy.verification, policy.rows, policy.logprobs) == ("token", "full", 7)
     assert policy.stop_ids == (*service.tokenizer.stop_ids, 9)
-    assert (heard.mode, heard.draft_tokens, heard.trace) == ("cascade", None, True)
-    assert heard.patience == SequenceCascadeParams(confidence=Confidence.QUANTILE, threshold=0.0)
-    assert service.tokenizer.decode(heard.prediction) == "on the Moon"
+    assert (request.mode, request.draft_tokens, request.trace) == ("cascade", None, True)
+    assert request.patience == SequenceCascadeParams(confidence=Confidence.QUANTILE, threshold=0.0)
+    assert service.tokenizer.decode(request.prediction) == "on the Moon"
 
 
 async def test_a_conversation_goes_through_the_template(
@@ -187,10 +182,12 @@ async def test_a_conversation_goes_through_the_template(
 ) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
     await stub.Generate(pb.GenerateRequest(generation=pb.Generation(chat=chat)))
-    assert service.tokenizer.decode(generator.heard[0].prompt) == "user: hi"
+    assert service.tokenizer.decode(generator.requests[0].prompt) == "user: hi"
 
 
-async def test_echo_comes_first_and_has_no_origin(stub: rpc.GenerationServiceAsyncStub) -> None:
+async def test_echoed_tokens_come_first_and_have_no_origin(
+    stub: rpc.GenerationServiceAsyncStub,
+) -> None:
     """The first token of a prompt has no log-probability: NaN."""
     tokens = pb.TokenIds(token_ids=[5, 6, 7])
     fields: dict[str, Any] = {"tokens": tokens, "echo": True, "max_tokens": 2, "logprob_count": 1}
@@ -201,9 +198,9 @@ async def test_echo_comes_first_and_has_no_origin(stub: rpc.GenerationServiceAsy
     assert math.isnan(choice.logprobs[0].logprob)
 
 
-async def test_rounds_are_told_if_asked_for(stub: rpc.GenerationServiceAsyncStub) -> None:
+async def test_trace_returns_the_rounds(stub: rpc.GenerationServiceAsyncStub) -> None:
     (choice,) = (await stub.Generate(whole(max_tokens=4, trace=True))).choices
-    assert [row.token_count for row in choice.rounds] == [3, 1]
+    assert [entry.token_count for entry in choice.rounds] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -229,29 +226,29 @@ async def test_rounds_are_told_if_asked_for(stub: rpc.GenerationServiceAsyncStub
         ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")]), "echo": True}, "echo"),
     ],
 )
-async def test_what_is_wrong_is_named_as_the_protos_name_it(
+async def test_an_invalid_field_has_its_proto_name(
     stub: rpc.GenerationServiceAsyncStub, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Generate(whole(**fields))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert details(caught.value).metadata["param"] == param
+    assert error_info(caught.value).metadata["param"] == param
 
 
-async def test_an_empty_message_is_refused(stub: rpc.GenerationServiceAsyncStub) -> None:
+async def test_a_request_without_a_prompt_is_refused(stub: rpc.GenerationServiceAsyncStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Generate(pb.GenerateRequest())
-    assert details(caught.value).metadata["param"] == "prompt"
+    assert error_info(caught.value).metadata["param"] == "prompt"
 
 
 async def test_an_unknown_model_is_not_found(stub: rpc.GenerationServiceAsyncStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Generate(whole(model="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert details(caught.value).reason == "MODEL_NOT_FOUND"
+    assert error_info(caught.value).reason == "MODEL_NOT_FOUND"
 
 
-async def full(_request: Request, _position: int) -> None:
+async def overloaded(_request: Request, _position: int) -> None:
     raise Overloaded("no room", retry_after_s=2.0)
 
 
@@ -260,20 +257,20 @@ async def broken(_request: Request, position: int) -> None:
         raise ZeroDivisionError("a secret of the server")
 
 
-async def test_errors_arrive_with_their_details_unary_and_streamed(
+async def test_errors_have_details_unary_and_streamed(
     stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
 ) -> None:
-    """A stream that fails has one more frame: Ray Serve's proxy would lose the status without."""
-    generator.pause = full
+    """A failed stream has one more message: Ray Serve's proxy would lose the status without."""
+    generator.pause = overloaded
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Generate(whole())
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.aio.AioRpcError) as streamed:
         assert [frame async for frame in stub.GenerateStream(stream())]
-    assert details(streamed.value).reason == details(caught.value).reason == "OVERLOADED"
+    assert error_info(streamed.value).reason == error_info(caught.value).reason == "OVERLOADED"
 
 
-async def test_a_defect_of_ours_is_internal_and_keeps_its_secrets(
+async def test_an_unexpected_exception_is_internal_and_its_text_hidden(
     stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
 ) -> None:
     generator.pause = broken
@@ -286,7 +283,7 @@ async def test_a_defect_of_ours_is_internal_and_keeps_its_secrets(
     assert generator.open == 0
 
 
-async def test_a_client_that_leaves_ends_its_generation(
+async def test_a_cancelled_call_ends_its_generation(
     stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
 ) -> None:
     async def forever(_request: Request, position: int) -> None:
@@ -313,15 +310,15 @@ async def test_models_are_listed(stub: rpc.GenerationServiceAsyncStub) -> None:
 async def test_health_is_readiness(channel: grpc.aio.Channel) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
     for name in ("", "cascade.v1.GenerationService"):
-        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        response = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health.Check(health_pb2.HealthCheckRequest(service="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-class Call:
-    """What a door is told of a call, without a channel."""
+class FakeContext:
+    """A call's context without a channel."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = metadata
@@ -340,8 +337,8 @@ class Call:
         del trailing_metadata
 
 
-class Proxied:
-    """What Ray Serve's proxy builds its own context from."""
+class ProxyContext:
+    """What Ray Serve's proxy builds its context from."""
 
     def auth_context(self) -> dict[str, Any]:
         return {}
@@ -362,35 +359,59 @@ class Proxied:
 
 
 async def test_errors_go_through_the_context_of_ray_serve(service: ServingContext) -> None:
-    context: Any = RayServegRPCContext(cast("Any", Proxied()))
-    answer = await GenerationServicer(lambda: service).Generate(whole(model="other"), context)
-    told = dict(context.trailing_metadata())
-    assert answer == pb.GenerateResponse()
+    context: Any = RayServegRPCContext(cast("Any", ProxyContext()))
+    response = await GenerationServicer(lambda: service).Generate(whole(model="other"), context)
+    metadata = dict(context.trailing_metadata())
+    assert response == pb.GenerateResponse()
     assert context.code() is grpc.StatusCode.NOT_FOUND
-    assert told["request_id"] == "by-serve"
-    assert status_pb2.Status.FromString(told["grpc-status-details-bin"]).details
+    assert metadata["request_id"] == "by-serve"
+    assert status_of(context.trailing_metadata()).details
 
 
-async def test_keys_are_asked_for_where_there_are_some(service: ServingContext) -> None:
-    door = GenerationServicer(lambda: replace(service, api_keys=frozenset({"secret"})))
-    stranger, friend = Call(), Call(("authorization", "Bearer secret"))
-    await door.ListModels(pb.ListModelsRequest(), stranger)
-    answer = await door.ListModels(pb.ListModelsRequest(), friend)
-    assert (stranger.code, friend.code) == (grpc.StatusCode.UNAUTHENTICATED, None)
-    assert len(answer.models) == 2
+async def test_a_call_needs_an_api_key_if_the_service_has_some(service: ServingContext) -> None:
+    servicer = GenerationServicer(lambda: replace(service, api_keys=frozenset({"secret"})))
+    without, valid = FakeContext(), FakeContext(("authorization", "Bearer secret"))
+    await servicer.ListModels(pb.ListModelsRequest(), without)
+    response = await servicer.ListModels(pb.ListModelsRequest(), valid)
+    assert (without.code, valid.code) == (grpc.StatusCode.UNAUTHENTICATED, None)
+    assert len(response.models) == 2
 
 
-async def test_a_door_without_its_service_is_unavailable() -> None:
-    call = Call()
-    door = GenerationServicer(lambda: None)
-    await door.Generate(whole(), call)
-    assert call.code is grpc.StatusCode.UNAVAILABLE
-    answer = await door.Check(health_pb2.HealthCheckRequest(), Call())
-    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+async def test_without_a_service_every_call_is_unavailable() -> None:
+    context = FakeContext()
+    servicer = GenerationServicer(lambda: None)
+    await servicer.Generate(whole(), context)
+    assert context.code is grpc.StatusCode.UNAVAILABLE
+    response = await servicer.Check(health_pb2.HealthCheckRequest(), FakeContext())
+    assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_a_call_keeps_the_name_it_came_with(service: ServingContext) -> None:
-    answer = await GenerationServicer(lambda: service).Generate(
-        whole(), Call(("request_id", "named"))
+async def test_a_call_keeps_its_request_id(service: ServingContext) -> None:
+    response = await GenerationServicer(lambda: service).Generate(
+        whole(), FakeContext(("request_id", "named"))
     )
-    assert answer.request_id == "named"
+    assert response.request_id == "named"
+
+
+async def test_a_unary_call_that_fails_returns_an_empty_message(service: ServingContext) -> None:
+    """Ray Serve's proxy keeps the details only if a message passes."""
+    context = FakeContext()
+    response = await GenerationServicer(lambda: service).Generate(whole(model="other"), context)
+    assert response == pb.GenerateResponse()
+    assert context.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_call_that_succeeds_sets_no_status(service: ServingContext) -> None:
+    context = FakeContext()
+    await GenerationServicer(lambda: service).Generate(whole(), context)
+    assert context.code is None
+
+
+async def test_a_closed_stream_closes_its_generation(
+    service: ServingContext, generator: ScriptedGenerator
+) -> None:
+    responses = GenerationServicer(lambda: service).GenerateStream(stream(), FakeContext())
+    await anext(responses)
+    assert generator.open == 1
+    await responses.aclose()
+    assert generator.open == 0

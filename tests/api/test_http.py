@@ -1,4 +1,4 @@
-"""Routes, models and health."""
+"""Routes, models, health, request ids and API keys."""
 
 from __future__ import annotations
 
@@ -18,34 +18,30 @@ if TYPE_CHECKING:
     from cascade.api.context import ServingContext
 
 
-def door(service: ServingContext | None) -> httpx2.AsyncClient:
-    transport = httpx2.ASGITransport(app=create_app(service))
-    return httpx2.AsyncClient(transport=transport, base_url="http://door")
-
-
 async def test_models_are_listed_and_one_with_a_slash_is_found(client: AsyncOpenAI) -> None:
     listed = [model.id async for model in client.models.list()]
     assert listed == ["pair", "org/pair"]
     assert (await client.models.retrieve("org/pair")).id == "org/pair"
 
 
-async def test_an_unknown_model_is_not_found(client: AsyncOpenAI) -> None:
+async def test_an_unknown_model_is_a_404(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await client.models.retrieve("org/other")
     assert caught.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz"])
-async def test_health_follows_readiness(service: ServingContext, path: str) -> None:
-    async with door(service) as http:
-        assert (await http.get(path)).json() == {"status": "ok"}
+async def test_health_is_readiness(raw: Callable[..., httpx2.AsyncClient], path: str) -> None:
+    assert (await raw().get(path)).json() == {"status": "ok"}
+    starting = await raw(ready=lambda: False).get(path)
+    assert (starting.status_code, starting.json()["error"]["code"]) == (503, "unavailable")
 
 
-async def test_a_door_without_its_service_says_that_it_is_starting(service: ServingContext) -> None:
-    """The app can be built before the service; until it is set, everything is 503."""
+async def test_without_a_service_every_request_is_a_503(service: ServingContext) -> None:
+    """The app can be created before the service."""
     app = create_app()
     transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://door") as http:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as http:
         early = await http.get("/v1/models")
         app.state.service = service
         late = await http.get("/v1/models")
@@ -54,17 +50,17 @@ async def test_a_door_without_its_service_says_that_it_is_starting(service: Serv
     assert late.status_code == 200
 
 
-async def test_a_layer_in_front_may_name_the_answers_instead(service: ServingContext) -> None:
-    """The name that the layer gave the request is the one in the answer's id."""
+async def test_a_proxy_can_add_the_request_id_instead(service: ServingContext) -> None:
+    """The response's `id` has the request id from the proxy."""
     transport = httpx2.ASGITransport(app=create_app(service, add_request_id=False))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://door") as http:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as http:
         headers = {"x-request-id": "by-serve"}
-        answer = await http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
-    assert "x-request-id" not in answer.headers
-    assert answer.json()["id"] == "cmpl-by-serve"
+        response = await http.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+    assert "x-request-id" not in response.headers
+    assert response.json()["id"] == "cmpl-by-serve"
 
 
-async def test_keys_are_asked_for_where_there_are_some(
+async def test_a_request_needs_an_api_key_if_the_service_has_some(
     connect: Callable[..., AsyncOpenAI],
 ) -> None:
     with pytest.raises(openai.AuthenticationError) as caught:

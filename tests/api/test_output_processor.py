@@ -1,4 +1,4 @@
-"""The scribe: tokens go out with their text, whole characters, and never part of a stop string."""
+"""Deltas have whole characters, the text of their tokens, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ TEXTS = st.text(ALPHABET, max_size=30)
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=4)
 
 
-def cut(text: str, places: list[int]) -> list[str]:
+def split(text: str, places: list[int]) -> list[str]:
     at = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
     return [text[start:end] for start, end in pairwise(at)]
 
 
-def listen(parts: list[str], stops: list[str]) -> tuple[str, str | None]:
-    matcher, heard = StopMatcher(stops), ""
+def match(parts: list[str], stops: list[str]) -> tuple[str, str | None]:
+    matcher, released = StopMatcher(stops), ""
     for part in parts:
-        passage = matcher.push(part)
-        heard += passage.text
-        if passage.stop is not None:
-            return heard, passage.stop
-    return heard + matcher.flush(), None
+        found = matcher.push(part)
+        released += found.text
+        if found.stop is not None:
+            return released, found.stop
+    return released + matcher.flush(), None
 
 
 def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -58,29 +58,29 @@ def test_the_example_of_the_docstring() -> None:
 
 
 @given(text=TEXTS, stops=STOPS, places=st.lists(st.integers(0, 99), max_size=8))
-def test_what_comes_out_does_not_depend_on_how_the_text_was_cut(
+def test_the_match_does_not_depend_on_how_the_text_is_split(
     text: str, stops: list[str], places: list[int]
 ) -> None:
-    assert listen(cut(text, places), stops) == expected(text, stops)
+    assert match(split(text, places), stops) == expected(text, stops)
 
 
 @given(text=TEXTS, stops=STOPS, places=st.lists(st.integers(0, 99), max_size=8))
-def test_what_is_out_can_never_turn_out_to_be_a_stop_string(
+def test_released_text_is_always_part_of_the_result(
     text: str, stops: list[str], places: list[int]
 ) -> None:
-    """At every moment, what is out begins what comes out in the end."""
-    matcher, heard = StopMatcher(stops), ""
+    """At every step, the text so far begins the final text."""
+    matcher, released = StopMatcher(stops), ""
     final, _ = expected(text, stops)
-    for part in cut(text, places):
-        passage = matcher.push(part)
-        heard += passage.text
-        assert final.startswith(heard)
-        if passage.stop is not None:
+    for part in split(text, places):
+        found = matcher.push(part)
+        released += found.text
+        assert final.startswith(released)
+        if found.stop is not None:
             break
 
 
 @given(text=TEXTS)
-def test_without_stop_strings_nothing_is_held(text: str) -> None:
+def test_without_stop_strings_no_text_is_held(text: str) -> None:
     assert StopMatcher([]).push(text).text == text
 
 
@@ -94,8 +94,8 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=12)
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def pieces(tokens: Sequence[int], sizes: Sequence[int]) -> list[OutputChunk]:
-    """Return the tokens in blocks; the last ends for length."""
+def chunks(tokens: Sequence[int], sizes: Sequence[int]) -> list[OutputChunk]:
+    """Return the tokens in blocks; the last one has finish reason `length`."""
     result: list[OutputChunk] = []
     at, number = 0, 0
     while at < len(tokens):
@@ -108,10 +108,10 @@ def pieces(tokens: Sequence[int], sizes: Sequence[int]) -> list[OutputChunk]:
     return result
 
 
-def write(scribe: OutputProcessor, parts: Sequence[OutputChunk]) -> list[Delta]:
+def process(processor: OutputProcessor, parts: Sequence[OutputChunk]) -> list[Delta]:
     deltas: list[Delta] = []
     for part in parts:
-        deltas.append(scribe.push(part))
+        deltas.append(processor.push(part))
         if deltas[-1].finish is not None:
             break
     return deltas
@@ -119,76 +119,76 @@ def write(scribe: OutputProcessor, parts: Sequence[OutputChunk]) -> list[Delta]:
 
 @SHARED
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
-def test_the_deltas_join_to_the_text_and_carry_every_token_once(
-    words: Tokenizer, text: str, sizes: list[int]
+def test_the_deltas_have_the_text_and_every_token_once(
+    tokenizer: Tokenizer, text: str, sizes: list[int]
 ) -> None:
-    tokens = words.encode(text)
-    deltas = write(OutputProcessor(words), pieces(tokens, sizes))
+    tokens = tokenizer.encode(text)
+    deltas = process(OutputProcessor(tokenizer), chunks(tokens, sizes))
     assert "".join(delta.text for delta in deltas) == text
-    assert [entry.token_id for delta in deltas for entry in delta.tokens] == list(tokens)
+    assert [token.token_id for delta in deltas for token in delta.tokens] == list(tokens)
 
 
 @SHARED
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
-def test_no_delta_has_half_a_character(words: Tokenizer, text: str, sizes: list[int]) -> None:
-    deltas = write(OutputProcessor(words), pieces(words.encode(text), sizes))
+def test_no_delta_has_half_a_character(tokenizer: Tokenizer, text: str, sizes: list[int]) -> None:
+    deltas = process(OutputProcessor(tokenizer), chunks(tokenizer.encode(text), sizes))
     assert not any("\ufffd" in delta.text for delta in deltas)
 
 
 @SHARED
 @given(text=OUTPUT_TEXTS, sizes=SIZES, stop=st.text("ab é🌙日", min_size=1, max_size=3))
-def test_an_answer_ends_before_its_stop_string_however_blocks_fall(
-    words: Tokenizer, text: str, sizes: list[int], stop: str
+def test_the_text_ends_before_a_stop_string_wherever_blocks_end(
+    tokenizer: Tokenizer, text: str, sizes: list[int], stop: str
 ) -> None:
-    """Text and tokens are those of one block; the last token is the one that completed it."""
-    tokens = words.encode(text)
-    deltas = write(OutputProcessor(words, stops=[stop]), pieces(tokens, sizes))
-    at_once = write(OutputProcessor(words, stops=[stop]), pieces(tokens, [len(tokens)]))
+    """Text and tokens are as from one block; the last token completed the stop string."""
+    tokens = tokenizer.encode(text)
+    deltas = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, sizes))
+    at_once = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, [len(tokens)]))
     assert "".join(delta.text for delta in deltas) == text.split(stop, maxsplit=1)[0]
     assert deltas[-1].finish == (STOP if stop in text else LENGTH)
-    entries = [entry for delta in deltas for entry in delta.tokens]
-    assert entries == list(at_once[-1].tokens)
-    kept = [entry.token_id for entry in entries]
+    released = [token for delta in deltas for token in delta.tokens]
+    assert released == list(at_once[-1].tokens)
+    kept = [token.token_id for token in released]
     assert kept == list(tokens[: len(kept)])
-    assert (stop in words.decode(kept)) == (stop in text)
+    assert (stop in tokenizer.decode(kept)) == (stop in text)
 
 
 @SHARED
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
-def test_nothing_after_a_stop_token_is_told(words: Tokenizer, text: str, sizes: list[int]) -> None:
-    tokens = words.encode(text)
-    (end,) = words.stop_ids
-    parts = pieces([*tokens, end, *tokens], sizes)
-    deltas = write(OutputProcessor(words, stop_ids=[end]), parts)
+def test_nothing_after_a_stop_token_is_released(
+    tokenizer: Tokenizer, text: str, sizes: list[int]
+) -> None:
+    tokens = tokenizer.encode(text)
+    (end,) = tokenizer.stop_ids
+    parts = chunks([*tokens, end, *tokens], sizes)
+    deltas = process(OutputProcessor(tokenizer, stop_ids=[end]), parts)
     assert "".join(delta.text for delta in deltas) == text
     assert deltas[-1].finish is STOP
     assert deltas[-1].tokens[-1].token_id == end
     assert sum(len(delta.tokens) for delta in deltas) == len(tokens) + 1
 
 
-def test_an_answer_cut_inside_a_character_says_so_at_its_end(words: Tokenizer) -> None:
-    """What the model left unfinished is U+FFFD, as the decoder of the whole answer writes it."""
-    half = words.encode("\N{ROCKET}")[:1]
-    (delta,) = write(OutputProcessor(words), pieces(half, [1]))
-    assert delta.text == words.decode(half) == "\ufffd"
+def test_an_unfinished_character_is_a_replacement_character(tokenizer: Tokenizer) -> None:
+    """As the tokenizer decodes it."""
+    half = tokenizer.encode("\N{ROCKET}")[:1]
+    (delta,) = process(OutputProcessor(tokenizer), chunks(half, [1]))
+    assert delta.text == tokenizer.decode(half) == "\ufffd"
 
 
 @pytest.mark.parametrize("stop", ["\ufffd", "x\ufffd"])
-def test_a_stop_string_may_be_what_an_unfinished_character_becomes(
-    words: Tokenizer, stop: str
-) -> None:
-    tokens = (*words.encode("x"), *words.encode("\N{ROCKET}")[:1])
-    (delta,) = write(OutputProcessor(words, stops=[stop]), pieces(tokens, [2]))
+def test_a_stop_string_can_match_a_replacement_character(tokenizer: Tokenizer, stop: str) -> None:
+    tokens = (*tokenizer.encode("x"), *tokenizer.encode("\N{ROCKET}")[:1])
+    (delta,) = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, [2]))
     assert (delta.text, delta.finish, delta.stop) == ("x\ufffd".removesuffix(stop), STOP, stop)
 
 
-def test_text_held_for_a_stop_string_comes_out_at_the_end(words: Tokenizer) -> None:
-    tokens = words.encode("on the Moon")
-    deltas = write(OutputProcessor(words, stops=["the Moonlight"]), pieces(tokens, [1]))
+def test_held_text_is_released_at_the_end(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("on the Moon")
+    deltas = process(OutputProcessor(tokenizer, stops=["the Moonlight"]), chunks(tokens, [1]))
     assert deltas[-1].text.endswith("the Moon")
     assert "".join(delta.text for delta in deltas) == "on the Moon"
     assert deltas[-1].text.endswith("the Moon")
 
 
-def test_a_piece_without_tokens_says_nothing(words: Tokenizer) -> None:
-    assert OutputProcessor(words).push(OutputChunk(tokens=(), origins=())) == Delta()
+def test_a_chunk_without_tokens_is_an_empty_delta(tokenizer: Tokenizer) -> None:
+    assert OutputProcessor(tokenizer).push(OutputChunk(tokens=(), origins=())) == Delta()

@@ -1,4 +1,4 @@
-"""The doors over the shipped pair: what only a real drafter and a real expert can show."""
+"""Both APIs over the shipped pair of models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RULES: list[dict[str, Any]] = [
     {"kind": "typical"},
 ]
 
-ASKED: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     *({"rule": rule} for rule in RULES),
     {"mode": "expert_only"},
     {"mode": "drafter_only"},
@@ -80,7 +80,7 @@ def expert() -> Any:
     return AutoModelForCausalLM.from_pretrained(demo.EXPERT, dtype=torch.float32).eval()
 
 
-def laws(tokens: list[int]) -> Tensor:
+def expert_logprobs(tokens: list[int]) -> Tensor:
     """Return the expert's log-probabilities after each token, by a plain forward pass."""
     with torch.inference_mode():
         return torch.log_softmax(expert()(torch.tensor([tokens])).logits[0], dim=-1)
@@ -91,11 +91,11 @@ def extra(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 5, 16])
-async def test_greedy_text_is_the_experts_own(
+async def test_greedy_text_is_that_of_transformers(
     client: AsyncOpenAI, service: ServingContext, draft_tokens: int
 ) -> None:
     """Conformance 12."""
-    answer = await client.chat.completions.create(
+    response = await client.chat.completions.create(
         model="pair",
         messages=ALDRIN,
         temperature=0,
@@ -108,14 +108,12 @@ async def test_greedy_text_is_the_experts_own(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False
         )
     expected = service.tokenizer.decode(whole[0, prompt.shape[1] :].tolist())
-    assert answer.choices[0].message.content == expected
+    assert response.choices[0].message.content == expected
 
 
-async def test_log_probabilities_are_the_experts_laws(
-    client: AsyncOpenAI,
-) -> None:
-    """Of every token under the lossless rule, whatever the temperature; the best come first."""
-    answer = await client.completions.create(
+async def test_logprobs_are_the_experts(client: AsyncOpenAI) -> None:
+    """Of every token under the lossless rule, whatever the temperature."""
+    response = await client.completions.create(
         model="pair",
         prompt="The Moon",
         seed=3,
@@ -124,52 +122,52 @@ async def test_log_probabilities_are_the_experts_laws(
         logprobs=3,
         extra_body={"return_token_ids": True},
     )
-    (choice,) = answer.choices
-    said = extra(choice)
-    prompt, tokens = said["prompt_token_ids"], said["token_ids"]
-    expected = laws(prompt + tokens)[len(prompt) - 1 :]
+    (choice,) = response.choices
+    ids = extra(choice)
+    prompt, tokens = ids["prompt_token_ids"], ids["token_ids"]
+    expected = expert_logprobs(prompt + tokens)[len(prompt) - 1 :]
     assert choice.logprobs is not None
     for at, token in enumerate(tokens):
-        told = (choice.logprobs.token_logprobs or [])[at]
-        assert told == pytest.approx(expected[at, token].item(), abs=2e-3)
+        logprob = (choice.logprobs.token_logprobs or [])[at]
+        assert logprob == pytest.approx(expected[at, token].item(), abs=2e-3)
         best = max((choice.logprobs.top_logprobs or [])[at].values())
         assert best == pytest.approx(expected[at].max().item(), abs=2e-3)
     assert "".join(choice.logprobs.tokens or []) == choice.text
 
 
-async def test_an_echo_is_scored_by_the_expert(loose: AsyncOpenAI, service: ServingContext) -> None:
-    """What evaluation harnesses ask for: the likelihood of a given text."""
+async def test_echo_logprobs_are_the_experts(lenient: AsyncOpenAI, service: ServingContext) -> None:
+    """Evaluation harnesses use them as the likelihood of a given text."""
     text = "Buzz Aldrin is an American"
-    answer = await loose.completions.create(
+    response = await lenient.completions.create(
         model="pair", prompt=text, echo=True, logprobs=1, max_tokens=0
     )
-    logprobs = answer.choices[0].logprobs
+    logprobs = response.choices[0].logprobs
     assert logprobs is not None
     tokens = list(service.tokenizer.encode(text))
-    expected = laws(tokens)
-    told = logprobs.token_logprobs or []
-    assert told[0] is None
+    expected = expert_logprobs(tokens)
+    scored = logprobs.token_logprobs or []
+    assert scored[0] is None
     for at, token in enumerate(tokens[1:]):
-        assert told[at + 1] == pytest.approx(expected[at, token].item(), abs=2e-3)
-    assert answer.choices[0].text == text
+        assert scored[at + 1] == pytest.approx(expected[at, token].item(), abs=2e-3)
+    assert response.choices[0].text == text
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=str)
-async def test_every_rule_and_mode_answers_and_adds_up(
-    client: AsyncOpenAI, asked: dict[str, Any]
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+async def test_every_rule_and_mode_has_consistent_counts(
+    client: AsyncOpenAI, options: dict[str, Any]
 ) -> None:
     """Conformance 35, 37, 38."""
-    answer = await client.chat.completions.create(
+    response = await client.chat.completions.create(
         model="pair",
         messages=ALDRIN,
         n=2,
         max_tokens=16,
-        extra_body={"cascade": asked | {"trace": True}},
+        extra_body={"cascade": options | {"trace": True}},
     )
-    usage = answer.usage
+    usage = response.usage
     assert usage is not None
     assert usage.completion_tokens_details is not None
-    origins = [extra(choice)["cascade"]["origins"] for choice in answer.choices]
+    origins = [extra(choice)["cascade"]["origins"] for choice in response.choices]
     cost = extra(usage)["cascade"]
     assert sum(map(len, origins)) == usage.completion_tokens
     details = usage.completion_tokens_details
@@ -178,51 +176,51 @@ async def test_every_rule_and_mode_answers_and_adds_up(
     assert rejected is not None
     assert min(accepted, rejected) >= 0
     assert accepted + rejected == cost["drafted"]
-    assert all(choice.message.content for choice in answer.choices)
+    assert all(choice.message.content for choice in response.choices)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [{}, {"rule": RULES[-2], "draft_tokens": 4}, {"rule": RULES[3], "draft_tokens": 4}],
     ids=str,
 )
-async def test_a_seed_gives_the_same_text_streamed_or_not_and_over_both_doors(
-    client: AsyncOpenAI, service: ServingContext, asked: dict[str, Any]
+async def test_a_seed_gives_the_same_text_streamed_or_not_over_http_and_grpc(
+    client: AsyncOpenAI, service: ServingContext, options: dict[str, Any]
 ) -> None:
-    """Conformance 5, 17, 40: the same three texts however they are asked for."""
-    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "seed": 7, "n": 3}
-    told |= {"max_tokens": 24, "temperature": 1.5, "extra_body": {"cascade": asked}}
-    whole = await client.chat.completions.create(**told)
+    """Conformance 5, 17, 40."""
+    body: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "seed": 7, "n": 3}
+    body |= {"max_tokens": 24, "temperature": 1.5, "extra_body": {"cascade": options}}
+    whole = await client.chat.completions.create(**body)
     texts = [choice.message.content or "" for choice in whole.choices]
     assert len(set(texts)) > 1
     streamed = ["", "", ""]
-    async for chunk in await client.chat.completions.create(**told, stream=True):
+    async for chunk in await client.chat.completions.create(**body, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
-    by_grpc = await over_grpc(service, asked)
+    by_grpc = await over_grpc(service, options)
     assert [choice.text for choice in by_grpc.choices] == texts
     assert whole.usage is not None
     assert by_grpc.usage.completion_token_count == whole.usage.completion_tokens
     assert by_grpc.usage.prompt_token_count == whole.usage.prompt_tokens
 
 
-async def over_grpc(service: ServingContext, asked: dict[str, Any]) -> pb.GenerateResponse:
+async def over_grpc(service: ServingContext, options: dict[str, Any]) -> pb.GenerateResponse:
     rule = None
-    length: Any = asked.get("draft_tokens")  # None leaves the field unset
-    match asked.get("rule"):
+    length: Any = options.get("draft_tokens")  # None leaves the field unset
+    match options.get("rule"):
         case {"kind": "token_v3", "alpha": alpha}:
             rule = tokens_pb2.Rule(token_v3=tokens_pb2.TokenV3(alpha=alpha))
         case {"kind": "chow", "alpha": alpha}:
             rule = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=alpha))
         case _:
-            assert not asked
+            assert not options
     server = grpc.aio.server()
     rpc.add_GenerationServiceServicer_to_server(GenerationServicer(lambda: service), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    turns = [pb.ChatMessage(**turn) for turn in ALDRIN]
+    messages = [pb.ChatMessage(**message) for message in ALDRIN]
     generation = pb.Generation(
-        chat=pb.Chat(messages=turns),
+        chat=pb.Chat(messages=messages),
         seed=7,
         choice_count=3,
         max_tokens=24,
@@ -232,29 +230,29 @@ async def over_grpc(service: ServingContext, asked: dict[str, Any]) -> pb.Genera
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = rpc.GenerationServiceStub(channel)
-        answer = await stub.Generate(pb.GenerateRequest(generation=generation))
+        response = await stub.Generate(pb.GenerateRequest(generation=generation))
     await server.stop(None)
-    return answer
+    return response
 
 
 @pytest.mark.parametrize("stop", ["Aldrin", "zz", '"', " Americ", "an American"])
 async def test_a_stop_string_ends_the_text_where_it_begins(
     client: AsyncOpenAI, pair: LocalServer, stop: str
 ) -> None:
-    """Conformance 14, 15, with drafted blocks; both tiers are free when the answer is there."""
-    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0}
-    whole = await client.chat.completions.create(**told, max_tokens=40)
-    answer = await client.chat.completions.create(**told, max_tokens=40, stop=stop)
+    """Conformance 14, 15, with drafted blocks; afterwards no tier holds a session."""
+    body: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0}
+    whole = await client.chat.completions.create(**body, max_tokens=40)
+    response = await client.chat.completions.create(**body, max_tokens=40, stop=stop)
     text = whole.choices[0].message.content or ""
-    assert answer.choices[0].message.content == text.split(stop)[0]
-    assert answer.usage is not None
-    cost = extra(answer.usage)["cascade"]
+    assert response.choices[0].message.content == text.split(stop)[0]
+    assert response.usage is not None
+    cost = extra(response.usage)["cascade"]
     assert cost["rounds"] > 0
-    assert len(extra(answer.choices[0])["cascade"]["origins"]) == answer.usage.completion_tokens
-    await free(pair)
+    assert len(extra(response.choices[0])["cascade"]["origins"]) == response.usage.completion_tokens
+    await wait_until_free(pair)
 
 
-async def free(pair: LocalServer) -> None:
+async def wait_until_free(pair: LocalServer) -> None:
     """Wait until neither tier holds a session; fail after a second (conformance 27)."""
     async with asyncio.timeout(1):
         while pair.drafter.num_sessions or pair.expert.num_sessions:  # noqa: ASYNC110 - it has no event
@@ -262,17 +260,17 @@ async def free(pair: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_client_that_leaves_frees_both_tiers(
+async def test_a_client_that_disconnects_frees_both_tiers(
     pair: LocalServer, listen: Callable[..., Awaitable[str]], n: int
 ) -> None:
     """Conformance 27."""
     body = {"prompt": "The Moon", "stream": True, "max_tokens": 900, "n": n, "ignore_eos": True}
     async with httpx2.AsyncClient(base_url=await listen()) as http:
-        async with http.stream("POST", "/v1/completions", json=body) as answer:
-            async for line in answer.aiter_lines():
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
                 if line.startswith("data: "):
                     break
-        await free(pair)
+        await wait_until_free(pair)
 
 
 async def test_the_stream_helper_runs_to_its_end(client: AsyncOpenAI) -> None:
@@ -291,20 +289,20 @@ async def test_the_stream_helper_runs_to_its_end(client: AsyncOpenAI) -> None:
     assert extra(final.usage)["cascade"]["rounds"] > 0
     for choice in final.choices:
         assert choice.logprobs is not None
-        told = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content or [])
-        assert told.decode() == choice.message.content
+        data = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content or [])
+        assert data.decode() == choice.message.content
 
 
-async def test_a_right_prediction_is_taken_whole(client: AsyncOpenAI) -> None:
-    """The text that the answer will have serves as its draft: almost all of it stands."""
-    told: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0, "max_tokens": 30}
-    whole = await client.chat.completions.create(**told)
+async def test_a_right_prediction_is_accepted(client: AsyncOpenAI) -> None:
+    """With the text of the completion as prediction, almost all of it is accepted."""
+    body: dict[str, Any] = {"model": "pair", "messages": ALDRIN, "temperature": 0, "max_tokens": 30}
+    whole = await client.chat.completions.create(**body)
     text = whole.choices[0].message.content or ""
     again = await client.chat.completions.create(
-        **told, prediction={"type": "content", "content": text}
+        **body, prediction={"type": "content", "content": text}
     )
     assert again.choices[0].message.content == text
     assert again.usage is not None
     assert again.usage.completion_tokens_details is not None
-    taken = again.usage.completion_tokens_details.accepted_prediction_tokens or 0
-    assert taken >= 0.9 * again.usage.completion_tokens
+    accepted = again.usage.completion_tokens_details.accepted_prediction_tokens or 0
+    assert accepted >= 0.9 * again.usage.completion_tokens

@@ -1,4 +1,4 @@
-"""Events as bytes, and work that ends with its client."""
+"""Events as bytes, and work that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_an_event_is_one_line_of_utf_8() -> None:
     assert encode_event({"text": "a\nb \N{ROCKET}"}) == 'data: {"text":"a\\nb 🚀"}\n\n'.encode()
 
 
-def test_an_event_never_has_what_javascript_cannot_read() -> None:
+def test_an_event_never_has_numbers_that_are_not_json() -> None:
     with pytest.raises(ValueError, match="JSON"):
         encode_event({"logprob": float("-inf")})
 
 
-async def test_work_is_done_while_the_client_stays() -> None:
+async def test_work_returns_while_the_client_is_connected() -> None:
     async def work() -> int:
         await asyncio.sleep(0)
         return 7
@@ -40,7 +40,7 @@ async def test_work_is_done_while_the_client_stays() -> None:
     assert await while_connected(stay, work()) == 7
 
 
-async def test_work_ends_before_anybody_hears_that_the_client_left() -> None:
+async def test_work_has_ended_before_cancelled_is_raised() -> None:
     ended = False
 
     async def work() -> None:
@@ -56,7 +56,7 @@ async def test_work_ends_before_anybody_hears_that_the_client_left() -> None:
     assert ended
 
 
-async def test_an_error_of_the_work_is_its_own() -> None:
+async def test_an_error_of_the_work_is_raised() -> None:
     async def work() -> None:
         raise KeyError("x")
 
@@ -64,8 +64,8 @@ async def test_an_error_of_the_work_is_its_own() -> None:
         await while_connected(stay, work())
 
 
-class Words:
-    """Endless events that know whether they were closed."""
+class EndlessEvents:
+    """Events without end; records whether they were closed."""
 
     closed = False
 
@@ -80,24 +80,24 @@ class Words:
 
 @pytest.mark.parametrize("how", ["disconnect", "broken pipe"])
 async def test_a_response_closes_its_events_however_it_ends(how: str) -> None:
-    words, spoken = Words(), asyncio.Event()
+    endless, streaming = EndlessEvents(), asyncio.Event()
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
         if len(sent) > 2:
-            spoken.set()
+            streaming.set()
         if how == "broken pipe" and len(sent) > 3:
-            raise OSError("nobody there")
+            raise OSError("connection reset")
 
     async def receive() -> dict[str, Any]:
         if how == "broken pipe":
             return await stay()
-        await spoken.wait()
+        await streaming.wait()
         return await leave()
 
-    await EventResponse(words.events())({"type": "http"}, receive, send)
-    assert words.closed
+    await EventResponse(endless.events())({"type": "http"}, receive, send)
+    assert endless.closed
     assert sent[0]["status"] == 200
     headers = dict(sent[0]["headers"])
     assert headers[b"content-type"].startswith(b"text/event-stream")

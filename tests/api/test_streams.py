@@ -1,4 +1,4 @@
-"""Streams, as OpenAI's client and as plain ears hear them (conformance 17 to 27)."""
+"""Streams, read by OpenAI's client and as plain HTTP (conformance 17 to 27)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ CHAT: dict[str, Any] = {"messages": HI, "seed": 7, "stream": True}
 TEXT: dict[str, Any] = {"prompt": "Buzz", "seed": 7, "stream": True, "max_tokens": 30}
 
 
-async def hear(
+async def stream_events(
     http: httpx2.AsyncClient, events: Callable[[str], list[Any]], path: str, **fields: Any
 ) -> list[Any]:
     body = (CHAT if path == "chat/completions" else TEXT) | fields
-    answer = await http.post(f"/v1/{path}", json=body)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    return events(answer.text)
+    response = await http.post(f"/v1/{path}", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return events(response.text)
 
 
 @pytest.mark.parametrize("blocks", [(1,), (3, 1, 4), (60,)])
-async def test_deltas_join_to_the_text_of_the_whole_answer(
+async def test_deltas_join_to_the_text_of_the_response(
     client: AsyncOpenAI, generator: ScriptedGenerator, blocks: tuple[int, ...]
 ) -> None:
     """Conformance 17."""
@@ -50,9 +50,7 @@ async def test_deltas_join_to_the_text_of_the_whole_answer(
     assert len(parts) >= 3
 
 
-async def test_each_choice_has_its_role_once_and_choices_come_in_order(
-    client: AsyncOpenAI,
-) -> None:
+async def test_each_choice_has_its_role_once_and_choices_are_in_order(client: AsyncOpenAI) -> None:
     """Conformance 18."""
     stream = await client.chat.completions.create(model="pair", messages=HI, n=3, stream=True)
     chunks = [chunk async for chunk in stream]
@@ -64,14 +62,14 @@ async def test_each_choice_has_its_role_once_and_choices_come_in_order(
     assert all(chunk.choices[0].delta.content is None for chunk in ends)
 
 
-async def test_texts_come_in_order_too(loose: AsyncOpenAI) -> None:
+async def test_text_choices_are_in_order(lenient: AsyncOpenAI) -> None:
     """Conformance 18."""
-    stream = await loose.completions.create(model="pair", prompt="Buzz", n=3, stream=True)
+    stream = await lenient.completions.create(model="pair", prompt="Buzz", n=3, stream=True)
     indexes = [chunk.choices[0].index async for chunk in stream]
     assert list(dict.fromkeys(indexes)) == [0, 1, 2]
 
 
-async def test_the_stream_helper_runs_to_its_end(client: AsyncOpenAI) -> None:
+async def test_the_stream_helper_of_openais_client_works(client: AsyncOpenAI) -> None:
     """Conformance 19."""
     whole = await client.chat.completions.create(
         model="pair", messages=HI, seed=7, n=3, logprobs=True, top_logprobs=2
@@ -94,31 +92,33 @@ async def test_the_stream_helper_runs_to_its_end(client: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-async def test_usage_comes_last_and_only_if_asked_for(
+async def test_usage_is_the_last_chunk_if_requested(
     http: httpx2.AsyncClient, events: Callable[[str], list[Any]], path: str
 ) -> None:
     """Conformance 20, 24: then only `[DONE]` follows."""
-    *chunks, last, done = await hear(http, events, path, stream_options={"include_usage": True})
+    *chunks, last, done = await stream_events(
+        http, events, path, stream_options={"include_usage": True}
+    )
     assert all(chunk["usage"] is None for chunk in chunks)
     assert (last["choices"], done) == ([], "[DONE]")
     assert last["usage"]["completion_tokens"] > 0
-    *chunks, done = await hear(http, events, path)
+    *chunks, done = await stream_events(http, events, path)
     assert not any("usage" in chunk for chunk in chunks)
     assert all(chunk["choices"] for chunk in chunks)
     assert done == "[DONE]"
 
 
-async def test_usage_so_far_grows_with_the_answer(
+async def test_continuous_usage_grows_with_the_completion(
     http: httpx2.AsyncClient, events: Callable[[str], list[Any]]
 ) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    *chunks, _ = await hear(http, events, "completions", stream_options=options)
+    *chunks, _ = await stream_events(http, events, "completions", stream_options=options)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
 
 
-async def test_stream_options_are_for_streams(client: AsyncOpenAI) -> None:
+async def test_stream_options_need_stream(client: AsyncOpenAI) -> None:
     """Conformance 21."""
     options: Any = {"include_usage": True}
     with pytest.raises(openai.BadRequestError) as caught:
@@ -129,22 +129,22 @@ async def test_stream_options_are_for_streams(client: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-async def test_all_chunks_have_one_name_and_one_time(
+async def test_all_chunks_have_the_same_id_and_time(
     http: httpx2.AsyncClient, events: Callable[[str], list[Any]], path: str
 ) -> None:
     """Conformance 22."""
-    *chunks, _ = await hear(http, events, path, n=2)
+    *chunks, _ = await stream_events(http, events, path, n=2)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     assert chunks[0]["created"] == 1_800_000_000
 
 
-async def test_a_character_waits_for_all_of_its_tokens(
-    loose: AsyncOpenAI, generator: ScriptedGenerator
+async def test_a_character_is_sent_when_all_its_tokens_are_there(
+    lenient: AsyncOpenAI, generator: ScriptedGenerator
 ) -> None:
-    """Conformance 23: one token a block, so that characters are cut."""
+    """Conformance 23: one token per block, so that characters are split."""
     generator.blocks = (1,)
-    told: dict[str, Any] = TEXT | {"model": "pair"}
-    stream = await loose.completions.create(**told)
+    body: dict[str, Any] = TEXT | {"model": "pair"}
+    stream = await lenient.completions.create(**body)
     parts = [chunk.choices[0].text async for chunk in stream]
     assert not any("\ufffd" in part for part in parts)
     assert any("\N{ROCKET}" in part for part in parts)
@@ -158,26 +158,26 @@ def after(count: int, error: Exception) -> Callable[[Request, int], Awaitable[No
     return pause
 
 
-async def test_a_failure_on_the_way_is_an_error_event_and_no_end(
+async def test_an_error_in_mid_stream_is_an_event_without_done(
     client: AsyncOpenAI,
     http: httpx2.AsyncClient,
     generator: ScriptedGenerator,
     events: Callable[[str], list[Any]],
 ) -> None:
-    """Conformance 25: the client raises our code; `[DONE]` would say that all went well."""
-    generator.pause = after(3, ExpertUnavailable("the expert is gone"))
+    """Conformance 25: the client raises our code; `[DONE]` would mean success."""
+    generator.pause = after(3, ExpertUnavailable("no expert"))
     stream = await client.chat.completions.create(model="pair", messages=HI, stream=True)
     with pytest.raises(openai.APIError) as caught:
         assert [chunk async for chunk in stream]
     assert (caught.value.code, caught.value.type) == ("expert_unavailable", "server_error")
-    assert caught.value.message == "the expert is gone"
-    heard = await hear(http, events, "chat/completions")
-    assert "error" in heard[-1]
+    assert caught.value.message == "no expert"
+    received = await stream_events(http, events, "chat/completions")
+    assert "error" in received[-1]
     assert generator.open == 0
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, Internal])
-async def test_a_defect_on_the_way_keeps_its_secrets(
+async def test_an_internal_error_in_mid_stream_hides_its_text(
     client: AsyncOpenAI,
     generator: ScriptedGenerator,
     caplog: pytest.LogCaptureFixture,
@@ -193,7 +193,7 @@ async def test_a_defect_on_the_way_keeps_its_secrets(
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_refusal_before_the_first_words_has_its_own_status(
+async def test_an_error_before_the_first_token_has_its_status(
     client: AsyncOpenAI, generator: ScriptedGenerator, n: int
 ) -> None:
     generator.pause = after(0, Overloaded("no room"))
@@ -202,19 +202,19 @@ async def test_a_refusal_before_the_first_words_has_its_own_status(
     assert generator.open == 0
 
 
-async def test_a_refusal_after_an_echo_has_its_own_status_too(
+async def test_an_error_after_the_echo_has_its_status(
     client: AsyncOpenAI, generator: ScriptedGenerator
 ) -> None:
-    """The prompt could be sent at once; but it is no sign that an answer can follow."""
+    """The echoed prompt is no sign that the generation can begin."""
     generator.pause = after(0, Overloaded("no room"))
     with pytest.raises(openai.RateLimitError):
         await client.completions.create(model="pair", prompt="Buzz", stream=True, echo=True)
 
 
-async def test_a_slow_beginning_is_bridged_by_comments(
+async def test_comments_are_sent_before_a_slow_first_token(
     generator: ScriptedGenerator, listen: Callable[..., Awaitable[str]]
 ) -> None:
-    """Conformance 26: they come before the first token and change nothing."""
+    """Conformance 26."""
     gate = asyncio.Event()
 
     async def wait(_request: Request, _position: int) -> None:
@@ -222,44 +222,44 @@ async def test_a_slow_beginning_is_bridged_by_comments(
 
     generator.pause = wait
     url = await listen(keep_alive_s=0.01)
-    heard: list[str] = []
+    lines: list[str] = []
     async with (
         httpx2.AsyncClient(base_url=url) as http,
-        http.stream("POST", "/v1/completions", json=TEXT) as answer,
+        http.stream("POST", "/v1/completions", json=TEXT) as response,
     ):
-        async for line in answer.aiter_lines():
-            heard.append(line)
+        async for line in response.aiter_lines():
+            lines.append(line)
             if line == ": keep-alive":
                 gate.set()
-    assert heard[0] == ": keep-alive"
-    data = [line for line in heard if line.startswith("data: {")]
+    assert lines[0] == ": keep-alive"
+    data = [line for line in lines if line.startswith("data: {")]
     assert json.loads(data[-1][6:])["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_the_client_steps_over_comments(
+async def test_openais_client_ignores_comments(
     generator: ScriptedGenerator, listen: Callable[..., Awaitable[str]]
 ) -> None:
     """Conformance 26."""
-    told = asyncio.Event()
+    gate = asyncio.Event()
 
     async def wait(_request: Request, _position: int) -> None:
-        await told.wait()
+        await gate.wait()
 
     generator.pause = wait
     url = await listen(keep_alive_s=0.01)
     async with AsyncOpenAI(api_key="any", base_url=f"{url}/v1", max_retries=0) as client:
         stream = await client.chat.completions.create(model="pair", messages=HI, stream=True)
-        told.set()
+        gate.set()
         parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "Moon" in "".join(parts)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("place", [0, 3])
-async def test_a_client_that_leaves_a_stream_frees_it(
+async def test_a_client_that_disconnects_ends_its_stream(
     generator: ScriptedGenerator, listen: Callable[..., Awaitable[str]], n: int, place: int
 ) -> None:
-    """Conformance 27: while it waits for the first words, and in the middle."""
+    """Conformance 27: while it waits for the first token, and in the middle."""
     started = asyncio.Event()
 
     async def forever(_request: Request, position: int) -> None:
@@ -270,20 +270,20 @@ async def test_a_client_that_leaves_a_stream_frees_it(
     generator.pause = forever
     async with httpx2.AsyncClient(base_url=await listen()) as http:
 
-        async def talk() -> None:
-            async with http.stream("POST", "/v1/completions", json=TEXT | {"n": n}) as answer:
-                async for _ in answer.aiter_bytes():
+        async def read() -> None:
+            async with http.stream("POST", "/v1/completions", json=TEXT | {"n": n}) as response:
+                async for _ in response.aiter_bytes():
                     pass
 
-        talking = asyncio.create_task(talk())
+        reading = asyncio.create_task(read())
         await started.wait()
-        talking.cancel()
+        reading.cancel()
         async with asyncio.timeout(10):
             await generator.idle.wait()
-        await asyncio.gather(talking, return_exceptions=True)
+        await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_a_client_that_leaves_before_a_whole_answer_frees_it(
+async def test_a_client_that_disconnects_ends_its_completions(
     generator: ScriptedGenerator, listen: Callable[..., Awaitable[str]]
 ) -> None:
     started = asyncio.Event()
@@ -295,15 +295,15 @@ async def test_a_client_that_leaves_before_a_whole_answer_frees_it(
     generator.pause = forever
     async with httpx2.AsyncClient(base_url=await listen()) as http:
         body = {"prompt": "Buzz", "n": 2}
-        talking = asyncio.create_task(http.post("/v1/completions", json=body))
+        reading = asyncio.create_task(http.post("/v1/completions", json=body))
         await started.wait()
-        talking.cancel()
+        reading.cancel()
         async with asyncio.timeout(10):
             await generator.idle.wait()
-        await asyncio.gather(talking, return_exceptions=True)
+        await asyncio.gather(reading, return_exceptions=True)
 
 
-async def test_a_long_answer_waits_for_a_slow_reader_and_loses_nothing(
+async def test_a_long_stream_is_complete(
     generator: ScriptedGenerator, service: ServingContext, listen: Callable[..., Awaitable[str]]
 ) -> None:
     moon = service.tokenizer.encode(" Moon")

@@ -1,4 +1,4 @@
-"""Bodies: what is wrong is named, whatever is sent."""
+"""Invalid bodies get an error that names the field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cascade.api.validation import parse
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
 
-TURN = '{"role": "user", "content": "hi"}'
+MESSAGE = '{"role": "user", "content": "hi"}'
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ TURN = '{"role": "user", "content": "hi"}'
         ('"prompt": "x", "cascade": {"patience": {"nerve": 1}}', "cascade.patience.nerve"),
     ],
 )
-def test_a_completion_that_is_wrong_names_its_field(fields: str, param: str) -> None:
+def test_an_invalid_completion_names_its_field(fields: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(f"{{{fields}}}".encode(), CompletionBody)
     assert caught.value.param == param
@@ -72,16 +72,16 @@ def test_a_completion_that_is_wrong_names_its_field(fields: str, param: str) -> 
         ('"messages": []', "messages"),
         ('"messages": "hi"', "messages"),
         ('"messages": [{"role": "wizard", "content": "hi"}]', "messages[0].role"),
-        (f'"messages": [{TURN}, {{"content": "hi"}}]', "messages[1].role"),
+        (f'"messages": [{MESSAGE}, {{"content": "hi"}}]', "messages[1].role"),
         (
             '"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]',
             "messages[0].content[0].type",
         ),
-        (f'"messages": [{TURN}], "top_logprobs": 21', "top_logprobs"),
-        (f'"messages": [{TURN}], "max_completion_tokens": 0', "max_completion_tokens"),
+        (f'"messages": [{MESSAGE}], "top_logprobs": 21', "top_logprobs"),
+        (f'"messages": [{MESSAGE}], "max_completion_tokens": 0', "max_completion_tokens"),
     ],
 )
-def test_a_chat_that_is_wrong_names_its_field(fields: str, param: str) -> None:
+def test_an_invalid_chat_names_its_field(fields: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(f"{{{fields}}}".encode(), ChatBody)
     assert caught.value.param == param
@@ -95,15 +95,15 @@ def kind_of(rule: type[Rule]) -> str:
 @pytest.mark.parametrize(
     "alpha", ["NaN", "Infinity", "-Infinity", '"0.5"', "true", "null", "7e300"]
 )
-def test_every_knob_of_every_rule_refuses_what_is_no_number_of_its_range(
-    kind: type[Rule], alpha: str
-) -> None:
+def test_every_rule_parameter_must_be_a_number_in_its_range(kind: type[Rule], alpha: str) -> None:
     unbounded = {"opt", "chow_log", "diff_log", "opt_log", "bild"}
     name = kind_of(kind)
-    for knob in {"alpha", "weight", "epsilon", "delta"} & {field.name for field in fields(kind)}:
+    for parameter in {"alpha", "weight", "epsilon", "delta"} & {
+        field.name for field in fields(kind)
+    }:
         if alpha == "7e300" and name in unbounded:
             continue
-        rule = f'{{"kind": "{name}", "{knob}": {alpha}}}'
+        rule = f'{{"kind": "{name}", "{parameter}": {alpha}}}'
         body = f'{{"prompt": "x", "cascade": {{"rule": {rule}}}}}'
         with pytest.raises(InvalidRequest) as caught:
             parse(body.encode(), CompletionBody)
@@ -111,7 +111,7 @@ def test_every_knob_of_every_rule_refuses_what_is_no_number_of_its_range(
 
 
 @pytest.mark.parametrize("name", ["best_of", "suffix"])
-def test_a_completion_asks_in_vain_for_what_is_not_there(name: str) -> None:
+def test_a_completion_with_an_unsupported_parameter_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         parse(f'{{"prompt": "x", "{name}": 2}}'.encode(), CompletionBody)
     assert caught.value.param == name
@@ -132,14 +132,14 @@ def test_a_completion_asks_in_vain_for_what_is_not_there(name: str) -> None:
         ("something_new", "1"),
     ],
 )
-def test_a_chat_asks_in_vain_for_what_is_not_there(name: str, value: str) -> None:
+def test_a_chat_with_an_unsupported_parameter_is_refused(name: str, value: str) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
-        parse(f'{{"messages": [{TURN}], "{name}": {value}}}'.encode(), ChatBody)
+        parse(f'{{"messages": [{MESSAGE}], "{name}": {value}}}'.encode(), ChatBody)
     assert caught.value.param == name
 
 
-def test_what_asks_for_nothing_is_let_through() -> None:
-    """Clients and frameworks send these whether they mean something or not."""
+def test_unsupported_parameters_are_accepted_if_they_request_nothing() -> None:
+    """Clients and frameworks send them by default."""
     idle: dict[str, Any] = {
         "response_format": {"type": "text"},
         "tools": [],
@@ -176,26 +176,26 @@ def test_what_asks_for_nothing_is_let_through() -> None:
         b'{"a":' * 100_000,
     ],
 )
-def test_bytes_that_are_no_object_are_refused(data: bytes) -> None:
+def test_bytes_that_are_no_json_object_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(data, CompletionBody)
     assert caught.value.param is None
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
+def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(data, CompletionBody)
 
 
-def test_a_long_input_is_not_repeated_in_full() -> None:
+def test_a_long_value_is_cut_in_the_error() -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(b'{"prompt": "x", "max_tokens": "' + b"9" * 10_000 + b'"}', CompletionBody)
     assert len(caught.value.message) < 300
 
 
-def test_every_rule_can_be_asked_for() -> None:
-    """The union at the door is the union of the rules: a new one is served as it is."""
+def test_every_rule_can_be_requested() -> None:
+    """The body's rules are those of `cascade.rules`."""
     described = TypeAdapter(schema.Options).json_schema()
     kinds = described["properties"]["rule"]["anyOf"][0]["discriminator"]["mapping"]
     assert set(kinds) == set(map(kind_of, get_args(Rule)))

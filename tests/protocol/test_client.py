@@ -1,7 +1,9 @@
+"""The router's side of a stream, against real servers and handlers of bytes."""
+
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 import pytest
@@ -20,34 +22,25 @@ from cascade.types import Block, DecodingParams, Session, SessionId
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from tests.support.tcp_relay import TcpRelay
+
     from cascade.protocol.codec import ClientMessage
     from cascade.protocol.server import Connection
 
     Serve: TypeAlias = Callable[[RecordingTier, TierKind], Awaitable[str]]
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
     Handler: TypeAlias = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
-    Dial: TypeAlias = Callable[[str], ReplicaClient]
+    Connect: TypeAlias = Callable[[str], ReplicaClient]
+    Relay: TypeAlias = Callable[[str], Awaitable[TcpRelay]]
     Raw: TypeAlias = Callable[[Handler], Awaitable[str]]
 
 
-class Line(Protocol):
-    """A TCP relay, as `conftest` makes them."""
-
-    address: str
-    silent: bool
-
-    def cut(self) -> None: ...
-
-
-Relay: TypeAlias = "Callable[[str], Awaitable[Line]]"
-
-
 @pytest.fixture
-async def dial() -> AsyncIterator[Dial]:
-    """Return experts by address, as one router would know them."""
-    peers = ReplicaClients(EXPERT)
-    yield peers.__getitem__
-    await peers.close()
+async def connect() -> AsyncIterator[Connect]:
+    """Return the client of an expert by its address, as one router has them."""
+    clients = ReplicaClients(EXPERT)
+    yield clients.__getitem__
+    await clients.close()
 
 
 @pytest.fixture
@@ -82,36 +75,39 @@ def judge(name: str = "s", *, epoch: int = 1, position: int = 0) -> Judge:
     return Judge(session_id=SessionId(name), epoch=epoch, position=position, digest=0, block=block)
 
 
-def join(peer: ReplicaClient, name: str = "s", *, epoch: int = 1) -> SessionStream:
-    link = peer.open_stream(SessionId(name), epoch)
-    link.send(opened(name, epoch=epoch))
-    return link
+def join(replica: ReplicaClient, name: str = "s", *, epoch: int = 1) -> SessionStream:
+    """Open a session on the replica."""
+    stream = replica.open_stream(SessionId(name), epoch)
+    stream.send(opened(name, epoch=epoch))
+    return stream
 
 
-async def ask(link: SessionStream, *, position: int = 0) -> Judgement:
-    link.send(judge(link.session_id, epoch=link.epoch, position=position))
-    answer = await link.receive()
-    assert isinstance(answer, Judgement)
-    assert (answer.session_id, answer.position) == (link.session_id, position)
-    return answer
+async def judge_once(stream: SessionStream, *, position: int = 0) -> Judgement:
+    stream.send(judge(stream.session_id, epoch=stream.epoch, position=position))
+    reply = await stream.receive()
+    assert isinstance(reply, Judgement)
+    assert (reply.session_id, reply.position) == (stream.session_id, position)
+    return reply
 
 
-async def test_a_session_is_judged_round_by_round(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(RecordingTier(), EXPERT)))
+async def test_a_session_gets_a_judgement_per_round(serve: Serve, connect: Connect) -> None:
+    stream = join(connect(await serve(RecordingTier(), EXPERT)))
     for position in range(0, 20, 2):
-        assert (await ask(link, position=position)).verdict.tokens == (7, 8)
+        assert (await judge_once(stream, position=position)).verdict.tokens == (7, 8)
 
 
-async def test_sessions_share_one_stream(serve: Serve, dial: Dial) -> None:
+async def test_sessions_share_one_stream(serve: Serve, connect: Connect) -> None:
     tier = RecordingTier()
-    peer = dial(await serve(tier, EXPERT))
-    links = [join(peer, f"session {number}") for number in range(200)]
+    replica = connect(await serve(tier, EXPERT))
+    streams = [join(replica, f"session {number}") for number in range(200)]
     for position in range(3):
-        await asyncio.gather(*(ask(link, position=position) for link in links))
+        await asyncio.gather(*(judge_once(stream, position=position) for stream in streams))
     assert len({(await tier.received.get())[0] for _ in range(800)}) == 1
 
 
-async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> None:
+async def test_messages_of_one_loop_iteration_are_sent_as_one_frame(
+    raw: Raw, connect: Connect
+) -> None:
     frames: asyncio.Queue[list[ClientMessage]] = asyncio.Queue()
 
     async def keep(requests: AsyncIterator[bytes], context: Context) -> None:
@@ -121,8 +117,8 @@ async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> Non
                 [decode_client_message(item) for item in parse_frame(data, EXPERT.request)]
             )
 
-    peer = dial(await raw(keep))
-    one, two = join(peer, "one"), join(peer, "two")
+    replica = connect(await raw(keep))
+    one, two = join(replica, "one"), join(replica, "two")
     one.send(judge("one"))
     two.send(judge("two"))
     assert await frames.get() == [opened("one"), opened("two"), judge("one"), judge("two")]
@@ -132,227 +128,237 @@ async def test_items_of_one_tick_leave_as_one_frame(raw: Raw, dial: Dial) -> Non
     assert await frames.get() == closes
 
 
-async def test_closing_a_link_frees_its_session_and_no_other(serve: Serve, dial: Dial) -> None:
+async def test_closing_a_session_frees_no_other(serve: Serve, connect: Connect) -> None:
     tier = RecordingTier()
-    peer = dial(await serve(tier, EXPERT))
-    stays, leaves = join(peer, "stays"), join(peer, "leaves")
+    replica = connect(await serve(tier, EXPERT))
+    stays, leaves = join(replica, "stays"), join(replica, "leaves")
     leaves.close()
     leaves.close()
-    await ask(stays)
+    await judge_once(stays)
     connection, _ = await tier.received.get()
     assert set(connection.epochs) == {"stays"}
-    with pytest.raises(ExpertUnavailable, match="the link was closed"):
+    with pytest.raises(ExpertUnavailable, match="the session was closed"):
         await leaves.receive()
 
 
-async def test_answers_to_an_old_epoch_are_dropped(raw: Raw, dial: Dial) -> None:
+async def test_messages_of_another_epoch_are_dropped(raw: Raw, connect: Connect) -> None:
     def need(name: str, epoch: int) -> bytes:
-        item = Need(session_id=SessionId(name), epoch=epoch, position=epoch)
-        return encode_frame(item, EXPERT.response)
+        message = Need(session_id=SessionId(name), epoch=epoch, position=epoch)
+        return encode_frame(message, EXPERT.response)
 
-    async def answer(requests: AsyncIterator[bytes], context: Context) -> None:
+    async def reply(requests: AsyncIterator[bytes], context: Context) -> None:
         await anext(requests)
         late = need("s", 1) + need("s", 3) + need("nobody", 2)
         await context.write(late + need("s", 2))
         await anext(requests, None)
 
-    link = join(dial(await raw(answer)), epoch=2)
-    assert await link.receive() == Need(session_id=SessionId("s"), epoch=2, position=2)
+    stream = join(connect(await raw(reply)), epoch=2)
+    assert await stream.receive() == Need(session_id=SessionId("s"), epoch=2, position=2)
 
 
-async def test_a_newer_link_ends_the_older_and_outlives_its_close(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(RecordingTier(), EXPERT))
-    old = join(peer, epoch=1)
-    await ask(old)
-    new = join(peer, epoch=2)
+async def test_a_newer_epoch_ends_the_older_stream_and_survives_its_close(
+    serve: Serve, connect: Connect
+) -> None:
+    replica = connect(await serve(RecordingTier(), EXPERT))
+    old = join(replica, epoch=1)
+    await judge_once(old)
+    new = join(replica, epoch=2)
     old.close()
-    await ask(new)
+    await judge_once(new)
     with pytest.raises(ExpertUnavailable):
         await old.receive()
 
 
-async def test_bytes_are_counted_both_ways(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(RecordingTier(), EXPERT))
-    one, two = join(peer, "one"), join(peer, "two")
-    answers = await asyncio.gather(ask(one), ask(two))
-    for link, answer in zip((one, two), answers, strict=True):
-        sent = (opened(link.session_id), judge(link.session_id))
-        assert link.sent_bytes == sum(len(encode_frame(item, EXPERT.request)) for item in sent)
-        # Two bytes frame an item that comes together with others.
-        assert 0 <= len(encode_frame(answer, EXPERT.response)) - link.received_bytes <= 2
+async def test_bytes_are_counted_both_ways(serve: Serve, connect: Connect) -> None:
+    replica = connect(await serve(RecordingTier(), EXPERT))
+    one, two = join(replica, "one"), join(replica, "two")
+    replies = await asyncio.gather(judge_once(one), judge_once(two))
+    for stream, reply in zip((one, two), replies, strict=True):
+        sent = (opened(stream.session_id), judge(stream.session_id))
+        assert stream.sent_bytes == sum(
+            len(encode_frame(message, EXPERT.request)) for message in sent
+        )
+        # A message in a frame with others takes two bytes more.
+        assert 0 <= len(encode_frame(reply, EXPERT.response)) - stream.received_bytes <= 2
 
 
-async def test_a_refusal_reaches_its_session(serve: Serve, dial: Dial) -> None:
-    peer = dial(await serve(RecordingTier(), EXPERT))
-    good, bad = join(peer, "good"), peer.open_stream(SessionId("bad"), 1)
+async def test_a_refusal_reaches_its_session(serve: Serve, connect: Connect) -> None:
+    replica = connect(await serve(RecordingTier(), EXPERT))
+    good, bad = join(replica, "good"), replica.open_stream(SessionId("bad"), 1)
     bad.send(judge("bad"))
     refusal = await bad.receive()
     assert isinstance(refusal, Refusal)
     assert refusal.code == "NOT_FOUND"
-    await ask(good)
+    await judge_once(good)
 
 
-async def test_every_link_hears_that_the_replica_was_stopped(dial: Dial) -> None:
+async def test_stopping_the_replica_ends_every_session(connect: Connect) -> None:
     server = TierServer(RecordingTier(), EXPERT)
-    peer = dial(await server.start("127.0.0.1:0"))
-    links = [join(peer, name) for name in ("one", "two")]
-    await asyncio.gather(*map(ask, links))
+    replica = connect(await server.start("127.0.0.1:0"))
+    streams = [join(replica, name) for name in ("one", "two")]
+    await asyncio.gather(*map(judge_once, streams))
     await server.stop()
-    for link in links:
+    for stream in streams:
         for _ in range(2):
             with pytest.raises(ExpertUnavailable, match=r"the expert at 127\.0\.0\.1"):
-                await link.receive()
+                await stream.receive()
         with pytest.raises(ExpertUnavailable):
-            link.send(judge())
-        link.close()
+            stream.send(judge())
+        stream.close()
 
 
-async def test_answers_before_the_end_are_still_received(dial: Dial) -> None:
+async def test_messages_before_the_end_are_still_received(connect: Connect) -> None:
     tier = RecordingTier()
     server = TierServer(tier, EXPERT)
-    peer = dial(await server.start("127.0.0.1:0"))
-    first, last = join(peer, "first"), join(peer, "last")
+    replica = connect(await server.start("127.0.0.1:0"))
+    first, last = join(replica, "first"), join(replica, "last")
     first.send(judge("first"))
-    await ask(last)
+    await judge_once(last)
     await server.stop()
     assert isinstance(await first.receive(), Judgement)
     with pytest.raises(ExpertUnavailable):
         await first.receive()
 
 
-async def test_a_link_waits_for_no_replica_that_is_cut_off(
-    serve: Serve, relay: Relay, dial: Dial
+async def test_receive_raises_when_the_replica_is_cut_off(
+    serve: Serve, relay: Relay, connect: Connect
 ) -> None:
-    line = await relay(await serve(RecordingTier(), EXPERT))
-    link = join(dial(line.address))
-    await ask(link)
-    waiting = asyncio.ensure_future(link.receive())
-    line.cut()
+    proxy = await relay(await serve(RecordingTier(), EXPERT))
+    stream = join(connect(proxy.address))
+    await judge_once(stream)
+    waiting = asyncio.ensure_future(stream.receive())
+    proxy.cut()
     with pytest.raises(ExpertUnavailable, match="UNAVAILABLE"):
         await waiting
 
 
-async def test_the_next_link_opens_another_stream(serve: Serve, relay: Relay, dial: Dial) -> None:
+async def test_after_a_break_the_next_session_reconnects(
+    serve: Serve, relay: Relay, connect: Connect
+) -> None:
     tier = RecordingTier()
-    line = await relay(await serve(tier, EXPERT))
-    peer = dial(line.address)
-    link = join(peer)
+    proxy = await relay(await serve(tier, EXPERT))
+    replica = connect(proxy.address)
+    stream = join(replica)
     for epoch in (2, 3):
-        await ask(link)
-        line.cut()
+        await judge_once(stream)
+        proxy.cut()
         await tier.ended.get()
         with pytest.raises(ExpertUnavailable):
-            await link.receive()
-        link = join(peer, epoch=epoch)
-    await ask(link)
+            await stream.receive()
+        stream = join(replica, epoch=epoch)
+    await judge_once(stream)
 
 
 @pytest.mark.parametrize(
     ("kind", "error"), [(DRAFTER, DrafterUnavailable), (EXPERT, ExpertUnavailable)]
 )
-async def test_nobody_at_the_address_is_a_broken_stream(
+async def test_an_address_without_a_server_is_a_broken_stream(
     kind: TierKind, error: type[Exception]
 ) -> None:
     server = TierServer(RecordingTier(), kind)
     address = await server.start("127.0.0.1:0")
     await server.stop()
-    peer = ReplicaClient(address, kind)
-    link = join(peer)
+    replica = ReplicaClient(address, kind)
+    stream = join(replica)
     with pytest.raises(error, match=f"the {kind.name} at {address}: UNAVAILABLE"):
-        await link.receive()
-    with pytest.raises(error, match="does not say what it serves"):
-        await peer.describe()
-    await peer.close()
+        await stream.receive()
+    with pytest.raises(error, match="does not describe itself"):
+        await replica.describe()
+    await replica.close()
 
 
-async def test_a_replica_that_ends_the_stream_is_lost(raw: Raw, dial: Dial) -> None:
+async def test_a_replica_that_ends_the_stream_is_unavailable(raw: Raw, connect: Connect) -> None:
     async def leave(requests: AsyncIterator[bytes], context: Context) -> None:
         del context
         await anext(requests)
 
     with pytest.raises(ExpertUnavailable, match="ended the stream"):
-        await join(dial(await raw(leave))).receive()
+        await join(connect(await raw(leave))).receive()
 
 
 @pytest.mark.parametrize(
-    "rubbish",
+    "invalid",
     [
         b"\xff\xff",
         encode_frame(Need(session_id=SessionId(""), epoch=1, position=0), EXPERT.response),
     ],
-    ids=["no frame", "no item"],
+    ids=["no frame", "no session id"],
 )
-async def test_a_replica_that_talks_rubbish_is_lost(raw: Raw, dial: Dial, rubbish: bytes) -> None:
+async def test_a_replica_that_sends_invalid_bytes_is_unavailable(
+    raw: Raw, connect: Connect, invalid: bytes
+) -> None:
     async def talk(requests: AsyncIterator[bytes], context: Context) -> None:
-        await context.write(rubbish)
+        await context.write(invalid)
         await anext(requests)
         await anext(requests, None)
 
-    link = join(dial(await raw(talk)))
+    stream = join(connect(await raw(talk)))
     with pytest.raises(ExpertUnavailable, match="the expert at"):
-        await link.receive()
+        await stream.receive()
 
 
-async def test_a_tier_of_the_other_kind_is_no_peer(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(RecordingTier(), DRAFTER)))
+async def test_a_replica_of_the_other_tier_is_unavailable(serve: Serve, connect: Connect) -> None:
+    stream = join(connect(await serve(RecordingTier(), DRAFTER)))
     with pytest.raises(ExpertUnavailable, match="UNIMPLEMENTED"):
-        await link.receive()
+        await stream.receive()
 
 
-async def test_a_peer_that_does_not_read_is_given_up(
-    raw: Raw, dial: Dial, monkeypatch: pytest.MonkeyPatch
+async def test_a_replica_that_does_not_read_is_unavailable(
+    raw: Raw, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def sleep(requests: AsyncIterator[bytes], context: Context) -> None:
         del requests, context
         await asyncio.Event().wait()
 
     monkeypatch.setattr(write_buffer, "BACKLOG_LIMIT_BYTES", 100)
-    link = join(dial(await raw(sleep)))
+    stream = join(connect(await raw(sleep)))
     with pytest.raises(ExpertUnavailable, match="wait for a peer that does not read"):
-        link.send(judge())
+        stream.send(judge())
 
 
-async def test_an_item_that_fits_no_wire_harms_nobody(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(RecordingTier(), EXPERT)))
+async def test_a_message_that_does_not_fit_its_proto_is_refused_locally(
+    serve: Serve, connect: Connect
+) -> None:
+    stream = join(connect(await serve(RecordingTier(), EXPERT)))
     with pytest.raises(InvalidRequest, match="Judge cannot be sent"):
-        link.send(judge(position=-(2**70)))
-    await ask(link)
+        stream.send(judge(position=-(2**70)))
+    await judge_once(stream)
 
 
-async def test_a_closed_pool_ends_its_links(serve: Serve) -> None:
+async def test_closing_the_clients_ends_their_sessions(serve: Serve) -> None:
     tier = RecordingTier()
     address = await serve(tier, DRAFTER)
-    peers = ReplicaClients(DRAFTER)
-    link = peers.open_stream(address, SessionId("s"), 1)
-    link.send(opened())
-    link.send(Propose(session_id=SessionId("s"), epoch=1, position=0, digest=0, count=1))
-    await link.receive()
-    await peers.close()
+    clients = ReplicaClients(DRAFTER)
+    stream = clients.open_stream(address, SessionId("s"), 1)
+    stream.send(opened())
+    stream.send(Propose(session_id=SessionId("s"), epoch=1, position=0, digest=0, count=1))
+    await stream.receive()
+    await clients.close()
     with pytest.raises(DrafterUnavailable):
-        await link.receive()
+        await stream.receive()
     assert set((await tier.ended.get()).epochs) == {"s"}
 
 
-async def test_a_replica_describes_itself(serve: Serve, dial: Dial) -> None:
-    assert await dial(await serve(RecordingTier(), EXPERT)).describe() == DESCRIPTION
+async def test_describe_returns_what_the_replica_serves(serve: Serve, connect: Connect) -> None:
+    assert await connect(await serve(RecordingTier(), EXPERT)).describe() == DESCRIPTION
 
 
-async def test_a_delay_keeps_the_order(serve: Serve) -> None:
-    peer = ReplicaClient(await serve(RecordingTier(), EXPERT), EXPERT, delay_s=0.001)
-    link = join(peer)
+async def test_a_delay_keeps_the_order_of_messages(serve: Serve) -> None:
+    replica = ReplicaClient(await serve(RecordingTier(), EXPERT), EXPERT, delay_s=0.001)
+    stream = join(replica)
     for position in range(50):
-        link.send(judge(position=position))
-    answers = [await link.receive() for _ in range(50)]
-    assert [item.position for item in answers if isinstance(item, Judgement)] == list(range(50))
-    await peer.close()
+        stream.send(judge(position=position))
+    replies = [await stream.receive() for _ in range(50)]
+    assert [item.position for item in replies if isinstance(item, Judgement)] == list(range(50))
+    await replica.close()
 
 
 class Slow(RecordingTier):
-    """Works for many beats before it answers; `alive` is asked for each."""
+    """Answers only after many heartbeats; `alive` is read for each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.beats = 0
+        self.heartbeats = 0
         self.waiting: tuple[Connection, ClientMessage] | None = None
 
     def receive(self, connection: Connection, message: ClientMessage) -> None:
@@ -361,14 +367,14 @@ class Slow(RecordingTier):
 
     @property
     def alive(self) -> bool:
-        self.beats += self.waiting is not None
-        if self.waiting is not None and self.beats > 3 * client.MISSED_HEARTBEATS_LIMIT:
+        self.heartbeats += self.waiting is not None
+        if self.waiting is not None and self.heartbeats > 3 * client.MISSED_HEARTBEATS_LIMIT:
             super().receive(*self.waiting)
         return True
 
 
 class Hung(RecordingTier):
-    """Never answers, and says that its engine hangs."""
+    """Never replies, and reports that it makes no progress."""
 
     def receive(self, connection: Connection, message: ClientMessage) -> None:
         pass
@@ -379,61 +385,61 @@ class Hung(RecordingTier):
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let replicas say more often that they work."""
+def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the time between heartbeats."""
     monkeypatch.setattr(client, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(server, "HEARTBEAT_S", 0.02)
 
 
-@pytest.mark.usefixtures("quick")
-async def test_a_replica_may_take_its_time_as_long_as_it_says_so(serve: Serve, dial: Dial) -> None:
+@pytest.mark.usefixtures("fast_heartbeats")
+async def test_a_slow_replica_that_sends_heartbeats_is_kept(serve: Serve, connect: Connect) -> None:
     tier = Slow()
-    link = join(dial(await serve(tier, EXPERT)))
-    await ask(link)
-    assert tier.beats > client.MISSED_HEARTBEATS_LIMIT
+    stream = join(connect(await serve(tier, EXPERT)))
+    await judge_once(stream)
+    assert tier.heartbeats > client.MISSED_HEARTBEATS_LIMIT
 
 
-@pytest.mark.usefixtures("quick")
-async def test_a_replica_that_hangs_is_lost(serve: Serve, dial: Dial) -> None:
-    link = join(dial(await serve(Hung(), EXPERT)))
-    link.send(judge())
-    with pytest.raises(ExpertUnavailable, match="silent"):
-        await link.receive()
+@pytest.mark.usefixtures("fast_heartbeats")
+async def test_a_replica_without_heartbeats_is_unavailable(serve: Serve, connect: Connect) -> None:
+    stream = join(connect(await serve(Hung(), EXPERT)))
+    stream.send(judge())
+    with pytest.raises(ExpertUnavailable, match="sent nothing"):
+        await stream.receive()
 
 
 @pytest.mark.slow
-async def test_a_line_that_falls_silent_is_noticed_at_both_ends(
-    serve: Serve, relay: Relay, dial: Dial
+async def test_a_connection_without_packets_ends_on_both_sides(
+    serve: Serve, relay: Relay, connect: Connect
 ) -> None:
-    """No packet says so: the client counts beats, the server's pings go unanswered for 10 s."""
+    """The client misses heartbeats; the server gets no response to its pings for 10 s."""
     tier = RecordingTier()
-    line = await relay(await serve(tier, EXPERT))
-    link = join(dial(line.address))
-    await ask(link)
-    line.silent = True
-    with pytest.raises(ExpertUnavailable, match="silent"):
-        await link.receive()
+    proxy = await relay(await serve(tier, EXPERT))
+    stream = join(connect(proxy.address))
+    await judge_once(stream)
+    proxy.silent = True
+    with pytest.raises(ExpertUnavailable, match="sent nothing"):
+        await stream.receive()
     assert set((await tier.ended.get()).epochs) == {"s"}
 
 
 @pytest.mark.slow
-async def test_a_replica_that_never_answers_is_given_up(
-    serve: Serve, relay: Relay, dial: Dial
+async def test_a_replica_that_accepts_but_never_sends_is_unavailable(
+    serve: Serve, relay: Relay, connect: Connect
 ) -> None:
-    line = await relay(await serve(RecordingTier(), EXPERT))
-    line.silent = True
-    link = join(dial(line.address))
-    with pytest.raises(ExpertUnavailable, match=r"timed out|silent"):
-        await link.receive()
+    proxy = await relay(await serve(RecordingTier(), EXPERT))
+    proxy.silent = True
+    stream = join(connect(proxy.address))
+    with pytest.raises(ExpertUnavailable, match=r"timed out|sent nothing"):
+        await stream.receive()
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0]])
-async def test_a_stream_that_fails_with_any_status_is_lost(
-    raw: Raw, dial: Dial, code: grpc.StatusCode
+async def test_a_stream_that_fails_with_any_status_is_unavailable(
+    raw: Raw, connect: Connect, code: grpc.StatusCode
 ) -> None:
     async def fail(requests: AsyncIterator[bytes], context: Context) -> None:
         await anext(requests)
         await context.abort(code, "why")
 
     with pytest.raises(ExpertUnavailable, match=code.name):
-        await join(dial(await raw(fail))).receive()
+        await join(connect(await raw(fail))).receive()

@@ -24,76 +24,77 @@ if TYPE_CHECKING:
 
     from cascade.protocol.codec import ClientMessage, FrameType, ServerMessage
 
-QUESTIONS = [(DRAFTER.request, kind) for kind in get_args(messages.ToDrafter)] + [
+CLIENT_MESSAGES = [(DRAFTER.request, kind) for kind in get_args(messages.ToDrafter)] + [
     (EXPERT.request, kind) for kind in get_args(messages.ToExpert)
 ]
 
-ANSWERS = [(DRAFTER.response, kind) for kind in get_args(messages.FromDrafter)] + [
+SERVER_MESSAGES = [(DRAFTER.response, kind) for kind in get_args(messages.FromDrafter)] + [
     (EXPERT.response, kind) for kind in get_args(messages.FromExpert)
 ]
 
 FRAME_TYPES = [DRAFTER.request, EXPERT.request, DRAFTER.response, EXPERT.response]
 
 
-@pytest.mark.parametrize(("frame_type", "kind"), QUESTIONS)
+@pytest.mark.parametrize(("frame_type", "kind"), CLIENT_MESSAGES)
 @given(data=st.data())
-def test_every_question_comes_back_as_it_was(
+def test_every_client_message_survives_a_round_trip(
     frame_type: FrameType, kind: type[ClientMessage], data: st.DataObject
 ) -> None:
-    item = data.draw(st.from_type(kind))
-    (message,) = parse_frame(encode_frame(item, frame_type), frame_type)
-    assert repr(decode_client_message(message)) == repr(item)
-    named = item.session.id if isinstance(item, messages.Open) else item.session_id
-    assert session_of(message) == (named, item.epoch)
+    message = data.draw(st.from_type(kind))
+    (item,) = parse_frame(encode_frame(message, frame_type), frame_type)
+    assert repr(decode_client_message(item)) == repr(message)
+    opens = isinstance(message, messages.Open)
+    session_id = message.session.id if opens else message.session_id
+    assert session_of(item) == (session_id, message.epoch)
 
 
-@pytest.mark.parametrize(("frame_type", "kind"), ANSWERS)
+@pytest.mark.parametrize(("frame_type", "kind"), SERVER_MESSAGES)
 @given(data=st.data())
-def test_every_answer_comes_back_as_it_was(
+def test_every_server_message_survives_a_round_trip(
     frame_type: FrameType, kind: type[ServerMessage], data: st.DataObject
 ) -> None:
-    item = data.draw(st.from_type(kind))
-    (message,) = parse_frame(encode_frame(item, frame_type), frame_type)
-    assert repr(decode_server_message(message)) == repr(item)
-    assert session_of(message) == (item.session_id, item.epoch)
+    message = data.draw(st.from_type(kind))
+    (item,) = parse_frame(encode_frame(message, frame_type), frame_type)
+    assert repr(decode_server_message(item)) == repr(message)
+    assert session_of(item) == (message.session_id, message.epoch)
 
 
-@given(items=st.lists(st.from_type(messages.Judge) | st.from_type(messages.Close), max_size=4))
-def test_frames_joined_are_one_frame_of_all_items(items: list[ClientMessage]) -> None:
-    joined = b"".join(encode_frame(item, EXPERT.request) for item in items)
+@given(sent=st.lists(st.from_type(messages.Judge) | st.from_type(messages.Close), max_size=4))
+def test_joined_frames_are_one_frame_of_all_messages(sent: list[ClientMessage]) -> None:
+    joined = b"".join(encode_frame(message, EXPERT.request) for message in sent)
     parsed = parse_frame(joined, EXPERT.request)
-    assert repr([decode_client_message(message) for message in parsed]) == repr(items)
+    assert repr([decode_client_message(item) for item in parsed]) == repr(sent)
 
 
 @pytest.mark.parametrize("frame_type", FRAME_TYPES)
 @given(data=st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(frame_type: FrameType, data: bytes) -> None:
-    _read_or_refuse(data, frame_type)
+def test_any_bytes_are_decoded_or_refused(frame_type: FrameType, data: bytes) -> None:
+    _decode_or_refuse(data, frame_type)
 
 
-@pytest.mark.parametrize(("frame_type", "kind"), QUESTIONS + ANSWERS)
+@pytest.mark.parametrize(("frame_type", "kind"), CLIENT_MESSAGES + SERVER_MESSAGES)
 @given(data=st.data())
-def test_damaged_frames_are_read_or_refused(
+def test_damaged_frames_are_decoded_or_refused(
     frame_type: FrameType, kind: type[ClientMessage | ServerMessage], data: st.DataObject
 ) -> None:
     damaged = bytearray(encode_frame(data.draw(st.from_type(kind)), frame_type))
-    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=4)):
-        damaged[place] = data.draw(st.integers(0, 255))
-    _read_or_refuse(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]), frame_type)
+    for index in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=4)):
+        damaged[index] = data.draw(st.integers(0, 255))
+    _decode_or_refuse(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]), frame_type)
 
 
-def _read_or_refuse(data: bytes, frame_type: FrameType) -> None:
+def _decode_or_refuse(data: bytes, frame_type: FrameType) -> None:
     decode: Callable[[Any], ClientMessage | ServerMessage] = (
         decode_client_message
         if frame_type in (DRAFTER.request, EXPERT.request)
         else decode_server_message
     )
     try:
-        for message in parse_frame(data, frame_type):
-            session_of(message)
-            decode(message)
+        for item in parse_frame(data, frame_type):
+            session_of(item)
+            decode(item)
     except InvalidRequest as refused:
-        assert refused.message  # noqa: PT017 - either way is right, nothing else is
+        assert refused.message  # noqa: PT017 - both outcomes are right, other exceptions are not
 
 
 def judge(**fields: Any) -> expert_pb2.JudgeRequestItem:
@@ -144,7 +145,7 @@ def empty_prompt() -> expert_pb2.JudgeRequestItem:
     return item
 
 
-HOSTILE = {
+INVALID = {
     "item has no kind": expert_pb2.JudgeRequestItem(),
     "`session_id` has 0": expert_pb2.JudgeRequestItem(judge=expert_pb2.Judge(position=1)),
     "`session_id` has 129": expert_pb2.JudgeRequestItem(
@@ -203,24 +204,22 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("says", "message"), HOSTILE.items(), ids=HOSTILE.keys())
-def test_a_hostile_value_is_refused_by_name(
-    says: str, message: expert_pb2.JudgeRequestItem
-) -> None:
+@pytest.mark.parametrize(("text", "item"), INVALID.items(), ids=INVALID.keys())
+def test_an_invalid_value_is_refused_by_name(text: str, item: expert_pb2.JudgeRequestItem) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        decode_client_message(message)
-    assert says in refused.value.message
+        decode_client_message(item)
+    assert text in refused.value.message
 
 
-def test_a_frame_of_rubbish_is_refused_by_its_type() -> None:
+def test_bytes_that_are_no_frame_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"3 bytes are no cascade\.v1\.DraftRequest"):
         parse_frame(b"\xff\xff\xff", drafter_pb2.DraftRequest)
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])
-def test_an_id_that_no_wire_carries_is_not_sent(token: int) -> None:
-    item = messages.Propose(
+def test_a_token_id_that_does_not_fit_the_proto_is_not_sent(token: int) -> None:
+    message = messages.Propose(
         session_id=messages.SessionId("s"), epoch=1, position=1, digest=0, count=1, tokens=(token,)
     )
     with pytest.raises(InvalidRequest, match="Propose cannot be sent"):
-        encode_frame(item, DRAFTER.request)
+        encode_frame(message, DRAFTER.request)

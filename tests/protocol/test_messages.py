@@ -12,14 +12,16 @@ def test_the_example_of_the_docstring() -> None:
     assert extend_digest(extend_digest(0, (1, 2)), (3,)) == extend_digest(0, (1, 2, 3))
 
 
-def test_the_digest_is_the_same_in_every_process() -> None:
-    """A router and a replica of another build must agree; a change is a new protocol version."""
+def test_the_digest_is_the_same_in_every_version() -> None:
+    """Router and replicas may run different versions; a change needs a new protocol version."""
     assert extend_digest(0, ()) == 0
     assert extend_digest(0, (1, 2, 3)) == 0x2A539E45F600A866
 
 
 @given(first=TOKENS, second=TOKENS)
-def test_batches_do_not_matter(first: list[int], second: list[int]) -> None:
+def test_how_tokens_are_split_into_calls_does_not_matter(
+    first: list[int], second: list[int]
+) -> None:
     assert extend_digest(extend_digest(0, first), second) == extend_digest(0, first + second)
 
 

@@ -1,20 +1,21 @@
-"""The server, spoken to by a client that knows nothing but bytes."""
+"""The server of a replica, called by a client of raw bytes."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.support.recording_tier import RecordingTier
+from tests.support.rpc_errors import error_info
 
 from cascade.benchmark.microbench import DESCRIPTION
 from cascade.errors import ContextTooLong, StartupError
-from cascade.protocol import grpc_status, write_buffer
+from cascade.protocol import write_buffer
 from cascade.protocol.codec import decode_server_message, encode_frame, parse_frame
 from cascade.protocol.messages import (
     Close,
@@ -36,22 +37,13 @@ from cascade.v1 import drafter_pb2, drafter_pb2_grpc, expert_pb2, expert_pb2_grp
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
+    from tests.support.tcp_relay import TcpRelay
+
     from cascade.protocol.codec import ClientMessage, ServerMessage
 
     Serve: TypeAlias = Callable[[RecordingTier, TierKind], Awaitable[str]]
+    Relay: TypeAlias = Callable[[str], Awaitable[TcpRelay]]
     Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
-
-
-class Line(Protocol):
-    """A TCP relay, as `conftest` makes them."""
-
-    address: str
-    silent: bool
-
-    def cut(self) -> None: ...
-
-
-Relay: TypeAlias = "Callable[[str], Awaitable[Line]]"
 
 
 SMALL = Description(
@@ -73,15 +65,15 @@ async def dialled(address: str, kind: TierKind = EXPERT) -> AsyncGenerator[Call]
         call.cancel()
 
 
-async def tell(call: Call, *items: ClientMessage, kind: TierKind = EXPERT) -> None:
-    await call.write(b"".join(encode_frame(item, kind.request) for item in items))
+async def send(call: Call, *messages: ClientMessage, kind: TierKind = EXPERT) -> None:
+    await call.write(b"".join(encode_frame(message, kind.request) for message in messages))
 
 
-async def hear(call: Call, kind: TierKind = EXPERT) -> list[ServerMessage]:
+async def read(call: Call, kind: TierKind = EXPERT) -> list[ServerMessage]:
     while (data := await call.read()) == b"":
         pass
     assert isinstance(data, bytes), "the stream ended"
-    return [decode_server_message(message) for message in parse_frame(data, kind.response)]
+    return [decode_server_message(item) for item in parse_frame(data, kind.response)]
 
 
 async def drain(call: Call) -> None:
@@ -111,15 +103,15 @@ def close(name: str = "s", *, epoch: int = 1) -> Close:
     return Close(session_id=SessionId(name), epoch=epoch)
 
 
-def refusals(answers: list[ServerMessage]) -> list[tuple[str, int, str, str]]:
+def refusals(messages: list[ServerMessage]) -> list[tuple[str, int, str, str]]:
     return [
-        (item.session_id, item.epoch, item.code, item.reason)
-        for item in answers
-        if isinstance(item, Refusal)
+        (message.session_id, message.epoch, message.code, message.reason)
+        for message in messages
+        if isinstance(message, Refusal)
     ]
 
 
-async def seen(tier: RecordingTier, count: int) -> list[ClientMessage]:
+async def received(tier: RecordingTier, count: int) -> list[ClientMessage]:
     return [(await tier.received.get())[1] for _ in range(count)]
 
 
@@ -127,8 +119,8 @@ async def test_an_expert_judges_and_scores(serve: Serve) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         score = Score(session_id=SessionId("q"), epoch=4, lease="", tokens=(1, 2), top=1)
-        await tell(call, opened(), judge(position=3, tokens=(7, 8)), score)
-        verdict, scores = await hear(call)
+        await send(call, opened(), judge(position=3, tokens=(7, 8)), score)
+        verdict, scores = await read(call)
     assert isinstance(verdict, Judgement)
     assert (verdict.session_id, verdict.epoch, verdict.position) == ("s", 1, 3)
     assert verdict.verdict.tokens == (7, 8)
@@ -136,28 +128,28 @@ async def test_an_expert_judges_and_scores(serve: Serve) -> None:
     assert (scores.session_id, scores.epoch, len(scores.logprobs)) == ("q", 4, 1)
 
 
-async def test_who_watches_a_connection_hears_what_leaves() -> None:
+async def test_on_send_is_called_for_every_message() -> None:
     connection = Connection(EXPERT)
-    heard: list[ServerMessage] = []
-    connection.on_send = heard.append
+    sent: list[ServerMessage] = []
+    connection.on_send = sent.append
     need = Need(session_id=SessionId("s"), epoch=1, position=0)
     connection.send(need)
     connection.close()
     connection.send(need)
-    assert heard == [need]
+    assert sent == [need]
 
 
 async def test_a_drafter_proposes(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(), DRAFTER), DRAFTER) as call:
         ask = Propose(session_id=SessionId("s"), epoch=1, position=2, digest=0, count=3)
-        await tell(call, opened(), ask, kind=DRAFTER)
-        (proposal,) = await hear(call, DRAFTER)
+        await send(call, opened(), ask, kind=DRAFTER)
+        (proposal,) = await read(call, DRAFTER)
     assert isinstance(proposal, Proposal)
     assert (proposal.position, proposal.block.length) == (2, 3)
 
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
-async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: TierKind) -> None:
+async def test_the_generated_stubs_can_call_describe(serve: Serve, kind: TierKind) -> None:
     address = await serve(RecordingTier(SMALL), kind)
     async with grpc.aio.insecure_channel(address) as channel:
         if kind is DRAFTER:
@@ -173,95 +165,94 @@ async def test_the_generated_stubs_understand_the_server(serve: Serve, kind: Tie
     assert description.protocol_version == 2
 
 
-async def test_answers_of_one_tick_leave_as_one_frame(serve: Serve) -> None:
+async def test_replies_of_one_loop_iteration_are_sent_as_one_frame(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(), EXPERT)) as call:
-        await tell(call, opened("a"), opened("b"), judge("a"), judge("b"), judge("a", position=1))
-        assert len(await hear(call)) == 3
+        await send(call, opened("a"), opened("b"), judge("a"), judge("b"), judge("a", position=1))
+        assert len(await read(call)) == 3
 
 
-async def test_a_pass_is_sent_as_one_frame_a_stream() -> None:
+async def test_the_replies_of_one_pass_are_one_frame_per_stream() -> None:
     tier = RecordingTier()
     server = TierServer(tier, EXPERT)
     address = await server.start("127.0.0.1:0")
     async with dialled(address) as one, dialled(address) as two:
-        await tell(one, opened("a"), opened("b"))
-        await tell(two, opened("c"))
+        await send(one, opened("a"), opened("b"))
+        await send(two, opened("c"))
         clients = {
-            item.session.id: connection
-            for connection, item in [await tier.received.get() for _ in range(3)]
-            if isinstance(item, Open)
+            message.session.id: connection
+            for connection, message in [await tier.received.get() for _ in range(3)]
+            if isinstance(message, Open)
         }
-        answers = [
+        replies = [
             (clients[name], Need(session_id=name, epoch=1, position=position))
             for position in range(50)
             for name in (SessionId("a"), SessionId("b"), SessionId("c"))
         ]
-        for client, answer in answers:
-            client.send(answer)
-        assert len(await hear(one)) == 100
-        assert len(await hear(two)) == 50
+        for client, reply in replies:
+            client.send(reply)
+        assert len(await read(one)) == 100
+        assert len(await read(two)) == 50
     await server.stop()
 
 
-async def test_the_half_close_of_a_client_frees_its_sessions(serve: Serve) -> None:
+async def test_a_half_close_frees_the_sessions_of_the_stream(serve: Serve) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened(), judge("unknown"))
+        await send(call, opened(), judge("unknown"))
         await call.done_writing()
         assert set((await tier.ended.get()).epochs) == {"s"}
-        assert refusals(await hear(call)) == [("unknown", 1, "NOT_FOUND", "SESSION_NOT_FOUND")]
+        assert refusals(await read(call)) == [("unknown", 1, "NOT_FOUND", "SESSION_NOT_FOUND")]
         assert await call.read() is grpc.aio.EOF
         assert await call.code() is grpc.StatusCode.OK
 
 
-async def test_a_client_that_cancels_frees_its_sessions_and_no_others(serve: Serve) -> None:
+async def test_a_cancelled_stream_frees_its_sessions_only(serve: Serve) -> None:
     tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as stays:
-        await tell(stays, opened("stays"))
+        await send(stays, opened("stays"))
         async with dialled(address) as leaves:
-            await tell(leaves, opened("leaves"))
-            await seen(tier, 2)
+            await send(leaves, opened("leaves"))
+            await received(tier, 2)
         assert set((await tier.ended.get()).epochs) == {"leaves"}
-        await tell(stays, judge("stays"))
-        assert len(await hear(stays)) == 1
+        await send(stays, judge("stays"))
+        assert len(await read(stays)) == 1
 
 
-async def test_a_client_that_is_cut_off_frees_its_sessions(serve: Serve, relay: Relay) -> None:
+async def test_a_broken_connection_frees_its_sessions(serve: Serve, relay: Relay) -> None:
     tier = RecordingTier()
-    line = await relay(await serve(tier, EXPERT))
-    async with dialled(line.address) as call:
-        await tell(call, opened())
+    relayed = await relay(await serve(tier, EXPERT))
+    async with dialled(relayed.address) as call:
+        await send(call, opened())
         connection, _ = await tier.received.get()
-        line.cut()
+        relayed.cut()
         assert await tier.ended.get() is connection
         connection.send(Need(session_id=SessionId("s"), epoch=1, position=0))
         assert (await failure(call))[0] is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_rubbish_ends_its_stream_and_no_other(serve: Serve) -> None:
+async def test_invalid_bytes_end_their_stream_only(serve: Serve) -> None:
     tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as good, dialled(address) as bad:
-        await tell(good, opened())
-        await tell(bad, opened("bad"))
+        await send(good, opened())
+        await send(bad, opened("bad"))
         await bad.write(b"\xff\xff\xff\xff")
         code, details = await failure(bad)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert details is not None
         assert "4 bytes are no cascade.v1.JudgeRequest" in details
         assert set((await tier.ended.get()).epochs) == {"bad"}
-        await tell(good, judge())
-        assert isinstance((await hear(good))[0], Judgement)
+        await send(good, judge())
+        assert isinstance((await read(good))[0], Judgement)
 
 
-async def test_the_details_of_an_abort_are_ours(serve: Serve) -> None:
+async def test_an_abort_has_error_details(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await call.write(b"\xff")
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call.read()
-    ours = grpc_status.to_error(error.value)
-    assert grpc_status.reason(ours) == "INVALID_REQUEST"
+    assert error_info(error.value).reason == "INVALID_REQUEST"
 
 
 @pytest.mark.parametrize(
@@ -271,9 +262,9 @@ async def test_the_details_of_an_abort_are_ours(serve: Serve) -> None:
         expert_pb2.JudgeRequestItem(close=tokens_pb2.Close()),
         expert_pb2.JudgeRequestItem(judge=expert_pb2.Judge(session_id="x" * 1000)),
     ],
-    ids=["no kind", "no id", "endless id"],
+    ids=["no kind", "no id", "long id"],
 )
-async def test_a_bad_item_of_nobody_ends_the_stream(
+async def test_a_bad_item_without_a_session_ends_the_stream(
     serve: Serve, item: expert_pb2.JudgeRequestItem
 ) -> None:
     async with dialled(await serve(RecordingTier(), EXPERT)) as call:
@@ -281,28 +272,28 @@ async def test_a_bad_item_of_nobody_ends_the_stream(
         assert (await failure(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_bad_item_of_a_session_refuses_that_session_alone(serve: Serve) -> None:
+async def test_a_bad_item_refuses_its_session_only(serve: Serve) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened("good"), opened("bad"))
+        await send(call, opened("good"), opened("bad"))
         bad = expert_pb2.JudgeRequestItem(
             judge=expert_pb2.Judge(session_id="bad", epoch=1, position=-1)
         )
         await call.write(expert_pb2.JudgeRequest(items=[bad]).SerializeToString())
-        assert refusals(await hear(call)) == [("bad", 1, "INVALID_ARGUMENT", "INVALID_REQUEST")]
-        await tell(call, judge("good"), judge("bad"))
-        judgement, refusal = await hear(call)
+        assert refusals(await read(call)) == [("bad", 1, "INVALID_ARGUMENT", "INVALID_REQUEST")]
+        await send(call, judge("good"), judge("bad"))
+        judgement, refusal = await read(call)
         assert isinstance(judgement, Judgement)
         assert refusals([refusal]) == [("bad", 1, "NOT_FOUND", "SESSION_NOT_FOUND")]
-    opens_close_judge = await seen(tier, 4)
+    opens_close_judge = await received(tier, 4)
     assert opens_close_judge[2] == close("bad")
 
 
-async def test_a_token_past_the_vocabulary_never_reaches_the_tier(serve: Serve) -> None:
+async def test_a_token_outside_the_vocabulary_does_not_reach_the_tier(serve: Serve) -> None:
     tier = RecordingTier(SMALL)
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened(prompt=(1, 100)))
-        (refusal,) = await hear(call)
+        await send(call, opened(prompt=(1, 100)))
+        (refusal,) = await read(call)
         assert isinstance(refusal, Refusal)
         assert refusal.message == "token id 100 is not in the vocabulary; ids are 0 to 99"
     assert tier.received.empty()
@@ -310,7 +301,7 @@ async def test_a_token_past_the_vocabulary_never_reaches_the_tier(serve: Serve) 
 
 async def test_a_frame_of_too_many_items_ends_the_stream(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(SMALL), EXPERT)) as call:
-        await tell(call, *[close()] * 4)
+        await send(call, *[close()] * 4)
         code, details = await failure(call)
     assert (code, details) == (
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -318,53 +309,53 @@ async def test_a_frame_of_too_many_items_ends_the_stream(serve: Serve) -> None:
     )
 
 
-async def test_a_frame_of_too_many_bytes_ends_its_stream_and_no_other(serve: Serve) -> None:
+async def test_a_frame_of_too_many_bytes_ends_its_stream_only(serve: Serve) -> None:
     tier = RecordingTier()
     address = await serve(tier, EXPERT)
     async with dialled(address) as good, dialled(address) as bad:
-        await tell(good, opened("good"))
-        await tell(bad, opened("bad"))
-        await seen(tier, 2)
+        await send(good, opened("good"))
+        await send(bad, opened("bad"))
+        await received(tier, 2)
         await bad.write(bytes(64 * 2**20 + 2048))
         assert (await failure(bad))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert set((await tier.ended.get()).epochs) == {"bad"}
-        await tell(good, judge("good"))
-        assert isinstance((await hear(good))[0], Judgement)
+        await send(good, judge("good"))
+        assert isinstance((await read(good))[0], Judgement)
 
 
-async def test_a_stream_holds_no_more_sessions_than_agreed(serve: Serve) -> None:
+async def test_more_sessions_than_the_limit_are_refused(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(SMALL), EXPERT)) as call:
-        await tell(call, opened("a"), opened("b"), opened("c"))
-        assert refusals(await hear(call)) == [("c", 1, "RESOURCE_EXHAUSTED", "OVERLOADED")]
-        await tell(call, close("a"), opened("c"), judge("c"))
-        assert isinstance((await hear(call))[0], Judgement)
+        await send(call, opened("a"), opened("b"), opened("c"))
+        assert refusals(await read(call)) == [("c", 1, "RESOURCE_EXHAUSTED", "OVERLOADED")]
+        await send(call, close("a"), opened("c"), judge("c"))
+        assert isinstance((await read(call))[0], Judgement)
 
 
-async def test_an_item_of_an_unknown_session_is_refused(serve: Serve) -> None:
+async def test_a_message_of_an_unknown_session_is_refused(serve: Serve) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, judge("a"), opened("b"), close("b"), judge("b"), close("nobody"))
-        assert refusals(await hear(call)) == [
+        await send(call, judge("a"), opened("b"), close("b"), judge("b"), close("nobody"))
+        assert refusals(await read(call)) == [
             ("a", 1, "NOT_FOUND", "SESSION_NOT_FOUND"),
             ("b", 1, "NOT_FOUND", "SESSION_NOT_FOUND"),
         ]
-    assert await seen(tier, 2) == [opened("b"), close("b")]
+    assert await received(tier, 2) == [opened("b"), close("b")]
 
 
-async def test_items_of_an_old_epoch_change_nothing(serve: Serve) -> None:
+async def test_messages_of_an_old_epoch_are_ignored(serve: Serve) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         old = (opened(epoch=4), judge(epoch=4), close(epoch=4))
-        await tell(call, opened(epoch=5), *old, judge(epoch=5))
-        assert [item.epoch for item in await hear(call)] == [5]
-        await tell(call, opened(epoch=6), judge(epoch=7), judge(epoch=6))
-        answers = await hear(call)
-    assert refusals(answers) == [("s", 7, "NOT_FOUND", "SESSION_NOT_FOUND")]
-    assert [item.epoch for item in answers] == [7, 6]
+        await send(call, opened(epoch=5), *old, judge(epoch=5))
+        assert [message.epoch for message in await read(call)] == [5]
+        await send(call, opened(epoch=6), judge(epoch=7), judge(epoch=6))
+        replies = await read(call)
+    assert refusals(replies) == [("s", 7, "NOT_FOUND", "SESSION_NOT_FOUND")]
+    assert [message.epoch for message in replies] == [7, 6]
 
 
-class Strict(RecordingTier):
-    """Refuses every block, as a tier does: by raising."""
+class RefusingTier(RecordingTier):
+    """Raises for every block."""
 
     def receive(self, connection: Connection, message: ClientMessage) -> None:
         super().receive(connection, message)
@@ -373,32 +364,32 @@ class Strict(RecordingTier):
 
 
 async def test_a_tier_that_raises_refuses_the_session(serve: Serve) -> None:
-    tier = Strict()
+    tier = RefusingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened(), judge())
-        answers = await hear(call)
-        assert refusals(answers) == [("s", 1, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED")]
-    assert (await seen(tier, 3))[2] == close()
+        await send(call, opened(), judge())
+        replies = await read(call)
+        assert refusals(replies) == [("s", 1, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED")]
+    assert (await received(tier, 3))[2] == close()
 
 
-async def test_an_answer_too_large_for_a_frame_is_a_refusal(
+async def test_a_reply_too_large_for_a_frame_is_a_refusal(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
         monkeypatch.setattr(write_buffer, "FRAME_LIMIT_BYTES", 1000)
-        await tell(call, opened(), judge(tokens=(7,) * 2000), close())
-        assert refusals(await hear(call)) == [("s", 1, "INTERNAL", "INTERNAL_ERROR")]
-    assert (await seen(tier, 3))[2] == close()
+        await send(call, opened(), judge(tokens=(7,) * 2000), close())
+        assert refusals(await read(call)) == [("s", 1, "INTERNAL", "INTERNAL_ERROR")]
+    assert (await received(tier, 3))[2] == close()
 
 
-async def test_a_client_that_does_not_read_is_cut_off(
+async def test_a_client_that_does_not_read_is_disconnected(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_buffer, "BACKLOG_LIMIT_BYTES", 1000)
     tier = RecordingTier()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened(), *(judge(position=place) for place in range(500)))
+        await send(call, opened(), *(judge(position=place) for place in range(500)))
         code, details = await failure(call)
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details is not None
@@ -409,12 +400,12 @@ async def test_a_client_that_does_not_read_is_cut_off(
 async def test_many_sessions_share_a_stream(serve: Serve) -> None:
     names = [f"session {number}" for number in range(500)]
     async with dialled(await serve(RecordingTier(), EXPERT)) as call:
-        await tell(call, *(opened(name) for name in names))
-        await tell(call, *(judge(name) for name in reversed(names)))
-        answers: list[ServerMessage] = []
-        while len(answers) < len(names):
-            answers += await hear(call)
-    assert [item.session_id for item in answers] == names[::-1]
+        await send(call, *(opened(name) for name in names))
+        await send(call, *(judge(name) for name in reversed(names)))
+        replies: list[ServerMessage] = []
+        while len(replies) < len(names):
+            replies += await read(call)
+    assert [message.session_id for message in replies] == names[::-1]
 
 
 async def test_health_follows_the_server() -> None:
@@ -448,9 +439,9 @@ async def test_reflection_names_the_service_and_its_file(serve: Serve) -> None:
         await call.write(
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=EXPERT.service)
         )
-        answers = [await call.read(), await call.read()]
+        replies = [await call.read(), await call.read()]
         call.cancel()
-    names, file = [str(answer) for answer in answers]
+    names, file = [str(reply) for reply in replies]
     assert EXPERT.service in names
     assert "cascade/v1/expert.proto" in file
 
@@ -465,28 +456,28 @@ async def test_stopping_ends_streams_and_frees_their_sessions() -> None:
     tier = RecordingTier(DESCRIPTION)
     server = TierServer(tier, EXPERT)
     async with dialled(await server.start("127.0.0.1:0")) as call:
-        await tell(call, opened())
-        await seen(tier, 1)
+        await send(call, opened())
+        await received(tier, 1)
         await asyncio.gather(server.stop(), server.stop())
         assert set((await tier.ended.get()).epochs) == {"s"}
         assert (await failure(call))[0] is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_bytes_that_are_not_even_http_harm_nobody(serve: Serve) -> None:
+async def test_bytes_that_are_not_http2_disturb_no_other_connection(serve: Serve) -> None:
     address = await serve(RecordingTier(), EXPERT)
     async with dialled(address) as call:
-        await tell(call, opened())
+        await send(call, opened())
         host, _, port = address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET / HTTP/1.1\r\n\r\n" + bytes(range(256)) * 64)
-        with suppress(OSError):  # the server may have hung up already
+        with suppress(OSError):  # the server may have closed it already
             await reader.read()
         writer.close()
-        await tell(call, judge())
-        assert isinstance((await hear(call))[0], Judgement)
+        await send(call, judge())
+        assert isinstance((await read(call))[0], Judgement)
 
 
-async def test_a_defect_of_the_tier_ends_the_stream_and_frees_its_sessions(
+async def test_an_unexpected_exception_ends_the_stream_and_frees_its_sessions(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(RecordingTier):
@@ -496,7 +487,7 @@ async def test_a_defect_of_the_tier_ends_the_stream_and_frees_its_sessions(
 
     tier = Broken()
     async with dialled(await serve(tier, EXPERT)) as call:
-        await tell(call, opened())
+        await send(call, opened())
         assert (await failure(call))[0] is grpc.StatusCode.UNKNOWN
         assert set((await tier.ended.get()).epochs) == {"s"}
     assert "ZeroDivisionError" in caplog.text

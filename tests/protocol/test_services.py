@@ -26,27 +26,27 @@ SERVICES = {
 }
 
 
-def test_no_two_calls_share_a_name() -> None:
-    """Ray Serve dispatches by the bare name of the call, whatever its service."""
+def test_no_two_rpcs_share_a_name() -> None:
+    """Ray Serve dispatches by the name of the method, whatever its service."""
     names = Counter(method.name for service in SERVICES.values() for method in service.methods)
     assert set(names.values()) == {1}
 
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
-def test_a_kind_names_what_the_protos_define(kind: TierKind) -> None:
+def test_a_tier_kind_names_methods_and_types_of_the_protos(kind: TierKind) -> None:
     methods = SERVICES[kind.service].methods_by_name
     stream = methods[kind.stream_method]
     assert (stream.client_streaming, stream.server_streaming) == (True, True)
     assert stream.input_type.full_name == kind.request.DESCRIPTOR.full_name
     assert stream.output_type.full_name == kind.response.DESCRIPTOR.full_name
-    question = methods[kind.describe_method]
-    assert (question.client_streaming, question.server_streaming) == (False, False)
-    assert question.output_type.full_name == kind.description.DESCRIPTOR.full_name
+    describe = methods[kind.describe_method]
+    assert (describe.client_streaming, describe.server_streaming) == (False, False)
+    assert describe.output_type.full_name == kind.description.DESCRIPTOR.full_name
 
 
 @pytest.mark.parametrize("kind", [DRAFTER, EXPERT], ids=lambda kind: kind.name)
 @given(data=st.data())
-def test_a_description_comes_back_as_it_was(kind: TierKind, data: st.DataObject) -> None:
+def test_a_description_survives_a_round_trip(kind: TierKind, data: st.DataObject) -> None:
     counts, names = st.integers(0, 2**31 - 1), st.text(st.characters(codec="utf-8"))
     description = data.draw(
         st.builds(

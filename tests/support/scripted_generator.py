@@ -1,4 +1,4 @@
-"""A generator without models: it says what it is told to, in blocks. For tests of doors."""
+"""A generator without models: it yields given tokens in blocks. For tests of the APIs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ async def _at_once(_request: Request, _position: int) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class ScriptedGenerator:
-    """Obeys `Generator`. The answer is a function of the request: `script` says which tokens.
+    """A `Generator` whose tokens are `script` of the request.
 
-    Each block is drafted and its last token refused; `blocks` are the sizes, over and over. `pause`
-    is awaited before each block: a gate for tests, or the place where an error is raised.
+    Each block is drafted and its last token rejected; `blocks` are the sizes, repeated. `pause` is
+    awaited before each block: it can wait for a test, or raise an error.
     """
 
     script: Callable[[Request], Sequence[int]]
@@ -43,16 +43,16 @@ class ScriptedGenerator:
     pause: Callable[[Request, int], Awaitable[None]] = _at_once
     open: int = 0  # generations that run now
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last of them ends
-    heard: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
 
     async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield the script in blocks, up to the request's limit or its first stop token."""
         self.open += 1
         self.idle.clear()
-        self.heard.append(request)
+        self.requests.append(request)
         try:
-            async for piece in self._pieces(request):
-                yield piece
+            async for chunk in self._chunks(request):
+                yield chunk
         finally:
             self.open -= 1
             if not self.open:
@@ -62,21 +62,21 @@ class ScriptedGenerator:
         """Return a made-up log-probability for each token but the first."""
         return tuple(_logprob(token, top) for token in tokens[1:])
 
-    async def _pieces(self, request: Request) -> AsyncGenerator[OutputChunk]:
-        answer, finish = _answer(self.script(request), request)
+    async def _chunks(self, request: Request) -> AsyncGenerator[OutputChunk]:
+        output, finish = _cut(self.script(request), request)
         statistics = Statistics()
         at = 0
         for size in cycle(self.blocks):
             await self.pause(request, at)
-            tokens = answer[at : at + size]
+            tokens = output[at : at + size]
             at += len(tokens)
-            _note(statistics, request, tokens)
-            yield _piece(tokens, request, finish if at == len(answer) else None, statistics)
-            if at == len(answer):
+            _record(statistics, request, tokens)
+            yield _chunk(tokens, request, finish if at == len(output) else None, statistics)
+            if at == len(output):
                 return
 
 
-def _answer(script: Sequence[int], request: Request) -> tuple[tuple[int, ...], FinishReason]:
+def _cut(script: Sequence[int], request: Request) -> tuple[tuple[int, ...], FinishReason]:
     stops = request.policy.stop_ids
     ends = [at for at, token in enumerate(script) if token in stops]
     length = min(ends[0] + 1 if ends else len(script), request.max_tokens)
@@ -84,7 +84,7 @@ def _answer(script: Sequence[int], request: Request) -> tuple[tuple[int, ...], F
     return tuple(script[:length]), FinishReason.STOP if stopped else FinishReason.LENGTH
 
 
-def _piece(
+def _chunk(
     tokens: tuple[int, ...], request: Request, finish: FinishReason | None, statistics: Statistics
 ) -> OutputChunk:
     top = request.policy.logprobs
@@ -98,14 +98,14 @@ def _piece(
 
 
 def _origins(tokens: tuple[int, ...], request: Request) -> tuple[Origin, ...]:
-    """Return who wrote a block: its last token the expert, and of the others the odd are kept."""
+    """Return the origins: the last token is the expert's, and odd drafted tokens are kept."""
     if request.mode is Mode.EXPERT_ONLY:
         return (Origin.EXPERT,) * len(tokens)
     drafted = [Origin.KEPT if token % 2 else Origin.DRAFTER for token in tokens[:-1]]
     return (*drafted, *[Origin.EXPERT] * bool(tokens))
 
 
-def _note(statistics: Statistics, request: Request, tokens: tuple[int, ...]) -> None:
+def _record(statistics: Statistics, request: Request, tokens: tuple[int, ...]) -> None:
     origins = _origins(tokens, request)
     accepted = len(tokens) - origins.count(Origin.EXPERT)
     statistics.rounds += 1
@@ -137,6 +137,6 @@ def _round(statistics: Statistics, tokens: tuple[int, ...], accepted: int) -> Ro
 
 
 def _logprob(token: int, top: int) -> TokenLogprob:
-    """Return a token's made-up log-probability, and alternatives of which it is the likeliest."""
+    """Return a made-up log-probability, and alternatives that are less likely."""
     others = tuple((max(token - at, 0), _LOGPROB - at * _GAP) for at in range(top))
     return TokenLogprob(token=token, logprob=_LOGPROB, top=others)

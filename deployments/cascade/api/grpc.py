@@ -1,130 +1,145 @@
-"""The gRPC door: `GenerationService` and the health check, over the same `Service` as HTTP.
+"""The gRPC API: `GenerationService` and the health check over the same `ServingContext` as HTTP.
 
 The methods have the names of the RPCs, because Ray Serve's proxy calls its ingress by them; a plain
-`grpc.aio` server takes a `GrpcDoor` as its servicer.
+`grpc.aio` server takes a `GenerationServicer` as its servicer.
+
+Ray Serve's proxy forwards what a call sets on its context only when a message passes. So a failed
+unary call sets the status and returns an empty message, and a failed stream sets it and yields one
+more message. A stream that only sets it and returns reaches the client as success.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
-from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cascade.api import grpc_convert
 from cascade.api.completion import Completions
-from cascade.api.middleware import REQUEST_ID, authenticate, defect, told
-from cascade.errors import CascadeError, ModelNotFound, Unavailable
+from cascade.api.middleware import REQUEST_ID, authenticate, public_error
+from cascade.errors import ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+
+    import grpc
 
     from cascade.api.context import ServingContext
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _SERVICES = ("", "cascade.v1.GenerationService")
 
 _FAILED = pb.GenerateStreamResponse(choices=[pb.Choice(finish_reason=pb.FINISH_REASON_ERROR)])
 
 
-class Context(grpc_status.Context, Protocol):
-    """What `grpc.aio` and Ray Serve both tell of a call."""
+class Context(Protocol):
+    """What the contexts of `grpc.aio` and Ray Serve have in common."""
 
     def invocation_metadata(self) -> Iterable[tuple[str, Any]] | None:
-        """Return what the client sent beside its message."""
+        """Return the client's metadata."""
+        ...
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Set the status code."""
+        ...
+
+    def set_details(self, details: str) -> None:
+        """Set the status text."""
+        ...
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Set the metadata after the last message."""
         ...
 
 
 class GenerationServicer(
     cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer
 ):
-    """Answers the RPCs. `service` is asked for at each call, so it may come later."""
+    """Serves the RPCs. `service` is called for each, so it may return None at first."""
 
     def __init__(self, service: Callable[[], ServingContext | None]) -> None:
-        self._given = service
+        self._get_service = service
 
     async def Generate(  # noqa: N802 - the RPC's name
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.GenerateResponse:
-        """Return whole answers; of a failed call, the status and an empty message."""
-        answer = self._generate(request, context)
-        return await grpc_status.guard(context, answer, failed=pb.GenerateResponse())
+        """Return finished completions."""
+        request_id = _request_id(context)
+        response = self._generate(request, context, request_id)
+        return await _guard(context, request_id, response, failed=pb.GenerateResponse())
 
     async def GenerateStream(  # noqa: N802 - the RPC's name
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateStreamResponse]:
-        """Yield answers piece by piece; if the call fails, one more frame with the status."""
-        frames = self._stream(request, context)
-        async with aclosing(frames):
-            async for frame in grpc_status.guard_stream(context, frames, failed=_FAILED):
-                yield frame
+        """Yield completions delta by delta, then the usage."""
+        request_id = _request_id(context)
+        try:
+            frame = pb.GenerateStreamResponse(request_id=request_id)
+            completions = self._start(request.generation, context, frame)
+            async with aclosing(completions.stream()) as deltas:
+                async for item in deltas:
+                    if item is not None:
+                        response = pb.GenerateStreamResponse(choices=[grpc_convert.choice(*item)])
+                        response.MergeFrom(frame)
+                        yield response
+            frame.usage.CopyFrom(grpc_convert.usage(completions.usage))
+            yield frame
+        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+            _fail(context, request_id, error)
+            yield _FAILED
 
     async def ListModels(  # noqa: N802 - the RPC's name
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """Return the models."""
         del request
-        return await grpc_status.guard(
-            context, self._models(context), failed=pb.ListModelsResponse()
-        )
+        response = self._models(context)
+        failed = pb.ListModelsResponse()
+        return await _guard(context, _request_id(context), response, failed=failed)
 
     async def Check(  # noqa: N802 - the RPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         """Say whether requests can be served now (`grpc.health.v1`)."""
-        failed = health_pb2.HealthCheckResponse()
-        return await grpc_status.guard(context, self._check(request), failed=failed)
+        response, failed = self._check(request), health_pb2.HealthCheckResponse()
+        return await _guard(context, _request_id(context), response, failed=failed)
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        name = _request_id(context)
-        with _sealed(name):
-            service = self._service(context)
-            call = grpc_convert.call(request.generation, service)
-            answers = Completions(call, service, name=name)
-            created = grpc_convert.timestamp(service.clock())
-            await answers.run()
-            return pb.GenerateResponse(
-                request_id=name,
-                create_time=created,
-                model=answers.call.model,
-                choices=[grpc_convert.choice(answer, answer.output) for answer in answers.all],
-                usage=grpc_convert.usage(answers.usage),
-            )
+    async def _generate(
+        self, request: pb.GenerateRequest, context: Context, request_id: str
+    ) -> pb.GenerateResponse:
+        response = pb.GenerateResponse(request_id=request_id)
+        completions = self._start(request.generation, context, response)
+        await completions.run()
+        response.choices.extend(grpc_convert.choice(each, each.output) for each in completions.all)
+        response.usage.CopyFrom(grpc_convert.usage(completions.usage))
+        return response
 
-    async def _stream(
-        self, request: pb.GenerateStreamRequest, context: Context
-    ) -> AsyncGenerator[pb.GenerateStreamResponse]:
-        name = _request_id(context)
-        with _sealed(name):
-            service = self._service(context)
-            call = grpc_convert.call(request.generation, service)
-            answers = Completions(call, service, name=name)
-            frame = pb.GenerateStreamResponse(
-                request_id=name,
-                create_time=grpc_convert.timestamp(service.clock()),
-                model=answers.call.model,
-            )
-            async with aclosing(answers.stream()) as deltas:
-                async for item in deltas:
-                    if item is not None:
-                        yield _with(frame, choices=[grpc_convert.choice(*item)])
-            yield _with(frame, usage=grpc_convert.usage(answers.usage))
+    def _start(
+        self,
+        generation: pb.Generation,
+        context: Context,
+        response: pb.GenerateResponse | pb.GenerateStreamResponse,
+    ) -> Completions:
+        """Return the completions of a call, and fill in what every response has."""
+        service = self._service(context)
+        call = grpc_convert.call(generation, service)
+        response.model = call.model
+        response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
+        return Completions(call, service, request_id=response.request_id)
 
     async def _models(self, context: Context) -> pb.ListModelsResponse:
         service = self._service(context)
+        created = grpc_convert.timestamp(service.created)
+        length = service.limits.context_tokens
         return pb.ListModelsResponse(
             models=[
-                pb.Model(
-                    name=name,
-                    create_time=grpc_convert.timestamp(service.created),
-                    context_length=service.limits.context_tokens,
-                )
+                pb.Model(name=name, create_time=created, context_length=length)
                 for name in service.models
             ]
         )
@@ -133,25 +148,35 @@ class GenerationServicer(
         self, request: health_pb2.HealthCheckRequest
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in _SERVICES:
-            raise ModelNotFound(f"No service `{request.service}` here; ask for {_SERVICES[1]}")
-        service = self._given()
+            raise ModelNotFound(f"No service `{request.service}` here; there is {_SERVICES[1]}")
+        service = self._get_service()
         ready = service is not None and service.ready()
-        answer = health_pb2.HealthCheckResponse
-        return answer(status=answer.SERVING if ready else answer.NOT_SERVING)
+        response = health_pb2.HealthCheckResponse
+        return response(status=response.SERVING if ready else response.NOT_SERVING)
 
     def _service(self, context: Context) -> ServingContext:
-        service = self._given()
+        service = self._get_service()
         if service is None:
             raise Unavailable("The server is starting")
         authenticate(service, _metadata(context).get("authorization"))
         return service
 
 
-def _with(frame: pb.GenerateStreamResponse, **fields: Any) -> pb.GenerateStreamResponse:
-    """Return a frame with more in it."""
-    more = pb.GenerateStreamResponse(**fields)
-    more.MergeFrom(frame)
-    return more
+async def _guard(context: Context, request_id: str, call: Awaitable[T], *, failed: T) -> T:
+    """Return the result of a unary call, or `failed` with the status set."""
+    try:
+        return await call
+    except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+        _fail(context, request_id, error)
+        return failed
+
+
+def _fail(context: Context, request_id: str, error: Exception) -> None:
+    problem = public_error(error, request_id)
+    context.set_code(grpc_status.code(problem))
+    context.set_details(grpc_status.message(problem))
+    # A list: Ray Serve's context appends it to one of its own.
+    context.set_trailing_metadata(list(grpc_status.trailing_metadata(problem)))
 
 
 def _metadata(context: Context) -> dict[str, str]:
@@ -159,18 +184,6 @@ def _metadata(context: Context) -> dict[str, str]:
 
 
 def _request_id(context: Context) -> str:
-    """Return the caller's name of the call, or Ray Serve's, or a new one."""
-    told = _metadata(context)
-    return told.get(REQUEST_ID) or told.get("request_id") or secrets.token_hex(12)
-
-
-@contextmanager
-def _sealed(request_id: str) -> Generator[None]:
-    """Let no exception of another kind than ours out."""
-    try:
-        yield
-    except CascadeError as error:
-        raise told(error, request_id) from None
-    except Exception as error:
-        logger.exception("Request %s failed", request_id)
-        raise defect(request_id) from error
+    """Return the caller's id of the call, or Ray Serve's, or a new one."""
+    metadata = _metadata(context)
+    return metadata.get(REQUEST_ID) or metadata.get("request_id") or secrets.token_hex(12)

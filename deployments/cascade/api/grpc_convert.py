@@ -1,4 +1,7 @@
-"""The public protos as the door's own values and back; what they ask for goes the way of HTTP."""
+"""Converts public protos to the HTTP API's bodies, and completions to protos.
+
+A gRPC request becomes a body, so that both APIs have the same defaults, limits and checks.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from pydantic import ValidationError
 
 from cascade.api import build_request
 from cascade.api.schema import ChatBody, CompletionBody
-from cascade.api.validation import refusal
+from cascade.api.validation import invalid_request
 from cascade.errors import InvalidRequest
 from cascade.protocol import convert
-from cascade.protocol.convert import decode_rule, encode_logprobs
 from cascade.types import TokenLogprob
 from cascade.v1 import cascade_pb2 as pb
 
@@ -26,9 +28,10 @@ if TYPE_CHECKING:
     from cascade.api.completion import Completion, Usage
     from cascade.api.context import ServingContext
     from cascade.api.output_processor import Delta, TokenText
-    from cascade.types import Round, Statistics
+    from cascade.types import Round
 
-_NAMES = {
+# Fields of the HTTP bodies that have another name in the protos.
+_PROTO_NAMES = {
     "n": "choice_count",
     "stop": "stop_strings",
     "logprobs": "logprob_count",
@@ -38,41 +41,23 @@ _NAMES = {
     "cascade.draft_tokens": "fixed_draft_length",
     "cascade.rule": "rule",
     "cascade.verification": "verification",
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "top_k": "sampling.top_k",
-    "min_p": "sampling.min_p",
-    "repetition_penalty": "sampling.repetition_penalty",
-    "presence_penalty": "sampling.presence_penalty",
-    "frequency_penalty": "sampling.frequency_penalty",
     "logit_bias": "sampling.logit_biases",
+    **{name: f"sampling.{name}" for name in convert.SAMPLING_FIELDS},
 }
 
-"""Fields of the HTTP bodies that are called otherwise in the protos."""
 
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
-
-
-class _Text(CompletionBody):
-    """A completion with as many alternatives as a chat may have."""
+class _TextBody(CompletionBody):
+    """A text completion with as many alternatives as a chat may have."""
 
     logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
 
 
 def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
-    """Return what a message asks for.
+    """Return what a message requests.
 
     Raises:
-        InvalidRequest: It asks for what this server cannot give; `param` names the field.
-        ModelNotFound: It names another server's model.
+        InvalidRequest: This server cannot do it; `param` names the proto field.
+        ModelNotFound: It names a model that is not served.
     """
     kind = message.WhichOneof("prompt")
     if kind is None:
@@ -80,16 +65,15 @@ def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
     try:
         if kind == "chat":
             return build_request.chat(ChatBody.model_validate(_chat(message)), service)
-        return build_request.completion(_Text.model_validate(_text(message, kind)), service)
+        return build_request.completion(_TextBody.model_validate(_text(message, kind)), service)
     except ValidationError as error:
-        raise _renamed(refusal(error)) from None
+        raise _with_proto_name(invalid_request(error)) from None
     except InvalidRequest as error:
-        raise _renamed(error) from error.__cause__
+        raise _with_proto_name(error) from error.__cause__
 
 
-def _renamed(error: InvalidRequest) -> InvalidRequest:
-    """Return the error with the field called as the protos call it."""
-    name = _NAMES.get(error.param or "")
+def _with_proto_name(error: InvalidRequest) -> InvalidRequest:
+    name = _PROTO_NAMES.get(error.param or "")
     if name is None:
         return error
     return type(error)(error.message.replace(f"`{error.param}`", f"`{name}`"), param=name)
@@ -97,17 +81,17 @@ def _renamed(error: InvalidRequest) -> InvalidRequest:
 
 def _text(message: pb.Generation, kind: str) -> dict[str, Any]:
     prompt = message.text if kind == "text" else list(message.tokens.token_ids)
-    told = _common(message) | {"prompt": prompt, "echo": message.echo}
-    return told | _present(message, max_tokens="max_tokens", logprobs="logprob_count")
+    body = _common(message) | {"prompt": prompt, "echo": message.echo}
+    return body | _present(message, max_tokens="max_tokens", logprobs="logprob_count")
 
 
 def _chat(message: pb.Generation) -> dict[str, Any]:
     if message.echo:
-        raise InvalidRequest("`echo` goes with `text` and `tokens`, not with `chat`", param="echo")
-    turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-    told = _common(message) | {"messages": turns}
-    told |= _present(message, max_completion_tokens="max_tokens", top_logprobs="logprob_count")
-    return told | {"logprobs": message.HasField("logprob_count")}
+        raise InvalidRequest("`echo` needs `text` or `tokens`, not `chat`", param="echo")
+    messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
+    body = _common(message) | {"messages": messages}
+    body |= _present(message, max_completion_tokens="max_tokens", top_logprobs="logprob_count")
+    return body | {"logprobs": message.HasField("logprob_count")}
 
 
 def _common(message: pb.Generation) -> dict[str, Any]:
@@ -121,51 +105,39 @@ def _common(message: pb.Generation) -> dict[str, Any]:
         "prediction": prediction if message.prediction else None,
         "cascade": _options(message),
         **_present(message, n="choice_count", seed="seed"),
-        **_present(message.sampling, **{name: name for name in _SAMPLING}),
+        **_present(message.sampling, **{name: name for name in convert.SAMPLING_FIELDS}),
     }
 
 
 def _options(message: pb.Generation) -> dict[str, Any]:
-    return {
+    options = {
         "mode": _member(convert.MODE, message.mode),
-        "rule": decode_rule(message.rule) if message.HasField("rule") else None,
-        "draft_tokens": _draft_tokens(message),
+        "rule": convert.decode_rule(message.rule) if message.HasField("rule") else None,
         "coupling": _member(convert.COUPLING, message.coupling),
         "bonus": _member(convert.BONUS, message.bonus),
         "verification": _member(convert.VERIFICATION, message.verification),
         "rows": _member(convert.ROW_FORMAT, message.row_format),
-        "patience": _patience(message.patience) if message.HasField("patience") else None,
         "on_expert_loss": _member(convert.EXPERT_LOSS, message.expert_loss),
         "trace": message.trace,
+        **_present(message, draft_tokens="fixed_draft_length"),
     }
+    if message.HasField("automatic_draft_length"):
+        options["draft_tokens"] = "auto"
+    if message.HasField("patience"):
+        confidence = _member(convert.CONFIDENCE, message.patience.confidence)
+        named = {} if confidence is None else {"confidence": confidence}
+        options["patience"] = named | _present(message.patience, threshold="threshold")
+    return options
 
 
-def _draft_tokens(message: pb.Generation) -> int | str | None:
-    match message.WhichOneof("draft_length"):
-        case "fixed_draft_length":
-            return message.fixed_draft_length
-        case "automatic_draft_length":
-            return "auto"
-        case None:
-            return None
-
-
-def _patience(message: pb.Patience) -> dict[str, Any]:
-    confidence = _member(convert.CONFIDENCE, message.confidence)
-    named = {} if confidence is None else {"confidence": confidence}
-    return named | _present(message, threshold="threshold")
-
-
-def _member(enumeration: convert.Enumeration[Any], value: int) -> StrEnum | None:
-    """Return our member of an enum's value; what is unspecified is left to the server."""
-    return enumeration.decode(value) if value else None
+def _member(codec: convert.EnumCodec[Any], value: int) -> StrEnum | None:
+    """Return the member of an enum's value; None for the unspecified one."""
+    return codec.decode(value) if value else None
 
 
 def _present(message: Any, **names: str) -> dict[str, Any]:
-    """Return those of the optional fields that are set, under other names."""
-    return {
-        ours: getattr(message, theirs) for ours, theirs in names.items() if message.HasField(theirs)
-    }
+    """Return the optional fields that are set; `names` maps their new names to those here."""
+    return {new: getattr(message, name) for new, name in names.items() if message.HasField(name)}
 
 
 def timestamp(seconds: float) -> Timestamp:
@@ -181,71 +153,66 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def choice(answer: Completion, delta: Delta) -> pb.Choice:
-    """Return what a delta adds to an answer, or the whole answer as one delta."""
-    own = [entry.origin for entry in delta.tokens if entry.origin is not None]
+def choice(completion: Completion, delta: Delta) -> pb.Choice:
+    """Return what a delta adds to a completion, or the whole completion as one delta."""
+    own = [token.origin for token in delta.tokens if token.origin is not None]
     message = pb.Choice(
-        index=answer.index,
+        index=completion.index,
         text=delta.text,
-        token_ids=[entry.token_id for entry in delta.tokens],
-        origins=[convert.ORIGIN.encode(origin) for origin in own],
+        token_ids=[token.token_id for token in delta.tokens],
+        origins=map(convert.ORIGIN.encode, own),
     )
-    if answer.request.policy.logprobs is not None:
-        encode_logprobs(map(_logprob, delta.tokens), message.logprobs)
+    if completion.request.policy.logprobs is not None:
+        convert.encode_logprobs(map(_logprob, delta.tokens), message.logprobs)
     if delta.finish is not None:
         message.finish_reason = convert.FINISH_REASON.encode(delta.finish)
-        message.rounds.extend(map(_round, answer.statistics.trace))
+        message.rounds.extend(map(_round, completion.statistics.trace))
     return message
 
 
-def _logprob(entry: TokenText) -> TokenLogprob:
-    """Return an entry's log-probability; the first token of a prompt has none, which is NaN."""
-    return entry.logprob or TokenLogprob(token=entry.token_id, logprob=math.nan)
+def _logprob(token: TokenText) -> TokenLogprob:
+    """Return a token's log-probability; the first token of a prompt has none, which is NaN."""
+    return token.logprob or TokenLogprob(token=token.token_id, logprob=math.nan)
 
 
-def _round(row: Round) -> pb.Round:
+def _round(entry: Round) -> pb.Round:
     return pb.Round(
-        position=row.position,
-        drafted_count=row.drafted,
-        accepted_count=row.accepted,
-        deferred_count=row.deferred,
-        token_count=row.tokens,
-        draft_duration=_duration(row.draft_ms / 1000),
-        judge_duration=_duration(row.judge_ms / 1000),
+        position=entry.position,
+        drafted_count=entry.drafted,
+        accepted_count=entry.accepted,
+        deferred_count=entry.deferred,
+        token_count=entry.tokens,
+        draft_duration=_duration(entry.draft_ms / 1000),
+        judge_duration=_duration(entry.judge_ms / 1000),
     )
 
 
 def usage(cost: Usage) -> pb.Usage:
     """Return what a call cost."""
+    statistics = cost.statistics
     return pb.Usage(
         prompt_token_count=cost.prompt_tokens,
         completion_token_count=cost.completion_tokens,
         cached_prompt_token_count=cost.cached_tokens,
-        **_counts(cost.statistics),
-        drafter_duration=_duration(cost.statistics.drafter_s),
-        expert_duration=_duration(cost.statistics.expert_s),
+        round_count=statistics.rounds,
+        drafted_count=statistics.drafted,
+        accepted_count=statistics.accepted,
+        judged_count=statistics.judged,
+        deferred_count=statistics.deferred,
+        drafter_token_count=statistics.drafter_tokens,
+        kept_token_count=statistics.kept_tokens,
+        expert_token_count=statistics.expert_tokens,
+        drafter_pass_count=statistics.drafter_passes,
+        expert_pass_count=statistics.expert_passes,
+        predicted_accepted_count=statistics.predicted_accepted,
+        predicted_rejected_count=statistics.predicted_rejected,
+        sent_bytes=statistics.sent_bytes,
+        received_bytes=statistics.received_bytes,
+        failover_count=statistics.failovers,
+        accepted_lengths=statistics.accepted_lengths,
+        draft_length_reason=statistics.draft_length_reason,
+        expert_loss_count=statistics.expert_losses,
+        branched_round_count=statistics.branched_rounds,
+        drafter_duration=_duration(statistics.drafter_s),
+        expert_duration=_duration(statistics.expert_s),
     )
-
-
-def _counts(was: Statistics) -> dict[str, Any]:
-    return {
-        "round_count": was.rounds,
-        "drafted_count": was.drafted,
-        "accepted_count": was.accepted,
-        "judged_count": was.judged,
-        "deferred_count": was.deferred,
-        "drafter_token_count": was.drafter_tokens,
-        "kept_token_count": was.kept_tokens,
-        "expert_token_count": was.expert_tokens,
-        "drafter_pass_count": was.drafter_passes,
-        "expert_pass_count": was.expert_passes,
-        "predicted_accepted_count": was.predicted_accepted,
-        "predicted_rejected_count": was.predicted_rejected,
-        "sent_bytes": was.sent_bytes,
-        "received_bytes": was.received_bytes,
-        "failover_count": was.failovers,
-        "accepted_lengths": was.accepted_lengths,
-        "draft_length_reason": was.draft_length_reason,
-        "expert_loss_count": was.expert_losses,
-        "branched_round_count": was.branched_rounds,
-    }

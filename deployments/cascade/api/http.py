@@ -1,19 +1,20 @@
-"""The HTTP door: OpenAI's routes over a `Service`."""
+"""The HTTP API: OpenAI's routes over a `ServingContext`, and their OpenAPI description."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
+from pydantic.json_schema import models_json_schema
 
 from cascade.api import build_request, middleware, responses
 from cascade.api.completion import Completions
-from cascade.api.middleware import authenticate
-from cascade.api.openapi import describe, request_body
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
-from cascade.api.schema import ChatBody, CompletionBody
+from cascade.api.schema import Body, ChatBody, CompletionBody
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
 from cascade.api.validation import parse
 from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
@@ -24,18 +25,41 @@ if TYPE_CHECKING:
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
 
-_DRAINED_BODIES = 16  # a body this many times too large is not even read to its end
+B = TypeVar("B", bound=Body)
 
-_THREAD_BYTES = 2**16  # from this size on, tokenizing would hold other streams up
+_DRAINED_BODIES = 16  # a body larger than this many times the limit is not read to its end
+
+_THREAD_BYTES = 2**16  # tokenizing a body of this size would delay other streams
+
+_REF = "#/components/schemas/{model}"
+
+_EVENTS = {"schema": {"type": "string", "description": "If `stream` is true: one chunk per event"}}
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 
 
 def create_app(service: ServingContext | None = None, *, add_request_id: bool = True) -> FastAPI:
-    """Return the door.
+    """Return the HTTP API.
 
     Args:
-        service: What to serve; without it the answer is 503 until `app.state.service` is set.
-        add_request_id: Whether answers get an `x-request-id` here. Ray Serve's own layer in front
-            adds one to every answer: two would reach clients as one name, `a, a`.
+        service: What to serve; without it requests get 503 until `app.state.service` is set.
+        add_request_id: Whether responses get an `x-request-id` here. Under Ray Serve they must not:
+            its own layer adds one, and clients would read two as `a, a`.
     """
     app = FastAPI(title="Speculative Cascades", version="1")
     app.state.service = service
@@ -44,20 +68,22 @@ def create_app(service: ServingContext | None = None, *, add_request_id: bool = 
     app.get("/healthz", response_model=None)(health)
     app.get("/v1/models", dependencies=guarded, response_model=None)(models)
     app.get("/v1/models/{name:path}", dependencies=guarded, response_model=None)(model)
-    for path, kind, endpoint in (
+    for path, body_type, endpoint in (
         ("/v1/completions", CompletionBody, completions),
         ("/v1/chat/completions", ChatBody, chat_completions),
     ):
-        extra = request_body(kind)
+        content = {"application/json": {"schema": {"$ref": _REF.format(model=body_type.__name__)}}}
+        extra = {"requestBody": {"required": True, "content": content}}
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
-    middleware.install(app, names_answers=add_request_id)
-    describe(app)
+    middleware.install(app, add_request_id=add_request_id)
+    app.openapi = partial(_openapi, app)
     return app
 
 
 async def health(request: Request) -> Response:
     """Say whether requests can be served now."""
-    _ready(request)
+    if not _service(request).ready():
+        raise Unavailable("The models are not loaded yet")
     return JSONResponse({"status": "ok"})
 
 
@@ -79,53 +105,51 @@ async def model(request: Request, name: str) -> Response:
 
 async def completions(request: Request) -> Response:
     """Continue a prompt."""
-    service = _service(request)
-    data = await _body(request, most=service.limits.body_bytes)
-    call = await _translate(
-        data, lambda: build_request.completion(parse(data, CompletionBody), service)
-    )
-    return await _answer(request, service, call, TextCompletionFormat(service.tokenizer))
+    build = build_request.completion
+    return await _complete(request, CompletionBody, build, TextCompletionFormat)
 
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    service = _service(request)
-    data = await _body(request, most=service.limits.body_bytes)
-    call = await _translate(data, lambda: build_request.chat(parse(data, ChatBody), service))
-    return await _answer(request, service, call, ChatCompletionFormat(service.tokenizer))
+    return await _complete(request, ChatBody, build_request.chat, ChatCompletionFormat)
 
 
-async def _answer(
-    request: Request, service: ServingContext, call: CompletionCall, shape: ResponseFormat
+async def _complete(
+    request: Request,
+    body_type: type[B],
+    build: Callable[[B, ServingContext], CompletionCall],
+    format_type: type[ResponseFormat],
 ) -> Response:
-    name, created = request.state.request_id, int(service.clock())
-    answers = Completions(call, service, name=name)
+    service, request_id = _service(request), request.state.request_id
+    data = await _read_body(request, limit_bytes=service.limits.body_bytes)
+
+    def build_call() -> CompletionCall:
+        return build(parse(data, body_type), service)
+
+    in_thread = len(data) >= _THREAD_BYTES
+    call = await asyncio.to_thread(build_call) if in_thread else build_call()
+    completions = Completions(call, service, request_id=request_id)
+    response_format = format_type(service, request_id)
     if not call.stream:
-        await while_connected(request.receive, answers.run())
-        id_ = f"{shape.prefix}-{name}"
-        return JSONResponse(responses.completion(answers, shape, id_=id_, created=created))
-    stream = CompletionStream(
-        answers, shape, request_id=name, created=created, tick_s=service.keep_alive_s
-    )
+        await while_connected(request.receive, completions.run())
+        return JSONResponse(response_format.response(completions))
+    keep_alive_s = service.keep_alive_s
+    stream = CompletionStream(completions, response_format, keep_alive_s=keep_alive_s)
     await while_connected(request.receive, stream.begin())
     return EventResponse(stream.events())
 
 
-async def _translate(data: bytes, work: Callable[[], CompletionCall]) -> CompletionCall:
-    return work() if len(data) < _THREAD_BYTES else await asyncio.to_thread(work)
-
-
-async def _body(request: Request, *, most: int) -> bytes:
-    """Return the body. One that is too large is read on for a while: so its sender hears why."""
+async def _read_body(request: Request, *, limit_bytes: int) -> bytes:
+    """Return the body. Some of a too large one is read too, so that its sender gets the error."""
     size, parts = 0, list[bytes]()
     async for part in request.stream():
         size += len(part)
-        if size <= most:
+        if size <= limit_bytes:
             parts.append(part)
-        elif size > _DRAINED_BODIES * most:
+        elif size > _DRAINED_BODIES * limit_bytes:
             break
-    if size > most:
-        raise InvalidRequest(f"The body has more than {most} bytes, the most this server reads")
+    if size > limit_bytes:
+        raise InvalidRequest(f"The body is larger than {limit_bytes} bytes, this server's limit")
     return b"".join(parts)
 
 
@@ -136,13 +160,27 @@ def _service(request: Request) -> ServingContext:
     return service
 
 
-def _ready(request: Request) -> None:
-    if not _service(request).ready():
-        raise Unavailable("The models are not there yet")
-
-
 async def _authenticate(
     request: Request, authorization: Annotated[str | None, Header()] = None
 ) -> None:
-    """Refuse a caller without one of the service's keys, if it has any."""
-    authenticate(_service(request), authorization)
+    middleware.authenticate(_service(request), authorization)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI description, made on the first call: bodies as they are parsed."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    app.openapi_schema = schema = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    _, definitions = models_json_schema(
+        [(ChatBody, "validation"), (CompletionBody, "validation")], ref_template=_REF
+    )
+    schema["components"] = {"schemas": definitions["$defs"] | {"Error": _ERROR}}
+    content = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    for operation in (one for path in schema["paths"].values() for one in path.values()):
+        operation["responses"].pop("422", None)
+        operation["responses"]["default"] = {"description": "An error", "content": content}
+        if "requestBody" in operation:
+            operation["responses"]["200"]["content"]["text/event-stream"] = _EVENTS
+    return schema

@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP door: a name for each request, and one shape for every error."""
+"""Request ids, authentication, and one response format for every error of the HTTP API."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 
     from cascade.api.context import ServingContext
 
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+
+_VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
 _SCHEME = "bearer "
 
 
 def authenticate(service: ServingContext, authorization: str | None) -> None:
-    """Let a caller pass that has one of the service's keys, or any caller if there are none.
+    """Check the caller's API key, if the service has any.
 
     Raises:
         Unauthenticated: The header is absent, of another scheme, or has no known key.
@@ -37,85 +43,67 @@ def authenticate(service: ServingContext, authorization: str | None) -> None:
         return
     header = authorization or ""
     given = header[len(_SCHEME) :] if header[: len(_SCHEME)].lower() == _SCHEME else ""
-    # Compared with each key in full, so that the time taken tells nothing.
+    # Compared with every key in full, so that the time taken reveals nothing.
     known = [hmac.compare_digest(given.encode(), key.encode()) for key in service.api_keys]
     if not any(known):
         raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
 
 
-logger = logging.getLogger(__name__)
-
-REQUEST_ID = "x-request-id"
-
-_SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+def public_error(error: Exception, request_id: str) -> CascadeError:
+    """Return the error that a client may see; internal errors are logged and their text hidden."""
+    if isinstance(error, CascadeError) and not isinstance(error, Internal):
+        return error
+    logger.error("Request %s failed: %s", request_id, error, exc_info=error)
+    return Internal(f"Internal error; the server's log has the details of request {request_id}")
 
 
 class ErrorMiddleware:
-    """ASGI middleware: every request has a name, and no exception ends without a body."""
+    """ASGI middleware: gives every request an id, and a response to every unexpected exception."""
 
-    def __init__(self, app: ASGIApp, *, names_answers: bool) -> None:
+    def __init__(self, app: ASGIApp, *, add_request_id: bool) -> None:
         self._app = app
-        self._names_answers = names_answers
+        self._add_request_id = add_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
+        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = name
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _VALID_ID.fullmatch(given) else secrets.token_hex(12)
+        scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if self._names_answers:
-                    MutableHeaders(scope=message)[REQUEST_ID] = name
+                if self._add_request_id:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:
-            await self._app(scope, receive, named)
+            await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             return
-        except Exception:
-            logger.exception("Request %s failed", name)
+        except Exception as error:  # noqa: BLE001 - `public_error` logs it
+            problem = public_error(error, request_id)
             if not started:
-                await response(defect(name))(scope, receive, named)
+                await _response(problem)(scope, receive, send_with_id)
 
 
-def defect(request_id: str) -> Internal:
-    """Return what a client is told of a defect of ours: where to look, and nothing else."""
-    return Internal(f"Something broke in the server; its log has more under request {request_id}")
+def install(app: FastAPI, *, add_request_id: bool) -> None:
+    """Add the middleware and the handlers that turn exceptions into OpenAI's error objects."""
+    app.add_exception_handler(CascadeError, _on_cascade_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_middleware(ErrorMiddleware, add_request_id=add_request_id)
 
 
-def told(error: CascadeError, request_id: str) -> CascadeError:
-    """Return what a client hears of an error; of a defect of ours, the log hears the rest."""
-    if not isinstance(error, Internal):
-        return error
-    logger.error("Request %s failed: %s", request_id, error.message, exc_info=error)
-    return defect(request_id)
-
-
-def response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
-    """Return an error as OpenAI's clients expect it, with what their retries need to know."""
+def _response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
     return JSONResponse(
         responses.error(error), status_code=status or error.http, headers=_retry_headers(error)
     )
-
-
-def install(app: FastAPI, *, names_answers: bool) -> None:
-    """Give every error of the app its shape, and answers the header with their request's name."""
-    app.add_exception_handler(CascadeError, _ours)
-    app.add_exception_handler(HTTPException, _routing)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_middleware(ErrorMiddleware, names_answers=names_answers)
-
-
-def _request_id(headers: Headers) -> str:
-    """Return the caller's name of a request if it is a sane one, else a new one."""
-    given = headers.get(REQUEST_ID, "")
-    return given if _SANE_ID.fullmatch(given) else secrets.token_hex(12)
 
 
 def _retry_headers(error: CascadeError) -> dict[str, str]:
@@ -126,23 +114,22 @@ def _retry_headers(error: CascadeError) -> dict[str, str]:
         }
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": "Bearer"}
-    # Work was done: to repeat it unasked, as clients do after any 5xx, would do it again.
+    # Clients retry after any 5xx; these requests have used the models already.
     return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
 
 
-async def _ours(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, CascadeError)
-    return response(told(error, request.state.request_id))
+async def _on_cascade_error(request: Request, error: Exception) -> JSONResponse:
+    return _response(public_error(error, request.state.request_id))
 
 
-async def _routing(request: Request, error: Exception) -> JSONResponse:
-    """Answer an unknown route or a wrong method, which Starlette finds before our code runs."""
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Respond to an unknown route or a wrong method, which Starlette finds."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists the routes"
-    answer = response(InvalidRequest(what), status=error.status_code)
-    answer.headers.update(error.headers or {})
-    return answer
+    response = _response(InvalidRequest(what), status=error.status_code)
+    response.headers.update(error.headers or {})
+    return response
 
 
-async def _validation(_request: Request, error: Exception) -> JSONResponse:
-    return response(InvalidRequest(str(error)))
+async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    return _response(InvalidRequest(str(error)))

@@ -1,4 +1,4 @@
-"""From pieces of tokens to pieces of text: what a client hears of one answer."""
+"""Turns the generator's tokens into text deltas and finds the stop strings in them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cascade.types import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cascade.api.context import Tokenizer
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Origin, OutputChunk, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopMatch:
-    """Text that may go out, and the stop string that ended it, if one did."""
+    """Text that is safe to send, and the stop string that ended it, if one did."""
 
     text: str
     stop: str | None = None
@@ -26,8 +26,8 @@ class StopMatch:
 class StopMatcher:
     """Holds text back while it may be the beginning of a stop string.
 
-    What comes out does not depend on how the text was cut: the stop string that is complete first
-    wins, and of several complete at once the one that began first.
+    The result does not depend on how the text is split: the stop string that is complete first
+    wins, and of several that are complete at once the one that began first.
 
     Example: with the stop `END`, "xE" gives "x", then "NO" gives "ENO", then "END!" ends with "".
     """
@@ -38,7 +38,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> StopMatch:
-        """Return what of the held and the new text can no longer belong to a stop string."""
+        """Return the part of the held and the new text that cannot belong to a stop string."""
         text = self._held + text
         found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
         matches = [match for match in found if match[1] >= 0]
@@ -46,18 +46,18 @@ class StopMatcher:
             _, start, stop = min(matches)
             self._held = ""
             return StopMatch(text=text[:start], stop=stop)
-        room = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[room:]
-        return StopMatch(text=text[:room])
+        safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[safe:]
+        return StopMatch(text=text[:safe])
 
     def flush(self) -> str:
-        """Return the held text: no more comes, so it is no stop string."""
+        """Return the held text: without more text it is no stop string."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop` and is not all of it."""
+    """Return the length of the longest end of `text` that is a proper beginning of `stop`."""
     start = max(len(text) - len(stop) + 1, 0)
     while (start := text.find(stop[0], start)) >= 0:
         if stop.startswith(text[start:]):
@@ -68,7 +68,7 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenText:
-    """One token and the text it added; empty while a character waits for its other bytes."""
+    """One token and the text it added; empty if its character needs bytes of later tokens."""
 
     token_id: int
     text: str
@@ -78,7 +78,7 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What was added to an answer. The last one says why it ended."""
+    """What was added to a completion. The last one has a finish reason."""
 
     tokens: tuple[TokenText, ...] = ()
     finish: FinishReason | None = None
@@ -86,85 +86,83 @@ class Delta:
 
     @property
     def text(self) -> str:
-        """Return the text of all entries."""
-        return "".join(entry.text for entry in self.tokens)
+        """Return the text of all tokens."""
+        return "".join(token.text for token in self.tokens)
 
 
 class OutputProcessor:
-    """Writes one answer down, token by token.
+    """Detokenizes one completion.
 
-    A token goes out once all of its text is certain: no unfinished character, no possible beginning
-    of a stop string. So the text of a delta is always the text of its tokens. At a stop string the
-    answer ends with the token that completed it; text from the stop string on is cut off.
+    A token is released once its text is final: all bytes of its characters are there, and it cannot
+    belong to a stop string. So the text of a delta is always the text of its tokens. A stop string
+    ends the completion at the token that completes it; text from the stop string on is cut off.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), stop_ids: Iterable[int] = ()
     ) -> None:
-        self._words = tokenizer.detokenizer()
+        """Start a completion.
+
+        Args:
+            tokenizer: Makes the detokenizer.
+            stops: Strings that end the completion and are not part of it.
+            stop_ids: Tokens that end the completion; they have no text.
+        """
+        self._detokenizer = tokenizer.detokenizer()
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
-        self._waiting: deque[TokenText] = deque()
-        self._free = 0  # characters of the waiting entries that may go out
+        self._pending: deque[TokenText] = deque()
+        self._safe = 0  # characters of the pending tokens that cannot belong to a stop string
 
-    def push(self, piece: OutputChunk) -> Delta:
-        """Return what the piece makes certain."""
-        logprobs = piece.logprobs or (None,) * len(piece.tokens)
-        for token, origin, logprob in zip(piece.tokens, piece.origins, logprobs, strict=True):
-            ends = token in self._stop_ids
-            text = "" if ends else self._words.push([token])
-            entry = TokenText(token_id=token, text=text, origin=origin, logprob=logprob)
-            stop = self._write(entry)
-            if stop is not None:
-                return self._end(FinishReason.STOP, stop)
+    def push(self, chunk: OutputChunk) -> Delta:
+        """Return the tokens that are final after this chunk."""
+        logprobs = chunk.logprobs or (None,) * len(chunk.tokens)
+        for token_id, origin, logprob in zip(chunk.tokens, chunk.origins, logprobs, strict=True):
+            ends = token_id in self._stop_ids
+            text = "" if ends else self._detokenizer.push([token_id])
+            self._pending.append(
+                TokenText(token_id=token_id, text=text, origin=origin, logprob=logprob)
+            )
+            if (stop := self._find_stop(text)) is not None:
+                return self._release_all(FinishReason.STOP, stop)
             if ends:
-                return self._finish(FinishReason.STOP, token)
-        if piece.finish is not None:
-            return self._finish(piece.finish, None)
-        return Delta(tokens=tuple(self._certain()))
+                return self._finish(FinishReason.STOP, token_id)
+        if chunk.finish is not None:
+            return self._finish(chunk.finish, None)
+        return Delta(tokens=self._release())
 
-    def _write(self, entry: TokenText) -> str | None:
-        """Let an entry wait; return the stop string that it completes."""
-        self._waiting.append(entry)
-        passage = self._matcher.push(entry.text)
-        self._free += len(passage.text)
-        return passage.stop
+    def _find_stop(self, text: str) -> str | None:
+        """Return the stop string that the text completes."""
+        match = self._matcher.push(text)
+        self._safe += len(match.text)
+        return match.stop
 
-    def _finish(self, finish: FinishReason, token: int | None) -> Delta:
-        """Let out what waits for a character or a stop string that will not come."""
-        rest = self._words.flush()
-        stop = None
-        if rest and self._waiting:
-            last = self._waiting.pop()
-            passage = self._matcher.push(rest)
-            self._waiting.append(replace(last, text=last.text + rest))
-            self._free += len(passage.text)
-            stop = passage.stop
-        if stop is not None:
-            return self._end(FinishReason.STOP, stop)
-        self._free += len(self._matcher.flush())
-        return self._end(finish, token)
+    def _finish(self, finish: FinishReason, stop_id: int | None) -> Delta:
+        """Release the tokens that waited for the rest of a character or a stop string."""
+        rest = self._detokenizer.flush()
+        if rest and self._pending:
+            last = self._pending.pop()
+            self._pending.append(replace(last, text=last.text + rest))
+            if (stop := self._find_stop(rest)) is not None:
+                return self._release_all(FinishReason.STOP, stop)
+        self._safe += len(self._matcher.flush())
+        return self._release_all(finish, stop_id)
 
-    def _end(self, finish: FinishReason, stop: str | int | None) -> Delta:
-        """Let out all waiting tokens, with the text that is free."""
-        entries: list[TokenText] = []
-        for entry in self._waiting:
-            entries.append(replace(entry, text=entry.text[: self._free]))
-            self._free -= len(entries[-1].text)
-        self._waiting.clear()
-        return Delta(tokens=tuple(entries), finish=finish, stop=stop)
+    def _release_all(self, finish: FinishReason, stop: str | int | None) -> Delta:
+        """Release all pending tokens, with only the text before a stop string."""
+        tokens: list[TokenText] = []
+        for token in self._pending:
+            tokens.append(replace(token, text=token.text[: self._safe]))
+            self._safe -= len(tokens[-1].text)
+        self._pending.clear()
+        return Delta(tokens=tuple(tokens), finish=finish, stop=stop)
 
-    def _certain(self) -> Iterable[TokenText]:
-        """Take out the tokens whose text is free; one without text waits for the next with some."""
-        while count := self._ready():
-            for _ in range(count):
-                entry = self._waiting.popleft()
-                self._free -= len(entry.text)
-                yield entry
-
-    def _ready(self) -> int:
-        """Return how many waiting tokens the next text to go out spans; 0 if it is not all free."""
-        for count, entry in enumerate(self._waiting, start=1):
-            if entry.text:
-                return count if len(entry.text) <= self._free else 0
-        return 0
+    def _release(self) -> tuple[TokenText, ...]:
+        """Release the tokens whose text is final; one without text waits for the next with text."""
+        released: list[TokenText] = []
+        while True:
+            count = next((at for at, token in enumerate(self._pending, 1) if token.text), 0)
+            if not count or len(self._pending[count - 1].text) > self._safe:
+                return tuple(released)
+            self._safe -= len(self._pending[count - 1].text)
+            released.extend(self._pending.popleft() for _ in range(count))

@@ -1,16 +1,17 @@
-"""What OpenAI's clients read, as JSON values: answers, chunks, usage, models and errors.
+"""The JSON that OpenAI's clients read: completions, chunks, usage, models and errors.
 
-Extensions stand where a client that does not know them steps over them: `choices[i].cascade`,
-`usage.cascade`, and at the top level vLLM's `metrics` and llama.cpp's `timings`. Never inside
+Our extensions are where a client that does not know them ignores them: `choices[i].cascade`,
+`usage.cascade`, and vLLM's `metrics` and llama.cpp's `timings` at the top level. Never inside
 `delta`, which the stream helper of OpenAI's client accumulates.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from cascade.api.output_processor import Delta
 
@@ -18,220 +19,234 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.api.completion import Completion, Completions, Usage
-    from cascade.api.context import ServingContext, Tokenizer
+    from cascade.api.context import ServingContext
     from cascade.api.output_processor import TokenText
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.errors import CascadeError
-    from cascade.types import Statistics
 
-_IMPOSSIBLE = -9999.0  # JavaScript cannot read -Infinity; OpenAI documents this number
+Json: TypeAlias = dict[str, Any]
+
+_IMPOSSIBLE = -9999.0  # stands for -infinity, which JSON cannot express; OpenAI's documented value
 
 
-def text_logprobs(
-    entries: Sequence[TokenText], tokenizer: Tokenizer, *, offset: int
-) -> dict[str, list[Any]]:
-    """Return the `logprobs` of a text completion whose first entry is `offset` characters in."""
-    lengths = [len(entry.text) for entry in entries]
+class ResponseFormat(ABC):
+    """The JSON of one kind of completion, for one call."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]  # the `object` of a response
+    chunk_name: ClassVar[str]  # the `object` of a chunk
+
+    def __init__(self, service: ServingContext, request_id: str) -> None:
+        self._tokenizer = service.tokenizer
+        self._id = f"{self.id_prefix}-{request_id}"
+        self._created = int(service.clock())
+
+    @abstractmethod
+    def choice(self, completion: Completion) -> Json:
+        """Return a finished choice."""
+
+    @abstractmethod
+    def opening(self, completion: Completion) -> list[Json]:
+        """Return the choices to send before a completion has tokens."""
+
+    @abstractmethod
+    def chunks(self, completion: Completion, delta: Delta) -> list[Json]:
+        """Return the choices that carry a delta; the completion contains it already."""
+
+    def response(self, completions: Completions) -> Json:
+        """Return the response with all finished choices."""
+        choices = [self.choice(completion) for completion in completions.all]
+        return self._frame(self.object_name, completions, choices) | figures(completions.usage)
+
+    def chunk(self, completions: Completions, choice: Json) -> Json:
+        """Return a chunk of a stream with one choice."""
+        chunk = self._frame(self.chunk_name, completions, [choice])
+        if completions.call.include_usage:
+            continuous = completions.call.continuous_usage
+            chunk["usage"] = usage_object(completions.usage) if continuous else None
+        return chunk
+
+    def last_chunk(self, completions: Completions) -> Json:
+        """Return the chunk that has the usage and no choice."""
+        return self._frame(self.chunk_name, completions, []) | figures(completions.usage)
+
+    def _frame(self, object_name: str, completions: Completions, choices: list[Json]) -> Json:
+        return {
+            "id": self._id,
+            "object": object_name,
+            "created": self._created,
+            "model": completions.call.model,
+            "choices": choices,
+        }
+
+
+class TextCompletionFormat(ResponseFormat):
+    """`/v1/completions`."""
+
+    id_prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
+
+    def choice(self, completion: Completion) -> Json:
+        """Return a finished choice."""
+        choice = self._choice(completion, completion.output, offset=0)
+        if completion.call.token_ids:
+            choice["prompt_token_ids"] = list(completion.request.prompt)
+        return choice
+
+    def opening(self, completion: Completion) -> list[Json]:
+        """Return an empty choice if there are several, so that their indices come in order."""
+        if len(completion.call.requests) == 1:
+            return []
+        return [{"index": completion.index, "text": "", "logprobs": None, "finish_reason": None}]
+
+    def chunks(self, completion: Completion, delta: Delta) -> list[Json]:
+        """Return one choice with the text."""
+        return [self._choice(completion, delta, offset=completion.text_length - len(delta.text))]
+
+    def _choice(self, completion: Completion, delta: Delta, *, offset: int) -> Json:
+        logprobs = None
+        if completion.request.policy.logprobs is not None:
+            logprobs = text_logprobs(delta.tokens, self._tokenizer, offset=offset)
+        return {
+            "index": completion.index,
+            "text": delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish,
+            **_extensions(completion, delta),
+        }
+
+
+class ChatCompletionFormat(ResponseFormat):
+    """`/v1/chat/completions`."""
+
+    id_prefix = "chatcmpl"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def choice(self, completion: Completion) -> Json:
+        """Return a finished choice."""
+        delta = completion.output
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {**self._choice(completion, delta), "message": message}
+
+    def opening(self, completion: Completion) -> list[Json]:
+        """Return the role, once per choice."""
+        delta = {"role": "assistant", "content": ""}
+        index = completion.index
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def chunks(self, completion: Completion, delta: Delta) -> list[Json]:
+        """Return the text; after it, with an empty delta, the finish reason."""
+        chunks: list[Json] = []
+        if delta.tokens:
+            text = self._choice(completion, Delta(tokens=delta.tokens))
+            chunks.append({**text, "delta": {"content": delta.text}})
+        if delta.finish:
+            end = self._choice(completion, Delta(finish=delta.finish, stop=delta.stop))
+            chunks.append({**end, "delta": {}})
+        return chunks
+
+    def _choice(self, completion: Completion, delta: Delta) -> Json:
+        logprobs = None
+        if completion.request.policy.logprobs is not None and delta.tokens:
+            logprobs = chat_logprobs(delta.tokens, self._tokenizer)
+        return {
+            "index": completion.index,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish,
+            **_extensions(completion, delta),
+        }
+
+
+def _extensions(completion: Completion, delta: Delta) -> Json:
+    """Return the fields of a choice that OpenAI does not have: token origins and vLLM's fields."""
+    own = [token for token in delta.tokens if token.origin is not None]
+    cascade: Json = {
+        "origins": "".join(token.origin or "" for token in own),
+        "tokens": [token.text for token in own],
+    }
+    if delta.finish and completion.request.trace:
+        cascade["trace"] = [asdict(entry) for entry in completion.statistics.trace]
+    extensions: Json = {"cascade": cascade}
+    if isinstance(delta.stop, str) or delta.stop in completion.call.stop_ids:
+        extensions["stop_reason"] = delta.stop
+    if completion.call.token_ids:
+        extensions["token_ids"] = [token.token_id for token in own]
+    return extensions
+
+
+def text_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer, *, offset: int) -> Json:
+    """Return the `logprobs` of a text completion.
+
+    Args:
+        tokens: The tokens of the choice or chunk.
+        tokenizer: Names the alternatives.
+        offset: Characters of the choice before the first token.
+    """
+    lengths = [len(token.text) for token in tokens]
     return {
-        "tokens": [entry.text for entry in entries],
-        "token_logprobs": [_own(entry) for entry in entries],
-        "top_logprobs": [_alternatives(entry, tokenizer) for entry in entries],
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [_logprob(token) for token in tokens],
+        "top_logprobs": [_alternatives(token, tokenizer) for token in tokens],
         "text_offset": list(accumulate(lengths[:-1], initial=offset)) if lengths else [],
     }
 
 
-def chat_logprobs(entries: Sequence[TokenText], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer) -> Json:
     """Return the `logprobs` of a chat completion; the bytes of all tokens decode to the text."""
     content = [
-        _chat_token(entry.text.encode(), _own(entry))
-        | {"top_logprobs": [_chat_token(*one) for one in _tops(entry, tokenizer)]}
-        for entry in entries
+        _chat_token(token.text.encode(), _logprob(token))
+        | {"top_logprobs": [_chat_token(*one) for one in _top(token, tokenizer)]}
+        for token in tokens
     ]
     return {"content": content, "refusal": None}
 
 
-def _own(entry: TokenText) -> float | None:
-    return None if entry.logprob is None else _finite(entry.logprob.logprob)
+def _logprob(token: TokenText) -> float | None:
+    return None if token.logprob is None else _finite(token.logprob.logprob)
 
 
-def _alternatives(entry: TokenText, tokenizer: Tokenizer) -> dict[str, float] | None:
-    """Return the likeliest texts, and the token itself among them whether it is likely or not."""
-    if entry.logprob is None:
+def _alternatives(token: TokenText, tokenizer: Tokenizer) -> dict[str, float] | None:
+    """Return the likeliest tokens by their text, and always the token itself."""
+    if token.logprob is None:
         return None
-    tops = {_name(data): logprob for data, logprob in _tops(entry, tokenizer)}
-    return tops | {entry.text: _finite(entry.logprob.logprob)}
+    top = {_text_or_bytes(data): logprob for data, logprob in _top(token, tokenizer)}
+    return top | {token.text: _finite(token.logprob.logprob)}
 
 
-def _tops(entry: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
-    """Return the likeliest tokens as bytes; the token itself has those it has in the text."""
-    if entry.logprob is None:
+def _top(token: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
+    """Return the bytes of the likeliest tokens; those of the token itself are of its text."""
+    if token.logprob is None:
         return []
     return [
-        (
-            entry.text.encode() if token == entry.token_id else tokenizer.bytes_of(token),
-            _finite(value),
-        )
-        for token, value in entry.logprob.top
+        (token.text.encode() if id_ == token.token_id else tokenizer.bytes_of(id_), _finite(value))
+        for id_, value in token.logprob.top
     ]
 
 
-def _name(data: bytes) -> str:
-    """Return a token's text; where it is part of a character, its bytes as OpenAI writes them."""
+def _text_or_bytes(data: bytes) -> str:
+    """Return a token's text; of a part of a character, its bytes as OpenAI writes them."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"token": _name(data), "logprob": logprob, "bytes": list(data)}
+def _chat_token(data: bytes, logprob: float | None) -> Json:
+    return {"token": _text_or_bytes(data), "logprob": logprob, "bytes": list(data)}
 
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _IMPOSSIBLE
 
 
-Json: TypeAlias = dict[str, Any]
-
-
-class ResponseFormat(Protocol):
-    """How one kind of completion looks."""
-
-    @property
-    def prefix(self) -> str:
-        """Begins every id."""
-        ...
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The `object` of an answer and of a chunk."""
-        ...
-
-    def choice(self, answer: Completion) -> Json:
-        """Return a finished choice."""
-        ...
-
-    def opening(self, answer: Completion) -> list[Json]:
-        """Return what introduces a choice before it has tokens."""
-        ...
-
-    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
-        """Return what a delta adds to its choice; the answer has it already."""
-        ...
-
-
-class TextCompletionFormat:
-    """`/v1/completions`."""
-
-    prefix = "cmpl"
-    names = ("text_completion", "text_completion")
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def choice(self, answer: Completion) -> Json:
-        """Return a finished choice."""
-        choice = self._choice(answer, answer.output, offset=0)
-        if answer.call.token_ids:
-            choice["prompt_token_ids"] = list(answer.request.prompt)
-        return choice
-
-    def opening(self, answer: Completion) -> list[Json]:
-        """Return an empty choice where there are several: they come in order for the first time."""
-        if len(answer.call.requests) == 1:
-            return []
-        return [{"index": answer.index, "text": "", "logprobs": None, "finish_reason": None}]
-
-    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
-        """Return what a delta adds."""
-        return [self._choice(answer, delta, offset=answer.text_length - len(delta.text))]
-
-    def _choice(self, answer: Completion, delta: Delta, *, offset: int) -> Json:
-        asked = answer.request.policy.logprobs is not None
-        logprobs = text_logprobs(delta.tokens, self._tokenizer, offset=offset) if asked else None
-        return {
-            "index": answer.index,
-            "text": delta.text,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish,
-            **_extensions(answer, delta),
-        }
-
-
-class ChatCompletionFormat:
-    """`/v1/chat/completions`."""
-
-    prefix = "chatcmpl"
-    names = ("chat.completion", "chat.completion.chunk")
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def choice(self, answer: Completion) -> Json:
-        """Return a finished choice."""
-        delta = answer.output
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return {**self._frame(answer, delta), "message": message}
-
-    def opening(self, answer: Completion) -> list[Json]:
-        """Return the role, once a choice."""
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def chunks(self, answer: Completion, delta: Delta) -> list[Json]:
-        """Return the text; and after it, with an empty delta, why the answer ended."""
-        chunks: list[Json] = []
-        if delta.tokens:
-            text = Delta(tokens=delta.tokens)
-            chunks.append({**self._frame(answer, text), "delta": {"content": delta.text}})
-        if delta.finish:
-            chunks.append(
-                {**self._frame(answer, Delta(finish=delta.finish, stop=delta.stop)), "delta": {}}
-            )
-        return chunks
-
-    def _frame(self, answer: Completion, delta: Delta) -> Json:
-        asked = answer.request.policy.logprobs is not None and delta.tokens
-        return {
-            "index": answer.index,
-            "logprobs": chat_logprobs(delta.tokens, self._tokenizer) if asked else None,
-            "finish_reason": delta.finish,
-            **_extensions(answer, delta),
-        }
-
-
-def _extensions(answer: Completion, delta: Delta) -> Json:
-    """Return what a choice says beyond OpenAI: who wrote each token, and vLLM's extras."""
-    own = [entry for entry in delta.tokens if entry.origin is not None]
-    cascade: Json = {
-        "origins": "".join(entry.origin or "" for entry in own),
-        "tokens": [entry.text for entry in own],
-    }
-    if delta.finish and answer.request.trace:
-        cascade["trace"] = [asdict(row) for row in answer.statistics.trace]
-    extensions: Json = {"cascade": cascade}
-    if isinstance(delta.stop, str) or delta.stop in answer.call.stop_ids:
-        extensions["stop_reason"] = delta.stop
-    if answer.call.token_ids:
-        extensions["token_ids"] = [entry.token_id for entry in own]
-    return extensions
-
-
-def completion(answers: Completions, shape: ResponseFormat, *, id_: str, created: int) -> Json:
-    """Return whole answers."""
-    usage = answers.usage
-    return {
-        "id": id_,
-        "object": shape.names[0],
-        "created": created,
-        "model": answers.call.model,
-        "choices": [shape.choice(answer) for answer in answers.all],
-        "usage": usage_object(usage),
-        **measures(usage),
-    }
-
-
 def usage_object(usage: Usage) -> Json:
-    """Return the usage. Dropped drafts are not among the completion tokens."""
+    """Return the usage; rejected draft tokens are not among the completion tokens."""
+    statistics = usage.statistics
+    cascade = asdict(statistics)
+    del cascade["trace"]
+    cascade["deferral_rate"] = _ratio(statistics.deferred, statistics.judged)
+    cascade["mean_accepted_length"] = _ratio(statistics.accepted, statistics.rounds)
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -241,28 +256,19 @@ def usage_object(usage: Usage) -> Json:
             "accepted_prediction_tokens": usage.accepted,
             "rejected_prediction_tokens": usage.rejected,
         },
-        "cascade": _statistics(usage.statistics),
+        "cascade": cascade,
     }
 
 
-def _statistics(statistics: Statistics) -> Json:
-    fields = asdict(statistics)
-    del fields["trace"]
-    return fields | {
-        "deferral_rate": _ratio(statistics.deferred, statistics.judged),
-        "mean_accepted_length": _ratio(statistics.accepted, statistics.rounds),
-    }
-
-
-def measures(usage: Usage) -> Json:
-    """Return the figures of drafting as tools that know vLLM and llama.cpp read them."""
+def figures(usage: Usage) -> Json:
+    """Return the usage, and the figures of speculative decoding as vLLM and llama.cpp name them."""
     statistics = usage.statistics
     histogram = statistics.accepted_lengths or [0]
     steps, accepted = sum(histogram), sum(at * count for at, count in enumerate(histogram))
-    trace = [row for row in statistics.trace if row.drafted]
-    steps_told = {
-        "per_step_accepted": [row.accepted for row in trace],
-        "per_step_drafted": [row.drafted for row in trace],
+    trace = [entry for entry in statistics.trace if entry.drafted]
+    per_step = {
+        "per_step_accepted": [entry.accepted for entry in trace],
+        "per_step_drafted": [entry.drafted for entry in trace],
     }
     speculative = {
         "mean_acceptance_length": 1 + _ratio(accepted, steps),
@@ -272,9 +278,10 @@ def measures(usage: Usage) -> Json:
         "num_accepted_draft_tokens": accepted,
         "num_draft_tokens": statistics.drafted,
         "num_spec_tokens": len(histogram) - 1,
-        **(steps_told if trace else {}),
+        **(per_step if trace else {}),
     }
     return {
+        "usage": usage_object(usage),
         "metrics": {"speculative_decoding": speculative},
         "timings": {"draft_n": statistics.drafted, "draft_n_accepted": statistics.accepted},
     }
@@ -285,7 +292,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def model(name: str, service: ServingContext) -> Json:
-    """Return a model."""
+    """Return the object of a served model."""
     return {
         "id": name,
         "object": "model",
@@ -296,11 +303,6 @@ def model(name: str, service: ServingContext) -> Json:
 
 
 def error(problem: CascadeError) -> Json:
-    """Return an error."""
-    fields = {
-        "message": problem.message,
-        "type": problem.type,
-        "param": problem.param,
-        "code": problem.code,
-    }
-    return {"error": fields}
+    """Return an error object."""
+    names = ("message", "type", "param", "code")
+    return {"error": {name: getattr(problem, name) for name in names}}

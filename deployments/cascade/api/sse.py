@@ -1,21 +1,20 @@
-"""The events of one streamed call."""
+"""Server-sent events: a streamed call as bytes, sent until the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
 
 from cascade.api import responses
-from cascade.api.middleware import defect, told
-from cascade.errors import Cancelled, CascadeError
+from cascade.api.middleware import public_error
+from cascade.errors import Cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncGenerator, Coroutine, Iterable
 
     from starlette.types import Receive, Scope, Send
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KEEP_ALIVE = b": keep-alive\n\n"
-
 DONE = b"data: [DONE]\n\n"
 
 
@@ -37,17 +35,17 @@ def encode_event(value: dict[str, Any]) -> bytes:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns; cancel it, and await its end, as soon as the client leaves.
+    """Return the result of `work`; cancel it and wait for its end if the client disconnects.
 
     Raises:
-        Cancelled: The client left first.
+        Cancelled: The client disconnected first.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(receive))
+    leaving = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Cancelled("The client left")
+            raise Cancelled("The client disconnected")
         return working.result()
     finally:
         working.cancel()
@@ -55,29 +53,29 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventResponse(Response):
-    """Streams events. However it ends, the generator is closed before it returns."""
+    """Sends events. However it ends, the generator is closed before it returns."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        # Proxies that buffer answers, nginx first of all, would hold the tokens back.
+        # nginx and other proxies buffer responses by default, which would delay the tokens.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events, unless the client leaves."""
+        """Send all events until the client disconnects."""
         del scope
         try:
             await while_connected(receive, self._send(send))
         except (Cancelled, OSError):
-            return  # nobody is left to tell
+            return  # there is no client to report to
         finally:
             await self._events.aclose()
 
@@ -88,104 +86,71 @@ class EventResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-logger = logging.getLogger(__name__)
-
-Item: TypeAlias = "tuple[Completion, Delta] | None"
-
-
 class CompletionStream:
-    """A streamed call: its first words, and then the bytes of everything."""
+    """A streamed call: `begin` waits for the first tokens, `events` yields the bytes."""
 
     def __init__(
-        self,
-        answers: Completions,
-        shape: ResponseFormat,
-        *,
-        request_id: str,
-        created: int,
-        tick_s: float,
+        self, completions: Completions, response_format: ResponseFormat, *, keep_alive_s: float
     ) -> None:
-        self._answers = answers
-        self._shape = shape
-        self._request_id = request_id
-        self._frame = {
-            "id": f"{shape.prefix}-{request_id}",
-            "object": shape.names[1],
-            "created": created,
-            "model": answers.call.model,
-        }
-        self._deltas = answers.stream(keep_alive_s=tick_s)
-        self._heard: list[Item] = []
+        """Prepare the stream.
+
+        Args:
+            completions: What to generate.
+            response_format: Turns deltas into chunks.
+            keep_alive_s: Send a comment after so many seconds without an event.
+        """
+        self._completions = completions
+        self._format = response_format
+        self._deltas = completions.stream(keep_alive_s=keep_alive_s)
+        self._first: list[tuple[Completion, Delta] | None] = []  # received by `begin`
 
     async def begin(self) -> None:
-        """Wait until each answer has begun, or one tick: so a refusal still gets its own status.
+        """Wait until every completion has a generated token, for one keep-alive interval at most.
+
+        An error until then is raised, so that the response can have its status.
 
         Raises:
-            CascadeError: An answer cannot begin.
+            CascadeError: A completion cannot begin.
         """
-        silent = {answer.index for answer in self._answers.all}
+        waiting = {completion.index for completion in self._completions.all}
         try:
             async for item in self._deltas:
-                self._heard.append(item)
+                self._first.append(item)
                 if item is None:
                     return
-                if item[1].finish or any(entry.origin for entry in item[1].tokens):
-                    silent.discard(item[0].index)
-                if not silent:
+                completion, delta = item
+                if delta.finish or any(token.origin for token in delta.tokens):
+                    waiting.discard(completion.index)
+                if not waiting:
                     return
         except BaseException:
             await self._deltas.aclose()
             raise
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Yield all events. A failure is an event too, and then there is no `[DONE]`."""
+        """Yield all events; an error is the last event, without `[DONE]`."""
         async with aclosing(self._deltas):
             try:
-                for answer in self._answers.all:
-                    for data in self._events(self._shape.opening(answer)):
+                for completion in self._completions.all:
+                    for choice in self._format.opening(completion):
+                        yield self._chunk(choice)
+                for item in self._first:
+                    for data in self._encode(item):
                         yield data
-                async for item in self._items():
-                    for data in self._event(item):
+                async for item in self._deltas:
+                    for data in self._encode(item):
                         yield data
-                for data in self._end():
-                    yield data
-            except CascadeError as error:
-                yield encode_event(responses.error(told(error, self._request_id)))
-            except Exception:
-                logger.exception("Request %s failed while it streamed", self._request_id)
-                yield encode_event(responses.error(defect(self._request_id)))
+                if self._completions.call.include_usage:
+                    yield encode_event(self._format.last_chunk(self._completions))
+                yield DONE
+            except Exception as error:  # noqa: BLE001 - `public_error` logs what is not ours
+                problem = public_error(error, self._completions.request_id)
+                yield encode_event(responses.error(problem))
 
-    async def _items(self) -> AsyncGenerator[Item]:
-        for item in self._heard:
-            yield item
-        async for item in self._deltas:
-            yield item
-
-    def _event(self, item: Item) -> Iterator[bytes]:
+    def _encode(self, item: tuple[Completion, Delta] | None) -> Iterable[bytes]:
         if item is None:
-            return iter((KEEP_ALIVE,))
-        answer, delta = item
-        return self._events(self._shape.chunks(answer, delta))
+            return (KEEP_ALIVE,)
+        return (self._chunk(choice) for choice in self._format.chunks(*item))
 
-    def _events(self, choices: Iterable[Json]) -> Iterator[bytes]:
-        for choice in choices:
-            yield encode_event(self._frame | {"choices": [choice]} | self._usage_so_far())
-
-    def _usage_so_far(self) -> Json:
-        call = self._answers.call
-        if not call.include_usage:
-            return {}
-        if not call.continuous_usage:
-            return {"usage": None}
-        return {"usage": responses.usage_object(self._answers.usage)}
-
-    def _end(self) -> Iterator[bytes]:
-        if self._answers.call.include_usage:
-            usage = self._answers.usage
-            last = {
-                "choices": [],
-                "usage": responses.usage_object(usage),
-                **responses.measures(usage),
-            }
-            yield encode_event(self._frame | last)
-        yield DONE
+    def _chunk(self, choice: Json) -> bytes:
+        return encode_event(self._format.chunk(self._completions, choice))

@@ -1,9 +1,9 @@
-"""The client's side of the streams: one per peer replica, shared by all sessions on it.
+"""The router's side of the streams: one per replica, shared by all sessions on that replica.
 
-A stream opens with the first link and cannot be moved or mended. When it breaks, every link on it
-raises `DrafterUnavailable` or `ExpertUnavailable` from `receive`, and the next link opens another.
-A replica that works sends something every second, however long it takes over what it was asked; the
-stream of one that is silent for longer counts as broken.
+The first session opens the stream. A broken stream is not repaired: `receive` raises
+`DrafterUnavailable` or `ExpertUnavailable` for every session on it, and the next session opens a
+new one. A working replica sends a frame at least every `HEARTBEAT_S` seconds, however long its
+forward passes take; a stream without frames for longer counts as broken.
 """
 
 from __future__ import annotations
@@ -34,44 +34,43 @@ if TYPE_CHECKING:
 
     Dial: TypeAlias = Callable[[str, TierKind], "Call"]
 
-MISSED_HEARTBEATS_LIMIT = (
-    3  # after which a replica is taken for lost; counted, for our own loop may be late
-)
+# After these the replica counts as lost. Counted, not timed: our own event loop may be late.
+MISSED_HEARTBEATS_LIMIT = 3
 
 Arguments = TypeVarTuple("Arguments")
 
 _OPTIONS = (
     *STREAM_OPTIONS,
     ("grpc.http2.max_pings_without_data", 0),
-    # One that never answers is given up after 3 s; core waits 20 s by default.
+    # Give up after 3 s on an address that never answers; gRPC's default is 20 s.
     ("grpc.min_reconnect_backoff_ms", 3_000),
-    # Replicas are neighbours: a proxy from the environment would only be in the way.
+    # Replicas are in the same network: a proxy from the environment cannot reach them.
     ("grpc.enable_http_proxy", 0),
-    # A new stream is a new connection, without the back-off of the one before.
+    # A new stream gets a new connection, without the back-off of the one before.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 class SharedStream(Protocol):
-    """What carries the items of links."""
+    """The stream to a replica that its sessions share."""
 
-    frames_received: int  # received
+    frames_received: int
 
     def send(self, message: ClientMessage) -> int:
-        """Put the item on its way and return its size in bytes; never blocks."""
+        """Queue the message and return its size in bytes; never blocks."""
         ...
 
     def close_session(self, stream: SessionStream) -> None:
-        """End the link, and the session on the replica."""
+        """End the session here and on the replica."""
         ...
 
     def lost_error(self) -> Unavailable:
-        """Return the error of a link that can receive nothing more."""
+        """Return the error of a session that can receive nothing more."""
         ...
 
 
 class SessionStream:
-    """One session on one replica, until `close` or the end of the stream."""
+    """One session on one replica, until `close` or the end of the shared stream."""
 
     def __init__(self, stream: SharedStream, session_id: SessionId, epoch: int) -> None:
         self.session_id = session_id
@@ -79,48 +78,48 @@ class SessionStream:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._stream = stream
-        self._frames = stream.frames_received
-        self._answers: asyncio.Queue[ServerMessage | None] = asyncio.Queue()
+        self._frames_before = stream.frames_received
+        self._received: asyncio.Queue[ServerMessage | None] = asyncio.Queue()  # None: the end
 
-    def send(self, item: ClientMessage) -> None:
-        """Send an item with all others of this tick; never blocks.
+    def send(self, message: ClientMessage) -> None:
+        """Send a message, in one frame with all others of this event loop iteration.
 
         Raises:
-            Unavailable: the stream is broken.
-            InvalidRequest: the item does not fit the wire.
+            Unavailable: The stream is broken.
+            InvalidRequest: The message does not fit its proto.
         """
-        self.sent_bytes += self._stream.send(item)
+        self.sent_bytes += self._stream.send(message)
 
     async def receive(self) -> ServerMessage:
-        """Return the next answer; raises Unavailable once the stream is broken."""
-        answer = await self._answers.get()
-        if answer is None:
-            self._answers.put_nowait(None)
+        """Return the next message; raises Unavailable once the stream is broken."""
+        message = await self._received.get()
+        if message is None:
+            self.end()
             raise self._stream.lost_error()
-        return answer
+        return message
 
     @property
     def has_message(self) -> bool:
-        """Whether `receive` would not wait."""
-        return not self._answers.empty()
+        """Whether `receive` returns or raises without waiting."""
+        return not self._received.empty()
 
     @property
     def replica_active(self) -> bool:
-        """Whether the replica has said anything since, be it to others."""
-        return self._stream.frames_received > self._frames
+        """Whether the replica has sent any frame, to any session, since this session opened."""
+        return self._stream.frames_received > self._frames_before
 
     def close(self) -> None:
-        """Free the session on the replica; safe to repeat and on a broken stream."""
+        """Close the session on the replica; safe to repeat and on a broken stream."""
         self._stream.close_session(self)
 
-    def deliver(self, answer: ServerMessage, size: int) -> None:
-        """Take an answer that came over the stream, `size` bytes long."""
+    def deliver(self, message: ServerMessage, size: int) -> None:
+        """Hand over a message of `size` bytes that arrived for this session."""
         self.received_bytes += size
-        self._answers.put_nowait(answer)
+        self._received.put_nowait(message)
 
     def end(self) -> None:
-        """Let `receive` raise once it has returned what came before."""
-        self._answers.put_nowait(None)
+        """Let `receive` raise after the messages that arrived before."""
+        self._received.put_nowait(None)
 
 
 class Call(Protocol):
@@ -131,29 +130,28 @@ class Call(Protocol):
         ...
 
     async def read(self) -> object:
-        """Return the next frame, or what is not bytes where the peer has ended the call."""
+        """Return the next frame; something other than bytes once the replica ended the call."""
         ...
 
     async def close(self) -> None:
-        """End the call; the peer hears of it."""
+        """End the call; the replica sees it."""
         ...
 
 
 class GrpcCall:
-    """A call on a connection of its own."""
+    """A gRPC call on a connection of its own; its methods raise `grpc.aio.AioRpcError`."""
 
     def __init__(self, address: str, kind: TierKind) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(
-            kind.path(kind.stream_method)
-        )()
+        method = self._channel.stream_stream(kind.path(kind.stream_method))
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] = method()
 
     async def write(self, frame: bytes) -> None:
-        """Send a frame; raises what grpc raises."""
+        """Send a frame."""
         await self._call.write(frame)
 
     async def read(self) -> object:
-        """Return the next frame, or grpc's end of file; raises what grpc raises."""
+        """Return the next frame, or gRPC's end-of-file marker."""
         return await self._call.read()
 
     async def close(self) -> None:
@@ -162,152 +160,167 @@ class GrpcCall:
 
 
 class ReplicaConnection:
-    """One call, from its first link until it breaks."""
+    """One stream to a replica, from its first session until it breaks."""
 
     def __init__(self, address: str, kind: TierKind, delay_s: float, dial: Dial) -> None:
+        """Start the stream.
+
+        Args:
+            address: `host:port` of the replica.
+            kind: The tier it belongs to.
+            delay_s: Added to every message in each direction.
+            dial: Starts the call that carries the frames.
+        """
         self.kind = kind
         self.address = address
-        self.failure: str | None = None
+        self.failure: str | None = None  # why the stream broke
+        self.frames_received = 0
         self._delay_s = delay_s
         self._loop = asyncio.get_running_loop()
-        self._links: dict[SessionId, SessionStream] = {}
-        self._outbox = WriteBuffer()
-        self.frames_received = 0
-        self._silence = 0  # beats since the last frame
+        self._sessions: dict[SessionId, SessionStream] = {}
+        self._write_buffer = WriteBuffer()
+        self._missed_heartbeats = 0
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
 
     def open_session(self, session_id: SessionId, epoch: int) -> SessionStream:
-        """Return a link for the session; one of an older epoch ends."""
-        if (old := self._links.get(session_id)) is not None:
+        """Return a stream for the session; the stream of an older epoch ends."""
+        if (old := self._sessions.get(session_id)) is not None:
             old.end()
-        link = self._links[session_id] = SessionStream(self, session_id, epoch)
-        return link
+        stream = self._sessions[session_id] = SessionStream(self, session_id, epoch)
+        return stream
 
-    def close_session(self, link: SessionStream) -> None:
-        """End the link, and the session on the replica."""
-        link.end()
-        if self._links.get(link.session_id) is link:
-            del self._links[link.session_id]
+    def close_session(self, stream: SessionStream) -> None:
+        """End the session here and on the replica."""
+        stream.end()
+        if self._sessions.get(stream.session_id) is stream:
+            del self._sessions[stream.session_id]
             if self.failure is None:
-                self.send(Close(session_id=link.session_id, epoch=link.epoch))
+                self.send(Close(session_id=stream.session_id, epoch=stream.epoch))
 
-    def send(self, item: ClientMessage) -> int:
-        """Put the item on its way and return its size in bytes."""
+    def send(self, message: ClientMessage) -> int:
+        """Queue the message and return its size in bytes.
+
+        Raises:
+            Unavailable: The stream is broken, or the replica does not read it.
+            InvalidRequest: The message does not fit its proto.
+        """
         if self.failure is not None:
             raise self.lost_error()
-        frame = encode_frame(item, self.kind.request)
+        frame = encode_frame(message, self.kind.request)
         try:
-            self._later(self._outbox.put, frame)
+            self._after_delay(self._write_buffer.put, frame)
         except Overloaded as error:
-            raise self.kind.unavailable(f"{self._peer}: {error.message}") from error
+            raise self._unavailable(error.message) from error
         return len(frame)
 
     def lost_error(self) -> Unavailable:
-        """Return the error of a link that can receive nothing more."""
-        return self.kind.unavailable(f"{self._peer}: {self.failure or 'the link was closed'}")
+        """Return the error of a session that can receive nothing more."""
+        return self._unavailable(self.failure or "the session was closed")
 
     async def close(self) -> None:
-        """Cut the stream."""
+        """End the stream."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    @property
-    def _peer(self) -> str:
-        return f"the {self.kind.name} at {self.address}"
+    def _unavailable(self, reason: str) -> Unavailable:
+        return self.kind.unavailable(f"the {self.kind.name} at {self.address}: {reason}")
 
-    def _later(self, act: Callable[[Unpack[Arguments]], None], *args: *Arguments) -> None:
+    def _after_delay(
+        self, callback: Callable[[Unpack[Arguments]], None], *args: *Arguments
+    ) -> None:
         if self._delay_s:
-            self._loop.call_later(self._delay_s, act, *args)
+            self._loop.call_later(self._delay_s, callback, *args)
         else:
-            act(*args)
+            callback(*args)
 
     async def _run(self) -> None:
         failure = "the stream was closed"
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read())
-                group.create_task(self._write())
-                group.create_task(self._listen())
+                group.create_task(self._read_frames())
+                group.create_task(self._write_frames())
+                group.create_task(self._watch_heartbeats())
         except* (grpc.aio.AioRpcError, asyncio.InvalidStateError, CascadeError) as failed:
-            failure = _sentence(failed.exceptions[0])
+            failure = _description(failed.exceptions[0])
         finally:
-            self._break(failure)
+            self.failure = failure
+            for stream in self._sessions.values():
+                stream.end()
+            self._sessions.clear()
             await self._call.close()
 
-    def _break(self, failure: str) -> None:
-        self.failure = failure
-        for link in self._links.values():
-            link.end()
-        self._links.clear()
-
-    async def _write(self) -> None:
-        while (frame := await self._outbox.take()) is not None:
+    async def _write_frames(self) -> None:
+        while (frame := await self._write_buffer.take()) is not None:
             await self._call.write(frame)
 
-    async def _read(self) -> None:
+    async def _read_frames(self) -> None:
         while isinstance(data := await self._call.read(), bytes):
-            self._silence = 0
+            self._missed_heartbeats = 0
             self.frames_received += 1
-            self._receive(data)
+            self._deliver_frame(data)
         raise self.kind.unavailable("the replica ended the stream")
 
-    async def _listen(self) -> None:
-        while self._silence <= MISSED_HEARTBEATS_LIMIT:
-            await asyncio.sleep(HEARTBEAT_S)
-            self._silence += 1
-        raise self.kind.unavailable(
-            f"it has been silent for {MISSED_HEARTBEATS_LIMIT * HEARTBEAT_S:g} s"
-        )
+    def _deliver_frame(self, data: bytes) -> None:
+        items = parse_frame(data, self.kind.response)
+        for item in items:
+            message = decode_server_message(item)
+            stream = self._sessions.get(message.session_id)
+            if stream is not None and stream.epoch == message.epoch:
+                size = len(data) if len(items) == 1 else item.ByteSize()
+                self._after_delay(stream.deliver, message, size)
 
-    def _receive(self, data: bytes) -> None:
-        messages = parse_frame(data, self.kind.response)
-        for message in messages:
-            answer = decode_server_message(message)
-            link = self._links.get(answer.session_id)
-            if link is not None and link.epoch == answer.epoch:
-                size = len(data) if len(messages) == 1 else message.ByteSize()
-                self._later(link.deliver, answer, size)
+    async def _watch_heartbeats(self) -> None:
+        while self._missed_heartbeats <= MISSED_HEARTBEATS_LIMIT:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._missed_heartbeats += 1
+        silent_s = MISSED_HEARTBEATS_LIMIT * HEARTBEAT_S
+        raise self.kind.unavailable(f"it has sent nothing for {silent_s:g} s")
 
 
 class ReplicaClient:
-    """One replica, reached on its own address. Must be used on one event loop.
-
-    `delay_s` is added to every item each way, to emulate a network; `dial` begins a stream's call.
-    """
+    """Connects to one replica by its own address. Must be used on one event loop."""
 
     def __init__(
         self, address: str, kind: TierKind, *, delay_s: float = 0.0, dial: Dial = GrpcCall
     ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            address: `host:port` of the replica.
+            kind: The tier it belongs to.
+            delay_s: Added to every message in each direction, to emulate a network.
+            dial: Starts the call of a stream.
+        """
         self.address = address
         self.kind = kind
         self.delay_s = delay_s
         self._dial = dial
-        self._stream: ReplicaConnection | None = None
+        self._connection: ReplicaConnection | None = None
 
     def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
-        """Return a link for the session, on a new stream if there is none or it is broken."""
-        if self._stream is None or self._stream.failure is not None:
-            self._stream = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
-        return self._stream.open_session(session_id, epoch)
+        """Return a stream for the session; connects if there is no connection or it is broken."""
+        if self._connection is None or self._connection.failure is not None:
+            self._connection = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
+        return self._connection.open_session(session_id, epoch)
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
         """Return what the replica serves; raises DrafterUnavailable or ExpertUnavailable."""
         async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
-            ask = channel.unary_unary(self.kind.path(self.kind.describe_method))
+            describe = channel.unary_unary(self.kind.path(self.kind.describe_method))
             try:
-                return decode_description(await ask(b"", timeout=timeout_s), self.kind)
+                return decode_description(await describe(b"", timeout=timeout_s), self.kind)
             except (grpc.aio.AioRpcError, DecodeError) as error:
                 raise self.kind.unavailable(
-                    f"the {self.kind.name} at {self.address} does not say what it serves: "
-                    f"{_sentence(error)}"
+                    f"the {self.kind.name} at {self.address} does not describe itself: "
+                    f"{_description(error)}"
                 ) from error
 
     async def close(self) -> None:
-        """Cut the stream; every link on it ends."""
-        if self._stream is not None:
-            await self._stream.close()
-            self._stream = None
+        """End the connection and every session on it."""
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
 
 
 class ReplicaClients:
@@ -317,26 +330,32 @@ class ReplicaClients:
         self.kind = kind
         self.delay_s = delay_s
         self._dial = dial
-        self._peers: dict[str, ReplicaClient] = {}
+        self._clients: dict[str, ReplicaClient] = {}
 
     def __getitem__(self, address: str) -> ReplicaClient:
-        if address not in self._peers:
-            self._peers[address] = ReplicaClient(
+        if address not in self._clients:
+            self._clients[address] = ReplicaClient(
                 address, self.kind, delay_s=self.delay_s, dial=self._dial
             )
-        return self._peers[address]
+        return self._clients[address]
 
     def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
-        """Return a link for the session to the replica at the address."""
+        """Return a stream for a session on one replica.
+
+        Args:
+            address: `host:port` of the replica.
+            session_id: The session.
+            epoch: Grows each time the session moves to another replica.
+        """
         return self[address].open_stream(session_id, epoch)
 
     async def close(self) -> None:
-        """Cut all streams."""
-        peers, self._peers = self._peers, {}
-        await asyncio.gather(*(peer.close() for peer in peers.values()))
+        """End all streams."""
+        clients, self._clients = self._clients, {}
+        await asyncio.gather(*(client.close() for client in clients.values()))
 
 
-def _sentence(error: BaseException) -> str:
+def _description(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return str(error)

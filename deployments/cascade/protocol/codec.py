@@ -1,7 +1,7 @@
-"""Frames as bytes and back: the one place that knows both `wire.frames` and `cascade.v1`.
+"""Messages as frames of bytes and back: the one module that knows `messages` and `cascade.v1`.
 
-`encode` returns a frame of one item. Frames concatenate (protobuf merges messages that stand one
-behind the other, and repeated fields append), so a coalesced frame is the join of single ones.
+`encode_frame` returns a frame of one message. Protobuf appends repeated fields when serialized
+messages are concatenated, so frames join by concatenation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from cascade.errors import InvalidRequest
 from cascade.protocol import messages
 from cascade.protocol.convert import (
+    bounded,
     decode_block,
     decode_logprobs,
     decode_session,
@@ -22,8 +23,6 @@ from cascade.protocol.convert import (
     encode_logprobs,
     encode_session,
     encode_verdict,
-    whole,
-    within,
 )
 from cascade.speculation.cost_model import Timing
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
@@ -52,25 +51,25 @@ FrameItem: TypeAlias = (
 )
 
 
-def encode_frame(item: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
-    """Return the bytes of a frame that holds the item.
+def encode_frame(message: ClientMessage | ServerMessage, frame_type: FrameType) -> bytes:
+    """Return the bytes of a frame with this one message.
 
     Raises:
-        InvalidRequest: a number of the item does not fit the wire, such as a token id of 2**32.
+        InvalidRequest: A number does not fit its proto field, such as a token id of 2**32.
     """
-    name, write = _ENCODERS[type(item)]
+    name, encode, _ = _CODECS[type(message)]
     frame = frame_type()
-    message = getattr(frame.items.add(), name)
-    message.SetInParent()
+    proto = getattr(frame.items.add(), name)
+    proto.SetInParent()
     try:
-        write(item, message)
+        encode(message, proto)
     except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"{type(item).__name__} cannot be sent: {error}") from error
+        raise InvalidRequest(f"{type(message).__name__} cannot be sent: {error}") from error
     return frame.SerializeToString()
 
 
 def parse_frame(data: bytes, frame_type: FrameType) -> Sequence[FrameItem]:
-    """Return the items of a frame, still as messages; raises InvalidRequest if it is none."""
+    """Return the items of a frame, one per message; raises InvalidRequest for other bytes."""
     try:
         return frame_type.FromString(data).items
     except DecodeError as error:
@@ -79,260 +78,236 @@ def parse_frame(data: bytes, frame_type: FrameType) -> Sequence[FrameItem]:
         ) from error
 
 
-def decode_client_message(message: FrameItem) -> ClientMessage:
-    """Return what a client asks; raises InvalidRequest for what `encode` cannot have written."""
-    name = _kind(message)
-    return _QUESTIONS[name](getattr(message, name))
+def decode_client_message(item: FrameItem) -> ClientMessage:
+    """Return a router's message; raises InvalidRequest if `encode_frame` cannot have written it."""
+    return _decode(item)
 
 
-def decode_server_message(message: FrameItem) -> ServerMessage:
-    """Return what a replica answers; raises InvalidRequest as `decode_question` does."""
-    name = _kind(message)
-    return _ANSWERS[name](getattr(message, name))
+def decode_server_message(item: FrameItem) -> ServerMessage:
+    """Return a replica's message; raises InvalidRequest as `decode_client_message` does."""
+    return _decode(item)
 
 
-def session_of(message: FrameItem) -> tuple[SessionId, int] | None:
+def _decode(item: FrameItem) -> Any:
+    name = item.WhichOneof("item")
+    if name is None:
+        raise InvalidRequest("an item has no kind; set exactly one")
+    return _DECODERS[name](getattr(item, name))
+
+
+def session_of(item: FrameItem) -> tuple[SessionId, int] | None:
     """Return session and epoch of an item that may be malformed; None if it names no session."""
-    name = message.WhichOneof("item")
+    name = item.WhichOneof("item")
     if name is None:
         return None
-    body = getattr(message, name)
+    proto = getattr(item, name)
     try:
-        return decode_session_id((body.session if name == "open" else body).session_id), body.epoch
+        session_id = (proto.session if name == "open" else proto).session_id
+        return decode_session_id(session_id), proto.epoch
     except InvalidRequest:
         return None
 
 
-def _kind(message: FrameItem) -> str:
-    name = message.WhichOneof("item")
-    if name is None:
-        raise InvalidRequest("an item has no kind; set exactly one")
-    return name
+def _encode_ids(message: Any, proto: Any) -> None:
+    proto.session_id = message.session_id
+    proto.epoch = message.epoch
 
 
-def _head(message: Any) -> dict[str, Any]:
+def _decode_ids(proto: Any) -> dict[str, Any]:
     return {
-        "session_id": decode_session_id(message.session_id),
-        "epoch": whole(message.epoch, "epoch"),
+        "session_id": decode_session_id(proto.session_id),
+        "epoch": bounded(proto.epoch, "epoch"),
     }
 
 
-def _encode_head(item: Any, to: Any) -> None:
-    to.session_id = item.session_id
-    to.epoch = item.epoch
+def _encode_prefix(message: Any, proto: Any) -> None:
+    """Write the session and the prefix that the message continues."""
+    _encode_ids(message, proto)
+    proto.position = message.position
+    proto.digest = message.digest
 
 
-def _encode_open(item: messages.Open, to: tokens_pb2.Open) -> None:
-    encode_session(item.session, to.session)
-    to.epoch = item.epoch
-    to.lease = item.lease
-    to.traceparent = item.traceparent
+def _decode_prefix(proto: Any, *, min_position: int = 0) -> dict[str, Any]:
+    position = bounded(proto.position, "position", min_position)
+    return {**_decode_ids(proto), "position": position, "digest": proto.digest}
 
 
-def _decode_open(message: tokens_pb2.Open) -> messages.Open:
+def _encode_open(message: messages.Open, proto: tokens_pb2.Open) -> None:
+    encode_session(message.session, proto.session)
+    proto.epoch = message.epoch
+    proto.lease = message.lease
+    proto.traceparent = message.traceparent
+
+
+def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
     return messages.Open(
-        session=decode_session(message.session),
-        epoch=whole(message.epoch, "epoch"),
-        lease=message.lease,
-        traceparent=message.traceparent,
+        session=decode_session(proto.session),
+        epoch=bounded(proto.epoch, "epoch"),
+        lease=proto.lease,
+        traceparent=proto.traceparent,
     )
 
 
-def _encode_propose(item: messages.Propose, to: drafter_pb2.Propose) -> None:
-    _encode_head(item, to)
-    to.position = item.position
-    to.digest = item.digest
-    to.draft_limit = item.count
-    to.token_ids.extend(item.tokens)
-    to.deferral_stop = item.until_deferral
-    to.ahead_count = item.ahead
-    to.survival_floor = item.floor
-    to.branch_count = item.branches
+def _encode_propose(message: messages.Propose, proto: drafter_pb2.Propose) -> None:
+    _encode_prefix(message, proto)
+    proto.draft_limit = message.count
+    proto.token_ids.extend(message.tokens)
+    proto.deferral_stop = message.until_deferral
+    proto.ahead_count = message.ahead
+    proto.survival_floor = message.floor
+    proto.branch_count = message.branches
 
 
-def _decode_propose(message: drafter_pb2.Propose) -> messages.Propose:
+def _decode_propose(proto: drafter_pb2.Propose) -> messages.Propose:
     return messages.Propose(
-        **_head(message),
-        position=whole(message.position, "position", least=len(message.token_ids)),
-        digest=message.digest,
-        count=whole(message.draft_limit, "draft_limit"),
-        tokens=tuple(message.token_ids),
-        until_deferral=message.deferral_stop,
-        ahead=whole(message.ahead_count, "ahead_count"),
-        floor=within(message.survival_floor, "survival_floor", 0.0, 1.0),
-        branches=whole(message.branch_count, "branch_count"),
+        **_decode_prefix(proto, min_position=len(proto.token_ids)),
+        count=bounded(proto.draft_limit, "draft_limit"),
+        tokens=tuple(proto.token_ids),
+        until_deferral=proto.deferral_stop,
+        ahead=bounded(proto.ahead_count, "ahead_count"),
+        floor=bounded(proto.survival_floor, "survival_floor", 0.0, 1.0),
+        branches=bounded(proto.branch_count, "branch_count"),
     )
 
 
-def _encode_judge(item: messages.Judge, to: expert_pb2.Judge) -> None:
-    _encode_head(item, to)
-    to.position = item.position
-    to.digest = item.digest
-    encode_block(item.block, to.block)
-    to.token_ids.extend(item.tokens)
-    to.ahead_count = item.ahead
+def _encode_judge(message: messages.Judge, proto: expert_pb2.Judge) -> None:
+    _encode_prefix(message, proto)
+    encode_block(message.block, proto.block)
+    proto.token_ids.extend(message.tokens)
+    proto.ahead_count = message.ahead
 
 
-def _decode_judge(message: expert_pb2.Judge) -> messages.Judge:
+def _decode_judge(proto: expert_pb2.Judge) -> messages.Judge:
     return messages.Judge(
-        **_head(message),
-        position=whole(message.position, "position", least=len(message.token_ids)),
-        digest=message.digest,
-        block=decode_block(message.block),
-        tokens=tuple(message.token_ids),
-        ahead=whole(message.ahead_count, "ahead_count"),
+        **_decode_prefix(proto, min_position=len(proto.token_ids)),
+        block=decode_block(proto.block),
+        tokens=tuple(proto.token_ids),
+        ahead=bounded(proto.ahead_count, "ahead_count"),
     )
 
 
-def _encode_score(item: messages.Score, to: expert_pb2.Score) -> None:
-    _encode_head(item, to)
-    to.lease = item.lease
-    to.token_ids.extend(item.tokens)
-    to.top_count = item.top
+def _encode_score(message: messages.Score, proto: expert_pb2.Score) -> None:
+    _encode_ids(message, proto)
+    proto.lease = message.lease
+    proto.token_ids.extend(message.tokens)
+    proto.top_count = message.top
 
 
-def _decode_score(message: expert_pb2.Score) -> messages.Score:
-    if not message.token_ids:
+def _decode_score(proto: expert_pb2.Score) -> messages.Score:
+    if not proto.token_ids:
         raise InvalidRequest("`token_ids` is empty; there is nothing to score")
     return messages.Score(
-        **_head(message),
-        lease=message.lease,
-        tokens=tuple(message.token_ids),
-        top=whole(message.top_count, "top_count"),
+        **_decode_ids(proto),
+        lease=proto.lease,
+        tokens=tuple(proto.token_ids),
+        top=bounded(proto.top_count, "top_count"),
     )
 
 
-def _decode_close(message: tokens_pb2.Close) -> messages.Close:
-    return messages.Close(**_head(message))
+def _decode_close(proto: tokens_pb2.Close) -> messages.Close:
+    return messages.Close(**_decode_ids(proto))
 
 
-def _encode_proposal(item: messages.Proposal, to: drafter_pb2.Proposal) -> None:
-    _encode_head(item, to)
-    to.position = item.position
-    to.digest = item.digest
-    encode_block(item.block, to.block)
-    to.deferred = item.deferred
-    to.pass_count = item.passes
-    to.cached_prompt_token_count = item.cached_prompt_tokens
-    _encode_timing(item.timing, to.timing)
-    to.branched = item.branched
+def _encode_cost(message: messages.Proposal | messages.Judgement, proto: Any) -> None:
+    """Write what the reply took; times are sent in whole microseconds."""
+    proto.cached_prompt_token_count = message.cached_prompt_tokens
+    timing = message.timing
+    proto.timing.service_us = round(1e6 * timing.service_s)
+    proto.timing.step_us = round(1e6 * timing.step_s)
+    proto.timing.token_count = timing.tokens
+    proto.timing.session_count = timing.sessions
+    proto.timing.open_count = timing.open
 
 
-def _decode_proposal(message: drafter_pb2.Proposal) -> messages.Proposal:
+def _decode_cost(proto: Any) -> dict[str, Any]:
+    cached = bounded(proto.cached_prompt_token_count, "cached_prompt_token_count")
+    timing = Timing(
+        service_s=bounded(proto.timing.service_us, "service_us") / 1e6,
+        step_s=bounded(proto.timing.step_us, "step_us") / 1e6,
+        tokens=bounded(proto.timing.token_count, "token_count"),
+        sessions=bounded(proto.timing.session_count, "session_count"),
+        open=bounded(proto.timing.open_count, "open_count"),
+    )
+    return {"cached_prompt_tokens": cached, "timing": timing}
+
+
+def _encode_proposal(message: messages.Proposal, proto: drafter_pb2.Proposal) -> None:
+    _encode_prefix(message, proto)
+    encode_block(message.block, proto.block)
+    proto.deferred = message.deferred
+    proto.pass_count = message.passes
+    _encode_cost(message, proto)
+    proto.branched = message.branched
+
+
+def _decode_proposal(proto: drafter_pb2.Proposal) -> messages.Proposal:
     return messages.Proposal(
-        **_head(message),
-        position=whole(message.position, "position"),
-        digest=message.digest,
-        block=decode_block(message.block),
-        deferred=message.deferred,
-        passes=whole(message.pass_count, "pass_count"),
-        cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
-        timing=_decode_timing(message.timing),
-        branched=message.branched,
+        **_decode_prefix(proto),
+        block=decode_block(proto.block),
+        deferred=proto.deferred,
+        passes=bounded(proto.pass_count, "pass_count"),
+        **_decode_cost(proto),
+        branched=proto.branched,
     )
 
 
-def _encode_judgement(item: messages.Judgement, to: expert_pb2.Judgement) -> None:
-    _encode_head(item, to)
-    to.position = item.position
-    to.digest = item.digest
-    encode_verdict(item.verdict, to.verdict)
-    to.cached_prompt_token_count = item.cached_prompt_tokens
-    _encode_timing(item.timing, to.timing)
+def _encode_judgement(message: messages.Judgement, proto: expert_pb2.Judgement) -> None:
+    _encode_prefix(message, proto)
+    encode_verdict(message.verdict, proto.verdict)
+    _encode_cost(message, proto)
 
 
-def _decode_judgement(message: expert_pb2.Judgement) -> messages.Judgement:
-    return messages.Judgement(
-        **_head(message),
-        position=whole(message.position, "position"),
-        digest=message.digest,
-        verdict=decode_verdict(message.verdict),
-        cached_prompt_tokens=whole(message.cached_prompt_token_count, "cached_prompt_token_count"),
-        timing=_decode_timing(message.timing),
-    )
+def _decode_judgement(proto: expert_pb2.Judgement) -> messages.Judgement:
+    verdict = decode_verdict(proto.verdict)
+    return messages.Judgement(**_decode_prefix(proto), verdict=verdict, **_decode_cost(proto))
 
 
-def _encode_timing(timing: Timing, to: tokens_pb2.Timing) -> None:
-    """Write the timing into the message; times are sent as whole microseconds."""
-    to.service_us = round(1e6 * timing.service_s)
-    to.step_us = round(1e6 * timing.step_s)
-    to.token_count = timing.tokens
-    to.session_count = timing.sessions
-    to.open_count = timing.open
+def _encode_scores(message: messages.Scores, proto: expert_pb2.Scores) -> None:
+    _encode_ids(message, proto)
+    encode_logprobs(message.logprobs, proto.logprobs)
 
 
-def _decode_timing(message: tokens_pb2.Timing) -> Timing:
-    """Return the timing."""
-    return Timing(
-        service_s=whole(message.service_us, "service_us") / 1e6,
-        step_s=whole(message.step_us, "step_us") / 1e6,
-        tokens=whole(message.token_count, "token_count"),
-        sessions=whole(message.session_count, "session_count"),
-        open=whole(message.open_count, "open_count"),
-    )
+def _decode_scores(proto: expert_pb2.Scores) -> messages.Scores:
+    return messages.Scores(**_decode_ids(proto), logprobs=decode_logprobs(proto.logprobs))
 
 
-def _encode_scores(item: messages.Scores, to: expert_pb2.Scores) -> None:
-    _encode_head(item, to)
-    encode_logprobs(item.logprobs, to.logprobs)
+def _encode_need(message: messages.Need, proto: tokens_pb2.Need) -> None:
+    _encode_ids(message, proto)
+    proto.position = message.position
 
 
-def _decode_scores(message: expert_pb2.Scores) -> messages.Scores:
-    return messages.Scores(**_head(message), logprobs=decode_logprobs(message.logprobs))
+def _decode_need(proto: tokens_pb2.Need) -> messages.Need:
+    return messages.Need(**_decode_ids(proto), position=bounded(proto.position, "position"))
 
 
-def _encode_need(item: messages.Need, to: tokens_pb2.Need) -> None:
-    _encode_head(item, to)
-    to.position = item.position
+def _encode_refusal(message: messages.Refusal, proto: tokens_pb2.Refusal) -> None:
+    _encode_ids(message, proto)
+    proto.code = message.code
+    proto.reason = message.reason
+    proto.message = message.message
 
 
-def _decode_need(message: tokens_pb2.Need) -> messages.Need:
-    return messages.Need(**_head(message), position=whole(message.position, "position"))
-
-
-def _encode_refusal(item: messages.Refusal, to: tokens_pb2.Refusal) -> None:
-    _encode_head(item, to)
-    to.code = item.code
-    to.reason = item.reason
-    to.message = item.message
-
-
-def _decode_refusal(message: tokens_pb2.Refusal) -> messages.Refusal:
-    # The epoch is that of the refused item, which may be anything.
+def _decode_refusal(proto: tokens_pb2.Refusal) -> messages.Refusal:
     return messages.Refusal(
-        session_id=decode_session_id(message.session_id),
-        epoch=message.epoch,
-        code=message.code,
-        reason=message.reason,
-        message=message.message,
+        session_id=decode_session_id(proto.session_id),
+        epoch=proto.epoch,  # that of the refused message, which may be out of bounds
+        code=proto.code,
+        reason=proto.reason,
+        message=proto.message,
     )
 
 
-_ENCODERS: dict[type, tuple[str, Callable[[Any, Any], None]]] = {
-    messages.Open: ("open", _encode_open),
-    messages.Propose: ("propose", _encode_propose),
-    messages.Judge: ("judge", _encode_judge),
-    messages.Score: ("score", _encode_score),
-    messages.Close: ("close", _encode_head),
-    messages.Proposal: ("proposal", _encode_proposal),
-    messages.Judgement: ("judgement", _encode_judgement),
-    messages.Scores: ("scores", _encode_scores),
-    messages.Need: ("need", _encode_need),
-    messages.Refusal: ("refusal", _encode_refusal),
+_CODECS: dict[type, tuple[str, Callable[[Any, Any], None], Callable[[Any], Any]]] = {
+    messages.Open: ("open", _encode_open, _decode_open),
+    messages.Propose: ("propose", _encode_propose, _decode_propose),
+    messages.Judge: ("judge", _encode_judge, _decode_judge),
+    messages.Score: ("score", _encode_score, _decode_score),
+    messages.Close: ("close", _encode_ids, _decode_close),
+    messages.Proposal: ("proposal", _encode_proposal, _decode_proposal),
+    messages.Judgement: ("judgement", _encode_judgement, _decode_judgement),
+    messages.Scores: ("scores", _encode_scores, _decode_scores),
+    messages.Need: ("need", _encode_need, _decode_need),
+    messages.Refusal: ("refusal", _encode_refusal, _decode_refusal),
 }
 
-_QUESTIONS: dict[str, Callable[[Any], ClientMessage]] = {
-    "open": _decode_open,
-    "propose": _decode_propose,
-    "judge": _decode_judge,
-    "score": _decode_score,
-    "close": _decode_close,
-}
-
-_ANSWERS: dict[str, Callable[[Any], ServerMessage]] = {
-    "proposal": _decode_proposal,
-    "judgement": _decode_judgement,
-    "scores": _decode_scores,
-    "need": _decode_need,
-    "refusal": _decode_refusal,
-}
+_DECODERS = {name: decode for name, _, decode in _CODECS.values()}

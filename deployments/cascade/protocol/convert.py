@@ -1,18 +1,18 @@
-"""Sessions, blocks and verdicts as messages.
+"""Conversions between our values and the protos, with the checks that a peer's bytes need.
 
-`encode_*` writes into a message that the frame already owns, so that large rows are copied once.
-`decode_*` raises InvalidRequest for all that our values could not have produced.
+`encode_*` writes into a proto message that the frame already owns, so that large distributions are
+copied once. `decode_*` raises InvalidRequest for everything that our encoders cannot have written.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, Field, fields
+from dataclasses import asdict
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import numpy as np
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, Predicate
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cascade.errors import InvalidRequest
 from cascade.rules import Rule
@@ -39,437 +39,327 @@ from cascade.types import (
 from cascade.v1 import cascade_pb2, tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sized
 
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
     from numpy.typing import NDArray
 
+Member = TypeVar("Member", bound=StrEnum)
+Number = TypeVar("Number", int, float)
 
-# A float32 softmax may exceed 1 by its rounding.
-LARGEST_PROBABILITY = 1 + 1e-4
+# Rounding can lift a float32 softmax this far above 1.
+_MAX_PROBABILITY = 1 + 1e-4
+_MAX_LOGPROB = math.log(_MAX_PROBABILITY)
+
+# Bit patterns of finite, non-negative float16 numbers are below that of infinity.
+_FLOAT16_INFINITY = 0x7C00
+
+_MAX_ID_LENGTH = 128
+
+SAMPLING_FIELDS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
+
+_RULE: TypeAdapter[Rule] = TypeAdapter(Annotated[Rule, Field(discriminator="kind")])
+_BETA_VALUES = {"one": tokens_pb2.LOSSY_BETA_ONE, "solved": tokens_pb2.LOSSY_BETA_SOLVED}
+_BETA_NAMES = {value: name for name, value in _BETA_VALUES.items()}
 
 
-def whole(value: int, name: str, *, least: int = 0) -> int:
-    """Return the value; raises InvalidRequest if it is below `least`."""
-    if value < least:
-        raise InvalidRequest(f"`{name}` is {value}; it must be at least {least}", param=name)
+def bounded(value: Number, name: str, low: float = 0, high: float = math.inf) -> Number:
+    """Return the value.
+
+    Args:
+        value: A number that a peer sent.
+        name: The proto field, for the error.
+        low: The least value allowed.
+        high: The largest value allowed.
+
+    Raises:
+        InvalidRequest: The value is out of bounds, or not a number.
+    """
+    if not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise InvalidRequest(f"`{name}` is {value}; it must be {wanted}", param=name)
     return value
 
 
-def finite(value: float, name: str) -> float:
-    """Return the value; raises InvalidRequest if it is infinite or not a number."""
+def _finite(value: float, name: str) -> float:
     if not math.isfinite(value):
         raise InvalidRequest(f"`{name}` is {value}; it must be finite", param=name)
     return value
 
 
-def within(value: float, name: str, low: float, high: float) -> float:
-    """Return the value; raises InvalidRequest unless `low` <= value <= `high`."""
-    if not low <= value <= high:
-        raise InvalidRequest(f"`{name}` is {value}; it must be {low} to {high}", param=name)
-    return value
+def _probabilities(values: Iterable[float], name: str) -> tuple[float, ...]:
+    return tuple(bounded(value, name, 0.0, _MAX_PROBABILITY) for value in values)
 
 
-def probabilities(values: Sequence[float], name: str) -> tuple[float, ...]:
-    """Return the values; raises InvalidRequest if one is not a probability."""
-    for value in values:
-        within(value, name, 0.0, LARGEST_PROBABILITY)
-    return tuple(values)
-
-
-def length(count: int, name: str, *allowed: int) -> None:
-    """Raise InvalidRequest unless a list has one of the allowed lengths."""
-    if count not in allowed:
+def _check_length(values: Sized, name: str, *allowed: int) -> None:
+    if len(values) not in allowed:
         wanted = " or ".join(str(number) for number in sorted(set(allowed)))
-        raise InvalidRequest(f"`{name}` has {count} entries; it must have {wanted}", param=name)
+        raise InvalidRequest(
+            f"`{name}` has {len(values)} entries; it must have {wanted}", param=name
+        )
 
 
-Member = TypeVar("Member", bound=StrEnum)
+class EnumCodec(Generic[Member]):
+    """Maps the members of a StrEnum to the values of a proto enum and back.
 
+    `Coupling.GUMBEL` is `COUPLING_GUMBEL`; no member is `COUPLING_UNSPECIFIED`.
+    """
 
-class Enumeration(Generic[Member]):
-    """Turns members of a StrEnum into values of a proto enum and back."""
-
-    def __init__(self, ours: type[Member], theirs: Any, prefix: str) -> None:
-        self.name = prefix.lower()
-        self._values = {member: int(theirs.Value(f"{prefix}_{member.name}")) for member in ours}
-        self._members = {value: member for member, value in self._values.items()}
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """Return all members."""
-        return tuple(self._values)
+    def __init__(self, members: type[Member], proto: Any) -> None:
+        prefix = proto.keys()[0].removesuffix("UNSPECIFIED")
+        self.name = prefix.rstrip("_").lower()
+        self.values = {member: int(proto.Value(prefix + member.name)) for member in members}
+        self._members = {value: member for member, value in self.values.items()}
 
     def encode(self, member: Member) -> Any:
         """Return the proto's value."""
-        return self._values[member]
+        return self.values[member]
 
     def decode(self, value: int) -> Member:
-        """Return our member; raises InvalidRequest for a value that has none."""
+        """Return the member; raises InvalidRequest for a value that has none."""
         member = self._members.get(value)
         if member is None:
-            raise InvalidRequest(
-                f"`{self.name}` is {value}; it must be one of {sorted(self._members)}",
-                param=self.name,
-            )
+            wanted = f"it must be one of {sorted(self._members)}"
+            raise InvalidRequest(f"`{self.name}` is {value}; {wanted}", param=self.name)
         return member
 
 
-ORIGIN = Enumeration(Origin, tokens_pb2.Origin, "ORIGIN")
-
-COUPLING = Enumeration(Coupling, tokens_pb2.Coupling, "COUPLING")
-
-BONUS = Enumeration(Bonus, tokens_pb2.Bonus, "BONUS")
-
-VERIFICATION = Enumeration(Verification, tokens_pb2.Verification, "VERIFICATION")
-
-ROW_FORMAT = Enumeration(RowFormat, tokens_pb2.RowFormat, "ROW_FORMAT")
-
-MODE = Enumeration(Mode, cascade_pb2.Mode, "MODE")
-
-CONFIDENCE = Enumeration(Confidence, cascade_pb2.Confidence, "CONFIDENCE")
-
-EXPERT_LOSS = Enumeration(ExpertLoss, cascade_pb2.ExpertLoss, "EXPERT_LOSS")
-
-FINISH_REASON = Enumeration(FinishReason, cascade_pb2.FinishReason, "FINISH_REASON")
-
-Bound: TypeAlias = Ge | Gt | Le | Lt | Predicate
+ORIGIN = EnumCodec(Origin, tokens_pb2.Origin)
+COUPLING = EnumCodec(Coupling, tokens_pb2.Coupling)
+BONUS = EnumCodec(Bonus, tokens_pb2.Bonus)
+VERIFICATION = EnumCodec(Verification, tokens_pb2.Verification)
+ROW_FORMAT = EnumCodec(RowFormat, tokens_pb2.RowFormat)
+MODE = EnumCodec(Mode, cascade_pb2.Mode)
+CONFIDENCE = EnumCodec(Confidence, cascade_pb2.Confidence)
+EXPERT_LOSS = EnumCodec(ExpertLoss, cascade_pb2.ExpertLoss)
+FINISH_REASON = EnumCodec(FinishReason, cascade_pb2.FinishReason)
 
 
-def _knobs(kind: type[Rule]) -> tuple[Field[Any], ...]:
-    return tuple(knob for knob in fields(kind) if knob.name != "kind")
-
-
-def _name(kind: type[Rule]) -> str:
-    return next(str(knob.default) for knob in fields(kind) if knob.name == "kind")
-
-
-def _bounds(metadata: Iterable[object]) -> Iterator[Bound]:
-    for entry in metadata:
-        if isinstance(entry, GroupedMetadata):
-            yield from _bounds(entry)
-        elif isinstance(entry, Ge | Gt | Le | Lt | Predicate):
-            yield entry
-
-
-_KINDS: dict[str, type[Rule]] = {_name(kind): kind for kind in get_args(Rule)}
-
-_BOUNDS: dict[tuple[str, str], tuple[Bound, ...]] = {
-    (name, knob): tuple(_bounds(getattr(hint, "__metadata__", ())))
-    for name, kind in _KINDS.items()
-    for knob, hint in get_type_hints(kind, include_extras=True).items()
-}
-
-_BETAS = {"one": tokens_pb2.LOSSY_BETA_ONE, "solved": tokens_pb2.LOSSY_BETA_SOLVED}
-
-_BETA_NAMES: dict[int, str] = {
-    tokens_pb2.LOSSY_BETA_UNSPECIFIED: "one",
-    tokens_pb2.LOSSY_BETA_ONE: "one",
-    tokens_pb2.LOSSY_BETA_SOLVED: "solved",
-}
-
-
-def encode_rule(rule: Rule, to: tokens_pb2.Rule) -> None:
-    """Write the rule into the message."""
-    message = getattr(to, rule.kind)
+def encode_rule(rule: Rule, proto: tokens_pb2.Rule) -> None:
+    """Write the rule into the proto."""
+    parameters = asdict(rule)
+    message = getattr(proto, parameters.pop("kind"))
     message.SetInParent()
-    for knob in _knobs(type(rule)):
-        value = getattr(rule, knob.name)
-        setattr(message, knob.name, _BETAS[value] if knob.name == "beta" else value)
+    for name, value in parameters.items():
+        setattr(message, name, _BETA_VALUES[value] if name == "beta" else value)
 
 
-def decode_rule(message: tokens_pb2.Rule) -> Rule:
-    """Return the rule; raises InvalidRequest if a knob is missing or out of its bounds."""
-    name = message.WhichOneof("kind")
-    if name is None:
+def decode_rule(proto: tokens_pb2.Rule) -> Rule:
+    """Return the rule; raises InvalidRequest if a parameter is missing or out of its bounds."""
+    kind = proto.WhichOneof("kind")
+    if kind is None:
         raise InvalidRequest("`rule` has no kind; set exactly one", param="rule")
-    kind = _KINDS[name]
-    arguments = {knob.name: _argument(name, knob, getattr(message, name)) for knob in _knobs(kind)}
-    return kind(**arguments)
+    parameters = {field.name: value for field, value in getattr(proto, kind).ListFields()}
+    if "beta" in parameters:
+        parameters["beta"] = _BETA_NAMES.get(parameters["beta"], parameters["beta"])
+    try:
+        return _RULE.validate_python({"kind": kind, **parameters})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        *_, name = problem["loc"]
+        got = parameters.get(str(name), "missing")
+        text = f"`rule.{kind}.{name}` is {got}: {problem['msg']}"
+        raise InvalidRequest(text, param="rule") from None
 
 
-def _argument(name: str, knob: Field[Any], message: Any) -> Any:
-    if knob.name == "beta":
-        return _beta(message.beta)
-    if message.HasField(knob.name):
-        value = getattr(message, knob.name)
-        _check(value, name, knob.name)
-        return value
-    if knob.default is MISSING:
-        raise InvalidRequest(f"`rule.{name}.{knob.name}` is missing", param="rule")
-    return knob.default
+def encode_sampling(sampling: SamplingParams, proto: tokens_pb2.Sampling) -> None:
+    """Write the sampling parameters into the proto, defaults too."""
+    for name in SAMPLING_FIELDS:
+        setattr(proto, name, getattr(sampling, name))
+    for token, bias in sampling.logit_bias:
+        proto.logit_biases.add(token_id=token, bias=bias)
 
 
-def _beta(value: int) -> str:
-    if value not in _BETA_NAMES:
-        raise InvalidRequest(
-            f"`rule.lossy.beta` is {value}; it must be LOSSY_BETA_ONE or LOSSY_BETA_SOLVED",
-            param="rule",
-        )
-    return _BETA_NAMES[value]
-
-
-def _check(value: float, name: str, knob: str) -> None:
-    for bound in _BOUNDS[name, knob]:
-        if not _holds(value, bound):
-            raise InvalidRequest(
-                f"`rule.{name}.{knob}` is {value}; it must obey {bound}", param="rule"
-            )
-
-
-def _holds(value: Any, bound: Bound) -> bool:
-    match bound:
-        case Ge(ge=low):
-            return value >= low
-        case Gt(gt=low):
-            return value > low
-        case Le(le=high):
-            return value <= high
-        case Lt(lt=high):
-            return value < high
-        case Predicate(func=holds):
-            return bool(holds(value))
-
-
-# The bits of a float16 that is finite and not negative are below those of infinity.
-_INFINITY_BITS = 0x7C00
-
-
-def encode_row(row: SparseProbs, to: tokens_pb2.Row) -> None:
-    """Write the row into the message."""
-    to.token_ids = row.ids.astype("<u4", copy=False).tobytes()
-    to.weights = row.weights.astype("<f2", copy=False).tobytes()
-    if row.unscaled is not None:
-        to.unscaled_weights = row.unscaled.astype("<f2", copy=False).tobytes()
-
-
-def decode_row(message: tokens_pb2.Row) -> SparseProbs:
-    """Return the row, its arrays read-only; raises InvalidRequest if it is no law.
-
-    A row without any entry is `decoding.rows.ABSENT`: at its position the drafter alone decides.
-    """
-    ids = _ids(message.token_ids)
-    weights = _weights(message.weights, "weights")
-    if weights.size and not weights.any():
-        raise InvalidRequest("a row has no positive weight; a law needs one")
-    if ids.size not in (0, weights.size):
-        raise InvalidRequest(f"a row has {ids.size} ids and {weights.size} weights")
-    if not message.HasField("unscaled_weights"):
-        return SparseProbs(ids=ids, weights=weights)
-    unscaled = _weights(message.unscaled_weights, "unscaled_weights")
-    if unscaled.size != weights.size:
-        raise InvalidRequest(f"a row has {weights.size} weights and {unscaled.size} unscaled ones")
-    return SparseProbs(ids=ids, weights=weights, unscaled=unscaled)
-
-
-def _ids(data: bytes) -> NDArray[np.uint32]:
-    if len(data) % 4:
-        raise InvalidRequest(f"`rows.token_ids` has {len(data)} bytes; an id has four")
-    return np.frombuffer(data, dtype="<u4")
-
-
-def _weights(data: bytes, name: str) -> NDArray[np.float16]:
-    if len(data) % 2:
-        raise InvalidRequest(f"`rows.{name}` has {len(data)} bytes; a float16 has two")
-    bits = np.frombuffer(data, dtype="<u2")
-    if bits.max(initial=0) >= _INFINITY_BITS:
-        raise InvalidRequest(f"`rows.{name}` has a weight that is negative, infinite or no number")
-    return bits.view("<f2")
-
-
-_DEFAULT = SamplingParams()
-
-_LONGEST_ID = 128
-
-# No float32 softmax is further above 1 than this.
-_LARGEST_LOGPROB = math.log(LARGEST_PROBABILITY)
+def decode_sampling(proto: tokens_pb2.Sampling) -> SamplingParams:
+    """Return the sampling parameters; absent ones have their defaults."""
+    fields: dict[str, Any] = {field.name: value for field, value in proto.ListFields()}
+    fields.pop("logit_biases", None)
+    biases = ((entry.token_id, _finite(entry.bias, "logit_bias")) for entry in proto.logit_biases)
+    sampling = SamplingParams(**fields, logit_bias=tuple(biases))
+    for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        _finite(getattr(sampling, name), name)
+    bounded(sampling.temperature, "temperature")
+    bounded(sampling.top_k, "top_k")
+    bounded(sampling.min_p, "min_p", 0.0, 1.0)
+    bounded(sampling.top_p, "top_p", 0.0, 1.0)
+    for name in ("top_p", "repetition_penalty"):
+        if getattr(sampling, name) <= 0:
+            text = f"`{name}` is {getattr(sampling, name)}; it must be above 0"
+            raise InvalidRequest(text, param=name)
+    return sampling
 
 
 def decode_session_id(value: str) -> SessionId:
     """Return the id; raises InvalidRequest if it is empty or too long."""
-    if not 0 < len(value) <= _LONGEST_ID:
+    if not 0 < len(value) <= _MAX_ID_LENGTH:
         raise InvalidRequest(
-            f"`session_id` has {len(value)} characters; it must have 1 to {_LONGEST_ID}"
+            f"`session_id` has {len(value)} characters; it must have 1 to {_MAX_ID_LENGTH}"
         )
     return SessionId(value)
 
 
-def encode_session(session: Session, to: tokens_pb2.Session) -> None:
-    """Write the session into the message."""
-    to.session_id = session.id
-    to.prompt_token_ids.extend(session.prompt)
-    _encode_policy(session.policy, to.policy)
-    to.token_ids.extend(session.tokens)
-    to.origins.extend(ORIGIN.encode(origin) for origin in session.origins)
+def encode_session(session: Session, proto: tokens_pb2.Session) -> None:
+    """Write the session into the proto."""
+    proto.session_id = session.id
+    proto.prompt_token_ids.extend(session.prompt)
+    _encode_policy(session.policy, proto.policy)
+    proto.token_ids.extend(session.tokens)
+    proto.origins.extend(map(ORIGIN.encode, session.origins))
 
 
-def decode_session(message: tokens_pb2.Session) -> Session:
+def decode_session(proto: tokens_pb2.Session) -> Session:
     """Return the session."""
-    if not message.prompt_token_ids:
+    if not proto.prompt_token_ids:
         raise InvalidRequest("`prompt_token_ids` is empty; a prompt has at least one token")
-    length(len(message.origins), "origins", len(message.token_ids))
+    _check_length(proto.origins, "origins", len(proto.token_ids))
     return Session(
-        id=decode_session_id(message.session_id),
-        prompt=tuple(message.prompt_token_ids),
-        policy=_decode_policy(message.policy),
-        tokens=tuple(message.token_ids),
-        origins=tuple(map(ORIGIN.decode, message.origins)),
+        id=decode_session_id(proto.session_id),
+        prompt=tuple(proto.prompt_token_ids),
+        policy=_decode_policy(proto.policy),
+        tokens=tuple(proto.token_ids),
+        origins=tuple(map(ORIGIN.decode, proto.origins)),
     )
 
 
-def _encode_policy(policy: DecodingParams, to: tokens_pb2.Policy) -> None:
-    encode_sampling(policy.sampling, to.sampling)
-    encode_rule(policy.rule, to.rule)
-    to.coupling = COUPLING.encode(policy.coupling)
-    to.bonus = BONUS.encode(policy.bonus)
-    to.verification = VERIFICATION.encode(policy.verification)
-    to.row_format = ROW_FORMAT.encode(policy.rows)
-    to.row_entry_count = policy.row_entries
-    to.seed = policy.seed
-    to.stop_token_ids.extend(policy.stop_ids)
+def _encode_policy(policy: DecodingParams, proto: tokens_pb2.Policy) -> None:
+    encode_sampling(policy.sampling, proto.sampling)
+    encode_rule(policy.rule, proto.rule)
+    proto.coupling = COUPLING.encode(policy.coupling)
+    proto.bonus = BONUS.encode(policy.bonus)
+    proto.verification = VERIFICATION.encode(policy.verification)
+    proto.row_format = ROW_FORMAT.encode(policy.rows)
+    proto.row_entry_count = policy.row_entries
+    proto.seed = policy.seed
+    proto.stop_token_ids.extend(policy.stop_ids)
     if policy.logprobs is not None:
-        to.logprob_count = policy.logprobs
+        proto.logprob_count = policy.logprobs
 
 
-def _decode_policy(message: tokens_pb2.Policy) -> DecodingParams:
-    logprobs = message.logprob_count if message.HasField("logprob_count") else None
+def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
+    logprobs = proto.logprob_count if proto.HasField("logprob_count") else None
     return DecodingParams(
-        sampling=decode_sampling(message.sampling),
-        rule=decode_rule(message.rule),
-        coupling=COUPLING.decode(message.coupling),
-        bonus=BONUS.decode(message.bonus),
-        verification=VERIFICATION.decode(message.verification),
-        rows=ROW_FORMAT.decode(message.row_format),
-        row_entries=whole(message.row_entry_count, "row_entry_count", least=1),
-        seed=whole(message.seed, "seed"),
-        stop_ids=tuple(message.stop_token_ids),
-        logprobs=None if logprobs is None else whole(logprobs, "logprob_count"),
+        sampling=decode_sampling(proto.sampling),
+        rule=decode_rule(proto.rule),
+        coupling=COUPLING.decode(proto.coupling),
+        bonus=BONUS.decode(proto.bonus),
+        verification=VERIFICATION.decode(proto.verification),
+        rows=ROW_FORMAT.decode(proto.row_format),
+        row_entries=bounded(proto.row_entry_count, "row_entry_count", 1),
+        seed=bounded(proto.seed, "seed"),
+        stop_ids=tuple(proto.stop_token_ids),
+        logprobs=None if logprobs is None else bounded(logprobs, "logprob_count"),
     )
 
 
-def encode_sampling(sampling: SamplingParams, to: tokens_pb2.Sampling) -> None:
-    """Write the sampling into the message, defaults too."""
-    to.temperature = sampling.temperature
-    to.top_k = sampling.top_k
-    to.top_p = sampling.top_p
-    to.min_p = sampling.min_p
-    to.repetition_penalty = sampling.repetition_penalty
-    to.presence_penalty = sampling.presence_penalty
-    to.frequency_penalty = sampling.frequency_penalty
-    for token, bias in sampling.logit_bias:
-        to.logit_biases.add(token_id=token, bias=bias)
+def encode_block(block: Block, proto: tokens_pb2.Block) -> None:
+    """Write the block into the proto."""
+    proto.token_ids.extend(block.tokens)
+    proto.likelihoods.extend(block.likelihoods)
+    proto.unscaled_likelihoods.extend(block.unscaled)
+    for stats in block.draft_stats:
+        proto.gates.add(peak=stats.max_prob, favourite_token_id=stats.argmax, entropy=stats.entropy)
+    for probs in block.draft_probs:
+        _encode_probs(probs, proto.rows.add())
+    encode_logprobs(block.logprobs, proto.logprobs)
 
 
-def decode_sampling(
-    message: tokens_pb2.Sampling, *, default: SamplingParams = _DEFAULT
-) -> SamplingParams:
-    """Return the sampling; what is absent comes from `default`."""
-
-    def given(name: str, absent: float) -> float:
-        return getattr(message, name) if message.HasField(name) else absent  # pyright: ignore[reportArgumentType] - the stubs want a literal
-
-    sampling = SamplingParams(
-        temperature=given("temperature", default.temperature),
-        top_k=int(given("top_k", default.top_k)),
-        top_p=given("top_p", default.top_p),
-        min_p=given("min_p", default.min_p),
-        repetition_penalty=given("repetition_penalty", default.repetition_penalty),
-        presence_penalty=given("presence_penalty", default.presence_penalty),
-        frequency_penalty=given("frequency_penalty", default.frequency_penalty),
-        logit_bias=tuple((entry.token_id, entry.bias) for entry in message.logit_biases)
-        or default.logit_bias,
-    )
-    _check_sampling(sampling)
-    return sampling
-
-
-def _check_sampling(sampling: SamplingParams) -> None:
-    for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        finite(getattr(sampling, name), name)
-    for _, bias in sampling.logit_bias:
-        finite(bias, "logit_bias")
-    within(sampling.temperature, "temperature", 0.0, math.inf)
-    within(sampling.min_p, "min_p", 0.0, 1.0)
-    whole(sampling.top_k, "top_k")
-    if not 0 < sampling.top_p <= 1:
-        raise InvalidRequest(f"`top_p` is {sampling.top_p}; it must be in (0, 1]", param="top_p")
-    if sampling.repetition_penalty <= 0:
-        raise InvalidRequest(
-            f"`repetition_penalty` is {sampling.repetition_penalty}; it must be above 0",
-            param="repetition_penalty",
-        )
-
-
-def encode_block(block: Block, to: tokens_pb2.Block) -> None:
-    """Write the block into the message."""
-    to.token_ids.extend(block.tokens)
-    to.likelihoods.extend(block.likelihoods)
-    to.unscaled_likelihoods.extend(block.unscaled)
-    for gates in block.draft_stats:
-        to.gates.add(peak=gates.max_prob, favourite_token_id=gates.argmax, entropy=gates.entropy)
-    for row in block.draft_probs:
-        encode_row(row, to.rows.add())
-    encode_logprobs(block.logprobs, to.logprobs)
-
-
-def decode_block(message: tokens_pb2.Block) -> Block:
-    """Return the block; lists are empty or as long as it, rows and gates maybe one longer."""
-    count = len(message.token_ids)
-    length(len(message.likelihoods), "likelihoods", 0, count)
-    length(len(message.unscaled_likelihoods), "unscaled_likelihoods", 0, count)
-    length(len(message.gates), "gates", 0, count, count + 1)
-    length(len(message.rows), "rows", 0, count, count + 1)
-    length(len(message.logprobs), "logprobs", 0, count)
+def decode_block(proto: tokens_pb2.Block) -> Block:
+    """Return the block; its lists are empty or of its length, `rows` and `gates` maybe one more."""
+    count = len(proto.token_ids)
+    _check_length(proto.likelihoods, "likelihoods", 0, count)
+    _check_length(proto.unscaled_likelihoods, "unscaled_likelihoods", 0, count)
+    _check_length(proto.gates, "gates", 0, count, count + 1)
+    _check_length(proto.rows, "rows", 0, count, count + 1)
+    _check_length(proto.logprobs, "logprobs", 0, count)
     return Block(
-        tokens=tuple(message.token_ids),
-        likelihoods=probabilities(message.likelihoods, "likelihoods"),
-        unscaled=probabilities(message.unscaled_likelihoods, "unscaled_likelihoods"),
-        draft_stats=tuple(map(_decode_gates, message.gates)),
-        draft_probs=tuple(map(decode_row, message.rows)),
-        logprobs=decode_logprobs(message.logprobs),
+        tokens=tuple(proto.token_ids),
+        likelihoods=_probabilities(proto.likelihoods, "likelihoods"),
+        unscaled=_probabilities(proto.unscaled_likelihoods, "unscaled_likelihoods"),
+        draft_stats=tuple(map(_decode_stats, proto.gates)),
+        draft_probs=tuple(map(_decode_probs, proto.rows)),
+        logprobs=decode_logprobs(proto.logprobs),
     )
 
 
-def _decode_gates(message: tokens_pb2.Gates) -> DraftStats:
+def _decode_stats(proto: tokens_pb2.Gates) -> DraftStats:
     return DraftStats(
-        max_prob=within(message.peak, "gates.peak", 0.0, LARGEST_PROBABILITY),
-        argmax=message.favourite_token_id,
-        entropy=finite(message.entropy, "gates.entropy"),
+        max_prob=bounded(proto.peak, "gates.peak", 0.0, _MAX_PROBABILITY),
+        argmax=proto.favourite_token_id,
+        entropy=_finite(proto.entropy, "gates.entropy"),
     )
 
 
-def encode_verdict(verdict: Verdict, to: tokens_pb2.Verdict) -> None:
-    """Write the verdict into the message."""
-    to.accepted_count = verdict.accepted
-    to.token_ids.extend(verdict.tokens)
-    to.origins.extend(ORIGIN.encode(origin) for origin in verdict.origins)
-    to.judged_count = verdict.judged
-    to.deferred_count = verdict.deferred
-    encode_logprobs(verdict.logprobs, to.logprobs)
+def _encode_probs(probs: SparseProbs, proto: tokens_pb2.Row) -> None:
+    proto.token_ids = probs.ids.astype("<u4", copy=False).tobytes()
+    proto.weights = probs.weights.astype("<f2", copy=False).tobytes()
+    if probs.unscaled is not None:
+        proto.unscaled_weights = probs.unscaled.astype("<f2", copy=False).tobytes()
 
 
-def decode_verdict(message: tokens_pb2.Verdict) -> Verdict:
+def _decode_probs(proto: tokens_pb2.Row) -> SparseProbs:
+    """Return the distribution with read-only arrays.
+
+    One without entries is `sampling.sparse_probs.ABSENT`: the drafter alone decides there.
+    """
+    if len(proto.token_ids) % 4:
+        raise InvalidRequest(f"`rows.token_ids` has {len(proto.token_ids)} bytes; an id has four")
+    ids = np.frombuffer(proto.token_ids, dtype="<u4")
+    weights = _decode_weights(proto.weights, "weights")
+    if weights.size and not weights.any():
+        raise InvalidRequest("a row has no positive weight; a distribution needs one")
+    if ids.size not in (0, weights.size):
+        raise InvalidRequest(f"a row has {ids.size} ids and {weights.size} weights")
+    unscaled = None
+    if proto.HasField("unscaled_weights"):
+        unscaled = _decode_weights(proto.unscaled_weights, "unscaled_weights")
+        if unscaled.size != weights.size:
+            raise InvalidRequest(
+                f"a row has {weights.size} weights and {unscaled.size} unscaled weights"
+            )
+    return SparseProbs(ids=ids, weights=weights, unscaled=unscaled)
+
+
+def _decode_weights(data: bytes, name: str) -> NDArray[np.float16]:
+    if len(data) % 2:
+        raise InvalidRequest(f"`rows.{name}` has {len(data)} bytes; a float16 has two")
+    bits = np.frombuffer(data, dtype="<u2")
+    if bits.max(initial=0) >= _FLOAT16_INFINITY:
+        raise InvalidRequest(f"`rows.{name}` has a weight that is negative, infinite or no number")
+    return bits.view("<f2")
+
+
+def encode_verdict(verdict: Verdict, proto: tokens_pb2.Verdict) -> None:
+    """Write the verdict into the proto."""
+    proto.accepted_count = verdict.accepted
+    proto.token_ids.extend(verdict.tokens)
+    proto.origins.extend(map(ORIGIN.encode, verdict.origins))
+    proto.judged_count = verdict.judged
+    proto.deferred_count = verdict.deferred
+    encode_logprobs(verdict.logprobs, proto.logprobs)
+
+
+def decode_verdict(proto: tokens_pb2.Verdict) -> Verdict:
     """Return the verdict."""
-    count = len(message.token_ids)
-    length(len(message.origins), "origins", count)
-    length(len(message.logprobs), "logprobs", 0, count)
+    count = len(proto.token_ids)
+    _check_length(proto.origins, "origins", count)
+    _check_length(proto.logprobs, "logprobs", 0, count)
     return Verdict(
-        accepted=whole(message.accepted_count, "accepted_count"),
-        tokens=tuple(message.token_ids),
-        origins=tuple(map(ORIGIN.decode, message.origins)),
-        judged=whole(message.judged_count, "judged_count"),
-        deferred=whole(message.deferred_count, "deferred_count"),
-        logprobs=decode_logprobs(message.logprobs),
+        accepted=bounded(proto.accepted_count, "accepted_count"),
+        tokens=tuple(proto.token_ids),
+        origins=tuple(map(ORIGIN.decode, proto.origins)),
+        judged=bounded(proto.judged_count, "judged_count"),
+        deferred=bounded(proto.deferred_count, "deferred_count"),
+        logprobs=decode_logprobs(proto.logprobs),
     )
 
 
 def encode_logprobs(
     logprobs: Iterable[TokenLogprob],
-    to: RepeatedCompositeFieldContainer[tokens_pb2.TokenLogprob],
+    protos: RepeatedCompositeFieldContainer[tokens_pb2.TokenLogprob],
 ) -> None:
     """Append the log-probabilities to the repeated field."""
     for entry in logprobs:
-        to.add(
+        protos.add(
             token_id=entry.token,
             logprob=entry.logprob,
             top_token_ids=[token for token, _ in entry.top],
@@ -477,17 +367,17 @@ def encode_logprobs(
         )
 
 
-def decode_logprobs(messages: Iterable[tokens_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+def decode_logprobs(protos: Iterable[tokens_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     """Return the log-probabilities."""
-    return tuple(map(_decode_logprob, messages))
+    return tuple(map(_decode_logprob, protos))
 
 
-def _decode_logprob(message: tokens_pb2.TokenLogprob) -> TokenLogprob:
-    length(len(message.top_logprobs), "top_logprobs", len(message.top_token_ids))
-    for value in (message.logprob, *message.top_logprobs):
-        within(value, "logprob", -math.inf, _LARGEST_LOGPROB)
+def _decode_logprob(proto: tokens_pb2.TokenLogprob) -> TokenLogprob:
+    _check_length(proto.top_logprobs, "top_logprobs", len(proto.top_token_ids))
+    for value in (proto.logprob, *proto.top_logprobs):
+        bounded(value, "logprob", -math.inf, _MAX_LOGPROB)
     return TokenLogprob(
-        token=message.token_id,
-        logprob=message.logprob,
-        top=tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)),
+        token=proto.token_id,
+        logprob=proto.logprob,
+        top=tuple(zip(proto.top_token_ids, proto.top_logprobs, strict=True)),
     )

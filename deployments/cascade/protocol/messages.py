@@ -1,8 +1,8 @@
-"""What crosses between router and tiers, as values; `codec` turns them into protobuf and back.
+"""The messages between router and replicas as dataclasses; `codec` turns them into protobuf.
 
-Every item names its session, its epoch (grows when a session moves to another replica) and a
-position (committed tokens after the prompt). `digest` is that of prompt and committed tokens up to
-the position.
+Every message names its session and epoch; the epoch grows when a session moves to another replica.
+`position` counts the committed tokens after the prompt. `digest` is the `extend_digest` of the
+prompt and the committed tokens up to the position.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """Begin or resume a session on this replica; `lease` is the capability the lease gave."""
+    """Start or resume a session on this replica; `lease` is the token of the router's lease."""
 
     session: Session
     epoch: int
     lease: str
-    traceparent: str = ""  # W3C trace context; empty where nobody traces the request
+    traceparent: str = ""  # W3C trace context; empty if the request is not traced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Propose:
     """Draft up to `count` tokens after `position`; `tokens` are the last committed before it.
 
-    While the block is judged, draft `ahead` blocks more and send them unasked, each on the guess
-    that all before it stands and of what the expert adds. A block that was sent is not sent again:
-    the item then says that its guess was right. Up to `branches` blocks more are drafted, one each,
-    on other likely verdicts, as far as the drafter has capacity to spare. A block ends early where
-    the drafter gives the whole of it less than the chance `floor`.
+    While the expert verifies the block, draft `ahead` more blocks and send them without being
+    asked, each assuming that the ones before it are accepted and which token the expert adds. A
+    block that was sent already is not sent again: this message then confirms its assumption. Draft
+    up to `branches` more blocks for other likely verdicts, as far as the drafter is idle. End a
+    block early where the drafter gives the whole of it a probability below `floor`.
     """
 
     session_id: SessionId
@@ -54,7 +54,7 @@ class Propose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """Judge a block at `position`; then write `ahead` more tokens alone, one judgement each."""
+    """Judge a block at `position`; then generate `ahead` more tokens, one `Judgement` each."""
 
     session_id: SessionId
     epoch: int
@@ -67,7 +67,7 @@ class Judge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Return the log-probability of each of `tokens` but the first, with `top` alternatives."""
+    """Return the log-probability of all `tokens` but the first, with `top` alternatives each."""
 
     session_id: SessionId
     epoch: int
@@ -88,8 +88,8 @@ class Close:
 class Proposal:
     """The block drafted after the prefix with this position and digest.
 
-    `deferred`: it ends where the drafter's own rule defers the next token. `branched`: it was
-    drafted on the guess that not all before it stands, or of another token than the likeliest.
+    `deferred`: the block ends where the drafter's own rule defers the next token. `branched`: it
+    was drafted for another verdict than the likeliest one.
     """
 
     session_id: SessionId
@@ -119,7 +119,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The answer to `Score`."""
+    """The reply to `Score`."""
 
     session_id: SessionId
     epoch: int
@@ -128,7 +128,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """The replica lacks the committed tokens from `position` on; send the item again with them."""
+    """The replica lacks the committed tokens from `position` on; send the message with them."""
 
     session_id: SessionId
     epoch: int
@@ -137,7 +137,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """This session, and no other on the stream, cannot go on here; `code` is a gRPC status name."""
+    """This session cannot continue on this replica; `code` is the name of a gRPC status."""
 
     session_id: SessionId
     epoch: int

@@ -1,14 +1,16 @@
-"""The gRPC server of a tier: frames in, items to the tier, answers out as few frames as can be.
+"""The gRPC server of a replica: reads frames, hands messages to the tier, writes its replies.
 
-A stream ends for the tier when the client half-closes, cancels or vanishes: `grpc.aio` ends the
-request iterator alike. A frame that cannot be read aborts its stream; an item that cannot be read,
-or names no open session, refuses its session alone. A frame without items says that the tier works.
+A stream ends for the tier when the client half-closes, cancels or disappears: `grpc.aio` ends the
+request iterator in each case. A frame that cannot be parsed aborts its stream. A message that
+cannot be decoded, or whose session is not open, refuses that session only. A frame without messages
+is a heartbeat.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import grpc
@@ -26,14 +28,13 @@ from cascade.protocol.services import (
     TierKind,
     encode_description,
 )
-from cascade.protocol.validation import check
 from cascade.protocol.write_buffer import WriteBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from cascade.protocol.codec import ClientMessage, FrameItem, ServerMessage
-    from cascade.types import SessionId
+    from cascade.types import Block, SessionId
 
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -54,7 +55,7 @@ class TierServicer(Protocol):
     """What a server serves. Called on the event loop; nothing here may block."""
 
     def receive(self, connection: Connection, message: ClientMessage) -> None:
-        """Take an item of an open session; a CascadeError refuses that session."""
+        """Serve a message of an open session; a CascadeError refuses that session."""
         ...
 
     def disconnected(self, connection: Connection) -> None:
@@ -67,7 +68,7 @@ class TierServicer(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether what was asked is being worked on; clients leave a tier that does not say so."""
+        """Whether the tier makes progress; without heartbeats, clients leave it."""
         ...
 
 
@@ -80,12 +81,12 @@ class Connection:
         self.write_buffer = WriteBuffer()
         self.ended = asyncio.Event()
         self.failure: CascadeError | None = None
-        self.on_send: Callable[[ServerMessage], None] = lambda _: None  # hears of every answer
+        self.on_send: Callable[[ServerMessage], None] = lambda _: None  # called for every message
 
     def send(self, message: ServerMessage) -> None:
-        """Send an answer with all others of this tick; on the event loop, never blocks.
+        """Send a message, in one frame with all others of this event loop iteration.
 
-        What is sent to a client that has gone is dropped.
+        Never blocks. Messages to a client that has left are dropped.
         """
         if self.ended.is_set():
             return
@@ -95,31 +96,28 @@ class Connection:
         try:
             self.write_buffer.put(encode_frame(message, self.kind.response))
         except InvalidRequest as error:
-            self._refuse(message, error)
+            # The session stays in `epochs`: the tier has not refused it and must get the `Close`.
+            defect = Internal(f"a reply could not be sent: {error.message}")
+            refusal = grpc_status.refusal(message.session_id, message.epoch, defect)
+            self.write_buffer.put(encode_frame(refusal, self.kind.response))
         except Overloaded as error:
             self.fail(error)
 
     def send_heartbeat(self) -> None:
-        """Say that the tier works."""
+        """Tell the client that the tier makes progress."""
         if not self.ended.is_set():
             self.write_buffer.put(b"")
 
     def close(self) -> None:
-        """Accept nothing more; what was sent before still leaves."""
+        """Accept no more messages; those sent before are still written."""
         self.write_buffer.close()
         self.ended.set()
 
     def fail(self, error: CascadeError) -> None:
-        """End the stream with an error, without what still waits to leave."""
+        """End the stream with an error and drop what is not written yet."""
         self.failure = error
         self.write_buffer.discard()
         self.close()
-
-    def _refuse(self, item: ServerMessage, error: InvalidRequest) -> None:
-        # The session stays in `epochs`: the tier has not refused it and must hear the `Close`.
-        defect = Internal(f"an answer could not be sent: {error.message}")
-        refusal = grpc_status.refusal(item.session_id, item.epoch, defect)
-        self.write_buffer.put(encode_frame(refusal, self.kind.response))
 
 
 class TierServer:
@@ -133,10 +131,10 @@ class TierServer:
         self._limits: Description | None = None
 
     async def start(self, address: str) -> str:
-        """Serve on `host:port`, where port 0 picks a free one, and return the address bound.
+        """Serve on `host:port`, where port 0 picks a free one, and return the bound address.
 
         Raises:
-            StartupError: the address cannot be bound.
+            StartupError: The address cannot be bound.
         """
         self._limits = self.tier.describe()
         self._server = server = grpc.aio.server(options=_OPTIONS)
@@ -144,21 +142,22 @@ class TierServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (self.kind.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        bound = _bind(server, address)
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(f"{address} cannot be bound: {error}; is it in use?") from error
         await server.start()
         await self.set_serving(serving=True)
-        return bound
+        return f"{address.rpartition(':')[0]}:{port}"
 
     async def set_serving(self, *, serving: bool) -> None:
-        """Say SERVING or NOT_SERVING to health checks; open streams go on either way."""
-        state = health_pb2.HealthCheckResponse.SERVING
-        if not serving:
-            state = health_pb2.HealthCheckResponse.NOT_SERVING
+        """Report SERVING or NOT_SERVING to health checks; open streams continue either way."""
+        response = health_pb2.HealthCheckResponse
         for name in ("", self.kind.service):
-            await self._health.set(name, state)
+            await self._health.set(name, response.SERVING if serving else response.NOT_SERVING)
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
-        """Say NOT_SERVING, take no new streams, and cut the open ones after `grace_s` seconds."""
+        """Report NOT_SERVING, take no new streams, and end the open ones after `grace_s`."""
         if self._server is None:
             return
         await self.set_serving(serving=False)
@@ -166,7 +165,7 @@ class TierServer:
         self._server = None
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        # Bytes pass through: a frame that cannot be read is ours to answer, not grpc's.
+        # Without deserializers: we, not gRPC, handle frames that cannot be parsed.
         return grpc.method_handlers_generic_handler(
             self.kind.service,
             {
@@ -181,122 +180,137 @@ class TierServer:
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         connection = Connection(self.kind)
-        reader = asyncio.create_task(self._read(connection, requests))
-        writer = asyncio.create_task(_write(connection, context))
-        beats = asyncio.create_task(self._beat(connection))
+        reader = asyncio.create_task(self._read_frames(connection, requests))
+        writer = asyncio.create_task(_write_frames(connection, context))
+        heartbeats = asyncio.create_task(self._send_heartbeats(connection))
         try:
-            await self._attend(connection, reader)
-            # Core takes no status while a write is under way, so the writer is waited for.
+            try:
+                await connection.ended.wait()
+            finally:
+                reader.cancel()
+                connection.close()
+                self.tier.disconnected(connection)
+            # gRPC accepts no status while a write is in progress.
             await asyncio.wait((reader, writer))
         finally:
             writer.cancel()
-            beats.cancel()
-        if connection.failure is not None:
-            await _abort(context, connection.failure)
+            heartbeats.cancel()
+        if (error := connection.failure) is not None:
+            metadata = grpc_status.trailing_metadata(error)
+            await context.abort(grpc_status.code(error), grpc_status.message(error), metadata)
         if not reader.cancelled():
             reader.result()
 
-    async def _attend(self, connection: Connection, reader: asyncio.Task[None]) -> None:
-        try:
-            await connection.ended.wait()
-        finally:
-            reader.cancel()
-            connection.close()
-            self.tier.disconnected(connection)
-
-    async def _beat(self, connection: Connection) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            if self.tier.alive:
-                connection.send_heartbeat()
-
-    async def _read(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
+    async def _read_frames(self, connection: Connection, requests: AsyncIterator[bytes]) -> None:
+        assert self._limits is not None, "start the server first"
         try:
             async for data in requests:
-                self._receive(connection, data)
+                items = parse_frame(data, self.kind.request)
+                if len(items) > self._limits.item_limit:
+                    raise InvalidRequest(
+                        f"a frame has {len(items)} items; the limit is {self._limits.item_limit}"
+                    )
+                for item in items:
+                    self._handle(connection, item, self._limits)
         except CascadeError as error:
             connection.fail(error)
         finally:
             connection.close()
 
-    def _receive(self, connection: Connection, data: bytes) -> None:
-        assert self._limits is not None, "start the server first"
-        messages = parse_frame(data, self.kind.request)
-        if len(messages) > self._limits.item_limit:
-            raise InvalidRequest(
-                f"a frame has {len(messages)} items; the limit is {self._limits.item_limit}"
-            )
-        for message in messages:
-            self._take(connection, message, self._limits)
-
-    def _take(self, connection: Connection, message: FrameItem, limits: Description) -> None:
+    def _handle(self, connection: Connection, item: FrameItem, limits: Description) -> None:
         try:
-            item = decode_client_message(message)
-            check(item, limits)
-            if _admit(connection, item, limits):
-                self.tier.receive(connection, item)
+            message = decode_client_message(item)
+            check_limits(message, limits)
+            if _admit(connection, message, limits):
+                self.tier.receive(connection, message)
         except CascadeError as error:
-            culprit = session_of(message)
-            if culprit is None:
+            session = session_of(item)
+            if session is None:
                 raise
-            self._refuse(connection, *culprit, error)
+            session_id, epoch = session
+            if connection.epochs.get(session_id) == epoch:
+                self.tier.receive(connection, Close(session_id=session_id, epoch=epoch))
+            connection.send(grpc_status.refusal(session_id, epoch, error))
 
-    def _refuse(
-        self, connection: Connection, session_id: SessionId, epoch: int, error: CascadeError
-    ) -> None:
-        if connection.epochs.get(session_id) == epoch:
-            self.tier.receive(connection, Close(session_id=session_id, epoch=epoch))
-        connection.send(grpc_status.refusal(session_id, epoch, error))
+    async def _send_heartbeats(self, connection: Connection) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self.tier.alive:
+                connection.send_heartbeat()
 
 
-async def _write(connection: Connection, context: Context) -> None:
+async def _write_frames(connection: Connection, context: Context) -> None:
     try:
         while (frame := await connection.write_buffer.take()) is not None:
             await context.write(frame)
     except grpc.aio.BaseError:
-        logger.debug("a client of the %s left while it was written to", connection.kind.name)
+        logger.debug("a client of the %s left during a write", connection.kind.name)
 
 
-async def _abort(context: Context, error: CascadeError) -> None:
-    metadata = grpc_status.trailing_metadata(error)
-    await context.abort(grpc_status.code(error), grpc_status.message(error), metadata)
-
-
-def _admit(connection: Connection, item: ClientMessage, limits: Description) -> bool:
-    """Keep account of the open sessions; return whether the tier should see the item."""
-    match item:
+def _admit(connection: Connection, message: ClientMessage, limits: Description) -> bool:
+    """Update the stream's open sessions; return whether the tier should get the message."""
+    epochs = connection.epochs
+    match message:
         case Score():
             return True
-        case Open():
-            return _admit_open(connection, item, limits)
+        case Open(session=session, epoch=epoch):
+            known = epochs.get(session.id)
+            if known is not None and epoch <= known:
+                return False  # of an old epoch, or a repeat
+            if known is None and len(epochs) >= limits.session_limit:
+                raise Overloaded(f"{limits.session_limit} sessions are open on this stream")
+            epochs[session.id] = epoch
+            return True
+        case Close(session_id=session_id, epoch=epoch):
+            return epochs.get(session_id) == epoch and epochs.pop(session_id) == epoch
+        case (
+            Propose(session_id=session_id, epoch=epoch) | Judge(session_id=session_id, epoch=epoch)
+        ):
+            known = epochs.get(session_id)
+            if known is None or epoch > known:
+                connection.send(grpc_status.unknown_session(session_id, epoch))
+            return epoch == known
+
+
+def check_limits(message: ClientMessage, limits: Description) -> None:
+    """Check that the replica's model can read a message.
+
+    Args:
+        message: What a client sent.
+        limits: What the replica describes of itself.
+
+    Raises:
+        InvalidRequest: A token id is outside the vocabulary, or the block is too long.
+    """
+    ids: Iterable[int] = ()
+    match message:
+        case Open(session=session):
+            biases = (token for token, _ in session.policy.sampling.logit_bias)
+            ids = chain(session.prompt, session.tokens, biases)
+        case Judge(block=block):
+            ids = chain(message.tokens, _check_block(block, limits))
+        case Propose() | Score():
+            ids = message.tokens
         case Close():
-            known = connection.epochs.get(item.session_id) == item.epoch
-            return known and connection.epochs.pop(item.session_id) == item.epoch
-        case Propose() | Judge():
-            return _admit_step(connection, item)
+            pass
+    largest = max(ids, default=0)
+    if largest >= limits.vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is not in the vocabulary; ids are 0 to {limits.vocab_size - 1}"
+        )
 
 
-def _admit_open(connection: Connection, item: Open, limits: Description) -> bool:
-    known = connection.epochs.get(item.session.id)
-    if known is not None and item.epoch <= known:
-        return False  # of an old epoch, or a repeat
-    if known is None and len(connection.epochs) >= limits.session_limit:
-        raise Overloaded(f"{limits.session_limit} sessions are open on this stream; close one")
-    connection.epochs[item.session.id] = item.epoch
-    return True
-
-
-def _admit_step(connection: Connection, item: Propose | Judge) -> bool:
-    known = connection.epochs.get(item.session_id)
-    if known is None or item.epoch > known:
-        connection.send(grpc_status.unknown_session(item.session_id, item.epoch))
-        return False
-    return item.epoch == known
-
-
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartupError(f"{address} cannot be bound: {error}; is it in use?") from error
-    return f"{address.rpartition(':')[0]}:{port}"
+def _check_block(block: Block, limits: Description) -> Iterable[int]:
+    """Return the token ids of the block after checking its sizes."""
+    if block.length > limits.draft_limit:
+        raise InvalidRequest(
+            f"the block has {block.length} tokens; this replica judges up to {limits.draft_limit}"
+        )
+    widest = max((probs.weights.size for probs in block.draft_probs), default=0)
+    if widest > limits.vocab_size:
+        raise InvalidRequest(
+            f"a row has {widest} weights; the vocabulary has {limits.vocab_size} tokens"
+        )
+    argmaxes = (stats.argmax for stats in block.draft_stats)
+    largest = (int(probs.ids.max()) for probs in block.draft_probs if probs.ids.size)
+    return chain(block.tokens, argmaxes, largest)

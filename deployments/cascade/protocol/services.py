@@ -1,43 +1,35 @@
-"""The two tiers as clients and servers know them: names, frame types, and what is described."""
+"""The gRPC services of the two tiers: method names, frame types, limits and descriptions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from cascade.errors import (
-    DrafterUnavailable,
-    ExpertUnavailable,
-    Unavailable,
-)
+from cascade.errors import DrafterUnavailable, ExpertUnavailable, Unavailable
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 
 if TYPE_CHECKING:
-    # MOVED
     from cascade.protocol.codec import FrameType
 
 
 class LeaseTicket(TypedDict):
-    """The first and only answer of a lease call."""
+    """The only item that a lease call yields."""
 
     address: str
     token: str
 
 
 PROTOCOL_VERSION = 2
-
 FRAME_LIMIT_BYTES = 64 * 2**20
-
 FRAME_LIMIT_MESSAGES = 4096
-
-HEARTBEAT_S = 1.0  # a replica that works says so this often, by an empty frame if it has no other
+HEARTBEAT_S = 1.0  # at most this long between two frames of a working replica
 
 STREAM_OPTIONS = (
-    # The framing of a frame of the largest size needs a few bytes more.
+    # gRPC adds a few bytes to a frame of the largest size.
     ("grpc.max_receive_message_length", FRAME_LIMIT_BYTES + 1024),
     ("grpc.max_send_message_length", FRAME_LIMIT_BYTES + 1024),
-    # A router that is cut off is noticed by its silence, in 10 s. The keepalive timeout alone does
-    # not do it: core waits a minute for the answer to a ping.
+    # A client that is cut off is noticed within 10 s. The keepalive timeout alone is not enough:
+    # gRPC waits a minute for the response to a ping.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
@@ -46,7 +38,7 @@ STREAM_OPTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierKind:
-    """A tier's service: one stream and one question, and the error that says nobody answers."""
+    """The service of a tier: a streaming method for sessions and a unary one that describes it."""
 
     name: str
     service: str
@@ -54,8 +46,8 @@ class TierKind:
     describe_method: str
     request: FrameType
     response: FrameType
-    description: Any  # the message that answers the question
-    unavailable: type[Unavailable]
+    description: Any  # the response type of `describe_method`
+    unavailable: type[Unavailable]  # raised when no replica is reachable
 
     def path(self, method: str) -> str:
         """Return the full name of a method."""
@@ -87,21 +79,21 @@ EXPERT = TierKind(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a replica serves and what it allows."""
+    """What a replica serves and which limits it enforces."""
 
     model: str
     vocab_size: int  # token ids are below it
     context_length: int  # tokens of prompt and answer together
     tokenizer_fingerprint: str
     protocol_version: int = PROTOCOL_VERSION
-    draft_limit: int = 64  # tokens of a block
-    session_limit: int = 1024  # of one stream
-    item_limit: int = FRAME_LIMIT_MESSAGES  # of one frame
+    draft_limit: int = 64  # tokens per block
+    session_limit: int = 1024  # per stream
+    item_limit: int = FRAME_LIMIT_MESSAGES  # per frame
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
 
 
 def encode_description(description: Description, kind: TierKind) -> bytes:
-    """Return the bytes of the message that answers `Describe...`."""
+    """Return the serialized response of `describe_method`."""
     message = kind.description()
     for name in Description.__slots__:
         setattr(message.description, name, getattr(description, name))

@@ -7,8 +7,8 @@ import pytest
 
 from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Close, Judge, Open, Propose, Score
+from cascade.protocol.server import check_limits
 from cascade.protocol.services import Description
-from cascade.protocol.validation import check
 from cascade.types import (
     Block,
     DecodingParams,
@@ -22,7 +22,7 @@ from cascade.types import (
 if TYPE_CHECKING:
     from cascade.protocol.codec import ClientMessage
 
-ALLOWED = Description(
+LIMITS = Description(
     model="m", vocab_size=10, context_length=100, tokenizer_fingerprint="f", draft_limit=2
 )
 
@@ -56,7 +56,7 @@ def sparse(token: int) -> SparseProbs:
 
 
 @pytest.mark.parametrize(
-    "item",
+    "message",
     [
         opened(prompt=(0, 9), tokens=(9,), bias=((9, 1.0),)),
         propose(9),
@@ -70,12 +70,12 @@ def sparse(token: int) -> SparseProbs:
         Close(session_id=ID, epoch=1),
     ],
 )
-def test_the_last_id_of_the_vocabulary_is_allowed(item: ClientMessage) -> None:
-    check(item, ALLOWED)
+def test_the_last_id_of_the_vocabulary_is_allowed(message: ClientMessage) -> None:
+    check_limits(message, LIMITS)
 
 
 @pytest.mark.parametrize(
-    "item",
+    "message",
     [
         opened(prompt=(0, 10)),
         opened(tokens=(10,)),
@@ -88,19 +88,19 @@ def test_the_last_id_of_the_vocabulary_is_allowed(item: ClientMessage) -> None:
         Score(session_id=ID, epoch=1, lease="", tokens=(1, 10), top=1),
     ],
 )
-def test_an_id_past_the_vocabulary_is_refused(item: ClientMessage) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(message: ClientMessage) -> None:
     with pytest.raises(
         InvalidRequest, match="token id 10 is not in the vocabulary; ids are 0 to 9"
     ):
-        check(item, ALLOWED)
+        check_limits(message, LIMITS)
 
 
-def test_a_block_longer_than_agreed_is_refused() -> None:
+def test_a_block_longer_than_the_limit_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="the block has 3 tokens; this replica judges up to 2"):
-        check(judge(Block(tokens=(1, 2, 3))), ALLOWED)
+        check_limits(judge(Block(tokens=(1, 2, 3))), LIMITS)
 
 
-def test_a_row_wider_than_the_vocabulary_is_refused() -> None:
+def test_a_distribution_wider_than_the_vocabulary_is_refused() -> None:
     wide = SparseProbs(ids=np.empty(0, np.uint32), weights=np.ones(11, np.float16))
     with pytest.raises(InvalidRequest, match="a row has 11 weights; the vocabulary has 10 tokens"):
-        check(judge(Block(tokens=(1,), draft_probs=(wide,))), ALLOWED)
+        check_limits(judge(Block(tokens=(1,), draft_probs=(wide,))), LIMITS)

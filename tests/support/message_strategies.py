@@ -1,0 +1,221 @@
+"""Hypothesis strategies for every message of the protocol."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from cascade.protocol import messages
+from cascade.rules import Rule
+from cascade.types import (
+    Block,
+    Bonus,
+    Coupling,
+    DecodingParams,
+    DraftStats,
+    Origin,
+    RowFormat,
+    SamplingParams,
+    Session,
+    SessionId,
+    SparseProbs,
+    TokenLogprob,
+    Verdict,
+    Verification,
+)
+
+Value = TypeVar("Value")
+
+TOKENS = st.integers(0, 2**32 - 1)
+
+COUNTS = st.integers(0, 2**31 - 1)
+
+LONGS = st.integers(0, 2**63 - 1)
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+PROBABILITIES = st.floats(0, 1)
+
+LOGPROBS = st.floats(max_value=0)
+
+# Protobuf text is UTF-8, which has no lone surrogates.
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+
+IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=128).map(SessionId)
+
+
+def several(
+    values: st.SearchStrategy[Value], least: int = 0, most: int = 8
+) -> st.SearchStrategy[tuple[Value, ...]]:
+    return st.lists(values, min_size=least, max_size=most).map(tuple)
+
+
+def exactly(values: st.SearchStrategy[Value], count: int) -> st.SearchStrategy[tuple[Value, ...]]:
+    return several(values, count, count)
+
+
+@st.composite
+def sparse_probs(draw: st.DrawFn) -> SparseProbs:
+    """Return a sparse or full distribution, with or without unscaled weights."""
+    count = draw(st.integers(1, 6))
+    floats = arrays(np.float16, count, elements=st.floats(0, 1, width=16))
+    weights = draw(floats)
+    weights[draw(st.integers(0, count - 1))] = 1
+    width = draw(st.sampled_from((0, count)))
+    ids = draw(arrays(np.uint32, width, elements=TOKENS))
+    return SparseProbs(
+        ids=ids, weights=np.abs(weights), unscaled=draw(st.none() | floats.map(np.abs))
+    )
+
+
+draft_stats = st.builds(DraftStats, max_prob=PROBABILITIES, argmax=TOKENS, entropy=FINITE)
+
+logprobs = st.builds(
+    TokenLogprob,
+    token=TOKENS,
+    logprob=LOGPROBS,
+    top=several(st.tuples(TOKENS, LOGPROBS), most=3),
+)
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    """Return a block whose lists are empty, of its length, or one longer where allowed."""
+    count = draw(st.integers(0, 4))
+
+    def maybe(values: st.SearchStrategy[Value], *lengths: int) -> tuple[Value, ...]:
+        return draw(exactly(values, draw(st.sampled_from((0, *lengths)))))
+
+    return Block(
+        tokens=draw(exactly(TOKENS, count)),
+        likelihoods=maybe(PROBABILITIES, count),
+        unscaled=maybe(PROBABILITIES, count),
+        draft_stats=maybe(draft_stats, count, count + 1),
+        draft_probs=maybe(sparse_probs(), count, count + 1),
+        logprobs=maybe(logprobs, count),
+    )
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> Verdict:
+    """As many origins as tokens."""
+    count = draw(st.integers(0, 4))
+    reported = draw(st.sampled_from((0, count)))
+    return Verdict(
+        accepted=draw(COUNTS),
+        tokens=draw(exactly(TOKENS, count)),
+        origins=draw(exactly(st.sampled_from(Origin), count)),
+        judged=draw(COUNTS),
+        deferred=draw(COUNTS),
+        logprobs=draw(exactly(logprobs, reported)),
+    )
+
+
+@st.composite
+def sessions(draw: st.DrawFn) -> Session:
+    """As many origins as tokens."""
+    count = draw(st.integers(0, 4))
+    return Session(
+        id=draw(IDS),
+        prompt=draw(several(TOKENS, 1)),
+        policy=draw(policies),
+        tokens=draw(exactly(TOKENS, count)),
+        origins=draw(exactly(st.sampled_from(Origin), count)),
+    )
+
+
+samplings = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, allow_infinity=False),
+    top_k=COUNTS,
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=PROBABILITIES,
+    repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+    presence_penalty=FINITE,
+    frequency_penalty=FINITE,
+    logit_bias=several(st.tuples(TOKENS, FINITE)),
+)
+
+policies = st.builds(
+    DecodingParams,
+    sampling=samplings,
+    rule=st.one_of(*(st.from_type(kind) for kind in get_args(Rule))),
+    coupling=st.sampled_from(Coupling),
+    bonus=st.sampled_from(Bonus),
+    verification=st.sampled_from(Verification),
+    rows=st.sampled_from(RowFormat),
+    row_entries=st.integers(1, 2**31 - 1),
+    seed=LONGS,
+    stop_ids=several(TOKENS),
+    logprobs=st.none() | COUNTS,
+)
+
+ids: dict[str, st.SearchStrategy[Any]] = {"session_id": IDS, "epoch": LONGS}
+
+DIGESTS = st.integers(0, 2**64 - 1)
+
+# Sent as whole microseconds.
+DURATIONS = st.integers(0, 10**12).map(lambda microseconds: microseconds / 1e6)
+
+timings = st.builds(
+    messages.Timing, service_s=DURATIONS, step_s=DURATIONS, tokens=COUNTS, sessions=COUNTS
+)
+
+prefixes = ids | {"position": st.integers(8, 2**63 - 1), "digest": DIGESTS}
+
+replies = ids | {"position": LONGS, "cached_prompt_tokens": COUNTS}
+
+STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
+    DraftStats: draft_stats,
+    TokenLogprob: logprobs,
+    SparseProbs: sparse_probs(),
+    Block: blocks(),
+    Verdict: verdicts(),
+    DecodingParams: policies,
+    Session: sessions(),
+    messages.Open: st.builds(
+        messages.Open, session=sessions(), epoch=LONGS, lease=TEXTS, traceparent=TEXTS
+    ),
+    messages.Propose: st.builds(
+        messages.Propose,
+        **prefixes,
+        count=COUNTS,
+        tokens=several(TOKENS),
+        until_deferral=st.booleans(),
+        ahead=COUNTS,
+        floor=PROBABILITIES,
+        branches=COUNTS,
+    ),
+    messages.Judge: st.builds(
+        messages.Judge, **prefixes, block=blocks(), tokens=several(TOKENS), ahead=COUNTS
+    ),
+    messages.Score: st.builds(
+        messages.Score, **ids, lease=TEXTS, tokens=several(TOKENS, 1), top=COUNTS
+    ),
+    messages.Close: st.builds(messages.Close, **ids),
+    messages.Proposal: st.builds(
+        messages.Proposal,
+        **replies,
+        digest=DIGESTS,
+        block=blocks(),
+        deferred=st.booleans(),
+        passes=COUNTS,
+        timing=timings,
+        branched=st.booleans(),
+    ),
+    messages.Judgement: st.builds(
+        messages.Judgement, **replies, digest=DIGESTS, verdict=verdicts(), timing=timings
+    ),
+    messages.Scores: st.builds(messages.Scores, **ids, logprobs=several(logprobs, most=3)),
+    messages.Need: st.builds(messages.Need, **ids, position=LONGS),
+    messages.Refusal: st.builds(messages.Refusal, **ids, code=TEXTS, reason=TEXTS, message=TEXTS),
+}
+
+
+def register() -> None:
+    """Let `st.from_type` find the strategies."""
+    for kind, strategy in STRATEGIES.items():
+        st.register_type_strategy(kind, strategy)
