@@ -41,7 +41,7 @@ Threads = Annotated[
 DrafterThreads = Annotated[int, typer.Option(min=0, help="Of the drafter; 0: torch's default")]
 Ask = Annotated[
     list[str] | None,
-    typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]; the first is the baseline; repeat for more"),
+    typer.Option(help="Such as lossless@4 or token_v3:0.9; the first is the baseline; repeat"),
 ]
 RoundTrips = Annotated[
     list[float] | None, typer.Option(min=0, help="Round trip to emulate; repeat for more")
@@ -205,7 +205,7 @@ def timeline(  # noqa: PLR0913 - one parameter an option
     ] = "David buys 4 shells at 8 euros each and 2 books at 2 euros each, and pays with 100 euros."
     " How much does David get back?",
     *,
-    ask: Annotated[str, typer.Option(help="CURVE[:DIAL][@DRAFT_TOKENS]")] = "lossless",
+    ask: Annotated[str, typer.Option(help="Such as lossless@4 or token_v3:0.9")] = "lossless",
     rtt_ms: Annotated[float, typer.Option(min=0, help="Round trip to emulate")] = 0.0,
     config: Config = None,
     pad: Pad = "500M",
