@@ -85,7 +85,7 @@ class Engine:
         self.runner.warm_up()
         if model.owned:
             self.runner.free_hf_weights()
-        self._columns = min(settings.vocabulary or model.vocabulary, model.vocabulary)
+        self._columns = model.vocabulary
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._cache = KVCacheManager(

@@ -25,7 +25,7 @@ class LoadedModel:
     """A model on its device."""
 
     model: PreTrainedModel
-    vocabulary: int  # logits per token
+    vocabulary: int  # logits kept per token
     context_length: int | None  # None if unknown
     stop_ids: tuple[int, ...]  # end-of-text ids of its generation settings
     owned: bool = False  # by the engine that runs it, which may free weights that it has copied

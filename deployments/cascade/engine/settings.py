@@ -37,7 +37,6 @@ class EngineSettings:
     deterministic: bool = False  # logits of a token do not depend on the batch; CPU only
     packed: bool = True  # prepacked linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
-    vocabulary: Natural = 0  # logits kept per token; 0: the vocabulary that both models share
 
     @property
     def session_limit(self) -> int:

@@ -80,11 +80,10 @@ class Replica(ABC, Generic[Message]):
             shared_token=token,
             clock=self.clock,
         )
-        settings = replace(options.engine, vocabulary=min(tokenizer.size, model.vocabulary))
-        self.engine = self.make_engine(model, settings)
+        self.engine = self.make_engine(model, options.engine)
         self._description = Description(
             model=options.model,
-            vocab_size=settings.vocabulary,
+            vocab_size=model.vocabulary,
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
@@ -121,7 +120,8 @@ class Replica(ABC, Generic[Message]):
         device, dtype = options.engine.device, options.engine.dtype
         model = await asyncio.to_thread(load, options.model, device=device, dtype=dtype, **source)
         tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
-        replica = cls(model, tokenizer, options, token=token)
+        shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
+        replica = cls(replace(model, vocabulary=shared), tokenizer, options, token=token)
         replica.engine.start()
         bound = await replica.server.start(address)
         port = bound.rpartition(":")[2]
