@@ -257,7 +257,7 @@ def test_a_model_cannot_control_the_terminal() -> None:
     assert visible("Café 漢字") == "Café 漢字"
 
 
-def test_an_empty_answer_divides_by_no_zero(ask: Ask) -> None:
+def test_an_empty_answer_has_statistics_too(ask: Ask) -> None:
     empty = {"choices": [], "usage": {"cascade": dict.fromkeys(STATISTICS, 0)}}
     result, _ = ask(events(_chunk([], "", finish="stop"), empty), "Hi")
     assert result.exit_code == 0

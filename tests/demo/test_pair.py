@@ -94,7 +94,7 @@ def test_the_weights_are_finite(pair: Pair) -> None:
 
 
 @pytest.mark.slow
-def test_the_expert_is_the_better_model_where_there_is_more_to_know(pair: Pair) -> None:
+def test_the_expert_is_better_on_most_families(pair: Pair) -> None:
     results = [examine(family, pair=pair, count=300) for family in Family]
     assert fmean(result.expert for result in results) >= 0.85
     assert fmean(result.drafter for result in results) > 0.3

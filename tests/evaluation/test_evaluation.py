@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from cascade.errors import InvalidMeasurement
 from cascade.evaluation.client import connect_http
 from cascade.evaluation.grid import GridBlock, merge_blocks
 from cascade.evaluation.results import ALL, Results, load
-from cascade.evaluation.run import Run, count_unfinished, evaluate, write
+from cascade.evaluation.run import Run, evaluate, write
 from cascade.evaluation.workloads import Workload
 from cascade.evaluation.workloads import load as workload
 
@@ -75,10 +76,8 @@ async def test_a_finished_evaluation_sends_no_more_requests(
     shipped: InProcessClient, results: Results, folder: Path
 ) -> None:
     run = Run(folder=folder)
-    assert count_unfinished(ITEMS, SETTINGS, shipped, run=run) == 0
-    more = merge_blocks([GridBlock(temperatures=[1.0], curves={"opt": [0.1]})])
-    assert count_unfinished(ITEMS, more, shipped, run=run) == len(ITEMS.items)
-    again = await evaluate(ITEMS, SETTINGS, shipped, run=run)
+    silent: Any = SimpleNamespace(name=shipped.name)  # cannot complete anything
+    again = await evaluate(ITEMS, SETTINGS, silent, run=run)
     assert again.about["costs"] == results.about["costs"]
     assert [list(cell.columns["quality"]) for cell in again.cells] == [
         list(cell.columns["quality"]) for cell in results.cells

@@ -117,7 +117,13 @@ async def test_a_failed_run_resumes_after_its_finished_settings(tmp_path: Path) 
     assert finished == SETTINGS[:2]
     again = RecordingClient()
     store = Store(tmp_path, manifest={"seed": 1})
-    await run_settings(workload(4), SETTINGS, again, store=store, run=run)
+    progress: list[tuple[int, int]] = []
+    await run_settings(
+        workload(4), SETTINGS, again, store=store, run=run,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )  # fmt: skip
+    left = 4 * (len(SETTINGS) - 2)
+    assert progress == [(done, left) for done in range(left + 1)]
     assert len(again.bodies) == 4 * (len(SETTINGS) - 2)
 
 

@@ -39,8 +39,8 @@ def test_the_chat_template_formats_messages_and_opens_the_answer() -> None:
 
 
 def test_developer_and_tool_messages_become_system_and_user() -> None:
-    said = _chat(("developer", "Be brief."), ("assistant", "Yes."), ("tool", "3"))
-    assert said == f"{SYSTEM}Be brief.{END}{ASSISTANT}Yes.{END}{USER}3{END}{ASSISTANT}"
+    text = _chat(("developer", "Be brief."), ("assistant", "Yes."), ("tool", "3"))
+    assert text == f"{SYSTEM}Be brief.{END}{ASSISTANT}Yes.{END}{USER}3{END}{ASSISTANT}"
 
 
 def test_an_unknown_role_is_refused_by_name() -> None:

@@ -156,16 +156,17 @@ async def _evaluate(
     starting: AbstractAsyncContextManager[Client],
     run: Run,
 ) -> Results:
-    from cascade.evaluation.run import count_unfinished, evaluate  # noqa: PLC0415 - as above
+    from cascade.evaluation.run import evaluate  # noqa: PLC0415 - as above
 
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     async with starting as client:
-        total = count_unfinished(workload, settings, client, run=run)
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("answers", total=total)
-            return await evaluate(
-                workload, settings, client, run=run, on_answer=lambda: progress.advance(task)
-            )
+            task = progress.add_task("answers", total=None)
+
+            def show(completed: int, total: int) -> None:
+                progress.update(task, completed=completed, total=total)
+
+            return await evaluate(workload, settings, client, run=run, on_progress=show)
 
 
 def _report(results: Results, folder: Path) -> None:

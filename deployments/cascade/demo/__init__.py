@@ -1,4 +1,4 @@
-"""The pair that ships: two complete Hugging Face folders. Importing it imports no torch."""
+"""The shipped pair: two complete Hugging Face folders. Importing this module imports no torch."""
 
 from __future__ import annotations
 

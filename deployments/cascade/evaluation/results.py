@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.grid import EXPERT, LOSSLESS, Setting
+from cascade.evaluation.grid import EXPERT, Setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,30 +116,19 @@ class Results:
         """Return the metrics of each group."""
         return {group: GroupMetrics(self, group) for group in self.groups}
 
-    def expert(self, setting: Setting) -> Cell:
-        """Return the expert alone at a setting's temperature."""
-        return self.find(EXPERT, temperature=setting.temperature)
-
-    def lossless(self, setting: Setting) -> Cell:
-        """Return lossless speculation at a setting's temperature and draft length."""
-        length = setting.draft_tokens or self.lengths[0]
-        return self.find(LOSSLESS, temperature=setting.temperature, draft_tokens=length)
-
     def find(self, curve: str, *, temperature: float, draft_tokens: int | None = None) -> Cell:
         """Return the first cell of a curve.
 
         Args:
             curve: Its name.
             temperature: Of the setting.
-            draft_tokens: Of the setting; None for modes without blocks.
+            draft_tokens: Of the setting; ignored in modes without blocks.
 
         Raises:
             InvalidMeasurement: There is none.
         """
-        wanted = (curve, temperature, draft_tokens)
-        for cell in self.cells:
-            setting = cell.setting
-            if (setting.curve, setting.temperature, setting.draft_tokens) == wanted:
+        for cell in self.select(temperature=temperature, draft_tokens=draft_tokens):
+            if cell.setting.curve == curve:
                 return cell
         raise InvalidMeasurement(
             f"the results have no {curve} at temperature {temperature:g}; evaluate again"
@@ -184,7 +173,7 @@ class GroupMetrics:
         if name in _RATIOS:
             above, below = (self._sum(cell, column) for column in _RATIOS[name])
         elif name == "latency":
-            expert = self._results.expert(cell.setting)
+            expert = self._results.find(EXPERT, temperature=cell.setting.temperature)
             above, below = (self._sum(one, "modelled_s") for one in (cell, expert))
         else:
             column, scale = _MEANS[name]

@@ -7,6 +7,7 @@ of the previous one are still being answered, so the engines' batches stay full.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -61,7 +62,7 @@ async def evaluate(
     client: Client,
     *,
     run: Run,
-    on_answer: Callable[[], object] = lambda: None,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> Results:
     """Run every setting that the folder lacks and return the results of all.
 
@@ -70,7 +71,7 @@ async def evaluate(
         settings: How; settings of an earlier run in the folder need not be among them.
         client: Who answers.
         run: Where to, and how.
-        on_answer: Called after each answer.
+        on_progress: Called with the number of answers so far and in total, of this run.
 
     Raises:
         InvalidMeasurement: The folder holds another evaluation, or the server refuses a setting.
@@ -81,7 +82,7 @@ async def evaluate(
     if costs is None:
         costs = asdict(await measure_costs(workload, settings, client, seed=run.seed))
         store.write_costs(costs)
-    await run_settings(workload, settings, client, store=store, run=run, on_answer=on_answer)
+    await run_settings(workload, settings, client, store=store, run=run, on_progress=on_progress)
     return Results(
         about={
             "workload": workload.name,
@@ -101,24 +102,6 @@ async def evaluate(
     )
 
 
-def count_unfinished(
-    workload: Workload, settings: Sequence[Setting], client: Client, *, run: Run
-) -> int:
-    """Return how many answers are missing.
-
-    Args:
-        workload: What is asked.
-        settings: How.
-        client: Who answers.
-        run: Where to, and how.
-
-    Raises:
-        InvalidMeasurement: The folder holds another evaluation, or cannot be written.
-    """
-    store = run.open_store(workload, client)
-    return len(workload.items) * sum(not store.is_finished(setting) for setting in settings)
-
-
 def write(results: Results, folder: Path) -> list[Path]:
     """Write `results.json`, the plots, `tables.md` and `report.html`; return the files."""
     path = folder / "results.json"
@@ -134,7 +117,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
     *,
     store: Store,
     run: Run,
-    on_answer: Callable[[], object] = lambda: None,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> None:
     """Answer and score every item under every setting that the store lacks.
 
@@ -144,13 +127,15 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
         client: Who answers.
         store: Where a setting's records go as soon as all are there.
         run: Seed and concurrency.
-        on_answer: Called after each answer.
+        on_progress: Called with the number of answers so far and in total.
 
     Raises:
         CascadeError: An item could not be answered; finished settings are kept.
     """
-    jobs = _jobs(workload, [setting for setting in settings if not store.is_finished(setting)])
-    scores = _Scores()
+    unfinished = [setting for setting in settings if not store.is_finished(setting)]
+    jobs, scores, done = _jobs(workload, unfinished), _Scores(), itertools.count(1)
+    total = len(unfinished) * len(workload.items)
+    on_progress(0, total)
 
     async def work() -> None:
         for setting, records, number in jobs:
@@ -167,7 +152,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
             records[number] = Record(item=item.name, text=answer.text, counts=counts)
             if len(records) == len(workload.items):
                 store.write(setting, [records[number] for number in range(len(records))])
-            on_answer()
+            on_progress(next(done), total)
 
     tasks = [asyncio.ensure_future(work()) for _ in range(run.concurrency)]
     try:

@@ -216,7 +216,11 @@ def _choice(
         value_R = _scaled(metrics, cell, target.metric)
         bound_R: Floats | float = target.change
         if target.baseline is not None:
-            baseline = _baseline(results, cell.setting, BASELINES[target.baseline])
+            baseline = results.find(
+                BASELINES[target.baseline],
+                temperature=cell.setting.temperature,
+                draft_tokens=cell.setting.draft_tokens or results.lengths[0],
+            )
             bound_R = target.share * _scaled(metrics, baseline, target.metric) + target.change
         inside_R = value_R - bound_R if target.at_least else bound_R - value_R
         is_met_R &= inside_R[1:] >= 0
@@ -229,12 +233,6 @@ def _choice(
         goal=goal,
         reached=estimate(_scaled(metrics, cell, goal.value)),
     )
-
-
-def _baseline(results: Results, setting: Setting, curve: str) -> Cell:
-    if curve == LOSSLESS:
-        return results.lossless(setting)
-    return results.find(curve, temperature=setting.temperature)
 
 
 def _scaled(metrics: GroupMetrics, cell: Cell, metric: str) -> Floats:

@@ -48,7 +48,7 @@ def test_every_assertion_must_hold() -> None:
 
 
 @pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
-def test_a_way_out_fails_though_the_assertions_would_hold(program: str) -> None:
+def test_an_escape_fails_even_if_the_assertions_would_hold(program: str) -> None:
     assert not passes(f"x = 1\n{program}", ["assert x == 1"])
 
 
@@ -65,7 +65,7 @@ def test_a_way_out_fails_though_the_assertions_would_hold(program: str) -> None:
         "x =",
     ],
 )
-def test_a_program_that_breaks_its_limits_scores_nothing(program: str) -> None:
+def test_a_program_beyond_its_limits_fails(program: str) -> None:
     assert not passes(program, ["assert True"])
 
 
@@ -73,12 +73,12 @@ def test_a_result_cannot_be_printed() -> None:
     assert not passes("print(1)\nraise ValueError", ["assert True"])
 
 
-def test_a_flood_of_output_goes_nowhere() -> None:
+def test_printed_output_is_discarded() -> None:
     assert passes("for _ in range(1000):\n    print('x' * 1000000)", ["assert True"])
 
 
 @pytest.mark.parametrize("program", ["x.format()", "x._y", "__y", "async def f(): pass"])
-def test_what_reaches_out_is_seen_before_it_runs(program: str) -> None:
+def test_escapes_are_detected_before_the_program_runs(program: str) -> None:
     assert not is_harmless(ast.parse(program))
 
 
