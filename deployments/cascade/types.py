@@ -265,7 +265,7 @@ class SequenceCascadeParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One answer to generate. Built by `ingress.translate`, which has refused all that is wrong."""
+    """One answer to generate; `api.build_request` makes it and has validated everything."""
 
     prompt: tuple[int, ...]  # at least one token; prompt + max_tokens fits the context
     policy: DecodingParams
@@ -273,18 +273,18 @@ class Request:
     max_tokens: int = 16
     draft_tokens: int | None = None  # None lets the server choose
     patience: SequenceCascadeParams = field(default_factory=SequenceCascadeParams)
-    prediction: tuple[int, ...] = ()  # a draft the client supplies for the start of the answer
+    prediction: tuple[int, ...] = ()  # tokens that the client expects the answer to begin with
     deadline_s: float | None = None
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
     trace: bool = False  # report every round
-    name: str = ""  # what the client calls it, for logs
+    name: str = ""  # the request id, for logs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One block and its verdict, for the trace."""
+    """One round of the trace: a block and its verdict."""
 
-    position: int
+    position: int  # of the answer, where the block begins
     drafted: int
     accepted: int
     deferred: int
@@ -295,32 +295,30 @@ class Round:
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
-    """What an answer cost and who wrote it; grows round by round."""
+    """What an answer cost and who wrote its tokens; updated in place by every round."""
 
     rounds: int = 0
-    drafted: int = 0
+    drafted: int = 0  # tokens in blocks
     accepted: int = 0  # drafted tokens that were committed
-    judged: int = 0
-    deferred: int = 0
+    judged: int = 0  # drafted tokens that the rule decided on
+    deferred: int = 0  # of those, given to the expert
     drafter_tokens: int = 0  # committed tokens by origin
     kept_tokens: int = 0
     expert_tokens: int = 0
     drafter_passes: int = 0
     expert_passes: int = 0
-    predicted_accepted: int = 0  # tokens of the client's prediction that stood, or fell
+    predicted_accepted: int = 0  # tokens of the client's prediction
     predicted_rejected: int = 0
-    branched_rounds: int = 0  # whose block was drafted in advance beside the likeliest guess
+    branched_rounds: int = 0  # whose block was drafted in advance on a less likely verdict
     cached_prompt_tokens: int = 0
     drafter_s: float = 0.0  # seconds the router waited for each tier
     expert_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
     failovers: int = 0
-    expert_losses: int = 0  # 1: no expert was left, and the drafter ended the answer
+    expert_losses: int = 0  # 1: no expert was left, and the drafter finished the answer
     failover_causes: dict[str, int] = field(default_factory=dict)  # "drafter late": 2
-    accepted_lengths: list[int] = field(
-        default_factory=list
-    )  # histogram: index = accepted, value = rounds
+    accepted_lengths: list[int] = field(default_factory=list)  # rounds by accepted tokens
     draft_length_reason: str = ""
     trace: list[Round] = field(default_factory=list)
 
@@ -337,10 +335,10 @@ class OutputChunk:
 
 
 class Generator(Protocol):
-    """What a door calls. `router.Router` is one; closing the iterator early frees everything."""
+    """What the HTTP and gRPC APIs call; closing the iterator early frees everything."""
 
     def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
-        """Yield the pieces of one answer; raises a CascadeError."""
+        """Yield the chunks of one answer; raises a CascadeError."""
         ...
 
     async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
