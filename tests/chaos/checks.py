@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.chaos.cluster import until
+from tests.chaos.cluster import wait_until
 from tests.chaos.load import key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tests.chaos.cluster import Ground
+    from tests.chaos.cluster import ChaosCluster
     from tests.chaos.load import Answer
 
-SPARE = 24  # more tasks and files than before: a peer that is met for the first time costs five
+SPARE = 24  # more tasks and files than before: the first connection to a replica costs five
 
 
 def assert_exact(answers: Iterable[Answer], texts: Mapping[str, str]) -> None:
-    """Check that each answer ended with the text it has where nothing dies."""
+    """Check that each answer ended with the text that it has without faults."""
     for answer in answers:
-        told = (answer.status, answer.error, answer.broken, answer.causes)
-        assert answer.done, told
-        assert answer.text == texts[key(answer.asked)], told
+        details = (answer.status, answer.error, answer.broken, answer.causes)
+        assert answer.done, details
+        assert answer.text == texts[key(answer.body)], details
 
 
-async def until_free(cluster: Ground, *, timeout_s: float = 60.0) -> float:
+async def wait_until_free(cluster: ChaosCluster, *, timeout_s: float = 60.0) -> float:
     """Wait until no tier holds anything for a session; return how long it took, in seconds."""
 
     async def free() -> bool:
         return not any((await cluster.held()).values())
 
-    return await until(free, "leases and pages to be free", timeout_s=timeout_s)
+    return await wait_until(free, "leases and caches to be free", timeout_s=timeout_s)
 
 
-async def burdens(cluster: Ground) -> dict[int, dict[str, int]]:
+async def process_resources(cluster: ChaosCluster) -> dict[int, dict[str, int]]:
     """Return the tasks and open files of each replica's process."""
     found = [
         one for tier in ("Drafter", "Expert", "Router") for one in await cluster.debug_state(tier)
@@ -41,12 +41,12 @@ async def burdens(cluster: Ground) -> dict[int, dict[str, int]]:
     return {one["pid"]: {name: one[name] for name in ("tasks", "files")} for one in found}
 
 
-async def assert_no_leaks(cluster: Ground, before: Mapping[int, Mapping[str, int]]) -> None:
-    """Check that nothing is held, and that processes have no more tasks and files than before."""
-    await until_free(cluster)
+async def assert_no_leaks(cluster: ChaosCluster, before: Mapping[int, Mapping[str, int]]) -> None:
+    """Check that nothing is held, and that no process has more tasks or files than before."""
+    await wait_until_free(cluster)
 
     async def back() -> bool:
-        now = await burdens(cluster)
+        now = await process_resources(cluster)
         most = {name: max(one[name] for one in before.values()) for name in ("tasks", "files")}
         return all(
             count <= before.get(pid, most)[name] + SPARE
@@ -55,6 +55,8 @@ async def assert_no_leaks(cluster: Ground, before: Mapping[int, Mapping[str, int
         )
 
     try:
-        await until(back, "tasks and files to go")
+        await wait_until(back, "tasks and files to go")
     except TimeoutError as error:
-        raise AssertionError(f"before: {before}, now: {await burdens(cluster)}") from error
+        raise AssertionError(
+            f"before: {before}, now: {await process_resources(cluster)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine with the application on it, and how to hurt it."""
+"""A Ray cluster of several nodes on one machine, with the application on it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 TIERS: tuple[str, ...] = ("Drafter", "Expert", "Router")
-SETTLE_S = 600.0  # for replicas to start on a machine that is busy with others
+SETTLE_S = 600.0  # for replicas to start on a busy machine
 STORE_BYTES = 80 * 2**20  # of a node's object store
 SLOTS = 4  # for replicas of each tier on a node
 
 Config = dict[str, Any]
 
-# Two hundred streams on two cores take minutes: no limit of time may end one.
-PATIENT: Config = {"max_generation_s": 3000, "lease_timeout_s": 120, "draft_deadline_s": 1}
+# Two hundred streams on two cores take minutes: no timeout may end one.
+LONG_TIMEOUTS: Config = {"max_generation_s": 3000, "lease_timeout_s": 120, "draft_deadline_s": 1}
 APART: Config = {name: {"max_replicas_per_node": 1} for name in ("Drafter", "Expert")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """A replica as Serve's controller tells of it."""
+    """A replica as Serve's controller reports it."""
 
     tier: str
     name: str
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> Config:
-    """Return a tree with some of its leaves replaced."""
+    """Return a configuration with some values replaced."""
     tree = dict(base)
     for key, value in more.items():
         old = tree.get(key, {})
@@ -65,7 +65,7 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> Config:
 
 
 def tier(name: str) -> Config:
-    """Return a tier's settings: bitwise the same text whatever else is in a batch."""
+    """Return a tier's settings; the expert's results do not depend on the batch."""
     return {
         "model": "demo",
         "bind_host": "127.0.0.1",
@@ -76,7 +76,7 @@ def tier(name: str) -> Config:
 
 
 def deployment(name: str, *, sessions: int) -> Config:
-    """Return where a tier's replicas run, and how much each takes."""
+    """Return where a tier's replicas run, and how many sessions each accepts."""
     return {
         "max_ongoing_requests": sessions,
         "ray_actor_options": {"num_cpus": 0, "resources": {name: 1}},
@@ -94,10 +94,10 @@ def config(
     """Return what `serve deploy` takes: `local.yaml` spread over nodes.
 
     Args:
-        http: The door's port.
-        counts: Replicas by deployment; others keep what `args` say.
-        options: What else the list beside `args` says of a deployment; no replica is replaced.
-        args: Merged into the application's own.
+        http: Port of the HTTP API.
+        counts: Replicas by deployment; others keep their own settings.
+        options: More Serve options by deployment; changing them replaces no replica.
+        args: Merged into the application's settings.
     """
     chosen: Config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     chosen["http_options"]["port"] = http
@@ -105,7 +105,7 @@ def config(
     base = {
         "drafter": tier("drafter"),
         "expert": tier("expert"),
-        "router": PATIENT | {"deployment": deployment("router", sessions=1024)},
+        "router": LONG_TIMEOUTS | {"deployment": deployment("router", sessions=1024)},
     }
     application = chosen["applications"][0]
     application["args"] = merged(base, args or {})
@@ -117,8 +117,8 @@ def config(
 
 
 @dataclass(kw_only=True)
-class Ground:
-    """The cluster: a head for routers and doors, and nodes for the two tiers."""
+class ChaosCluster:
+    """A head node for routers and proxies, and nodes for the two tiers."""
 
     cluster: Cluster
     http: int
@@ -132,7 +132,7 @@ class Ground:
         return f"http://127.0.0.1:{self.http}"
 
     async def add_node(self) -> Any:
-        """Start a node with room for some replicas of both tiers; holds the event loop up."""
+        """Start a node for some replicas of both tiers; blocks the event loop."""
         resources = {"drafter": SLOTS, "expert": SLOTS}
         node = self.cluster.add_node(
             wait=False,
@@ -141,7 +141,7 @@ class Ground:
             object_store_memory=STORE_BYTES,
         )
         self.nodes.append(node)
-        await until(lambda: self._alive() == len(self.nodes) + 1, "the node to join")
+        await wait_until(lambda: self._alive() == len(self.nodes) + 1, "the node to join")
         return node
 
     async def remove_node(self, node: Any) -> None:
@@ -156,30 +156,28 @@ class Ground:
     def _alive(self) -> int:
         return sum(one["Alive"] for one in ray.nodes())
 
-    async def deploy(self, wanted: Config) -> None:
-        """Do what `serve deploy` does, and wait until all of it runs; no change is no work."""
-        if wanted != self.deployed:
-            self.deployed = deepcopy(wanted)
-            answer = await self._client.put(
-                f"{self.dashboard}/api/serve/applications/", json=wanted
-            )
-            assert answer.is_success, answer.text
+    async def deploy(self, new: Config) -> None:
+        """Do what `serve deploy` does, if anything changed, and wait until all of it runs."""
+        if new != self.deployed:
+            self.deployed = deepcopy(new)
+            response = await self._client.put(f"{self.dashboard}/api/serve/applications/", json=new)
+            assert response.is_success, response.text
         await self.settled()
 
     async def scale(self, **counts: int) -> None:
         """Deploy other replica counts."""
-        wanted = deepcopy(self.deployed)
-        for one in wanted["applications"][0]["deployments"]:
+        new = deepcopy(self.deployed)
+        for one in new["applications"][0]["deployments"]:
             one["num_replicas"] = counts.get(one["name"], one["num_replicas"])
-        await self.deploy(wanted)
+        await self.deploy(new)
 
     async def settled(self) -> None:
-        """Wait until Serve has what it wants and the door is open."""
-        await until(self._is_settled, "the application to run", timeout_s=SETTLE_S)
+        """Wait until every replica runs and the HTTP API answers."""
+        await wait_until(self._is_settled, "the application to run", timeout_s=SETTLE_S)
 
     async def _is_settled(self) -> bool:
         with suppress(httpx.TransportError, KeyError):
-            application = (await self.told())["applications"]["cascade"]
+            application = (await self.serve_status())["applications"]["cascade"]
             running = application["status"] == "RUNNING"
             counts = all(
                 len(one["replicas"]) == one["target_num_replicas"]
@@ -189,14 +187,14 @@ class Ground:
             return running and counts and (await self._client.get(f"{self.url}/health")).is_success
         return False
 
-    async def told(self) -> Config:
-        """Return what the dashboard tells of Serve."""
-        answer = await self._client.get(f"{self.dashboard}/api/serve/applications/")
-        return answer.json()
+    async def serve_status(self) -> Config:
+        """Return the state of Serve from the dashboard."""
+        response = await self._client.get(f"{self.dashboard}/api/serve/applications/")
+        return response.json()
 
     async def replicas(self, *tiers: str, state: str = "RUNNING") -> list[Replica]:
         """Return the replicas of some tiers, of all if none is named."""
-        deployments = (await self.told())["applications"]["cascade"]["deployments"]
+        deployments = (await self.serve_status())["applications"]["cascade"]["deployments"]
         return [
             Replica(
                 tier=name,
@@ -211,21 +209,21 @@ class Ground:
         ]
 
     async def debug_state(self, name: str) -> list[dict[str, int]]:
-        """Return what every running replica of a tier holds, with its open files."""
+        """Return the resource counts of every running replica of a tier, with its open files."""
         handle = serve.get_deployment_handle(name, "cascade")
         found = await handle.broadcast("debug_state").results_async(timeout_s=60)
         return [one | {"files": psutil.Process(one["pid"]).num_fds()} for one in found]
 
-    async def spent_s(self) -> dict[str, float]:
-        """Return the processor time of each tier, over its running replicas, in seconds."""
-        spent_s = dict.fromkeys(TIERS, 0.0)
+    async def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU time of the running replicas of each tier, in seconds."""
+        cpu_s = dict.fromkeys(TIERS, 0.0)
         for one in await self.replicas():
             times = psutil.Process(one.pid).cpu_times()
-            spent_s[one.tier] += times.user + times.system
-        return spent_s
+            cpu_s[one.tier] += times.user + times.system
+        return cpu_s
 
     async def held(self) -> dict[str, int]:
-        """Return what both tiers hold for sessions: all of it is 0 when none is open."""
+        """Return what both tiers hold for sessions; all counts are 0 when none is open."""
         found = [one for name in ("Drafter", "Expert") for one in await self.debug_state(name)]
         return {
             name: sum(one[name] for one in found) for name in ("leases", "sessions", "cache_tokens")
@@ -235,14 +233,21 @@ class Ground:
         await self._client.aclose()
 
 
-async def until(
+async def wait_until(
     holds: Callable[[], Any], what: str, *, timeout_s: float = 120.0, every_s: float = 0.25
 ) -> float:
-    """Wait until something holds; return how long it took, in seconds."""
+    """Poll until a condition holds; return how long it took, in seconds.
+
+    Args:
+        holds: The condition, a plain or an async function.
+        what: Named in the TimeoutError.
+        timeout_s: Longest wait, in seconds.
+        every_s: Between polls, in seconds.
+    """
     began_s = time.monotonic()
     while True:
-        answer = holds()
-        if await answer if asyncio.iscoroutine(answer) else answer:
+        found = holds()
+        if await found if asyncio.iscoroutine(found) else found:
             return time.monotonic() - began_s
         if time.monotonic() - began_s > timeout_s:
             raise TimeoutError(f"waited {timeout_s:g} s for {what}")
@@ -250,8 +255,8 @@ async def until(
 
 
 @asynccontextmanager
-async def ground(*, nodes: int) -> AsyncGenerator[Ground]:
-    """Start a head and some nodes, in a folder and on ports of their own; end them at the end."""
+async def chaos_cluster(*, nodes: int) -> AsyncGenerator[ChaosCluster]:
+    """Start a head and some nodes, with a folder and ports of their own; stop them at the end."""
     with TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
         variables = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         with mock.patch.dict(os.environ, variables):
@@ -269,7 +274,7 @@ async def ground(*, nodes: int) -> AsyncGenerator[Ground]:
             cluster = Cluster(initialize_head=True, head_node_args=head)
             try:
                 ray.init(address=cluster.address, log_to_driver=False)
-                made = Ground(
+                made = ChaosCluster(
                     cluster=cluster, http=free_port(), dashboard=f"http://127.0.0.1:{dashboard}"
                 )
                 for _ in range(nodes):

@@ -1,4 +1,4 @@
-"""One cluster for all scenarios, and a report at the end."""
+"""One cluster for all chaos tests, and a report at the end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.chaos.cluster import Ground, ground
-from tests.chaos.load import clients
+from tests.chaos.cluster import ChaosCluster, chaos_cluster
+from tests.chaos.load import open_clients
 from tests.chaos.report import REPORT, Report
 
 if TYPE_CHECKING:
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 STREAMS = int(os.environ.get("CHAOS_STREAMS", "200"))
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))  # of each tier
-LONGEST_S = float(os.environ.get("CHAOS_SECONDS", "3000"))  # of killing
+LONGEST_S = float(os.environ.get("CHAOS_SECONDS", "3000"))  # of a kill loop
 
 
 @pytest.fixture(scope="session")
-async def cluster() -> AsyncIterator[Ground]:
+async def cluster() -> AsyncIterator[ChaosCluster]:
     """A head and two nodes."""
-    async with ground(nodes=2) as made:
+    async with chaos_cluster(nodes=2) as made:
         yield made
 
 
 @pytest.fixture
-async def asking(cluster: Ground) -> AsyncIterator[Clients]:
-    async with clients(cluster.url) as made:
+async def clients(cluster: ChaosCluster) -> AsyncIterator[Clients]:
+    async with open_clients(cluster.url) as made:
         yield made
 
 

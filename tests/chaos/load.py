@@ -1,4 +1,4 @@
-"""Clients of the HTTP door, and what each of them heard."""
+"""Clients of the HTTP API, and what each received."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cascade.types import Origin
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-HANGS_S = 900.0  # a stream that takes longer hangs
-BLOCK = 4  # tokens, whether they pay or not: there must be drafters to lose
+HANG_S = 900.0  # a stream that takes longer hangs
+BLOCK = 4  # tokens; fixed, so that every answer uses a drafter
 REFUSED_PAUSE_S = 0.5
-QUESTIONS = 12  # of each kind
+PROMPTS = 12  # of each kind
 DRAFTER = Origin.DRAFTER.value
 
 Body = dict[str, Any]
 
 
 def greedy(prompt: str, *, tokens: int, **more: Any) -> Body:
-    """Return a streamed completion without chance, of an exact length."""
+    """Return a streamed greedy completion of an exact length."""
     return {
         "prompt": prompt,
         "max_tokens": tokens,
@@ -42,14 +42,14 @@ def greedy(prompt: str, *, tokens: int, **more: Any) -> Body:
 
 
 def seeded(prompt: str, seed: int, *, tokens: int) -> Body:
-    """Return a sampled completion whose words are a function of its seed."""
+    """Return a sampled completion whose text depends on its seed alone."""
     body = greedy(prompt, tokens=tokens, temperature=1.0, seed=seed)
     return body | {"cascade": body["cascade"] | {"coupling": "gumbel"}}
 
 
-def questions(*, tokens: int) -> list[Body]:
-    """Return questions of two kinds, greedy and sampled."""
-    items = held_out(Family.FACTS, count=QUESTIONS) + held_out(Family.PROBLEMS, count=QUESTIONS)
+def request_bodies(*, tokens: int) -> list[Body]:
+    """Return requests for facts and problems, half of them greedy and half sampled."""
+    items = held_out(Family.FACTS, count=PROMPTS) + held_out(Family.PROBLEMS, count=PROMPTS)
     prompts = [item.prompt for item in items]
     return [
         *(greedy(prompt, tokens=tokens) for prompt in prompts[::2]),
@@ -59,54 +59,54 @@ def questions(*, tokens: int) -> list[Body]:
 
 @dataclass(kw_only=True)
 class Answer:
-    """What one client heard; times are of `time.monotonic`."""
+    """What one client received; times are of `time.monotonic`."""
 
-    asked: Body
+    body: Body
     began_s: float
     status: int = 0
     retry_after: str | None = None
     text: str = ""
     error: str = ""  # the code of an error event, or of a refusal
-    broken: str = ""  # how the connection ended before its time
+    broken: str = ""  # how the connection broke
     done: bool = False
     ended_s: float = 0.0
-    heard_s: list[float] = field(default_factory=list)  # when words came
-    origins: list[str] = field(default_factory=list)  # and who wrote them
+    chunk_times_s: list[float] = field(default_factory=list)  # when text came
+    origins: list[str] = field(default_factory=list)  # of that text
     usage: dict[str, Any] = field(default_factory=dict)
 
     @property
     def gap_s(self) -> float:
-        """Return the longest silence between words, in seconds."""
-        return max((b - a for a, b in itertools.pairwise(self.heard_s)), default=0.0)
+        """Return the longest gap between chunks of text, in seconds."""
+        return max((b - a for a, b in itertools.pairwise(self.chunk_times_s)), default=0.0)
 
-    def silence_at(self, moment_s: float, *, for_s: float) -> float:
-        """Return the longest silence that ended after a moment and began before it or soon after.
+    def gap_at(self, moment_s: float, *, for_s: float) -> float:
+        """Return the longest gap that ended after a moment and began before it or soon after.
 
         Args:
             moment_s: When something happened.
-            for_s: For how long after it a silence may have begun.
+            for_s: The gap began at most so many seconds later.
         """
-        pairs = itertools.pairwise((*self.heard_s, *(() if self.done else (self.ended_s,))))
+        pairs = itertools.pairwise((*self.chunk_times_s, *(() if self.done else (self.ended_s,))))
         return max((b - a for a, b in pairs if b > moment_s > a - for_s), default=0.0)
 
     def drafted_after(self, moment_s: float) -> float | None:
-        """Return when the first words by a drafter came after a moment."""
-        told = zip(self.heard_s, self.origins, strict=True)
-        return next((s for s, who in told if s > moment_s and DRAFTER in who), None)
+        """Return when the first drafted text came after a moment."""
+        chunks = zip(self.chunk_times_s, self.origins, strict=True)
+        return next((s for s, origins in chunks if s > moment_s and DRAFTER in origins), None)
 
     @property
     def token_s(self) -> float:
-        """Return the mean time of a token after the first words, in seconds."""
+        """Return the mean time per token after the first text, in seconds."""
         tokens = self.usage["completion_tokens"]
-        return (self.heard_s[-1] - self.heard_s[0]) / max(1, tokens - 1)
+        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / max(1, tokens - 1)
 
     @property
     def causes(self) -> dict[str, int]:
-        """Return why it went on elsewhere, or without a tier, and how often."""
+        """Return the causes of its failovers, and how often each occurred."""
         return self.usage.get("cascade", {}).get("failover_causes", {})
 
-    def hear(self, data: str) -> None:
-        """Take in one event."""
+    def receive(self, data: str) -> None:
+        """Add one server-sent event."""
         if data == "[DONE]":
             self.done = True
             return
@@ -117,40 +117,43 @@ class Answer:
         self.usage = event.get("usage") or self.usage
         for choice in event["choices"]:
             self.text += choice["text"]
-            self.heard_s.append(time.monotonic())
+            self.chunk_times_s.append(time.monotonic())
             self.origins.append(choice["cascade"]["origins"])
 
 
 class Clients:
-    """Asks over HTTP, each question on a connection of its own if need be."""
+    """Sends requests over HTTP, on as many connections as needed."""
 
     def __init__(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.AsyncClient(base_url=url, limits=limits, timeout=HANGS_S)
+        self._http = httpx.AsyncClient(base_url=url, limits=limits, timeout=HANG_S)
         self.open = 0
         self.most = 0
 
-    async def ask(
+    async def complete(
         self,
         body: Body,
         *,
         until: Callable[[Answer], bool] | None = None,
         into: list[Answer] | None = None,
     ) -> Answer:
-        """Return what was heard to the end, or to where `until` says that the client leaves.
+        """Return what was received to the end, or until the client leaves.
 
-        The answer is appended to `into` when its question is asked.
+        Args:
+            body: The request.
+            until: Whether the client leaves, after each event.
+            into: The answer is appended when the request is sent.
         """
-        answer = Answer(asked=body, began_s=time.monotonic())
+        answer = Answer(body=body, began_s=time.monotonic())
         if into is not None:
             into.append(answer)
         self.open += 1
         self.most = max(self.most, self.open)
         try:
-            async with asyncio.timeout(HANGS_S):
-                await self._listen(answer, until)
+            async with asyncio.timeout(HANG_S):
+                await self._read(answer, until)
         except TimeoutError:
-            answer.broken = f"hung for {HANGS_S:g} s"
+            answer.broken = f"hung for {HANG_S:g} s"
         except httpx.TransportError as error:
             answer.broken = f"{type(error).__name__}: {error}"
         finally:
@@ -158,8 +161,8 @@ class Clients:
             answer.ended_s = time.monotonic()
         return answer
 
-    async def _listen(self, answer: Answer, until: Callable[[Answer], bool] | None) -> None:
-        async with self._http.stream("POST", "/v1/completions", json=answer.asked) as response:
+    async def _read(self, answer: Answer, until: Callable[[Answer], bool] | None) -> None:
+        async with self._http.stream("POST", "/v1/completions", json=answer.body) as response:
             answer.status = response.status_code
             answer.retry_after = response.headers.get("retry-after")
             if not response.is_success:
@@ -167,7 +170,7 @@ class Clients:
                 return
             async for line in response.aiter_lines():
                 if line.startswith("data: "):
-                    answer.hear(line.removeprefix("data: "))
+                    answer.receive(line.removeprefix("data: "))
                     if until is not None and until(answer):
                         return
 
@@ -176,8 +179,8 @@ class Clients:
 
 
 @asynccontextmanager
-async def clients(url: str) -> AsyncGenerator[Clients]:
-    """Open a pool of connections."""
+async def open_clients(url: str) -> AsyncGenerator[Clients]:
+    """Open a connection pool, and close it at the end."""
     made = Clients(url)
     try:
         yield made
@@ -185,26 +188,26 @@ async def clients(url: str) -> AsyncGenerator[Clients]:
         await made.close()
 
 
-async def references(asking: Clients, bodies: Sequence[Body]) -> dict[str, str]:
-    """Return the text of each question on a cluster where nothing dies."""
-    answers = await asyncio.gather(*(asking.ask(body) for body in bodies))
+async def references(clients: Clients, bodies: Sequence[Body]) -> dict[str, str]:
+    """Return the text of each request on a cluster without faults."""
+    answers = await asyncio.gather(*(clients.complete(body) for body in bodies))
     for answer in answers:
         assert answer.done, (answer.status, answer.error, answer.broken)
-    return {key(answer.asked): answer.text for answer in answers}
+    return {key(answer.body): answer.text for answer in answers}
 
 
 def key(body: Body) -> str:
-    """Return a name of a question."""
+    """Return a request as a dictionary key."""
     return json.dumps(body, sort_keys=True)
 
 
 @asynccontextmanager
 async def streams(
-    asking: Clients, bodies: Sequence[Body], *, count: int
+    clients: Clients, bodies: Sequence[Body], *, count: int
 ) -> AsyncGenerator[list[Answer]]:
     """Keep `count` streams open until the block ends, and then let each of them end.
 
-    Yields all answers, to which those that are being written belong. Who is refused asks again.
+    Yields all answers, unfinished ones included. A refused request is followed by another.
     """
     over = asyncio.Event()
     endless = itertools.cycle(bodies)
@@ -212,7 +215,7 @@ async def streams(
 
     async def one() -> None:
         while not over.is_set():
-            answer = await asking.ask(next(endless), into=answers)
+            answer = await clients.complete(next(endless), into=answers)
             if not answer.done:
                 await asyncio.sleep(REFUSED_PAUSE_S)
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table for people and as JSON."""
+"""The measurements, as a Markdown table and as JSON."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Row:
 
 @dataclass(kw_only=True)
 class Report:
-    """Grows scenario by scenario."""
+    """All measurements of a run."""
 
     rows: list[Row] = field(default_factory=list[Row])
 
-    def note(self, scenario: str, what: str, value: float | str, unit: str = "") -> None:
+    def add(self, scenario: str, what: str, value: float | str, unit: str = "") -> None:
         """Add a figure."""
         value = round(value, 3) if isinstance(value, float) else value
         self.rows.append(Row(scenario=scenario, what=what, value=value, unit=unit))
@@ -38,9 +38,9 @@ class Report:
         return "\n".join(lines)
 
     def json(self) -> str:
-        """Return the figures and where they were measured."""
-        told = {"machine": asdict(provenance()), "rows": [asdict(one) for one in self.rows]}
-        return json.dumps(told, indent=1)
+        """Return the figures and the machine on which they were measured."""
+        report = {"machine": asdict(provenance()), "rows": [asdict(one) for one in self.rows]}
+        return json.dumps(report, indent=1)
 
     def publish(self) -> str:
         """Write `chaos.json` and `chaos.md` to the folder CHAOS_REPORT, if named; return both."""

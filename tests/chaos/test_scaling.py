@@ -1,4 +1,4 @@
-"""Each tier grows and shrinks with its own load alone, and the replicas over time are drawn."""
+"""Each tier grows and shrinks with its own load alone; draws the replicas over time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from matplotlib.figure import Figure
-from tests.chaos.checks import until_free
-from tests.chaos.cluster import config, until
-from tests.chaos.harm import give_way
+from tests.chaos.checks import wait_until_free
+from tests.chaos.cluster import config, wait_until
+from tests.chaos.faults import lower_priority
 from tests.chaos.load import greedy, streams
 
 from cascade.evaluation.tasks import Family, held_out
@@ -21,14 +21,14 @@ from cascade.evaluation.tasks import Family, held_out
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.chaos.cluster import Ground
+    from tests.chaos.cluster import ChaosCluster
     from tests.chaos.load import Body, Clients
     from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
 
 MOST = 3  # replicas of a tier
-PATIENCE_S = 600.0
+GROWTH_TIMEOUT_S = 600.0
 SCALING: dict[str, Any] = {
     "min_replicas": 1,
     "max_replicas": MOST,
@@ -37,8 +37,8 @@ SCALING: dict[str, Any] = {
     "look_back_period_s": 6,
     "metrics_interval_s": 1,
 }
-# A drafter holds few sessions, as on a small GPU; an expert reads prompts in small passes. Waits
-# do not count: on cores that all tiers share, one tier's work is every tier's wait.
+# A drafter holds few sessions, as on a small GPU; an expert prefills in small passes. Queue waits
+# are not used: on shared cores the work of one tier makes the other wait.
 DRAFTER = {
     "scaling": SCALING | {"wait_s": 0, "sessions": 0.75},
     "deployment": {"max_ongoing_requests": 12},
@@ -52,7 +52,7 @@ COLOURS = {"Drafter": "tab:orange", "Expert": "tab:blue"}
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """So many streams of one kind of question, and the tier that they should make grow."""
+    """Streams of one kind of request, and the tier that they should make grow."""
 
     name: str
     grows: str
@@ -62,9 +62,9 @@ class Load:
 
 @dataclass(kw_only=True)
 class Watch:
-    """The replicas of both tiers over time, and what was asked meanwhile."""
+    """The replicas of both tiers over time, and the load meanwhile."""
 
-    cluster: Ground
+    cluster: ChaosCluster
     began_s: float = field(default_factory=time.monotonic)
     times_s: list[float] = field(default_factory=list[float])
     counts: dict[str, list[int]] = field(default_factory=lambda: {"Drafter": [], "Expert": []})
@@ -75,7 +75,7 @@ class Watch:
         return time.monotonic() - self.began_s
 
     async def run(self) -> None:
-        """Look every second until cancelled."""
+        """Count every second until cancelled."""
         while True:
             for name, counts in self.counts.items():
                 counts.append(len(await self.cluster.replicas(name)))
@@ -83,7 +83,7 @@ class Watch:
             await asyncio.sleep(1)
 
     def most_during(self, load: str) -> dict[str, int]:
-        """Return the most replicas of each tier while a load was there."""
+        """Return the most replicas of each tier during a load."""
         (begin_s, end_s) = next((begin, end) for name, begin, end in self.loads if name == load)
         return {
             name: max(
@@ -95,12 +95,12 @@ class Watch:
         }
 
     def draw(self, path: Path) -> None:
-        """Write the plot, into a folder that need not be there."""
+        """Write the plot; creates its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         axes = figure.subplots()
         for name, counts in self.counts.items():
-            offset = 0.03 if name == "Expert" else -0.03  # lines that coincide stay visible
+            offset = 0.03 if name == "Expert" else -0.03  # keeps both lines visible
             shifted = [count + offset for count in counts]
             axes.step(self.times_s, shifted, where="post", label=name, color=COLOURS[name])
         for load, begin_s, end_s in self.loads:
@@ -113,7 +113,7 @@ class Watch:
 
 
 def long_drafts() -> Load:
-    """Return questions that are drafted in long blocks."""
+    """Return requests that are drafted in long blocks."""
     prompts = [item.prompt for item in held_out(Family.FACTS, count=12)]
     cascade = {"mode": "speculative", "draft_tokens": 16}
     bodies = [greedy(prompt, tokens=128, cascade=cascade) for prompt in prompts]
@@ -121,7 +121,7 @@ def long_drafts() -> Load:
 
 
 def long_prompts() -> Load:
-    """Return questions of many tokens with answers of one, each with a beginning of its own."""
+    """Return long prompts with one-token answers; no two share a prefix."""
     passages = " ".join(item.prompt for item in held_out(Family.PASSAGES, count=12))
     cascade = {"mode": "speculative"}
     bodies = [
@@ -130,32 +130,34 @@ def long_prompts() -> Load:
     return Load(name="long prompts", grows="Expert", streams=6, bodies=bodies)
 
 
-async def while_loaded(watch: Watch, asking: Clients, load: Load) -> None:
-    """Keep a load up until its tier has grown to the most, and for a while after."""
+async def while_loaded(watch: Watch, clients: Clients, load: Load) -> None:
+    """Keep up a load until its tier has grown to the maximum, and a while longer."""
 
     async def grown() -> bool:
         return len(await watch.cluster.replicas(load.grows)) == MOST
 
-    give_way(await watch.cluster.replicas())
+    lower_priority(await watch.cluster.replicas())
     begin_s = watch.now_s
-    async with streams(asking, load.bodies, count=load.streams) as answers:
-        await until(grown, f"the {load.grows} tier to grow", timeout_s=PATIENCE_S, every_s=1)
+    async with streams(clients, load.bodies, count=load.streams) as answers:
+        await wait_until(
+            grown, f"the {load.grows} tier to grow", timeout_s=GROWTH_TIMEOUT_S, every_s=1
+        )
         await asyncio.sleep(10)
         end_s = watch.now_s
     watch.loads.append((load.name, begin_s, end_s))
     assert all(one.done for one in answers), [one.error for one in answers if not one.done]
 
 
-async def shrunk(cluster: Ground) -> None:
+async def shrunk(cluster: ChaosCluster) -> None:
     async def one_each() -> bool:
         counts = [len(await cluster.replicas(name)) for name in ("Drafter", "Expert")]
         return counts == [1, 1]
 
-    await until(one_each, "both tiers to shrink", timeout_s=PATIENCE_S, every_s=1)
+    await wait_until(one_each, "both tiers to shrink", timeout_s=GROWTH_TIMEOUT_S, every_s=1)
 
 
 async def test_each_tier_scales_with_its_own_load(
-    cluster: Ground, asking: Clients, report: Report, tmp_path: Path
+    cluster: ChaosCluster, clients: Clients, report: Report, tmp_path: Path
 ) -> None:
     args = {"drafter": DRAFTER, "expert": EXPERT}
     await cluster.deploy(config(http=cluster.http, counts={"Router": 1}, args=args))
@@ -164,14 +166,14 @@ async def test_each_tier_scales_with_its_own_load(
     try:
         await asyncio.sleep(5)
         for load in (long_drafts(), long_prompts()):
-            await while_loaded(watch, asking, load)
+            await while_loaded(watch, clients, load)
             await shrunk(cluster)
     finally:
         watching.cancel()
     watch.draw(Path(os.environ.get("CHAOS_REPORT", tmp_path)) / "scaling.png")
     for load in ("long drafts", "long prompts"):
         for name, most in watch.most_during(load).items():
-            report.note("scaling", f"most {name} replicas under {load}", most)
+            report.add("scaling", f"most {name} replicas under {load}", most)
     assert watch.most_during("long drafts") == {"Drafter": MOST, "Expert": 1}
     assert watch.most_during("long prompts") == {"Drafter": 1, "Expert": MOST}
-    await until_free(cluster)
+    await wait_until_free(cluster)

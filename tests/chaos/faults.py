@@ -1,4 +1,4 @@
-"""Ways in which a part of the cluster dies, hangs, slows down or is cut off."""
+"""Faults: a replica is killed, hangs, slows down or loses its connections."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def kill(replica: Replica) -> None:
         os.kill(replica.pid, signal.SIGKILL)
 
 
-def give_way(replicas: Sequence[Replica]) -> None:
-    """Let those that start go first, or a start takes minutes on cores that streams keep busy."""
+def lower_priority(replicas: Sequence[Replica]) -> None:
+    """Lower the priority of running replicas, so that new ones start in time on busy cores."""
     for one in replicas:
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             for thread in psutil.Process(one.pid).threads():
@@ -38,7 +38,7 @@ def give_way(replicas: Sequence[Replica]) -> None:
 
 @contextmanager
 def frozen(replica: Replica) -> Generator[None]:
-    """Stop a process, as a machine that hangs does: its sockets stay open."""
+    """Stop a process, as when its machine hangs: its sockets stay open."""
     os.kill(replica.pid, signal.SIGSTOP)
     try:
         yield
@@ -72,15 +72,15 @@ def cut(replica: Replica, routers: Sequence[Replica]) -> int:
         for one in psutil.Process(replica.pid).net_connections("tcp")
         if one.status == psutil.CONN_LISTEN and one.laddr.ip.endswith(_LOOPBACK)
     }
-    doomed = [
+    connections = [
         (router.pid, one.fd)
         for router in routers
         for one in psutil.Process(router.pid).net_connections("tcp")
         if one.raddr and one.raddr.port in ports
     ]
-    for pid, number in doomed:
+    for pid, number in connections:
         _shut(pid, number)
-    return len(doomed)
+    return len(connections)
 
 
 def _shut(pid: int, number: int) -> None:
