@@ -1,4 +1,4 @@
-"""What a tier does with bytes and items that no router of ours would send."""
+"""Replicas get bytes and messages that our router never sends."""
 
 from __future__ import annotations
 
@@ -70,98 +70,98 @@ PROMPT: tuple[int, ...] = (3, 1, 4, 1, 5)
 
 GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 
-NAME = SessionId("mine")
+SESSION = SessionId("mine")
 
 
 @pytest.fixture
 async def expert(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
-    peer = ReplicaClient(toy_stack.expert.address, services.EXPERT)
-    yield peer
-    await peer.close()
+    client = ReplicaClient(toy_stack.expert.address, services.EXPERT)
+    yield client
+    await client.close()
 
 
 @pytest.fixture
 async def drafter(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
-    peer = ReplicaClient(toy_stack.drafter.address, services.DRAFTER)
-    yield peer
-    await peer.close()
+    client = ReplicaClient(toy_stack.drafter.address, services.DRAFTER)
+    yield client
+    await client.close()
 
 
-def opened(stack: LocalServer, peer: ReplicaClient, **session: Any) -> SessionStream:
-    link = peer.open_stream(NAME, 1)
-    known = replace(Session(id=NAME, prompt=PROMPT, policy=GREEDY), **session)
-    link.send(Open(session=known, epoch=1, lease=stack.token))
-    return link
+def opened(stack: LocalServer, client: ReplicaClient, **session: Any) -> SessionStream:
+    stream = client.open_stream(SESSION, 1)
+    opened_session = replace(Session(id=SESSION, prompt=PROMPT, policy=GREEDY), **session)
+    stream.send(Open(session=opened_session, epoch=1, lease=stack.token))
+    return stream
 
 
 def judge(**changes: Any) -> Judge:
-    plain = Judge(session_id=NAME, epoch=1, position=0, digest=extend_digest(0, PROMPT))
-    return replace(plain, **changes)
+    default = Judge(session_id=SESSION, epoch=1, position=0, digest=extend_digest(0, PROMPT))
+    return replace(default, **changes)
 
 
-async def refusal(link: SessionStream) -> Refusal:
-    answer = await link.receive()
-    assert isinstance(answer, Refusal), answer
-    return answer
+async def refusal(stream: SessionStream) -> Refusal:
+    reply = await stream.receive()
+    assert isinstance(reply, Refusal), reply
+    return reply
 
 
-async def still_serves(stack: LocalServer) -> None:
-    """Another's session goes on as if nothing had happened."""
+async def check_still_serves(stack: LocalServer) -> None:
+    """Check that another session is served."""
     request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=6)
-    pieces = [piece async for piece in stack.router.generate(request)]
-    assert sum(len(piece.tokens) for piece in pieces) == 6
+    chunks = [chunk async for chunk in stack.router.generate(request)]
+    assert sum(len(chunk.tokens) for chunk in chunks) == 6
 
 
 @pytest.mark.parametrize("kind", [services.DRAFTER, services.EXPERT], ids=["drafter", "expert"])
-async def test_garbage_ends_its_own_stream_alone(
+async def test_invalid_bytes_end_their_stream_only(
     toy_stack: LocalServer, kind: services.TierKind
 ) -> None:
     replica = toy_stack.drafter if kind is services.DRAFTER else toy_stack.expert
-    chance = random.Random(5)  # noqa: S311 - reproducible garbage, no secret
+    rng = random.Random(5)  # noqa: S311 - reproducible, no secret
     request = Request(prompt=PROMPT, policy=GREEDY, mode=Mode.SPECULATIVE, max_tokens=60)
     running = toy_stack.router.generate(request)
     await anext(running)
     async with grpc.aio.insecure_channel(replica.address) as channel:
         for size in (1, 7, 100, 5000):
             call = channel.stream_stream(kind.path(kind.stream_method))()
-            await call.write(b"\xff" + chance.randbytes(size))
+            await call.write(b"\xff" + rng.randbytes(size))
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-    rest = [piece async for piece in running]
+    rest = [chunk async for chunk in running]
     assert rest[-1].finish is not None
-    await still_serves(toy_stack)
+    await check_still_serves(toy_stack)
 
 
 async def test_a_session_that_was_never_opened_is_refused(
     toy_stack: LocalServer, expert: ReplicaClient, drafter: ReplicaClient
 ) -> None:
-    link = expert.open_stream(NAME, 1)
-    link.send(judge())
-    assert (await refusal(link)).code == "NOT_FOUND"
-    other = drafter.open_stream(NAME, 1)
-    other.send(Propose(session_id=NAME, epoch=1, position=0, digest=0, count=3))
+    stream = expert.open_stream(SESSION, 1)
+    stream.send(judge())
+    assert (await refusal(stream)).code == "NOT_FOUND"
+    other = drafter.open_stream(SESSION, 1)
+    other.send(Propose(session_id=SESSION, epoch=1, position=0, digest=0, count=3))
     assert (await refusal(other)).code == "NOT_FOUND"
-    await still_serves(toy_stack)
+    await check_still_serves(toy_stack)
 
 
-async def test_without_a_lease_nothing_opens(toy_stack: LocalServer, expert: ReplicaClient) -> None:
-    stranger = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
-    assert (await refusal(opened(stranger, expert))).code == "UNAUTHENTICATED"
-    link = expert.open_stream(SessionId("score"), 1)
-    link.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
-    assert (await refusal(link)).code == "UNAUTHENTICATED"
+async def test_a_session_needs_a_lease(toy_stack: LocalServer, expert: ReplicaClient) -> None:
+    wrong = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
+    assert (await refusal(opened(wrong, expert))).code == "UNAUTHENTICATED"
+    stream = expert.open_stream(SessionId("score"), 1)
+    stream.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
+    assert (await refusal(stream)).code == "UNAUTHENTICATED"
 
 
 async def test_tokens_outside_the_vocabulary_are_refused(
     toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
     assert (await refusal(opened(toy_stack, expert, prompt=(3, 8)))).code == "INVALID_ARGUMENT"
-    link = opened(toy_stack, expert)
-    link.send(judge(block=Block(tokens=(99,), likelihoods=(1.0,))))
-    assert "99" in (await refusal(link)).message
-    await still_serves(toy_stack)
+    stream = opened(toy_stack, expert)
+    stream.send(judge(block=Block(tokens=(99,), likelihoods=(1.0,))))
+    assert "99" in (await refusal(stream)).message
+    await check_still_serves(toy_stack)
 
 
-async def test_more_than_the_context_is_refused(
+async def test_a_prompt_longer_than_the_context_is_refused(
     toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
     refused = await refusal(opened(toy_stack, expert, prompt=(1,) * 513))
@@ -169,14 +169,14 @@ async def test_more_than_the_context_is_refused(
     assert "512" in refused.message
 
 
-async def test_a_block_without_what_its_rule_reads_is_refused(
+async def test_a_block_without_the_stats_of_its_rule_is_judged(
     toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
-    """Opt reads the drafter's gates; a block without them is judged by nobody."""
-    link = opened(toy_stack, expert, policy=DecodingParams(rule=Opt(alpha=0.2)))
-    link.send(judge(block=Block(tokens=(1, 2), likelihoods=(0.5, 0.5))))
-    assert isinstance(await link.receive(), Judgement)
-    await still_serves(toy_stack)
+    """Opt needs the drafter's stats; without them the expert decides alone."""
+    stream = opened(toy_stack, expert, policy=DecodingParams(rule=Opt(alpha=0.2)))
+    stream.send(judge(block=Block(tokens=(1, 2), likelihoods=(0.5, 0.5))))
+    assert isinstance(await stream.receive(), Judgement)
+    await check_still_serves(toy_stack)
 
 
 UNITS = st.floats(0, 1)
@@ -225,7 +225,7 @@ def rows(draw: st.DrawFn) -> SparseProbs:
 
 @st.composite
 def blocks(draw: st.DrawFn) -> Block:
-    """A block that the wire lets pass, whatever the rule would need of it."""
+    """Return a block that decodes, whether or not it has what the rule needs."""
     length = draw(st.integers(0, 3))
     tokens = tuple(draw(st.integers(0, 7)) for _ in range(length))
 
@@ -233,67 +233,69 @@ def blocks(draw: st.DrawFn) -> Block:
         size = draw(st.sampled_from([0, length, length + more]))
         return tuple(draw(values) for _ in range(size))
 
-    gates = st.builds(DraftStats, peak=UNITS, favourite=st.integers(0, 7), entropy=st.floats(0, 9))
+    stats = st.builds(DraftStats, max_prob=UNITS, argmax=st.integers(0, 7), entropy=st.floats(0, 9))
     return Block(
         tokens=tokens,
         likelihoods=some(UNITS),
         unscaled=some(UNITS),
-        draft_stats=some(gates, more=1),
+        draft_stats=some(stats, more=1),
         draft_probs=some(rows(), more=1),
     )
 
 
 @given(policies(), blocks())
 @settings(max_examples=300, deadline=None)
-def test_no_block_that_passes_the_wire_breaks_the_pass_of_others(
+def test_no_block_that_decodes_breaks_the_batch_of_others(
     policy: DecodingParams, block: Block
 ) -> None:
-    """A replica judges all sessions in one call; a strange block is judged too, or its own loss."""
+    """A replica verifies all sessions in one batch; a strange block must not change the others."""
     sent = encode_frame(judge(block=block), services.EXPERT.request)
     strange = decode_client_message(parse_frame(sent, services.EXPERT.request)[0])
     assert isinstance(strange, Judge)
-    innocent = VerifyTask(policy=policy, position=0, block=Block(tokens=(1,)))
+    normal = VerifyTask(policy=policy, position=0, block=Block(tokens=(1,)))
     task = VerifyTask(policy=policy, position=0, block=strange.block)
-    chance = torch.Generator().manual_seed(3)
-    counts = [rows_needed(policy, each.block.tokens) for each in (innocent, task)]
-    logits_NV = torch.randn(sum(counts), 8, generator=chance)
-    together = judge_all(logits_NV, [innocent, task])
-    assert together[0] == judge_all(logits_NV[: counts[0]], [innocent])[0]
+    generator = torch.Generator().manual_seed(3)
+    counts = [rows_needed(policy, each.block.tokens) for each in (normal, task)]
+    logits_NV = torch.randn(sum(counts), 8, generator=generator)
+    together = judge_all(logits_NV, [normal, task])
+    assert together[0] == judge_all(logits_NV[: counts[0]], [normal])[0]
     assert all(0 <= token < 8 for token in together[1].tokens)
 
 
-async def test_another_history_is_asked_for_and_then_refused(
+async def test_missing_tokens_are_requested_and_a_wrong_digest_refused(
     toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
-    link = opened(toy_stack, expert)
-    link.send(judge(position=4, tokens=(1,)))
-    assert await link.receive() == Need(session_id=NAME, epoch=1, position=0)
-    link.send(judge(position=2, tokens=(1, 2), digest=7))
-    assert "digest" in (await refusal(link)).message
-    await still_serves(toy_stack)
+    stream = opened(toy_stack, expert)
+    stream.send(judge(position=4, tokens=(1,)))
+    assert await stream.receive() == Need(session_id=SESSION, epoch=1, position=0)
+    stream.send(judge(position=2, tokens=(1, 2), digest=7))
+    assert "digest" in (await refusal(stream)).message
+    await check_still_serves(toy_stack)
 
 
-async def test_a_repeated_round_is_answered_alike(
+async def test_a_repeated_judge_gets_the_same_judgement(
     toy_stack: LocalServer, expert: ReplicaClient
 ) -> None:
-    link = opened(toy_stack, expert)
+    stream = opened(toy_stack, expert)
     block = Block(tokens=(1, 2, 3), likelihoods=(1.0, 1.0, 1.0))
-    link.send(judge(block=block))
-    first = await link.receive()
-    link.send(judge(block=block))
-    again = await link.receive()
+    stream.send(judge(block=block))
+    first = await stream.receive()
+    stream.send(judge(block=block))
+    again = await stream.receive()
     assert isinstance(first, Judgement)
     assert isinstance(again, Judgement)
     assert replace(again, timing=first.timing) == first
 
 
-async def test_an_item_of_an_old_epoch_changes_nothing(
+async def test_a_message_of_an_old_epoch_is_ignored(
     toy_stack: LocalServer, drafter: ReplicaClient
 ) -> None:
-    link = opened(toy_stack, drafter)
-    ask = Propose(session_id=NAME, epoch=1, position=0, digest=extend_digest(0, PROMPT), count=2)
-    link.send(replace(ask, epoch=0))
-    link.send(ask)
-    answer = await link.receive()
-    assert isinstance(answer, Proposal)
-    assert (answer.epoch, answer.block.length) == (1, 2)
+    stream = opened(toy_stack, drafter)
+    propose = Propose(
+        session_id=SESSION, epoch=1, position=0, digest=extend_digest(0, PROMPT), count=2
+    )
+    stream.send(replace(propose, epoch=0))
+    stream.send(propose)
+    reply = await stream.receive()
+    assert isinstance(reply, Proposal)
+    assert (reply.epoch, reply.block.length) == (1, 2)

@@ -1,4 +1,4 @@
-"""What a stream is made of: an event a committed block, and nothing before both tiers are held."""
+"""A stream has one event per committed block, and an error status if a tier is full."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ BODY = {
 }
 
 
-class Taken:
-    """Leases on a tier that is full."""
+class FullTier:
+    """A lease source without free replicas."""
 
     async def take(self) -> Lease:
-        raise Overloaded("every replica is taken")
+        raise Overloaded("every replica is in use")
 
 
 @pytest.fixture(scope="module")
 async def running() -> AsyncIterator[LocalServer]:
-    """The pair that ships, whose drafter is never too late."""
+    """The shipped pair, whose drafter never times out."""
     engine = {"threads": 1}
     settings = Application.model_validate(
         {
@@ -58,9 +58,9 @@ async def running() -> AsyncIterator[LocalServer]:
         yield started
 
 
-async def posted(service: ServingContext) -> httpx.Response:
+async def post(service: ServingContext) -> httpx.Response:
     transport = httpx.ASGITransport(app=create_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         return await client.post("/v1/chat/completions", json=BODY, timeout=120)
 
 
@@ -73,24 +73,24 @@ def choices(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 async def test_a_stream_has_one_event_for_each_committed_block(running: LocalServer) -> None:
-    response = await posted(running.service)
-    heard = choices(response)
-    trace = heard[-1]["cascade"]["trace"]
-    assert len(trace) > 3, "an answer of several rounds"
-    sizes = [len(choice.get("cascade", {}).get("tokens", ())) for choice in heard]
-    assert [size for size in sizes if size] == [found["tokens"] for found in trace]
-    assert sizes.count(0) == 2, "who speaks, and why it ended"
+    response = await post(running.service)
+    received = choices(response)
+    trace = received[-1]["cascade"]["trace"]
+    assert len(trace) > 3, "several rounds are needed"
+    sizes = [len(choice.get("cascade", {}).get("tokens", ())) for choice in received]
+    assert [size for size in sizes if size] == [entry["tokens"] for entry in trace]
+    assert sizes.count(0) == 2, "the role and the finish reason"
 
 
-async def test_a_tier_that_is_full_is_an_answers_status_and_no_event() -> None:
-    """Leases are taken before a response begins: a client may still go elsewhere."""
+async def test_a_full_tier_is_a_429_without_events() -> None:
+    """Leases are taken before the response begins, so that the client can retry elsewhere."""
     settings = Application()
     router = settings.router.loop(
-        drafters=TierClient(leases=Taken(), clients=ReplicaClients(services.DRAFTER)),
-        experts=TierClient(leases=Taken(), clients=ReplicaClients(services.EXPERT)),
+        drafters=TierClient(leases=FullTier(), clients=ReplicaClients(services.DRAFTER)),
+        experts=TierClient(leases=FullTier(), clients=ReplicaClients(services.EXPERT)),
     )
     service = settings.serving_context(router, settings.pair())
-    response = await posted(service)
+    response = await post(service)
     assert response.status_code == 429
     assert response.json()["error"]["code"] == "overloaded"
     assert "data:" not in response.text

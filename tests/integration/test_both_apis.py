@@ -1,17 +1,16 @@
-"""The real client, the real doors, the pair that ships."""
+"""OpenAI's client, both APIs and the shipped pair of models."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx2
 import pytest
 import torch
-import uvicorn
 from openai import AsyncOpenAI, BadRequestError
+from tests.support.http_server import serve_http
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cascade import demo
@@ -23,14 +22,14 @@ from cascade.types import Mode
 from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncIterator
 
 QUESTION = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
 
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[LocalServer]:
-    """The shipped pair with blocks of a fixed length: `auto` drafts as the clock tells it to."""
+    """The shipped pair with blocks of a fixed length: `auto` depends on timing."""
     tier = {"engine": {"threads": 1}}
     settings = Application.model_validate(
         {"drafter": tier, "expert": tier, "defaults": {"draft_tokens": 5}}
@@ -52,13 +51,13 @@ async def client(server: LocalServer) -> AsyncIterator[AsyncOpenAI]:
         yield made
 
 
-async def ask(client: AsyncOpenAI, **body: Any) -> Any:
-    plain: dict[str, Any] = {"model": "cascade", "messages": QUESTION, "temperature": 0}
-    return await client.chat.completions.create(**(plain | body))
+async def complete(client: AsyncOpenAI, **body: Any) -> Any:
+    greedy: dict[str, Any] = {"model": "cascade", "messages": QUESTION, "temperature": 0}
+    return await client.chat.completions.create(**(greedy | body))
 
 
-def cost(answer: Any) -> dict[str, Any]:
-    return answer.usage.model_extra["cascade"]
+def cost(response: Any) -> dict[str, Any]:
+    return response.usage.model_extra["cascade"]
 
 
 async def test_greedy_chat_is_what_transformers_generates(client: AsyncOpenAI) -> None:
@@ -69,31 +68,31 @@ async def test_greedy_chat_is_what_transformers_generates(client: AsyncOpenAI) -
     )
     text = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
     expected = tokenizer.decode(text[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    answer = await ask(client, max_completion_tokens=40)
-    assert answer.choices[0].message.content == expected
-    assert cost(answer)["drafter_tokens"] > 0
+    response = await complete(client, max_completion_tokens=40)
+    assert response.choices[0].message.content == expected
+    assert cost(response)["drafter_tokens"] > 0
 
 
-async def test_the_rule_is_the_dial_between_the_models(client: AsyncOpenAI) -> None:
-    """The blog's example: strict matching refuses the drafter's wording, `token_v3` keeps it."""
-    strict = await ask(client, extra_body={"cascade": {"mode": "speculative"}})
+async def test_the_rule_decides_between_the_models(client: AsyncOpenAI) -> None:
+    """Strict speculative decoding rejects the drafter's wording, `token_v3` keeps it."""
+    strict = await complete(client, extra_body={"cascade": {"mode": "speculative"}})
     rule = {"kind": "token_v3", "alpha": 0.9}
-    loose = await ask(client, extra_body={"cascade": {"rule": rule}})
+    lenient = await complete(client, extra_body={"cascade": {"rule": rule}})
     assert strict.choices[0].message.content.startswith('Edwin "Buzz" Aldrin')
-    assert loose.choices[0].message.content.startswith("Buzz Aldrin is")
-    assert cost(strict)["kept_tokens"] == 0 < cost(loose)["kept_tokens"]
-    assert cost(loose)["expert_passes"] < cost(strict)["expert_passes"]
+    assert lenient.choices[0].message.content.startswith("Buzz Aldrin is")
+    assert cost(strict)["kept_tokens"] == 0 < cost(lenient)["kept_tokens"]
+    assert cost(lenient)["expert_passes"] < cost(strict)["expert_passes"]
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-async def test_every_mode_answers(client: AsyncOpenAI, mode: Mode) -> None:
-    answer = await ask(client, extra_body={"cascade": {"mode": mode.value}})
-    origins = answer.choices[0].model_extra["cascade"]["origins"]
-    assert answer.choices[0].finish_reason == "stop"
-    assert len(origins) == answer.usage.completion_tokens
-    asked = {Mode.DRAFTER_ONLY: "k", Mode.EXPERT_ONLY: "e"}
-    if mode in asked:
-        assert set(origins) == {asked[mode]}
+async def test_every_mode_generates_to_the_end(client: AsyncOpenAI, mode: Mode) -> None:
+    response = await complete(client, extra_body={"cascade": {"mode": mode.value}})
+    origins = response.choices[0].model_extra["cascade"]["origins"]
+    assert response.choices[0].finish_reason == "stop"
+    assert len(origins) == response.usage.completion_tokens
+    only = {Mode.DRAFTER_ONLY: "k", Mode.EXPERT_ONLY: "e"}
+    if mode in only:
+        assert set(origins) == {only[mode]}
 
 
 async def test_seeds_repeat_whatever_the_block_length(client: AsyncOpenAI) -> None:
@@ -101,7 +100,9 @@ async def test_seeds_repeat_whatever_the_block_length(client: AsyncOpenAI) -> No
     texts = [
         [
             choice.message.content
-            for choice in (await ask(client, temperature=1.8, n=3, seed=7, extra_body=body)).choices
+            for choice in (
+                await complete(client, temperature=1.8, n=3, seed=7, extra_body=body)
+            ).choices
         ]
         for body in bodies
     ]
@@ -109,13 +110,13 @@ async def test_seeds_repeat_whatever_the_block_length(client: AsyncOpenAI) -> No
     assert len(set(texts[0])) > 1
 
 
-async def test_scores_of_a_prompt_and_of_its_answer_agree(client: AsyncOpenAI) -> None:
-    """What was written with log-probabilities scores the same when it is sent back."""
+async def test_generated_and_echoed_logprobs_agree(client: AsyncOpenAI) -> None:
+    """Generated text gets the same log-probabilities when it is echoed as a prompt."""
     written = await client.completions.create(
         model="cascade", prompt="The capital of France", max_tokens=8, temperature=0, logprobs=2
     )
     first = written.choices[0]
-    # OpenAI's own answers break the client's strict types here: the first entry is null.
+    # The client's strict types do not allow null for the first token; OpenAI's service sends it.
     lenient: Any = client.copy()
     lenient._strict_response_validation = False
     again = await lenient.completions.create(
@@ -127,43 +128,26 @@ async def test_scores_of_a_prompt_and_of_its_answer_agree(client: AsyncOpenAI) -
     )
     assert first.logprobs is not None
     assert again.choices[0].logprobs is not None
-    ended = first.finish_reason == "stop"  # with a token that the text does not show
+    ended = first.finish_reason == "stop"  # with a token that has no text
     mine = (first.logprobs.token_logprobs or [])[: -1 if ended else None]
     theirs = (again.choices[0].logprobs.token_logprobs or [])[-len(mine) :]
     assert theirs == pytest.approx(mine, abs=1e-3)
 
 
-async def test_a_prediction_is_the_draft(client: AsyncOpenAI) -> None:
-    plain = await ask(client)
-    text = plain.choices[0].message.content
-    predicted = await ask(client, prediction={"type": "content", "content": text})
+async def test_a_prediction_saves_drafter_passes(client: AsyncOpenAI) -> None:
+    without = await complete(client)
+    text = without.choices[0].message.content
+    predicted = await complete(client, prediction={"type": "content", "content": text})
     details = predicted.usage.completion_tokens_details
     assert predicted.choices[0].message.content == text
     assert details.accepted_prediction_tokens > 0
-    assert cost(predicted)["drafter_passes"] < cost(plain)["drafter_passes"]
+    assert cost(predicted)["drafter_passes"] < cost(without)["drafter_passes"]
 
 
-@asynccontextmanager
-async def on_loopback(server: LocalServer) -> AsyncGenerator[str]:
-    """Serve HTTP on a real port."""
-    config = uvicorn.Config(create_app(server.service), port=0, log_level="error", lifespan="off")
-    running = uvicorn.Server(config)
-    task = asyncio.create_task(running.serve())
-    while not running.started:  # noqa: ASYNC110 - uvicorn tells nobody
-        await asyncio.sleep(0)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        running.should_exit = True
-        await task
-
-
-async def test_a_client_that_leaves_frees_both_tiers(server: LocalServer) -> None:
-    """Within the second that a user would not notice."""
+async def test_a_client_that_disconnects_frees_both_tiers(server: LocalServer) -> None:
     async with (
-        on_loopback(server) as url,
-        AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        serve_http(create_app(server.service)) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         stream = await client.chat.completions.create(
             model="cascade",
@@ -173,23 +157,23 @@ async def test_a_client_that_leaves_frees_both_tiers(server: LocalServer) -> Non
             extra_body={"ignore_eos": True},
         )
         await anext(aiter(stream))
-        assert server.expert.sessions == 1
+        assert server.expert.num_sessions == 1
         await stream.close()
         async with asyncio.timeout(5):
-            while server.drafter.sessions or server.expert.sessions:  # noqa: ASYNC110 - untold
+            while server.drafter.num_sessions or server.expert.num_sessions:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
 
 
-async def test_both_doors_give_the_same_tokens_and_the_same_bill(
+async def test_http_and_grpc_give_the_same_tokens_and_usage(
     server: LocalServer, client: AsyncOpenAI
 ) -> None:
     rpc = grpc.aio.server()
-    door = GenerationServicer(lambda: server.service)
-    cascade_pb2_grpc.add_GenerationServiceServicer_to_server(door, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
+    servicer = GenerationServicer(lambda: server.service)
+    cascade_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
     port = rpc.add_insecure_port("127.0.0.1:0")
     await rpc.start()
     body = {"return_token_ids": True, "cascade": {"draft_tokens": 4}}
-    http = await ask(client, seed=5, temperature=0.8, extra_body=body)
+    http = await complete(client, seed=5, temperature=0.8, extra_body=body)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = cascade_pb2_grpc.GenerationServiceStub(channel)
         generation = cascade_pb2.Generation(
@@ -198,16 +182,16 @@ async def test_both_doors_give_the_same_tokens_and_the_same_bill(
             seed=5,
             fixed_draft_length=4,
         )
-        answer = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
+        response = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
     await rpc.stop(None)
-    assert answer.choices[0].text == http.choices[0].message.content
-    assert list(answer.choices[0].token_ids) == http.choices[0].model_extra["token_ids"]
-    assert answer.usage.completion_token_count == http.usage.completion_tokens
-    assert answer.usage.prompt_token_count == http.usage.prompt_tokens
-    assert answer.usage.drafted_count == cost(http)["drafted"]
+    assert response.choices[0].text == http.choices[0].message.content
+    assert list(response.choices[0].token_ids) == http.choices[0].model_extra["token_ids"]
+    assert response.usage.completion_token_count == http.usage.completion_tokens
+    assert response.usage.prompt_token_count == http.usage.prompt_tokens
+    assert response.usage.drafted_count == cost(http)["drafted"]
 
 
-async def test_a_prompt_over_the_context_is_a_bad_request(client: AsyncOpenAI) -> None:
+async def test_a_prompt_longer_than_the_context_is_a_400(client: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as refused:
-        await ask(client, messages=[{"role": "user", "content": "word " * 5000}])
+        await complete(client, messages=[{"role": "user", "content": "word " * 5000}])
     assert refused.value.code == "context_length_exceeded"
