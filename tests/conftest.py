@@ -78,7 +78,7 @@ def words(count: int) -> PreTrainedTokenizerFast:
 
 
 def random_model(folder: Path, *, vocabulary: int, width: int, layers: int, seed: int) -> Folder:
-    """Write a random model whose laws are neither flat nor certain."""
+    """Write a random model whose distributions are neither flat nor one-hot."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -113,18 +113,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="session")
 async def toy_stack(toy: Pair) -> AsyncIterator[LocalServer]:
-    """A server of the toy pair, whose drafter is never too late: a busy machine changes nothing.
+    """A server of the toy pair whose results do not depend on how busy the machine is.
 
-    Nor is it left alone, though next to all that its random weights draft is refused.
+    Its drafter is never late, and is asked even though almost all of its drafts are rejected.
     """
-    with mock.patch("cascade.router.router.CircuitBreaker", Unshaken):
+    with mock.patch("cascade.router.router.CircuitBreaker", AlwaysClosed):
         async with local_server(toy.settings(router={"draft_deadline_s": 120})) as running:
             yield running
 
 
-class Unshaken(CircuitBreaker):
-    """Trusts every drafter."""
+class AlwaysClosed(CircuitBreaker):
+    """Never opens."""
 
-    def shuns(self, address: str) -> bool:
+    def is_open(self, address: str) -> bool:
         del address
         return False

@@ -52,7 +52,7 @@ class _TierDeployment(ABC):
     async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
         to_serve()
         anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
-        self._replica = await self.part().start(
+        self._replica = await self.replica_class().start(
             options,
             address=f"{bind_host}:0",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
@@ -62,7 +62,7 @@ class _TierDeployment(ABC):
 
     @staticmethod
     @abstractmethod
-    def part() -> "type[Replica[Any]]":
+    def replica_class() -> "type[Replica[Any]]":
         """Return the replica's class; imported late, since the router's process needs no torch."""
 
     async def lease(self) -> AsyncGenerator[LeaseTicket]:
@@ -103,9 +103,9 @@ class DrafterDeployment(_TierDeployment):
     """The drafter tier."""
 
     @staticmethod
-    def part() -> "type[Replica[Any]]":
+    def replica_class() -> "type[Replica[Any]]":
         """Return the drafter."""
-        from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - see `_TierDeployment.part`
+        from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - see `_TierDeployment.replica_class`
 
         return Drafter
 
@@ -114,9 +114,9 @@ class ExpertDeployment(_TierDeployment):
     """The expert tier."""
 
     @staticmethod
-    def part() -> "type[Replica[Any]]":
+    def replica_class() -> "type[Replica[Any]]":
         """Return the expert."""
-        from cascade.expert.expert import Expert  # noqa: PLC0415 - see `_TierDeployment.part`
+        from cascade.expert.expert import Expert  # noqa: PLC0415 - see `_TierDeployment.replica_class`
 
         return Expert
 
