@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one per way of attending."""
+"""Tiny models with random weights, one per kind of attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 211
 _WINDOW = 16
-_USUAL: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -39,7 +39,7 @@ _EXPERTS: dict[str, Any] = {
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _ROPE_HALF = 8  # frequencies of a head of 16
 
-# Every architecture by a name of ours: the model type, and what departs from the usual.
+# Each architecture by a name of ours: model type, and settings that differ from the common ones.
 VARLEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
@@ -276,15 +276,25 @@ LLAMA_LIKE = [
     *("yarn", "llama3 rope"),
 ]
 ALL = VARLEN | PADDED | MORE | ROPE | REFUSED
-_OWN_NAMES = {"gpt2", "gptj", "codegen", "gpt_bigcode", "bloom", "gpt_neo", "mpt", "xglm", "mamba"}
+_OWN_KEYS = {
+    "gpt2",
+    "gptj",
+    "codegen",
+    "gpt_bigcode",
+    "bloom",
+    "gpt_neo",
+    "mpt",
+    "xglm",
+    "mamba",
+}
 
 
 def build(name: str) -> PreTrainedModel:
-    """Return the model, its weights large enough for its logits to differ."""
-    kind, departures = ALL[name]
-    usual = {} if kind in _OWN_NAMES else _USUAL
+    """Return the model, with weights large enough for its logits to differ."""
+    kind, overrides = ALL[name]
+    common = {} if kind in _OWN_KEYS else _COMMON
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**usual, **departures}))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**common, **overrides}))
     with torch.no_grad():
         for weight_name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -1,8 +1,9 @@
-"""An engine turned by hand, beside the same model's plain forward pass."""
+"""An engine that a test steps itself, beside the same model's plain forward pass."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,86 +25,125 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Received:
-    """What became of a step: the whole sequence then, and its rows as they came."""
+    """What the handler received for a request; `context` is the whole sequence."""
 
     context: list[int]
-    rows: list[Tensor] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     ended: bool = False
     error: Exception | None = None
 
 
 class RecordingHandler:
-    """A head that keeps what it hears."""
+    """Records all logits and failures."""
 
     def __init__(self) -> None:
-        self.answers: dict[int, Received] = {}
+        self.received: dict[int, Received] = {}
         self.passes: list[list[str]] = []
+        self._requests: list[ForwardRequest] = []  # kept alive, so that no two share an id
 
-    def expect(self, step: ForwardRequest, *, context: list[int]) -> Received:
-        answer = Received(context=context)
-        self.answers[id(step)] = answer
-        return answer
+    def expect(self, request: ForwardRequest, *, context: list[int]) -> Received:
+        self._requests.append(request)
+        return self.received.setdefault(id(request), Received(context=context))
+
+    def forget(self) -> None:
+        self._requests.clear()
+        self.received.clear()
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
     ) -> Sequence[ForwardRequest]:
-        assert logits_NV.shape[0] == sum(one.count for one in outputs)
-        self.passes.append([one.request.session for one in outputs])
-        for one, rows in zip(outputs, logits_NV.split([one.count for one in outputs]), strict=True):
-            answer = self.answers[id(one.request)]
-            assert not answer.ended
-            assert one.first == len(answer.places)
-            answer.rows.extend(rows.clone())
-            answer.places.extend(range(one.position, one.position + one.count))
-            answer.ended = one.last
+        counts = [output.count for output in outputs]
+        assert logits_NV.shape[0] == sum(counts)
+        self.passes.append([output.request.session for output in outputs])
+        for output, logits in zip(outputs, logits_NV.split(counts), strict=True):
+            received = self.received[id(output.request)]
+            assert not received.ended
+            assert output.first == len(received.positions)
+            received.logits.extend(logits.clone())
+            received.positions.extend(range(output.position, output.position + output.count))
+            received.ended = output.last
         return []
 
     def fail(self, request: ForwardRequest, error: Exception) -> None:
-        answer = self.answers[id(request)]
-        assert not answer.ended
-        answer.error, answer.ended = error, True
+        received = self.received[id(request)]
+        assert not received.ended
+        received.error, received.ended = error, True
+
+
+@dataclass
+class GreedyHandler:
+    """Generates `length` tokens greedily in each session."""
+
+    length: int
+    generated: dict[str, list[int]] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def finish(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        following: list[ForwardRequest] = []
+        logits = logits_NV.split([output.count for output in outputs])
+        for request, rows in zip([o.request for o in outputs], logits, strict=True):
+            tokens = self.generated.setdefault(request.session, [])
+            tokens.append(int(rows[-1].argmax()))
+            if len(tokens) == self.length:
+                self.ended.release()
+                continue
+            base = request.base + len(request.tokens)
+            following.append(
+                ForwardRequest(session=request.session, base=base, tokens=tokens[-1:], num_logits=1)
+            )
+        return following
+
+    def fail(self, request: ForwardRequest, error: Exception) -> None:
+        self.errors[request.session] = error
+        self.ended.release()
 
 
 class EngineHarness:
-    """Runs steps of named sessions and compares every row with the plain forward pass."""
+    """Runs requests of named sessions and compares all logits with the plain forward pass."""
 
     def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
         self._plain = copy.deepcopy(model)
-        self.head = RecordingHandler()
-        self.engine = Engine(adopt(model), handler=self.head, settings=settings)
+        self.handler = RecordingHandler()
+        self.engine = Engine(adopt(model), handler=self.handler, settings=settings)
         self.tokens: dict[str, list[int]] = {}
-        self._steps: list[ForwardRequest] = []  # alive, so that no two share an id
         self.worst = 0.0
         self.largest = 0.0
 
-    def submit(self, session: str, tokens: Sequence[int], *, drop: int = 0, rows: int) -> Received:
-        """Queue a step that rolls back `drop` tokens and appends `tokens`."""
+    def submit(
+        self, session: str, tokens: Sequence[int], *, drop: int = 0, num_logits: int
+    ) -> Received:
+        """Queue a request that rolls back `drop` tokens and appends `tokens`."""
         known = self.tokens.get(session, [])
-        base = len(known) - drop
-        self.tokens[session] = [*known[:base], *tokens]
-        step = ForwardRequest(
-            session=SessionId(session), base=base, tokens=list(tokens), num_logits=rows
-        )
-        self._steps.append(step)
-        answer = self.head.expect(step, context=self.tokens[session])
-        self.engine.submit(step)
-        return answer
+        return self._submit(session, known[: len(known) - drop], tokens, num_logits=num_logits)
 
-    def branch(self, session: str, tokens: Sequence[int], *, trunk: str, base: int) -> Received:
-        """Queue the first step of a branch that has the first `base` tokens of its trunk."""
-        self.tokens[session] = [*self.tokens[trunk][:base], *tokens]
-        step = ForwardRequest(
+    def branch(self, session: str, tokens: Sequence[int], *, parent: str, base: int) -> Received:
+        """Queue the first request of a branch with the first `base` tokens of its parent."""
+        return self._submit(session, self.tokens[parent][:base], tokens, parent=SessionId(parent))
+
+    def _submit(
+        self,
+        session: str,
+        kept: list[int],
+        tokens: Sequence[int],
+        *,
+        num_logits: int = 1,
+        parent: SessionId | None = None,
+    ) -> Received:
+        self.tokens[session] = [*kept, *tokens]
+        request = ForwardRequest(
             session=SessionId(session),
-            base=base,
+            base=len(kept),
             tokens=list(tokens),
-            num_logits=1,
-            parent=SessionId(trunk),
+            num_logits=num_logits,
+            parent=parent,
         )
-        self._steps.append(step)
-        answer = self.head.expect(step, context=self.tokens[session])
-        self.engine.submit(step)
-        return answer
+        received = self.handler.expect(request, context=self.tokens[session])
+        self.engine.submit(request)
+        return received
 
     def adopt(self, session: str, *, branch: str) -> None:
         self.tokens[session] = self.tokens.pop(branch)
@@ -113,38 +153,43 @@ class EngineHarness:
         self.tokens.pop(session)
         self.engine.release(SessionId(session))
 
-    def run_until_done(self, *answers: Received) -> None:
-        """Turn the engine until the answers are there, and check them."""
+    def run(
+        self, session: str, tokens: Sequence[int], *, drop: int = 0, num_logits: int = 1
+    ) -> None:
+        """Submit a request, run it and check its logits."""
+        self.run_until_done(self.submit(session, tokens, drop=drop, num_logits=num_logits))
+
+    def run_until_done(self, *expected: Received) -> None:
+        """Step the engine until all logits are there, and check them."""
         for _ in range(1000):
-            if all(answer.ended for answer in answers):
+            if all(received.ended for received in expected):
                 break
             self.engine.step()
-        for answer in answers:
-            self.check(answer)
+        for received in expected:
+            self.check(received)
 
-    def check(self, answer: Received) -> None:
-        assert answer.ended
-        assert answer.error is None, answer.error
-        if not answer.rows:
+    def check(self, received: Received) -> None:
+        assert received.ended
+        assert received.error is None, received.error
+        if not received.logits:
             return
-        length, count = len(answer.context), len(answer.rows)
-        assert answer.places == list(range(length - count, length))
-        expected = self.plain(answer.context)[-count:]
-        error = (torch.stack(answer.rows) - expected).abs().max()
+        length, count = len(received.context), len(received.logits)
+        assert received.positions == list(range(length - count, length))
+        expected = self.plain_logits(received.context)[-count:]
+        error = (torch.stack(received.logits) - expected).abs().max()
         assert not error.isnan()
         self.worst = max(self.worst, float(error))
         self.largest = max(self.largest, float(expected.abs().max()))
 
-    def plain(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits of a forward pass without a cache, of a model that saw no other."""
+    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits of a forward pass without a cache, by a fresh copy of the model."""
         with torch.inference_mode():
             fresh = copy.deepcopy(self._plain)
             return fresh(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
-    def forget(self) -> None:
-        """Release every session and forget every answer."""
-        self._steps.clear()
-        self.head.answers.clear()
+    def reset(self) -> None:
+        """Release every session and forget what was received."""
+        self.handler.forget()
         for session in list(self.tokens):
             self.release(session)
             self.engine.step()

@@ -1,4 +1,4 @@
-"""Deterministic engines: text and every bit of its rows, alone and speculating in a crowd."""
+"""A deterministic engine gives the same tokens and logits to the bit, alone and beside others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SETTINGS = EngineSettings(cache_tokens=4096, deterministic=True, prefix_reuse=False)
 GREEDY = DecodingParams(sampling=SamplingParams(temperature=0))
-PROMPT = [(5 * place + 3) % 50 for place in range(33)]
+PROMPT = [(5 * index + 3) % 50 for index in range(33)]
 LENGTH = 24
 
 
@@ -41,66 +41,67 @@ def shipped() -> LoadedModel:
     return load(str(demo.EXPERT), dtype="bfloat16")
 
 
-class Desk:
-    """An engine turned by hand."""
+class Harness:
+    """An engine that the test steps itself."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.head = RecordingHandler()
-        self.engine = Engine(model, handler=self.head, settings=SETTINGS)
-        self._steps: list[ForwardRequest] = []
+        self.handler = RecordingHandler()
+        self._engine = Engine(model, handler=self.handler, settings=SETTINGS)
 
     def submit(
-        self, session: str, tokens: Sequence[int], *, base: int, rows: int
+        self, session: str, tokens: Sequence[int], *, base: int, num_logits: int
     ) -> Callable[[], Tensor]:
-        step = ForwardRequest(
-            session=SessionId(session), base=base, tokens=list(tokens), num_logits=rows
+        """Queue a request; return what runs it and returns its logits `[N, V]`."""
+        request = ForwardRequest(
+            session=SessionId(session), base=base, tokens=list(tokens), num_logits=num_logits
         )
-        self._steps.append(step)
-        answer = self.head.expect(step, context=[])
-        self.engine.submit(step)
+        received = self.handler.expect(request, context=[])
+        self._engine.submit(request)
 
         def wait() -> Tensor:
-            while not answer.ended:
-                self.engine.step()
-            assert answer.error is None
-            return torch.stack(answer.rows)
+            while not received.ended:
+                self._engine.step()
+            assert received.error is None
+            return torch.stack(received.logits)
 
         return wait
 
 
-def alone(desk: Desk) -> tuple[list[int], list[Tensor]]:
-    """Write greedily, token by token, without company."""
-    text, rows = [], []
+def generate_alone(harness: Harness) -> tuple[list[int], list[Tensor]]:
+    """Generate greedily, token by token, without other sessions."""
+    tokens: list[int] = []
+    logits: list[Tensor] = []
     fed, base = PROMPT, 0
     for _ in range(LENGTH):
-        row_V = desk.submit("alone", fed, base=base, rows=1)()[-1]
+        logits_V = harness.submit("alone", fed, base=base, num_logits=1)()[-1]
         base += len(fed)
-        rows.append(row_V)
-        text.append(int(row_V.argmax()))
-        fed = text[-1:]
-    return text, rows
+        logits.append(logits_V)
+        tokens.append(int(logits_V.argmax()))
+        fed = tokens[-1:]
+    return tokens, logits
 
 
-def in_company(desk: Desk, drafts: list[int]) -> tuple[list[int], list[Tensor]]:
-    """Write by blocks of three, each second one wrong at its middle, beside nine other sessions."""
-    text: list[int] = []
-    rows: list[Tensor] = []
-    desk.submit("prefill", PROMPT[:7], base=0, rows=1)
-    while len(text) < LENGTH:
-        block = drafts[len(text) : len(text) + 3]
-        if len(text) % 2:
+def verify_beside_others(harness: Harness, drafts: list[int]) -> tuple[list[int], list[Tensor]]:
+    """Verify blocks of three, every second one wrong in its middle, beside nine other sessions."""
+    tokens: list[int] = []
+    logits: list[Tensor] = []
+    harness.submit("prefill", PROMPT[:7], base=0, num_logits=1)
+    while len(tokens) < LENGTH:
+        block = drafts[len(tokens) : len(tokens) + 3]
+        if len(tokens) % 2:
             block[1:2] = [(block[0] + 1) % 50]
-        held = [*PROMPT, *text]
+        held = [*PROMPT, *tokens]
         for other in range(9):
-            desk.submit(f"other {other}", PROMPT[: 11 + other + len(text) % 5], base=0, rows=2)
-        base = len(held) - 1 if text else 0
+            prompt = PROMPT[: 11 + other + len(tokens) % 5]
+            harness.submit(f"other {other}", prompt, base=0, num_logits=2)
+        base = len(held) - 1 if tokens else 0
         fed = [*held[base:], *block]
-        found_NV = desk.submit("company", fed, base=base, rows=len(block) + 1)()
-        task = VerifyTask(policy=GREEDY, position=len(text), block=Block(tokens=tuple(block)))
-        (verdict,) = verify(found_NV, [task])
-        rows += found_NV[: len(verdict.tokens)]
-        text += verdict.tokens
-    return text[:LENGTH], rows[:LENGTH]
+        block_NV = harness.submit("block", fed, base=base, num_logits=len(block) + 1)()
+        task = VerifyTask(policy=GREEDY, position=len(tokens), block=Block(tokens=tuple(block)))
+        (verdict,) = verify(block_NV, [task])
+        logits += block_NV[: len(verdict.tokens)]
+        tokens += verdict.tokens
+    return tokens[:LENGTH], logits[:LENGTH]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +109,12 @@ def in_company(desk: Desk, drafts: list[int]) -> tuple[list[int], list[Tensor]]:
     [lambda: tiny("llama"), lambda: tiny("qwen3"), lambda: tiny("gpt2"), shipped],
     ids=["llama", "qwen3", "gpt2", "shipped expert"],
 )
-def test_speculation_in_a_crowd_changes_no_bit(model: Callable[[], LoadedModel]) -> None:
-    desk = Desk(model())
-    text, rows = alone(desk)
+def test_speculation_beside_others_changes_no_bit(model: Callable[[], LoadedModel]) -> None:
+    harness = Harness(model())
+    tokens, logits = generate_alone(harness)
 
-    written, found = in_company(desk, [*text, 1, 2, 3])
+    verified, found = verify_beside_others(harness, [*tokens, 1, 2, 3])
 
-    assert written == text
-    assert torch.equal(torch.stack(found), torch.stack(rows))
-    assert max(map(len, desk.head.passes)) == 11
+    assert verified == tokens
+    assert torch.equal(torch.stack(found), torch.stack(logits))
+    assert max(map(len, harness.handler.passes)) == 11

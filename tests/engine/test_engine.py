@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,116 +11,119 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.architectures import VOCABULARY, build
-from tests.engine.harness import EngineHarness, Received
+from tests.engine.harness import EngineHarness, GreedyHandler, Received
 
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest, LogitsOutput
+from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.settings import EngineSettings
 from cascade.errors import ContextTooLong, Internal, InvalidRequest, Overloaded, Unavailable
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 SMALL = EngineSettings(cache_tokens=1024, max_step_tokens=64, max_sessions=4)
 
 
 @pytest.fixture
-def bench() -> EngineHarness:
+def harness() -> EngineHarness:
     return EngineHarness(build("llama"), SMALL)
 
 
 def numbers(count: int, *, start: int = 3) -> list[int]:
-    return [3 + (start * 7 + 11 * place) % (VOCABULARY - 3) for place in range(count)]
+    return [3 + (start * 7 + 11 * index) % (VOCABULARY - 3) for index in range(count)]
 
 
-def test_a_long_prefill_lets_blocks_pass(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("short", numbers(5), rows=1))
-    prefill = bench.submit("long", numbers(300), rows=1)
+def test_blocks_run_while_a_long_prefill_is_in_progress(harness: EngineHarness) -> None:
+    harness.run("short", numbers(5), num_logits=1)
+    prefill = harness.submit("long", numbers(300), num_logits=1)
     for _ in range(3):
-        bench.run_until_done(bench.submit("short", numbers(2), rows=2))
+        harness.run("short", numbers(2), num_logits=2)
 
     assert not prefill.ended
-    bench.run_until_done(prefill)
-    assert bench.worst < 1e-4
+    harness.run_until_done(prefill)
+    assert harness.worst < 1e-4
 
 
-def test_more_rows_than_a_pass_holds_come_in_chunks(bench: EngineHarness) -> None:
-    answer = bench.submit("scored", numbers(200), rows=200)
+def test_more_logits_than_a_pass_holds_come_in_chunks(harness: EngineHarness) -> None:
+    received = harness.submit("scored", numbers(200), num_logits=200)
 
-    bench.run_until_done(answer)
+    harness.run_until_done(received)
 
-    assert len(bench.head.passes) > 1
-    assert bench.worst < 1e-4
-
-
-def test_wanted_rows_run_again_where_all_is_cached(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(20), rows=0))
-
-    bench.run_until_done(bench.submit("a", [], rows=4))
-
-    assert bench.worst < 1e-4
-    assert bench.engine.stats().tokens == 24
+    assert len(harness.handler.passes) > 1
+    assert harness.worst < 1e-4
 
 
-def test_a_step_that_repeats_itself_costs_its_rows_alone(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(20), rows=1))
+def test_requested_logits_run_again_if_all_tokens_are_cached(harness: EngineHarness) -> None:
+    harness.run("a", numbers(20), num_logits=0)
 
-    bench.run_until_done(bench.submit("a", numbers(20), drop=20, rows=1))
+    harness.run("a", [], num_logits=4)
 
-    assert bench.engine.stats().tokens == 21
-
-
-def test_a_step_without_rows_is_heard_when_it_is_done(bench: EngineHarness) -> None:
-    first = bench.submit("a", numbers(20), rows=0)
-    bench.run_until_done(first)
-    again = bench.submit("a", numbers(20), drop=20, rows=0)
-    bench.run_until_done(again)
-
-    assert bench.head.passes == [["a"], ["a"]]
-    assert bench.engine.stats().tokens == 20
+    assert harness.worst < 1e-4
+    assert harness.engine.stats().tokens == 24
 
 
-def test_the_pass_in_hand_says_what_it_runs(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", (1, 2, 3), rows=1), bench.submit("b", (4, 5), rows=1))
-    first = bench.engine.current_pass
-    bench.run_until_done(bench.submit("a", (6,), rows=1))
-    second = bench.engine.current_pass
+def test_a_repeated_request_recomputes_only_its_logits(harness: EngineHarness) -> None:
+    harness.run("a", numbers(20), num_logits=1)
+
+    harness.run("a", numbers(20), drop=20, num_logits=1)
+
+    assert harness.engine.stats().tokens == 21
+
+
+def test_a_request_without_logits_is_reported_when_it_is_done(harness: EngineHarness) -> None:
+    first = harness.submit("a", numbers(20), num_logits=0)
+    harness.run_until_done(first)
+    again = harness.submit("a", numbers(20), drop=20, num_logits=0)
+    harness.run_until_done(again)
+
+    assert harness.handler.passes == [["a"], ["a"]]
+    assert harness.engine.stats().tokens == 20
+
+
+def test_the_current_pass_has_its_size_and_start(harness: EngineHarness) -> None:
+    harness.run_until_done(
+        harness.submit("a", (1, 2, 3), num_logits=1), harness.submit("b", (4, 5), num_logits=1)
+    )
+    first = harness.engine.current_pass
+    harness.run("a", (6,), num_logits=1)
+    second = harness.engine.current_pass
     assert [(one.tokens, one.sessions) for one in (first, second)] == [(5, 2), (1, 1)]
     assert second.began_s >= first.began_s
 
 
-def test_a_released_session_is_found_again_by_its_prefix(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
-    bench.release("a")
+def test_the_cache_of_a_released_session_is_reused_by_prefix(harness: EngineHarness) -> None:
+    harness.run("a", numbers(50), num_logits=1)
+    harness.release("a")
 
-    bench.run_until_done(bench.submit("b", [*numbers(40), 5, 5], rows=1))
+    harness.run("b", [*numbers(40), 5, 5], num_logits=1)
 
-    assert bench.engine.cached_tokens(SessionId("b")) == 40
-    assert bench.engine.cached_tokens(SessionId("nobody")) == 0
-    stats = bench.engine.stats()
+    assert harness.engine.cached_tokens(SessionId("b")) == 40
+    assert harness.engine.cached_tokens(SessionId("nobody")) == 0
+    stats = harness.engine.stats()
     assert (stats.prefix_hits, stats.prefix_tokens, stats.sessions) == (1, 40, 1)
     assert 42 <= stats.cache_tokens_live <= stats.cache_tokens_used
-    bench.release("b")
-    bench.engine.step()
-    stats = bench.engine.stats()
+    harness.release("b")
+    harness.engine.step()
+    stats = harness.engine.stats()
     assert stats.cache_tokens_live == 0 < stats.cache_tokens_used
-    assert bench.worst < 1e-4
+    assert harness.worst < 1e-4
 
 
-def test_release_drops_the_waiting_step_unheard(bench: EngineHarness) -> None:
-    answer = bench.submit("a", numbers(200), rows=1)
-    bench.engine.step()
+def test_release_drops_the_waiting_request_without_a_call(harness: EngineHarness) -> None:
+    received = harness.submit("a", numbers(200), num_logits=1)
+    harness.engine.step()
 
-    bench.release("a")
-    bench.run_until_done(bench.submit("b", numbers(5), rows=1))
+    harness.release("a")
+    harness.run("b", numbers(5), num_logits=1)
 
-    assert not answer.ended
-    assert bench.engine.stats().waiting == 0
+    assert not received.ended
+    assert harness.engine.stats().waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -133,247 +137,207 @@ def test_release_drops_the_waiting_step_unheard(bench: EngineHarness) -> None:
         ({"base": 0, "tokens": [5] * 513, "num_logits": 1}, ContextTooLong, "513 tokens"),
     ],
 )
-def test_a_step_that_cannot_run_fails_alone(
-    bench: EngineHarness, fields: dict[str, object], error: type[Exception], message: str
+def test_a_request_that_cannot_run_fails_alone(
+    harness: EngineHarness, fields: dict[str, object], error: type[Exception], message: str
 ) -> None:
     wrong = ForwardRequest(session=SessionId("wrong"), **fields)  # pyright: ignore[reportArgumentType] - fields of the table
-    answer = bench.head.expect(wrong, context=[])
-    bench.engine.submit(wrong)
+    received = harness.handler.expect(wrong, context=[])
+    harness.engine.submit(wrong)
 
-    bench.run_until_done(bench.submit("right", numbers(5), rows=1))
+    harness.run("right", numbers(5), num_logits=1)
 
-    assert answer.ended
-    assert isinstance(answer.error, error)
-    assert message in str(answer.error)
+    assert received.ended
+    assert isinstance(received.error, error)
+    assert message in str(received.error)
 
 
-def test_a_second_step_of_a_session_must_wait_for_the_first(bench: EngineHarness) -> None:
-    first = bench.submit("a", numbers(200), rows=1)
+def test_a_second_request_of_a_session_fails_while_the_first_runs(harness: EngineHarness) -> None:
+    first = harness.submit("a", numbers(200), num_logits=1)
     second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1)
-    answer = bench.head.expect(second, context=[])
-    bench.engine.submit(second)
+    received = harness.handler.expect(second, context=[])
+    harness.engine.submit(second)
 
-    bench.run_until_done(first)
+    harness.run_until_done(first)
 
-    assert isinstance(answer.error, Internal)
+    assert isinstance(received.error, Internal)
 
 
-def test_one_session_too_many_is_told_to_come_again(bench: EngineHarness) -> None:
-    bench.run_until_done(*(bench.submit(str(number), numbers(5), rows=1) for number in range(4)))
+def test_one_session_too_many_is_overloaded(harness: EngineHarness) -> None:
+    harness.run_until_done(
+        *(harness.submit(str(number), numbers(5), num_logits=1) for number in range(4))
+    )
 
-    refused = bench.submit("fifth", numbers(5), rows=1)
-    bench.engine.step()
+    refused = harness.submit("fifth", numbers(5), num_logits=1)
+    harness.engine.step()
     assert isinstance(refused.error, Overloaded)
 
-    bench.release("0")
-    bench.tokens.pop("fifth")
-    bench.run_until_done(bench.submit("fifth", numbers(5), rows=1))
+    harness.release("0")
+    harness.tokens.pop("fifth")
+    harness.run("fifth", numbers(5), num_logits=1)
 
 
-def test_a_branch_runs_its_own_tokens_alone(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
-    before = bench.engine.stats().tokens
+def test_a_branch_runs_only_its_own_tokens(harness: EngineHarness) -> None:
+    harness.run("a", numbers(50), num_logits=1)
+    before = harness.engine.stats().tokens
 
-    branch = bench.branch("a~", [5], trunk="a", base=40)
-    bench.run_until_done(branch, bench.submit("a", [7], rows=1))
-    bench.run_until_done(bench.submit("a~", [6, 9], rows=2))
+    branch = harness.branch("a~", [5], parent="a", base=40)
+    harness.run_until_done(branch, harness.submit("a", [7], num_logits=1))
+    harness.run("a~", [6, 9], num_logits=2)
 
-    stats = bench.engine.stats()
+    stats = harness.engine.stats()
     assert stats.tokens - before == 4
     assert (stats.sessions, stats.branches) == (1, 1)
-    bench.engine.release(SessionId("a"))
-    bench.engine.step()
-    stats = bench.engine.stats()
+    harness.engine.release(SessionId("a"))
+    harness.engine.step()
+    stats = harness.engine.stats()
     assert (stats.sessions, stats.branches) == (0, 0)
-    assert bench.worst < 1e-4
+    assert harness.worst < 1e-4
 
 
-def test_a_session_goes_on_as_its_branch(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
-    dropped = bench.submit("a", numbers(9), rows=1)
-    branch = bench.branch("a~", [5], trunk="a", base=40)
-    bench.adopt("a", branch="a~")
-    bench.run_until_done(branch)
+def test_a_session_continues_as_its_adopted_branch(harness: EngineHarness) -> None:
+    harness.run("a", numbers(50), num_logits=1)
+    dropped = harness.submit("a", numbers(9), num_logits=1)
+    branch = harness.branch("a~", [5], parent="a", base=40)
+    harness.adopt("a", branch="a~")
+    harness.run_until_done(branch)
 
-    bench.run_until_done(bench.submit("a", [6], rows=1))
+    harness.run("a", [6], num_logits=1)
 
     assert not dropped.ended
-    assert bench.engine.stats().tokens == 52
-    assert (bench.engine.stats().sessions, bench.engine.stats().branches) == (1, 0)
-    assert bench.worst < 1e-4
+    assert harness.engine.stats().tokens == 52
+    assert (harness.engine.stats().sessions, harness.engine.stats().branches) == (1, 0)
+    assert harness.worst < 1e-4
 
 
-def test_a_session_that_ended_is_not_brought_back_by_its_branch(bench: EngineHarness) -> None:
-    bench.run_until_done(bench.submit("a", numbers(50), rows=1))
-    bench.run_until_done(bench.branch("a~", [5], trunk="a", base=40))
-    bench.release("a")
-    bench.engine.adopt(SessionId("a"), branch=SessionId("a~"))
+def test_adopting_after_the_end_of_the_session_does_nothing(harness: EngineHarness) -> None:
+    harness.run("a", numbers(50), num_logits=1)
+    harness.run_until_done(harness.branch("a~", [5], parent="a", base=40))
+    harness.release("a")
+    harness.engine.adopt(SessionId("a"), branch=SessionId("a~"))
 
-    bench.run_until_done(bench.submit("b", numbers(5), rows=1))
+    harness.run("b", numbers(5), num_logits=1)
 
-    assert (bench.engine.stats().sessions, bench.engine.stats().branches) == (1, 0)
+    assert (harness.engine.stats().sessions, harness.engine.stats().branches) == (1, 0)
 
 
-def test_branches_keep_no_session_out() -> None:
-    """Neither by their number, nor by their room: one that is in the way fails."""
-    bench = EngineHarness(build("llama"), replace(SMALL, cache_tokens=512))
+def test_branches_take_no_space_from_sessions() -> None:
+    """Neither session count nor cache space: a branch that is in the way fails."""
+    harness = EngineHarness(build("llama"), replace(SMALL, cache_tokens=512))
     for name in "ab":
-        bench.run_until_done(bench.submit(name, numbers(50, start=ord(name)), rows=1))
-    bench.run_until_done(*(bench.branch(f"{name}~", [5], trunk=name, base=40) for name in "ab"))
-    refused = bench.branch("a~~", [6], trunk="a", base=40)
-    bench.engine.step()
+        harness.run(name, numbers(50, start=ord(name)), num_logits=1)
+    harness.run_until_done(
+        *(harness.branch(f"{name}~", [5], parent=name, base=40) for name in "ab")
+    )
+    refused = harness.branch("a~~", [6], parent="a", base=40)
+    harness.engine.step()
     assert isinstance(refused.error, Overloaded)
 
     for name in "cd":
-        bench.run_until_done(bench.submit(name, numbers(50, start=ord(name)), rows=1))
+        harness.run(name, numbers(50, start=ord(name)), num_logits=1)
     for name in "abcd":
-        bench.run_until_done(bench.submit(name, [8], rows=1))
-    late = bench.submit("a~", [6], rows=1)
-    bench.engine.step()
+        harness.run(name, [8], num_logits=1)
+    late = harness.submit("a~", [6], num_logits=1)
+    harness.engine.step()
 
     assert isinstance(late.error, Overloaded)
-    assert (bench.engine.stats().sessions, bench.engine.stats().preemptions) == (4, 0)
-    assert bench.worst < 1e-4
+    assert (harness.engine.stats().sessions, harness.engine.stats().preemptions) == (4, 0)
+    assert harness.worst < 1e-4
 
 
-@dataclass
-class Chain:
-    """A head that asks for the next token at once, `length` times."""
-
-    length: int
-    written: list[int] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    errors: dict[str, Exception] = field(default_factory=dict)
-
-    def finish(
-        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
-    ) -> Sequence[ForwardRequest]:
-        (one,) = outputs
-        self.written.append(int(logits_NV[-1].argmax()))
-        if len(self.written) == self.length:
-            self.done.set()
-            return []
-        base = one.request.base + len(one.request.tokens)
-        return [
-            ForwardRequest(
-                session=one.request.session, base=base, tokens=self.written[-1:], num_logits=1
-            )
-        ]
-
-    def fail(self, request: ForwardRequest, error: Exception) -> None:
-        self.errors[request.session] = error
-        self.done.set()
+def engine_of(
+    handler: LogitsHandler,
+    *,
+    settings: EngineSettings = SMALL,
+    clock: Callable[[], float] = time.monotonic,
+) -> Engine:
+    return Engine(adopt(build("llama")), handler=handler, settings=settings, clock=clock)
 
 
-def test_steps_that_follow_run_in_the_very_next_passes() -> None:
+def prompt_of(session: str, *, count: int = 1, num_logits: int = 1) -> ForwardRequest:
+    return ForwardRequest(
+        session=SessionId(session), base=0, tokens=numbers(count), num_logits=num_logits
+    )
+
+
+def generate(model: PreTrainedModel, prompt: list[int], *, count: int) -> list[int]:
+    generated = model.generate(  # pyright: ignore[reportCallIssue] - mixed into the class at run time
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    return generated[0, len(prompt) :].tolist()
+
+
+def test_following_requests_run_in_the_next_passes() -> None:
     model = build("qwen3")
-    prompt = torch.tensor([numbers(7)])
-    expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)  # pyright: ignore[reportCallIssue] - mixed into the class at run time
-    head = Chain(length=12)
-    engine = Engine(adopt(model), handler=head, settings=SMALL)
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
+    expected = generate(model, numbers(7), count=12)
+    handler = GreedyHandler(length=12)
+    engine = Engine(adopt(model), handler=handler, settings=SMALL)
+    engine.submit(prompt_of("a", count=7))
 
     for _ in range(12):
         engine.step()
 
-    assert head.written == expected[0, 7:].tolist()
-
-
-@dataclass
-class Chains:
-    """A head that writes `length` tokens for each session."""
-
-    length: int
-    prompt: int
-    written: dict[str, list[int]] = field(default_factory=dict)
-    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-
-    def finish(
-        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
-    ) -> Sequence[ForwardRequest]:
-        steps = [
-            self._next(one, int(row.argmax())) for one, row in zip(outputs, logits_NV, strict=True)
-        ]
-        return [step for step in steps if step]
-
-    def fail(self, request: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(request) from error
-
-    def _next(self, one: LogitsOutput, token: int) -> ForwardRequest | None:
-        written = self.written.setdefault(one.request.session, [])
-        written.append(token)
-        if len(written) == self.length:
-            self.ended.release()
-            return None
-        base = self.prompt + len(written) - 1
-        return ForwardRequest(session=one.request.session, base=base, tokens=[token], num_logits=1)
+    assert handler.generated["a"] == expected
 
 
 def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
     model = build("gemma3")
-    prompts = [numbers(7, start=place) for place in range(6)]
-    expected = [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
-        )  # pyright: ignore[reportCallIssue] - mixed into the class at run time
-        for prompt in prompts
+    prompts = [numbers(7, start=start) for start in range(6)]
+    expected = [generate(model, prompt, count=20) for prompt in prompts]
+    handler = GreedyHandler(length=20)
+    engine = Engine(adopt(model), handler=handler, settings=EngineSettings(cache_tokens=1024))
+    requests = [
+        ForwardRequest(session=SessionId(str(index)), base=0, tokens=prompt, num_logits=1)
+        for index, prompt in enumerate(prompts)
     ]
-    head = Chains(length=20, prompt=7)
-    engine = Engine(adopt(model), handler=head, settings=EngineSettings(cache_tokens=1024))
-    steps = [
-        ForwardRequest(session=SessionId(str(place)), base=0, tokens=prompt, num_logits=1)
-        for place, prompt in enumerate(prompts)
-    ]
-    callers = [threading.Thread(target=engine.submit, args=(step,)) for step in steps]
+    callers = [threading.Thread(target=engine.submit, args=(request,)) for request in requests]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
     engine.start()
-    assert all(head.ended.acquire(timeout=60) for _ in prompts)
+    assert all(handler.ended.acquire(timeout=60) for _ in prompts)
     engine.stop()
 
-    for place, text in enumerate(expected):
-        assert head.written[str(place)] == text[0, 7:].tolist()
+    assert [handler.generated[str(index)] for index in range(6)] == expected
     assert engine.stats().passes == 20
 
 
 def test_the_thread_runs_what_is_submitted_and_ends_when_stopped() -> None:
-    head = Chain(length=5)
-    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
+    handler = GreedyHandler(length=5)
+    engine = engine_of(handler)
     engine.start()
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(7), num_logits=1))
-    assert head.done.wait(60)
+    engine.submit(prompt_of("a", count=7))
+    assert handler.ended.acquire(timeout=60)
     assert engine.alive
     engine.stop()
 
     assert not engine.alive
-    assert len(head.written) == 5
+    assert len(handler.generated["a"]) == 5
     assert engine.stats().passes == 5
     assert 0 < engine.stats().busy <= 1
 
 
-def test_what_waits_when_the_engine_stops_is_told() -> None:
-    head = Chain(length=5)
-    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
+def test_waiting_requests_fail_when_the_engine_stops() -> None:
+    handler = GreedyHandler(length=5)
+    engine = engine_of(handler)
     engine.stop()
-    engine.submit(ForwardRequest(session=SessionId("late"), base=0, tokens=[5], num_logits=1))
+    engine.submit(prompt_of("late"))
     engine.start()
-    assert head.done.wait(60)
+    assert handler.ended.acquire(timeout=60)
     engine.stop()
 
-    assert isinstance(head.errors["late"], Unavailable)
+    assert isinstance(handler.errors["late"], Unavailable)
 
 
-def test_a_pass_that_fails_fails_its_own_steps_and_the_engine_lives(bench: EngineHarness) -> None:
-    wrong = bench.submit("wrong", [VOCABULARY + 5], rows=1)
-    bench.engine.step()
+def test_a_failed_pass_fails_only_its_own_requests(harness: EngineHarness) -> None:
+    wrong = harness.submit("wrong", [VOCABULARY + 5], num_logits=1)
+    harness.engine.step()
     assert isinstance(wrong.error, IndexError)
 
-    bench.run_until_done(bench.submit("right", numbers(5), rows=1))
+    harness.run("right", numbers(5), num_logits=1)
 
 
-class Careless(Chain):
+class FailingHandler(GreedyHandler):
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
     ) -> Sequence[ForwardRequest]:
@@ -382,134 +346,121 @@ class Careless(Chain):
         return super().finish(outputs, logits_NV)
 
 
-def test_a_head_that_fails_does_not_end_the_engine() -> None:
-    head = Careless(length=2)
-    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL)
+def test_a_failing_handler_does_not_end_the_engine() -> None:
+    handler = FailingHandler(length=2)
+    engine = engine_of(handler)
 
-    engine.submit(ForwardRequest(session=SessionId("bad"), base=0, tokens=[5], num_logits=1))
+    engine.submit(prompt_of("bad"))
     engine.step()
-    engine.submit(ForwardRequest(session=SessionId("good"), base=0, tokens=[5], num_logits=1))
+    engine.submit(prompt_of("good"))
     engine.step()
     engine.step()
 
-    assert isinstance(head.errors["bad"], ZeroDivisionError)
-    assert len(head.written) == 2
+    assert isinstance(handler.errors["bad"], ZeroDivisionError)
+    assert len(handler.generated["good"]) == 2
 
 
-@dataclass(kw_only=True)
-class Watching(Chain):
-    """Notes for how long the engine has worked whenever it is given rows."""
+@dataclass
+class SamplingHandler(GreedyHandler):
+    """Calls `sample` on the engine's thread in each pass."""
 
-    engine: Engine | None = None
-    working_s: list[float] = field(default_factory=list)
+    sample: Callable[[], float] = torch.get_num_threads
+    samples: list[float] = field(default_factory=list)
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
     ) -> Sequence[ForwardRequest]:
-        assert self.engine is not None
-        self.working_s.append(self.engine.working_s)
+        self.samples.append(self.sample())
         return super().finish(outputs, logits_NV)
 
 
-def test_the_engine_says_for_how_long_it_has_been_at_it() -> None:
-    head, clock = Watching(length=2), itertools.count()
-    engine = Engine(adopt(build("llama")), handler=head, settings=SMALL, clock=clock.__next__)
-    head.engine = engine
+def test_the_age_of_a_cycle_is_known_while_it_runs() -> None:
+    handler, clock = SamplingHandler(length=2), itertools.count()
+    engine = engine_of(handler, clock=clock.__next__)
+    handler.sample = lambda: engine.working_s
     assert engine.working_s == 0
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1))
+    engine.submit(prompt_of("a"))
     engine.step()
     engine.step()
-    assert all(0 < seconds < 10 for seconds in head.working_s)
+    assert all(0 < seconds < 10 for seconds in handler.samples)
     assert engine.working_s == 0
-
-
-class Counting(Chain):
-    """Notes how many threads are behind the engine's."""
-
-    threads: int = 0
-
-    def finish(
-        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
-    ) -> Sequence[ForwardRequest]:
-        self.threads = torch.get_num_threads()
-        return super().finish(outputs, logits_NV)
 
 
 def test_engines_of_one_process_have_their_own_numbers_of_threads() -> None:
     threads.apply()
-    usual = torch.get_num_threads()
-    settings_of = (usual + 2, usual + 1, 0)
-    heads = [Counting(length=1) for _ in settings_of]
+    default = torch.get_num_threads()
+    counts = (default + 2, default + 1, 0)
+    handlers = [SamplingHandler(length=1) for _ in counts]
     engines = [
-        Engine(adopt(build("llama")), handler=head, settings=replace(SMALL, threads=count))
-        for head, count in zip(heads, settings_of, strict=True)
+        engine_of(handler, settings=replace(SMALL, threads=count))
+        for handler, count in zip(handlers, counts, strict=True)
     ]
-    for engine, head in zip(engines, heads, strict=True):
+    for engine, handler in zip(engines, handlers, strict=True):
         engine.start()
-        engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1))
-        assert head.done.wait(60)
+        engine.submit(prompt_of("a"))
+        assert handler.ended.acquire(timeout=60)
     for engine in engines:
         engine.stop()
 
-    assert [head.threads for head in heads] == [usual + 2, usual + 1, usual]
+    assert [handler.samples for handler in handlers] == [[default + 2], [default + 1], [default]]
 
 
-def test_only_the_pairs_vocabulary_has_logits() -> None:
-    head = Chain(length=1)
-    cut = EngineSettings(cache_tokens=1024, vocabulary=100)
-    engine = Engine(adopt(build("llama")), handler=head, settings=cut)
-    engine.submit(ForwardRequest(session=SessionId("a"), base=0, tokens=numbers(90), num_logits=90))
+def test_only_the_shared_vocabulary_has_logits() -> None:
+    handler = GreedyHandler(length=1)
+    model = replace(adopt(build("llama")), vocabulary=100)
+    engine = Engine(model, handler=handler, settings=EngineSettings(cache_tokens=1024))
+    engine.submit(prompt_of("a", count=90, num_logits=90))
     engine.step()
 
-    assert head.written[0] < 100
+    assert handler.generated["a"][0] < 100
 
 
 @dataclass(frozen=True)
-class Move:
+class Action:
     session: str
     drop: int
     tokens: int
-    rows: int
+    num_logits: int
     release: bool
 
 
-moves = st.builds(
-    Move,
+actions = st.builds(
+    Action,
     session=st.sampled_from("abcde"),
     drop=st.integers(0, 12),
     tokens=st.integers(1, 70),
-    rows=st.integers(0, 9),
+    num_logits=st.integers(0, 9),
     release=st.integers(0, 7).map(lambda number: number == 0),
 )
 
 
 @settings(max_examples=15, deadline=None)
-@given(story=st.lists(st.lists(moves, min_size=1, max_size=5), min_size=1, max_size=8))
-def test_any_interleaving_gives_the_plain_rows(
-    shared: EngineHarness, story: list[list[Move]]
+@given(rounds=st.lists(st.lists(actions, min_size=1, max_size=5), min_size=1, max_size=8))
+def test_any_interleaving_gives_the_plain_logits(
+    shared: EngineHarness, rounds: list[list[Action]]
 ) -> None:
-    """Submitting, rolling back and releasing in any order never shows in a row."""
+    """The order of submits, rollbacks and releases does not change any logits."""
     waiting: dict[str, Received] = {}
-    for act in story:
-        for move in act:
-            if move.release and move.session in shared.tokens:
-                shared.release(move.session)
-                waiting.pop(move.session, None)
-            elif move.session not in waiting:
-                known = len(shared.tokens.get(move.session, []))
-                waiting[move.session] = shared.submit(
-                    move.session,
-                    numbers(move.tokens, start=move.drop % 3),
-                    drop=min(move.drop, known),
-                    rows=min(move.rows, move.tokens),
+    for actions_of_round in rounds:
+        for action in actions_of_round:
+            if action.release and action.session in shared.tokens:
+                shared.release(action.session)
+                waiting.pop(action.session, None)
+            elif action.session not in waiting:
+                known = len(shared.tokens.get(action.session, []))
+                waiting[action.session] = shared.submit(
+                    action.session,
+                    numbers(action.tokens, start=action.drop % 3),
+                    drop=min(action.drop, known),
+                    num_logits=min(action.num_logits, action.tokens),
                 )
         shared.engine.step()
-        waiting = {name: answer for name, answer in waiting.items() if not answer.ended}
+        waiting = {name: one for name, one in waiting.items() if not one.ended}
     shared.run_until_done(*waiting.values())
-    for answer in shared.head.answers.values():
-        if answer.ended:
-            shared.check(answer)
-    shared.forget()
+    for received in shared.handler.received.values():
+        if received.ended:
+            shared.check(received)
+    shared.reset()
 
     assert shared.worst < 1e-4
     assert shared.engine.stats().sessions == 0

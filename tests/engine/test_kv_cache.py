@@ -14,16 +14,16 @@ A, B, C = SessionId("a"), SessionId("b"), SessionId("c")
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
 
-def store(
+def make_cache(
     *, capacity: int = 1024, prefix_reuse: bool = True, pool: LayeredKVPool | None = None
 ) -> KVCacheManager:
     pool = pool or LayeredKVPool(num_slots=capacity)
     return KVCacheManager(pool=pool, capacity=capacity, prefix_reuse=prefix_reuse, max_idle=4)
 
 
-def filled(held: KVCacheManager, session: SessionId, tokens: list[int]) -> CachedSequence:
-    sequence = held.open(session, tokens=tokens)
-    assert held.reserve(sequence, tokens=len(tokens), victims=())
+def filled(cache: KVCacheManager, session: SessionId, tokens: list[int]) -> CachedSequence:
+    sequence = cache.open(session, tokens=tokens)
+    assert cache.reserve(sequence, tokens=len(tokens), victims=())
     sequence.cached = len(tokens)
     return sequence
 
@@ -39,7 +39,7 @@ def test_the_common_prefix_is_the_longest(left: list[int], right: list[int]) -> 
 
 @settings(deadline=None)
 @given(TOKENS, st.integers(0, 40), TOKENS)
-def test_rewriting_keeps_the_rows_of_tokens_that_stay(
+def test_rewriting_keeps_the_states_of_unchanged_tokens(
     old: list[int], base: int, new: list[int]
 ) -> None:
     base = min(base, len(old))
@@ -51,7 +51,7 @@ def test_rewriting_keeps_the_rows_of_tokens_that_stay(
     assert sequence.cached == common_prefix(old, sequence.tokens)
 
 
-def test_rows_of_another_regime_are_not_kept() -> None:
+def test_states_of_another_rope_length_are_not_kept() -> None:
     sequence = CachedSequence(session=A, tokens=[1, 2], cached=2)
 
     sequence.rewrite(base=2, tokens=[3], rope_length=65)
@@ -59,27 +59,27 @@ def test_rows_of_another_regime_are_not_kept() -> None:
     assert sequence.cached == 0
 
 
-def test_a_prompt_takes_over_the_rows_of_a_released_one() -> None:
-    held = store()
-    extent = filled(held, A, list(range(100))).kv_range
-    held.release(A)
+def test_a_prompt_takes_over_the_states_of_a_released_session() -> None:
+    cache = make_cache()
+    kv_range = filled(cache, A, list(range(100))).kv_range
+    cache.release(A)
 
-    second = held.open(B, tokens=[*range(80), 7, 7])
+    second = cache.open(B, tokens=[*range(80), 7, 7])
 
-    assert (second.cached, second.reused, second.kv_range) == (80, 80, extent)
-    assert held.used_tokens == 128
-    assert (held.prefix_hits, held.prefix_tokens) == (1, 80)
+    assert (second.cached, second.reused, second.kv_range) == (80, 80, kv_range)
+    assert cache.used_tokens == 128
+    assert (cache.prefix_hits, cache.prefix_tokens) == (1, 80)
 
 
-def test_a_prompt_copies_the_rows_of_a_live_one() -> None:
+def test_a_prompt_copies_the_states_of_a_live_session() -> None:
     pool = LayeredKVPool(num_slots=1024)
-    held = store(pool=pool)
-    first = filled(held, A, list(range(100)))
+    cache = make_cache(pool=pool)
+    first = filled(cache, A, list(range(100)))
     rows = torch.arange(100)
     states = torch.rand(2, 100, 4)
     pool.write(0, key_HTD=states, value_HTD=states, slots_T=rows)
 
-    second = held.open(B, tokens=[*range(60), 7, 7])
+    second = cache.open(B, tokens=[*range(60), 7, 7])
 
     assert second.cached == 60
     assert first.kv_range
@@ -91,75 +91,75 @@ def test_a_prompt_copies_the_rows_of_a_live_one() -> None:
 
 
 def test_a_long_idle_prefix_is_copied_for_a_short_match() -> None:
-    held = store(capacity=2048)
-    filled(held, A, list(range(1000)))
-    held.release(A)
+    cache = make_cache(capacity=2048)
+    filled(cache, A, list(range(1000)))
+    cache.release(A)
 
-    held.open(B, tokens=[*range(100), 7, 7])
-    again = held.open(C, tokens=list(range(1000)))
+    cache.open(B, tokens=[*range(100), 7, 7])
+    again = cache.open(C, tokens=list(range(1000)))
 
     assert again.reused == 1000
 
 
-def test_prefixes_of_another_regime_are_not_reused() -> None:
-    held = store()
-    filled(held, A, list(range(100)))
+def test_prefixes_of_another_rope_length_are_not_reused() -> None:
+    cache = make_cache()
+    filled(cache, A, list(range(100)))
 
-    assert held.open(B, tokens=list(range(100)), rope_length=65).reused == 0
+    assert cache.open(B, tokens=list(range(100)), rope_length=65).reused == 0
 
 
 def test_reuse_can_be_switched_off() -> None:
-    held = store(prefix_reuse=False)
-    filled(held, A, list(range(100)))
-    held.release(A)
+    cache = make_cache(prefix_reuse=False)
+    filled(cache, A, list(range(100)))
+    cache.release(A)
 
-    assert held.used_tokens == 0
-    assert held.open(B, tokens=list(range(100))).reused == 0
-
-
-def test_idle_sequences_give_way_oldest_first() -> None:
-    held = store(capacity=384)
-    filled(held, B, [2] * 100)
-    filled(held, A, [1] * 100)
-    held.release(A)
-    held.release(B)
-
-    filled(held, C, [3] * 200)
-
-    assert held.open(A, tokens=[1] * 100).reused == 0
-    assert held.open(SessionId("d"), tokens=[2] * 100).reused == 100
-    assert held.preemptions == 0
+    assert cache.used_tokens == 0
+    assert cache.open(B, tokens=list(range(100))).reused == 0
 
 
-def test_only_so_many_idle_sequences_are_kept() -> None:
-    held = store(capacity=8192)
+def test_idle_sequences_are_evicted_oldest_first() -> None:
+    cache = make_cache(capacity=384)
+    filled(cache, B, [2] * 100)
+    filled(cache, A, [1] * 100)
+    cache.release(A)
+    cache.release(B)
+
+    filled(cache, C, [3] * 200)
+
+    assert cache.open(A, tokens=[1] * 100).reused == 0
+    assert cache.open(SessionId("d"), tokens=[2] * 100).reused == 100
+    assert cache.preemptions == 0
+
+
+def test_idle_sequences_are_limited_in_number() -> None:
+    cache = make_cache(capacity=8192)
     for number in range(9):
         session = SessionId(str(number))
-        filled(held, session, [number] * 100)
-        held.release(session)
+        filled(cache, session, [number] * 100)
+        cache.release(session)
 
-    assert held.used_tokens == 4 * 128
+    assert cache.used_tokens == 4 * 128
 
 
-def test_a_victim_loses_its_rows_and_keeps_its_tokens() -> None:
-    held = store(capacity=256)
-    first = filled(held, A, [1] * 200)
-    second = held.open(B, tokens=[2] * 200)
+def test_a_victim_loses_its_states_and_keeps_its_tokens() -> None:
+    cache = make_cache(capacity=256)
+    first = filled(cache, A, [1] * 200)
+    second = cache.open(B, tokens=[2] * 200)
 
-    assert not held.reserve(second, tokens=200, victims=())
-    assert held.reserve(second, tokens=200, victims=iter([first]))
+    assert not cache.reserve(second, tokens=200, victims=())
+    assert cache.reserve(second, tokens=200, victims=iter([first]))
     assert (first.cached, first.kv_range, first.tokens) == (0, None, [1] * 200)
-    assert held.preemptions == 1
+    assert cache.preemptions == 1
 
 
-def test_a_sequence_that_fits_nowhere_else_is_computed_again() -> None:
-    held = store(capacity=1024)
-    first = filled(held, A, [1] * 100)
-    second = filled(held, B, [2] * 200)
-    held.release(A)
+def test_a_sequence_that_fits_nowhere_else_is_recomputed() -> None:
+    cache = make_cache(capacity=1024)
+    first = filled(cache, A, [1] * 100)
+    second = filled(cache, B, [2] * 200)
+    cache.release(A)
     second.tokens += [2] * 700
 
-    assert held.reserve(second, tokens=900, victims=())
+    assert cache.reserve(second, tokens=900, victims=())
 
     assert second.cached == 0
     assert second.kv_range
@@ -167,15 +167,15 @@ def test_a_sequence_that_fits_nowhere_else_is_computed_again() -> None:
     assert first.kv_range is None
 
 
-def test_growing_moves_the_rows_along() -> None:
+def test_a_growing_sequence_moves_its_states() -> None:
     pool = LayeredKVPool(num_slots=1024)
-    held = store(pool=pool)
-    first = filled(held, A, [1] * 100)
-    filled(held, B, [2] * 100)
+    cache = make_cache(pool=pool)
+    first = filled(cache, A, [1] * 100)
+    filled(cache, B, [2] * 100)
     states = torch.rand(1, 100, 4)
     pool.write(0, key_HTD=states, value_HTD=states, slots_T=torch.arange(100))
 
-    assert held.reserve(first, tokens=200, victims=())
+    assert cache.reserve(first, tokens=200, victims=())
 
     assert first.kv_range
     assert first.kv_range.start == 256
@@ -184,22 +184,22 @@ def test_growing_moves_the_rows_along() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5])
-def test_a_prefix_too_short_to_matter_is_let_go(length: int) -> None:
-    held = store()
-    filled(held, A, [1] * length or [2])
-    held.release(A)
+def test_short_prefixes_are_not_kept(length: int) -> None:
+    cache = make_cache()
+    filled(cache, A, [1] * length or [2])
+    cache.release(A)
 
-    assert held.used_tokens == 0
+    assert cache.used_tokens == 0
 
 
-def test_a_branch_begins_with_its_trunks_rows_and_ends_without_a_trace() -> None:
+def test_a_branch_starts_with_its_parents_states_and_frees_its_slots() -> None:
     pool = LayeredKVPool(num_slots=1024)
-    held = store(pool=pool)
-    filled(held, A, list(range(100)))
+    cache = make_cache(pool=pool)
+    filled(cache, A, list(range(100)))
     states = torch.rand(2, 100, 4)
     pool.write(0, key_HTD=states, value_HTD=states, slots_T=torch.arange(100))
 
-    branch = held.branch(B, parent=A, base=60)
+    branch = cache.branch(B, parent=A, base=60)
 
     assert branch is not None
     assert branch.kv_range is not None
@@ -207,46 +207,51 @@ def test_a_branch_begins_with_its_trunks_rows_and_ends_without_a_trace() -> None
     rows = torch.arange(branch.kv_range.start, branch.kv_range.start + 60)
     key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=torch.arange(0))
     assert torch.equal(key[:, rows], states[:, :60])
-    assert (len(held), held.num_branches, held.live_tokens, held.branches(A)) == (1, 1, 128, [B])
-    held.release(B)
-    assert (len(held), held.num_branches, held.used_tokens) == (1, 0, 128)
+    assert (len(cache), cache.num_branches, cache.live_tokens, cache.branches(A)) == (
+        1,
+        1,
+        128,
+        [B],
+    )
+    cache.release(B)
+    assert (len(cache), cache.num_branches, cache.used_tokens) == (1, 0, 128)
 
 
-def test_a_branch_becomes_its_session() -> None:
-    held = store()
-    filled(held, A, list(range(100)))
-    branch = held.branch(B, parent=A, base=60)
+def test_an_adopted_branch_becomes_its_session() -> None:
+    cache = make_cache()
+    filled(cache, A, list(range(100)))
+    branch = cache.branch(B, parent=A, base=60)
 
-    held.adopt(A, branch=B)
+    cache.adopt(A, branch=B)
 
-    assert held.find(A) is branch
-    assert held.find(B) is None
-    assert (len(held), held.num_branches, held.used_tokens) == (1, 0, 128)
-
-
-def test_a_branch_takes_the_room_of_idle_sequences_alone() -> None:
-    held = store(capacity=256)
-    filled(held, A, list(range(100)))
-    filled(held, C, list(range(200, 300)))
-    assert held.branch(B, parent=A, base=60) is None
-
-    held.release(C)
-
-    assert held.branch(B, parent=A, base=60) is not None
-    assert held.preemptions == 0
+    assert cache.find(A) is branch
+    assert cache.find(B) is None
+    assert (len(cache), cache.num_branches, cache.used_tokens) == (1, 0, 128)
 
 
-def test_no_branch_begins_where_the_trunk_has_lost_its_rows() -> None:
-    held = store()
-    held.drop(filled(held, A, list(range(100))))
+def test_a_branch_evicts_only_idle_sequences() -> None:
+    cache = make_cache(capacity=256)
+    filled(cache, A, list(range(100)))
+    filled(cache, C, list(range(200, 300)))
+    assert cache.branch(B, parent=A, base=60) is None
 
-    assert held.branch(B, parent=A, base=60) is None
-    assert held.branch(B, parent=C, base=1) is None
+    cache.release(C)
+
+    assert cache.branch(B, parent=A, base=60) is not None
+    assert cache.preemptions == 0
 
 
-def test_branches_are_the_first_to_lose_their_rows() -> None:
-    held = store()
-    first = filled(held, A, list(range(100)))
-    branch = held.branch(B, parent=A, base=60)
+def test_no_branch_starts_from_a_parent_without_states() -> None:
+    cache = make_cache()
+    cache.drop(filled(cache, A, list(range(100))))
 
-    assert held.least_recent() == [branch, first]
+    assert cache.branch(B, parent=A, base=60) is None
+    assert cache.branch(B, parent=C, base=1) is None
+
+
+def test_branches_are_evicted_first() -> None:
+    cache = make_cache()
+    first = filled(cache, A, list(range(100)))
+    branch = cache.branch(B, parent=A, base=60)
+
+    assert cache.least_recent() == [branch, first]

@@ -18,7 +18,7 @@ TOKENS = st.integers(1, 3000)
 
 @settings(deadline=None)
 @given(TOKENS)
-def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
+def test_a_size_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
     size = size_class(tokens)
 
     assert size >= tokens
@@ -28,30 +28,30 @@ def test_a_class_holds_its_tokens_and_wastes_little(tokens: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "give", "grow"]), TOKENS), max_size=60))
-def test_extents_never_overlap_and_nothing_leaks(acts: list[tuple[str, int]]) -> None:
+def test_ranges_never_overlap_and_nothing_leaks(actions: list[tuple[str, int]]) -> None:
     allocator = KVRangeAllocator(capacity=8192)
     held: list[KVRange] = []
-    for act, number in acts:
-        if act == "take":
+    for action, number in actions:
+        if action == "take":
             got = allocator.allocate(number)
             held += [got] if got else []
-        elif held and act == "give":
+        elif held and action == "give":
             allocator.release(held.pop(number % len(held)))
         elif held:
-            place = number % len(held)
-            grown = allocator.extend(held[place], held[place].size + number)
-            held[place] = grown or held[place]
+            index = number % len(held)
+            grown = allocator.extend(held[index], held[index].size + number)
+            held[index] = grown or held[index]
 
-        rows = [row for extent in held for row in range(extent.start, extent.end)]
-        assert len(rows) == len(set(rows)) == allocator.used
-        assert all(0 <= row < 8192 for row in rows)
+        slots = [slot for kv_range in held for slot in range(kv_range.start, kv_range.end)]
+        assert len(slots) == len(set(slots)) == allocator.used
+        assert all(0 <= slot < 8192 for slot in slots)
 
-    for extent in held:
-        allocator.release(extent)
+    for kv_range in held:
+        allocator.release(kv_range)
     assert allocator.allocate(8192) == KVRange(start=0, size=8192)
 
 
-def test_an_extent_grows_into_free_rows_only() -> None:
+def test_a_range_grows_only_into_free_slots() -> None:
     allocator = KVRangeAllocator(capacity=1024)
     first, second = allocator.allocate(100), allocator.allocate(100)
     assert first
@@ -61,12 +61,12 @@ def test_an_extent_grows_into_free_rows_only() -> None:
     assert allocator.extend(second, 200) == KVRange(start=128, size=256)
 
 
-def test_no_extent_where_no_stretch_is_long_enough() -> None:
+def test_no_range_if_no_free_range_is_long_enough() -> None:
     allocator = KVRangeAllocator(capacity=512)
     held = [allocator.allocate(128) for _ in range(4)]
-    for extent in held[::2]:
-        assert extent
-        allocator.release(extent)
+    for kv_range in held[::2]:
+        assert kv_range
+        allocator.release(kv_range)
 
     assert allocator.allocate(200) is None
     assert allocator.used == 256
@@ -81,20 +81,20 @@ def capacity(settings: EngineSettings, *, context_length: int | None = 512) -> i
     )
 
 
-def test_tokens_that_are_set_stand() -> None:
+def test_cache_tokens_are_rounded_up_to_a_size_class() -> None:
     assert capacity(EngineSettings(cache_tokens=900)) == 1024
 
 
-def test_memory_that_is_set_is_divided_by_what_a_token_takes() -> None:
+def test_cache_bytes_are_divided_by_the_bytes_of_a_token() -> None:
     assert capacity(EngineSettings(cache_bytes=5_000_000)) == 5120
 
 
-def test_no_more_is_taken_than_the_sessions_can_use() -> None:
+def test_the_cache_is_no_larger_than_sessions_can_use() -> None:
     settings = EngineSettings(cache_bytes=10**12, max_sessions=4)
 
     assert capacity(settings) == 4 * 512
     assert capacity(settings, context_length=None) == 4 * 8192
 
 
-def test_by_default_a_part_of_the_free_memory_is_taken() -> None:
+def test_by_default_the_cache_takes_a_share_of_free_memory() -> None:
     assert 1024 <= capacity(EngineSettings(max_sessions=10**6)) <= 2**30 // 1000 + 1024

@@ -50,24 +50,24 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(checkpoint: Path) -> None:
         ("float16", torch.float16),
     ],
 )
-def test_weights_have_the_type_asked_for(
+def test_weights_have_the_requested_dtype(
     checkpoint: Path, dtype: str, expected: torch.dtype
 ) -> None:
     assert load(str(checkpoint), device="cpu", dtype=dtype).model.dtype == expected
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nonsense", "nn"])
-def test_a_type_that_is_none_is_refused(checkpoint: Path, dtype: str) -> None:
+def test_an_unknown_dtype_is_refused(checkpoint: Path, dtype: str) -> None:
     with pytest.raises(UnsupportedModel, match="use auto, float32, bfloat16 or float16"):
         load(str(checkpoint), device="cpu", dtype=dtype)
 
 
-def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="No model at"):
         load(str(tmp_path / "nothing"))
 
 
-def test_an_unknown_kind_of_model_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
 
     with pytest.raises(UnsupportedModel, match="configuration"):
@@ -92,7 +92,7 @@ def test_a_configuration_without_weights_is_refused(checkpoint: Path, tmp_path: 
         load(str(tmp_path))
 
 
-def test_broken_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_corrupt_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     copied(checkpoint, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
 
@@ -100,7 +100,7 @@ def test_broken_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-def test_weights_that_lack_tensors_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     copied(checkpoint, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
@@ -110,9 +110,7 @@ def test_weights_that_lack_tensors_are_refused(checkpoint: Path, tmp_path: Path)
         load(str(tmp_path))
 
 
-def test_a_configuration_that_contradicts_itself_is_refused(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_an_inconsistent_configuration_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     copied(checkpoint, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_attention_heads"] = 5
@@ -130,14 +128,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path, kind: str) -> None:
         load(str(tmp_path))
 
 
-def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_language_model_head_is_refused(tmp_path: Path) -> None:
     LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModel, match=r"no causal .* head \(it is a LlamaModel\)"):
         load(str(tmp_path))
 
 
-def test_a_kind_that_never_has_a_head_is_refused(tmp_path: Path) -> None:
+def test_a_model_type_without_a_language_model_head_is_refused(tmp_path: Path) -> None:
     CONFIG_MAPPING["vit"]().save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModel, match="no causal language model head"):
@@ -161,14 +159,12 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(checkpoint: Path, tmp_path
 @pytest.mark.parametrize(
     ("name", "tokens"), [("gpt2", 512), ("mpt", 512), ("bloom", None), ("dynamic", 512)]
 )
-def test_the_context_is_read_under_any_name(name: str, tokens: int | None) -> None:
+def test_the_context_length_is_read_under_any_name(name: str, tokens: int | None) -> None:
     assert context_length(build(name).config) == tokens
 
 
 @pytest.mark.parametrize(("stated", "ids"), [(None, ()), (7, (7,)), ([7, 9], (7, 9))])
-def test_the_ids_that_end_an_answer_come_as_a_tuple(
-    stated: list[int] | int | None, ids: tuple[int, ...]
-) -> None:
+def test_stop_ids_are_a_tuple(stated: list[int] | int | None, ids: tuple[int, ...]) -> None:
     model: PreTrainedModel = build("llama")
     assert model.generation_config
     model.generation_config.eos_token_id = stated
@@ -183,5 +179,5 @@ def test_the_device_is_chosen_or_named(checkpoint: Path) -> None:
     assert load(str(checkpoint), device="meta").model.device.type == "meta"
 
 
-def test_a_saved_configuration_names_its_context(checkpoint: Path) -> None:
+def test_a_saved_configuration_has_its_context_length(checkpoint: Path) -> None:
     assert context_length(AutoConfig.from_pretrained(checkpoint)) == 512

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.engine.conftest import byte_level, metaspace, wrap
+from tests.support.toy_tokenizers import byte_level, metaspace, wrap
 from tokenizers import normalizers
 
 from cascade.engine.model_pair import check_pair
@@ -22,13 +22,13 @@ def test_padded_vocabularies_share_their_tokens() -> None:
     assert check(wrap(byte_level()), wrap(byte_level())) == 280
 
 
-def test_logits_that_end_early_bound_the_vocabulary() -> None:
+def test_the_smaller_number_of_logits_limits_the_vocabulary() -> None:
     both = wrap(byte_level())
 
     assert check_pair(both, both, drafter_vocabulary=279, expert_vocabulary=320) == 279
 
 
-def test_the_tokens_that_differ_are_named_at_most_five() -> None:
+def test_at_most_five_different_tokens_are_named() -> None:
     with pytest.raises(MismatchedPair) as refused:
         check(wrap(byte_level()), wrap(metaspace()))
 
@@ -36,12 +36,12 @@ def test_the_tokens_that_differ_are_named_at_most_five() -> None:
     assert len(re.findall(r"id \d+ is", refused.value.message)) == 5
 
 
-def test_a_token_only_one_has_is_named() -> None:
+def test_a_token_of_only_one_model_is_named() -> None:
     with pytest.raises(MismatchedPair, match="id 280 is no token to the drafter and '<tool>'"):
         check(wrap(byte_level()), wrap(byte_level(added=("<tool>",))))
 
 
-def test_a_token_special_to_one_alone_is_named() -> None:
+def test_a_token_special_to_only_one_model_is_named() -> None:
     plain = byte_level()
     plain.add_tokens(["<tool>"])
 
@@ -49,7 +49,7 @@ def test_a_token_special_to_one_alone_is_named() -> None:
         check(wrap(plain), wrap(byte_level(added=("<tool>",))))
 
 
-def test_another_normaliser_is_seen_in_what_it_does() -> None:
+def test_another_normaliser_is_detected() -> None:
     lower = byte_level()
     lower.normalizer = normalizers.Lowercase()
 

@@ -1,32 +1,20 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 from tests.engine.architectures import build
+from tests.engine.harness import GreedyHandler
+from tests.support.clock import FakeClock
 
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest, LogitsOutput
+from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.engine.stats import BusyMeter
 from cascade.types import SessionId
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from torch import Tensor
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def test_the_share_follows_what_time_is_spent_on() -> None:
-    clock = Clock()
+def test_the_busy_share_is_a_moving_average() -> None:
+    clock = FakeClock(100.0)
     meter = BusyMeter(clock=clock)
     assert meter.share() == 0
 
@@ -40,8 +28,8 @@ def test_the_share_follows_what_time_is_spent_on() -> None:
     assert meter.busy_s == pytest.approx(100)
 
 
-def test_time_without_a_note_is_idle() -> None:
-    clock = Clock()
+def test_time_since_the_last_record_counts_as_idle() -> None:
+    clock = FakeClock(100.0)
     meter = BusyMeter(clock=clock)
     clock.now_s += 100
     meter.record(busy=True)
@@ -52,23 +40,12 @@ def test_time_without_a_note_is_idle() -> None:
     assert meter.share() < 0.01
 
 
-class Deaf:
-    """A head that wants nothing more."""
-
-    def finish(
-        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
-    ) -> Sequence[ForwardRequest]:
-        del outputs, logits_NV
-        return []
-
-    def fail(self, request: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(request) from error
-
-
-def test_waits_and_queues_are_summed_over_what_ran() -> None:
-    clock = Clock()
+def test_waits_and_queued_tokens_are_summed() -> None:
+    clock = FakeClock(100.0)
     settings = EngineSettings(cache_tokens=1024, max_step_tokens=64)
-    engine = Engine(adopt(build("llama")), handler=Deaf(), settings=settings, clock=clock)
+    engine = Engine(
+        adopt(build("llama")), handler=GreedyHandler(length=1), settings=settings, clock=clock
+    )
     for session, count in (("a", 10), ("b", 60)):
         tokens = [3] * count
         engine.submit(

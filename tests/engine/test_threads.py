@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from tests.engine.architectures import build
-from tests.engine.test_engine import Chain
+from tests.engine.harness import GreedyHandler
 
 from cascade.engine import threads
 from cascade.engine.engine import Engine
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the machine is found to be busy with, in percent; the last repeats."""
+    """Loads of the CPU in percent; the last one is the present load."""
     found: list[float] = [0.0]
     monkeypatch.setattr(psutil, "cpu_percent", lambda: found[-1])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     return found
 
 
-def test_idle_cores_are_looked_up_now_and_then(shares: list[float]) -> None:
+def test_idle_cores_are_sampled_periodically(shares: list[float]) -> None:
     now_s = 0.0
     idle = IdleCores(clock=lambda: now_s)
     shares.append(25.0)
@@ -43,16 +43,14 @@ def test_idle_cores_are_looked_up_now_and_then(shares: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("busy", "spare"), [(0.0, 1.0), (75.0, 1.0), (80.0, 0.0), (100.0, 0.0)])
-def test_an_engine_has_nothing_to_spare_where_no_core_is_left(
-    shares: list[float], busy: float, spare: float
-) -> None:
+def test_spare_is_zero_if_no_core_is_idle(shares: list[float], busy: float, spare: float) -> None:
     settings = EngineSettings(cache_tokens=64)
-    engine = Engine(adopt(build("llama")), handler=Chain(length=1), settings=settings)
+    engine = Engine(adopt(build("llama")), handler=GreedyHandler(length=1), settings=settings)
     shares.append(busy)
     assert engine.spare == spare
 
 
-def test_a_replica_waits_passively_and_has_its_own_number_of_threads() -> None:
+def test_the_environment_of_a_replica() -> None:
     assert threads.environment(threads=1) == {
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": "1",
@@ -71,7 +69,7 @@ def usual() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("usual")
-def test_a_running_process_takes_what_it_still_can() -> None:
+def test_apply_sets_threads_and_switch_interval() -> None:
     threads.apply(threads=1)
 
     assert torch.get_num_threads() == 1
@@ -79,7 +77,7 @@ def test_a_running_process_takes_what_it_still_can() -> None:
 
 
 @pytest.mark.usefixtures("usual")
-def test_no_number_stands_for_torchs_own_whatever_others_have_set() -> None:
+def test_zero_threads_restores_the_default() -> None:
     threads.apply()
     default = torch.get_num_threads()
     threads.apply(threads=default + 1)
@@ -90,9 +88,9 @@ def test_no_number_stands_for_torchs_own_whatever_others_have_set() -> None:
 
 
 @pytest.mark.usefixtures("usual")
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-def test_what_a_pass_frees_is_not_given_back_to_the_system() -> None:
-    """Blocks of megabytes, taken again and again, fault once."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_stays_in_the_process() -> None:
+    """Blocks of megabytes that are allocated again and again fault once."""
     threads.apply()
     faults = list[int]()
     for _ in range(6):

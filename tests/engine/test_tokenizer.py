@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.conftest import byte_level, wrap
+from tests.support.toy_tokenizers import byte_level, wrap
 from transformers import PreTrainedTokenizerFast
 
 from cascade.engine import tokenizer as tokenizers
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 TEXT = "the cats naïve café 你好 🙂 नमस्ते\u200d👩‍👩‍👧 the cat"
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 100])
-def test_pieces_of_any_length_make_the_whole_text(tokenizer: Tokenizer, step: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_pieces_of_any_length_join_to_the_text(tokenizer: Tokenizer, size: int) -> None:
     ids = tokenizer.encode(TEXT, add_special=False)
     stream = tokenizer.detokenizer()
 
-    pieces = [stream.push(ids[place : place + step]) for place in range(0, len(ids), step)]
+    pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
 
     assert "".join(pieces) + stream.flush() == TEXT == tokenizer.decode(ids)
     assert "\ufffd" not in "".join(pieces)
@@ -40,7 +40,7 @@ def test_any_text_survives_streaming(tokenizer: Tokenizer, words: list[str]) -> 
     assert "".join(stream.push([id_]) for id_ in ids) + stream.flush() == text
 
 
-def test_a_character_cut_short_is_held_back_and_flushed_as_broken(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_stays_pending_until_flush(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("cat 🙂", add_special=False)[:-1]
     stream = tokenizer.detokenizer()
 
@@ -49,7 +49,7 @@ def test_a_character_cut_short_is_held_back_and_flushed_as_broken(tokenizer: Tok
     assert not stream.flush()
 
 
-def test_bytes_that_never_make_a_character_do_not_wait_for_ever(
+def test_invalid_bytes_do_not_stay_pending_forever(
     byte_tokenizer: Tokenizer,
 ) -> None:
     lone = next(id_ for id_ in byte_tokenizer.tokens if byte_tokenizer.bytes_of(id_) == b"\xff")
@@ -58,7 +58,7 @@ def test_bytes_that_never_make_a_character_do_not_wait_for_ever(
     assert stream.push([lone] * 40).count("\ufffd") >= 30
 
 
-def test_a_special_token_neither_speaks_nor_swallows_a_space(space_tokenizer: Tokenizer) -> None:
+def test_a_special_token_has_no_text_and_keeps_spaces(space_tokenizer: Tokenizer) -> None:
     cat, the = (
         id_
         for id_, token in sorted(space_tokenizer.tokens.items(), key=lambda item: item[1])
@@ -81,7 +81,7 @@ def test_a_text_over_the_limit_is_refused(byte_tokenizer: Tokenizer) -> None:
         byte_tokenizer.encode("xyz", limit=2)
 
 
-def test_a_text_no_tokenisation_could_fit_is_refused_unread(byte_tokenizer: Tokenizer) -> None:
+def test_a_far_too_long_text_is_refused_before_tokenisation(byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(ContextTooLong, match="characters"):
         byte_tokenizer.encode("x" * 10_000_000, limit=100)
 
@@ -93,7 +93,7 @@ def test_a_token_without_logits_is_refused(byte_tokenizer: Tokenizer) -> None:
         narrow.encode("</s>")
 
 
-def test_the_template_writes_the_prompt(byte_tokenizer: Tokenizer) -> None:
+def test_the_chat_template_makes_the_prompt(byte_tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hello"}]
 
     ids = byte_tokenizer.chat(messages)
@@ -113,13 +113,15 @@ def test_the_last_message_can_be_continued(byte_tokenizer: Tokenizer) -> None:
     assert text == "<s>user: hello<s>assistant: the cat"
 
 
-def test_what_the_template_refuses_is_an_invalid_request(byte_tokenizer: Tokenizer) -> None:
+def test_messages_that_the_template_rejects_are_invalid(
+    byte_tokenizer: Tokenizer,
+) -> None:
     with pytest.raises(InvalidRequest, match="no tools") as refused:
         byte_tokenizer.chat([{"role": "tool", "content": "4"}])
     assert refused.value.param == "messages"
 
 
-def test_a_model_without_a_template_does_not_chat(space_tokenizer: Tokenizer) -> None:
+def test_chat_without_a_template_is_an_invalid_request(space_tokenizer: Tokenizer) -> None:
     assert not space_tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
         space_tokenizer.chat([{"role": "user", "content": "hello"}])
@@ -130,7 +132,7 @@ def test_a_conversation_over_the_limit_is_refused(byte_tokenizer: Tokenizer) -> 
         byte_tokenizer.chat([{"role": "user", "content": "hello"}], limit=3)
 
 
-def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
+def test_bytes_of_tokens_join_to_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
     text = "the cat 你好 🙂"
     ids = tokenizer.encode(text, add_special=False)
 
@@ -146,7 +148,7 @@ def test_special_tokens_are_known(byte_tokenizer: Tokenizer) -> None:
     assert byte_tokenizer.size == 280
 
 
-def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="No tokenizer"):
         tokenizers.load(str(tmp_path))
 

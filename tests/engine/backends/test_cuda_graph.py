@@ -1,14 +1,12 @@
-"""A step that is replayed gives the rows of the pass it replaces, and touches nothing else.
+"""A replayed decode step gives the logits of the pass that it replaces, and writes nothing else.
 
-All but the graph itself runs here: elsewhere than on a GPU a recording is the recorded function.
+Everything but the graph itself runs on a CPU, where "capture" returns the function unchanged.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import threading
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,8 @@ import pytest
 import torch
 from numpy.random import default_rng
 from tests.engine.architectures import ROPE, VARLEN, VOCABULARY, build
-from tests.engine.harness import EngineHarness
-from tests.engine.test_exactness import ragged_story
+from tests.engine.harness import EngineHarness, GreedyHandler
+from tests.engine.test_exactness import ragged_scenario
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,23 +28,21 @@ from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import RaggedBatch, Segment
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest, LogitsOutput
+from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from transformers import PreTrainedModel
 
     from cascade.engine.backends.cuda_graph import Capture, Replay
 
 TOLERANCE = 1e-4
 
-ROWS = 1024  # of the pools
+SLOTS = 1024  # of the pools
 
-EXTENT = 192  # rows of each session
+RANGE = 192  # slots of each session
 
 CAPTURED = EngineSettings(cache_tokens=1024, path=Path.CAPTURED)
 
@@ -55,68 +51,68 @@ def numbers(count: int, *, seed: int = 7) -> tuple[int, ...]:
     return tuple(default_rng(seed).integers(3, VOCABULARY, size=count).tolist())
 
 
-class Twins:
-    """Sessions that a captured runner and a flat one hold alike."""
+class RunnerPair:
+    """A `captured` and a `flat` runner with the same sessions."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        rows: int = ROWS,
+        slots: int = SLOTS,
         capture: Capture | None = None,
     ) -> None:
         self.plain = model
-        self.captured = CudaGraphRunner(copy.deepcopy(model), capture=capture)
-        self.flat = VarlenRunner(copy.deepcopy(model))
+        self.graphs = CudaGraphRunner(copy.deepcopy(model), capture=capture)
+        self.varlen = VarlenRunner(copy.deepcopy(model))
         self.tokens: dict[int, tuple[int, ...]] = {}
-        for runner in (self.captured, self.flat):
-            runner.resize(num_slots=rows)
+        for runner in (self.graphs, self.varlen):
+            runner.resize(num_slots=slots)
 
     def open(self, *lengths: int) -> None:
-        """Begin sessions of `lengths` tokens in passes of their own."""
-        for place, length in enumerate(lengths):
-            self.run({place: numbers(length, seed=place)}, rows=0)
+        """Open sessions of `lengths` tokens, each in its own pass."""
+        for index, length in enumerate(lengths):
+            self.run({index: numbers(length, seed=index)}, num_logits=0)
 
-    def step(self, *places: int) -> tuple[Tensor, Tensor]:
-        """Append one token to each session; return both runners' rows."""
-        seeds = [1000 * place + len(self.tokens[place]) for place in places]
+    def step(self, *indices: int) -> tuple[Tensor, Tensor]:
+        """Append one token to each session; return both runners' logits."""
+        seeds = [1000 * index + len(self.tokens[index]) for index in indices]
         return self.run(
-            {place: numbers(1, seed=seed) for place, seed in zip(places, seeds, strict=True)},
-            rows=1,
+            {index: numbers(1, seed=seed) for index, seed in zip(indices, seeds, strict=True)},
+            num_logits=1,
         )
 
-    def roll_back(self, place: int, *, count: int) -> None:
-        """Drop a session's last tokens; their rows stay as they are."""
-        self.tokens[place] = self.tokens[place][:-count]
+    def roll_back(self, index: int, *, count: int) -> None:
+        """Drop a session's last tokens; their slots stay as they are."""
+        self.tokens[index] = self.tokens[index][:-count]
 
-    def run(self, new: dict[int, tuple[int, ...]], *, rows: int) -> tuple[Tensor, Tensor]:
-        """Append tokens to sessions in one pass; return both runners' rows."""
+    def run(self, new: dict[int, tuple[int, ...]], *, num_logits: int) -> tuple[Tensor, Tensor]:
+        """Append tokens to sessions in one pass; return both runners' logits."""
         segments = [
             Segment(
-                start=place * EXTENT,
-                past=len(self.tokens.get(place, ())),
+                start=index * RANGE,
+                past=len(self.tokens.get(index, ())),
                 tokens=tokens,
-                num_logits=rows,
+                num_logits=num_logits,
             )
-            for place, tokens in new.items()
+            for index, tokens in new.items()
         ]
-        for place, tokens in new.items():
-            self.tokens[place] = (*self.tokens.get(place, ()), *tokens)
+        for index, tokens in new.items():
+            self.tokens[index] = (*self.tokens.get(index, ()), *tokens)
         with torch.inference_mode():
-            return self.captured.forward(segments), self.flat.forward(segments)
+            return self.graphs.forward(segments), self.varlen.forward(segments)
 
-    def expected(self, *places: int) -> Tensor:
-        """Return the last row of a plain forward pass over each session."""
+    def expected(self, *indices: int) -> Tensor:
+        """Return the last logits of a plain forward pass over each session."""
         with torch.inference_mode():
             return torch.stack(
                 [
-                    self.plain(input_ids=self._ids(place), use_cache=False).logits[0, -1]
-                    for place in places
+                    self.plain(input_ids=self._ids(index), use_cache=False).logits[0, -1]
+                    for index in indices
                 ]
             )
 
-    def _ids(self, place: int) -> Tensor:
-        return torch.tensor([self.tokens[place]], device=self.plain.device)
+    def _ids(self, index: int) -> Tensor:
+        return torch.tensor([self.tokens[index]], device=self.plain.device)
 
 
 def buckets(*shapes: tuple[int, int]) -> set[Bucket]:
@@ -129,87 +125,87 @@ def states(runner: VarlenRunner) -> list[Tensor]:
     return [one.clone() for pair in layers for one in pair]
 
 
-def agree(got_NV: Tensor, want_NV: Tensor) -> bool:
-    assert got_NV.shape == want_NV.shape
-    return bool(((got_NV - want_NV).abs().max() < TOLERANCE).item())
+def agree(graph_NV: Tensor, want_NV: Tensor) -> bool:
+    assert graph_NV.shape == want_NV.shape
+    return bool(((graph_NV - want_NV).abs().max() < TOLERANCE).item())
 
 
 @pytest.mark.parametrize("name", VARLEN)
-def test_replayed_rows_are_the_flat_and_the_plain_rows(name: str) -> None:
-    """One to five sessions, across borders of sessions (4, 5) and of keys (127 to 129)."""
-    twins = Twins(build(name))
-    twins.open(126, 3, 40, 17, 80)
+def test_replayed_logits_are_exact(name: str) -> None:
+    """One to five sessions, across the limits of session (4, 5) and key (127 to 129) buckets."""
+    runners = RunnerPair(build(name))
+    runners.open(126, 3, 40, 17, 80)
 
     for count in (1, 2, 3, 4, 5):
-        places = range(count)
-        got_NV, flat_NV = twins.step(*places)
-        assert agree(got_NV, flat_NV)
-        assert agree(got_NV, twins.expected(*places))
+        indices = range(count)
+        graph_NV, varlen_NV = runners.step(*indices)
+        assert agree(graph_NV, varlen_NV)
+        assert agree(graph_NV, runners.expected(*indices))
 
-    assert len(twins.tokens[0]) == 131
-    assert twins.captured.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
+    assert len(runners.tokens[0]) == 131
+    assert runners.graphs.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "deepseek-v3"])
-def test_a_bucket_serves_again_after_rollbacks_and_other_passes(name: str) -> None:
-    twins = Twins(build(name))
-    twins.open(30, 60, 9)
-    twins.step(0, 1, 2)
+def test_a_graph_is_reused_after_rollbacks_and_other_passes(name: str) -> None:
+    runners = RunnerPair(build(name))
+    runners.open(30, 60, 9)
+    runners.step(0, 1, 2)
 
-    twins.roll_back(1, count=25)
-    twins.roll_back(2, count=1)
+    runners.roll_back(1, count=25)
+    runners.roll_back(2, count=1)
     for order in ((2, 0, 1), (1, 2, 0)):
-        got_NV, flat_NV = twins.step(*order)
-        assert agree(got_NV, flat_NV)
-        assert agree(got_NV, twins.expected(*order))
-        got_NV, flat_NV = twins.run({0: numbers(5), 1: numbers(1)}, rows=1)
-        assert agree(got_NV, flat_NV)
+        graph_NV, varlen_NV = runners.step(*order)
+        assert agree(graph_NV, varlen_NV)
+        assert agree(graph_NV, runners.expected(*order))
+        graph_NV, varlen_NV = runners.run({0: numbers(5), 1: numbers(1)}, num_logits=1)
+        assert agree(graph_NV, varlen_NV)
 
-    assert twins.captured.captured_buckets == buckets((4, 128))
+    assert runners.graphs.captured_buckets == buckets((4, 128))
 
 
 @pytest.mark.parametrize("name", VARLEN)
-def test_an_engine_on_the_captured_path_gives_the_plain_rows(name: str) -> None:
-    bench = EngineHarness(build(name), CAPTURED)
+def test_the_captured_path_is_exact(name: str) -> None:
+    harness = EngineHarness(build(name), CAPTURED)
 
-    ragged_story(bench)
+    ragged_scenario(harness)
 
-    assert isinstance(bench.engine.runner, CudaGraphRunner)
-    assert bench.engine.runner.captured_buckets
-    assert bench.worst < TOLERANCE
+    assert isinstance(harness.engine.runner, CudaGraphRunner)
+    assert harness.engine.runner.captured_buckets
+    assert harness.worst < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ROPE)
 def test_rope_that_follows_the_longest_position_is_never_captured(name: str) -> None:
-    bench = EngineHarness(build(name), CAPTURED)
+    harness = EngineHarness(build(name), CAPTURED)
 
     for session, length in (("short", 20), ("long", 90)):
-        bench.run_until_done(bench.submit(session, numbers(length), rows=1))
-        bench.run_until_done(bench.submit(session, numbers(1), rows=1))
+        harness.run(session, numbers(length))
+        harness.run(session, numbers(1))
 
-    assert isinstance(bench.engine.runner, CudaGraphRunner)
-    assert not bench.engine.runner.captured_buckets
-    assert bench.worst < TOLERANCE
-
-
-def test_a_replay_writes_its_sessions_new_rows_and_scratch_alone() -> None:
-    twins = Twins(build("llama"))
-    twins.open(20, 127, 5)
-    before = states(twins.captured)
-    news = [place * EXTENT + len(twins.tokens[place]) for place in range(3)]
-
-    twins.step(0, 1, 2)
-
-    others_R = torch.ones(twins.captured.pool.num_slots, dtype=torch.bool)
-    others_R[news] = False
-    others_R[ROWS:] = False
-    for old_HRD, new_HRD in zip(before, states(twins.captured), strict=True):
-        assert torch.equal(old_HRD[:, others_R], new_HRD[:, others_R])
-        assert not torch.equal(old_HRD[:, news], new_HRD[:, news])
+    assert isinstance(harness.engine.runner, CudaGraphRunner)
+    assert not harness.engine.runner.captured_buckets
+    assert harness.worst < TOLERANCE
 
 
-def test_rows_outlive_the_next_replay() -> None:
-    """A graph writes its logits where it wrote those before."""
+def test_a_replay_writes_only_new_slots_and_scratch() -> None:
+    runners = RunnerPair(build("llama"))
+    runners.open(20, 127, 5)
+    before = states(runners.graphs)
+    new_slots = [index * RANGE + len(runners.tokens[index]) for index in range(3)]
+
+    runners.step(0, 1, 2)
+
+    other_R = torch.ones(runners.graphs.pool.num_slots, dtype=torch.bool)
+    other_R[new_slots] = False
+    other_R[SLOTS:] = False
+    for old_HRD, new_HRD in zip(before, states(runners.graphs), strict=True):
+        assert torch.equal(old_HRD[:, other_R], new_HRD[:, other_R])
+        assert not torch.equal(old_HRD[:, new_slots], new_HRD[:, new_slots])
+
+
+def test_logits_are_not_overwritten_by_the_next_replay() -> None:
+    """A graph writes its logits to the same memory each time."""
     memory: dict[str, Tensor] = {}
 
     def capture(run: Replay) -> Replay:
@@ -218,22 +214,22 @@ def test_rows_outlive_the_next_replay() -> None:
 
         return replay
 
-    twins = Twins(build("llama"), capture=capture)
-    twins.open(20, 30)
-    first_NV, flat_NV = twins.step(0, 1)
-    twins.step(0, 1)
+    runners = RunnerPair(build("llama"), capture=capture)
+    runners.open(20, 30)
+    first_NV, varlen_NV = runners.step(0, 1)
+    runners.step(0, 1)
 
-    assert agree(first_NV, flat_NV)
+    assert agree(first_NV, varlen_NV)
 
 
-def test_a_new_pool_is_recorded_anew() -> None:
-    twins = Twins(build("llama"))
-    twins.open(20)
-    twins.step(0)
-    twins.captured.resize(num_slots=2 * ROWS)
+def test_resizing_the_pool_drops_the_graphs() -> None:
+    runners = RunnerPair(build("llama"))
+    runners.open(20)
+    runners.step(0)
+    runners.graphs.resize(num_slots=2 * SLOTS)
 
-    assert not twins.captured.captured_buckets
-    assert twins.captured.pool.num_slots > 2 * ROWS
+    assert not runners.graphs.captured_buckets
+    assert runners.graphs.pool.num_slots > 2 * SLOTS
 
 
 @pytest.mark.parametrize(
@@ -243,19 +239,19 @@ def test_a_new_pool_is_recorded_anew() -> None:
         [Segment(start=0, past=20, tokens=(5,), num_logits=0)],
         [
             Segment(start=0, past=20, tokens=(5,), num_logits=1),
-            Segment(start=EXTENT, past=0, tokens=(5, 6, 7), num_logits=1),
+            Segment(start=RANGE, past=0, tokens=(5, 6, 7), num_logits=1),
         ],
     ],
 )
 def test_other_passes_are_not_replayed(segments: list[Segment]) -> None:
-    twins = Twins(build("llama"))
-    twins.open(20)
+    runners = RunnerPair(build("llama"))
+    runners.open(20)
 
     with torch.inference_mode():
-        rows = twins.captured.forward(segments)
+        rows = runners.graphs.forward(segments)
 
     assert len(rows) == sum(one.num_logits for one in segments)
-    assert not twins.captured.captured_buckets
+    assert not runners.graphs.captured_buckets
 
 
 @pytest.mark.parametrize(("limit", "most"), [("MAX_SESSIONS", 2), ("MAX_KEYS", 256)])
@@ -263,109 +259,80 @@ def test_passes_above_the_largest_bucket_are_not_replayed(
     limit: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graph, limit, most)
-    twins = Twins(build("llama"))
-    twins.open(20, 30, 40)
+    runners = RunnerPair(build("llama"))
+    runners.open(20, 30, 40)
 
-    got_NV, flat_NV = twins.step(0, 1, 2)
-    assert agree(got_NV, flat_NV)
-    assert not twins.captured.captured_buckets
+    graph_NV, varlen_NV = runners.step(0, 1, 2)
+    assert agree(graph_NV, varlen_NV)
+    assert not runners.graphs.captured_buckets
 
-    twins.step(0, 1)
-    assert twins.captured.captured_buckets == buckets((2, 128))
+    runners.step(0, 1)
+    assert runners.graphs.captured_buckets == buckets((2, 128))
 
 
-def test_the_largest_bucket_fits_the_scratch_rows() -> None:
-    """A graph runs over scratch rows alone before it is captured."""
-    places = range(cuda_graph.MAX_SESSIONS // 2 + 1)
+def test_the_largest_bucket_fits_the_scratch_slots() -> None:
+    """Before its capture a graph runs only over scratch slots."""
+    indices = range(cuda_graph.MAX_SESSIONS // 2 + 1)
     alone: list[int] = []
 
     def capture(run: Replay) -> Replay:
-        before = states(twins.captured)
+        before = states(runners.graphs)
         alone.append(len(run()))
-        for old_HRD, new_HRD in zip(before, states(twins.captured), strict=True):
-            assert torch.equal(old_HRD[:, :rows], new_HRD[:, :rows])
+        for old_HRD, new_HRD in zip(before, states(runners.graphs), strict=True):
+            assert torch.equal(old_HRD[:, :slots], new_HRD[:, :slots])
         return run
 
-    rows = len(places) * EXTENT
-    twins = Twins(build("llama"), rows=rows, capture=capture)
-    twins.open(*(3 for _ in places))
-    got_NV, flat_NV = twins.step(*places)
+    slots = len(indices) * RANGE
+    runners = RunnerPair(build("llama"), slots=slots, capture=capture)
+    runners.open(*(3 for _ in indices))
+    graph_NV, varlen_NV = runners.step(*indices)
 
     assert alone == [cuda_graph.MAX_SESSIONS]
-    assert agree(got_NV, flat_NV)
-    assert twins.captured.captured_buckets == buckets((cuda_graph.MAX_SESSIONS, 128))
+    assert agree(graph_NV, varlen_NV)
+    assert runners.graphs.captured_buckets == buckets((cuda_graph.MAX_SESSIONS, 128))
 
 
-def test_a_capture_that_fails_leaves_the_flat_path_for_good(
+def test_after_a_failed_capture_the_flat_path_serves_all_passes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tries: list[int] = []
+    attempts: list[int] = []
 
     def fail(_: Replay) -> Replay:
-        tries.append(1)
+        attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    twins = Twins(build("llama"), capture=fail)
-    twins.open(20, 30)
+    runners = RunnerPair(build("llama"), capture=fail)
+    runners.open(20, 30)
     with caplog.at_level(logging.WARNING):
-        for places in ((0,), (0, 1), (1, 0)):
-            got_NV, flat_NV = twins.step(*places)
-            assert torch.equal(got_NV, flat_NV)
+        for indices in ((0,), (0, 1), (1, 0)):
+            graph_NV, varlen_NV = runners.step(*indices)
+            assert torch.equal(graph_NV, varlen_NV)
 
-    assert len(tries) == 1
+    assert len(attempts) == 1
     assert len([one for one in caplog.records if "was not captured" in one.message]) == 1
-    assert not twins.captured.captured_buckets
+    assert not runners.graphs.captured_buckets
 
 
-def test_buckets_recorded_before_a_failure_go_on() -> None:
-    served: list[int] = []
+def test_buckets_captured_before_a_failure_are_still_used() -> None:
+    captures: list[int] = []
 
     def capture(run: Replay) -> Replay:
-        if served:
+        if captures:
             raise torch.OutOfMemoryError
-        served.append(1)
+        captures.append(1)
         return run
 
-    twins = Twins(build("llama"), capture=capture)
-    twins.open(20, 30, 40)
-    for places in ((0, 1), (0, 1, 2), (1, 0)):
-        got_NV, flat_NV = twins.step(*places)
-        assert agree(got_NV, flat_NV)
+    runners = RunnerPair(build("llama"), capture=capture)
+    runners.open(20, 30, 40)
+    for indices in ((0, 1), (0, 1, 2), (1, 0)):
+        graph_NV, varlen_NV = runners.step(*indices)
+        assert agree(graph_NV, varlen_NV)
 
-    assert twins.captured.captured_buckets == buckets((2, 128))
-
-
-@dataclass
-class Greedy:
-    """A head that writes the likeliest tokens after each session's prompt."""
-
-    prompts: dict[str, tuple[int, ...]]
-    length: int
-    written: dict[str, list[int]] = field(default_factory=dict)
-    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-
-    def finish(
-        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
-    ) -> Sequence[ForwardRequest]:
-        return list(self._follow(outputs, logits_NV.argmax(-1).tolist()))
-
-    def fail(self, request: ForwardRequest, error: Exception) -> None:
-        raise AssertionError(request) from error
-
-    def _follow(self, ready: Sequence[LogitsOutput], tokens: list[int]) -> Iterator[ForwardRequest]:
-        for one, token in zip(ready, tokens, strict=True):
-            session = one.request.session
-            written = self.written.setdefault(session, [])
-            written.append(token)
-            if len(written) == self.length:
-                self.ended.release()
-                continue
-            base = len(self.prompts[session]) + len(written) - 1
-            yield ForwardRequest(session=session, base=base, tokens=[token], num_logits=1)
+    assert runners.graphs.captured_buckets == buckets((2, 128))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
-def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     model = build(name)
     lengths = {"a": 4, "b": 110, "c": 61}
     prompts = {one: numbers(length, seed=length) for one, length in lengths.items()}
@@ -375,37 +342,37 @@ def test_greedy_text_of_an_engine_is_that_of_transformers(name: str) -> None:
         )[0, len(prompt) :].tolist()
         for one, prompt in prompts.items()
     }
-    head = Greedy(prompts=prompts, length=30)
-    engine = Engine(adopt(model), handler=head, settings=CAPTURED)
+    handler = GreedyHandler(length=30)
+    engine = Engine(adopt(model), handler=handler, settings=CAPTURED)
     for one, prompt in prompts.items():
         engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, num_logits=1))
     engine.start()
-    assert all(head.ended.acquire(timeout=60) for _ in prompts)
+    assert all(handler.ended.acquire(timeout=60) for _ in prompts)
     engine.stop()
 
-    assert head.written == expected
+    assert handler.generated == expected
     assert isinstance(engine.runner, CudaGraphRunner)
     assert engine.runner.captured_buckets == buckets((4, 128), (4, 256))
 
 
-def test_the_proof_at_load_replays() -> None:
+def test_the_check_at_load_replays_graphs() -> None:
     runner = select.select_runner(build("llama"), settings=CAPTURED)
 
     assert isinstance(runner, CudaGraphRunner)
     assert runner.captured_buckets == buckets((1, 128), (2, 128))
 
 
-def test_a_replay_that_gives_wrong_rows_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unread(_: StaticBatch, query_THD: Tensor, *__: Any) -> Tensor:
+def test_a_replay_with_wrong_logits_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_attention(_: StaticBatch, query_THD: Tensor, *__: Any) -> Tensor:
         return query_THD
 
-    monkeypatch.setattr(StaticBatch, "attend", unread)
+    monkeypatch.setattr(StaticBatch, "attend", without_attention)
 
     with pytest.raises(UnsupportedModel, match="captured path: its logits differ"):
         select.select_runner(build("llama"), settings=CAPTURED)
 
 
-def test_deterministic_rows_are_not_to_be_had_here() -> None:
+def test_the_captured_path_is_not_deterministic() -> None:
     settings = EngineSettings(path=Path.CAPTURED, deterministic=True)
 
     with pytest.raises(UnsupportedModel, match="captured path: its logits depend on the batch"):
@@ -421,17 +388,17 @@ def test_deterministic_rows_are_not_to_be_had_here() -> None:
         ("cpu", Path.CAPTURED, [Path.CAPTURED]),
     ],
 )
-def test_a_gpu_is_asked_for_graphs_first(device: str, path: Path, tried: list[Path]) -> None:
+def test_paths_are_tried_fastest_first(device: str, path: Path, tried: list[Path]) -> None:
     model: Any = SimpleNamespace(device=torch.device(device))
     settings = EngineSettings(path=path, packed=False)
 
     assert [path for path, _ in select.paths(model, settings)] == tried
 
 
-class Moves(TorchDispatchMode):
-    """Notes every operator that has tensors of two devices or brings a number to one.
+class DeviceReads(TorchDispatchMode):
+    """Records every operator that has tensors of two devices or copies a number to one.
 
-    On "meta" a read of a number fails by itself, as any of these would in a capture.
+    Any of these would fail in a capture. On "meta" reading a number fails anyway.
     """
 
     def __init__(self) -> None:
@@ -451,12 +418,12 @@ class Moves(TorchDispatchMode):
         return out
 
 
-def blind(name: str) -> Moves:
-    """Run what is captured of four sessions where no number can be read."""
-    recorded: list[Replay] = []
+def run_on_meta(name: str) -> DeviceReads:
+    """Run a bucket of four sessions on a device where no number can be read."""
+    captured: list[Replay] = []
 
     def capture(run: Replay) -> Replay:
-        recorded.append(run)
+        captured.append(run)
         return run
 
     model = build(name)
@@ -464,21 +431,21 @@ def blind(name: str) -> Moves:
     nn.Module.to(model, device="meta", dtype=torch.bfloat16)
     runner.device = torch.device("meta")
     runner.rope_lengths = RopeLengths()
-    runner.resize(num_slots=ROWS)
-    segments = [Segment(start=i * EXTENT, past=20, tokens=(5,), num_logits=1) for i in range(4)]
+    runner.resize(num_slots=SLOTS)
+    segments = [Segment(start=i * RANGE, past=20, tokens=(5,), num_logits=1) for i in range(4)]
     with torch.inference_mode():
         assert runner.forward(segments).shape == (4, VOCABULARY)
-        with Moves() as moves:
-            recorded[0]()
-    return moves
+        with DeviceReads() as reads:
+            captured[0]()
+    return reads
 
 
 @pytest.mark.parametrize("name", VARLEN)
-def test_what_is_captured_never_reads_the_device(name: str) -> None:
-    moves = blind(name)
+def test_a_captured_pass_never_reads_the_device(name: str) -> None:
+    reads = run_on_meta(name)
 
-    assert "aten.index_copy_.default" in moves.seen
-    assert not moves.found
+    assert "aten.index_copy_.default" in reads.seen
+    assert not reads.found
 
 
 def same_size(query_THD: Tensor, values_JRD: Tensor, params: attention.AttentionParams) -> bool:
@@ -486,29 +453,33 @@ def same_size(query_THD: Tensor, values_JRD: Tensor, params: attention.Attention
 
 
 @pytest.mark.parametrize("name", sorted(set(VARLEN) - {"gemma2", "gpt-oss", "deepseek-v3"}))
-def test_with_flash_attention_neither(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_in_a_captured_pass_never_reads_the_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "flash_supports", same_size)
 
-    moves = blind(name)
+    reads = run_on_meta(name)
 
-    assert "aten._flash_attention_forward.default" in moves.seen
-    assert not moves.found
+    assert "aten._flash_attention_forward.default" in reads.seen
+    assert not reads.found
 
 
-def test_a_read_of_the_device_would_be_seen() -> None:
+def test_a_read_of_the_device_is_detected() -> None:
     with pytest.raises(RuntimeError, match="meta"):
-        blind("dynamic")
+        run_on_meta("dynamic")
 
 
-def test_flash_attention_is_told_of_the_same_rows_as_on_the_flat_path() -> None:
-    places = ((0, 20), (EXTENT, 126), (2 * EXTENT, 3))
+def test_flash_attention_gets_the_same_arguments_as_on_the_flat_path() -> None:
+    starts = ((0, 20), (RANGE, 126), (2 * RANGE, 3))
     segments = [
-        Segment(start=start, past=past, tokens=(5,), num_logits=1) for start, past in places
+        Segment(start=start, past=past, tokens=(5,), num_logits=1) for start, past in starts
     ]
-    inputs_5N = torch.tensor([(5, past, start + past, start, past + 1) for start, past in places]).T
-    flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=ROWS).varlen
+    inputs_5N = torch.tensor(
+        [(5, past, start + past, start, past + 1) for start, past in indices]
+    ).T
+    flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=SLOTS).varlen
 
-    ours = StaticBatch(inputs_5N, keys=256, num_slots=ROWS).varlen
+    ours = StaticBatch(inputs_5N, keys=256, num_slots=SLOTS).varlen
 
     assert all(torch.equal(one, other) for one, other in zip(ours[:3], flat[:3], strict=True))
     assert [one.dtype for one in ours[:3]] == [torch.int32] * 3
@@ -516,30 +487,30 @@ def test_flash_attention_is_told_of_the_same_rows_as_on_the_flat_path() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is what is tested")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gemma2"])
-def test_a_graph_gives_the_flat_rows(name: str, dtype: torch.dtype) -> None:
+def test_a_cuda_graph_gives_the_logits_of_the_flat_path(name: str, dtype: torch.dtype) -> None:
     model = build(name)
     nn.Module.to(model, device="cuda", dtype=dtype)
-    twins = Twins(model)
-    twins.open(126, 3, 40, 17, 80)
+    runners = RunnerPair(model)
+    runners.open(126, 3, 40, 17, 80)
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
 
     for count in (1, 2, 3, 4, 5, 5, 3):
-        got_NV, flat_NV = twins.step(*range(count))
-        assert (got_NV - flat_NV).abs().max() < tolerance * flat_NV.abs().max()
+        graph_NV, varlen_NV = runners.step(*range(count))
+        assert (graph_NV - varlen_NV).abs().max() < tolerance * varlen_NV.abs().max()
 
-    assert twins.captured.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
+    assert runners.graphs.captured_buckets == buckets((1, 128), (2, 128), (4, 256), (8, 256))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is what is tested")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_replay_does_not_wait_for_the_device() -> None:
     model = build("llama")
     nn.Module.to(model, device="cuda", dtype=torch.bfloat16)
     runner = CudaGraphRunner(model)
-    runner.resize(num_slots=ROWS)
+    runner.resize(num_slots=SLOTS)
     segments = [Segment(start=0, past=20, tokens=(5,), num_logits=1)]
 
     with torch.inference_mode():

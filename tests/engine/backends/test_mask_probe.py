@@ -18,7 +18,7 @@ from cascade.engine.backends.base import PathUnsupported
         ("gemma3", [16, 16, 16, None]),
     ],
 )
-def test_each_layers_window_is_found(name: str, expected: list[int | None]) -> None:
+def test_the_window_of_each_layer_is_found(name: str, expected: list[int | None]) -> None:
     assert list(mask_probe.windows(build(name)).values()) == expected
 
 
@@ -30,7 +30,7 @@ def test_each_layers_window_is_found(name: str, expected: list[int | None]) -> N
         ("gpt-j", "do not use the attention interface"),
     ],
 )
-def test_other_laws_are_not_for_the_flat_path(name: str, reason: str) -> None:
+def test_other_attention_patterns_are_unsupported(name: str, reason: str) -> None:
     with pytest.raises(PathUnsupported, match=reason):
         mask_probe.windows(build(name))
 

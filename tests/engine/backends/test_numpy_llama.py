@@ -1,4 +1,4 @@
-"""A token alone, on numpy, gets the row that torch gives it."""
+"""Single tokens in numpy get the logits that torch gives them."""
 
 from __future__ import annotations
 
@@ -16,50 +16,54 @@ from cascade.engine.batch import Segment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = tuple((7 * place + 3) % VOCABULARY for place in range(60))
+TOKENS = tuple((7 * index + 3) % VOCABULARY for index in range(60))
 
 START, PROMPT = 128, 5
 
 
-def rows(model: PreTrainedModel, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of tokens one by one, and what the pool holds of them then."""
+def decode(model: PreTrainedModel, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode token by token; return the logits and the states in the pool."""
     runner = CpuLlamaRunner(model, packed=packed)
     assert (runner.numpy_llama is not None) is packed
     runner.resize(num_slots=256)
     with torch.inference_mode():
         runner.forward([Segment(start=START, past=0, tokens=TOKENS[:PROMPT])])
-        found = [
+        logits = [
             runner.forward(
-                [Segment(start=START, past=place, tokens=TOKENS[place:][:1], num_logits=1)]
+                [Segment(start=START, past=past, tokens=TOKENS[past:][:1], num_logits=1)]
             )
-            for place in range(PROMPT, len(TOKENS))
+            for past in range(PROMPT, len(TOKENS))
         ]
-    return torch.cat(found), runner.pool.states_L2JRD[..., START : START + len(TOKENS), :]
+    return torch.cat(logits), runner.pool.states_L2JRD[..., START : START + len(TOKENS), :]
 
 
 @pytest.mark.parametrize("name", LLAMA_LIKE)
-def test_rows_and_states_are_those_of_torch(name: str) -> None:
+def test_logits_and_states_are_those_of_torch(name: str) -> None:
     model = build(name)
-    for quick, plain in zip(rows(model, packed=True), rows(model, packed=False), strict=True):
-        torch.testing.assert_close(quick, plain, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(
+        decode(model, packed=True), decode(model, packed=False), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_few_sessions_get_the_rows_they_get_alone() -> None:
+def test_a_few_sessions_get_the_same_logits_together_as_alone() -> None:
     runner = CpuLlamaRunner(build("llama"))
     runner.resize(num_slots=512)
     prompts = [
         Segment(start=128 * n, past=0, tokens=TOKENS[n:][: 9 + n])
         for n in range(numpy_llama.MAX_SESSIONS)
     ]
-    steps = [Segment(start=one.start, past=one.count, tokens=(7,), num_logits=1) for one in prompts]
+    segments = [
+        Segment(start=one.start, past=one.count, tokens=(7,), num_logits=1) for one in prompts
+    ]
     with torch.inference_mode():
         runner.forward(prompts)
-        together = runner.forward(steps)
-        alone = torch.cat([runner.forward([one]) for one in steps])
+        together = runner.forward(segments)
+        alone = torch.cat([runner.forward([one]) for one in segments])
     assert torch.equal(together, alone)
 
 
-def test_no_other_row_of_the_pool_is_touched() -> None:
+def test_only_the_new_slot_is_written() -> None:
     runner = CpuLlamaRunner(build("llama"))
     runner.resize(num_slots=256)
     with torch.inference_mode():
@@ -70,16 +74,16 @@ def test_no_other_row_of_the_pool_is_touched() -> None:
     assert changed.nonzero().view(-1).tolist() == [START + 9]
 
 
-def test_large_matrices_keep_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_with_large_matrices_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_llama, "MAX_WEIGHTS", 1000)
     assert CpuLlamaRunner(build("llama")).numpy_llama is None
 
 
-def test_rows_that_must_not_depend_on_the_batch_are_not_made_so() -> None:
+def test_deterministic_runners_do_not_use_numpy() -> None:
     assert CpuLlamaRunner(build("llama"), deterministic=True).numpy_llama is None
 
 
-def test_half_precision_stays_with_torch() -> None:
+def test_half_precision_does_not_run_in_numpy() -> None:
     model = build("llama")
     nn.Module.to(model, torch.bfloat16)
     assert CpuLlamaRunner(model).numpy_llama is None

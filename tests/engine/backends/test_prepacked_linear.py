@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-TOKENS = [3 + 7 * place % 200 for place in range(40)]
+TOKENS = [3 + 7 * index % 200 for index in range(40)]
 
 
 BOTH = (torch.float32, torch.bfloat16)
@@ -66,66 +66,68 @@ def test_a_packed_model_computes_what_it_did(
         assert difference < share * plain(tokens).logits.abs().max()
 
 
-def test_other_precisions_stay_as_they_are() -> None:
+def test_other_precisions_are_not_packed() -> None:
     assert pack(llama(torch.float16)) == 0
 
 
 @packs
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("columns", [64, 1024, 1536])
-def test_deterministic_rows_are_the_same_in_any_batch(dtype: torch.dtype, columns: int) -> None:
-    """Beyond 1024 columns the kernels sum a row alone in another order than rows together."""
+def test_deterministic_layers_do_not_depend_on_the_batch(dtype: torch.dtype, columns: int) -> None:
+    """Beyond 1024 columns the kernels sum one vector in another order than several."""
     chance = torch.Generator().manual_seed(0)
     weight_OK = torch.randn(96, columns, generator=chance).to(dtype)
-    rows_NK = torch.randn(70, columns, generator=chance).to(dtype)
+    inputs_NK = torch.randn(70, columns, generator=chance).to(dtype)
     linear = packed(weight_OK, deterministic=True)
 
-    alone_NO = torch.cat([linear(row) for row in rows_NK.split(1)])
+    alone_NO = torch.cat([linear(vector) for vector in inputs_NK.split(1)])
 
     for size in (2, 3, 31, 32, 33, 70):
-        assert torch.equal(torch.cat([linear(some) for some in rows_NK.split(size)]), alone_NO)
-    assert linear(rows_NK[:0]).shape == (0, 96)
+        assert torch.equal(torch.cat([linear(some) for some in inputs_NK.split(size)]), alone_NO)
+    assert linear(inputs_NK[:0]).shape == (0, 96)
 
 
-def rows(
-    engine: Engine, head: RecordingHandler, session: str, *, first: int, count: int
+def logits_of(
+    engine: Engine, handler: RecordingHandler, session: str, *, first: int, count: int
 ) -> torch.Tensor:
     tokens = TOKENS[first : first + count]
-    step = ForwardRequest(session=SessionId(session), base=first, tokens=tokens, num_logits=count)
-    answer = head.expect(step, context=[])
-    engine.submit(step)
-    while not answer.ended:
+    request = ForwardRequest(
+        session=SessionId(session), base=first, tokens=tokens, num_logits=count
+    )
+    received = handler.expect(request, context=[])
+    engine.submit(request)
+    while not received.ended:
         engine.step()
-    return torch.stack(answer.rows)
+    return torch.stack(received.logits)
 
 
 @packs
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("dtype", BOTH)
-def test_blocks_beside_others_give_the_very_bits_of_tokens_alone(
+def test_blocks_beside_others_have_the_same_bits_as_single_tokens(
     build: Callable[..., PreTrainedModel], dtype: torch.dtype
 ) -> None:
-    """Greedy text is the same to the bit at every block length, on both paths."""
-    head = RecordingHandler()
+    """Deterministic logits do not depend on the block length, for Linear and Conv1D layers."""
+    handler = RecordingHandler()
     settings = EngineSettings(cache_tokens=2048, deterministic=True, prefix_reuse=False)
-    engine = Engine(adopt(build(dtype)), handler=head, settings=settings)
-    rows(engine, head, "alone", first=0, count=20)
+    engine = Engine(adopt(build(dtype)), handler=handler, settings=settings)
+    logits_of(engine, handler, "alone", first=0, count=20)
     alone = torch.cat(
-        [rows(engine, head, "alone", first=place, count=1) for place in range(20, 40)]
+        [logits_of(engine, handler, "alone", first=start, count=1) for start in range(20, 40)]
     )
 
     for other in range(9):
-        rows(engine, head, f"other {other}", first=0, count=11 + other)
-    rows(engine, head, "block", first=0, count=20)
+        logits_of(engine, handler, f"other {other}", first=0, count=11 + other)
+    logits_of(engine, handler, "block", first=0, count=20)
     blocks: list[torch.Tensor] = []
-    for place in range(20, 40, 5):
+    for start in range(20, 40, 5):
         for other in range(9):
-            step = ForwardRequest(
+            request = ForwardRequest(
                 session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], num_logits=6
             )
-            head.expect(step, context=[])
-            engine.submit(step)
-        blocks.append(rows(engine, head, "block", first=place, count=5))
+            handler.expect(request, context=[])
+            engine.submit(request)
+        blocks.append(logits_of(engine, handler, "block", first=start, count=5))
 
     assert torch.equal(torch.cat(blocks), alone)
-    assert max(map(len, head.passes)) == 10
+    assert max(map(len, handler.passes)) == 10

@@ -25,14 +25,14 @@ def test_the_first_exact_path_is_taken(name: str, path: type) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3-moe"])
-def test_half_precision_is_no_reason_to_refuse(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_passes_the_check(name: str, dtype: torch.dtype) -> None:
     model = build(name)
     torch.nn.Module.to(model, dtype)
 
     assert isinstance(select.select_runner(model, settings=AUTO), VarlenRunner | CpuLlamaRunner)
 
 
-def test_a_path_that_is_asked_for_is_not_replaced() -> None:
+def test_a_path_that_is_set_is_not_replaced() -> None:
     for path, kind in ((Path.PADDED, PaddedRunner), (Path.FLAT, VarlenRunner)):
         only = EngineSettings(path=path)
         assert isinstance(select.select_runner(build("llama"), settings=only), kind)
@@ -51,11 +51,11 @@ def test_a_model_can_be_checked_again_after_an_engine_had_it() -> None:
 
 
 def unmasked(*_: object) -> None:
-    """Return no mask, as where every query sees every key."""
+    """Return no mask, as if every query saw every key."""
 
 
-def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that forgets to mask the refused tokens would speak fluently, and wrongly."""
+def test_wrong_logits_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that does not mask rejected tokens would give fluent but wrong text."""
     monkeypatch.setattr(RaggedBatch, "mask", unmasked)
 
     for path in (Path.LEAN, Path.FLAT):
