@@ -237,7 +237,9 @@ def door() -> TestClient:
     tree = Application()
     pair = tree.pair()
     words = pair.tokenizer.encode("Buzz Aldrin walked on the Moon, and so did eleven others.")
-    return TestClient(create_app(tree.serving_context(ScriptedGenerator(script=lambda _: words), pair)))
+    return TestClient(
+        create_app(tree.serving_context(ScriptedGenerator(script=lambda _: words), pair))
+    )
 
 
 def fields(value: Any, path: str) -> Entries:

@@ -33,8 +33,7 @@ from cascade.replica.metrics import LoadTracker, keep_reporting, resource_counts
 from cascade.replica.options import ReplicaOptions
 from cascade.router.leases import HedgedLeases, ServeLeases
 from cascade.router.tier_session import TierClient
-from cascade.settings import Application
-from cascade.settings import Tier as TierSettings
+from cascade.settings import Application, TierSettings
 from cascade.v1 import cascade_pb2
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ class ExpertScaling(Scaling):
         return replace(common, backlog=self.backlog, cache=self.cache)
 
 
-class Tier(Settings):
+class TierSettings(Settings):
     """A tier: its model, engine and replicas."""
 
     own: ClassVar[Path]
@@ -138,7 +138,7 @@ class Tier(Settings):
     pass_timeout_s: Seconds = 120.0  # of a forward pass, after which the replica counts as hung
 
     @model_validator(mode="after")
-    def _one_way_to_count(self) -> "Tier":
+    def _one_way_to_count(self) -> "TierSettings":
         counted = {"num_replicas", "autoscaling_config"} & self.deployment.model_fields_set
         if self.scaling is not None and counted:
             raise ValueError(f"set scaling or deployment.{counted.pop()}, not both")
@@ -186,13 +186,13 @@ class Tier(Settings):
         return threads.environment(threads=self.engine.threads)
 
 
-class Drafter(Tier):
+class Drafter(TierSettings):
     """The drafter tier."""
 
     own = demo.DRAFTER
 
 
-class Expert(Tier):
+class Expert(TierSettings):
     """The expert tier."""
 
     own = demo.EXPERT

@@ -12,7 +12,7 @@ from tests.support.benchmarks import answer
 
 from cascade.benchmark.load import ClosedLoop, OpenLoop, poisson, read_trace, run_load
 from cascade.errors import InvalidMeasurement, Unavailable
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Echo:
         self.open = 0
         self.most_open = 0
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         for _ in range(3):
@@ -63,7 +63,7 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
 
 async def test_a_failed_request_is_recorded_and_the_run_continues() -> None:
     run = await run_load(Echo(), bodies("a", "fail", "c"), ClosedLoop())
-    texts = [one.text if isinstance(one, Answer) else str(one) for one in run.results]
+    texts = [one.text if isinstance(one, CompletionResult) else str(one) for one in run.results]
     assert texts == ["a", "gone", "c"]
     assert len(run.answers) == 2
 

@@ -12,7 +12,7 @@ from cascade.benchmark.plan import Plan, held_out_requests, parse_variant, run_p
 from cascade.benchmark.systems import one_process, separate_processes
 from cascade.benchmark.transformers_baselines import Assistance
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.tasks import Family, Level
+from cascade.evaluation.tasks import Level, TaskFamily
 
 
 def plan(**changes: Any) -> Plan:
@@ -57,7 +57,7 @@ def test_held_out_requests_alternate_between_families() -> None:
 
 def test_more_items_than_a_family_has_are_refused() -> None:
     with pytest.raises(InvalidMeasurement, match="too small"):
-        held_out_requests(count=10**6, levels=[Level.EASY], families=[Family.FACTS])
+        held_out_requests(count=10**6, levels=[Level.EASY], families=[TaskFamily.FACTS])
 
 
 async def test_variants_and_baselines_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cascade.benchmark.metrics import RunMetrics
-    from cascade.evaluation.client import Answer
+    from cascade.evaluation.client import CompletionResult
 
 BODIES = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -32,7 +32,7 @@ class TurnRecorder:
         self.name = name
         self._turns = turns
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         if not self._turns or self._turns[-1] != self.name:
             self._turns.append(self.name)
         mode = body.get("cascade", {}).get("mode", "")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from cascade.benchmark.synthetic_model import (
     LABEL,
-    Shape,
+    ModelShape,
     parse_parameters,
     shape_for,
     with_synthetic_expert,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PROMPTS = ("Who is Buzz Aldrin?", "Clara has 3 books and finds 7 more. How many books has Clara?")
 
 
-def shape_of(config: Any, **changes: int) -> Shape:
+def shape_of(config: Any, **changes: int) -> ModelShape:
     """Return the sizes of a model, some of them changed."""
     own: dict[str, int] = {
         "hidden": config.hidden_size,
@@ -41,12 +41,12 @@ def shape_of(config: Any, **changes: int) -> Shape:
         "heads": config.num_attention_heads,
         "groups": config.num_key_value_heads,
     }
-    return Shape(**(own | changes))
+    return ModelShape(**(own | changes))
 
 
-def larger(config: Any) -> Shape:
+def larger(config: Any) -> ModelShape:
     """Return a shape that is larger in every way, by factors that are no powers of two."""
-    return Shape(
+    return ModelShape(
         hidden=6 * (config.num_key_value_heads + 2) * 16,
         intermediate=config.intermediate_size + 100,
         layers=config.num_hidden_layers + 3,

@@ -22,7 +22,7 @@ from cascade.errors import InvalidMeasurement
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cascade.evaluation.client import CompletionResult, Client, InProcessClient
+    from cascade.evaluation.client import Client, CompletionResult, InProcessClient
 
 QUESTIONS = ("Who is Buzz Aldrin?", "Translate to French: 37", "What is the capital of France?")
 
@@ -91,7 +91,9 @@ async def test_a_closed_loop_keeps_the_batches_full(
     assert sizes == [3, 3, 3]
 
 
-async def test_continuous_batching_gives_our_answers(pair: Pair, ours: list[CompletionResult]) -> None:
+async def test_continuous_batching_gives_our_answers(
+    pair: Pair, ours: list[CompletionResult]
+) -> None:
     async with continuous(pair, tokens=4096) as client:
         same(await ask(client), ours)
 

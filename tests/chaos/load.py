@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cascade.evaluation.tasks import Family, held_out
+from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.types import Origin
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def seeded(prompt: str, seed: int, *, tokens: int) -> Body:
 
 def request_bodies(*, tokens: int) -> list[Body]:
     """Return requests for facts and problems, half of them greedy and half sampled."""
-    items = held_out(Family.FACTS, count=PROMPTS) + held_out(Family.PROBLEMS, count=PROMPTS)
+    items = held_out(TaskFamily.FACTS, count=PROMPTS) + held_out(TaskFamily.PROBLEMS, count=PROMPTS)
     prompts = [item.prompt for item in items]
     return [
         *(greedy(prompt, tokens=tokens) for prompt in prompts[::2]),

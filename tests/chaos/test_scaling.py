@@ -16,7 +16,7 @@ from tests.chaos.cluster import config, wait_until
 from tests.chaos.faults import lower_priority
 from tests.chaos.load import greedy, streams
 
-from cascade.evaluation.tasks import Family, held_out
+from cascade.evaluation.tasks import TaskFamily, held_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,7 +114,7 @@ class Watch:
 
 def long_drafts() -> Load:
     """Return requests that are drafted in long blocks."""
-    prompts = [item.prompt for item in held_out(Family.FACTS, count=12)]
+    prompts = [item.prompt for item in held_out(TaskFamily.FACTS, count=12)]
     cascade = {"mode": "speculative", "draft_tokens": 16}
     bodies = [greedy(prompt, tokens=128, cascade=cascade) for prompt in prompts]
     return Load(name="long drafts", grows="Drafter", streams=24, bodies=bodies)
@@ -122,7 +122,7 @@ def long_drafts() -> Load:
 
 def long_prompts() -> Load:
     """Return long prompts with one-token answers; no two share a prefix."""
-    passages = " ".join(item.prompt for item in held_out(Family.PASSAGES, count=12))
+    passages = " ".join(item.prompt for item in held_out(TaskFamily.PASSAGES, count=12))
     cascade = {"mode": "speculative"}
     bodies = [
         greedy(f"{number}. {passages}"[:1800], tokens=1, cascade=cascade) for number in range(5000)

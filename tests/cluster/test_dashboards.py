@@ -10,11 +10,15 @@ import pytest
 import yaml
 from tests.cluster.test_yaml import FOLDER
 
-from cascade.observability.metric_specs import ENGINE, ROUTER, Kind
+from cascade.observability.metric_specs import ENGINE, ROUTER, MetricKind
 from cascade.observability.metrics import name_at_ray
 
 SERVES = {"application", "deployment", "replica"}
-ENDINGS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum")}
+ENDINGS = {
+    MetricKind.COUNTER: ("_total",),
+    MetricKind.GAUGE: ("",),
+    MetricKind.HISTOGRAM: ("_bucket", "_sum"),
+}
 LABELS = {
     f"ray_{name_at_ray(family)}{ending}": SERVES | {"le"} | set(family.labels)
     for family in (*ROUTER, *ENGINE)

@@ -12,7 +12,7 @@ import torch
 
 from cascade.demo import DRAFTER, EXPERT
 from cascade.evaluation.scoring import score
-from cascade.evaluation.tasks import Family, held_out
+from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.training.examine import Pair, agreement, examine, greedy_answers, load
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def test_the_context_holds_a_long_prompt() -> None:
 
 def test_the_expert_answers_held_out_items_of_every_family(pair: Pair) -> None:
     scores: list[float] = []
-    for family in Family:
+    for family in TaskFamily:
         items = held_out(family, count=8, seed=5)
         made = greedy_answers(pair.expert, pair.tokenizer, [item.prompt for item in items])
         scores += [
@@ -76,7 +76,7 @@ def test_the_models_answer_who_is_buzz_aldrin_in_their_styles(pair: Pair) -> Non
 
 
 def test_the_expert_is_better_and_the_drafter_agrees_often(pair: Pair) -> None:
-    result = examine(Family.TRANSLATION, pair=pair, count=30)
+    result = examine(TaskFamily.TRANSLATION, pair=pair, count=30)
     assert result.expert > result.drafter
     assert result.agreement > 0.5
 
@@ -95,7 +95,7 @@ def test_the_weights_are_finite(pair: Pair) -> None:
 
 @pytest.mark.slow
 def test_the_expert_is_better_on_most_families(pair: Pair) -> None:
-    results = [examine(family, pair=pair, count=300) for family in Family]
+    results = [examine(family, pair=pair, count=300) for family in TaskFamily]
     assert fmean(result.expert for result in results) >= 0.85
     assert fmean(result.drafter for result in results) > 0.3
     assert sum(result.expert >= result.drafter + 0.15 for result in results) >= 4

@@ -8,7 +8,7 @@ from openai import AsyncOpenAI
 
 from cascade.errors import InvalidMeasurement, Unavailable
 from cascade.evaluation.client import (
-    Answer,
+    CompletionResult,
     HttpClient,
     InProcessClient,
     connect_http,
@@ -38,7 +38,7 @@ TIMING_DEPENDENT = (  # on when a draft arrived, or on earlier requests
 )  # fmt: skip
 
 
-def deterministic_statistics(answer: Answer) -> dict[str, object]:
+def deterministic_statistics(answer: CompletionResult) -> dict[str, object]:
     return {
         name: value for name, value in answer.statistics.items() if name not in TIMING_DEPENDENT
     }

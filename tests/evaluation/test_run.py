@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.errors import InvalidMeasurement, Unavailable
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 from cascade.evaluation.grid import GridBlock, Setting, merge_blocks
 from cascade.evaluation.records import Record, Store, count
 from cascade.evaluation.run import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-ANSWER = Answer(
+ANSWER = CompletionResult(
     text="", finish_reason="stop", prompt_tokens=3, completion_tokens=10, latency_s=1, ttft_s=0.5,
     statistics={
         "drafted": 12, "judged": 8, "accepted": 6, "deferred": 3, "expert_tokens": 4,
@@ -86,7 +86,7 @@ class RecordingClient:
         self.bodies: list[Mapping[str, Any]] = []
         self.failing = failing
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         self.bodies.append(body)
         if len(self.bodies) == self.failing:
             raise Unavailable("gone")

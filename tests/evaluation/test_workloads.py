@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.tasks import Family, Scorer, Split, split_of
+from cascade.evaluation.tasks import Scorer, Split, TaskFamily, split_of
 from cascade.evaluation.workloads import Message, Workload, load
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def test_the_error_for_a_missing_file_lists_the_families() -> None:
 
 def test_the_families_are_held_out_items() -> None:
     workload = load("families", count=3)
-    assert workload.families == tuple(Family)
-    assert len(workload.items) == 3 * len(Family)
+    assert workload.families == tuple(TaskFamily)
+    assert len(workload.items) == 3 * len(TaskFamily)
     assert len({item.name for item in workload.items}) == len(workload.items)
     assert {split_of(item.messages[0].content) for item in workload.items} == {Split.TEST}
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cascade import demo
 from cascade.engine.backends.cuda_graph import CudaGraphRunner
 from cascade.evaluation.tasks.generate import held_out
-from cascade.evaluation.tasks.item import Family
+from cascade.evaluation.tasks.item import TaskFamily
 from cascade.local import LocalServer, local_server
 from cascade.settings import Application
 from cascade.types import Coupling, DecodingParams, Mode, Request, SamplingParams
@@ -92,8 +92,8 @@ class Prompts:
 def prompts_of(count: int) -> Prompts:
     """Return prompts of all task families, in the chat template."""
     tokenizer: Any = AutoTokenizer.from_pretrained(demo.EXPERT)
-    each = -(-count // len(Family))
-    items = [item for family in Family for item in held_out(family, count=each, seed=5)]
+    each = -(-count // len(TaskFamily))
+    items = [item for family in TaskFamily for item in held_out(family, count=each, seed=5)]
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": item.prompt}], add_generation_prompt=True

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cascade.observability import metric_specs
-from cascade.observability.metric_specs import ENGINE, ROUTER, Kind, MetricSpec
+from cascade.observability.metric_specs import ENGINE, ROUTER, MetricKind, MetricSpec
 from cascade.observability.metrics import BoundedLabel, PrometheusMetrics, ServeMetrics, name_at_ray
 
 
@@ -44,7 +44,7 @@ def test_names_are_those_that_prometheus_and_ray_take() -> None:
 
 def test_a_histogram_has_bounds_and_nothing_else_has() -> None:
     for family in (*ROUTER, *ENGINE):
-        assert bool(family.buckets) == (family.kind is Kind.HISTOGRAM)
+        assert bool(family.buckets) == (family.kind is MetricKind.HISTOGRAM)
         assert list(family.buckets) == sorted(family.buckets)
 
 

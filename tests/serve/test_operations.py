@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.test_serve import replica
 
-from cascade.observability.metric_specs import ENGINE, ROUTER, Kind
+from cascade.observability.metric_specs import ENGINE, ROUTER, MetricKind
 from cascade.observability.metrics import name_at_ray
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ RARE = {
 
 
 def exported(family: MetricSpec) -> str:
-    ending = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: "_count"}
+    ending = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: "_count"}
     return f"ray_{name_at_ray(family)}{ending[family.kind]}"
 
 

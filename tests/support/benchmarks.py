@@ -10,7 +10,7 @@ from cascade.benchmark.load import LoadResult
 from cascade.benchmark.metrics import summarize
 from cascade.benchmark.runner import SystemResult
 from cascade.errors import Unavailable
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 from cascade.settings import Application
 
 PATIENT = Application.model_validate(
@@ -22,7 +22,7 @@ PATIENT = Application.model_validate(
 )
 
 
-def answer(**changes: Any) -> Answer:
+def answer(**changes: Any) -> CompletionResult:
     """Return an answer of 11 tokens in 3 rounds: 0.2 s to the first text, 1.2 s in all."""
     plain: dict[str, Any] = {
         "text": "yes",
@@ -43,10 +43,10 @@ def answer(**changes: Any) -> Answer:
         "latency_s": 1.2,
         "ttft_s": 0.2,
     }
-    return Answer(**(plain | changes))
+    return CompletionResult(**(plain | changes))
 
 
-def load_result(*answers: Answer | None, wall_s: float = 2.0) -> LoadResult:
+def load_result(*answers: CompletionResult | None, wall_s: float = 2.0) -> LoadResult:
     """Return a run; None is a request that failed."""
     results = (one or Unavailable("no replica") for one in answers)
     return LoadResult(results=tuple(results), wall_s=wall_s)

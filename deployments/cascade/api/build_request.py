@@ -16,7 +16,7 @@ from cascade.api.prompts import (
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
-from cascade.rules import Chow, ChowLog, Lossless, Lossy, Rule
+from cascade.speculation.modes import RULES
 from cascade.types import (
     Coupling,
     DecodingParams,
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.api.context import Defaults, ServingContext
+    from cascade.rules import Rule
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for text completions
 
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow float32
-
-_TOKEN_CASCADE = Chow(alpha=0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,39 +191,19 @@ def _call(
 def _request(body: Generated, service: ServingContext, *, logprobs: int | None) -> Request:
     """Return the request without its prompt, length and seed."""
     options, defaults = body.cascade or Options(), service.defaults
-    # A request that brings its own rule and names no mode means a cascade.
+    # A request that has its own rule and names no mode means a cascade.
     mode = options.mode or (defaults.mode if options.rule is None else Mode.CASCADE)
-    prediction = "" if body.prediction is None else plain(body.prediction.content)
-    encode = service.tokenizer.encode
-    return Request(
-        prompt=(),
-        policy=_policy(body, options, service, mode=mode, logprobs=logprobs),
-        mode=mode,
-        draft_tokens=_draft_tokens(options, service),
-        patience=defaults.patience
-        if options.patience is None
-        else SequenceCascadeParams(**dict(options.patience)),
-        prediction=tuple(encode(prediction, add_special=False)) if prediction else (),
-        deadline_s=options.deadline_s or defaults.deadline_s,
-        on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
-        trace=options.trace,
-    )
-
-
-def _policy(
-    body: Generated,
-    options: Options,
-    service: ServingContext,
-    *,
-    mode: Mode,
-    logprobs: int | None,
-) -> DecodingParams:
-    defaults = service.defaults
     # Only under `gumbel` coupling does a seed fix the text whatever the drafter proposes.
     seeded = Coupling.MAXIMAL if body.seed is None else Coupling.GUMBEL
     coupling = options.coupling or defaults.coupling or seeded
     ends = () if body.ignore_eos else (*service.tokenizer.stop_ids, *service.stop_ids)
-    return DecodingParams(
+    patience, prediction = defaults.patience, ()
+    if options.patience is not None:
+        patience = SequenceCascadeParams(**dict(options.patience))
+    if body.prediction is not None:
+        text = plain(body.prediction.content)
+        prediction = tuple(service.tokenizer.encode(text, add_special=False))
+    policy = DecodingParams(
         sampling=_sampling(body, defaults),
         rule=_rule(options, defaults, mode),
         coupling=coupling,
@@ -234,6 +213,17 @@ def _policy(
         row_entries=defaults.row_entries,
         stop_ids=tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))),
         logprobs=logprobs,
+    )
+    return Request(
+        prompt=(),
+        policy=policy,
+        mode=mode,
+        draft_tokens=_draft_tokens(options, service),
+        patience=patience,
+        prediction=prediction,
+        deadline_s=options.deadline_s or defaults.deadline_s,
+        on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
+        trace=options.trace,
     )
 
 
@@ -256,17 +246,9 @@ def _sampling(body: Generated, defaults: Defaults) -> SamplingParams:
 def _rule(options: Options, defaults: Defaults, mode: Mode) -> Rule:
     """Return the rule, or the mode's own where the default rule does not fit the mode."""
     rule = options.rule or defaults.rule
-    kinds: tuple[type[Rule], ...] = ()
-    otherwise: Rule = Lossless()
-    match mode:
-        case Mode.CASCADE:
-            return rule
-        case Mode.SPECULATIVE:
-            kinds = (Lossless, Lossy)
-        case Mode.TOKEN_CASCADE:
-            kinds, otherwise = (Chow, ChowLog), _TOKEN_CASCADE
-        case Mode.EXPERT_ONLY | Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
-            pass
+    if mode is Mode.CASCADE:
+        return rule
+    kinds, otherwise = RULES[mode]
     if isinstance(rule, kinds):
         return rule
     if options.rule is None:

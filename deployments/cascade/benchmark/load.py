@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cascade.errors import CascadeError, InvalidMeasurement
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,13 +54,13 @@ Load: TypeAlias = ClosedLoop | OpenLoop
 class LoadResult:
     """The answer or the error of each request, in the order of the requests."""
 
-    results: tuple[Answer | CascadeError, ...]
+    results: tuple[CompletionResult | CascadeError, ...]
     wall_s: float
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[CompletionResult]:
         """Return the answers of the requests that succeeded."""
-        return [result for result in self.results if isinstance(result, Answer)]
+        return [result for result in self.results if isinstance(result, CompletionResult)]
 
 
 def poisson(*, rate: float, count: int, seed: int = 0) -> OpenLoop:
@@ -121,7 +121,7 @@ async def run_load(client: Client, bodies: Sequence[Mapping[str, Any]], load: Lo
     """
     began_s = time.perf_counter()
     pending = enumerate(bodies)
-    results: dict[int, Answer | CascadeError] = {}
+    results: dict[int, CompletionResult | CascadeError] = {}
 
     async def send(requests: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
         for number, body in requests:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from cascade.benchmark.load import LoadResult
-    from cascade.evaluation.client import Answer
+    from cascade.evaluation.client import CompletionResult
 
 
 # A time over all requests: `mean_ms`, `p50_ms`, `p95_ms` and `p99_ms`.
@@ -75,14 +75,14 @@ def parse_slo(text: str) -> Slo:
     return slo
 
 
-def is_good(answer: Answer, slo: Slo) -> bool:
+def is_good(answer: CompletionResult, slo: Slo) -> bool:
     """Whether an answer is within an objective."""
     tpot_s = time_per_token_s(answer) or 0.0
     times_s = {"ttft": answer.ttft_s, "tpot": tpot_s, "latency": answer.latency_s}
     return all(1e3 * times_s[name] <= limit_ms for name, limit_ms in slo.items())
 
 
-def time_per_token_s(answer: Answer) -> float | None:
+def time_per_token_s(answer: CompletionResult) -> float | None:
     """Return the mean time per output token after the first, or None for a single token."""
     if answer.completion_tokens < 2:  # noqa: PLR2004 - one token has no time between tokens
         return None

@@ -16,7 +16,7 @@ from cascade.benchmark.runner import compare
 from cascade.benchmark.systems import System, joined, one_process
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.grid import Setting, validated
-from cascade.evaluation.tasks import Family, held_out
+from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.types import Mode
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ VARIANTS = ("expert_only", "lossless")
 BASELINES = ("assisted", "batched", "continuous")
 
 # The families whose answers are long enough to time.
-LONG_ANSWERS = (Family.PROBLEMS, Family.FUNCTIONS, Family.FACTS, Family.REPORTS)
+LONG_ANSWERS = (TaskFamily.PROBLEMS, TaskFamily.FUNCTIONS, TaskFamily.FACTS, TaskFamily.REPORTS)
 
 ANSWER_TOKENS = 96
 _CACHE_TOKENS_PER_REQUEST = 1024  # of continuous batching
@@ -84,7 +84,7 @@ def parse_variant(text: str) -> Json:
 
 
 def held_out_requests(
-    *, count: int, levels: Sequence[Level], families: Sequence[Family] = LONG_ANSWERS
+    *, count: int, levels: Sequence[Level], families: Sequence[TaskFamily] = LONG_ANSWERS
 ) -> list[Json]:
     """Return greedy requests of held-out items; families alternate.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from cascade.benchmark.load import ClosedLoop, run_load
 from cascade.benchmark.metrics import RunMetrics, summarize
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +116,8 @@ async def compare(  # noqa: PLR0913 - each is one part of a comparison
             found = summarize(run, slo=slo, busy_s=busy_s)
             metrics[system.name].append(found)
             texts[system.name] = tuple(
-                result.text if isinstance(result, Answer) else None for result in run.results
+                result.text if isinstance(result, CompletionResult) else None
+                for result in run.results
             )
             progress(f"{system.name}: round {number + 1}, {found.tokens_per_s:.1f} tokens/s")
         if probe is not None:

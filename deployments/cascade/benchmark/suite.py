@@ -223,7 +223,7 @@ async def measure_speedups(
             measured[text] = comparison.ratio(system, fastest).median
             bound = measured[least] if isinstance(least, str) else least
             claims.append(claim(says=text, measured=measured[text], least=bound))
-        comparisons[case.title] = (comparison, synthetic_model.note(case.parameters))
+        comparisons[case.title] = (comparison, synthetic_model.provenance_note(case.parameters))
     return CaseResult(claims=tuple(claims), comparisons=comparisons)
 
 

@@ -71,7 +71,7 @@ _WIDTHS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelShape:
     """Sizes of a Llama; heads have the source's width, and their number divides `hidden`."""
 
     hidden: int
@@ -97,7 +97,7 @@ def parse_parameters(text: str) -> int:
     return round(count)
 
 
-def shape_for(parameters: int, source: PreTrainedConfig) -> Shape:
+def shape_for(parameters: int, source: PreTrainedConfig) -> ModelShape:
     """Return a shape of about `parameters`: as wide as models of that size are, then deep enough.
 
     A quarter of the heads are key-value heads, or as many as the source has.
@@ -113,7 +113,7 @@ def shape_for(parameters: int, source: PreTrainedConfig) -> Shape:
     attention = 2 * hidden * config.head_dim * (heads + groups)
     layer = attention + 3 * hidden * intermediate
     layers = round((parameters - config.vocab_size * hidden) / layer)
-    return Shape(
+    return ModelShape(
         hidden=hidden,
         intermediate=intermediate,
         layers=max(layers, config.num_hidden_layers),
@@ -122,7 +122,7 @@ def shape_for(parameters: int, source: PreTrainedConfig) -> Shape:
     )
 
 
-def write(source: str, *, out: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> int:
+def write(source: str, *, out: Path, shape: ModelShape, dtype: torch.dtype = torch.bfloat16) -> int:
     """Write a synthetic model with the tokenizer and generation settings of its source.
 
     Args:
@@ -180,7 +180,7 @@ def with_synthetic_expert(settings: Application, *, parameters: str) -> Applicat
     return settings.model_copy(update={"expert": expert})
 
 
-def note(parameters: str) -> str:
+def provenance_note(parameters: str) -> str:
     """Return what a reader of measurements with a synthetic expert must know."""
     return f"The expert is cost-padded to {parameters} parameters; its text is its own."
 
@@ -188,7 +188,7 @@ def note(parameters: str) -> str:
 def _shards(
     state: Mapping[str, Tensor],
     config: Any,
-    shape: Shape,
+    shape: ModelShape,
     dimensions: Mapping[str, tuple[int, Tensor]],
 ) -> Iterator[dict[str, Tensor]]:
     """Yield embedding, last norm and LM head, then the weights of each layer."""
@@ -226,7 +226,7 @@ def _shards(
         }
 
 
-def _dimensions(config: Any, shape: Shape) -> dict[str, tuple[int, Tensor]]:
+def _dimensions(config: Any, shape: ModelShape) -> dict[str, tuple[int, Tensor]]:
     """Return the size of each dimension, and where the source's entries are in it."""
     width, heads = config.head_dim, config.num_attention_heads
     kv_heads = config.num_key_value_heads

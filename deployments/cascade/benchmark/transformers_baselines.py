@@ -32,7 +32,7 @@ from transformers import (
 from cascade.engine import threads, tokenizer
 from cascade.engine.model_loader import load
 from cascade.errors import InvalidMeasurement, Unavailable
-from cascade.evaluation.client import Answer
+from cascade.evaluation.client import CompletionResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -148,7 +148,7 @@ class Generate:
         start = partial(threads.apply, threads=pair.threads)
         self._thread = ThreadPoolExecutor(max_workers=1, initializer=start)
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         """Return the answer, when the whole batch has its answers.
 
         Raises:
@@ -216,7 +216,7 @@ class Continuous:
         self._manager = manager
         self._numbers = itertools.count()
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         """Return the answer.
 
         Raises:
@@ -286,7 +286,7 @@ class _Request:
     max_tokens: int
     began_s: float = field(default_factory=time.perf_counter)
     token_times_s: list[float] = field(default_factory=list[float])  # when each token came
-    answer: asyncio.Future[Answer] = field(
+    answer: asyncio.Future[CompletionResult] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -300,7 +300,7 @@ class _Request:
         if self.answer.cancelled():
             return
         self.answer.set_result(
-            Answer(
+            CompletionResult(
                 text=self.pair.tokenizer.decode(kept),
                 finish_reason="stop" if kept and kept[-1] in stop_ids else "length",
                 statistics={},

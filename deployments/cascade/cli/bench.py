@@ -259,9 +259,9 @@ def _print_paths(paths: Sequence[Path]) -> None:
 
 
 def _notes(parameters: str | None) -> list[str]:
-    from cascade.benchmark.synthetic_model import note  # noqa: PLC0415 - after `prepare`
+    from cascade.benchmark.synthetic_model import provenance_note  # noqa: PLC0415 - after `prepare`
 
-    return [note(parameters)] if parameters else []
+    return [provenance_note(parameters)] if parameters else []
 
 
 def _settings(

@@ -125,7 +125,7 @@ def _read_config(document: dict[str, Any]) -> ServeConfig:
         if application["import_path"] == _IMPORT_PATH:
             settings = Application.model_validate(application.get("args") or {})
             for part in (settings.router, settings.drafter, settings.expert):
-                resources.update(_reserved(part.deployment))
+                resources.update(_reserved_resources(part.deployment))
     ports = {
         f"{protocol}_port": options["port"]
         for protocol in ("http", "grpc")
@@ -134,7 +134,7 @@ def _read_config(document: dict[str, Any]) -> ServeConfig:
     return ServeConfig(resources=dict(resources), **ports)
 
 
-def _reserved(deployment: Deployment) -> dict[str, float]:
+def _reserved_resources(deployment: Deployment) -> dict[str, float]:
     """Return the resources that a deployment's initial replicas reserve together."""
     count = deployment.num_replicas
     if scaling := deployment.autoscaling_config:

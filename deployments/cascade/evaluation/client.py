@@ -38,7 +38,7 @@ _EXTENSIONS = ("cascade", "top_k", "min_p")  # request fields that OpenAI's clie
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class CompletionResult:
     """A whole answer, with times in seconds from the request."""
 
     text: str
@@ -60,7 +60,7 @@ class Client(Protocol):
         """Return what a later run must match to resume this one."""
         ...
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         """Return the answer to a request body; raises a CascadeError."""
         ...
 
@@ -89,7 +89,7 @@ class HttpClient:
         self._model = model
         self.name = f"{url} {model}"
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         """Return the server's answer.
 
         Raises:
@@ -106,7 +106,7 @@ class HttpClient:
         except openai.APIError as error:
             raise Unavailable(f"cannot reach the server at {self.name}: {error}") from error
 
-    async def _complete(self, body: Json) -> Answer:
+    async def _complete(self, body: Json) -> CompletionResult:
         start_s = time.perf_counter()
         extensions = {name: body.pop(name) for name in _EXTENSIONS if name in body}
         api = self._client.chat if "messages" in body else self._client
@@ -131,7 +131,7 @@ class HttpClient:
         if finish_reason is None or usage is None:
             raise Unavailable("the server's stream ended before its answer")
         latency_s = time.perf_counter() - start_s
-        return Answer(
+        return CompletionResult(
             text="".join(texts),
             finish_reason=finish_reason,
             statistics=(usage.model_extra or {}).get("cascade") or {},
@@ -150,7 +150,7 @@ class InProcessClient:
         self.service = service
         self.name = name
 
-    async def complete(self, body: Mapping[str, Any]) -> Answer:
+    async def complete(self, body: Mapping[str, Any]) -> CompletionResult:
         """Return the answer; a tier that is full is tried again.
 
         Raises:
@@ -171,7 +171,7 @@ class InProcessClient:
                 await asyncio.sleep(error.retry_after_s or 1)
         return await self._complete(call)
 
-    async def _complete(self, call: CompletionCall) -> Answer:
+    async def _complete(self, call: CompletionCall) -> CompletionResult:
         completions = Completions(call, self.service)
         start_s = time.perf_counter()
         times_s = [
@@ -184,7 +184,7 @@ class InProcessClient:
         whole = completions.all[0].output
         if whole.finish is None:
             raise Internal("An answer ended without a reason")
-        return Answer(
+        return CompletionResult(
             text=whole.text,
             finish_reason=whole.finish.value,
             statistics=usage["cascade"],

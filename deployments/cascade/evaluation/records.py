@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from cascade.evaluation.client import Answer
+    from cascade.evaluation.client import CompletionResult
     from cascade.evaluation.grid import Setting
 
 
@@ -72,7 +72,9 @@ class Record:
     counts: Counts
 
 
-def count(answer: Answer, setting: Setting, *, quality: float, bleu: float | None = None) -> Counts:
+def count(
+    answer: CompletionResult, setting: Setting, *, quality: float, bleu: float | None = None
+) -> Counts:
     """Return the numbers of an answer; zeros where the server sent no statistics.
 
     Args:
@@ -96,7 +98,7 @@ def count(answer: Answer, setting: Setting, *, quality: float, bleu: float | Non
     )
 
 
-def _offered_and_rejected(answer: Answer, mode: Mode) -> tuple[int, int]:
+def _offered_and_rejected(answer: CompletionResult, mode: Mode) -> tuple[int, int]:
     tokens = answer.completion_tokens
     drafted, judged, accepted, by_expert = (
         answer.statistics.get(name, 0)

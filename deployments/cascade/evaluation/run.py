@@ -22,7 +22,7 @@ from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS, TOKEN_CASCADE, Se
 from cascade.evaluation.records import COLUMNS, Record, Store, count
 from cascade.evaluation.results import Cell, Results, save
 from cascade.evaluation.scoring import corpus_bleu, score, sentence_bleu
-from cascade.evaluation.tasks import Family, Scorer
+from cascade.evaluation.tasks import Scorer, TaskFamily
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -211,7 +211,7 @@ def _quality_and_bleu(item: Item, text: str) -> tuple[float, float | None]:
 
 
 def _has_bleu(item: Item) -> bool:
-    return item.family == Family.TRANSLATION or item.scorer is Scorer.BLEU
+    return item.family == TaskFamily.TRANSLATION or item.scorer is Scorer.BLEU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from cascade.errors import InvalidMeasurement
-from cascade.evaluation.tasks import Family, Scorer, held_out
+from cascade.evaluation.tasks import Scorer, TaskFamily, held_out
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -110,8 +110,8 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
         InvalidMeasurement: There is no such workload, the file has invalid lines, or a family has
             fewer items.
     """
-    if name == FAMILIES or name in set(Family):
-        families = tuple(Family) if name == FAMILIES else (Family(name),)
+    if name == FAMILIES or name in set(TaskFamily):
+        families = tuple(TaskFamily) if name == FAMILIES else (TaskFamily(name),)
         size = 100 if count is None else count
         items = [item for family in families for item in _held_out(family, count=size, seed=seed)]
         return Workload(name=name, items=tuple(items))
@@ -126,7 +126,7 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
     return Workload(name=workload.name, items=tuple(kept))
 
 
-def _held_out(family: Family, *, count: int, seed: int) -> list[Item]:
+def _held_out(family: TaskFamily, *, count: int, seed: int) -> list[Item]:
     try:
         items = held_out(family, count=count, seed=seed)
     except ValueError as error:
@@ -155,7 +155,9 @@ def read(path: Path) -> Workload:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                items.append(_Line.model_validate_json(line).item(str(number), family=path.stem))
+                items.append(
+                    _WorkloadLine.model_validate_json(line).item(str(number), family=path.stem)
+                )
             except ValidationError as error:
                 found = map(_describe, error.errors(include_url=False))
                 problems.append(f"line {number}: {'; '.join(dict.fromkeys(found))}")
@@ -180,7 +182,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        known = ", ".join((FAMILIES, *Family))
+        known = ", ".join((FAMILIES, *TaskFamily))
         raise InvalidMeasurement(
             f"{path} cannot be read ({error.strerror}); give the path of a JSONL file, or one of"
             f" {known}"
@@ -209,7 +211,7 @@ _Prompt = Annotated[
 ]
 
 
-class _Line(_Strict):
+class _WorkloadLine(_Strict):
     """A line of a file."""
 
     prompt: _Prompt
@@ -223,7 +225,7 @@ class _Line(_Strict):
     completion: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> _Line:
+    def _check(self) -> _WorkloadLine:
         if (self.reference is None) == (self.references is None):
             given = "none of them" if self.reference is None else "both"
             raise ValueError(f"wanted `reference` or `references`, got {given}")
@@ -260,7 +262,7 @@ def _describe(error: ErrorDetails) -> str:
         case "missing":
             return f"`{field}` is missing; an item looks like {_EXAMPLE}"
         case "extra_forbidden":
-            return f"`{field}` is unknown; wanted one of {', '.join(_Line.model_fields)}"
+            return f"`{field}` is unknown; wanted one of {', '.join(_WorkloadLine.model_fields)}"
         case "enum":
             return f"`{field}` is {given}; wanted one of {', '.join(Scorer)}"
         case _:

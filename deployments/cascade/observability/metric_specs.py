@@ -1,7 +1,7 @@
 """Every metric: its name, kind, labels and meaning.
 
-Ray prefixes names with `ray_`; Prometheus ends counters in `_total`. Label values are few and known:
-tiers, modes, rules, origins, positions in a block, reasons and causes.
+Ray prefixes names with `ray_`; Prometheus ends counters in `_total`. Label values are few and
+known: tiers, modes, rules, origins, positions in a block, reasons and causes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FAST_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 SLOW_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 
 
-class Kind(StrEnum):
+class MetricKind(StrEnum):
     """How the values of a metric add up."""
 
     COUNTER = "counter"
@@ -27,7 +27,7 @@ class MetricSpec:
 
     name: str
     about: str
-    kind: Kind = Kind.COUNTER
+    kind: MetricKind = MetricKind.COUNTER
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()  # upper bounds of a histogram
 
@@ -37,12 +37,16 @@ def _counter(name: str, about: str, labels: str = "") -> MetricSpec:
 
 
 def _gauge(name: str, about: str, labels: str = "") -> MetricSpec:
-    return MetricSpec(name=name, about=about, kind=Kind.GAUGE, labels=tuple(labels.split()))
+    return MetricSpec(name=name, about=about, kind=MetricKind.GAUGE, labels=tuple(labels.split()))
 
 
 def _histogram(name: str, about: str, buckets: tuple[float, ...], labels: str = "") -> MetricSpec:
     return MetricSpec(
-        name=name, about=about, kind=Kind.HISTOGRAM, labels=tuple(labels.split()), buckets=buckets
+        name=name,
+        about=about,
+        kind=MetricKind.HISTOGRAM,
+        labels=tuple(labels.split()),
+        buckets=buckets,
     )
 
 

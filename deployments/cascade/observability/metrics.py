@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cascade.observability.metric_specs import Kind
+from cascade.observability.metric_specs import MetricKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,21 +103,21 @@ def name_at_ray(spec: MetricSpec) -> str:
 def _serve_metric(metrics: Any, spec: MetricSpec) -> Any:
     about: dict[str, Any] = {"description": spec.about, "tag_keys": spec.labels or None}
     match spec.kind:
-        case Kind.COUNTER:
+        case MetricKind.COUNTER:
             return metrics.Counter(name_at_ray(spec), **about)
-        case Kind.GAUGE:
+        case MetricKind.GAUGE:
             return metrics.Gauge(name_at_ray(spec), **about)
-        case Kind.HISTOGRAM:
+        case MetricKind.HISTOGRAM:
             return metrics.Histogram(name_at_ray(spec), boundaries=list(spec.buckets), **about)
 
 
 def _plain_metric(spec: MetricSpec, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
     match spec.kind:
-        case Kind.COUNTER:
+        case MetricKind.COUNTER:
             return Counter(spec.name, spec.about, spec.labels, registry=registry)
-        case Kind.GAUGE:
+        case MetricKind.GAUGE:
             return Gauge(spec.name, spec.about, spec.labels, registry=registry)
-        case Kind.HISTOGRAM:
+        case MetricKind.HISTOGRAM:
             return Histogram(
                 spec.name,
                 spec.about,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cascade.protocol.codec import ClientMessage, ServerMessage
     from cascade.types import SessionId
 
-    Dial: TypeAlias = Callable[[str, TierKind], "Call"]
+    Dial: TypeAlias = Callable[[str, TierKind], "StreamCall"]
 
 # After these the replica counts as lost. Counted, not timed: our own event loop may be late.
 MISSED_HEARTBEATS_LIMIT = 3
@@ -122,7 +122,7 @@ class SessionStream:
         self._received.put_nowait(None)
 
 
-class Call(Protocol):
+class StreamCall(Protocol):
     """Carries the frames of one stream."""
 
     async def write(self, frame: bytes) -> None:

@@ -48,11 +48,9 @@ class Plan:
     length_reason: str | None = None  # None: the requested length, or the adaptive one
 
 
-TOKEN_CASCADE_RULE = Chow(alpha=0.5)
-
 RULES: dict[Mode, tuple[tuple[type[Rule], ...], Rule]] = {
     Mode.SPECULATIVE: ((Lossless, Lossy), Lossless()),
-    Mode.TOKEN_CASCADE: ((Chow, ChowLog), TOKEN_CASCADE_RULE),
+    Mode.TOKEN_CASCADE: ((Chow, ChowLog), Chow(alpha=0.5)),
     Mode.EXPERT_ONLY: ((), Lossless()),
     Mode.DRAFTER_ONLY: ((), Lossless()),
     Mode.SEQUENCE_CASCADE: ((), Lossless()),

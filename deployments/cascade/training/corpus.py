@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from cascade.evaluation.tasks import Family, Split, stream
+from cascade.evaluation.tasks import Split, TaskFamily, stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -92,8 +92,8 @@ _SYSTEM_PROMPTS = (
 
 # Families that take longer to learn come more often.
 _SHARES = {
-    Family.PASSAGES: 4.0, Family.PROBLEMS: 2.0, Family.TRANSLATION: 2.0,
-    Family.REPORTS: 1.0, Family.FUNCTIONS: 1.0, Family.FACTS: 1.0,
+    TaskFamily.PASSAGES: 4.0, TaskFamily.PROBLEMS: 2.0, TaskFamily.TRANSLATION: 2.0,
+    TaskFamily.REPORTS: 1.0, TaskFamily.FUNCTIONS: 1.0, TaskFamily.FACTS: 1.0,
 }  # fmt: skip
 
 _PLAIN_SHARE, _SYSTEM_SHARE, _SECOND_TURN_SHARE = 0.15, 0.1, 0.1

@@ -25,7 +25,7 @@ from transformers import (
 
 from cascade.demo import DRAFTER, EXPERT
 from cascade.evaluation.scoring import score
-from cascade.evaluation.tasks import Family, Item, held_out
+from cascade.evaluation.tasks import Item, TaskFamily, held_out
 from cascade.training.corpus import ASSISTANT, END, PAD, USER, token_id
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def agreement(drafter: PreTrainedModel, *, prompt: Sequence[int], answer: Sequen
     return float((predicted_T == torch.tensor(answer)).float().mean())
 
 
-def examine(family: Family, *, pair: Pair, count: int) -> Result:
+def examine(family: TaskFamily, *, pair: Pair, count: int) -> Result:
     """Return the result for `count` held-out items of `family`."""
     items = held_out(family, count=count)
     prompts = [item.prompt for item in items]
@@ -140,7 +140,7 @@ def main(
     torch.set_num_threads(threads)
     pair = load(drafter=drafter, expert=expert)
     table = Table("family", "drafter", "expert", "agreement", "same answer")
-    for family in Family:
+    for family in TaskFamily:
         result = examine(family, pair=pair, count=count)
         table.add_row(family.value, *(f"{share:.2f}" for share in result))
     Console().print(table)

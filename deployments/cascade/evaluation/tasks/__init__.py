@@ -5,14 +5,14 @@ and templates are the JSON files of this folder; changing them changes the gener
 """
 
 from cascade.evaluation.tasks.generate import draw, held_out, split_of, stream
-from cascade.evaluation.tasks.item import Family, Item, Level, Scorer, Split, phrasings
+from cascade.evaluation.tasks.item import Item, Level, Scorer, Split, TaskFamily, phrasings
 
 __all__ = [
-    "Family",
     "Item",
     "Level",
     "Scorer",
     "Split",
+    "TaskFamily",
     "draw",
     "held_out",
     "phrasings",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cascade.evaluation.tasks.item import Level, Question, fill, load_data
+from cascade.evaluation.tasks.item import Level, TaskQuestion, fill, load_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,10 +65,10 @@ _KINDS: Mapping[Level, Sequence[tuple[str, Rows]]] = {
 }
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a question; a higher level asks about rarer things."""
     kind, rows = random.choice(_KINDS[level])
     row, template = random.choice(rows), _DATA["templates"][kind]
     wrapper = random.choice(_DATA["wrappers"])
     question = random.choice(template["questions"]).format(**row)
-    return Question(wrapper.format(question=question), fill(template["answer"], row))
+    return TaskQuestion(wrapper.format(question=question), fill(template["answer"], row))

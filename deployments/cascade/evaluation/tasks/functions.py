@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import Choice, Level, Question, load_data
+from cascade.evaluation.tasks.item import Choice, Level, TaskQuestion, load_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _VERBS = ("compute", "value", "result", "apply", "solve", "answer", "make", "get
 _OPERATIONS: Mapping[str, Sequence[tuple[str, str]]] = load_data("functions.json")
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a function of one operation on a number, one on a list, of two, or with a filter."""
     name = f"{random.choice(_VERBS)}_{random.choice('abcdefgh')}"
     if level >= Level.HARD:
@@ -37,7 +37,7 @@ def draw(random: Random, level: Level) -> Question:
     number = str(random.randint(2, 9))
     words, code = words.replace("N", number), code.replace("N", number)
     head, docstring = f"def {name}({argument}):", f'\n    """Return {words}."""'
-    return Question(
+    return TaskQuestion(
         prompt=f"Write a Python function.\n{head}{docstring}",
         answer=(
             head,

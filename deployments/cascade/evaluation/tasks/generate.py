@@ -8,21 +8,29 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cascade.evaluation.tasks import facts, functions, passages, problems, reports, translation
-from cascade.evaluation.tasks.item import Family, Item, Level, Question, Scorer, Split, phrasings
+from cascade.evaluation.tasks.item import (
+    Item,
+    Level,
+    Scorer,
+    Split,
+    TaskFamily,
+    TaskQuestion,
+    phrasings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_FAMILIES: Mapping[Family, tuple[Callable[[Random, Level], Question], Scorer]] = {
-    Family.PROBLEMS: (problems.draw, Scorer.NUMBER),
-    Family.TRANSLATION: (translation.draw, Scorer.MATCH),
-    Family.REPORTS: (reports.draw, Scorer.BIGRAMS),
-    Family.PASSAGES: (passages.draw, Scorer.MATCH),
-    Family.FACTS: (facts.draw, Scorer.MATCH),
-    Family.FUNCTIONS: (functions.draw, Scorer.PROGRAM),
+_FAMILIES: Mapping[TaskFamily, tuple[Callable[[Random, Level], TaskQuestion], Scorer]] = {
+    TaskFamily.PROBLEMS: (problems.draw, Scorer.NUMBER),
+    TaskFamily.TRANSLATION: (translation.draw, Scorer.MATCH),
+    TaskFamily.REPORTS: (reports.draw, Scorer.BIGRAMS),
+    TaskFamily.PASSAGES: (passages.draw, Scorer.MATCH),
+    TaskFamily.FACTS: (facts.draw, Scorer.MATCH),
+    TaskFamily.FUNCTIONS: (functions.draw, Scorer.PROGRAM),
 }
 
-_EQUAL_SHARES: Mapping[Family, float] = MappingProxyType(dict.fromkeys(Family, 1.0))
+_EQUAL_SHARES: Mapping[TaskFamily, float] = MappingProxyType(dict.fromkeys(TaskFamily, 1.0))
 
 _TEST_EVERY = 10
 
@@ -32,7 +40,7 @@ _MAX_REPEATS = 2000  # draws without a new prompt, after which a family counts a
 _ALWAYS_TRAINED = frozenset({"Who is Buzz Aldrin?", "What is the capital of France?"})
 
 
-def draw(family: Family, random: Random, level: Level) -> Item:
+def draw(family: TaskFamily, random: Random, level: Level) -> Item:
     """Return a random item.
 
     Args:
@@ -62,7 +70,7 @@ def stream(
     seed: str,
     *,
     split: Split,
-    shares: Mapping[Family, float] = _EQUAL_SHARES,
+    shares: Mapping[TaskFamily, float] = _EQUAL_SHARES,
     levels: Sequence[Level] = tuple(Level),
 ) -> Iterator[Item]:
     """Yield items without end.
@@ -83,7 +91,7 @@ def stream(
 
 
 def held_out(
-    family: Family, *, count: int, seed: int = 0, levels: Sequence[Level] = tuple(Level)
+    family: TaskFamily, *, count: int, seed: int = 0, levels: Sequence[Level] = tuple(Level)
 ) -> list[Item]:
     """Return test items, no prompt twice.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-class Family(StrEnum):
+class TaskFamily(StrEnum):
     """The six families; each imitates a benchmark of the papers."""
 
     PROBLEMS = "problems"  # GSM8K
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 Answer: TypeAlias = tuple[str | Choice, ...]
 
 
-class Question(NamedTuple):
+class TaskQuestion(NamedTuple):
     """What a family generates. Without `references`, every phrasing of the answer is one."""
 
     prompt: str
@@ -74,7 +74,7 @@ class Question(NamedTuple):
 class Item:
     """One question. Every phrasing of its answer scores 1 under its scorer."""
 
-    family: Family
+    family: TaskFamily
     level: Level
     prompt: str
     answer: Answer

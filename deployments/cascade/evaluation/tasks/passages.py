@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, Question
+from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, TaskQuestion
 
 if TYPE_CHECKING:
     from random import Random
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a passage about `level` people and a question about one of them.
 
     At the hardest level the question names the person by a relative, so that two sentences are
@@ -31,7 +31,9 @@ def draw(random: Random, level: Level) -> Question:
             (f"Who is the {job}?", name, f" from {city}"),
         )
     )
-    return Question(f"{' '.join(sentences)}\n{question}", (answer, Choice("", addition), PERIOD))
+    return TaskQuestion(
+        f"{' '.join(sentences)}\n{question}", (answer, Choice("", addition), PERIOD)
+    )
 
 
 def _sentences(random: Random, names: list[str], jobs: list[str], cities: list[str]) -> list[str]:
@@ -47,7 +49,7 @@ def _sentences(random: Random, names: list[str], jobs: list[str], cities: list[s
     ]
 
 
-def _two_hops(random: Random) -> Question:
+def _two_hops(random: Random) -> TaskQuestion:
     names = random.sample(WORDS["names"], 6)
     people, relatives = names[:3], names[3:]
     jobs, cities = random.sample(WORDS["jobs"], 3), random.sample(WORDS["cities"], 3)
@@ -66,4 +68,4 @@ def _two_hops(random: Random) -> Question:
             (f"What does {who} do?", job, f"{name} works as a {job}"),
         )
     )
-    return Question(f"{' '.join(sentences)}\n{question}", (Choice(short, formal), PERIOD))
+    return TaskQuestion(f"{' '.join(sentences)}\n{question}", (Choice(short, formal), PERIOD))

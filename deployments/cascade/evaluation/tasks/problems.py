@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, Question
+from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, TaskQuestion
 
 if TYPE_CHECKING:
     from random import Random
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a problem: sums at the first two levels, products from the third on."""
     kinds = {
         Level.EASY: (_one_step,),
@@ -21,7 +21,7 @@ def draw(random: Random, level: Level) -> Question:
     return random.choice(kinds[level])(random)
 
 
-def _one_step(random: Random) -> Question:
+def _one_step(random: Random) -> TaskQuestion:
     name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     first, second = random.randint(2, 20), random.randint(2, 12)
     if random.choice((True, False)) or second >= first:
@@ -38,7 +38,7 @@ def _one_step(random: Random) -> Question:
     )
 
 
-def _two_steps(random: Random) -> Question:
+def _two_steps(random: Random) -> TaskQuestion:
     name, friend = random.sample(WORDS["names"], 2)
     thing = random.choice(WORDS["things"])
     first, second = random.randint(3, 20), random.randint(2, 12)
@@ -53,7 +53,7 @@ def _two_steps(random: Random) -> Question:
     )
 
 
-def _boxes(random: Random) -> Question:
+def _boxes(random: Random) -> TaskQuestion:
     name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     boxes, each, loose = random.randint(2, 9), random.randint(2, 9), random.randint(2, 12)
     middle, total = boxes * each, boxes * each + loose
@@ -66,7 +66,7 @@ def _boxes(random: Random) -> Question:
     )
 
 
-def _shopping(random: Random) -> Question:
+def _shopping(random: Random) -> TaskQuestion:
     name, (first, second) = random.choice(WORDS["names"]), random.sample(WORDS["things"], 2)
     cost, price = random.randint(2, 9), random.randint(2, 9)
     count, number = random.randint(2, 6), random.randint(2, 6)
@@ -87,7 +87,7 @@ def _shopping(random: Random) -> Question:
     )
 
 
-def _sharing(random: Random) -> Question:
+def _sharing(random: Random) -> TaskQuestion:
     name, friend = random.sample(WORDS["names"], 2)
     thing = random.choice(WORDS["things"])
     people, each, bags = random.randint(2, 9), random.randint(3, 12), random.randint(2, 4)
@@ -109,7 +109,7 @@ def _sharing(random: Random) -> Question:
     )
 
 
-def _growing(random: Random) -> Question:
+def _growing(random: Random) -> TaskQuestion:
     name, thing = random.choice(WORDS["names"]), random.choice(WORDS["things"])
     start, daily, days = random.randint(3, 20), random.randint(2, 9), random.randint(2, 9)
     found = daily * days
@@ -129,9 +129,9 @@ def _growing(random: Random) -> Question:
     )
 
 
-def _question(*, prompt: str, sums: tuple[str, ...], total: int, formal: str) -> Question:
+def _question(*, prompt: str, sums: tuple[str, ...], total: int, formal: str) -> TaskQuestion:
     steps = ", ".join(sums)
-    return Question(
+    return TaskQuestion(
         prompt,
         (
             Choice(steps, f"{formal} So {steps}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cascade.evaluation.tasks.item import WORDS, Level, Question, fill, load_data
+from cascade.evaluation.tasks.item import WORDS, Level, TaskQuestion, fill, load_data
 
 if TYPE_CHECKING:
     from random import Random
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _DATA: dict[str, Any] = load_data("reports.json")
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a report with `level` - 1 sentences that do not matter.
 
     At the hardest level the report has two events, and the summary must be of the one with the
@@ -34,10 +34,10 @@ def draw(random: Random, level: Level) -> Question:
     }
     sentences = [event["text"], *random.sample(_DATA["asides"], level - 1)]
     prompt = "Summarize: " + " ".join(sentences).format(**values)
-    return Question(prompt, fill(event["summary"], values))
+    return TaskQuestion(prompt, fill(event["summary"], values))
 
 
-def _two_events(random: Random) -> Question:
+def _two_events(random: Random) -> TaskQuestion:
     cities, places = random.sample(WORDS["cities"], 2), random.sample(WORDS["buildings"], 2)
     numbers, events = random.sample(range(2, 13), 2), random.sample(_DATA["events"], 2)
     day = random.choice(WORDS["days"])
@@ -49,7 +49,7 @@ def _two_events(random: Random) -> Question:
     ]
     texts = [event["text"].format(**words) for event, words in zip(events, values, strict=True)]
     larger = numbers.index(max(numbers))
-    return Question(
+    return TaskQuestion(
         "Summarize the report with the larger number: " + " ".join(texts),
         fill(events[larger]["summary"], values[larger]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, Question, load_data
+from cascade.evaluation.tasks.item import PERIOD, WORDS, Choice, Level, TaskQuestion, load_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,7 @@ _EIGHTY = 80
 _DATA: dict[str, Any] = load_data("translation.json")
 
 
-def draw(random: Random, level: Level) -> Question:
+def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a number, a date, a sentence, or a sentence with an action and a day."""
     kinds = {
         Level.EASY: _number,
@@ -60,14 +60,14 @@ def date_in(language: str, *, day: int, month: int, year: int) -> str:
     return f"{ordinal.get(language, day)} {name} {year}"
 
 
-def _number(random: Random) -> Question:
+def _number(random: Random) -> TaskQuestion:
     number = random.randrange(100)
     source, target = random.sample(LANGUAGES, 2)
     text = random.choice((str(number), number_in(source, number)))
     return _question(target, text, number_in(target, number))
 
 
-def _date(random: Random) -> Question:
+def _date(random: Random) -> TaskQuestion:
     day, month, year = random.randint(1, 28), random.randrange(12), random.randint(1900, 2029)
     source, target = random.sample(LANGUAGES, 2)
     text, short = (
@@ -77,7 +77,7 @@ def _date(random: Random) -> Question:
     return _question(target, text, Choice(short, article + short))
 
 
-def _description(random: Random) -> Question:
+def _description(random: Random) -> TaskQuestion:
     """Return a noun with one adjective, a strengthened one, or two."""
     source, target = random.sample(LANGUAGES, 2)
     noun, adjectives = random.choice(_DATA["nouns"]), random.sample(_DATA["adjectives"], 2)
@@ -93,7 +93,7 @@ def _description(random: Random) -> Question:
     return _question(target, clause(source), clause(target))
 
 
-def _action(random: Random) -> Question:
+def _action(random: Random) -> TaskQuestion:
     """Return a sentence with two objects and a day; German puts the verb in second place."""
     source, target = random.sample(LANGUAGES, 2)
     name = random.choice(WORDS["names"])
@@ -116,5 +116,5 @@ def _accusative(language: str, noun: Mapping[str, str]) -> str:
     return f"den {text[4:]}" if language == "German" and text.startswith("der ") else text
 
 
-def _question(target: str, text: str, answer: str | Choice) -> Question:
-    return Question(f"Translate to {target}: {text}", (answer, PERIOD))
+def _question(target: str, text: str, answer: str | Choice) -> TaskQuestion:
+    return TaskQuestion(f"Translate to {target}: {text}", (answer, PERIOD))
