@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from cascade.rules import Rule
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for text completions
-
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow float32
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from cascade.api.context import ServingContext
 
 T = TypeVar("T")
+
+_Response: TypeAlias = pb.GenerateResponse | pb.GenerateStreamResponse
 
 _SERVICES = ("", "cascade.v1.GenerationService")
 
@@ -72,7 +74,7 @@ class GenerationServicer(
         """Return finished completions."""
         request_id = _request_id(context)
         response = self._generate(request, context, request_id)
-        return await _guard(context, request_id, response, failed=pb.GenerateResponse())
+        return await _guard(context, response, pb.GenerateResponse(), request_id=request_id)
 
     async def GenerateStream(  # noqa: N802 - the RPC's name
         self, request: pb.GenerateStreamRequest, context: Context
@@ -99,16 +101,13 @@ class GenerationServicer(
     ) -> pb.ListModelsResponse:
         """Return the models."""
         del request
-        response = self._models(context)
-        failed = pb.ListModelsResponse()
-        return await _guard(context, _request_id(context), response, failed=failed)
+        return await _guard(context, self._models(context), pb.ListModelsResponse())
 
     async def Check(  # noqa: N802 - the RPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         """Say whether requests can be served now (`grpc.health.v1`)."""
-        response, failed = self._check(request), health_pb2.HealthCheckResponse()
-        return await _guard(context, _request_id(context), response, failed=failed)
+        return await _guard(context, self._check(request), health_pb2.HealthCheckResponse())
 
     async def _generate(
         self, request: pb.GenerateRequest, context: Context, request_id: str
@@ -121,10 +120,7 @@ class GenerationServicer(
         return response
 
     def _start(
-        self,
-        generation: pb.Generation,
-        context: Context,
-        response: pb.GenerateResponse | pb.GenerateStreamResponse,
+        self, generation: pb.Generation, context: Context, response: _Response
     ) -> Completions:
         """Return the completions of a call, and fill in what every response has."""
         service = self._service(context)
@@ -136,13 +132,10 @@ class GenerationServicer(
     async def _models(self, context: Context) -> pb.ListModelsResponse:
         service = self._service(context)
         created = grpc_convert.timestamp(service.created)
-        length = service.limits.context_tokens
-        return pb.ListModelsResponse(
-            models=[
-                pb.Model(name=name, create_time=created, context_length=length)
-                for name in service.models
-            ]
-        )
+        response, length = pb.ListModelsResponse(), service.limits.context_tokens
+        for name in service.models:
+            response.models.add(name=name, create_time=created, context_length=length)
+        return response
 
     async def _check(
         self, request: health_pb2.HealthCheckRequest
@@ -162,12 +155,12 @@ class GenerationServicer(
         return service
 
 
-async def _guard(context: Context, request_id: str, call: Awaitable[T], *, failed: T) -> T:
+async def _guard(context: Context, call: Awaitable[T], failed: T, *, request_id: str = "") -> T:
     """Return the result of a unary call, or `failed` with the status set."""
     try:
         return await call
     except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
-        _fail(context, request_id, error)
+        _fail(context, request_id or _request_id(context), error)
         return failed
 
 

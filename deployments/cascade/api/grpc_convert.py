@@ -14,8 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from cascade.api import build_request
-from cascade.api.schema import ChatBody, CompletionBody
-from cascade.api.validation import invalid_request
+from cascade.api.schema import ChatBody, CompletionBody, invalid_request
 from cascade.errors import InvalidRequest
 from cascade.protocol import convert
 from cascade.types import TokenLogprob

@@ -14,9 +14,8 @@ from pydantic.json_schema import models_json_schema
 from cascade.api import build_request, middleware, responses
 from cascade.api.completion import Completions
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
-from cascade.api.schema import Body, ChatBody, CompletionBody
+from cascade.api.schema import Body, ChatBody, CompletionBody, parse
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
-from cascade.api.validation import parse
 from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -28,26 +27,22 @@ if TYPE_CHECKING:
 B = TypeVar("B", bound=Body)
 
 _DRAINED_BODIES = 16  # a body larger than this many times the limit is not read to its end
-
 _THREAD_BYTES = 2**16  # tokenizing a body of this size would delay other streams
 
 _REF = "#/components/schemas/{model}"
 
 _EVENTS = {"schema": {"type": "string", "description": "If `stream` is true: one chunk per event"}}
 
+_NULLABLE = ["string", "null"]
+_ERROR_FIELDS = {"message": "string", "type": "string", "param": _NULLABLE, "code": _NULLABLE}
 _ERROR = {
     "type": "object",
     "required": ["error"],
     "properties": {
         "error": {
             "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
+            "required": [*_ERROR_FIELDS],
+            "properties": {name: {"type": kind} for name, kind in _ERROR_FIELDS.items()},
         }
     },
 }
@@ -105,8 +100,7 @@ async def model(request: Request, name: str) -> Response:
 
 async def completions(request: Request) -> Response:
     """Continue a prompt."""
-    build = build_request.completion
-    return await _complete(request, CompletionBody, build, TextCompletionFormat)
+    return await _complete(request, CompletionBody, build_request.completion, TextCompletionFormat)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -133,8 +127,7 @@ async def _complete(
     if not call.stream:
         await while_connected(request.receive, completions.run())
         return JSONResponse(response_format.response(completions))
-    keep_alive_s = service.keep_alive_s
-    stream = CompletionStream(completions, response_format, keep_alive_s=keep_alive_s)
+    stream = CompletionStream(completions, response_format, keep_alive_s=service.keep_alive_s)
     await while_connected(request.receive, stream.begin())
     return EventResponse(stream.events())
 

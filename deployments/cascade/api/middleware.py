@@ -10,6 +10,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,8 +31,6 @@ REQUEST_ID = "x-request-id"
 
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
-_SCHEME = "bearer "
-
 
 def authenticate(service: ServingContext, authorization: str | None) -> None:
     """Check the caller's API key, if the service has any.
@@ -41,10 +40,10 @@ def authenticate(service: ServingContext, authorization: str | None) -> None:
     """
     if not service.api_keys:
         return
-    header = authorization or ""
-    given = header[len(_SCHEME) :] if header[: len(_SCHEME)].lower() == _SCHEME else ""
+    scheme, key = get_authorization_scheme_param(authorization)
+    given = key if scheme.lower() == "bearer" else ""
     # Compared with every key in full, so that the time taken reveals nothing.
-    known = [hmac.compare_digest(given.encode(), key.encode()) for key in service.api_keys]
+    known = [hmac.compare_digest(given.encode(), one.encode()) for one in service.api_keys]
     if not any(known):
         raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
 
@@ -94,9 +93,8 @@ class ErrorMiddleware:
 
 def install(app: FastAPI, *, add_request_id: bool) -> None:
     """Add the middleware and the handlers that turn exceptions into OpenAI's error objects."""
-    app.add_exception_handler(CascadeError, _on_cascade_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for kind in (CascadeError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _on_error)
     app.add_middleware(ErrorMiddleware, add_request_id=add_request_id)
 
 
@@ -118,18 +116,15 @@ def _retry_headers(error: CascadeError) -> dict[str, str]:
     return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
 
 
-async def _on_cascade_error(request: Request, error: Exception) -> JSONResponse:
-    return _response(public_error(error, request.state.request_id))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Respond to an unknown route or a wrong method, which Starlette finds."""
-    assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists the routes"
-    response = _response(InvalidRequest(what), status=error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
-    return _response(InvalidRequest(str(error)))
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    match error:
+        case HTTPException():  # of Starlette's router: an unknown route or a wrong method
+            what = f"{request.method} {request.url.path}: {error.detail}"
+            problem = InvalidRequest(f"{what}; /openapi.json lists the routes")
+            response = _response(problem, status=error.status_code)
+            response.headers.update(error.headers or {})
+            return response
+        case RequestValidationError():
+            return _response(InvalidRequest(str(error)))
+        case _:
+            return _response(public_error(error, request.state.request_id))

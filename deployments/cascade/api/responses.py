@@ -106,7 +106,7 @@ class TextCompletionFormat(ResponseFormat):
     def _choice(self, completion: Completion, delta: Delta, *, offset: int) -> Json:
         logprobs = None
         if completion.request.policy.logprobs is not None:
-            logprobs = text_logprobs(delta.tokens, self._tokenizer, offset=offset)
+            logprobs = _text_logprobs(delta.tokens, self._tokenizer, offset=offset)
         return {
             "index": completion.index,
             "text": delta.text,
@@ -149,7 +149,7 @@ class ChatCompletionFormat(ResponseFormat):
     def _choice(self, completion: Completion, delta: Delta) -> Json:
         logprobs = None
         if completion.request.policy.logprobs is not None and delta.tokens:
-            logprobs = chat_logprobs(delta.tokens, self._tokenizer)
+            logprobs = _chat_logprobs(delta.tokens, self._tokenizer)
         return {
             "index": completion.index,
             "logprobs": logprobs,
@@ -175,14 +175,8 @@ def _extensions(completion: Completion, delta: Delta) -> Json:
     return extensions
 
 
-def text_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer, *, offset: int) -> Json:
-    """Return the `logprobs` of a text completion.
-
-    Args:
-        tokens: The tokens of the choice or chunk.
-        tokenizer: Names the alternatives.
-        offset: Characters of the choice before the first token.
-    """
+def _text_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer, *, offset: int) -> Json:
+    """Return the `logprobs` of tokens that begin `offset` characters into their choice."""
     lengths = [len(token.text) for token in tokens]
     return {
         "tokens": [token.text for token in tokens],
@@ -192,7 +186,7 @@ def text_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer, *, offset: 
     }
 
 
-def chat_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer) -> Json:
+def _chat_logprobs(tokens: Sequence[TokenText], tokenizer: Tokenizer) -> Json:
     """Return the `logprobs` of a chat completion; the bytes of all tokens decode to the text."""
     content = [
         _chat_token(token.text.encode(), _logprob(token))

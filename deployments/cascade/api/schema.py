@@ -1,50 +1,63 @@
-"""The bodies that OpenAI's clients send, as types: what they may say and nothing else.
+"""The bodies that OpenAI's clients send: their fields, and the errors of invalid ones.
 
-Fields that cannot change the text are accepted and dropped (`Ignored`). Fields that would change it
-and that this server does not implement are accepted only where they say nothing, like `tools: []`;
-see `UNSUPPORTED`. Everything unknown is refused.
+Fields that cannot change the text are accepted and ignored (`Ignored`). Fields that would change it
+and that this server does not implement are accepted only with values that request nothing, such as
+`tools: []`; see `UNSUPPORTED`. Unknown fields are refused.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from cascade.rules import Rule  # noqa: TC001 - pydantic reads annotations
+from cascade.errors import InvalidRequest, UnsupportedParameter
+from cascade.rules import Rule
 from cascade.types import Bonus, Confidence, Coupling, ExpertLoss, Mode, RowFormat, Verification
 
-UNSUPPORTED = frozenset(
-    {
-        "audio",
-        "best_of",
-        "function_call",
-        "functions",
-        "modalities",
-        "response_format",
-        "suffix",
-        "tool_choice",
-        "tools",
-        "web_search_options",
-    }
-)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-"""Declared fields whose only accepted values are those that ask for nothing."""
+    from pydantic_core import ErrorDetails
 
+UNSUPPORTED = {
+    "audio",
+    "best_of",
+    "function_call",
+    "functions",
+    "modalities",
+    "response_format",
+    "suffix",
+    "tool_choice",
+    "tools",
+    "web_search_options",
+}
+"""Fields whose only accepted values are those that request nothing."""
+
+B = TypeVar("B", bound="Body")
 L = TypeVar("L", bound=list[Any])
 
 Text: TypeAlias = Annotated[str, Len(min_length=1)]
-
 TokenId: TypeAlias = Annotated[int, Interval(ge=0, lt=2**32)]
-
 Some: TypeAlias = Annotated[L, Len(min_length=1)]
-
 Nothing: TypeAlias = Annotated[list[JsonValue], Len(max_length=0)]
+
+_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+
+_EXPECTED = {
+    "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists,"
+    " and none of them empty"
+}
+
+_MAX_VALUE_LENGTH = 80  # characters of a wrong value in an error
+
+_MAX_REASONS = 4  # of one error
 
 
 class Body(BaseModel):
-    """The manners of every body: frozen, no surprises, no NaN."""
+    """Base of every body and its objects: frozen, without unknown fields or NaN."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -52,81 +65,81 @@ class Body(BaseModel):
 
 
 class Options(Body):
-    """The `cascade` object: how this one answer is to be made. Absent fields mean the server's."""
+    """The `cascade` object: how to generate this request. Absent fields mean the defaults."""
 
     mode: Mode | None = None
-    """Who writes: one model alone, a cascade, or speculation."""
+    """Which models generate: one of them, a cascade, or speculative decoding."""
     rule: Annotated[Rule, Field(discriminator="kind")] | None = None
-    """When a token is given to the expert."""
+    """When a token is deferred to the expert."""
     draft_tokens: Annotated[int, Ge(0)] | Literal["auto"] | None = None
-    """Tokens the drafter writes ahead; `auto` lets the server choose, 0 is the expert alone."""
+    """Tokens the drafter drafts per block; `auto` lets the server choose, 0 is the expert alone."""
     coupling: Coupling | None = None
-    """How draft and target share their randomness; `gumbel` where the request has a seed."""
+    """How draft and target share random numbers; `gumbel` by default if the request has a seed."""
     bonus: Bonus | None = None
-    """What follows a wholly accepted block."""
+    """Which token follows a fully accepted block."""
     verification: Verification | None = None
-    """Judge a block token by token, or as a whole."""
+    """Verify a block token by token, or as a whole."""
     rows: RowFormat | None = None
-    """What the drafter sends of its distribution."""
+    """How much of its distributions the drafter sends to the expert."""
     patience: PatienceOptions | None = None
-    """When a sequence cascade keeps the drafter's answer."""
+    """When a sequence cascade keeps the drafter's text."""
     deadline_s: Annotated[float, Gt(0)] | None = None
-    """Seconds after which the answer ends with an error."""
+    """Seconds after which the request fails."""
     on_expert_loss: ExpertLoss | None = None
-    """What becomes of the answer if no expert is left: an error, or the drafter ends it."""
+    """What happens if no expert is reachable: an error, or the drafter finishes the text."""
     trace: bool = False
-    """Report every round in the answer."""
+    """Return every round of drafting and verification."""
 
 
 class PatienceOptions(Body):
-    """When a sequence cascade keeps the drafter's answer."""
+    """When a sequence cascade keeps the drafter's text."""
 
     confidence: Confidence = Confidence.MEAN
-    """What is read of the log-probabilities of the drafter's tokens."""
+    """How the log-probabilities of the drafter's tokens are aggregated."""
     threshold: float = -0.5
-    """Least confidence, in nats per token, at which the drafter's answer stands."""
+    """Least confidence, in nats per token, at which the drafter's text is kept."""
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = None
-    """End with a chunk that has the usage and no choices."""
+    """Send a last chunk with the usage and no choices."""
     continuous_usage_stats: bool | None = None
-    """Carry the usage so far in every chunk; needs `include_usage`."""
+    """Send the usage so far in every chunk; needs `include_usage`."""
     include_obfuscation: bool | None = None
-    """Accepted; this server pads nothing."""
+    """Accepted and ignored."""
 
 
 class TextPart(Body):
-    """A piece of text."""
+    """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
 
 
 class Prediction(Body):
-    """Text that the answer is expected to contain; it serves as the first draft."""
+    """Text that the completion is expected to contain; it serves as the first draft."""
 
     type: Literal["content"]
     content: str | list[TextPart]
 
 
 class TextFormat(Body):
-    """Plain text, the one format there is."""
+    """Plain text, the only format."""
 
     type: Literal["text"]
 
 
 class FunctionCall(Body):
-    """What an assistant once called."""
+    """A function that the assistant called."""
 
     name: str
     arguments: str
 
 
 class ToolCall(Body):
-    """A call that an earlier turn of the conversation made."""
+    """A call in an earlier message of the conversation."""
 
     id: str
     type: Literal["function"]
@@ -134,7 +147,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -168,11 +181,11 @@ class Generated(Ignored):
     temperature: Annotated[float, Interval(ge=0, le=2)] | None = None
     """0 is greedy; 1 if absent."""
     top_p: Annotated[float, Interval(ge=0, le=1)] | None = None
-    """Sample from the likeliest tokens that have this mass together."""
+    """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: Annotated[int, Ge(-1)] | None = None
     """Sample from this many likeliest tokens; 0 and -1 mean all."""
     min_p: Annotated[float, Interval(ge=0, le=1)] | None = None
-    """Drop tokens less likely than this part of the likeliest."""
+    """Drop tokens less likely than this fraction of the likeliest."""
     presence_penalty: Annotated[float, Interval(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Gt(0), Le(10)] | None = None
@@ -181,15 +194,15 @@ class Generated(Ignored):
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
     """The same seed gives the same text."""
     n: Annotated[int, Ge(1)] | None = None
-    """Answers per prompt."""
+    """Choices per prompt."""
     stop: Text | list[Text] | None = None
-    """Up to four strings at which the answer ends; they are not part of it."""
+    """Up to four strings that end the completion; they are not part of it."""
     stop_token_ids: list[TokenId] | None = None
-    """Token ids at which the answer ends."""
+    """Token ids that end the completion."""
     ignore_eos: bool | None = None
-    """Write on past the end of the text."""
+    """Continue after the model's stop token."""
     return_token_ids: bool | None = None
-    """Report the token ids of prompt and answer."""
+    """Return the token ids of prompt and completion."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
@@ -202,11 +215,11 @@ class CompletionBody(Generated):
     prompt: Text | Some[list[Text]] | Some[list[TokenId]] | Some[list[Some[list[TokenId]]]]
     """Text, token ids, or a list of either."""
     max_tokens: Annotated[int, Ge(0)] | None = None
-    """The longest answer in tokens; 16 if absent."""
+    """Most tokens of the completion; 16 if absent."""
     logprobs: Annotated[int, Interval(ge=0, le=5)] | None = None
-    """Report each token's log-probability and this many alternatives."""
+    """Return each token's log-probability and this many alternatives."""
     echo: bool | None = None
-    """Begin the answer with the prompt."""
+    """Begin the completion with the prompt."""
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -216,7 +229,7 @@ class ChatBody(Generated):
 
     messages: Some[list[Message]]
     max_completion_tokens: Annotated[int, Ge(1)] | None = None
-    """The longest answer in tokens; what the context leaves if absent."""
+    """Most tokens of the completion; what the context leaves if absent."""
     max_tokens: Annotated[int, Ge(1)] | None = None
     """The old name of `max_completion_tokens`."""
     logprobs: bool | None = None
@@ -232,15 +245,73 @@ class ChatBody(Generated):
 
 
 def plain(content: str | list[TextPart] | None) -> str:
-    """Return content as one text; parts stand on lines of their own."""
+    """Return content as one text, with a line per part."""
     if content is None:
         return ""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def fields() -> frozenset[str]:
-    """Return every name that may stand in a body, of all its objects."""
-    models: list[type[Any]] = [Body]
+def parse(data: bytes, kind: type[B]) -> B:
+    """Return the body.
+
+    Raises:
+        InvalidRequest: The bytes are not a JSON object of this kind; `param` names the first
+            wrong field.
+        UnsupportedParameter: A field is unknown, or requests what this server does not implement.
+    """
+    try:
+        return kind.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """Return our error for the first wrong field that pydantic found."""
+    details = error.errors(include_url=False, include_context=False)
+    if not details[0]["loc"]:
+        return InvalidRequest(f"The body is invalid: {details[0]['msg']}")
+    detail = _deepest(details)
+    field = str(detail["loc"][0])
+    if field in UNSUPPORTED:
+        return UnsupportedParameter(f"`{field}` is not supported here; leave it out", param=field)
+    if detail["type"] in _UNKNOWN and len(detail["loc"]) == 1:
+        return UnsupportedParameter(f"`{field}` is unknown here; leave it out", param=field)
+    param = _param(detail)
+    if detail["type"] == "missing":
+        return InvalidRequest(f"`{param}` is missing", param=param)
+    reasons = dict.fromkeys(other["msg"] for other in details if _param(other) == param)
+    expected = _EXPECTED.get(param) or "; or ".join(list(reasons)[:_MAX_REASONS])
+    value = repr(detail["input"])
+    if len(value) > _MAX_VALUE_LENGTH:
+        value = f"{value[:_MAX_VALUE_LENGTH]}..."
+    return InvalidRequest(f"`{param}` is {value}: {expected}", param=param)
+
+
+def _deepest(details: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Return the innermost error of the first wrong field: its union member came closest."""
+    field = details[0]["loc"][0]
+    if field in _EXPECTED:
+        return {**details[0], "loc": (field,)}
+    return max((one for one in details if one["loc"][0] == field), key=lambda one: len(one["loc"]))
+
+
+def _param(detail: ErrorDetails) -> str:
+    """Return the path of a field as OpenAI writes it: `messages[0].content`."""
+    *path, last = detail["loc"]
+    parts = [part for part in path if isinstance(part, int) or part in _FIELDS]
+    if detail["type"] in _UNKNOWN or isinstance(last, int) or last in _FIELDS:
+        parts.append(last)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".")
+
+
+def _fields() -> frozenset[str]:
+    """Return the name of every field of a body, its objects and the rules."""
+    models: list[type[Body]] = [Body]
     for model in models:
         models.extend(model.__subclasses__())
-    return frozenset(name for model in models for name in model.model_fields)
+    rules = (field.name for rule in get_args(Rule) for field in dataclasses.fields(rule))
+    return frozenset((*rules, *(name for model in models for name in model.model_fields)))
+
+
+_FIELDS = _fields()

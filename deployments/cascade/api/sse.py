@@ -148,9 +148,7 @@ class CompletionStream:
                 yield encode_event(responses.error(problem))
 
     def _encode(self, item: tuple[Completion, Delta] | None) -> Iterable[bytes]:
-        if item is None:
-            return (KEEP_ALIVE,)
-        return (self._chunk(choice) for choice in self._format.chunks(*item))
+        return (KEEP_ALIVE,) if item is None else map(self._chunk, self._format.chunks(*item))
 
     def _chunk(self, choice: Json) -> bytes:
         return encode_event(self._format.chunk(self._completions, choice))

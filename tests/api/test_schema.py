@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from cascade.api import schema
-from cascade.api.schema import ChatBody, CompletionBody
-from cascade.api.validation import parse
+from cascade.api.schema import ChatBody, CompletionBody, parse
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
 
