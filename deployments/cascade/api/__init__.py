@@ -1,1 +1,1 @@
-"""The public doors: OpenAI's HTTP shapes and the gRPC service. Start at `http.create_app`."""
+"""The public APIs: OpenAI's HTTP routes and the gRPC service. Start at `http.create_app`."""

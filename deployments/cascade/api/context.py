@@ -39,9 +39,9 @@ class Limits:
     """The most that one call may ask for; the `limits` branch of the settings."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
-    context_tokens: Positive = 4096  # prompt and answer together
+    context_tokens: Positive = 4096  # prompt and completion together
     prompt_tokens: Positive | None = None  # None: what the context leaves
-    max_tokens: Positive | None = None  # of one answer; None: what the context leaves
+    max_tokens: Positive | None = None  # of one completion; None: what the context leaves
     choices: Positive = 16  # `n`
     prompts: Positive = 64  # in one call
     answers: Positive = 128  # in one call: prompts times choices
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request gets that does not say; the `defaults` branch of the settings."""
+    """The values of absent request fields; the `defaults` branch of the settings."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     mode: Mode = Mode.CASCADE
@@ -67,16 +67,16 @@ class Defaults:
     row_entries: Positive = 64
     confidence: Confidence = Confidence.MEAN
     confidence_threshold: float = -0.5
-    chat_tokens: Positive | None = None  # of a chat's answer; None: what the context leaves
+    chat_tokens: Positive | None = None  # of a chat completion; None: what the context leaves
     temperature: Annotated[float, Interval(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     top_k: Natural = 0
-    deadline_s: Seconds | None = None  # of an answer; `router.max_generation_s` applies too
+    deadline_s: Seconds | None = None  # of a request; `router.max_generation_s` applies too
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
 
     @property
     def patience(self) -> SequenceCascadeParams:
-        """Return when a sequence cascade keeps the drafter's answer."""
+        """Return when a sequence cascade keeps the drafter's text."""
         return SequenceCascadeParams(
             confidence=self.confidence, threshold=self.confidence_threshold
         )

@@ -1,1 +1,1 @@
-"""Values between processes: codec, streams and status."""
+"""The gRPC protocol between router and replicas: messages, codec, client and server."""

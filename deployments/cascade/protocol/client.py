@@ -42,7 +42,7 @@ Arguments = TypeVarTuple("Arguments")
 _OPTIONS = (
     *STREAM_OPTIONS,
     ("grpc.http2.max_pings_without_data", 0),
-    # Give up after 3 s on an address that never answers; gRPC's default is 20 s.
+    # Give up after 3 s on an address that does not respond; gRPC's default is 20 s.
     ("grpc.min_reconnect_backoff_ms", 3_000),
     # Replicas are in the same network: a proxy from the environment cannot reach them.
     ("grpc.enable_http_proxy", 0),

@@ -83,7 +83,7 @@ class Description:
 
     model: str
     vocab_size: int  # token ids are below it
-    context_length: int  # tokens of prompt and answer together
+    context_length: int  # tokens of prompt and completion together
     tokenizer_fingerprint: str
     protocol_version: int = PROTOCOL_VERSION
     draft_limit: int = 64  # tokens per block
