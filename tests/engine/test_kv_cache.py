@@ -75,9 +75,9 @@ def test_a_prompt_copies_the_states_of_a_live_session() -> None:
     pool = LayeredKVPool(num_slots=1024)
     cache = make_cache(pool=pool)
     first = filled(cache, A, list(range(100)))
-    rows = torch.arange(100)
+    slots = torch.arange(100)
     states = torch.rand(2, 100, 4)
-    pool.write(0, key_HTD=states, value_HTD=states, slots_T=rows)
+    pool.write(0, key_HTD=states, value_HTD=states, slots_T=slots)
 
     second = cache.open(B, tokens=[*range(60), 7, 7])
 
@@ -85,7 +85,7 @@ def test_a_prompt_copies_the_states_of_a_live_session() -> None:
     assert first.kv_range
     assert second.kv_range
     assert first.kv_range != second.kv_range
-    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=rows[:0])
+    key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=slots[:0])
     start = second.kv_range.start
     assert torch.equal(key[:, start : start + 60], states[:, :60])
 
@@ -204,9 +204,9 @@ def test_a_branch_starts_with_its_parents_states_and_frees_its_slots() -> None:
     assert branch is not None
     assert branch.kv_range is not None
     assert (branch.tokens, branch.cached) == (list(range(60)), 60)
-    rows = torch.arange(branch.kv_range.start, branch.kv_range.start + 60)
+    slots = torch.arange(branch.kv_range.start, branch.kv_range.start + 60)
     key, _ = pool.write(0, key_HTD=states[:, :0], value_HTD=states[:, :0], slots_T=torch.arange(0))
-    assert torch.equal(key[:, rows], states[:, :60])
+    assert torch.equal(key[:, slots], states[:, :60])
     assert (len(cache), cache.num_branches, cache.live_tokens, cache.branches(A)) == (
         1,
         1,

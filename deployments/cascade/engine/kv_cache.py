@@ -149,7 +149,7 @@ class KVCacheManager:
         source = self._live.get(parent)
         if source is None or source.cached < base:
             return None
-        # There is at least one more token to come, which differs from the parent's.
+        # At least one more token follows, which differs from the parent's.
         sequence = self._fork(source, length=base, tokens=base + 1, victims=self._evict_idle())
         if sequence is None:
             return None

@@ -145,16 +145,16 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
     )
 
 
-def check_state(kind: type[PreTrainedModel] | None) -> None:
+def check_state(model_class: type[PreTrainedModel] | None) -> None:
     """Check that a model's cache can be rolled back.
 
     Raises:
         UnsupportedModel: Some layers keep a recurrent state.
     """
-    if kind is not None and getattr(kind, "_is_stateful", False):
+    if model_class is not None and getattr(model_class, "_is_stateful", False):
         raise UnsupportedModel(
-            f"{kind.__name__} keeps a recurrent state, which cannot be rolled back when drafted "
-            "tokens are rejected; serve a model whose layers all use attention"
+            f"{model_class.__name__} keeps a recurrent state, which cannot be rolled back when "
+            "drafted tokens are rejected; serve a model whose layers all use attention"
         )
 
 
@@ -208,8 +208,8 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    head: Any = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    lm_head: Any = model.get_output_embeddings()
+    weight = getattr(lm_head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])
     config: Any = model.config.get_text_config(decoder=True)

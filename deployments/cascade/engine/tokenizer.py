@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
 
-# A character has at most four tokens, of one byte each; if it is longer incomplete, it is invalid.
-_MAX_PENDING = 8
+# A character has at most four tokens, of one byte each; after more it is invalid, not incomplete.
+_MAX_HELD = 8
 
 
 class Detokenizer:
@@ -30,8 +30,9 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []  # tokens of the last piece, then the pending ones
-        self._emitted = 0  # tokens of the window whose text was returned
-        self._prefix = ""  # their text
+        self._emitted = 0  # tokens of the window whose whole text was returned
+        self._prefix = ""  # the window's text that was returned
+        self._held = 0  # tokens since text was last returned
 
     def push(self, tokens: Iterable[int]) -> str:
         """Return the text that `tokens` add; an incomplete character stays pending."""
@@ -43,10 +44,16 @@ class Detokenizer:
 
     def _push(self, token: int) -> str:
         self._window.append(token)
-        pending = len(self._window) - self._emitted
-        if pending <= _MAX_PENDING and self._decode(self._window).endswith(_REPLACEMENT):
+        self._held += 1
+        text = self._decode(self._window)
+        if not text.endswith(_REPLACEMENT) or self._held > _MAX_HELD:
+            return self._emit()
+        # Tokens may end inside characters for long: what is complete need not wait.
+        complete = text.rstrip(_REPLACEMENT)
+        if len(complete) <= len(self._prefix) or not complete.startswith(self._prefix):
             return ""
-        return self._emit()
+        new, self._prefix, self._held = complete[len(self._prefix) :], complete, 0
+        return new
 
     def _emit(self) -> str:
         pending = self._window[self._emitted :]
@@ -58,7 +65,7 @@ class Detokenizer:
         if alone:
             # Tokens without text, special ones, are no context for the next.
             self._window, whole = pending, alone
-        self._emitted = len(self._window)
+        self._emitted, self._held = len(self._window), 0
         self._prefix = whole
         return text
 

@@ -248,9 +248,9 @@ def test_other_passes_are_not_replayed(segments: list[Segment]) -> None:
     runners.open(20)
 
     with torch.inference_mode():
-        rows = runners.graphs.forward(segments)
+        logits_NV = runners.graphs.forward(segments)
 
-    assert len(rows) == sum(one.num_logits for one in segments)
+    assert len(logits_NV) == sum(one.num_logits for one in segments)
     assert not runners.graphs.captured_buckets
 
 
@@ -273,11 +273,11 @@ def test_passes_above_the_largest_bucket_are_not_replayed(
 def test_the_largest_bucket_fits_the_scratch_slots() -> None:
     """Before its capture a graph runs only over scratch slots."""
     indices = range(cuda_graph.MAX_SESSIONS // 2 + 1)
-    alone: list[int] = []
+    scratch_runs: list[int] = []
 
     def capture(run: Replay) -> Replay:
         before = states(runners.graphs)
-        alone.append(len(run()))
+        scratch_runs.append(len(run()))
         for old_HRD, new_HRD in zip(before, states(runners.graphs), strict=True):
             assert torch.equal(old_HRD[:, :slots], new_HRD[:, :slots])
         return run
@@ -287,7 +287,7 @@ def test_the_largest_bucket_fits_the_scratch_slots() -> None:
     runners.open(*(3 for _ in indices))
     graph_NV, varlen_NV = runners.step(*indices)
 
-    assert alone == [cuda_graph.MAX_SESSIONS]
+    assert scratch_runs == [cuda_graph.MAX_SESSIONS]
     assert agree(graph_NV, varlen_NV)
     assert runners.graphs.captured_buckets == buckets((cuda_graph.MAX_SESSIONS, 128))
 
@@ -474,9 +474,7 @@ def test_flash_attention_gets_the_same_arguments_as_on_the_flat_path() -> None:
     segments = [
         Segment(start=start, past=past, tokens=(5,), num_logits=1) for start, past in starts
     ]
-    inputs_5N = torch.tensor(
-        [(5, past, start + past, start, past + 1) for start, past in indices]
-    ).T
+    inputs_5N = torch.tensor([(5, past, start + past, start, past + 1) for start, past in starts]).T
     flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=SLOTS).varlen
 
     ours = StaticBatch(inputs_5N, keys=256, num_slots=SLOTS).varlen

@@ -37,7 +37,7 @@ def test_a_path_that_is_set_is_not_replaced() -> None:
         only = EngineSettings(path=path)
         assert isinstance(select.select_runner(build("llama"), settings=only), kind)
 
-    with pytest.raises(UnsupportedModel, match="lean path: it is no Llama-like model"):
+    with pytest.raises(UnsupportedModel, match="lean path: it is not a Llama-like model"):
         select.select_runner(build("gpt2"), settings=EngineSettings(path=Path.LEAN))
     with pytest.raises(UnsupportedModel, match="flat path: its layers do not use"):
         select.select_runner(build("bloom"), settings=EngineSettings(path=Path.FLAT))

@@ -93,7 +93,7 @@ def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
         PathUnsupported: It is not a Llama-like model on a CPU.
     """
     if type(model).__name__ not in _MODELS:
-        raise PathUnsupported("it is no Llama-like model")
+        raise PathUnsupported("it is not a Llama-like model")
     if model.device.type != "cpu" or model.dtype not in {torch.float32, torch.bfloat16}:
         raise PathUnsupported("it is for float32 and bfloat16 on a CPU")
     if find_rope_lengths(model) != RopeLengths():
