@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cascade.api.output_processor import Delta, OutputProcessor, StopMatcher
@@ -118,6 +118,7 @@ def process(processor: OutputProcessor, parts: Sequence[OutputChunk]) -> list[De
 
 
 @SHARED
+@example(text="日" * 12, sizes=[1])  # tokens that end inside characters
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
 def test_the_deltas_have_the_text_and_every_token_once(
     tokenizer: Tokenizer, text: str, sizes: list[int]
@@ -129,6 +130,7 @@ def test_the_deltas_have_the_text_and_every_token_once(
 
 
 @SHARED
+@example(text="日" * 12, sizes=[1])  # tokens that end inside characters
 @given(text=OUTPUT_TEXTS, sizes=SIZES)
 def test_no_delta_has_half_a_character(tokenizer: Tokenizer, text: str, sizes: list[int]) -> None:
     deltas = process(OutputProcessor(tokenizer), chunks(tokenizer.encode(text), sizes))
