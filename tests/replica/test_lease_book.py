@@ -94,6 +94,7 @@ async def test_an_ended_lease_can_be_ended_and_touched_again() -> None:
     leases = book()
     call = leases.hold("here:1", lambda _: None)
     token = (await anext(call))["token"]
+    leases.claim(token)
     leases.end(token)
     leases.end(token)
     leases.touch(token)
