@@ -162,7 +162,13 @@ def _unfused(
 
 
 def flash_supports(query_THD: Tensor, values_JRD: Tensor, params: AttentionParams) -> bool:
-    """Return whether `flash` can compute this attention; the arguments are those of `flash`."""
+    """Return whether `flash` can compute this attention.
+
+    Args:
+        query_THD: The queries.
+        values_JRD: Values of the whole pool.
+        params: The layer's parameters.
+    """
     size = query_THD.shape[-1]
     return (
         query_THD.is_cuda

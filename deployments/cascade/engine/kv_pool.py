@@ -96,13 +96,7 @@ class LayeredKVPool(KVPool):
 class StackedKVPool(KVPool):
     """Keys and values of equally shaped layers in one tensor `[L, 2, J, R, D]` on the CPU.
 
-    One view reads all layers, and one copy writes keys and values.
-
-    Args:
-        layers: L.
-        heads: J.
-        num_slots: R.
-        size: D.
+    One view reads all layers, and one copy writes keys and values. The arguments are L, J, R and D.
     """
 
     def __init__(self, *, layers: int, heads: int, num_slots: int, size: int) -> None:

@@ -25,9 +25,8 @@ class EngineSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     device: str = "auto"  # a torch device; auto is cuda if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto is float32 on a CPU, else the checkpoint's
-    )
+    # auto is float32 on a CPU, else the checkpoint's
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Natural = 0  # torch threads of this process
     cache_tokens: Natural = 0  # capacity of the KV cache, for all sessions together
     cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0

@@ -19,7 +19,6 @@ from functools import cache
 _SWITCH_INTERVAL_S = 0.0005
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-
 _KEPT_BYTES = 2**30
 
 
