@@ -211,22 +211,23 @@ def _decode_close(proto: tokens_pb2.Close) -> messages.Close:
 def _encode_cost(message: messages.Proposal | messages.Judgement, proto: Any) -> None:
     """Write what the reply took; times are sent in whole microseconds."""
     proto.cached_prompt_token_count = message.cached_prompt_tokens
-    timing = message.timing
-    proto.timing.service_us = round(1e6 * timing.service_s)
-    proto.timing.step_us = round(1e6 * timing.step_s)
-    proto.timing.token_count = timing.tokens
-    proto.timing.session_count = timing.sessions
-    proto.timing.open_count = timing.open
+    timing, sent = message.timing, proto.timing
+    sent.service_us = round(1e6 * timing.service_s)
+    sent.step_us = round(1e6 * timing.step_s)
+    sent.token_count = timing.tokens
+    sent.session_count = timing.sessions
+    sent.open_count = timing.open
 
 
 def _decode_cost(proto: Any) -> dict[str, Any]:
     cached = bounded(proto.cached_prompt_token_count, "cached_prompt_token_count")
+    received = proto.timing
     timing = Timing(
-        service_s=bounded(proto.timing.service_us, "service_us") / 1e6,
-        step_s=bounded(proto.timing.step_us, "step_us") / 1e6,
-        tokens=bounded(proto.timing.token_count, "token_count"),
-        sessions=bounded(proto.timing.session_count, "session_count"),
-        open=bounded(proto.timing.open_count, "open_count"),
+        service_s=bounded(received.service_us, "service_us") / 1e6,
+        step_s=bounded(received.step_us, "step_us") / 1e6,
+        tokens=bounded(received.token_count, "token_count"),
+        sessions=bounded(received.session_count, "session_count"),
+        open=bounded(received.open_count, "open_count"),
     )
     return {"cached_prompt_tokens": cached, "timing": timing}
 

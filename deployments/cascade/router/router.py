@@ -175,21 +175,20 @@ class Router:
         self, request: Request, statistics: Statistics, *, deadline_s: float
     ) -> AsyncGenerator[OutputChunk]:
         """Yield the answer; the drafter finishes it without an expert, if the client allows."""
-        session = Session(
-            id=SessionId(uuid.uuid4().hex), prompt=request.prompt, policy=request.policy
-        )
+        written: list[OutputChunk] = []
         try:
+            session = _session(request, written)
             chunks = self._loop(request, session, statistics, deadline_s=deadline_s)
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    session = _appended(session, chunk)
+                    written.append(chunk)
                     yield chunk
         except ExpertUnavailable:
             if request.on_expert_loss is ExpertLoss.FAIL:
                 raise
             statistics.expert_losses += 1
-            session = replace(session, id=SessionId(uuid.uuid4().hex))
             request = replace(request, mode=Mode.DRAFTER_ONLY)
+            session = _session(request, written)
             chunks = self._loop(request, session, statistics, deadline_s=deadline_s)
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -310,9 +309,13 @@ def _finish(session: Session, request: Request) -> FinishReason | None:
     return FinishReason.LENGTH if session.position >= request.max_tokens else None
 
 
-def _appended(session: Session, chunk: OutputChunk) -> Session:
-    return replace(
-        session, tokens=session.tokens + chunk.tokens, origins=session.origins + chunk.origins
+def _session(request: Request, written: Sequence[OutputChunk]) -> Session:
+    return Session(
+        id=SessionId(uuid.uuid4().hex),
+        prompt=request.prompt,
+        policy=request.policy,
+        tokens=tuple(token for chunk in written for token in chunk.tokens),
+        origins=tuple(origin for chunk in written for origin in chunk.origins),
     )
 
 

@@ -230,9 +230,12 @@ class TierSession:
         return reached and now_s() - self._opened_s > STAY_S
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T | None:
+        deadline_s = self._policy.deadline_s
         while True:
             try:
-                async with asyncio.timeout(self._policy.deadline_s):
+                if deadline_s is None:
+                    return await attempt()
+                async with asyncio.timeout(deadline_s):
                     return await attempt()
             except TimeoutError:
                 self.fail(Failure.LATE)
