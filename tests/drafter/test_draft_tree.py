@@ -10,7 +10,7 @@ import pytest
 from tests.support.draft_branches import digest, drafted, new_branch, propose
 from tests.support.fake_engine import FakeEngine
 
-from cascade.drafter.draft_tree import MIN_PROB, DraftTree
+from cascade.drafter.draft_tree import MIN_PROB, DraftSession, DraftTree
 from cascade.protocol.messages import Judge
 from cascade.types import SessionId
 
@@ -38,6 +38,7 @@ def grown(*, prob: float = 0.5, **more: Any) -> Forest:
     engine = FakeEngine(handler=None)  # pyright: ignore[reportArgumentType] - nothing runs
     branch = new_branch(message=propose(**{"branches": 4, **more}))
     tree = DraftTree(session=branch.session, engine=engine, main=branch, ids=itertools.count(1))  # pyright: ignore[reportArgumentType] - a fake engine
+    assert isinstance(branch.session, DraftSession)
     branch.session.tree = tree
     engine.cache["s/0"] = [1, 2, 3, 4]
     branch.add(drafted(3, prob, runner_up=8))

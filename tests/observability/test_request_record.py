@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cascade.errors import ExpertUnavailable
-from cascade.observability.observer import CLOSED, RequestRecord
+from cascade.observability.request_record import CLOSED, RequestRecord
 from cascade.rules import Chow
 from cascade.types import (
     DecodingParams,

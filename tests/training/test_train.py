@@ -27,9 +27,8 @@ from cascade.training.corpus import (
     token_id,
     train_tokenizer,
 )
+from cascade.training.recipes import PAIR, Recipe
 from cascade.training.train import (
-    PAIR,
-    Recipe,
     Workspace,
     answer_choices,
     answer_labels,

@@ -27,7 +27,7 @@ from cascade.types import Bonus, DecodingParams, Mode
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cascade.drafter.draft_tree import DraftSession
+    from cascade.replica.session import ReplicaSession
     from cascade.speculation.confidence import Calibration
     from cascade.types import SessionId
 
@@ -68,7 +68,7 @@ class DraftBranch:
     The engine's thread owns it while the session is busy, the event loop otherwise.
     """
 
-    session: DraftSession
+    session: ReplicaSession
     message: Propose  # the last one that this branch serves
     tokens: list[int]  # committed, drafted and guessed: what the engine is fed after the prompt
     limit: int  # of prompt and output, in tokens

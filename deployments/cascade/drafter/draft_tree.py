@@ -39,7 +39,7 @@ class DraftSession(ReplicaSession):
 class DraftTree:
     """The branches of a session; owned like them by one thread at a time."""
 
-    session: DraftSession
+    session: ReplicaSession
     engine: Engine
     main: DraftBranch
     ids: Iterator[int]  # for engine sessions, each used once

@@ -75,7 +75,7 @@ class Drafter(Replica[Propose]):
         self._record_step_time()
         drafted: defaultdict[DraftSession, list[tuple[DraftBranch, DraftToken]]] = defaultdict(list)
         for branch, draft in zip(branches, drafts, strict=True):
-            drafted[branch.session].append((branch, draft))
+            drafted[_draft_session(branch)].append((branch, draft))
         requests: list[ForwardRequest] = []
         limit = self._branch_limit(len(drafted))
         for session, pairs in drafted.items():
@@ -88,7 +88,7 @@ class Drafter(Replica[Propose]):
         branch: DraftBranch | DraftSession = request.task
         if isinstance(branch, DraftSession) or branch.engine_id is None:
             super().fail(request, error)
-        elif branch.session.tree and branch.session.tree.drop_failed(branch):
+        elif (tree := _draft_session(branch).tree) and tree.drop_failed(branch):
             self.publish([Result(session=branch.session)])
 
     def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[DraftToken]:
@@ -172,3 +172,8 @@ class Drafter(Replica[Propose]):
             cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
         )
         return Result(session=session, message=message, done=False)
+
+
+def _draft_session(branch: DraftBranch) -> DraftSession:
+    assert isinstance(branch.session, DraftSession), "a drafter opens sessions of this class"
+    return branch.session

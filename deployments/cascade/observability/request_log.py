@@ -12,7 +12,7 @@ from cascade.observability.observer import Observer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cascade.observability.observer import RequestRecord
+    from cascade.observability.request_record import RequestRecord
 
 FIELD = "answer"  # of the log record; Serve's JSON encoding writes it out
 COUNTS = (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cascade.observability.metric_specs import MetricSpec
     from cascade.observability.metrics import MetricBackend
-    from cascade.observability.observer import RequestRecord
+    from cascade.observability.request_record import RequestRecord
 
     Series: TypeAlias = tuple[MetricSpec, tuple[str, ...]]
 

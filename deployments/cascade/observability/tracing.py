@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
-    from cascade.observability.observer import RequestRecord
+    from cascade.observability.request_record import RequestRecord
     from cascade.protocol.codec import ClientMessage, ServerMessage
     from cascade.protocol.server import Connection, TierServicer
     from cascade.protocol.services import Description

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
@@ -38,6 +37,7 @@ from cascade.training.corpus import (
     token_id,
     train_tokenizer,
 )
+from cascade.training.recipes import PAIR, Recipe
 
 CONTEXT_TOKENS = 1024
 
@@ -53,36 +53,6 @@ _SMOOTHED_STEPS = 25
 
 _LOSSES_SUFFIX = ".losses.json"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """The shape of one model and how it is trained."""
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    steps: int
-    formal: float  # share of answers in the formal style
-    learning_rate: float
-    documents: int = 96  # of one step
-    groups: int = 6  # batches of one step, each of documents of similar length
-    distilled: float = 0.0  # share of the loss that is the divergence from the expert
-
-
-# Trained in this order: a distilled model comes after the expert.
-PAIR: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "expert": Recipe(
-            hidden=320, layers=6, heads=5, intermediate=1024, steps=1500, formal=0.85,
-            learning_rate=4e-3,
-        ),
-        "drafter": Recipe(
-            hidden=192, layers=2, heads=3, intermediate=512, steps=380, formal=0.3,
-            learning_rate=4e-3, distilled=0.5,
-        ),
-    }
-)  # fmt: skip
 
 # The loss of a model on a batch, in nats, summed over the labels.
 Loss: TypeAlias = Callable[[LlamaForCausalLM, Batch], Tensor]

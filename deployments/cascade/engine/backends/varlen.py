@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from transformers import AttentionInterface
@@ -26,11 +26,25 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cascade.engine.backends.cuda_graph import StaticBatch
+    from cascade.engine.batch import Varlen
 
     Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionParams], Tensor]
 
 _VARLEN = "cascade_varlen"
+
+
+class AttentionBatch(Protocol):
+    """A batch as attention sees it."""
+
+    @property
+    def slots_T(self) -> Tensor:  # noqa: N802 - ends in its shape
+        """The KV slot of each token."""
+        ...
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """The arguments of a variable-length attention kernel."""
+        ...
 
 
 class VarlenRunner(ModelRunner):
@@ -67,7 +81,7 @@ class VarlenRunner(ModelRunner):
         return logits[: len(indices_N)] if self._slices_logits else logits[indices_N]
 
     @contextmanager
-    def running(self, batch: RaggedBatch | StaticBatch, attend: Attend) -> Generator[None]:
+    def running(self, batch: AttentionBatch, attend: Attend) -> Generator[None]:
         """Let attention on this thread work on a batch, by `attend` or by FlashAttention."""
         token = _current.set((self, batch, attend))
         try:
@@ -76,7 +90,7 @@ class VarlenRunner(ModelRunner):
             _current.reset(token)
 
 
-_current: ContextVar[tuple[VarlenRunner, RaggedBatch | StaticBatch, Attend] | None] = ContextVar(
+_current: ContextVar[tuple[VarlenRunner, AttentionBatch, Attend] | None] = ContextVar(
     "current", default=None
 )
 
