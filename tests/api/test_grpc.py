@@ -309,12 +309,24 @@ async def test_models_are_listed(stub: rpc.GenerationServiceAsyncStub) -> None:
 
 async def test_health_is_readiness(channel: grpc.aio.Channel) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
-    for name in ("", "cascade.v1.GenerationService"):
+    for name in ("", "cascade.v1.GenerationService", "readiness", "liveness"):
         response = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert response.status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health.Check(health_pb2.HealthCheckRequest(service="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("", "NOT_SERVING"), ("readiness", "NOT_SERVING"), ("liveness", "SERVING")]
+)
+async def test_without_models_a_router_is_alive_but_not_ready(
+    service: ServingContext, name: str, status: str
+) -> None:
+    servicer = GenerationServicer(lambda: replace(service, ready=lambda: False))
+    request = health_pb2.HealthCheckRequest(service=name)
+    response = await servicer.Check(request, FakeContext())
+    assert response.status == health_pb2.HealthCheckResponse.ServingStatus.Value(status)
 
 
 class FakeContext:

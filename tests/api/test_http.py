@@ -37,6 +37,11 @@ async def test_health_is_readiness(raw: Callable[..., httpx2.AsyncClient], path:
     assert (starting.status_code, starting.json()["error"]["code"]) == (503, "unavailable")
 
 
+async def test_a_router_without_models_is_alive(raw: Callable[..., httpx2.AsyncClient]) -> None:
+    """A restart would not help it, so the check that restarts must not fail."""
+    assert (await raw(ready=lambda: False).get("/livez")).json() == {"status": "ok"}
+
+
 async def test_without_a_service_every_request_is_a_503(service: ServingContext) -> None:
     """The app can be created before the service."""
     app = create_app()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OPERATIONS = [
     ("/health", "GET"),
     ("/healthz", "GET"),
+    ("/livez", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/v1/completions", "POST"),

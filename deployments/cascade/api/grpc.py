@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 _Response: TypeAlias = pb.GenerateResponse | pb.GenerateStreamResponse
 
-_SERVICES = ("", "cascade.v1.GenerationService")
+# Names that health checks ask for. All but the last say whether requests can be answered now.
+_READINESS = ("", "cascade.v1.GenerationService", "readiness")
+_LIVENESS = "liveness"
 
 _FAILED = pb.GenerateStreamResponse(choices=[pb.Choice(finish_reason=pb.FINISH_REASON_ERROR)])
 
@@ -106,7 +108,7 @@ class GenerationServicer(
     async def Check(  # noqa: N802 - the RPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """Say whether requests can be served now (`grpc.health.v1`)."""
+        """Say whether requests can be answered now, or whether the router lives at all."""
         return await _guard(context, self._check(request), health_pb2.HealthCheckResponse())
 
     async def _generate(
@@ -140,12 +142,18 @@ class GenerationServicer(
     async def _check(
         self, request: health_pb2.HealthCheckRequest
     ) -> health_pb2.HealthCheckResponse:
-        if request.service not in _SERVICES:
-            raise ModelNotFound(f"No service `{request.service}` here; there is {_SERVICES[1]}")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    def _status(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        """Return the health of a name; raises ModelNotFound for a name without one."""
+        response = health_pb2.HealthCheckResponse
+        if name == _LIVENESS:
+            return response.SERVING
+        if name not in _READINESS:
+            raise ModelNotFound(f"No service `{name}` here; there is {_READINESS[1]}")
         service = self._get_service()
         ready = service is not None and service.ready()
-        response = health_pb2.HealthCheckResponse
-        return response(status=response.SERVING if ready else response.NOT_SERVING)
+        return response.SERVING if ready else response.NOT_SERVING
 
     def _service(self, context: Context) -> ServingContext:
         service = self._get_service()

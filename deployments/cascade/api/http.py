@@ -61,6 +61,7 @@ def create_app(service: ServingContext | None = None, *, add_request_id: bool = 
     guarded = [Depends(_authenticate)]
     app.get("/health", response_model=None)(health)
     app.get("/healthz", response_model=None)(health)
+    app.get("/livez", response_model=None)(liveness)
     app.get("/v1/models", dependencies=guarded, response_model=None)(models)
     app.get("/v1/models/{name:path}", dependencies=guarded, response_model=None)(model)
     for path, body_type, endpoint in (
@@ -76,9 +77,14 @@ def create_app(service: ServingContext | None = None, *, add_request_id: bool = 
 
 
 async def health(request: Request) -> Response:
-    """Say whether requests can be served now."""
+    """Say whether requests can be answered now: whether a load balancer should send any."""
     if not _service(request).ready():
-        raise Unavailable("The models are not loaded yet")
+        raise Unavailable("No expert replica answers yet, or any more")
+    return JSONResponse({"status": "ok"})
+
+
+async def liveness() -> Response:
+    """Say that this router runs, with or without models: only a restart mends one that does not."""
     return JSONResponse({"status": "ok"})
 
 
