@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import Signature, signature
+from typing import Any
+
 import pytest
 import torch
 from numpy.random import Generator, default_rng
@@ -13,6 +16,8 @@ from cascade.engine.backends import cpu_llama
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.varlen import VarlenRunner
+from cascade.engine.batch import Segment
+from cascade.engine.kv_pool import MIN_RANGE
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 
@@ -94,12 +99,39 @@ def test_the_lean_path_grows_its_table_of_rotations(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", PADDED)
 def test_the_padded_path_is_exact(name: str) -> None:
-    harness = EngineHarness(build(name), EngineSettings(cache_tokens=1024))
+    harness = EngineHarness(build(name), EngineSettings(cache_tokens=1024, path=Path.PADDED))
 
     ragged_scenario(harness)
 
     assert isinstance(harness.engine.runner, PaddedRunner)
     assert harness.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_padded_path_finds_the_cache_under_both_of_its_names(name: str) -> None:
+    model = build("llama")
+    forward = model.forward
+    own = next(one for one in ("past_key_values", "cache") if one in signature(forward).parameters)
+
+    def renamed(**arguments: Any) -> Any:
+        return forward(**{own if key == name else key: arguments[key] for key in arguments})
+
+    parameters = [
+        one.replace(name=name if one.name == own else one.name, kind=one.KEYWORD_ONLY)
+        for one in signature(forward).parameters.values()
+        if one.kind is not one.VAR_KEYWORD
+    ]
+    renamed.__signature__ = Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess] - what `inspect` reads
+    model.forward = renamed
+    runner = PaddedRunner(model)
+    runner.resize(num_slots=MIN_RANGE)
+    tokens = (3, 4, 5)
+
+    with torch.inference_mode():
+        found = runner.forward([Segment(start=0, past=0, tokens=tokens, num_logits=3)])
+        expected = build("llama")(torch.tensor([tokens])).logits[0]
+
+    assert torch.allclose(found, expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ROPE)

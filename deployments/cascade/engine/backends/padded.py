@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from cascade.engine.kv_pool import LayeredKVPool
 
 
+_CACHE_ARGUMENTS = ("past_key_values", "cache")  # until transformers 5.23, and since 5.24
+
+
 class PaddedRunner(ModelRunner):
     """The model's own attention over columns gathered from the pool.
 
@@ -40,8 +43,10 @@ class PaddedRunner(ModelRunner):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters:
-            raise PathUnsupported("its forward pass takes no past_key_values")
+        names = [name for name in _CACHE_ARGUMENTS if name in parameters]
+        if not names:
+            raise PathUnsupported("its forward pass takes no cache")
+        self._cache_argument = names[0]
         self._takes_positions = "position_ids" in parameters
         config: Any = model.config.get_text_config(decoder=True)
         self._layers = int(config.num_hidden_layers)
@@ -49,7 +54,8 @@ class PaddedRunner(ModelRunner):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
         batch = _PaddedBatch(self._with_rope_padding(segments), device=self.device)
-        extra: dict[str, Any] = {}
+        cache = _cache(batch, pool=self.pool, layers=self._layers)
+        extra: dict[str, Any] = {self._cache_argument: cache}
         if self._takes_positions:
             extra["position_ids"] = batch.positions_BQ
         kept = batch.queries
@@ -61,7 +67,6 @@ class PaddedRunner(ModelRunner):
         logits_BQV: Tensor = self.model(
             input_ids=batch.ids_BQ,
             attention_mask=batch.mask_BK,
-            past_key_values=_cache(batch, pool=self.pool, layers=self._layers),
             use_cache=True,
             **extra,
         ).logits
