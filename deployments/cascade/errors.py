@@ -24,7 +24,11 @@ error object.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class CascadeError(Exception):
@@ -137,3 +141,12 @@ class MismatchedPair(StartupError):
 
 class InvalidMeasurement(StartupError):
     """A workload, grid, target or results file that cannot be used."""
+
+
+def wanted(given: object, valid: Iterable[str]) -> str:
+    """Return the end of an error about a mistyped name: the nearest valid one, then all of them."""
+    names = list(valid)
+    spelled = {name.lower().replace("-", "_"): name for name in names}
+    near = get_close_matches(str(given).strip().lower().replace("-", "_"), spelled, n=1)
+    every = f"one of {', '.join(names)}"
+    return f"did you mean `{spelled[near[0]]}`? Wanted {every}" if near else f"wanted {every}"

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from cascade.cli import app
-from cascade.cli.ask import STYLES, draft_length, rule_object, visible
+from cascade.cli.ask import STYLES, draft_length, rule_object, server_url, visible
+from cascade.errors import StartupError
 from cascade.types import Origin
 
 Response = tuple[int, str, bytes]
@@ -212,9 +217,75 @@ def test_the_error_without_a_server_is_one_line_that_says_how_to_start_one(
     assert "serve run cluster/local.yaml" in result.stderr
 
 
-def test_an_invalid_url_is_refused() -> None:
-    result = run("http://127.0.0.1:many", "Hi")
-    assert "is not a URL" in result.stderr
+@pytest.mark.parametrize("text", ["http://127.0.0.1:many", "not a url", "grpc://127.0.0.1:9000"])
+def test_an_invalid_url_is_refused(text: str) -> None:
+    result = run(text, "Hi")
+    assert result.stderr.startswith(f"error {text!r} is not a URL")
+    assert "wanted one like http://127.0.0.1:8000" in result.stderr
+    assert result.exit_code == 2
+
+
+HOSTS = ["127.0.0.1", "localhost", "models.example.com", "a_b", "[::1]", "[fe80::1%25eth0]"]
+
+
+@given(
+    scheme=st.sampled_from(["", "http://", "https://", "HTTP://"]),
+    host=st.sampled_from(HOSTS),
+    port=st.sampled_from(["", ":8000"]),
+    path=st.sampled_from(["", "/pre"]),
+    end=st.sampled_from(["", "/", "//", "/v1", "/v1/", "/v1/chat/completions"]),
+)
+def test_a_url_is_the_root_of_the_server_however_it_is_written(
+    scheme: str, host: str, port: str, path: str, end: str
+) -> None:
+    root = f"{scheme.lower() or 'http://'}{host}{port}{path}"
+    assert server_url(f" {scheme}{host}{port}{path}{end}\n") == root
+    assert server_url(root) == root
+
+
+@given(st.text() | st.from_regex(r"(\w*:?/{0,2})?[\w.:\[\]@-]*(:\d*)?(/\S*)?"))
+def test_any_text_is_a_url_that_can_be_asked_or_refused_in_our_words(text: str) -> None:
+    with suppress(StartupError):  # other errors would be tracebacks
+        root = server_url(text)
+        assert root.startswith(("http://", "https://"))
+        assert httpx.URL(f"{root}/health").host
+        assert server_url(root) == root
+
+
+@pytest.mark.parametrize(
+    "text", ["::1", "http://::1:8000", "", "http://", "/v1", "http:/h", "http//h", "h:0", "h:99999"]
+)
+def test_what_is_not_the_url_of_a_server_is_refused(text: str) -> None:
+    with pytest.raises(StartupError, match="is not a URL"):
+        server_url(text)
+
+
+@pytest.mark.parametrize(
+    "command", ["evaluate facts --url", "bench run facts --url", "doctor --url"]
+)
+def test_every_command_refuses_such_a_url_in_the_same_words(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "h:many"])
+    assert "error 'h:many' is not a URL of a server" in result.stderr
+    assert result.exit_code == 2
+
+
+def test_https_to_a_server_without_tls_is_told_to_try_http(serving: Serving) -> None:
+    with serving({}) as server:
+        result = run(server.url.replace("http:", "https:"), "Hi")
+    assert "does it speak http?" in result.stderr
+
+
+@pytest.mark.parametrize(("question", "piped"), [("", ""), (" \n", ""), ("-", "")])
+def test_an_empty_question_is_refused(ask: Ask, question: str, piped: str) -> None:
+    result, recorded = ask(events(*ANSWER), question, input=piped)
+    assert recorded.bodies == []
+    assert "it is empty" in result.stderr
+    assert result.exit_code == 2
+
+
+def test_a_mistyped_choice_names_the_nearest(ask: Ask) -> None:
+    result, _ = ask(events(*ANSWER), "Hi", "--mode", "specultive")
+    assert "did you mean `speculative`?" in result.stderr
     assert result.exit_code == 2
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
@@ -106,6 +109,43 @@ def test_a_taken_port_fails_unless_the_server_uses_it() -> None:
         assert _statuses(check_ports(config, serving=False)) == [Status.FAIL, Status.FAIL]
         assert _statuses(check_ports(config, serving=True)) == [Status.OK, Status.OK]
     assert _statuses(check_ports(config, serving=False)) == [Status.OK, Status.OK]
+
+
+def test_a_healthy_server_on_the_port_is_not_in_the_way_of_a_wrong_url(
+    serving: Serving, tmp_path: Path
+) -> None:
+    with serving({"/health": _json({"status": "ok"})}) as server:
+        port = server.url.rpartition(":")[2]
+        config = _write(tmp_path, f"http_options: {{port: {port}}}\napplications: []")
+        result = CliRunner().invoke(
+            app, ["doctor", "--dashboard", NOWHERE, "--url", NOWHERE, str(config)]
+        )
+    assert f"port {port} for HTTP is in use, and the server answers" in result.stdout
+    assert f"the server at {server.url} is healthy; leave out --url" in result.stdout
+    assert result.exit_code == 0
+
+
+async def test_a_healthy_grpc_server_is_not_in_the_way() -> None:
+    class Healthy(health_pb2_grpc.HealthServicer):
+        async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - the RPC's name
+            del request, context
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(Healthy(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    config = ServeConfig(grpc_port=port)
+    checks = await asyncio.to_thread(check_ports, config, serving=False)
+    await server.stop(None)
+    assert checks[1].message == f"port {port} for gRPC is in use, and the server answers"
+
+
+def test_a_server_without_a_health_page_may_be_another(serving: Serving) -> None:
+    with serving({}) as server:
+        check = check_server(server.url)
+    assert check.status is Status.FAIL
+    assert "not a cascade" in check.fix
 
 
 def test_the_failure_of_an_unhealthy_server_quotes_its_response(serving: Serving) -> None:

@@ -14,7 +14,7 @@ from cascade.benchmark import transformers_baselines
 from cascade.benchmark.load import ClosedLoop
 from cascade.benchmark.runner import compare
 from cascade.benchmark.systems import System, joined, one_process
-from cascade.errors import InvalidMeasurement
+from cascade.errors import InvalidMeasurement, wanted
 from cascade.evaluation.grid import Setting, validated
 from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.types import Mode
@@ -125,7 +125,7 @@ async def run_plan(plan: Plan, *, progress: Callable[[str], object] = lambda _: 
     """
     variants = {variant: parse_variant(variant) for variant in plan.variants}
     if unknown := set(plan.baselines) - set(BASELINES):
-        raise InvalidMeasurement(f"no peer {min(unknown)!r}; there are {', '.join(BASELINES)}")
+        raise InvalidMeasurement(f"no peer {min(unknown)!r}; {wanted(min(unknown), BASELINES)}")
     async with AsyncExitStack() as cleanup:
         systems = [
             replace(base, name=joined(variant, base.name), options=options)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import typer
+import os
+import signal
+from typing import TYPE_CHECKING, Any
 
-from cascade.cli.ask import ask
-from cascade.cli.bench import bench
-from cascade.cli.doctor import doctor
-from cascade.cli.evaluate import evaluate
-from cascade.cli.serve import router, tier
-from cascade.cli.tune import tune
+if TYPE_CHECKING:
+    from cascade.cli.commands import app
 
-app = typer.Typer(
-    name="cascade",
-    help="Serve a pair of language models as a speculative cascade, and talk to it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (ask, doctor, evaluate, tier, router, tune):
-    app.command()(command)
-app.add_typer(bench, name="bench")
+__all__ = ["app", "main"]
+
+_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. Ctrl-C ends it with status 130, without a traceback."""
+    # Importing the commands takes a second; what Ctrl-C interrupts there has nothing to clean up.
+    signal.signal(signal.SIGINT, _exit_at_once)
+    from cascade.cli.commands import app  # noqa: PLC0415 - as above
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app()
+
+
+def _exit_at_once(*_: object) -> None:
+    os._exit(_INTERRUPTED)
+
+
+def __getattr__(name: str) -> Any:
+    """Return `app`, which is imported when it is asked for: `main` has to run before."""
+    if name != "app":
+        raise AttributeError(name)
+    from cascade.cli.commands import app  # noqa: PLC0415 - as above
+
+    return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cascade.errors import StartupError
 from cascade.types import Mode, Origin
 
 if TYPE_CHECKING:
@@ -22,6 +24,36 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 
 READ_TIMEOUT_S = 120.0
+
+
+def server_url(text: str) -> str:
+    """Return the root of a server: with a scheme, without `/v1` and what may follow it.
+
+    Raises:
+        StartupError: It is not the URL of an HTTP server.
+    """
+    try:
+        url = httpx.URL(text.strip() if "://" in text else f"http://{text.strip()}")
+    except httpx.InvalidURL as error:
+        problem = str(error)
+    else:
+        path = re.sub(r"/v1(/.*)?$", "", url.path).rstrip("/")
+        if url.scheme not in {"http", "https"}:
+            problem = f"its scheme is {url.scheme}"
+        elif url.host in {"http", "https"}:
+            problem = "a scheme ends in ://"
+        elif not re.fullmatch(r"[\w.-]+|[\da-fA-F:.]+(%\w+)?", url.host):
+            problem = f"{url.host!r} is no host"
+        elif url.port is not None and not 0 < url.port < 2**16:
+            problem = f"there is no port {url.port}"
+        elif url.query or url.fragment:
+            problem = "it has a query"
+        else:
+            return str(url.copy_with(path=path or "/")).rstrip("/")
+    raise StartupError(
+        f"{text!r} is not a URL of a server: {problem}; wanted one like http://127.0.0.1:8000,"
+        " https://models.example.com or http://[::1]:8000"
+    )
 
 
 class AskError(Exception):
@@ -69,7 +101,7 @@ def complete(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[
             yield from _read(response)
     except httpx.ConnectError as error:
         raise AskError(
-            f"no server answers at {client.base_url} ({error}); "
+            f"{unreachable(str(client.base_url), error)}; "
             "start one with `serve run cluster/local.yaml`, or name another with --url",
             status=3,
         ) from error
@@ -79,6 +111,12 @@ def complete(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[
         ) from error
     except httpx.HTTPError as error:
         raise AskError(f"the connection to {client.base_url} broke: {error}", status=3) from error
+
+
+def unreachable(url: str, error: httpx.HTTPError) -> str:
+    """Return that no server answers at a URL, and why."""
+    tls = url.startswith("https:") and "SSL" in str(error)
+    return f"no server answers at {url} ({error})" + ("; does it speak http?" if tls else "")
 
 
 def _read(response: httpx.Response) -> Iterator[Token | Report]:
@@ -203,6 +241,10 @@ def ask(  # noqa: PLR0913 - one parameter an option
         "cascade": _without_none(cascade) or None,
     }
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise typer.BadParameter(
+            "it is empty; give a question, or - to read it from standard input", param_hint="prompt"
+        )
     path, question = "/v1/completions", dict[str, Any](prompt=text)
     if chat:
         path = "/v1/chat/completions"
@@ -255,9 +297,9 @@ def _client(url: str, api_key: str | None) -> httpx.Client:
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        return httpx.Client(base_url=url, timeout=timeout, headers=headers)
-    except httpx.InvalidURL as error:
-        raise AskError(f"{url!r} is not a URL: {error}", status=2) from error
+        return httpx.Client(base_url=server_url(url), timeout=timeout, headers=headers)
+    except StartupError as error:
+        raise AskError(error.message, status=2) from error
 
 
 def _print_answer(items: Iterator[Token | Report]) -> Report:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from cascade.cli.ask import server_url
 from cascade.cli.evaluate import failed
 from cascade.cli.serve import read_settings
 from cascade.engine import threads
-from cascade.errors import CascadeError, InvalidMeasurement
+from cascade.errors import CascadeError, InvalidMeasurement, wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -181,7 +182,7 @@ def suite(  # noqa: PLR0913 - one parameter an option
 
     with _exit_on_error():
         if unknown := set(only or ()) - set(CASES):
-            raise InvalidMeasurement(f"no case {min(unknown)!r}; there are {', '.join(CASES)}")
+            raise InvalidMeasurement(f"no case {min(unknown)!r}; {wanted(min(unknown), CASES)}")
         options = SuiteOptions(
             settings=_settings(config, None, dtype, expert_threads, drafter_threads),
             rounds=rounds,
@@ -298,5 +299,5 @@ def _deployments(*, url: str | None, here: bool | None, apart: bool) -> list[Dep
         chosen.append(systems.separate_processes)
     if url:
         api_key = os.environ.get("CASCADE_API_KEY")
-        chosen.append(partial(systems.running_server, url=url, api_key=api_key))
+        chosen.append(partial(systems.running_server, url=server_url(url), api_key=api_key))
     return chosen

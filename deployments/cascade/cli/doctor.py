@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -23,6 +24,11 @@ from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
+
+from cascade.cli.ask import server_url, unreachable
+from cascade.cli.evaluate import failed
+from cascade.cli.serve import settings_errors
+from cascade.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,13 +110,7 @@ def check_config(path: Path) -> tuple[list[Check], ServeConfig]:
     except yaml.YAMLError as error:
         failures = [_fail(f"{path} is not YAML: {' '.join(str(error).split())}", "correct it")]
     except ValidationError as error:
-        failures = [
-            _fail(
-                f"{path}: args.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}",
-                "see cascade/settings.py",
-            )
-            for problem in error.errors()
-        ]
+        failures = [_fail(line, "see docs/reference.md") for line in settings_errors(path, error)]
     except (KeyError, TypeError, AttributeError) as error:
         fix = f"it needs `applications:` with one of import_path {_IMPORT_PATH}"
         failures = [_fail(f"{path} is not a Serve YAML ({error!r})", fix)]
@@ -219,16 +219,16 @@ def check_ports(config: ServeConfig, *, serving: bool) -> list[Check]:
 
     Args:
         config: Whose ports.
-        serving: Whether a cascade answers, which then is what uses them.
+        serving: Whether a cascade answers on the HTTP port, which then is what uses both.
     """
     checks: list[Check] = []
     for protocol, port in (("HTTP", config.http_port), ("gRPC", config.grpc_port)):
         if _is_free(port):
             checks.append(_ok(f"port {port} is free for {protocol}"))
-        elif serving:
+        elif serving or (protocol == "gRPC" and _is_healthy_grpc(port)):
             checks.append(_ok(f"port {port} for {protocol} is in use, and the server answers"))
         else:
-            fix = f"end what uses it (`lsof -i :{port}`), or set another port in the YAML"
+            fix = f"set another port in the YAML, or see what uses it with `lsof -i :{port}`"
             checks.append(
                 _fail(f"port {port} for {protocol} is taken, and no cascade answers", fix)
             )
@@ -245,6 +245,20 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _is_healthy_grpc(port: int) -> bool:
+    import grpc  # noqa: PLC0415 - rarely needed
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - as above
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
+        try:
+            asked = health_pb2.HealthCheckRequest()
+            found = stub.Check(asked, timeout=_TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+    return found.status == health_pb2.HealthCheckResponse.SERVING
+
+
 _TIMEOUT_S = 5.0
 
 
@@ -252,11 +266,13 @@ def check_server(url: str) -> Check:
     """Return whether the server answers and is healthy."""
     try:
         response = httpx.get(f"{url}/health", timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return _warn(f"no server answers at {url} ({error})", "serve run cluster/local.yaml")
+    except httpx.HTTPError as error:
+        return _warn(unreachable(url, error), "serve run cluster/local.yaml")
     if response.is_success:
         return _ok(f"the server at {url} is healthy")
     message = f"the server at {url} answers {response.status_code}: {response.text[:200]}"
+    if response.status_code == HTTPStatus.NOT_FOUND:
+        return _fail(message, "it is starting, or not a cascade: `serve status`, or another --url")
     return _fail(message, "serve status; the log of the Router has the reason")
 
 
@@ -272,7 +288,7 @@ def check_cluster(dashboard: str, *, config: ServeConfig) -> list[Check]:
     except httpx.HTTPStatusError as error:
         message = f"the Ray cluster at {dashboard} answers {error.response.status_code}"
         return [_warn(message, "it may need its token; put it in RAY_AUTH_TOKEN")]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+    except (httpx.HTTPError, ValueError):
         import torch  # noqa: PLC0415 - as above
 
         here = {"CPU": float(_usable_cores()), "GPU": float(torch.cuda.device_count())}
@@ -379,15 +395,24 @@ def doctor(
     ] = "http://127.0.0.1:8265",
 ) -> None:
     """Find what is wrong with this machine or cluster; exit 1 if the server cannot run on it."""
+    try:
+        url, dashboard = url and server_url(url), server_url(dashboard)
+    except StartupError as error:
+        raise failed(error) from error
     checks, serve = check_config(config) if config else ([], ServeConfig())
-    server = check_server(url or f"http://127.0.0.1:{serve.http_port}")
+    here = f"http://127.0.0.1:{serve.http_port}"
+    server = on_port = check_server(here)
+    if url is not None and url != here:
+        server = check_server(url)
+        if (server.status, on_port.status) == (Status.WARN, Status.OK):
+            server = server._replace(fix=f"the server at {here} is healthy; leave out --url")
     checks += [
         *check_versions(),
         *check_devices(),
         *check_memory(),
         *check_threads(),
         *check_cluster(dashboard, config=serve),
-        *check_ports(serve, serving=server.status is Status.OK),
+        *check_ports(serve, serving=on_port.status is not Status.WARN),
         server,
     ]
     console = Console(highlight=False)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from pydantic import ValidationError
 
 from cascade.engine import threads
+from cascade.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -40,13 +42,34 @@ class TierName(StrEnum):
 
 
 def read_settings(config: Path | None) -> Application:
-    """Return the settings of the first application of a Serve YAML, or the defaults."""
+    """Return the settings of the first application of a Serve YAML, or the defaults.
+
+    Raises:
+        StartupError: The file cannot be read, or its settings are invalid.
+    """
     from cascade.settings import Application  # noqa: PLC0415 - imports torch
 
     if config is None:
         return Application()
-    document: Any = yaml.safe_load(config.read_text())
-    return Application.model_validate(document["applications"][0].get("args", {}))
+    try:
+        document: Any = yaml.safe_load(config.read_text())
+        return Application.model_validate(document["applications"][0].get("args") or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StartupError(f"{config} cannot be used: {error}") from error
+    except ValidationError as error:
+        raise StartupError("\n".join(settings_errors(config, error))) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StartupError(
+            f"{config} has no `applications`; wanted a file like cluster/local.yaml"
+        ) from error
+
+
+def settings_errors(config: Path, error: ValidationError) -> list[str]:
+    """Return what is wrong with the settings of a YAML, a line for each."""
+    return [
+        f"{config}: {'.'.join(('args', *map(str, one['loc'])))} {one['msg']}"
+        for one in error.errors(include_url=False)
+    ]
 
 
 def tier(  # noqa: PLR0913 - one parameter an option
