@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support.evaluation_results import cell, make_results
 
-from cascade.evaluation.compare import View, better, curve_points, equal, matched
+from cascade.evaluation.compare import (
+    MIN_ITEMS,
+    View,
+    better,
+    curve_points,
+    equal,
+    matched,
+    recommended,
+)
+from cascade.evaluation.report import conclusions
 
 if TYPE_CHECKING:
     from cascade.evaluation.results import Cell, Results
@@ -58,10 +70,52 @@ def test_a_rule_that_never_keeps_the_quality_has_no_matching_setting() -> None:
     assert found.lossless_rate.value == pytest.approx(0.4)
 
 
-def test_a_small_loss_within_the_interval_counts_as_the_experts_quality() -> None:
-    near = cell("chow", dial=0.1, quality=share(29), rejected=FEW)
-    assert matched(view(EXPERT, LOSSLESS, near)).cell is not None
-    assert matched(view(EXPERT, LOSSLESS, near)).difference.value == pytest.approx(-2.5)
+@pytest.mark.parametrize(
+    ("lost", "margin", "is_kept"),
+    [(0, 2.0, True), (1, 2.0, False), (1, 10.0, True), (6, 10.0, False)],
+)
+def test_a_loss_counts_as_none_only_if_its_interval_is_within_the_margin(
+    lost: int, margin: float, *, is_kept: bool
+) -> None:
+    near = cell("chow", dial=0.1, quality=share(30 - lost), rejected=FEW)
+    found = matched(replace(view(EXPERT, LOSSLESS, near), margin=margin))
+    assert (found.cell is not None) is is_kept
+
+
+@settings(max_examples=40)
+@given(
+    qualities=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1
+    ),
+    margin=st.floats(0, 20),
+)
+def test_nothing_is_called_equal_that_may_be_worse_than_the_margin(
+    qualities: list[tuple[float, float]], margin: float
+) -> None:
+    ours, experts = (list(column) for column in zip(*qualities, strict=True))
+    cells = [cell("expert_only", quality=experts), cell("chow", dial=0.5, quality=ours)]
+    results = make_results(cells=cells, families="a" * len(qualities))
+    compared = View(results=results, group="a", temperature=0, draft_tokens=5, margin=margin)
+    found, best = matched(compared), recommended(compared)
+    proven = (
+        len(qualities) >= MIN_ITEMS
+        and compared.metrics.difference(results.cells[-1], compared.expert).low >= -margin
+    )
+    assert (found.cell is not None) == proven
+    assert best.setting.curve in ("lossless", "expert_only") or proven
+    assert found.items == len(qualities)
+
+
+@pytest.mark.parametrize(("count", "is_few"), [(2, True), (29, True), (30, False), (300, False)])
+def test_conclusions_state_the_number_of_items_and_warn_of_few(count: int, *, is_few: bool) -> None:
+    cheap = cell("chow", dial=0.5, modelled_s=[1.0] * count)
+    bad = cell("drafter_only", quality=[0.0] * count)
+    results = make_results(cells=[bad, cheap], families="a" * count)
+    (sentence,) = conclusions(results)
+    assert f"{count} items" in sentence
+    assert ("prove nothing about quality" in sentence) is is_few
+    assert ("use chow 0.5" in sentence) is not is_few
+    assert ("use lossless" in sentence) is is_few
 
 
 def test_curves_are_compared_at_the_rejection_rates_that_both_reach() -> None:

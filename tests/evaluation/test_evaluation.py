@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import html
 import json
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cascade.errors import InvalidMeasurement
+from cascade.evaluation import report
 from cascade.evaluation.client import connect_http
 from cascade.evaluation.grid import GridBlock, merge_blocks
 from cascade.evaluation.results import ALL, Results, load
@@ -121,6 +124,11 @@ async def test_json_plots_tables_and_an_html_page_are_written(
             assert path.stat().st_size > 50_000  # panels with curves, not an empty sheet
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
+    (sentence,) = report.conclusions(results)
+    assert page.index(html.escape(sentence)) < page.index("<img") < page.index("Provenance")
+    assert "{'" not in html.unescape(page)
+    assert not re.search(r"\d\.\d{5}", re.sub(r"base64,[^\"]*", "", page))
+    assert 'content="width=device-width, initial-scale=1"' in page
     assert 'src="http' not in page
     assert "token_v3 0.95" in page
     assert "rejections of lossless speculation on" in page

@@ -10,6 +10,7 @@ from cascade.evaluation.client import CompletionResult
 from cascade.evaluation.grid import GridBlock, Setting, merge_blocks
 from cascade.evaluation.records import Record, Store, count
 from cascade.evaluation.run import (
+    ANSWERS,
     Costs,
     Run,
     interleave_families,
@@ -117,13 +118,13 @@ async def test_a_failed_run_resumes_after_its_finished_settings(tmp_path: Path) 
     assert finished == SETTINGS[:2]
     again = RecordingClient()
     store = Store(tmp_path, manifest={"seed": 1})
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     await run_settings(
         workload(4), SETTINGS, again, store=store, run=run,
-        on_progress=lambda done, total: progress.append((done, total)),
+        on_progress=lambda stage, done, total: progress.append((stage, done, total)),
     )  # fmt: skip
     left = 4 * (len(SETTINGS) - 2)
-    assert progress == [(done, left) for done in range(left + 1)]
+    assert progress == [(ANSWERS, done, left) for done in range(left + 1)]
     assert len(again.bodies) == 4 * (len(SETTINGS) - 2)
 
 

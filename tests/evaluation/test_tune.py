@@ -32,6 +32,22 @@ RESULTS = make_results(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [1, 2, 29])
+def test_a_choice_on_few_items_warns(count: int) -> None:
+    few = make_results(families="a" * count)
+    choice = tune(few, [parse("quality >= expert")], group="a")
+    assert choice.items == count
+    assert "prove nothing" in choice.warnings[0]
+    assert choice.warnings[0] in yaml_fragment(choice, few)
+
+
+def test_a_choice_whose_quality_may_be_far_below_its_target_warns() -> None:
+    wide = tune(RESULTS, [parse("quality >= 72")], group="a", goal=Goal.QUALITY)
+    assert "may be missed by" in wide.warnings[0]
+    proven = tune(RESULTS, [parse("quality >= expert - 0.5")], group="a")
+    assert proven.warnings == []
+
+
 def chosen(*targets: str, **options: Any) -> str:
     return tune(RESULTS, [parse(text) for text in targets], group="a", **options).setting.name
 

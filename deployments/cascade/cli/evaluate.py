@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from cascade.cli.ask import Key  # noqa: TC001 - typer reads the annotations
+from cascade.cli.ask import Key, server_url
 from cascade.cli.serve import read_settings
 from cascade.errors import CascadeError, InvalidMeasurement, StartupError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from contextlib import AbstractAsyncContextManager
 
     from cascade.evaluation.client import Client
     from cascade.evaluation.grid import Setting
     from cascade.evaluation.results import Results
-    from cascade.evaluation.run import Run
+    from cascade.evaluation.run import OnProgress, Run
     from cascade.evaluation.workloads import Workload
 
 _INTERRUPTED = 130
@@ -65,22 +67,31 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of items and answers")] = 0,
+    margin: Annotated[
+        float, typer.Option(min=0, help="Loss of quality, in points, that does not matter")
+    ] = 2.0,
     out: Annotated[Path, typer.Option(help="Folder of the results")] = Path("evaluation"),
 ) -> None:
     """Measure quality and cost over a grid of rules, and plot the curves.
 
     Every finished setting is stored at once, so the same command resumes an interrupted run.
     """
-    # Imported late, as all of the evaluation: `cascade ask` does not need torch.
-    from cascade.evaluation import workloads  # noqa: PLC0415 - as above
-    from cascade.evaluation.run import Run  # noqa: PLC0415 - as above
-
     try:
-        settings = _settings(grid, rule, alpha, temperature, draft_tokens)
-        items = workloads.load(workload, count=count, seed=seed)
-        client = _client(url, config, api_key, model)
-        run = Run(folder=out, seed=seed, concurrency=concurrency)
-        _report(asyncio.run(_evaluate(items, settings, client, run)), out)
+        with _stages() as show:
+            show("loading torch and transformers", 0, 0)
+            # Imported late, as all of the evaluation: `cascade ask` does not need torch.
+            from cascade.evaluation import workloads  # noqa: PLC0415 - as above
+            from cascade.evaluation.run import Run  # noqa: PLC0415 - as above
+
+            settings = _settings(grid, rule, alpha, temperature, draft_tokens)
+            items = workloads.load(workload, count=count, seed=seed)
+            client = _client(url, config, api_key, model)
+            run = Run(folder=out, seed=seed, concurrency=concurrency)
+            show(f"connecting to {url}" if url else "loading the pair", 0, 0)
+            results = asyncio.run(_evaluate(items, settings, client, run, show))
+            show("writing the report", 0, 0)
+            paths = _write(results, out, margin)
+        _print(results, paths, margin)
     except CascadeError as error:
         raise failed(error) from error
     except KeyboardInterrupt:
@@ -139,7 +150,7 @@ def _client(
     if url is not None:
         if config is not None:
             raise InvalidMeasurement("--url uses a running server, --config starts one; give one")
-        return connect_http(url, api_key=api_key, model=model)
+        return connect_http(server_url(url), api_key=api_key, model=model)
     try:
         return start_in_process(read_settings(config))
     except (OSError, yaml.YAMLError, ValidationError) as error:
@@ -150,31 +161,48 @@ def _client(
         ) from error
 
 
+@contextmanager
+def _stages() -> Generator[OnProgress]:
+    """Show what the command is doing: a bar on a terminal, otherwise a line for each stage."""
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        current = ""
+
+        def show(stage: str, completed: int, total: int) -> None:
+            nonlocal current
+            if stage != current and not console.is_terminal:
+                console.print(stage, markup=False, highlight=False)
+            current = stage
+            progress.update(task, description=stage, completed=completed, total=total or None)
+
+        yield show
+
+
 async def _evaluate(
     workload: Workload,
     settings: list[Setting],
     starting: AbstractAsyncContextManager[Client],
     run: Run,
+    show: OnProgress,
 ) -> Results:
     from cascade.evaluation.run import evaluate  # noqa: PLC0415 - as above
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     async with starting as client:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("answers", total=None)
-
-            def show(completed: int, total: int) -> None:
-                progress.update(task, completed=completed, total=total)
-
-            return await evaluate(workload, settings, client, run=run, on_progress=show)
+        return await evaluate(workload, settings, client, run=run, on_progress=show)
 
 
-def _report(results: Results, folder: Path) -> None:
-    """Write the files; print the comparisons and the table of all items together."""
-    from cascade.evaluation import report  # noqa: PLC0415 - as above
+def _write(results: Results, folder: Path, margin: float) -> list[Path]:
     from cascade.evaluation.run import write  # noqa: PLC0415 - as above
 
-    paths = write(results, folder)
+    return write(results, folder, margin=margin)
+
+
+def _print(results: Results, paths: list[Path], margin: float) -> None:
+    """Print the conclusions, the table of all items together and the comparisons."""
+    from cascade.evaluation import report  # noqa: PLC0415 - as above
+
     overall = [
         report.settings_table(results, results.groups[0], temperature=temperature, brief=True)
         for temperature in results.temperatures
@@ -182,7 +210,9 @@ def _report(results: Results, folder: Path) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_COLUMNS
-    for table in (*overall, *report.finding_tables(results)):
+    for sentence in report.conclusions(results, margin=margin):
+        console.print(sentence, style="bold", markup=False)
+    for table in (*overall, *report.finding_tables(results, margin=margin)):
         drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
         for number, heading in enumerate(table.headings):
             drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)

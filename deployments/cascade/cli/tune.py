@@ -55,6 +55,8 @@ def tune(  # noqa: PLR0913 - one parameter an option
             goal=Goal(goal) if goal else None,
             confidence=confidence,
         )
+        for warning in choice.warnings:
+            Console(stderr=True, soft_wrap=True).print(warning, style="yellow", markup=False)
         fragment = yaml_fragment(choice, measured)
         if out is None:
             typer.echo(fragment, nl=False)

@@ -1,10 +1,11 @@
 """Two comparisons of an evaluation's settings, with confidence intervals.
 
-At the expert's quality: which setting rejects least among those whose quality is not below the
-expert's? The lenient reading keeps a setting if the interval of the paired difference reaches zero,
-which with few items allows a lot; the strict one allows a measured loss of `POINT`. The best of
-many settings looks too good on the items that it was chosen on, so the choice is repeated on each
-half of the items and measured on the other half.
+At the expert's quality: which setting rejects least among those that are not worse? A setting is
+not worse if the 95 % interval of its paired difference in quality lies above minus the *equivalence
+margin*, as in a test of non-inferiority (one side of a TOST): a wide interval proves nothing. Below
+`MIN_ITEMS` items nothing is called equal. The best of many settings looks too good on the items
+that it was chosen on, so the choice is repeated, by measured quality, on each half of the items and
+measured on the other half.
 
 At equal rejections: how much better does a rule's curve score than that of lossy speculative
 decoding? Both are interpolated between their settings and averaged over the rejection rates that
@@ -25,7 +26,7 @@ from cascade.evaluation.results import Estimate, GroupMetrics, estimate
 from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,8 +42,11 @@ FROM_LOSSLESS = frozenset(
 )
 """Curves that reach lossless speculation at one end of their dial."""
 
-POINT = 1.0
-"""The loss of quality, in points, that the strict reading allows."""
+MARGIN = 2.0
+"""The equivalence margin, in points: a loss of quality that does not matter."""
+
+MIN_ITEMS = 30
+"""With fewer items no difference is called equal; bootstrap intervals are too narrow then."""
 
 _GRID_POINTS = 21  # rejection rates at which curves are compared
 
@@ -56,7 +60,8 @@ class Matched:
     """The setting with the fewest rejections at the expert's quality, in one group of items."""
 
     group: str
-    cell: Cell | None  # None: no setting keeps the quality
+    items: int
+    cell: Cell | None  # None: no setting is proven to keep the quality
     difference: Estimate  # of quality to the expert, points
     rejection_rate: Estimate
     lossless_rate: Estimate
@@ -87,6 +92,7 @@ class View:
     group: str
     temperature: float
     draft_tokens: int
+    margin: float = MARGIN
 
     @property
     def metrics(self) -> GroupMetrics:
@@ -125,48 +131,69 @@ def rules(results: Results) -> list[str]:
     return list(dict.fromkeys(one.curve for one in settings if one.mode is Mode.CASCADE))
 
 
-def matched(view: View, *, curve: str | None = None, strict: bool = False) -> Matched:
-    """Return the setting that rejects least at the expert's quality.
+def count_items(count: int) -> str:
+    """Return the number of items in words."""
+    return f"{count} item{'' if count == 1 else 's'}"
+
+
+def few_items(count: int) -> str:
+    """Return the warning about a comparison on few items."""
+    return (
+        f"Warning: {count_items(count)} prove nothing about quality; evaluate at least"
+        f" {MIN_ITEMS}, better some hundred."
+    )
+
+
+def keeps_quality(view: View, cell: Cell) -> bool:
+    """Return whether a setting's quality is proven to be at most the margin below the expert's."""
+    enough = view.metrics.items >= MIN_ITEMS
+    return enough and view.metrics.difference(cell, view.expert).low >= -view.margin
+
+
+def recommended(view: View) -> Cell:
+    """Return the setting of least modelled latency that keeps the expert's quality.
+
+    Lossless speculation and the expert alone keep it by construction, however few the items.
+    """
+    kept = [cell for cell in view.cells if keeps_quality(view, cell)]
+    return min(
+        (*kept, view.lossless, view.expert),
+        key=lambda cell: float(view.metrics.resampled(cell, "latency")[0]),
+    )
+
+
+def matched(view: View, *, curve: str | None = None) -> Matched:
+    """Return the setting that rejects least among those that keep the expert's quality.
 
     Args:
-        view: Which items, temperature and draft length.
+        view: Which items, temperature, draft length and margin.
         curve: Whose settings; those of every rule in mode cascade if absent.
-        strict: Whether a measured loss above `POINT` is too much, however wide its interval.
     """
     metrics, lossless, cells = view.metrics, view.lossless, view.cascades(curve)
-    cell = _fewest_rejections(metrics, cells, view.expert, strict=strict)
+    cell = _fewest_rejections(metrics, [cell for cell in cells if keeps_quality(view, cell)])
     chosen = cell or lossless
     rate_R, lossless_R = (metrics.resampled(one, "rejection_rate") for one in (chosen, lossless))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = estimate(rate_R / lossless_R)
     return Matched(
         group=view.group,
+        items=metrics.items,
         cell=cell,
         difference=metrics.difference(chosen, view.expert),
         rejection_rate=estimate(rate_R),
         lossless_rate=estimate(lossless_R),
         ratio=ratio,
-        halves=_halves(view, cells, strict=strict),
+        halves=_halves(view, cells),
     )
 
 
-def _fewest_rejections(
-    metrics: GroupMetrics, cells: Sequence[Cell], expert: Cell, *, strict: bool
-) -> Cell | None:
-    """Return the cell with the fewest rejections among those at the expert's quality."""
-
-    def keeps_quality(cell: Cell) -> bool:
-        difference = metrics.difference(cell, expert)
-        return difference.value >= -POINT if strict else difference.high >= 0
-
+def _fewest_rejections(metrics: GroupMetrics, cells: Iterable[Cell]) -> Cell | None:
     return min(
-        filter(keeps_quality, cells),
-        key=lambda cell: float(metrics.resampled(cell, "rejection_rate")[0]),
-        default=None,
+        cells, key=lambda cell: float(metrics.resampled(cell, "rejection_rate")[0]), default=None
     )
 
 
-def _halves(view: View, cells: Sequence[Cell], *, strict: bool) -> tuple[float, float] | None:
+def _halves(view: View, cells: Sequence[Cell]) -> tuple[float, float] | None:
     """Return ratio and difference on each half of what the other half chose, averaged."""
     weights_RN = view.results.resamples_of(view.group)
     members_M = np.flatnonzero(weights_RN[0])
@@ -180,7 +207,10 @@ def _halves(view: View, cells: Sequence[Cell], *, strict: bool) -> tuple[float, 
     ]
     found: list[tuple[float, float]] = []
     for choosing, measuring in (halves, reversed(halves)):
-        cell = _fewest_rejections(choosing, cells, view.expert, strict=strict)
+        differences = ((cell, choosing.difference(cell, view.expert).value) for cell in cells)
+        cell = _fewest_rejections(
+            choosing, [cell for cell, points in differences if points >= -view.margin]
+        )
         if cell is None:
             return None
         rate, lossless = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from cascade.evaluation import compare
-from cascade.evaluation.compare import FROM_LOSSLESS, View
+from cascade.evaluation.compare import FROM_LOSSLESS, MARGIN, View
 from cascade.evaluation.grid import (
     BASELINES,
     CURVES,
@@ -29,7 +29,7 @@ from cascade.evaluation.scoring import import_extra
 from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from cascade.evaluation.results import Cell, Estimate, GroupMetrics, Results
@@ -232,7 +232,7 @@ def settings_table(
         columns.append(("BLEU", [f"{cell.corpus_bleu[group]:.1f}" for cell in cells]))
     headings, texts = zip(*columns, strict=True)
     return Table(
-        title=f"{group}, temperature {temperature:g}",
+        title=f"{group}, temperature {temperature:g}, {compare.count_items(metrics.items)}",
         headings=headings,
         rows=tuple(zip(*texts, strict=True)),
     )
@@ -251,20 +251,73 @@ def _with_interval(estimate: Estimate, spec: str = "+.1f") -> str:
     return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
-def finding_tables(results: Results) -> list[Table]:
-    """Return the tables of the comparisons in `compare`, those with any rows."""
-    tables: list[Table] = []
-    for temperature, length in product(results.temperatures, results.lengths):
-        views = [
-            View(results=results, group=group, temperature=temperature, draft_tokens=length)
+def views(results: Results, *, margin: float = MARGIN) -> list[list[View]]:
+    """Return the views of every group, for each temperature and draft length."""
+    return [
+        [
+            View(
+                results=results,
+                group=group,
+                temperature=temperature,
+                draft_tokens=length,
+                margin=margin,
+            )
             for group in results.groups
         ]
+        for temperature, length in product(results.temperatures, results.lengths)
+    ]
+
+
+def conclusions(results: Results, *, margin: float = MARGIN) -> list[str]:
+    """Return a sentence for each temperature and draft length: what to use, and why.
+
+    Args:
+        results: Of an evaluation.
+        margin: The equivalence margin, in points.
+    """
+    return [_conclusion(of_groups[0]) for of_groups in views(results, margin=margin)]
+
+
+def _conclusion(view: View) -> str:
+    metrics, cell = view.metrics, compare.recommended(view)
+    quality, latency = metrics.estimate(cell, "quality"), metrics.estimate(cell, "latency")
+    expert = metrics.estimate(view.expert, "quality")
+    passes = [float(metrics.resampled(one, "expert_passes")[0]) for one in (cell, view.expert)]
+    items = compare.count_items(metrics.items)
+    text = (
+        f"Temperature {view.temperature:g}, {view.draft_tokens} drafted tokens a block: use"
+        f" {cell.setting.name}: quality {quality.value:.1f} points (the expert alone:"
+        f" {expert.value:.1f}), cost {latency.value:.2f} of the expert's modelled latency and"
+        f" {passes[0] / passes[1]:.2f} of its passes, measured on {items}."
+    )
+    if metrics.items < compare.MIN_ITEMS:
+        return f"{text} {compare.few_items(metrics.items)}"
+    if cell not in (view.lossless, view.expert):
+        difference = _with_interval(metrics.difference(cell, view.expert))
+        return (
+            f"{text} Its quality is proven to be at most {view.margin:g} points below the expert's"
+            f" (difference {difference})."
+        )
+    return (
+        f"{text} It has the expert's distribution by construction; no cheaper setting is proven to"
+        f" be at most {view.margin:g} points below the expert."
+    )
+
+
+def finding_tables(results: Results, *, margin: float = MARGIN) -> list[Table]:
+    """Return the tables of the comparisons in `compare`, those with any rows.
+
+    Args:
+        results: Of an evaluation.
+        margin: The equivalence margin, in points.
+    """
+    tables: list[Table] = []
+    for of_groups in views(results, margin=margin):
         tables += [
-            _matched_table(views, strict=False),
-            _matched_table(views, strict=True),
-            _share_table(views),
-            *(_equal_table(views, lossy) for lossy in (LOSSY, LOSSY_SOLVED)),
-            _better_table(views),
+            _matched_table(of_groups),
+            _share_table(of_groups),
+            *(_equal_table(of_groups, lossy) for lossy in (LOSSY, LOSSY_SOLVED)),
+            _better_table(of_groups),
         ]
     return [table for table in tables if table.rows]
 
@@ -274,26 +327,23 @@ def _title(text: str, views: Sequence[View]) -> str:
     return f"{text}: temperature {temperature:g}, {length} drafted tokens a block"
 
 
-def _matched_table(views: Sequence[View], *, strict: bool) -> Table:
-    found = [compare.matched(view, strict=strict) for view in views]
+def _matched_table(views: Sequence[View]) -> Table:
+    found = [compare.matched(view) for view in views]
     families = [one for one in found if one.group != ALL or len(found) == 1]
     paying = sum(one.pays for one in families)
-    condition = (
-        f"its measured quality is at most {compare.POINT:g} point lower"
-        if strict
-        else "the 95 % interval of the paired difference reaches zero"
-    )
-    near = "within a point of" if strict else "at"
+    margin = f"at most {views[0].margin:g} points below the expert"
+    few = [one for one in found if one.items < compare.MIN_ITEMS]
     return Table(
-        title=_title(f"Fewest rejections {near} the expert's quality", views),
+        title=_title(f"Fewest rejections {margin}", views),
         note=(
             f"At most {compare.FEWER:g} of the rejections of lossless speculation on {paying} of"
-            f" {len(families)} families. A setting keeps the expert's quality if {condition}."
-            " The last two columns: a setting chosen on one half of the items, measured on the"
-            " other."
-        ),
-        headings=("family", "setting", "quality minus the expert's", "rejected", "lossless rejects",
-                  "share", "share, other half", "difference, other half"),
+            f" {len(families)} families. A setting counts if the 95 % interval of its paired"
+            f" difference lies above -{views[0].margin:g}; with few items no setting does. The last"
+            " two columns: a setting chosen by its measured quality on one half of the items,"
+            " measured on the other."
+        ) + "".join(f" {one.group}: {compare.few_items(one.items)}" for one in few),
+        headings=("family", "items", "setting", "quality minus the expert's", "rejected",
+                  "lossless rejects", "share", "share, other half", "difference, other half"),
         rows=tuple(_matched_row(one) for one in found),
     )  # fmt: skip
 
@@ -301,10 +351,11 @@ def _matched_table(views: Sequence[View], *, strict: bool) -> Table:
 def _matched_row(one: compare.Matched) -> tuple[str, ...]:
     lossless = f"{one.lossless_rate.value:.3f}"
     if one.cell is None:
-        return (one.group, "none", "", "", lossless, "", "", "")
+        return (one.group, str(one.items), "none proven", "", "", lossless, "", "", "")
     ratio, difference = one.halves or (math.nan, math.nan)
     return (
         one.group,
+        str(one.items),
         one.cell.setting.name,
         _with_interval(one.difference),
         f"{one.rejection_rate.value:.3f}",
@@ -323,7 +374,10 @@ def _share_table(views: Sequence[View]) -> Table:
             (rule, *("-" if one.cell is None else f"{one.ratio.value:.2f}" for one in found))
         )
     return Table(
-        title=_title("Share of lossless rejections at the expert's quality", views),
+        title=_title(
+            f"Share of lossless rejections at most {views[0].margin:g} points below the expert",
+            views,
+        ),
         note="Where the share is 1 or more, or missing, the rule does not pay.",
         headings=("rule", *(view.group for view in views)),
         rows=tuple(rows),
@@ -369,29 +423,49 @@ def _better_table(views: Sequence[View]) -> Table:
     )  # fmt: skip
 
 
-def write(results: Results, folder: Path, *, plots: Sequence[Path]) -> list[Path]:
+def write(
+    results: Results, folder: Path, *, plots: Sequence[Path], margin: float = MARGIN
+) -> list[Path]:
     """Write `tables.md` and `report.html`; return both.
 
     Args:
         results: Of an evaluation.
         folder: Where to.
         plots: PNG files, embedded in the page.
+        margin: The equivalence margin, in points.
     """
-    findings = finding_tables(results)
+    sentences = conclusions(results, margin=margin)
+    findings = finding_tables(results, margin=margin)
     settings = [
         settings_table(results, group, temperature=temperature)
         for group, temperature in product(results.groups, results.temperatures)
     ]
     tables, page = folder / "tables.md", folder / "report.html"
-    markdown = "\n\n".join(table.markdown() for table in (*findings, *settings))
+    markdown = "\n\n".join((*sentences, *(table.markdown() for table in (*findings, *settings))))
     tables.write_text(markdown + "\n", encoding="utf-8")
     source = files("cascade.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(source).render(
-        about=results.about,
+        workload=results.about["workload"],
+        conclusions=sentences,
+        about=_flattened(results.about),
         findings=findings,
         settings=settings,
         images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots},
     )
     page.write_text(html, encoding="utf-8")
     return [tables, page]
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as text by the path of their names, without those that are empty."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            found |= _flattened(value, f"{name}: ")
+        elif isinstance(value, list | tuple):
+            found[name] = ", ".join(map(str, value))
+        else:
+            found[name] = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return {name: text for name, text in found.items() if text}

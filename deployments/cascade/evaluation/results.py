@@ -155,6 +155,11 @@ class GroupMetrics:
         self._sizes_R = self._weights_RM.sum(axis=1)
         self._known: dict[tuple[str, str], Floats] = {}
 
+    @property
+    def items(self) -> int:
+        """Return how many items the group has."""
+        return len(self._members_M)
+
     def resampled(self, cell: Cell, name: str) -> Floats:
         """Return a metric in every resample, [R + 1].
 

@@ -11,12 +11,13 @@ import itertools
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 
 from cascade.evaluation import report
 from cascade.evaluation.client import request_body
+from cascade.evaluation.compare import MARGIN
 from cascade.evaluation.environment import provenance
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS, TOKEN_CASCADE, Setting
 from cascade.evaluation.records import COLUMNS, Record, Store, count
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 _CONCURRENT_SCORERS = 2
 
 _COST_ITEMS = 12
+
+COSTS = "measuring the cost of a forward pass"
+ANSWERS = "answering"
+"""What a run does, one after the other."""
+
+OnProgress: TypeAlias = "Callable[[str, int, int], object]"
 
 _SLOW = (Scorer.PROGRAM, Scorer.BLEU)
 
@@ -62,7 +69,7 @@ async def evaluate(
     client: Client,
     *,
     run: Run,
-    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+    on_progress: OnProgress = lambda _stage, _done, _total: None,
 ) -> Results:
     """Run every setting that the folder lacks and return the results of all.
 
@@ -71,7 +78,7 @@ async def evaluate(
         settings: How; settings of an earlier run in the folder need not be among them.
         client: Who answers.
         run: Where to, and how.
-        on_progress: Called with the number of answers so far and in total, of this run.
+        on_progress: Called with what is done, and how much of it so far and in total.
 
     Raises:
         InvalidMeasurement: The folder holds another evaluation, or the server refuses a setting.
@@ -80,7 +87,9 @@ async def evaluate(
     store = run.open_store(workload, client)
     costs = store.read_costs()
     if costs is None:
-        costs = asdict(await measure_costs(workload, settings, client, seed=run.seed))
+        costs = asdict(
+            await measure_costs(workload, settings, client, seed=run.seed, on_progress=on_progress)
+        )
         store.write_costs(costs)
     await run_settings(workload, settings, client, store=store, run=run, on_progress=on_progress)
     return Results(
@@ -102,12 +111,12 @@ async def evaluate(
     )
 
 
-def write(results: Results, folder: Path) -> list[Path]:
+def write(results: Results, folder: Path, *, margin: float = MARGIN) -> list[Path]:
     """Write `results.json`, the plots, `tables.md` and `report.html`; return the files."""
     path = folder / "results.json"
     save(results, path, figures=report.estimates(results))
     plots = report.plot(results, folder)
-    return [path, *plots, *report.write(results, folder, plots=plots)]
+    return [path, *plots, *report.write(results, folder, plots=plots, margin=margin)]
 
 
 async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
@@ -117,7 +126,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
     *,
     store: Store,
     run: Run,
-    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+    on_progress: OnProgress = lambda _stage, _done, _total: None,
 ) -> None:
     """Answer and score every item under every setting that the store lacks.
 
@@ -127,7 +136,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
         client: Who answers.
         store: Where a setting's records go as soon as all are there.
         run: Seed and concurrency.
-        on_progress: Called with the number of answers so far and in total.
+        on_progress: As in `evaluate`.
 
     Raises:
         CascadeError: An item could not be answered; finished settings are kept.
@@ -135,7 +144,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
     unfinished = [setting for setting in settings if not store.is_finished(setting)]
     jobs, scores, done = _jobs(workload, unfinished), _Scores(), itertools.count(1)
     total = len(unfinished) * len(workload.items)
-    on_progress(0, total)
+    on_progress(ANSWERS, 0, total)
 
     async def work() -> None:
         for setting, records, number in jobs:
@@ -152,7 +161,7 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
             records[number] = Record(item=item.name, text=answer.text, counts=counts)
             if len(records) == len(workload.items):
                 store.write(setting, [records[number] for number in range(len(records))])
-            on_progress(next(done), total)
+            on_progress(ANSWERS, next(done), total)
 
     tasks = [asyncio.ensure_future(work()) for _ in range(run.concurrency)]
     try:
@@ -247,7 +256,12 @@ def pass_kind(setting: Setting) -> str:
 
 
 async def measure_costs(
-    workload: Workload, settings: Sequence[Setting], client: Client, *, seed: int = 0
+    workload: Workload,
+    settings: Sequence[Setting],
+    client: Client,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress = lambda _stage, _done, _total: None,
 ) -> Costs:
     """Return the median cost of a pass, one request at a time, the kinds of pass taking turns.
 
@@ -259,6 +273,7 @@ async def measure_costs(
         settings: Whose kinds of pass are timed.
         client: Who answers.
         seed: Of each request.
+        on_progress: As in `evaluate`.
     """
     lengths = sorted({s.draft_tokens for s in settings if s.draft_tokens is not None})
     probes = [
@@ -270,6 +285,7 @@ async def measure_costs(
     times_s = {tier: defaultdict[str, list[float]](list) for tier in ("drafter", "expert")}
     order = interleave_families(workload.items)[:_COST_ITEMS]
     for turn, number in enumerate([order[0], *order]):
+        on_progress(COSTS, turn, len(order) + 1)
         for probe in probes:
             options = probe.options()
             body = request_body(workload.items[number], seed=seed, temperature=1.0, cascade=options)

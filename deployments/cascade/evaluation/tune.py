@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 
 from cascade.errors import InvalidMeasurement
+from cascade.evaluation.compare import MARGIN, MIN_ITEMS, count_items, few_items
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS
 from cascade.evaluation.results import Estimate, estimate
 from cascade.types import Mode
@@ -106,10 +107,23 @@ class Choice:
 
     setting: Setting
     group: str
+    items: int
     margins: tuple[Margin, ...]
     probability: float
     goal: Goal
     reached: Estimate  # of the goal's metric
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return what makes the choice unsure: few items, or a wide interval of the quality."""
+        if self.items < MIN_ITEMS:
+            return [few_items(self.items)]
+        return [
+            f"Warning: `{one.target.text}` may be missed by {-one.inside.low:.1f} points, more than"
+            f" the margin of {MARGIN:g}; evaluate more than {count_items(self.items)}."
+            for one in self.margins
+            if one.target.metric == "quality" and one.inside.low < -MARGIN
+        ]
 
 
 def parse(text: str) -> Target:
@@ -228,6 +242,7 @@ def _choice(
     return Choice(
         setting=cell.setting,
         group=group,
+        items=metrics.items,
         margins=tuple(margins),
         probability=float(is_met_R.mean()),
         goal=goal,
@@ -272,13 +287,13 @@ def defaults(setting: Setting) -> dict[str, Any]:
 
 def yaml_fragment(choice: Choice, results: Results) -> str:
     """Return YAML for `args:` of an application, with comments that say how sure it is."""
-    count = sum(choice.group in ("all", family) for family in results.families)
     found = f"{choice.setting.name}: {choice.goal.value} {choice.reached}"
-    items = f"{count} items of {choice.group} in {results.about['workload']}"
+    items = f"{count_items(choice.items)} of {choice.group} in {results.about['workload']}"
     comments = [
         f"{found} on {items}; intervals of 95 %",
         *map(str, choice.margins),
         f"all met with probability {choice.probability:.2f}",
+        *choice.warnings,
     ]
     body = yaml.safe_dump(
         {"defaults": defaults(choice.setting)}, sort_keys=False, default_flow_style=None
