@@ -160,13 +160,35 @@ def test_a_healthy_server_is_ok(serving: Serving) -> None:
         assert check_server(server.url).status is Status.OK
 
 
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (_json({"authentication_mode": "token"}), Status.OK),
+        (_json({"authentication_mode": "disabled"}), Status.FAIL),
+        ((404, "text/plain", b"an older Ray"), Status.FAIL),
+    ],
+)
+def test_a_cluster_that_asks_for_no_token_fails(
+    serving: Serving, answer: tuple[int, str, bytes], status: Status
+) -> None:
+    responses = {"/api/cluster_status": _json(STATUS), "/api/authentication_mode": answer}
+    with serving(responses) as server:
+        [_, check, *_] = check_cluster(server.url, config=ServeConfig())
+    assert check.status is status
+    assert status is Status.OK or "RAY_AUTH_MODE=token" in check.fix
+
+
 def test_resources_of_the_cluster_are_compared_with_the_yaml(serving: Serving) -> None:
-    responses = {"/api/cluster_status": _json(STATUS), "/api/serve/applications/": _json({})}
+    responses = {
+        "/api/cluster_status": _json(STATUS),
+        "/api/authentication_mode": _json({"authentication_mode": "token"}),
+        "/api/serve/applications/": _json({}),
+    }
     with serving(responses) as server:
         checks = check_cluster(server.url, config=ServeConfig(resources={"CPU": 2.0, "GPU": 3.0}))
-    assert _statuses(checks) == [Status.OK, Status.FAIL]
+    assert _statuses(checks) == [Status.OK, Status.OK, Status.FAIL]
     assert checks[0].message.endswith("4 CPU, 1 GPU")
-    assert checks[1].message == "the YAML asks for 3 GPU, the cluster has 1"
+    assert checks[2].message == "the YAML asks for 3 GPU, the cluster has 1"
 
 
 def test_memory_and_node_resources_are_ignored() -> None:

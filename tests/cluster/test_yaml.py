@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,32 @@ def test_what_it_imports_is_there(document: dict[str, Any]) -> None:
     for name in (*names, *document["grpc_options"]["grpc_servicer_functions"]):
         module, _, attribute = name.rpartition(".")
         assert callable(getattr(import_module(module), attribute))
+
+
+def test_kuberay_gives_every_node_the_token_and_the_api_keys_and_exposes_both_apis() -> None:
+    """KubeRay puts ports into the service whose names are `serve` or begin with `serve-`."""
+    spec = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["spec"]["rayClusterConfig"]
+    assert spec["authOptions"] == {"mode": "token"}
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [one for group in groups for one in group["template"]["spec"]["containers"]]
+    keys = [{"secretRef": {"name": "cascade-api-keys", "optional": True}}]
+    assert [one["envFrom"] for one in containers] == [keys] * len(groups)
+    ports = {one["name"]: one["containerPort"] for one in containers[0]["ports"]}
+    served = {number for name, number in ports.items() if re.match(r"serve(-|$)", name)}
+    options = CONFIGS["kuberay.yaml"]
+    assert served == {options["http_options"]["port"], options["grpc_options"]["port"]}
+
+
+@pytest.mark.parametrize("name", ["README.md", "cluster.yaml", "production.yaml"])
+def test_every_recipe_asks_for_the_token_before_it_starts_ray(name: str) -> None:
+    """A block of code, or the comment of a YAML, is a recipe."""
+    text = (FOLDER / name).read_text()
+    recipes = re.findall(r"```console\n(.*?)```", text, re.DOTALL) or [text]
+    starting = [recipe for recipe in recipes if "ray start" in recipe]
+    assert starting
+    for recipe in starting:
+        before = recipe[: recipe.index("ray start")]
+        assert "export RAY_AUTH_MODE=token" in before
 
 
 def test_the_nodes_of_kuberay_have_what_its_tiers_ask_for() -> None:

@@ -303,9 +303,24 @@ def check_cluster(dashboard: str, *, config: ServeConfig) -> list[Check]:
     listed = ", ".join(f"{amount:g} {name}" for name, amount in sorted(total.items()))
     return [
         _ok(f"Ray cluster at {dashboard}: {listed}"),
+        check_authentication(dashboard),
         *check_resources(config.resources, available=total, where="the cluster"),
         *_check_applications(dashboard),
     ]
+
+
+def check_authentication(dashboard: str) -> Check:
+    """Return whether a Ray cluster asks its callers for a token."""
+    try:
+        found = _get(dashboard, "/api/authentication_mode").get("authentication_mode")
+    except (httpx.HTTPError, ValueError):
+        found = None
+    if found == "token":
+        return _ok("the Ray cluster asks its callers for a token")
+    return _fail(
+        "whoever reaches a node of the Ray cluster can run programs on it: it asks for no token",
+        "start it with RAY_AUTH_MODE=token on every node; cluster/README.md says how",
+    )
 
 
 def check_resources(
