@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -118,6 +118,113 @@ def test_messages_that_the_template_rejects_are_invalid(
 ) -> None:
     with pytest.raises(InvalidRequest, match="no tools") as refused:
         byte_tokenizer.chat([{"role": "tool", "content": "4"}])
+    assert refused.value.param == "messages"
+
+
+LOOP = "{% for m in messages %}[{{ m.role }}]BODY{% endfor %}"
+READS_TEXT = {
+    "printed": "{{ m.content }}",
+    "added to text": "{{ m['content'] + '!' }}",
+    "stripped": "{{ m.content.strip() }}",
+    "set, and ignored unless text": "{% if m.content is string %}{% set c = m.content %}"
+    "{% else %}{% set c = '' %}{% endif %}{{ c }}",
+    "lines of it": "{% for line in m.content.split('\\n') %}{{ line }} {% endfor %}",
+}
+READS_PARTS = {
+    "loop": "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}",
+    "items": "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}",
+    "filtered": "{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text }}{% endfor %}",
+    "joined": "{{ m.content | map(attribute='text') | join }}",
+    "first": "{{ m.content[0].text }}",
+    "alias": "{% set parts = m.content %}{% for part in parts %}{{ part.text }}{% endfor %}",
+    "macro": "{% macro show(some) %}{% for part in some %}{{ part.text }}{% endfor %}"
+    "{% endmacro %}{{ show(m.content) }}",
+    "raises on text": "{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}",
+}
+READS_BOTH = {
+    "either": "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endif %}",
+}
+
+
+def templated(body: str) -> Tokenizer:
+    return wrap(byte_level(), chat_template=LOOP.replace("BODY", body))
+
+
+def rendered(tokenizer: Tokenizer, *messages: dict[str, Any]) -> str:
+    return tokenizer.decode(tokenizer.chat(messages), skip_special=False)
+
+
+def conversation(role: str, content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "hello"}, {"role": role, "content": content}]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "other"])
+@pytest.mark.parametrize("body", [*READS_TEXT.values(), *READS_PARTS.values()])
+def test_a_template_gets_the_form_of_content_that_it_reads(body: str, role: str) -> None:
+    """Whichever form was sent, its text is in the prompt, and the same for both."""
+    tokenizer = templated(body)
+    parts = [{"type": "text", "text": "the cat"}]
+    text = rendered(tokenizer, *conversation(role, "the cat"))
+    assert rendered(tokenizer, *conversation(role, parts)) == text
+    assert "hello" in text.split(f"[{role}]")[-2]
+    assert "the cat" in text.split(f"[{role}]")[-1]
+    assert "type" not in text
+
+
+@pytest.mark.parametrize("body", READS_BOTH.values())
+def test_a_template_that_reads_both_forms_gets_what_was_sent(body: str) -> None:
+    """As `apply_chat_template` of transformers does."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert rendered(templated(body), *conversation("user", parts)) == "[user]hello[user]<a><b>"
+    assert rendered(templated(body), *conversation("user", "ab")) == "[user]hello[user]ab"
+
+
+def test_each_role_has_its_own_form() -> None:
+    """As in templates that read images of users alone."""
+    tokenizer = templated(
+        "{% if m.role == 'user' %}{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for content in ("a\nb", parts):
+        assert rendered(tokenizer, *conversation("assistant", content)).endswith("]a\nb")
+    assert rendered(tokenizer, *conversation("user", parts)).endswith("]ab")
+
+
+@pytest.mark.parametrize("body", [*READS_TEXT.values(), READS_PARTS["loop"]])
+def test_empty_content_is_no_error(body: str) -> None:
+    assert rendered(templated(body), *conversation("assistant", ""))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ m.content.nothing.here }}", "nothing"),
+        ("{{ m.content + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ m['a'].b.c }}", "no attribute 'a'"),
+        ("{{ [][3].x }}", "no element 3"),
+        ("{{ range(10**9) }}", "OverflowError"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        ("{{ m.content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(m) }}", "unsafe"),
+        ("{{ ''.join(3) }}", "TypeError"),
+        ("{{ {}['x'].y }}", "no attribute 'x'"),
+        ("{{ 'x' | nosuchfilter }}", "nosuchfilter"),
+        ("{% if %}", "block"),
+        ("{{ strftime_now(3) }}", "TypeError"),
+        ("{{ '%d' | format('x') }}", "TypeError"),
+        ("{{ '\ud800'.encode('utf-8').decode('ascii') }}", "Unicode"),
+    ],
+)
+def test_whatever_a_template_raises_is_invalid_and_says_what(body: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        templated(body).chat([{"role": "user", "content": "hello"}])
     assert refused.value.param == "messages"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,22 @@ class Detokenizer:
 
 
 _BYTE_TOKEN_LENGTH = len("<0x00>")
+
+# Texts that no chat template has of its own, to see what it shows of a message.
+_NEEDLE, _KEY = "7d1f0c9e", "b24c86a5"
+
+
+def _readable(message: Mapping[str, Any], forms: Mapping[str, set[type]]) -> Mapping[str, Any]:
+    """Return the message with its content in a form that the chat template reads."""
+    content: Any = message.get("content")
+    reads = forms.get(message["role"], forms["user"])
+    if isinstance(content, str) and str not in reads:
+        parts = [{"type": "text", "text": content}] if content else []
+        return {**message, "content": parts}
+    if isinstance(content, list) and list not in reads:
+        texts: Any = content
+        return {**message, "content": "\n".join(part["text"] for part in texts)}
+    return message
 
 
 class Tokenizer:
@@ -142,7 +159,8 @@ class Tokenizer:
         """Return the ids of a conversation in the model's chat template.
 
         Args:
-            messages: Objects with a `role` and a `content`, oldest first.
+            messages: Objects with a `role` and a `content`, oldest first. Content is a text or a
+                list of text parts; the template gets the form that it reads.
             limit: Most tokens to accept.
             continue_last: Continue the last message instead of starting a new one.
             variables: Further variables of the template, such as `tools`.
@@ -155,20 +173,52 @@ class Tokenizer:
             raise InvalidRequest(
                 "This model has no chat template; ask for a completion of a prompt instead"
             )
-        conversation: Any = [dict(message) for message in messages]
         try:
-            text: Any = self._tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
+            text = self._render(
+                [_readable(message, self._content_forms) for message in messages],
                 add_generation_prompt=not continue_last,
                 continue_final_message=continue_last,
                 **variables,
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:
+            what = str(error) if isinstance(error, TemplateError) else repr(error)
             raise InvalidRequest(
-                f"The model's chat template rejects these messages: {error}", param="messages"
+                f"The model's chat template rejects these messages: {what}", param="messages"
             ) from error
         return self.encode(text, add_special=False, limit=limit)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        conversation: Any = [dict(message) for message in messages]
+        text: Any = self._tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
+        return text
+
+    @cached_property
+    def _content_forms(self) -> dict[str, set[type]]:
+        """Return by role which forms of content the chat template reads: text, lists of parts.
+
+        What a template reads is in the text that it makes of a conversation.
+        """
+        forms: dict[str, set[type]] = {"user": {str, list}}
+        call = {"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {}}}
+        asked: list[Any] = [{"role": "user", "content": "?"}]
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for role, before, after in (
+            ("user", [], []),
+            ("system", [], asked),
+            ("assistant", asked, asked),
+            ("tool", [*asked, called], []),
+        ):
+            shown: set[type] = set()
+            for content in (_NEEDLE, [{"type": "text", "text": _NEEDLE, "key": _KEY}]):
+                probe = {"role": role, "content": content}
+                conversation = [_readable(one, forms) for one in before]
+                conversation += [probe, *(_readable(one, forms) for one in after)]
+                with suppress(Exception):
+                    text = self._render(conversation, add_generation_prompt=True)
+                    if _NEEDLE in text and _KEY not in text:
+                        shown.add(type(content))
+            forms[role] = shown or forms["user"]
+        return forms
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`."""
