@@ -8,13 +8,14 @@ Narasimhan et al., Faster Cascades via Speculative Decoding, ICLR 2025 (arXiv 24
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Interval, Le, Lt, Predicate
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
-Finite: TypeAlias = Annotated[float, Predicate(math.isfinite)]
+_FLOAT32_MAX = 3.4028234663852886e38  # rules are evaluated in float32
+
+Finite: TypeAlias = Annotated[float, Interval(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
 
 Unit: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 
@@ -108,7 +109,7 @@ class OptLog(_Strict):
 class Bild(_Strict):
     """Defer iff -log p0(argmax q0) > alpha (BiLD*, our reading)."""
 
-    alpha: Annotated[float, Ge(0), Predicate(math.isfinite)]
+    alpha: Annotated[float, Interval(ge=0, le=_FLOAT32_MAX)]
     kind: Literal["bild"] = "bild"
 
 

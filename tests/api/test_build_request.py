@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
+from tests.support.toy_tokenizers import byte_level, wrap
 
 from cascade.api import build_request
 from cascade.api.context import MAX_SEED, Defaults, Limits
-from cascade.api.schema import ChatBody, CompletionBody
+from cascade.api.schema import ChatBody, CompletionBody, parse
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from cascade.rules import Chow, Lossless, Lossy, TokenV3
 from cascade.types import (
@@ -26,10 +31,11 @@ from cascade.types import (
 if TYPE_CHECKING:
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Request
 
 
-DEEP = "[" * 100_000
+DEEP = "[" * 220
 
 
 def complete(service: ServingContext, **fields: Any) -> CompletionCall:
@@ -331,27 +337,132 @@ def test_a_conversation_that_the_template_rejects_is_refused(service: ServingCon
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "param"),
     [
-        {"role": "user", "content": None},
-        {"role": "assistant"},
-        {
-            "role": "assistant",
-            "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
-            ],
-        },
-        {
-            "role": "assistant",
-            "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": DEEP}}
-            ],
-        },
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "system"}, "messages[0].content"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "hi", "image": "x"}, "messages[0].image"),
     ],
 )
-def test_empty_messages_and_bad_tool_calls_are_refused(
-    service: ServingContext, message: Any
+def test_messages_that_nobody_can_read_are_refused(
+    service: ServingContext, message: Any, param: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chat(service, messages=[message, {"role": "user", "content": "hi"}])
-    assert (caught.value.param or "").startswith("messages")
+    assert caught.value.param == param
+
+
+CALLS_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}({% for key, value in call.function.arguments | items %}"
+    "{{ key }}={{ value }},{% endfor %}{{ call.function.arguments | tojson }}){% endfor %};"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def calling() -> Tokenizer:
+    """A tokenizer whose template shows tool calls, and needs objects for their arguments."""
+    return wrap(byte_level(), chat_template=CALLS_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"a": 1}', '(a=1,{"a": 1})'),
+        ({"a": 1}, '(a=1,{"a": 1})'),
+        ("", "({})"),
+        (" \n", "({})"),
+        (None, "({})"),
+        ("null", "({})"),
+        ("{", "({})"),
+        ('{"a": 1, "b": "Par', '(a=1,b=Par,{"a": 1, "b": "Par"})'),
+        ('{"a": [1, 2', '(a=[1, 2],{"a": [1, 2]})'),
+        ("Paris", '(arguments=Paris,{"arguments": "Paris"})'),
+        ("[1, 2]", '(arguments=[1, 2],{"arguments": "[1, 2]"})'),
+        ('"Paris"', None),
+        ("{'a': 1}", None),
+        ("3", None),
+        ("NaN", None),
+        (DEEP, None),
+        ([1], None),
+    ],
+)
+def test_arguments_that_a_model_wrote_can_be_sent_back(
+    service: ServingContext, calling: Tokenizer, arguments: Any, shown: str | None
+) -> None:
+    """Whatever they are: empty, cut off, no object, no JSON."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    (prompt,) = chat(replace(service, tokenizer=calling), messages=messages).prompts
+    text = calling.decode(prompt)
+    assert shown is None or text == f"assistant:f{shown};"
+    assert text.startswith("assistant:f(")
+
+
+@given(arguments=st.text(st.characters(codec="utf-8"), max_size=30) | st.text('{}[]":,a1 \\'))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_can_be_arguments(
+    service: ServingContext, calling: Tokenizer, arguments: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    assert chat(replace(service, tokenizer=calling), messages=messages).prompts
+
+
+FUNCTION = {"name": "f", "arguments": "{}"}
+HISTORY: list[tuple[dict[str, Any], str]] = [
+    (ChatCompletionMessage(role="assistant", content="hi").model_dump(), "assistant:hi;"),
+    (ChatCompletionMessage(role="assistant", content=None).model_dump(), "assistant:;"),
+    (ChatCompletionMessage(role="assistant", refusal="No.").model_dump(), "assistant:No.;"),
+    ({"role": "assistant", "content": ""}, "assistant:;"),
+    ({"role": "assistant"}, "assistant:;"),
+    ({"role": "assistant", "content": []}, "assistant:;"),
+    ({"role": "assistant", "content": "a", "tool_calls": []}, "assistant:a;"),
+    ({"role": "assistant", "content": "a", "annotations": []}, "assistant:a;"),
+    ({"role": "assistant", "content": "a", "parsed": {"b": 1}, "id": "c"}, "assistant:a;"),
+    ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "assistant:a;"),
+    (
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        "assistant:No.;",
+    ),
+    (
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "annotations": []}]},
+        "assistant:a;",
+    ),
+    ({"role": "assistant", "tool_calls": [{"index": 0, "function": FUNCTION}]}, "assistant:f({});"),
+    (
+        {"role": "assistant", "tool_calls": [{"id": None, "type": None, "function": FUNCTION}]},
+        "assistant:f({});",
+    ),
+    (
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f", "input": "x"}}],
+        },
+        'assistant:f(input=x,{"input": "x"});',
+    ),
+    ({"role": "assistant", "content": None, "function_call": FUNCTION}, "assistant:f({});"),
+    ({"role": "function", "name": "f", "content": "4"}, "tool:4;"),
+    ({"role": "tool", "tool_call_id": "1", "content": None}, "tool:;"),
+    ({"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "4"}]}, "tool:4;"),
+    ({"role": "user", "content": "hi", "name": None, "tool_calls": None, "x": None}, "user:hi;"),
+]
+
+
+@pytest.mark.parametrize(("message", "shown"), HISTORY)
+def test_history_can_be_sent_back(
+    service: ServingContext, calling: Tokenizer, message: Any, shown: str
+) -> None:
+    """What `message.model_dump()` of OpenAI's client gives, and what other servers add."""
+    data = json.dumps({"messages": [message]}).encode()
+    call = build_request.chat(parse(data, ChatBody), replace(service, tokenizer=calling))
+    assert calling.decode(call.prompts[0]) == shown
+
+
+def test_a_prediction_with_a_token_that_has_no_logits_is_named(service: ServingContext) -> None:
+    largest = max(service.tokenizer.encode("Buzz"))
+    narrow = replace(service, tokenizer=service.tokenizer.narrowed(largest))
+    content = {"type": "content", "content": "Buzz"}
+    assert refused_param(narrow, prompt=[5], prediction=content) == "prediction"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.completion_create_params import CompletionCreateParamsBase as TextParamsBase
 from pydantic import TypeAdapter
 
-from cascade.api import schema
+from cascade.api import build_request, schema
 from cascade.api.schema import ChatBody, CompletionBody, parse
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
+
+if TYPE_CHECKING:
+    from cascade.api.context import ServingContext
 
 MESSAGE = '{"role": "user", "content": "hi"}'
 
@@ -95,13 +100,10 @@ def kind_of(rule: type[Rule]) -> str:
     "alpha", ["NaN", "Infinity", "-Infinity", '"0.5"', "true", "null", "7e300"]
 )
 def test_every_rule_parameter_must_be_a_number_in_its_range(kind: type[Rule], alpha: str) -> None:
-    unbounded = {"opt", "chow_log", "diff_log", "opt_log", "bild"}
     name = kind_of(kind)
     for parameter in {"alpha", "weight", "epsilon", "delta"} & {
         field.name for field in fields(kind)
     }:
-        if alpha == "7e300" and name in unbounded:
-            continue
         rule = f'{{"kind": "{name}", "{parameter}": {alpha}}}'
         body = f'{{"prompt": "x", "cascade": {{"rule": {rule}}}}}'
         with pytest.raises(InvalidRequest) as caught:
@@ -127,7 +129,11 @@ def test_a_completion_with_an_unsupported_parameter_is_refused(name: str) -> Non
         ("modalities", '["text", "audio"]'),
         ("audio", '{"voice": "x"}'),
         ("web_search_options", "{}"),
+        ("functions", '[{"name": "f"}], "function_call": "auto"'),
+        ("tools", '[{"type": "function"}], "tool_choice": "auto"'),
+        ("moderation", '{"model": "m"}'),
         ("reasoning_effort", '"low"'),
+        ("verbosity", '"low"'),
         ("something_new", "1"),
     ],
 )
@@ -137,27 +143,110 @@ def test_a_chat_with_an_unsupported_parameter_is_refused(name: str, value: str) 
     assert caught.value.param == name
 
 
-def test_unsupported_parameters_are_accepted_if_they_request_nothing() -> None:
+CALLABLE = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+NEUTRAL_IN_BOTH: list[dict[str, Any]] = [
+    {"frequency_penalty": 0},
+    {"logit_bias": {}},
+    {"n": 1},
+    {"presence_penalty": 0},
+    {"stop": []},
+    {"stream": False},
+    {"temperature": 1},
+    {"top_p": 1},
+    {"user": "me"},
+    {"prediction": None},
+    {"cascade": None},
+    {"cascade": dict.fromkeys(schema.Options.model_fields)},
+    {"cascade": {"patience": dict.fromkeys(schema.PatienceOptions.model_fields)}},
+    {"stream": True, "stream_options": dict.fromkeys(schema.StreamOptions.model_fields)},
+]
+NEUTRAL_IN_CHATS: list[dict[str, Any]] = [
+    *NEUTRAL_IN_BOTH,
+    {"function_call": "none"},
+    {"functions": []},
+    {"functions": [{"name": "f"}], "function_call": "none"},
+    {"logprobs": False},
+    {"logprobs": False, "top_logprobs": 0},
+    {"top_logprobs": 0},
+    {"metadata": {}},
+    {"metadata": {"a": "b"}},
+    {"modalities": []},
+    {"modalities": ["text"]},
+    {"parallel_tool_calls": False},
+    {"parallel_tool_calls": True},
+    {"prompt_cache_key": "x"},
+    {"prompt_cache_options": {"mode": "implicit"}},
+    {"prompt_cache_retention": "in_memory"},
+    {"response_format": {"type": "text"}},
+    {"safety_identifier": "x"},
+    {"service_tier": "auto"},
+    {"store": False},
+    {"store": True},
+    {"tool_choice": "auto"},
+    {"tool_choice": "none"},
+    {"tools": []},
+    {"tools": [], "tool_choice": "auto"},
+    {"tools": CALLABLE, "tool_choice": "none"},
+    {"verbosity": "medium"},
+]
+NEUTRAL_IN_COMPLETIONS: list[dict[str, Any]] = [
+    *NEUTRAL_IN_BOTH,
+    {"best_of": 1},
+    {"best_of": 2, "n": 2},
+    {"echo": False},
+    {"suffix": ""},
+]
+
+
+def names(params: Any) -> set[str]:
+    """Return every parameter that the installed client knows, its newest too."""
+    return set(params.__annotations__) - {"messages", "prompt"}
+
+
+@pytest.mark.parametrize("name", sorted(names(CompletionCreateParamsBase) | {"something_new"}))
+def test_a_null_parameter_of_a_chat_is_as_if_absent(service: ServingContext, name: str) -> None:
+    body = chat_body(name, None)
+    assert build_request.chat(body, service) == build_request.chat(chat_body("n", 1), service)
+
+
+@pytest.mark.parametrize("name", sorted(names(TextParamsBase) | {"something_new"}))
+def test_a_null_parameter_of_a_completion_is_as_if_absent(
+    service: ServingContext, name: str
+) -> None:
+    body = parse(json.dumps({"prompt": "x", name: None, "seed": 5}).encode(), CompletionBody)
+    assert build_request.completion(body, service)
+
+
+def chat_body(name: str, value: Any) -> ChatBody:
+    fields = {"messages": [{"role": "user", "content": "hi"}], "seed": 5, name: value}
+    return parse(json.dumps(fields | {"seed": 5}).encode(), ChatBody)
+
+
+@pytest.mark.parametrize("fields", NEUTRAL_IN_CHATS, ids=str)
+def test_a_chat_may_have_values_that_request_nothing(
+    service: ServingContext, fields: dict[str, Any]
+) -> None:
     """Clients and frameworks send them by default."""
-    idle: dict[str, Any] = {
-        "response_format": {"type": "text"},
-        "tools": [],
-        "tool_choice": "none",
-        "functions": [],
-        "modalities": ["text"],
-        "audio": None,
-        "user": "me",
-        "metadata": {"a": "b"},
-        "store": True,
-        "service_tier": "auto",
-        "safety_identifier": "x",
-        "prompt_cache_key": "y",
-        "stop": None,
-    }
-    body = {"messages": [{"role": "user", "content": "hi"}]} | idle
-    assert parse(json.dumps(body).encode(), ChatBody).stop is None
-    trivial = b'{"prompt": "x", "best_of": 1, "suffix": "", "logit_bias": null, "n": null}'
-    assert parse(trivial, CompletionBody).n is None
+    body = {"messages": [{"role": "user", "content": "hi"}]} | fields
+    call = build_request.chat(parse(json.dumps(body).encode(), ChatBody), service)
+    assert service.tokenizer.decode(call.prompts[0]) == "user: hi"
+
+
+@pytest.mark.parametrize("fields", NEUTRAL_IN_COMPLETIONS, ids=str)
+def test_a_completion_may_have_values_that_request_nothing(
+    service: ServingContext, fields: dict[str, Any]
+) -> None:
+    body = parse(json.dumps({"prompt": "x"} | fields).encode(), CompletionBody)
+    assert build_request.completion(body, service)
+
+
+def test_every_parameter_of_the_client_has_a_neutral_value_or_is_used() -> None:
+    """A new version of the client may know more: decide what they mean."""
+    for params, body, neutral in (
+        (CompletionCreateParamsBase, ChatBody, NEUTRAL_IN_CHATS),
+        (TextParamsBase, CompletionBody, NEUTRAL_IN_COMPLETIONS),
+    ):
+        assert names(params) <= {*body.model_fields, *(key for one in neutral for key in one)}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from cascade.api.prompts import (
     check_ids,
     conversation,
     max_prompt_tokens,
+    naming,
     prompts,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
@@ -23,7 +24,6 @@ from cascade.types import (
     Mode,
     Request,
     SamplingParams,
-    SequenceCascadeParams,
     Verification,
 )
 
@@ -74,7 +74,7 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
 def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
     """Return what a chat completion requests; raises as `completion` does."""
     _check(body, service)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     new, old = body.max_completion_tokens, body.max_tokens
     if new is not None and old is not None and new != old:
@@ -198,18 +198,20 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
     ends = () if body.ignore_eos else (*service.tokenizer.stop_ids, *service.stop_ids)
     patience, prediction = defaults.patience, ()
     if options.patience is not None:
-        patience = SequenceCascadeParams(**dict(options.patience))
+        given = options.patience.model_dump(exclude_unset=True, exclude_none=True)
+        patience = replace(patience, **given)
     if body.prediction is not None:
         text = plain(body.prediction.content)
-        prediction = tuple(service.tokenizer.encode(text, add_special=False))
+        with naming("prediction"):
+            prediction = service.tokenizer.encode(text, add_special=False)
     policy = DecodingParams(
-        sampling=_sampling(body, defaults),
+        sampling=_sampling(body, service),
         rule=_rule(options, defaults, mode),
         coupling=coupling,
         bonus=options.bonus or defaults.bonus,
         verification=_verification(options, defaults, coupling),
         rows=options.rows or defaults.rows,
-        row_entries=defaults.row_entries,
+        row_entries=min(defaults.row_entries, service.tokenizer.vocabulary),
         stop_ids=tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))),
         logprobs=logprobs,
     )
@@ -222,14 +224,17 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
         prediction=prediction,
         deadline_s=options.deadline_s or defaults.deadline_s,
         on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
-        trace=options.trace,
+        trace=bool(options.trace),
     )
 
 
-def _sampling(body: Generated, defaults: Defaults) -> SamplingParams:
+def _sampling(body: Generated, service: ServingContext) -> SamplingParams:
+    defaults = service.defaults
     temperature = defaults.temperature if body.temperature is None else body.temperature
     top_p = defaults.top_p if body.top_p is None else body.top_p
     top_k = defaults.top_k if body.top_k is None else max(body.top_k, 0)
+    if top_k >= service.tokenizer.vocabulary:
+        top_k = 0  # all tokens, whatever the number
     return SamplingParams(
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
         top_k=top_k if top_p > 0 else 1,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from cascade.api.schema import CompletionBody, Message, plain
-from cascade.errors import InvalidRequest
+from cascade.api.schema import CompletionBody, Message, ToolCall, texts
+from cascade.errors import InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from cascade.api.context import ServingContext
+
+
+# Few templates know `developer` and `function`, the newer and the older name of these roles.
+_ROLES = {"developer": "system", "function": "tool"}
 
 
 def prompts(body: CompletionBody, service: ServingContext) -> list[tuple[int, ...]]:
@@ -38,9 +42,10 @@ def conversation(messages: Sequence[Message], service: ServingContext) -> tuple[
 
     Raises:
         InvalidRequest: A message is empty, or the template rejects the conversation.
+        UnsupportedParameter: A message has an unknown field.
     """
     rendered = [_template_message(message, number) for number, message in enumerate(messages)]
-    with _naming("messages"):
+    with naming("messages"):
         limit = max_prompt_tokens(service)
         return _nonempty(service.tokenizer.chat(rendered, limit=limit), "messages")
 
@@ -80,7 +85,7 @@ def _tokenize(prompt: str | Sequence[int], service: ServingContext) -> tuple[int
     if not isinstance(prompt, str):
         check_ids(prompt, "prompt", service)
         return tuple(prompt)
-    with _naming("prompt"):
+    with naming("prompt"):
         limit = max_prompt_tokens(service)
         return _nonempty(service.tokenizer.encode(prompt, limit=limit), "prompt")
 
@@ -92,7 +97,7 @@ def _nonempty(tokens: tuple[int, ...], param: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def _naming(param: str) -> Generator[None]:
+def naming(param: str) -> Generator[None]:
     """Add the field's name to the tokenizer's errors."""
     try:
         yield
@@ -102,28 +107,55 @@ def _naming(param: str) -> Generator[None]:
 
 
 def _template_message(message: Message, number: int) -> dict[str, Any]:
-    """Return a message in the form that chat templates read."""
-    if message.content is None and not message.tool_calls:
+    """Return a message in the form that chat templates read: content as text, or as parts."""
+    written = message.role in {"assistant", "tool", "function"}
+    unknown = {name for name, value in (message.model_extra or {}).items() if value is not None}
+    if unknown and message.role != "assistant":
+        param = f"messages[{number}].{min(unknown)}"
+        raise UnsupportedParameter(f"`{param}` is unknown here; leave it out", param=param)
+    if message.content is None and not written:
         param = f"messages[{number}].content"
         raise InvalidRequest(f"`{param}` is missing; give text", param=param)
+    content: str | list[dict[str, str]] = message.refusal or ""
+    if isinstance(message.content, str):
+        content = message.content
+    elif message.content is not None:
+        content = [{"type": "text", "text": text} for text in texts(message.content)]
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None:
+        calls.append(ToolCall(function=message.function_call))
     rendered: dict[str, Any] = {
-        # Few templates know `developer`, the newer name of `system`.
-        "role": "system" if message.role == "developer" else message.role,
-        "content": plain(message.content),
+        "role": _ROLES.get(message.role, message.role),
+        "content": content,
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": [_tool_call(call, f"messages[{number}]") for call in calls] or None,
     }
-    if message.tool_calls:
-        rendered["tool_calls"] = [_tool_call(call.model_dump()) for call in message.tool_calls]
-    named = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return rendered | {key: value for key, value in named.items() if value is not None}
+    return {key: value for key, value in rendered.items() if value is not None}
 
 
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object instead of text."""
-    function = call["function"]
-    try:
-        arguments = from_json(function["arguments"])
-    except ValueError as error:
-        raise InvalidRequest(
-            f"The arguments of a tool call are no JSON: {error}", param="messages"
-        ) from error
-    return call | {"function": function | {"arguments": arguments}}
+def _tool_call(call: ToolCall, param: str) -> dict[str, Any]:
+    """Return a call with its arguments as an object, whatever the model wrote."""
+    if call.custom is not None:
+        function = {"name": call.custom.name, "arguments": {"input": call.custom.input}}
+    elif call.function is not None:
+        arguments = _arguments(call.function.arguments)
+        function = {"name": call.function.name, "arguments": arguments}
+    else:
+        param = f"{param}.tool_calls"
+        raise InvalidRequest(f"`{param}` has a call without `function`", param=param)
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+
+
+def _arguments(written: Any) -> dict[str, Any]:
+    """Return the arguments of a call; what is cut off ends where it does."""
+    arguments = written
+    if isinstance(written, str):
+        if not written.strip():
+            return {}
+        with suppress(ValueError):
+            arguments = from_json(written, allow_partial="trailing-strings")
+    if arguments is None or isinstance(arguments, dict):
+        return arguments or {}
+    return {"arguments": written}

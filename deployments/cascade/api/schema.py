@@ -2,7 +2,8 @@
 
 Fields that cannot change the text are accepted and ignored (`Ignored`). Fields that would change it
 and that this server does not implement are accepted only with values that request nothing, such as
-`tools: []`; see `UNSUPPORTED`. Unknown fields are refused.
+`tools: []`; see `UNSUPPORTED`. Unknown fields are refused, unless they are null. What a model wrote
+(`Message`, `ToolCall`) is read as it is, so that a client can send back what it received.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
@@ -28,10 +37,13 @@ UNSUPPORTED = {
     "function_call",
     "functions",
     "modalities",
+    "moderation",
+    "reasoning_effort",
     "response_format",
     "suffix",
     "tool_choice",
     "tools",
+    "verbosity",
     "web_search_options",
 }
 """Fields whose only accepted values are those that request nothing."""
@@ -42,9 +54,9 @@ L = TypeVar("L", bound=list[Any])
 Text: TypeAlias = Annotated[str, Len(min_length=1)]
 TokenId: TypeAlias = Annotated[int, Interval(ge=0, lt=2**32)]
 Some: TypeAlias = Annotated[L, Len(min_length=1)]
-Nothing: TypeAlias = Annotated[list[JsonValue], Len(max_length=0)]
 
-_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+# Unknown fields of a whole body may be null.
+_UNKNOWN = {"extra_forbidden", "none_required", "unexpected_keyword_argument"}
 
 _EXPECTED = {
     "prompt": "it must be a string, a list of strings, a list of token ids or a list of such lists,"
@@ -87,16 +99,16 @@ class Options(Body):
     """Seconds after which the request fails."""
     on_expert_loss: ExpertLoss | None = None
     """What happens if no expert is reachable: an error, or the drafter finishes the text."""
-    trace: bool = False
+    trace: bool | None = None
     """Return every round of drafting and verification."""
 
 
 class PatienceOptions(Body):
     """When a sequence cascade keeps the drafter's text."""
 
-    confidence: Confidence = Confidence.MEAN
+    confidence: Confidence | None = Confidence.MEAN
     """How the log-probabilities of the drafter's tokens are aggregated."""
-    threshold: float = -0.5
+    threshold: float | None = -0.5
     """Least confidence, in nats per token, at which the drafter's text is kept."""
 
 
@@ -111,11 +123,18 @@ class StreamOptions(Body):
     """Accepted and ignored."""
 
 
-class TextPart(Body):
+class TextPart(Body, extra="ignore"):
     """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Body, extra="ignore"):
+    """A part of an earlier answer in which the model refused."""
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class Prediction(Body):
@@ -131,33 +150,45 @@ class TextFormat(Body):
     type: Literal["text"]
 
 
-class FunctionCall(Body):
+class FunctionCall(Body, extra="ignore"):
     """A function that the assistant called."""
 
     name: str
-    arguments: str
+    arguments: JsonValue = None
+    """JSON text, as the model wrote it: perhaps empty or cut off."""
 
 
-class ToolCall(Body):
+class CustomCall(Body, extra="ignore"):
+    """A tool that the assistant called with text."""
+
+    name: str
+    input: str = ""
+
+
+class ToolCall(Body, extra="ignore"):
     """A call in an earlier message of the conversation."""
 
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
+    id: str | None = None
+    type: Literal["function", "custom"] | None = None
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
 
 
-class Message(Body):
-    """One message of a conversation."""
+class Message(Body, extra="allow"):
+    """One message of a conversation. An assistant's may have other fields, which are ignored."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought before it answered; its template decides whether it is shown."""
     annotations: JsonValue = None
     audio: None = None
-    function_call: None = None
+    function_call: FunctionCall | None = None
+    """The old form of `tool_calls`."""
 
 
 class Ignored(Body):
@@ -166,6 +197,7 @@ class Ignored(Body):
     metadata: JsonValue = None
     parallel_tool_calls: JsonValue = None
     prompt_cache_key: JsonValue = None
+    prompt_cache_options: JsonValue = None
     prompt_cache_retention: JsonValue = None
     safety_identifier: JsonValue = None
     service_tier: JsonValue = None
@@ -173,9 +205,10 @@ class Ignored(Body):
     user: JsonValue = None
 
 
-class Generated(Ignored):
+class Generated(Ignored, extra="allow"):
     """What both kinds of completion have in common."""
 
+    __pydantic_extra__: dict[str, None]  # pyright: ignore[reportIncompatibleVariableOverride] - as pydantic documents
     model: str | None = None
     """The name of a served model; the first one if absent."""
     temperature: Annotated[float, Interval(ge=0, le=2)] | None = None
@@ -220,8 +253,16 @@ class CompletionBody(Generated):
     """Return each token's log-probability and this many alternatives."""
     echo: bool | None = None
     """Begin the completion with the prompt."""
-    best_of: Literal[1] | None = None
+    best_of: int | None = None
+    """Only 1 or `n`: every choice is returned."""
     suffix: Literal[""] | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_are_returned(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in {None, 1, info.data.get("n")}:
+            raise ValueError
+        return value
 
 
 class ChatBody(Generated):
@@ -235,20 +276,40 @@ class ChatBody(Generated):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
-    tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    tools: list[JsonValue] | None = None
+    """Only none, or with `tool_choice: "none"`; the model does not see them."""
     function_call: Literal["none", "auto"] | None = None
+    functions: list[JsonValue] | None = None
+    """The old name of `tools`."""
     modalities: Annotated[list[Literal["text"]], Len(max_length=1)] | None = None
+    verbosity: Literal["medium"] | None = None
     audio: None = None
+    moderation: None = None
+    reasoning_effort: None = None
     web_search_options: None = None
 
+    @field_validator("tools", "functions")
+    @classmethod
+    def _none_is_called(
+        cls, value: list[JsonValue] | None, info: ValidationInfo
+    ) -> list[JsonValue] | None:
+        choice = "tool_choice" if info.field_name == "tools" else "function_call"
+        if value and info.data.get(choice) != "none":
+            raise ValueError
+        return value
 
-def plain(content: str | list[TextPart] | None) -> str:
+
+def texts(content: str | list[TextPart] | list[TextPart | RefusalPart] | None) -> list[str]:
+    """Return the text of each part of content."""
+    if isinstance(content, str):
+        return [content]
+    return [part.text if isinstance(part, TextPart) else part.refusal for part in content or ()]
+
+
+def plain(content: str | list[TextPart] | list[TextPart | RefusalPart] | None) -> str:
     """Return content as one text, with a line per part."""
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return "\n".join(texts(content))
 
 
 def parse(data: bytes, kind: type[B]) -> B:
