@@ -39,7 +39,12 @@ YAMLS = [  # what `serve run` takes
     for path in sorted((Path(__file__).parents[2] / "cluster").glob("*.yaml"))
     if "\napplications:" in path.read_text()
 ]
-USAGE = {"CPU": [1.0, 4.0], "GPU": [0.0, 1.0], "memory": [0, 8e9], "node:10.0.0.1": [0, 1]}
+USAGE = {
+    "CPU": [1.0, 4.0],
+    "GPU": [0.0, 1.0],
+    "objectStoreMemory": [0, 8e9],
+    "node:10.0.0.1": [0, 1],
+}
 STATUS = {"data": {"clusterStatus": {"loadMetricsReport": {"usage": USAGE}}}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -31,8 +32,27 @@ class Server:
     http: str
     grpc: str
     dashboard: str
+    token: str  # of its Ray cluster
     process: subprocess.Popen[bytes]
     early: list[httpx.Response]  # what was answered before the application was there
+
+    def command(self, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command that knows the cluster's token, or another."""
+        program, *arguments = words
+        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or self.token}
+        return subprocess.run(  # noqa: S603 - our own command
+            [str(Path(sys.executable).with_name(program)), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **variables, "COLUMNS": "200"},
+        )
+
+    async def ask_dashboard(self, path: str) -> Any:
+        """Return what Ray's dashboard answers to a caller with the token."""
+        headers = {"authorization": f"Bearer {self.token}"}
+        async with httpx.AsyncClient(timeout=60, headers=headers) as client:
+            return (await client.get(f"{self.dashboard}{path}")).raise_for_status().json()
 
 
 def free_port() -> int:
@@ -75,7 +95,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path, log = folder / "local.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "NO_COLOR": "1"}
+    token = secrets.token_hex(32)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "NO_COLOR": "1"}
     environment.pop("RAY_ADDRESS", None)
     with log.open("wb") as out:
         process = subprocess.Popen(  # noqa: S603 - our own command
@@ -88,6 +109,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield Server(
             http=url,
             grpc=f"127.0.0.1:{grpc}",
+            token=token,
             dashboard=found(r"dashboard at .*?(http://[\d.:]+)", text),
             process=process,
             early=early,

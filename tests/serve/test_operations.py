@@ -40,8 +40,8 @@ def exported(family: MetricSpec) -> str:
 
 async def samples(server: Server) -> list[Sample]:
     """Return what Prometheus reads of every node, found as Prometheus finds it."""
+    groups = await server.ask_dashboard("/api/prometheus/sd")
     async with httpx.AsyncClient(timeout=60) as client:
-        groups = (await client.get(f"{server.dashboard}/api/prometheus/sd")).json()
         targets = [target for group in groups for target in group["targets"]]
         pages = [await client.get(f"http://{target}/metrics") for target in targets]
     families = [one for page in pages for one in text_string_to_metric_families(page.text)]
@@ -124,8 +124,7 @@ async def test_an_answer_is_one_line_in_serves_log_and_has_no_text(server: Serve
 
 
 async def test_the_dashboard_shows_the_three_deployments(server: Server) -> None:
-    async with httpx.AsyncClient(timeout=60) as client:
-        told = (await client.get(f"{server.dashboard}/api/serve/applications/")).json()
+    told = await server.ask_dashboard("/api/serve/applications/")
     deployments = told["applications"]["cascade"]["deployments"]
     counts = {name: len(one["replicas"]) for name, one in deployments.items()}
     assert counts == {"Router": 1, "Drafter": 1, "Expert": 1}

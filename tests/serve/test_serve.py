@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -148,17 +144,30 @@ async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> N
 
 
 def test_status_shows_three_deployments(server: Server) -> None:
-    command = [str(Path(sys.executable).with_name("serve")), "status", "-a", server.dashboard]
-    run = subprocess.run(  # noqa: S603 - our own command
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
+    run = server.command("serve", "status", "-a", server.dashboard)
     text = ANSI.sub("", run.stdout)
     for name in ("Router", "Drafter", "Expert"):
         assert re.search(rf"{name}:\n\s+status: HEALTHY", text)
+
+
+def test_the_cluster_refuses_another_token(server: Server) -> None:
+    wrong = "0" * 64
+    run = server.command("serve", "status", "-a", server.dashboard, token=wrong)
+    assert run.returncode != 0
+    assert "Invalid authentication token" in run.stderr
+    listening = [
+        one.laddr.port
+        for one in replica(server, "Router").net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    ]
+    refused = set[grpc.StatusCode]()
+    for port in listening:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as error:
+                call(b"", timeout=10, metadata=(("authorization", f"Bearer {wrong}"),))
+            refused.add(error.value.code())
+    assert grpc.StatusCode.UNAUTHENTICATED in refused
 
 
 def test_tiers_are_processes_of_their_own(server: Server) -> None:
@@ -181,17 +190,13 @@ async def test_without_the_drafter_the_expert_goes_on_alone(
 
 
 def test_the_doctor_finds_nothing_wrong(server: Server) -> None:
-    command = [str(Path(sys.executable).with_name("cascade")), "doctor"]
-    run = subprocess.run(  # noqa: S603 - our own command
-        [*command, "--url", server.http, "--dashboard", server.dashboard],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    words = ("cascade", "doctor", "--url", server.http, "--dashboard", server.dashboard)
+    run = server.command(*words)
     assert f"the server at {server.http} is healthy" in run.stdout
     assert f"Ray cluster at {server.dashboard}: " in run.stdout
     assert re.search(r"application cascade runs", run.stdout), run.stdout
+    assert "the Ray cluster asks its callers for a token" in run.stdout
+    assert "it may need its token" in server.command(*words, token="0" * 64).stdout
 
 
 async def test_what_serves_own_proxy_answers_is_known(server: Server) -> None:

@@ -350,7 +350,7 @@ def resources_of(status: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(total)
         for name, (_, total) in usage.items()
-        if "memory" not in name and not name.startswith("node:")
+        if "memory" not in name.lower() and not name.startswith("node:")
     }
 
 
