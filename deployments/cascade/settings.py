@@ -4,6 +4,7 @@ Durations are in seconds, sizes in tokens unless the name says otherwise. Unknow
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from cascade.api import context
 from cascade.api.context import Defaults, ServingContext
 from cascade.engine import model_pair, threads
 from cascade.engine.settings import EngineSettings
+from cascade.errors import StartupError
 from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import ObservedGenerator, Observer
 from cascade.observability.request_log import RequestLog
@@ -33,11 +35,13 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 UNBOUNDED_CONTEXT = 4096  # of a pair whose configurations name no bound
 
+_KEY = re.compile(r"[^\s,]+")  # of API keys, separated by commas or white space
+
 
 class Settings(BaseModel):
     """A branch of the tree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Deployment(Settings):
@@ -237,8 +241,24 @@ class Application(Settings):
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     log_answers: bool = True  # one line per answer in the router's log
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`
+    api_keys_file: str | None = None  # on the node of each router: keys, one a line
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, separated by commas
+
+    @model_validator(mode="after")
+    def _no_written_keys(self) -> "Application":
+        """Refuse keys that stand in the YAML: Ray logs it, and shows it to whoever asks its API."""
+        actors = [
+            part.deployment.ray_actor_options for part in (self.drafter, self.expert, self.router)
+        ]
+        written = [(one.get("runtime_env") or {}).get("env_vars") or {} for one in actors]
+        if self.api_keys or any(self.api_key_variable in one for one in written):
+            raise ValueError(
+                "API keys in a YAML end up in Ray's logs; replace these keys, and put the new ones"
+                f" into the environment variable {self.api_key_variable} of the routers, or into a"
+                " file, such as a mounted Secret, that `api_keys_file` names"
+            )
+        return self
 
     def pair(self) -> model_pair.ModelPair:
         """Return what the two models share.
@@ -268,9 +288,10 @@ class Application(Settings):
             generator: Generates answers.
             pair: What the two models share.
             ready: Returns whether the tiers are there.
+
+        Raises:
+            StartupError: The API keys cannot be read.
         """
-        keys = [key.get_secret_value() for key in self.api_keys]
-        keys += os.environ.get(self.api_key_variable, "").split(",")
         return ServingContext(
             generator=generator,
             tokenizer=pair.tokenizer,
@@ -279,5 +300,25 @@ class Application(Settings):
             defaults=self.defaults,
             stop_ids=pair.stop_ids,
             ready=ready,
-            api_keys=frozenset(key for key in keys if key),
+            api_keys=self._read_api_keys(),
         )
+
+    def _read_api_keys(self) -> frozenset[str]:
+        """Return the keys of the environment and of the file.
+
+        Raises:
+            StartupError: A source that the settings name has no key: all callers would be let in.
+        """
+        variable, path = self.api_key_variable, self.api_keys_file
+        keys = _KEY.findall(os.environ.get(variable, ""))
+        if not keys and variable != Application.model_fields["api_key_variable"].default:
+            raise StartupError(f"`api_key_variable` is {variable}, which has no keys here")
+        if path is not None:
+            try:
+                more = _KEY.findall(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartupError(f"`api_keys_file` cannot be read: {error}") from error
+            if not more:
+                raise StartupError(f"`api_keys_file` is {path}, which has no keys")
+            keys += more
+        return frozenset(keys)

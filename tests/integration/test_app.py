@@ -7,10 +7,11 @@ import pytest
 from pydantic import ValidationError
 from ray import serve
 from tests.conftest import Pair, words
+from tests.support.scripted_generator import ScriptedGenerator
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from cascade.app import build
-from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.errors import MismatchedPair, StartupError, UnsupportedModel
 from cascade.local import local_server
 from cascade.replica.autoscaling import TierPolicy
 from cascade.settings import Application
@@ -126,6 +127,57 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
         Application.model_validate(wrong)
     places = [".".join(map(str, one["loc"])) + one["msg"] for one in refused.value.errors()]
     assert any(named in place for place in places)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"api_keys": ["sk-secret"]},
+        *(
+            {part: {"deployment": {"ray_actor_options": {"runtime_env": {"env_vars": keys}}}}}
+            for part in ("router", "drafter", "expert")
+            for keys in [{"CASCADE_API_KEYS": "sk-secret"}]
+        ),
+    ],
+)
+def test_an_api_key_in_the_yaml_is_refused_and_not_repeated(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"CASCADE_API_KEYS.*`api_keys_file`") as refused:
+        Application.model_validate(wrong)
+    assert "sk-secret" not in str(refused.value)
+
+
+def api_keys(**settings: Any) -> frozenset[str]:
+    application = Application.model_validate(settings)
+    return application.serving_context(
+        ScriptedGenerator(script=lambda _: [0]), application.pair()
+    ).api_keys
+
+
+def test_api_keys_come_from_the_environment_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CASCADE_API_KEYS", raising=False)
+    assert api_keys() == frozenset()
+    monkeypatch.setenv("CASCADE_API_KEYS", "a, b,")
+    file = tmp_path / "keys"
+    file.write_text("c\n\nd\n")
+    assert api_keys() == {"a", "b"}
+    assert api_keys(api_keys_file=str(file)) == {"a", "b", "c", "d"}
+    monkeypatch.setenv("OTHER", "e")
+    assert api_keys(api_key_variable="OTHER") == {"e"}
+
+
+@pytest.mark.parametrize("text", [None, "", " \n,\n"])
+def test_a_named_source_without_keys_does_not_leave_the_server_open(
+    text: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(StartupError, match="`api_keys_file`"):
+        api_keys(api_keys_file=str(file))
+    with pytest.raises(StartupError, match="`api_key_variable` is UNSET"):
+        api_keys(api_key_variable="UNSET")
 
 
 def test_a_recurrent_model_is_refused_before_anything_is_deployed(

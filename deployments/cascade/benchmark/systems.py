@@ -166,7 +166,7 @@ async def tier_processes(
     token = secrets.token_urlsafe()
     async with AsyncExitStack() as cleanup:
         config = Path(cleanup.enter_context(TemporaryDirectory())) / "settings.yaml"
-        arguments = settings.model_dump(mode="json", exclude={"api_keys"})
+        arguments = settings.model_dump(mode="json")
         config.write_text(json.dumps({"applications": [{"args": arguments}]}))
         processes = {
             tier: await cleanup.enter_async_context(
