@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.util
 from fastapi import FastAPI
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve.config import BackpressureConfig
@@ -184,6 +185,20 @@ class RouterDeployment:
     ) -> health_pb2.HealthCheckResponse:
         """Answer `grpc.health.v1`."""
         return await self._grpc.Check(request, grpc_context)
+
+    async def List(  # noqa: N802 - as above
+        self, request: Message, grpc_context: RayServegRPCContext
+    ) -> Message:
+        """Answer `grpc.health.v1` for all names."""
+        return await self._grpc.List(request, grpc_context)
+
+    async def Watch(  # noqa: N802 - as above
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse]:
+        """Answer `grpc.health.v1` now and after every change."""
+        async with aclosing(self._grpc.Watch(request, grpc_context)) as responses:
+            async for response in responses:
+                yield response
 
     async def __del__(self) -> None:
         """Close the streams to the tiers."""

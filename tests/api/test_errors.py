@@ -194,16 +194,42 @@ async def test_an_internal_error_is_logged_and_its_text_hidden(
     assert "a secret of the server" in caplog.text
 
 
-@pytest.mark.parametrize("given", [None, "mine-1", "no spaces please", "\u00e9", "x" * 129])
-async def test_every_response_has_a_request_id(http: httpx2.AsyncClient, given: str | None) -> None:
-    """The caller's own if it is valid."""
-    headers: Any = {} if given is None else {"x-request-id": given.encode()}
-    good = await http.get("/v1/models", headers=headers)
-    bad = await http.get("/nowhere", headers=headers)
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "mine-1", "with spaces", "\u00e9", "\u65e5\u672c", "x" * 129, "x" * 5000, "\t;"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+async def test_a_request_has_one_id_everywhere(
+    http: httpx2.AsyncClient, generator: ScriptedGenerator, given: str | None, encoding: str
+) -> None:
+    """The caller's own, whatever it is: in the header, the body and the log."""
+    if encoding == "latin-1" and given == "\u65e5\u672c":
+        return
+    sent = [] if given is None else [(b"x-request-id", given.encode(encoding))]
+    good = await http.post("/v1/completions", json={"prompt": "x"}, headers=sent)
+    bad = await http.get("/nowhere", headers=sent)
     for response in (good, bad):
-        request_id = response.headers["x-request-id"]
-        assert (request_id == given) == (given == "mine-1")
-        assert 1 <= len(request_id) <= 128
+        ((_, header),) = [one for one in response.headers.raw if one[0].lower() == b"x-request-id"]
+        assert header.decode(encoding) == (given or header.decode())
+        assert header
+    request_id = generator.requests[0].name
+    assert request_id == (given or request_id)
+    assert good.json()["id"] == f"cmpl-{request_id}"
+
+
+@pytest.mark.parametrize("header", ["authorization", "content-type", "accept", "traceparent"])
+@pytest.mark.parametrize("value", [b"\xff", b"Bearer \xe9", "日本".encode(), b"\x80" * 200])
+async def test_no_header_is_a_500(http: httpx2.AsyncClient, header: str, value: bytes) -> None:
+    sent = [(header.encode(), value)]
+    response = await http.post("/v1/completions", content=b'{"prompt": "x"}', headers=sent)
+    assert response.status_code in {200, 400, 401}
+
+
+async def test_a_key_may_have_any_characters(raw: Callable[..., httpx2.AsyncClient]) -> None:
+    http = raw(api_keys=frozenset({"schlüssel"}))
+    for key, status in (("schlüssel", 200), ("schlussel", 401)):
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        assert (await http.get("/v1/models", headers=headers)).status_code == status
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +17,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from tests.support.rpc_errors import error_info, status_of
 
 from cascade.api.grpc import GenerationServicer
+from cascade.api.schema import ChatBody, CompletionBody, Options
 from cascade.errors import Overloaded
 from cascade.rules import Lossy
 from cascade.types import Confidence, SamplingParams, SequenceCascadeParams
@@ -22,7 +26,7 @@ from cascade.v1 import cascade_pb2_grpc as rpc
 from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from openai import AsyncOpenAI
     from tests.support.scripted_generator import ScriptedGenerator
@@ -32,19 +36,45 @@ if TYPE_CHECKING:
 
 
 CHOW = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=0.5))
+HELLO = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
+
+# Its messages for `List` are absent from the stubs.
+HEALTH: Any = health_pb2
+
+# Names that the protos do not have, or have elsewhere.
+HTTP_ONLY = {
+    *{*ChatBody.model_fields, *CompletionBody.model_fields, *Options.model_fields}
+    - set(pb.Generation.DESCRIPTOR.fields_by_name),
+}
 
 
-@pytest.fixture
-async def channel(service: ServingContext) -> AsyncIterator[grpc.aio.Channel]:
+def said(role: str, content: str) -> pb.Chat:
+    return pb.Chat(messages=[pb.ChatMessage(role=role, content=content)])
+
+
+def biased(token: int, bias: float) -> tokens_pb2.Sampling:
+    return tokens_pb2.Sampling(logit_biases=[tokens_pb2.LogitBias(token_id=token, bias=bias)])
+
+
+@asynccontextmanager
+async def served(
+    servicer: GenerationServicer, *, options: Sequence[tuple[str, str]] = ()
+) -> AsyncGenerator[grpc.aio.Channel]:
+    """Serve on a port, and yield a channel with these options."""
     server = grpc.aio.server()
-    servicer = GenerationServicer(lambda: service)
     rpc.add_GenerationServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as opened:
         yield opened
     await server.stop(None)
+
+
+@pytest.fixture
+async def channel(service: ServingContext) -> AsyncIterator[grpc.aio.Channel]:
+    async with served(GenerationServicer(lambda: service)) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -215,14 +245,33 @@ async def test_trace_returns_the_rounds(stub: rpc.GenerationServiceAsyncStub) ->
         ({"sampling": tokens_pb2.Sampling(temperature=math.nan)}, "sampling.temperature"),
         ({"sampling": tokens_pb2.Sampling(top_p=1.5)}, "sampling.top_p"),
         ({"rule": tokens_pb2.Rule()}, "rule"),
-        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow())}, "rule"),
-        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=math.nan))}, "rule"),
+        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow())}, "rule.chow.alpha"),
+        ({"rule": tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=math.nan))}, "rule.chow.alpha"),
+        ({"rule": tokens_pb2.Rule(opt=tokens_pb2.Opt(alpha=1e300))}, "rule.opt.alpha"),
         ({"mode": 77}, "mode"),
+        ({"coupling": 77}, "coupling"),
+        ({"row_format": 77}, "row_format"),
+        ({"expert_loss": 77}, "expert_loss"),
+        ({"patience": pb.Patience(confidence=cast("Any", 77))}, "patience.confidence"),
+        ({"patience": pb.Patience(threshold=math.nan)}, "patience.threshold"),
+        ({"seed": 1, "verification": tokens_pb2.VERIFICATION_BLOCK}, "verification"),
+        ({"stop_strings": ["a", ""]}, "stop_strings[1]"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"sampling": biased(10**6, 1.0)}, "sampling.logit_biases"),
+        ({"sampling": biased(5, 101.0)}, "sampling.logit_biases"),
+        ({"sampling": biased(5, math.nan)}, "sampling.logit_biases"),
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"chat": HELLO, "max_tokens": 5000}, "max_tokens"),
+        ({"chat": HELLO, "logprob_count": 21}, "logprob_count"),
         ({"mode": pb.MODE_EXPERT_ONLY, "rule": CHOW}, "rule"),
-        ({"text": ""}, "prompt"),
-        ({"tokens": pb.TokenIds()}, "prompt"),
-        ({"tokens": pb.TokenIds(token_ids=[2**32 - 1])}, "prompt"),
-        ({"chat": pb.Chat()}, "chat"),
+        ({"text": ""}, "text"),
+        ({"text": "x" * 10**5}, "text"),
+        ({"tokens": pb.TokenIds()}, "tokens.token_ids"),
+        ({"tokens": pb.TokenIds(token_ids=[2**32 - 1])}, "tokens.token_ids"),
+        ({"chat": pb.Chat()}, "chat.messages"),
+        ({"chat": said("wizard", "hi")}, "chat.messages[0].role"),
+        ({"chat": said("assistant", "hi")}, "chat.messages"),
+        ({"chat": said("user", "x" * 10**5)}, "chat.messages"),
         ({"chat": pb.Chat(messages=[pb.ChatMessage(role="user")]), "echo": True}, "echo"),
     ],
 )
@@ -233,6 +282,8 @@ async def test_an_invalid_field_has_its_proto_name(
         await stub.Generate(whole(**fields))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error_info(caught.value).metadata["param"] == param
+    named = re.findall(r"`([\w.]+)[`\[:]", caught.value.details() or "")
+    assert HTTP_ONLY.isdisjoint(name.split(".")[0] for name in named)
 
 
 async def test_a_request_without_a_prompt_is_refused(stub: rpc.GenerationServiceAsyncStub) -> None:
@@ -329,12 +380,83 @@ async def test_without_models_a_router_is_alive_but_not_ready(
     assert response.status == health_pb2.HealthCheckResponse.ServingStatus.Value(status)
 
 
+async def test_health_lists_every_name(channel: grpc.aio.Channel) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    listed = (await health.List(HEALTH.HealthListRequest())).statuses
+    assert set(listed) == {"", "cascade.v1.GenerationService", "readiness", "liveness"}
+    assert {one.status for one in listed.values()} == {health_pb2.HealthCheckResponse.SERVING}
+
+
+async def test_watched_health_follows_the_server(service: ServingContext) -> None:
+    ready = [False]
+    waiting = replace(service, ready=lambda: ready[0])
+    status = health_pb2.HealthCheckResponse
+    async with served(GenerationServicer(lambda: waiting, poll_s=0.001)) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        call = health.Watch(health_pb2.HealthCheckRequest(service="readiness"))
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="other"))
+        assert (await unknown.read()).status == status.SERVICE_UNKNOWN
+        for now in (False, True, False):
+            ready[0] = now
+            assert (await call.read()).status == (status.SERVING if now else status.NOT_SERVING)
+        call.cancel()
+        unknown.cancel()
+
+
+async def test_a_channel_with_health_checks_works(service: ServingContext) -> None:
+    """Though each `Watch` ends soon: the client begins the next one."""
+    config = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": ""},
+    }
+    ready = [True]
+    waiting = replace(service, ready=lambda: ready[0])
+    options = [("grpc.service_config", json.dumps(config))]
+    servicer = GenerationServicer(lambda: waiting, polls=3, poll_s=0.001)
+    async with served(servicer, options=options) as channel:
+        stub = rpc.GenerationServiceStub(channel)
+        for _ in range(20):
+            assert await stub.Generate(whole(), wait_for_ready=True)
+        ready[0] = False
+        while await stub.Generate(whole()).code() is grpc.StatusCode.OK:
+            pass
+        assert await stub.Generate(whole()).code() is grpc.StatusCode.UNAVAILABLE
+        ready[0] = True
+        assert await stub.Generate(whole(), wait_for_ready=True)
+
+
+async def test_a_watch_that_fails_has_a_short_status(service: ServingContext) -> None:
+    def broken() -> bool:
+        raise ZeroDivisionError("a secret of the server")
+
+    async with served(GenerationServicer(lambda: replace(service, ready=broken))) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for call in (
+            watch,
+            health.Check(health_pb2.HealthCheckRequest()),
+            health.List(HEALTH.HealthListRequest()),
+        ):
+            assert await call.code() is grpc.StatusCode.INTERNAL
+            assert "secret" not in await call.details()
+
+
+async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
+    for method in ("/cascade.v1.GenerationService/Nothing", "/nowhere.Nothing/Nothing"):
+        call: Any = channel.unary_unary(method)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 class FakeContext:
     """A call's context without a channel."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = metadata
         self.code: grpc.StatusCode | None = None
+        self.trailing: tuple[tuple[str, Any], ...] = ()
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self.metadata
@@ -345,8 +467,11 @@ class FakeContext:
     def set_details(self, details: str) -> None:
         del details
 
+    def trailing_metadata(self) -> tuple[tuple[str, Any], ...]:
+        return self.trailing
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        del trailing_metadata
+        self.trailing = tuple(trailing_metadata)
 
 
 class ProxyContext:
@@ -398,11 +523,45 @@ async def test_without_a_service_every_call_is_unavailable() -> None:
     assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_a_call_keeps_its_request_id(service: ServingContext) -> None:
-    response = await GenerationServicer(lambda: service).Generate(
-        whole(), FakeContext(("request_id", "named"))
-    )
-    assert response.request_id == "named"
+@pytest.mark.parametrize(
+    ("sent", "request_id"),
+    [
+        ([("request_id", "named")], "named"),
+        ([("x-request-id", "named")], "named"),
+        ([("x-request-id", "named"), ("request_id", "other")], "named"),
+        ([("x-request-id", "with spaces")], "with spaces"),
+        ([("x-request-id", "x" * 200)], "x" * 200),
+        ([("x-request-id", "x" * 5000)], None),
+        ([], None),
+    ],
+)
+async def test_a_call_has_one_id_everywhere(
+    channel: grpc.aio.Channel,
+    generator: ScriptedGenerator,
+    sent: list[tuple[str, str]],
+    request_id: str | None,
+) -> None:
+    """The caller's own: in the response, the log and the trailing metadata, also of an error."""
+    stub = rpc.GenerationServiceStub(channel)
+    call = stub.Generate(whole(), metadata=sent)
+    got = (await call).request_id
+    assert got == (request_id or got) != ""
+    assert generator.requests[0].name == got
+    assert dict(await call.trailing_metadata())["x-request-id"] == got
+    streamed = stub.GenerateStream(stream(), metadata=sent)
+    frames = [frame async for frame in streamed]
+    assert dict(await streamed.trailing_metadata())["x-request-id"] == frames[0].request_id
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(whole(model="other"), metadata=sent)
+    refused = dict(caught.value.trailing_metadata() or ())
+    assert refused["x-request-id"] == (request_id or refused["x-request-id"])
+
+
+async def test_a_call_without_an_id_has_the_one_of_ray_serve(service: ServingContext) -> None:
+    context = FakeContext()
+    context.trailing = (("request_id", "by-serve"),)
+    response = await GenerationServicer(lambda: service).Generate(whole(), context)
+    assert response.request_id == "by-serve"
 
 
 async def test_a_unary_call_that_fails_returns_an_empty_message(service: ServingContext) -> None:

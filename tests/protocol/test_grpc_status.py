@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -62,10 +63,12 @@ def test_reasons_follow_aip_193(kind: type[CascadeError]) -> None:
 
 def test_a_long_message_is_cut() -> None:
     """Clients refuse a response whose trailing metadata is larger than 8 KiB."""
-    error = errors.InvalidRequest("x" * 100_000)
-    assert len(grpc_status.message(error)) == 1024
-    ((_, packed),) = grpc_status.trailing_metadata(error)
-    assert len(packed) < 2000
+    for character in ("x", "é", "語", "🌙", "\ud800"):
+        error = errors.InvalidRequest(character * 100_000)
+        message = grpc_status.message(error)
+        assert 1000 < len(message.encode()) <= 1024
+        ((_, packed),) = grpc_status.trailing_metadata(error)
+        assert len(packed) + len(quote(message)) < 8000
 
 
 @pytest.mark.parametrize(

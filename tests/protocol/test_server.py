@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.support.recording_tier import RecordingTier
 from tests.support.rpc_errors import error_info
@@ -409,22 +409,45 @@ async def test_many_sessions_share_a_stream(serve: Serve) -> None:
 
 
 async def test_health_follows_the_server() -> None:
-    server = TierServer(RecordingTier(), DRAFTER)
+    """Checked, watched and listed."""
+    server, status = TierServer(RecordingTier(), DRAFTER), health_pb2.HealthCheckResponse
+    list_request: Any = health_pb2.HealthListRequest  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType] - absent from the stubs
     async with grpc.aio.insecure_channel(await server.start("127.0.0.1:0")) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            health_pb2.HealthCheckRequest.SerializeToString,
-            health_pb2.HealthCheckResponse.FromString,
-        )
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        names = ("", DRAFTER.service)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(service=name)) for name in names]
+        for expected in (status.SERVING, status.NOT_SERVING):
+            await server.set_serving(serving=expected == status.SERVING)
+            for name in names:
+                asked = health_pb2.HealthCheckRequest(service=name)
+                assert (await health.Check(asked)).status == expected
+            assert [(await watch.read()).status for watch in watches] == [expected, expected]
+            listed = (await health.List(list_request())).statuses
+            assert {name: one.status for name, one in listed.items()} == dict.fromkeys(
+                names, expected
+            )
+        for watch in watches:
+            watch.cancel()
+    await server.stop()
 
-        async def state(name: str) -> int:
-            return (await check(health_pb2.HealthCheckRequest(service=name))).status
 
-        for name in ("", DRAFTER.service):
-            assert await state(name) == health_pb2.HealthCheckResponse.SERVING
-        await server.set_serving(serving=False)
-        for name in ("", DRAFTER.service):
-            assert await state(name) == health_pb2.HealthCheckResponse.NOT_SERVING
+async def test_a_description_that_fails_has_a_short_status(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tier = RecordingTier()
+    server = TierServer(tier, DRAFTER)
+    async with grpc.aio.insecure_channel(await server.start("127.0.0.1:0")) as channel:
+
+        def broken() -> Description:
+            raise ZeroDivisionError("a secret of the tier")
+
+        tier.describe = broken
+        call: Any = channel.unary_unary(f"/{DRAFTER.service}/{DRAFTER.describe_method}")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"")
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "secret" not in (caught.value.details() or "")
+    assert "a secret of the tier" in caplog.text
     await server.stop()
 
 
@@ -483,11 +506,13 @@ async def test_an_unexpected_exception_ends_the_stream_and_frees_its_sessions(
     class Broken(RecordingTier):
         def receive(self, connection: Connection, message: ClientMessage) -> None:
             super().receive(connection, message)
-            raise ZeroDivisionError
+            raise ZeroDivisionError("a secret of the tier")
 
     tier = Broken()
     async with dialled(await serve(tier, EXPERT)) as call:
         await send(call, opened())
-        assert (await failure(call))[0] is grpc.StatusCode.UNKNOWN
+        code, details = await failure(call)
+        assert code is grpc.StatusCode.INTERNAL
+        assert "secret" not in (details or "")
         assert set((await tier.ended.get()).epochs) == {"s"}
     assert "ZeroDivisionError" in caplog.text

@@ -10,6 +10,7 @@ more message. A stream that only sets it and returns reaches the client as succe
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -21,6 +22,7 @@ from cascade.api.completion import Completions
 from cascade.api.middleware import REQUEST_ID, authenticate, public_error
 from cascade.errors import ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
+from cascade.protocol.services import health_list
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
     import grpc
+    from google.protobuf.message import Message
 
     from cascade.api.context import ServingContext
 
@@ -38,6 +41,8 @@ _Response: TypeAlias = pb.GenerateResponse | pb.GenerateStreamResponse
 # Names that health checks ask for. All but the last say whether requests can be answered now.
 _READINESS = ("", "cascade.v1.GenerationService", "readiness")
 _LIVENESS = "liveness"
+
+_MAX_ID_LENGTH = 1024  # it is returned in the trailing metadata, which clients limit to 8 KiB
 
 _FAILED = pb.GenerateStreamResponse(choices=[pb.Choice(finish_reason=pb.FINISH_REASON_ERROR)])
 
@@ -57,6 +62,10 @@ class Context(Protocol):
         """Set the status text."""
         ...
 
+    def trailing_metadata(self) -> Iterable[tuple[str, Any]] | None:
+        """Return the metadata after the last message, so far."""
+        ...
+
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         """Set the metadata after the last message."""
         ...
@@ -67,8 +76,24 @@ class GenerationServicer(
 ):
     """Serves the RPCs. `service` is called for each, so it may return None at first."""
 
-    def __init__(self, service: Callable[[], ServingContext | None]) -> None:
+    def __init__(
+        self,
+        service: Callable[[], ServingContext | None],
+        *,
+        polls: int = 60,
+        poll_s: float = 1.0,
+    ) -> None:
+        """Prepare the servicer.
+
+        Args:
+            service: Returns what to serve.
+            polls: How often a `Watch` looks for a change before it ends. Clients begin the next
+                one at once; a longer one would keep a replica that is to stop.
+            poll_s: Seconds between two looks.
+        """
         self._get_service = service
+        self._polls = polls
+        self._poll_s = poll_s
 
     async def Generate(  # noqa: N802 - the RPC's name
         self, request: pb.GenerateRequest, context: Context
@@ -111,6 +136,33 @@ class GenerationServicer(
         """Say whether requests can be answered now, or whether the router lives at all."""
         return await _guard(context, self._check(request), health_pb2.HealthCheckResponse())
 
+    async def List(  # noqa: N802 - the RPC's name
+        self, request: Message, context: Context
+    ) -> Message:
+        """Return what `Check` says of every name."""
+        del request
+        return await _guard(context, self._list(), health_list([]))
+
+    async def Watch(  # noqa: N802 - the RPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse]:
+        """Yield what `Check` says now and after every change; an unknown name may appear later."""
+        response = health_pb2.HealthCheckResponse
+        last: health_pb2.HealthCheckResponse.ServingStatus | None = None
+        try:
+            for _ in range(self._polls):
+                try:
+                    status = self._status(request.service)
+                except ModelNotFound:
+                    status = response.SERVICE_UNKNOWN
+                if status != last:
+                    yield response(status=status)
+                last = status
+                await asyncio.sleep(self._poll_s)
+        except Exception as error:  # noqa: BLE001 - `_fail` logs what is not ours
+            _fail(context, _request_id(context), error)
+            yield response(status=response.NOT_SERVING)
+
     async def _generate(
         self, request: pb.GenerateRequest, context: Context, request_id: str
     ) -> pb.GenerateResponse:
@@ -144,6 +196,9 @@ class GenerationServicer(
     ) -> health_pb2.HealthCheckResponse:
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
+    async def _list(self) -> Message:
+        return health_list((name, self._status(name)) for name in (*_READINESS, _LIVENESS))
+
     def _status(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         """Return the health of a name; raises ModelNotFound for a name without one."""
         response = health_pb2.HealthCheckResponse
@@ -176,8 +231,12 @@ def _fail(context: Context, request_id: str, error: Exception) -> None:
     problem = public_error(error, request_id)
     context.set_code(grpc_status.code(problem))
     context.set_details(grpc_status.message(problem))
+    _set_trailing(context, request_id, *grpc_status.trailing_metadata(problem))
+
+
+def _set_trailing(context: Context, request_id: str, *more: tuple[str, str | bytes]) -> None:
     # A list: Ray Serve's context appends it to one of its own.
-    context.set_trailing_metadata(list(grpc_status.trailing_metadata(problem)))
+    context.set_trailing_metadata([(REQUEST_ID, request_id), *more])
 
 
 def _metadata(context: Context) -> dict[str, str]:
@@ -185,6 +244,9 @@ def _metadata(context: Context) -> dict[str, str]:
 
 
 def _request_id(context: Context) -> str:
-    """Return the caller's id of the call, or Ray Serve's, or a new one."""
-    metadata = _metadata(context)
-    return metadata.get(REQUEST_ID) or metadata.get("request_id") or secrets.token_hex(12)
+    """Return the caller's id of the call, or Ray Serve's, or a new one; the client gets it too."""
+    metadata = dict(context.trailing_metadata() or ()) | _metadata(context)
+    given = metadata.get(REQUEST_ID) or metadata.get("request_id") or ""
+    request_id = given if 0 < len(given) <= _MAX_ID_LENGTH else secrets.token_hex(12)
+    _set_trailing(context, request_id)
+    return request_id

@@ -6,6 +6,7 @@ A gRPC request becomes a body, so that both APIs have the same defaults, limits 
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
@@ -29,20 +30,26 @@ if TYPE_CHECKING:
     from cascade.api.output_processor import Delta, TokenText
     from cascade.types import Round
 
-# Fields of the HTTP bodies that have another name in the protos.
+# Fields of the HTTP bodies that have another name in the protos; those of `cascade` have no object.
 _PROTO_NAMES = {
     "n": "choice_count",
     "stop": "stop_strings",
     "logprobs": "logprob_count",
     "top_logprobs": "logprob_count",
-    "messages": "chat",
+    "messages": "chat.messages",
     "max_completion_tokens": "max_tokens",
-    "cascade.draft_tokens": "fixed_draft_length",
-    "cascade.rule": "rule",
-    "cascade.verification": "verification",
+    "confidence": "patience.confidence",
+    "draft_tokens": "fixed_draft_length",
+    "rows": "row_format",
+    "on_expert_loss": "expert_loss",
+    "on_drafter_loss": "drafter_loss",
     "logit_bias": "sampling.logit_biases",
     **{name: f"sampling.{name}" for name in convert.SAMPLING_FIELDS},
 }
+_PROMPTS = {"text": "text", "tokens": "tokens.token_ids", "chat": "chat.messages"}
+
+# `cascade.`, a field, and what is below it.
+_PATH = re.compile(r"(?:cascade\.)?(\w+)(.*)")
 
 
 class _TextBody(CompletionBody):
@@ -66,20 +73,30 @@ def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
             return build_request.chat(ChatBody.model_validate(_chat(message)), service)
         return build_request.completion(_TextBody.model_validate(_text(message, kind)), service)
     except ValidationError as error:
-        raise _with_proto_name(invalid_request(error)) from None
+        raise _with_proto_names(invalid_request(error), kind) from None
     except InvalidRequest as error:
-        raise _with_proto_name(error) from error.__cause__
+        raise _with_proto_names(error, kind) from error.__cause__
 
 
-def _with_proto_name(error: InvalidRequest) -> InvalidRequest:
-    name = _PROTO_NAMES.get(error.param or "")
-    if name is None:
-        return error
-    return type(error)(error.message.replace(f"`{error.param}`", f"`{name}`"), param=name)
+def _with_proto_names(error: InvalidRequest, kind: str) -> InvalidRequest:
+    """Return the error with paths of proto fields; `kind` is the prompt that is set."""
+
+    def path(name: str) -> str:
+        if (match := _PATH.fullmatch(name)) is None:
+            return name
+        field, below = match.groups()
+        if field == "logit_bias":
+            below = ""  # HTTP has token ids there, the protos a list
+        return (_PROMPTS[kind] if field == "prompt" else _PROTO_NAMES.get(field, field)) + below
+
+    message = re.sub("`([^`]+)`", lambda match: f"`{path(match[1])}`", error.message)
+    return type(error)(message, param=error.param and path(error.param))
 
 
 def _text(message: pb.Generation, kind: str) -> dict[str, Any]:
     prompt = message.text if kind == "text" else list(message.tokens.token_ids)
+    if not prompt:
+        raise InvalidRequest("`prompt` is empty; give at least one token", param="prompt")
     body = _common(message) | {"prompt": prompt, "echo": message.echo}
     return body | _present(message, max_tokens="max_tokens", logprobs="logprob_count")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import math
-import re
 import secrets
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 
-_VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
 
 def authenticate(service: ServingContext, authorization: str | None) -> None:
     """Check the caller's API key, if the service has any.
@@ -43,7 +40,8 @@ def authenticate(service: ServingContext, authorization: str | None) -> None:
     scheme, key = get_authorization_scheme_param(authorization)
     given = key if scheme.lower() == "bearer" else ""
     # Compared with every key in full, so that the time taken reveals nothing.
-    known = [hmac.compare_digest(given.encode(), one.encode()) for one in service.api_keys]
+    sent = given.encode("latin-1", "backslashreplace")  # the bytes of the header
+    known = [hmac.compare_digest(sent, one.encode()) for one in service.api_keys]
     if not any(known):
         raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
 
@@ -57,7 +55,10 @@ def public_error(error: Exception, request_id: str) -> CascadeError:
 
 
 class ErrorMiddleware:
-    """ASGI middleware: gives every request an id, and a response to every unexpected exception."""
+    """ASGI middleware: gives every request an id, and a response to every unexpected exception.
+
+    The id is the caller's, whatever it looks like: Ray Serve returns that one in the header.
+    """
 
     def __init__(self, app: ASGIApp, *, add_request_id: bool) -> None:
         self._app = app
@@ -68,8 +69,8 @@ class ErrorMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if _VALID_ID.fullmatch(given) else secrets.token_hex(12)
+        header = Headers(scope=scope).get(REQUEST_ID, "") or secrets.token_hex(12)
+        request_id = _text(header)
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -78,7 +79,7 @@ class ErrorMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 if self._add_request_id:
-                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                    MutableHeaders(scope=message)[REQUEST_ID] = header
             await send(message)
 
         try:
@@ -89,6 +90,14 @@ class ErrorMiddleware:
             problem = public_error(error, request_id)
             if not started:
                 await _response(problem)(scope, receive, send_with_id)
+
+
+def _text(header: str) -> str:
+    """Return a header's value as text: ASGI servers decode its bytes as Latin-1."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return header
 
 
 def install(app: FastAPI, *, add_request_id: bool) -> None:

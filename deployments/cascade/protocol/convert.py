@@ -158,8 +158,8 @@ def decode_rule(proto: tokens_pb2.Rule) -> Rule:
         problem = error.errors(include_url=False)[0]
         *_, name = problem["loc"]
         got = parameters.get(str(name), "missing")
-        text = f"`rule.{kind}.{name}` is {got}: {problem['msg']}"
-        raise InvalidRequest(text, param="rule") from None
+        param = f"rule.{kind}.{name}"
+        raise InvalidRequest(f"`{param}` is {got}: {problem['msg']}", param=param) from None
 
 
 def encode_sampling(sampling: SamplingParams, proto: tokens_pb2.Sampling) -> None:

@@ -24,7 +24,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 SESSION_NOT_FOUND = "SESSION_NOT_FOUND"
 
 # Clients refuse trailing metadata of more than 8 KiB, and with it the whole response.
-_MAX_MESSAGE_LENGTH = 1024
+# As bytes: the status text has three per byte that is not ASCII.
+_MAX_MESSAGE_BYTES = 1024
 
 
 def reason(error: CascadeError | type[CascadeError]) -> str:
@@ -39,9 +40,10 @@ def code(error: CascadeError) -> grpc.StatusCode:
 
 def message(error: CascadeError) -> str:
     """Return the text of the error, cut to what clients accept."""
-    if len(error.message) <= _MAX_MESSAGE_LENGTH:
-        return error.message
-    return error.message[: _MAX_MESSAGE_LENGTH - 1] + "…"
+    data = error.message.encode(errors="replace")
+    if len(data) <= _MAX_MESSAGE_BYTES:
+        return data.decode()
+    return data[: _MAX_MESSAGE_BYTES - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def trailing_metadata(error: CascadeError) -> tuple[tuple[str, bytes], ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,11 +27,14 @@ from cascade.protocol.services import (
     Description,
     TierKind,
     encode_description,
+    health_list,
 )
 from cascade.protocol.write_buffer import WriteBuffer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
+
+    from google.protobuf.message import Message
 
     from cascade.protocol.codec import ClientMessage, FrameItem, ServerMessage
     from cascade.types import Block, SessionId
@@ -120,13 +123,28 @@ class Connection:
         self.close()
 
 
+class _Health(health.aio.HealthServicer):  # pyright: ignore[reportAttributeAccessIssue, reportUntypedBaseClass] - absent from the stubs
+    """The library's servicer with `List`, which its version for asyncio lacks."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self._names = names
+
+    async def List(self, request: Message, context: Any) -> Message:  # noqa: N802 - the RPC's name
+        """Return what `Check` says of every name."""
+        del request
+        asked = [health_pb2.HealthCheckRequest(service=name) for name in self._names]
+        answers = [await self.Check(one, context) for one in asked]
+        return health_list(zip(self._names, (one.status for one in answers), strict=True))
+
+
 class TierServer:
     """Serves a tier on one address, with `grpc.health.v1` and reflection."""
 
     def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         self.tier = tier
         self.kind = kind
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - absent from the stubs
+        self._health = _Health(("", kind.service))
         self._server: grpc.aio.Server | None = None
         self._limits: Description | None = None
 
@@ -175,8 +193,12 @@ class TierServer:
         )
 
     async def _describe(self, request: bytes, context: Context) -> bytes:
-        del request, context
-        return encode_description(self.tier.describe(), self.kind)
+        del request
+        try:
+            return encode_description(self.tier.describe(), self.kind)
+        except Exception as error:  # noqa: BLE001 - `_hidden` logs it
+            problem = _hidden(error, self.kind)
+            await context.abort(grpc_status.code(problem), problem.message)
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         connection = Connection(self.kind)
@@ -205,17 +227,22 @@ class TierServer:
         assert self._limits is not None, "start the server first"
         try:
             async for data in requests:
-                items = parse_frame(data, self.kind.request)
-                if len(items) > self._limits.item_limit:
-                    raise InvalidRequest(
-                        f"a frame has {len(items)} items; the limit is {self._limits.item_limit}"
-                    )
-                for item in items:
-                    self._handle(connection, item, self._limits)
+                self._handle_frame(connection, data, self._limits)
         except CascadeError as error:
             connection.fail(error)
+        except Exception as error:  # noqa: BLE001 - `_hidden` logs it
+            connection.fail(_hidden(error, self.kind))
         finally:
             connection.close()
+
+    def _handle_frame(self, connection: Connection, data: bytes, limits: Description) -> None:
+        items = parse_frame(data, self.kind.request)
+        if len(items) > limits.item_limit:
+            raise InvalidRequest(
+                f"a frame has {len(items)} items; the limit is {limits.item_limit}"
+            )
+        for item in items:
+            self._handle(connection, item, limits)
 
     def _handle(self, connection: Connection, item: FrameItem, limits: Description) -> None:
         try:
@@ -237,6 +264,12 @@ class TierServer:
             await asyncio.sleep(HEARTBEAT_S)
             if self.tier.alive:
                 connection.send_heartbeat()
+
+
+def _hidden(error: Exception, kind: TierKind) -> Internal:
+    """Return what a client may see of an error that is not ours; the log has the rest."""
+    logger.error("a call of the %s failed: %s", kind.name, error, exc_info=error)
+    return Internal(f"Internal error; the log of the {kind.name} has the details")
 
 
 async def _write_frames(connection: Connection, context: Context) -> None:

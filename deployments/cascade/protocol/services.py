@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from grpc_health.v1 import health_pb2
+
 from cascade.errors import DrafterUnavailable, ExpertUnavailable, Unavailable
 from cascade.v1 import drafter_pb2, expert_pb2, tokens_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from google.protobuf.message import Message
+
     from cascade.protocol.codec import FrameType
 
 
@@ -104,3 +110,13 @@ def decode_description(data: bytes, kind: TierKind) -> Description:
     """Return the description; raises google.protobuf DecodeError for other bytes."""
     message: tokens_pb2.Description = kind.description.FromString(data).description
     return Description(**{name: getattr(message, name) for name in Description.__slots__})
+
+
+def health_list(
+    statuses: Iterable[tuple[str, health_pb2.HealthCheckResponse.ServingStatus]],
+) -> Message:
+    """Return the response of `grpc.health.v1.Health/List`."""
+    response: Any = health_pb2.HealthListResponse()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType] - absent from the stubs
+    for name, status in statuses:
+        response.statuses[name].status = status
+    return response
