@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import sys
 from contextlib import asynccontextmanager
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+from typer.testing import CliRunner
 
+from cascade.cli import app
 from cascade.cli.serve import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -81,3 +84,29 @@ async def test_three_processes_without_ray_answer() -> None:
     assert drafted > 0
     assert f'vllm:spec_decode_num_draft_tokens_total{{model_name="cascade"}} {drafted}.0' in loop
     assert 'cascade_engine_busy_ratio{tier="expert"}' in engine
+
+
+async def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    arguments = ("tier", "expert", "--address", "127.0.0.1:0", "--model", str(tmp_path))
+
+    process = await asyncio.create_subprocess_exec(
+        COMMAND, *arguments, stderr=asyncio.subprocess.PIPE, env=ENVIRONMENT
+    )
+    _, printed = await process.communicate()
+
+    assert process.returncode == 2
+    assert printed.decode().startswith("error ")
+    assert "holds an adapter" in printed.decode()
+    assert "Traceback" not in printed.decode()
+
+
+def test_a_router_prints_why_it_refuses_a_model(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("applications: [{args: {expert: {model: /no/such/folder}}}]")
+    arguments = ["router", "--drafter", "a:1", "--expert", "b:2", "--token", "x"]
+
+    ended = CliRunner().invoke(app, [*arguments, "--config", str(config)])
+
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error No model at '/no/such/folder'")

@@ -29,7 +29,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from cascade.engine import threads, tokenizer
+from cascade.engine import threads
 from cascade.engine.model_loader import load
 from cascade.errors import InvalidMeasurement, Unavailable
 from cascade.evaluation.client import CompletionResult
@@ -117,12 +117,12 @@ def load_pair(settings: Application) -> Pair:
         tier: load(own.model_path, device=settings.expert.engine.device, dtype=own.engine.dtype)
         for tier, own in (("expert", settings.expert), ("drafter", settings.drafter))
     }
-    shared = tokenizer.load(settings.expert.model_path)
+    shared = settings.pair()
     return Pair(
         expert=models["expert"].model,
         drafter=models["drafter"].model,
-        tokenizer=shared,
-        stop_ids=tuple(dict.fromkeys((*shared.stop_ids, *models["expert"].stop_ids))),
+        tokenizer=shared.tokenizer,
+        stop_ids=shared.stop_ids,
         threads=settings.expert.engine.threads,
     )
 
@@ -299,9 +299,10 @@ class _Request:
         latency_s = time.perf_counter() - self.began_s
         if self.answer.cancelled():
             return
+        detokenizer = self.pair.tokenizer.detokenizer(self.prompt)
         self.answer.set_result(
             CompletionResult(
-                text=self.pair.tokenizer.decode(kept),
+                text=detokenizer.push(kept) + detokenizer.flush(),
                 finish_reason="stop" if kept and kept[-1] in stop_ids else "length",
                 statistics={},
                 prompt_tokens=len(self.prompt),

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 
 from cascade.cli.ask import Key, server_url
-from cascade.cli.serve import read_settings
-from cascade.errors import CascadeError, InvalidMeasurement, StartupError
+from cascade.cli.serve import failed, read_settings
+from cascade.errors import CascadeError, InvalidMeasurement
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -99,14 +99,6 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
             f"stopped; finished settings are in {out}, and the same command resumes", markup=False
         )
         raise typer.Exit(_INTERRUPTED) from None
-
-
-def failed(error: CascadeError) -> typer.Exit:
-    """Print an error and return the exit: status 2 if the user can fix it, otherwise 1."""
-    console = Console(stderr=True, soft_wrap=True)
-    console.print("error", style="bold red", end=" ")
-    console.print(error.message, markup=False, highlight=False)
-    return typer.Exit(2 if isinstance(error, StartupError) else 1)
 
 
 def _settings(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 from cascade.engine import threads
-from cascade.errors import StartupError
+from cascade.errors import CascadeError, StartupError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -72,6 +73,14 @@ def settings_errors(config: Path, error: ValidationError) -> list[str]:
     ]
 
 
+def failed(error: CascadeError) -> typer.Exit:
+    """Print an error and return the exit: status 2 if the user can fix it, otherwise 1."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("error", style="bold red", end=" ")
+    console.print(error.message, markup=False, highlight=False)
+    return typer.Exit(2 if isinstance(error, StartupError) else 1)
+
+
 def tier(  # noqa: PLR0913 - one parameter an option
     name: Annotated[TierName, typer.Argument(help="Which tier")],
     *,
@@ -84,11 +93,14 @@ def tier(  # noqa: PLR0913 - one parameter an option
     """Serve one replica of a tier on its gRPC address until interrupted."""
     # Importing the settings imports torch, which reads these variables.
     os.environ.update(threads.environment())
-    settings = getattr(read_settings(config), name.value)
-    if model is not None:
-        settings = settings.model_copy(update={"model": model})
-    work = _serve(name, settings.options(), address=address, token=token, metrics_port=metrics_port)
-    asyncio.run(work)
+    try:
+        settings = getattr(read_settings(config), name.value)
+        if model is not None:
+            settings = settings.model_copy(update={"model": model})
+        options = settings.options()
+        asyncio.run(_serve(name, options, address=address, token=token, metrics_port=metrics_port))
+    except StartupError as error:
+        raise failed(error) from error
 
 
 async def _serve(
@@ -135,7 +147,10 @@ def router(  # noqa: PLR0913 - one parameter an option
     """Serve HTTP over tiers that were started with `cascade tier`."""
     import uvicorn  # noqa: PLC0415 - `cascade ask` does not need a server's libraries
 
-    app = _http_app(read_settings(config), drafters=drafter, experts=expert, token=token)
+    try:
+        app = _http_app(read_settings(config), drafters=drafter, experts=expert, token=token)
+    except StartupError as error:
+        raise failed(error) from error
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
@@ -164,8 +179,15 @@ def _http_app(
             for addresses, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         )
         loop = settings.router.loop(drafters=drafter, experts=expert)
-        app.state.service = settings.serving_context(settings.observe(loop, metrics), pair)
+        watch = asyncio.create_task(loop.watch())
+        app.state.service = settings.serving_context(
+            settings.observe(loop, metrics),
+            pair,
+            ready=loop.ready,
+            tier_context=loop.context_tokens,
+        )
         yield
+        watch.cancel()
         await drafter.clients.close()
         await expert.clients.close()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PACKED = ("I8", "U8", "F8", "F4")  # how safetensors names the types of quantised numbers
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +33,6 @@ class LoadedModel:
     model: PreTrainedModel
     vocabulary: int  # logits kept per token
     context_length: int | None  # None if unknown
-    stop_ids: tuple[int, ...]  # end-of-text ids of its generation settings
     owned: bool = False  # by the engine that runs it, which may free weights that it has copied
 
 
@@ -51,18 +56,27 @@ def load(
     Raises:
         UnsupportedModel: There is no such model, or this server cannot run it.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_device = torch.device(device)
-    read_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    _check_files(name)
+    torch_device = _device(device)
+    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    quantisation = _quantisation(config)
+    _check_files(name, quantised=quantisation is not None)
+    # transformers ignores this file if it is broken.
+    read_json(name, "generation_config.json", revision=revision)
     model = _weights(
         name,
         dtype=_dtype(dtype, torch_device),
+        quantisation=quantisation,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return replace(adopt(model.to(torch_device)), owned=True)  # pyright: ignore[reportArgumentType] - stub of `to`
+    try:
+        model = model.to(torch_device)  # pyright: ignore[reportArgumentType] - stub of `to`
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedModel(
+            f"{name!r} cannot be loaded to device {device!r}: {first_line(error)}"
+        ) from error
+    _check_numbers(name, model)
+    return replace(adopt(model), owned=True)
 
 
 def adopt(model: PreTrainedModel) -> LoadedModel:
@@ -71,14 +85,7 @@ def adopt(model: PreTrainedModel) -> LoadedModel:
         model=model.eval().requires_grad_(requires_grad=False),
         vocabulary=_vocabulary(model),
         context_length=context_length(model.config),
-        stop_ids=stop_ids(model.generation_config),
     )
-
-
-def stop_ids(generation_config: Any) -> tuple[int, ...]:
-    """Return the end-of-text ids of a model's generation settings."""
-    ids: Any = getattr(generation_config, "eos_token_id", None)
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -107,23 +114,88 @@ def read_config(
     Raises:
         UnsupportedModel: It cannot be read, or says that this server cannot run the model.
     """
+    stated = read_json(name, "config.json", revision=revision)
+    adapter = read_json(name, "adapter_config.json", revision=revision)
+    if adapter is not None and (stated is None or find_spec("peft") is None):
+        raise UnsupportedModel(
+            f"{name!r} holds an adapter (adapter_config.json) of "
+            f"{adapter.get('base_model_name_or_path') or 'another model'}, which this server does "
+            "not apply; merge it into that model (`merge_and_unload` of peft) and serve the result"
+        )
+    if stated is None:
+        raise UnsupportedModel(_no_model(name, "it has no config.json"))
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    # transformers fails in as many ways as a configuration can be wrong.
+    except Exception as error:
         raise UnsupportedModel(
-            f"No model at {name!r}: neither a directory with a config.json nor a repository that "
-            f"can be reached ({_first_line(error)})"
-        ) from error
-    except (ValueError, KeyError, StrictDataclassError) as error:
-        raise UnsupportedModel(
-            f"The configuration of {name!r} is not one transformers can read: {_first_line(error)}"
+            f"The configuration of {name!r} is not one transformers can read: {first_line(error)}"
         ) from error
     _check_kind(name, config)
     model_class: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     check_state(model_class)
     return config
+
+
+def find_file(name: str, file: str, *, revision: str | None = None) -> Path | None:
+    """Return the path of a file of a checkpoint, None if it has none of that name.
+
+    Args:
+        name: Directory or repository id.
+        file: The file's name.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        UnsupportedModel: There is neither such a directory nor such a repository.
+    """
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            return Path(hf_hub_download(name, file, revision=revision))
+        return folder / file if (folder / file).is_file() else None
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise UnsupportedModel(_no_model(name, "there is nothing of that name")) from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(_no_model(name, first_line(error))) from error
+
+
+def read_json(name: str, file: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """Return what a JSON file of a checkpoint says, None if it has none of that name.
+
+    Args:
+        name: Directory or repository id.
+        file: The file's name.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        UnsupportedModel: It cannot be read, or is no JSON object.
+    """
+    path = find_file(name, file, revision=revision)
+    if path is None:
+        return None
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{file} of {name!r} is no JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UnsupportedModel(f"{file} of {name!r} is no JSON object but {str(found)[:20]!r}")
+    return found
+
+
+def _no_model(name: str, reason: str) -> str:
+    folder = Path(name)
+    if any(folder.glob("*.gguf")):
+        reason = "it has GGUF weights; convert them to safetensors with a config.json"
+    elif (folder / "params.json").is_file():
+        reason = "it is in Mistral's own format; serve the same model in Hugging Face's"
+    return (
+        f"No model at {name!r}, neither a directory with a config.json nor a repository that can "
+        f"be reached: {reason}"
+    )
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
@@ -132,17 +204,29 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
             f"{name!r} is an encoder-decoder ({config.model_type}); this server runs decoder-only "
             "models"
         )
-    known: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    heads = {known} if isinstance(known, str) else set(known or ())
+    heads = _language_models(config)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())
     if remote or (heads and (not stated or stated & heads)):
         return
+    kind = ", ".join(sorted(stated)) or config.model_type
+    text: Any = config.get_text_config(decoder=True)
+    if text is not config or any(one.endswith("ForConditionalGeneration") for one in stated):
+        raise UnsupportedModel(
+            f"{name!r} is a {kind}, which reads images or sound besides text; this server runs "
+            f"models of text alone. Serve a checkpoint of "
+            f"{', '.join(sorted(heads | _language_models(text))) or 'its language model'}"
+        )
     raise UnsupportedModel(
-        f"{name!r} has no causal language model head (it is a "
-        f"{', '.join(sorted(stated)) or config.model_type}); serve a checkpoint of "
+        f"{name!r} has no causal language model head (it is a {kind}); serve a checkpoint of "
         f"{', '.join(sorted(heads)) or 'a decoder-only language model'}"
     )
+
+
+def _language_models(config: PreTrainedConfig) -> set[str]:
+    """Return the names of the causal language models of a configuration's type."""
+    known: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    return {known} if isinstance(known, str) else set(known or ())
 
 
 def check_state(model_class: type[PreTrainedModel] | None) -> None:
@@ -158,20 +242,54 @@ def check_state(model_class: type[PreTrainedModel] | None) -> None:
         )
 
 
-def _check_files(name: str) -> None:
+def _check_files(name: str, *, quantised: bool) -> None:
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
         return
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise UnsupportedModel(
             f"{name!r} has only pickled weights, which can run code when they are read; convert "
             "them to safetensors"
         )
-    raise UnsupportedModel(f"{name!r} has a configuration but no *.safetensors weights")
+    if not files:
+        raise UnsupportedModel(f"{name!r} has a configuration but no *.safetensors weights")
+    for file in () if quantised else files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                types = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - no dict
+        except (OSError, SafetensorError) as error:
+            pointer = file.read_bytes()[:20].startswith(b"version https://git")
+            advice = "; it is a pointer, fetch the file with `git lfs pull`" if pointer else ""
+            raise UnsupportedModel(
+                f"The weights of {name!r} cannot be loaded: {file.name}: "
+                f"{first_line(error)}{advice}"
+            ) from error
+        packed = next((key for key, kind in types.items() if kind.startswith(_PACKED)), None)
+        if packed is not None:
+            raise UnsupportedModel(
+                f"{name!r} stores {packed} as {types[packed]}, but its config.json has no "
+                "quantization_config that says what the numbers mean; serve an unquantised "
+                "checkpoint"
+            )
+
+
+def _quantisation(config: PreTrainedConfig) -> str | None:
+    """Return the name of a checkpoint's quantisation, None if it has none."""
+    stated: Any = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    found = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
+    return str(getattr(found, "value", found))
 
 
 def _weights(
-    name: str, *, dtype: torch.dtype | str, revision: str | None, trust_remote_code: bool
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    quantisation: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -181,10 +299,15 @@ def _weights(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the tensor's name
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # As in `read_config`.
+    except Exception as error:
+        what = f" (quantised: {quantisation})" if quantisation else ""
+        advice = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        advice += "; or serve an unquantised checkpoint" if quantisation else ""
         raise UnsupportedModel(
-            f"The weights of {name!r} cannot be loaded: {_first_line(error)}"
+            f"The weights of {name!r}{what} cannot be loaded: {first_line(error)}{advice}"
         ) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -193,7 +316,47 @@ def _weights(
             f"The weights of {name!r} lack {len(missing)} tensors ({', '.join(missing[:3])}); "
             "they would be random"
         )
+    for key, stored, expected in sorted(report["mismatched_keys"]):
+        raise UnsupportedModel(
+            f"{key} of {name!r} is {list(stored)}, but {list(expected)} by its configuration"
+        )
+    if _quantisation(model.config) and getattr(model, "hf_quantizer", None) is None:
+        raise UnsupportedModel(
+            f"{name!r} is quantised with {quantisation}, which this transformers does not know; "
+            "serve an unquantised checkpoint"
+        )
     return model
+
+
+def _check_numbers(name: str, model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel if a weight is NaN or infinite."""
+    bad = [
+        key
+        for key, weight in model.named_parameters()
+        # Quantised weights are of other classes. A sum is one pass over memory, and NaN or infinite
+        # if a weight is; a finite one may overflow too.
+        if type(weight) is nn.Parameter
+        and weight.dtype in _FLOATS
+        and not weight.is_meta
+        and not weight.sum(dtype=torch.float32).isfinite()
+        and not weight.isfinite().all()
+    ]
+    if bad:
+        raise UnsupportedModel(
+            f"{len(bad)} tensors of {name!r} have weights that are NaN or infinite "
+            f"({', '.join(bad[:3])}); load or convert the checkpoint again"
+        )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1"
+        ) from error
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
@@ -216,5 +379,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(config.vocab_size)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, with the error's name if it is a word or nothing."""
+    line = "".join(str(error).strip().splitlines()[:1]).rstrip(".:")[:300]
+    return line if " " in line else f"{type(error).__name__} {line}".rstrip()

@@ -5,21 +5,49 @@ Both must share a vocabulary. The API also takes the tokenizer and the limits of
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
-
 from cascade.engine import tokenizer
-from cascade.engine.model_loader import context_length, read_config, stop_ids
-from cascade.errors import MismatchedPair
+from cascade.engine.model_loader import context_length, read_config, read_json
+from cascade.errors import MismatchedPair, UnsupportedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cascade.engine.tokenizer import Tokenizer
 
 _MAX_DIFFERENCES = 5  # in a message
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+# Settings of `generate` that change a text and that no request can ask for, by their neutral value
+# besides None, False, 0 and nothing.
+_NEUTRAL = {
+    "begin_suppress_tokens": (),
+    "constraints": (),
+    "diversity_penalty": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_decoder_ids": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": (),
+    "stop_strings": (),
+    "top_h": 1,
+    "typical_p": 1,
+    "watermarking_config": (),
+}
 
 # Normalisers and pre-tokenisers differ in case, composed and decomposed accents, widths, spaces,
 # digits, scripts and joined emoji.
@@ -112,12 +140,29 @@ class ModelPair:
     """What the API knows of a pair."""
 
     tokenizer: Tokenizer  # the expert's, limited to the shared vocabulary
-    context_tokens: int | None  # prompt and completion together; None if unknown
+    context_tokens: int | None  # of the expert: prompt and completion together; None if unknown
+    drafter_context_tokens: int | None
     stop_ids: tuple[int, ...]  # end-of-text ids
+    generation: GenerationDefaults
 
 
-def load_pair(drafter: ModelSource, expert: ModelSource) -> ModelPair:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What the expert's generation_config.json says about requests that do not say it."""
+
+    sampling: Mapping[str, float] = field(default_factory=dict[str, float])  # see `_SAMPLING`
+    banned_ids: tuple[int, ...] = ()  # tokens that no text has
+
+
+def load_pair(
+    drafter: ModelSource, expert: ModelSource, *, generation_config: bool = True
+) -> ModelPair:
     """Return what the two models share, by their configurations and tokenizers.
+
+    Args:
+        drafter: Where the drafter comes from.
+        expert: Where the expert comes from.
+        generation_config: Read defaults of requests from the expert's generation_config.json.
 
     Raises:
         MismatchedPair: They do not share a vocabulary.
@@ -127,24 +172,66 @@ def load_pair(drafter: ModelSource, expert: ModelSource) -> ModelPair:
         read_config(**asdict(source)).get_text_config(decoder=True) for source in (drafter, expert)
     ]
     expert_tokenizer = tokenizer.load(**asdict(expert))
+    config, generation = (
+        read_json(expert.name, file, revision=expert.revision) or {}
+        for file in ("config.json", "generation_config.json")
+    )
+    text: Any = config.get("text_config")
+    files = (config, text if isinstance(text, dict) else {}, generation)
     vocabulary = check_pair(
         tokenizer.load(**asdict(drafter)),
         expert_tokenizer,
         drafter_vocabulary=configs[0].vocab_size,
         expert_vocabulary=configs[1].vocab_size,
     )
-    lengths = [length for length in map(context_length, configs) if length is not None]
     return ModelPair(
         tokenizer=expert_tokenizer.narrowed(vocabulary),
-        context_tokens=min(lengths, default=None),
-        stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_stop_ids(expert)))),
+        context_tokens=context_length(configs[1]),
+        drafter_context_tokens=context_length(configs[0]),
+        stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_end_ids(expert, files)))),
+        generation=generation_defaults(expert.name, generation if generation_config else {}),
     )
 
 
-def _stop_ids(source: ModelSource) -> tuple[int, ...]:
-    try:
-        return stop_ids(
-            GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+def _end_ids(source: ModelSource, files: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """Yield the end-of-text ids that the files of a checkpoint name."""
+    for stated in files:
+        ids: Any = stated.get("eos_token_id")
+        for id_ in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if not isinstance(id_, int):
+                raise UnsupportedModel(
+                    f"An eos_token_id of {source.name!r} is {id_!r}; wanted token ids"
+                )
+            if id_ >= 0:
+                yield id_
+
+
+def generation_defaults(name: str, stated: Mapping[str, Any]) -> GenerationDefaults:
+    """Return the defaults of requests that a generation_config.json states.
+
+    Args:
+        name: The checkpoint, for errors.
+        stated: What the file says.
+
+    Raises:
+        UnsupportedModel: It asks for something that this server cannot do.
+    """
+    advice = "remove it there, or set `defaults.generation_config: off` to ignore the file"
+    for key, neutral in _NEUTRAL.items():
+        if stated.get(key) and stated[key] != neutral:
+            raise UnsupportedModel(
+                f"generation_config.json of {name!r} sets {key} to {stated[key]!r}, which this "
+                f"server does not support; {advice}"
+            )
+    banned: list[Any] = [*(stated.get("suppress_tokens") or ())]
+    for ids in stated.get("bad_words_ids") or ():
+        banned += ids if len(ids) == 1 else [ids]
+    if not all(isinstance(id_, int) and id_ >= 0 for id_ in banned):
+        raise UnsupportedModel(
+            f"generation_config.json of {name!r} bans {banned!r}; this server bans single tokens "
+            f"only; {advice}"
         )
-    except OSError:
-        return ()
+    return GenerationDefaults(
+        sampling={key: stated[key] for key in _SAMPLING if stated.get(key) is not None},
+        banned_ids=tuple(dict.fromkeys(banned)),
+    )

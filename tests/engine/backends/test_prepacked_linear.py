@@ -131,3 +131,15 @@ def test_blocks_beside_others_have_the_same_bits_as_single_tokens(
 
     assert torch.equal(torch.cat(blocks), alone)
     assert max(map(len, handler.passes)) == 10
+
+
+class _Coded(torch.Tensor):
+    """A weight of a class of its own, as those of quantised layers are."""
+
+
+def test_weights_of_other_classes_are_left_alone() -> None:
+    layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    layers[1].weight = nn.Parameter(torch.Tensor._make_subclass(_Coded, torch.zeros(256, 256)))
+
+    assert pack(layers) == 1
+    assert "forward" not in vars(layers[1])

@@ -42,7 +42,9 @@ def pack(model: nn.Module, *, deterministic: bool = False) -> int:
     layers: list[Any] = [
         layer
         for layer in model.modules()
-        if type(layer) in {nn.Linear, Conv1D} and layer.weight.numel() >= least  # pyright: ignore[reportCallIssue] - both kinds have a tensor there
+        if type(layer) in {nn.Linear, Conv1D}
+        and type(layer.weight) is nn.Parameter  # quantised weights are of other classes
+        and layer.weight.numel() >= least
     ]
     for layer in layers:
         linear = packed(_matrix(layer), layer.bias, deterministic=deterministic)
