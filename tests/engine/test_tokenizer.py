@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.toy_tokenizers import byte_level, wrap
+from tests.support.toy_tokenizers import KINDS, UNKNOWN, byte_level, wrap
 from transformers import PreTrainedTokenizerFast
 
 from cascade.engine import tokenizer as tokenizers
 from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from cascade.engine.tokenizer import Tokenizer
+
+# Fixtures are read only, and each claim is tested with many tokenizers.
+SHARED = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25
+)
 
 TEXT = "the cats naïve café 你好 🙂 नमस्ते\u200d👩‍👩‍👧 the cat"
 
@@ -38,6 +46,208 @@ def test_any_text_survives_streaming(tokenizer: Tokenizer, words: list[str]) -> 
     stream = tokenizer.detokenizer()
 
     assert "".join(stream.push([id_]) for id_ in ids) + stream.flush() == text
+
+
+@cache
+def toy(name: str) -> Tokenizer:
+    return wrap(KINDS[name]())
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Tokenizer:
+    return toy(request.param)
+
+
+def byte_ids(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Return the tokens of one byte each, if the tokenizer has them."""
+    data = {id_: tokenizer.raw_bytes(id_) for id_ in tokenizer.tokens}
+    return {found: id_ for id_, found in data.items() if found is not None and len(found) == 1}
+
+
+def text_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that have a text of their own."""
+    return [
+        id_
+        for id_ in sorted(set(tokenizer.tokens) - tokenizer.special_ids)
+        if tokenizer.raw_bytes(id_) is None
+    ]
+
+
+def draw_ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
+    """Return any tokens. Bytes that are invalid as a character stand between texts.
+
+    In a row with others they make byte fallback take back complete characters.
+    """
+    own = byte_ids(tokenizer)
+    if not (texts := text_ids(tokenizer)):
+        return data.draw(st.lists(st.sampled_from(sorted(tokenizer.tokens)), max_size=12))
+    pieces = [[id_] for id_ in sorted(tokenizer.special_ids)] + [[id_] for id_ in texts]
+    if own:
+        pieces += [[own[bytes([byte])] for byte in char.encode()] for char in "é你🙂\ufffd"]
+        invalid = (b"\xff", b"\xe4\xbd", b"\xf0\x9f", b"\xa9")
+        runs = [[own[bytes([byte])] for byte in run] for run in invalid]
+        pieces += [[texts[0], *run, text] for run in runs for text in texts[:4]]
+    drawn = data.draw(st.lists(st.sampled_from(pieces), max_size=8))
+    return [id_ for piece in drawn for id_ in piece]
+
+
+@SHARED
+@given(data=st.data())
+def test_prompt_and_answer_are_decoded_together(kind: Tokenizer, data: st.DataObject) -> None:
+    """Wherever a text is cut in two, its parts are as long as the whole, and no space is lost."""
+    ids = draw_ids(data, kind)
+    cut = data.draw(st.integers(0, len(ids)))
+    stream = kind.detokenizer(ids[:cut])
+
+    answer = "".join(stream.push([id_]) for id_ in ids[cut:]) + stream.flush()
+
+    assert kind.detokenizer().push(ids[:cut]) + answer == kind.decode(ids)
+
+
+@SHARED
+@given(data=st.data(), text=st.text("ab é你🙂\u0301\ufffd,. \n", max_size=12))
+def test_a_text_that_is_cut_anywhere_is_whole(
+    kind: Tokenizer, data: st.DataObject, text: str
+) -> None:
+    ids = kind.encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    stream = kind.detokenizer(ids[:cut])
+
+    answer = stream.push(ids[cut:]) + stream.flush()
+
+    assert kind.detokenizer().push(ids[:cut]) + answer == kind.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["llama_2", "mistral", "gemma", "unigram", "wordpiece"])
+def test_an_answer_begins_with_the_space_before_its_first_word(name: str) -> None:
+    tokenizer = toy(name)
+    prompt, answer = tokenizer.encode("hello"), tokenizer.encode("hello world")
+
+    assert tokenizer.detokenizer(prompt).push(answer[len(prompt) :]) == " world"
+
+
+def test_special_tokens_between_prompt_and_answer_do_not_matter() -> None:
+    """As in the templates of Mistral, which end with one; after those alone a text begins."""
+    tokenizer = toy("mistral")
+    begin, end = (tokenizer.encode(text)[-1] for text in ("[INST]", "[/INST]"))
+    cat = tokenizer.encode("cat", add_special=False)
+
+    asked = [begin, *tokenizer.encode("hello", add_special=False), end]
+    assert tokenizer.detokenizer(asked).push(cat) == " cat"
+    assert tokenizer.detokenizer([begin, end]).push(cat) == "cat"
+
+
+def as_sentencepiece(data: bytes) -> str:
+    """Decode character by character; each byte that belongs to none is U+FFFD."""
+    text = ""
+    while data:
+        for size in (1, 2, 3, 4):
+            with suppress(UnicodeDecodeError):
+                text += data[:size].decode()
+                data = data[size:]
+                break
+        else:
+            text += "\ufffd"
+            data = data[1:]
+    return text
+
+
+@SHARED
+@given(
+    data=st.data(),
+    parts=st.lists(
+        st.sampled_from([*map(str.encode, "aé你🙂\ufffd"), b"\xff", b"\xe4\xbd", b"\xf0"])
+    ),
+)
+@pytest.mark.parametrize("name", ["byte_level", "llama_2", "gemma"])
+def test_invalid_bytes_eat_no_character(name: str, data: st.DataObject, parts: list[bytes]) -> None:
+    """Complete characters survive next to any bytes, and U+FFFD is a character like any other."""
+    tokenizer, whole = toy(name), b"".join(parts)
+    ids = [byte_ids(tokenizer)[bytes([byte])] for byte in whole]
+    cut = data.draw(st.integers(0, len(ids)))
+    stream = tokenizer.detokenizer(ids[:cut])
+
+    answer = "".join(stream.push([id_]) for id_ in ids[cut:]) + stream.flush()
+
+    text = tokenizer.detokenizer().push(ids[:cut]) + answer
+    expected = whole.decode(errors="replace") if name == "byte_level" else as_sentencepiece(whole)
+    assert text == expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_token_costs_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the answer, and if its tokens have no text by themselves."""
+    tokenizer, sizes = wrap(KINDS[name]()), list[int]()  # its own, to watch
+    decode = tokenizer.decode
+
+    def spy(ids: Sequence[int], *, skip_special: bool = True) -> str:
+        sizes.append(len(ids))
+        return decode(ids, skip_special=skip_special)
+
+    monkeypatch.setattr(tokenizer, "decode", spy)
+    for id_ in sorted(tokenizer.tokens)[:40]:
+        stream = tokenizer.detokenizer([id_] * 50)
+        stream.push([id_] * 50)
+    assert max(sizes, default=0) <= 9
+
+
+@SHARED
+@given(
+    text=st.text("ab é你🙂\u0301\ufffd,. \n"), special=st.sampled_from(["", "<s>", "</s>", UNKNOWN])
+)
+def test_the_pieces_of_a_prompt_are_the_prompt_as_it_was_given(
+    kind: Tokenizer, text: str, special: str
+) -> None:
+    """Also what the tokenizer does not know, changes or adds; special tokens keep their text."""
+    prompt = f"{text}{special} {text}"
+
+    pieces = kind.pieces(prompt)
+
+    assert "".join(pieces) == prompt * bool(pieces)
+    assert len(pieces) == len(kind.encode(prompt))
+
+
+@SHARED
+@given(data=st.data())
+def test_the_pieces_of_ids_are_their_text_with_special_tokens(
+    kind: Tokenizer, data: st.DataObject
+) -> None:
+    ids = draw_ids(data, kind)
+
+    text = "".join(kind.pieces(ids))
+
+    assert kind.decode(ids, skip_special=False).rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+@SHARED
+@given(data=st.data())
+def test_the_bytes_of_tokens_join_to_the_text_that_they_add(
+    kind: Tokenizer, data: st.DataObject
+) -> None:
+    if kind is toy("word_ends"):
+        return  # there the space after a word shows with the next one
+    before = [id_ for id_ in sorted(kind.tokens) if kind.bytes_of(id_)][-1:]
+    known = sorted(set(kind.tokens) - kind.special_ids)
+    ids = data.draw(st.lists(st.sampled_from(known), max_size=6))
+    stream = kind.detokenizer(before)
+
+    text = stream.push(ids) + stream.flush()
+
+    joined = b"".join(map(kind.bytes_of, ids))
+    assert joined.decode(errors=kind.invalid_bytes) == text
+
+
+@pytest.mark.parametrize("name", ["llama_2", "byte_level", "gemma"])
+@pytest.mark.parametrize("text", ["world the cat", " world the cat", "  world", "é"])
+def test_a_continuation_has_the_tokens_of_the_whole_text(name: str, text: str) -> None:
+    tokenizer = toy(name)
+    ids = tokenizer.encode_continuation(text)
+
+    added = tokenizer.detokenizer(tokenizer.encode("hello")).push(ids)
+
+    assert added.removeprefix(" ") == text.removeprefix(" ")
+    if text.startswith(" "):
+        assert added == text
 
 
 def test_an_incomplete_character_stays_pending_until_flush(tokenizer: Tokenizer) -> None:

@@ -36,6 +36,7 @@ PROGRAM = "def twice(x):\n    return 2 * x"
         (Scorer.BLEU, "", ["le trois mai"], 0),
         (Scorer.PROGRAM, PROGRAM, ["assert twice(2) == 4"], 1),
         (Scorer.PROGRAM, PROGRAM, ["assert twice(2) == 4", "assert twice(2) == 5"], 0),
+        (Scorer.PROGRAM, f" {PROGRAM}", ["assert twice(2) == 4"], 1),
     ],
 )
 def test_each_scorer_tells_right_from_wrong(

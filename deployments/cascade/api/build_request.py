@@ -14,6 +14,7 @@ from cascade.api.prompts import (
     max_prompt_tokens,
     naming,
     prompts,
+    tokenize,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
@@ -46,7 +47,7 @@ class CompletionCall:
     n: int = 1
     stop_strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()  # the caller's own, which `stop_reason` shows
-    echo: bool = False
+    echo: tuple[tuple[str, ...], ...] = ()  # the text of each prompt's tokens, to begin with
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -67,8 +68,11 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
     """
     _check(body, service)
     length = partial(_max_tokens, service, body.max_tokens, default=_COMPLETION_TOKENS)
-    lengths = [(prompt, length(prompt=prompt)) for prompt in prompts(body, service)]
-    return _call(body, service, lengths, logprobs=body.logprobs, echo=bool(body.echo))
+    given = prompts(body, service)
+    tokens = [tokenize(prompt, service) for prompt in given]
+    lengths = [(prompt, length(prompt=prompt)) for prompt in tokens]
+    echo = tuple(map(service.tokenizer.pieces, given)) if body.echo else ()
+    return _call(body, service, lengths, logprobs=body.logprobs, echo=echo)
 
 
 def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
@@ -155,7 +159,7 @@ def _call(
     lengths: Sequence[tuple[tuple[int, ...], int]],
     *,
     logprobs: int | None,
-    echo: bool = False,
+    echo: tuple[tuple[str, ...], ...] = (),
 ) -> CompletionCall:
     """Return the call; `lengths` are the prompts, each with the most tokens of a completion."""
     n = body.n or 1
@@ -203,7 +207,7 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
     if body.prediction is not None:
         text = plain(body.prediction.content)
         with naming("prediction"):
-            prediction = service.tokenizer.encode(text, add_special=False)
+            prediction = service.tokenizer.encode_continuation(text)
     policy = DecodingParams(
         sampling=_sampling(body, service),
         rule=_rule(options, defaults, mode),

@@ -79,6 +79,7 @@ class Completion:
             return
         processor = OutputProcessor(
             self._service.tokenizer,
+            self.request.prompt,
             stops=self.call.stop_strings,
             stop_ids=self.request.policy.stop_ids,
         )
@@ -102,9 +103,9 @@ class Completion:
         """Return the prompt's tokens, with log-probabilities if the request wants some."""
         prompt, top = self.request.prompt, self.request.policy.logprobs
         known = () if top is None else await self._service.generator.score(prompt, top=top)
-        detokenizer = self._service.tokenizer.detokenizer()
-        texts = [detokenizer.push([token_id]) for token_id in prompt]
-        texts[-1] += detokenizer.flush()
+        texts = list(self.call.echo[self.index // self.call.n])
+        if not self.request.max_tokens:  # else a character that the prompt begins ends the answer's
+            texts[-1] += self._service.tokenizer.detokenizer(prompt).flush()
         return tuple(
             TokenText(token_id=token_id, text=text, logprob=logprob)
             for token_id, text, logprob in zip_longest(prompt, texts, (None, *known))

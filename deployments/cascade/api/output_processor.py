@@ -99,16 +99,22 @@ class OutputProcessor:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), stop_ids: Iterable[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stops: Sequence[str] = (),
+        stop_ids: Iterable[int] = (),
     ) -> None:
         """Start a completion.
 
         Args:
             tokenizer: Makes the detokenizer.
+            prompt: The tokens that the completion continues.
             stops: Strings that end the completion and are not part of it.
             stop_ids: Tokens that end the completion; they have no text.
         """
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer(prompt)
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
         self._pending: deque[TokenText] = deque()

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 _ROLES = {"developer": "system", "function": "tool"}
 
 
-def prompts(body: CompletionBody, service: ServingContext) -> list[tuple[int, ...]]:
-    """Return the prompts of a text completion, each with at least one token.
-
-    Raises:
-        InvalidRequest: There are too many, one is too long, or a token id does not exist.
-    """
+def prompts(body: CompletionBody, service: ServingContext) -> Sequence[str | Sequence[int]]:
+    """Return the prompts of a text completion; raises InvalidRequest if there are too many."""
     prompt = body.prompt
     listed: Sequence[str | Sequence[int]]
     if isinstance(prompt, str):
@@ -34,7 +30,7 @@ def prompts(body: CompletionBody, service: ServingContext) -> list[tuple[int, ..
         ids = [item for item in prompt if isinstance(item, int)]
         listed = [ids] if ids else [item for item in prompt if not isinstance(item, int)]
     check_at_most(len(listed), service.limits.prompts, "prompt", "prompts")
-    return [_tokenize(one, service) for one in listed]
+    return listed
 
 
 def conversation(messages: Sequence[Message], service: ServingContext) -> tuple[int, ...]:
@@ -81,7 +77,12 @@ def check_at_most(value: int, limit: int, param: str, unit: str = "") -> None:
         raise InvalidRequest(f"`{param}` {got}; this server allows at most {limit}", param=param)
 
 
-def _tokenize(prompt: str | Sequence[int], service: ServingContext) -> tuple[int, ...]:
+def tokenize(prompt: str | Sequence[int], service: ServingContext) -> tuple[int, ...]:
+    """Return the tokens of a prompt, at least one.
+
+    Raises:
+        InvalidRequest: It is too long, or a token id does not exist.
+    """
     if not isinstance(prompt, str):
         check_ids(prompt, "prompt", service)
         return tuple(prompt)

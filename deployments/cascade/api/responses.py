@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from itertools import accumulate
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from cascade.api.output_processor import Delta
@@ -201,11 +202,17 @@ def _logprob(token: TokenText) -> float | None:
 
 
 def _alternatives(token: TokenText, tokenizer: Tokenizer) -> dict[str, float] | None:
-    """Return the likeliest tokens by their text, and always the token itself."""
+    """Return the likeliest tokens by their text, and always the token itself.
+
+    Of several tokens with one text it is the likeliest.
+    """
     if token.logprob is None:
         return None
-    top = {_text_or_bytes(data): logprob for data, logprob in _top(token, tokenizer)}
-    return top | {token.text: _finite(token.logprob.logprob)}
+    own = (token.text.encode(), _finite(token.logprob.logprob))
+    named: dict[str, float] = {}
+    for data, logprob in sorted((*_top(token, tokenizer), own), key=itemgetter(1), reverse=True):
+        named.setdefault(_text_or_bytes(data), logprob)
+    return named
 
 
 def _top(token: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:

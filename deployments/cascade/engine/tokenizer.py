@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from codecs import getincrementaldecoder, register_error
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -13,65 +16,76 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-_REPLACEMENT = "\ufffd"  # what a decoder writes for an incomplete character
+_CONTEXT = 8  # tokens before a text that decide how it is decoded: one, unless they have no text
 
-# A character has at most four tokens, of one byte each; after more it is invalid, not incomplete.
-_MAX_HELD = 8
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError), "used to decode"
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+# SentencePiece writes U+FFFD for each invalid byte, byte-level decoders one for several bytes that
+# begin the same character. Codecs take such a function by a registered name.
+register_error("cascade-each-byte", _replace_each_byte)
 
 
 class Detokenizer:
-    """Decodes one completion incrementally.
+    """Decodes the tokens that follow a prompt, one by one.
 
-    A token's text depends on those before it (spaces, bytes of one character), so each decode
-    starts at the tokens of the previous piece of text.
+    The text of a token depends on those before it: decoders drop the space before the first word,
+    and a character may have several tokens. So a token is decoded together with the last one that
+    has text, and tokens that are bytes are joined as bytes: what is incomplete there waits, what is
+    invalid becomes U+FFFD, and a U+FFFD that a model writes is a character like any other.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._window: list[int] = []  # tokens of the last piece, then the pending ones
-        self._emitted = 0  # tokens of the window whose whole text was returned
-        self._prefix = ""  # the window's text that was returned
-        self._held = 0  # tokens since text was last returned
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skipped: frozenset[int]
+    ) -> None:
+        """Start behind a prompt.
+
+        Args:
+            tokenizer: Decodes.
+            prompt: Tokens before the first one. If they end inside a character, it is part of the
+                text that follows.
+            skipped: Tokens without text.
+        """
+        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special=False)
+        self._skipped = skipped
+        self._utf8 = getincrementaldecoder("utf-8")(tokenizer.invalid_bytes)
+        self._context: list[int] = []  # the last tokens, with text
+        self._before: str | None = ""  # their text, if it is known
+        shown = (token for token in reversed(prompt) if token not in skipped)
+        self.push(reversed(list(islice(shown, _CONTEXT))))
 
     def push(self, tokens: Iterable[int]) -> str:
         """Return the text that `tokens` add; an incomplete character stays pending."""
-        return "".join(self._push(token) for token in tokens)
+        return "".join(map(self._push, tokens))
 
     def flush(self) -> str:
-        """Return the pending text; an incomplete character becomes U+FFFD."""
-        return self._emit() if self._emitted < len(self._window) else ""
+        """Return the pending text: an incomplete character, as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
 
     def _push(self, token: int) -> str:
-        self._window.append(token)
-        self._held += 1
-        text = self._decode(self._window)
-        if not text.endswith(_REPLACEMENT) or self._held > _MAX_HELD:
-            return self._emit()
-        # Tokens may end inside characters for long: what is complete need not wait.
-        complete = text.rstrip(_REPLACEMENT)
-        if len(complete) <= len(self._prefix) or not complete.startswith(self._prefix):
+        if token in self._skipped or token not in self._tokenizer.tokens:
             return ""
-        new, self._prefix, self._held = complete[len(self._prefix) :], complete, 0
-        return new
+        data = self._tokenizer.raw_bytes(token)
+        if data is None:
+            return self.flush() + self._decode_in_context(token)
+        self._context, self._before = [token], None
+        return self._utf8.decode(data)
 
-    def _emit(self) -> str:
-        pending = self._window[self._emitted :]
-        whole, alone = self._decode(self._window), self._decode(pending)
-        if not whole.startswith(self._prefix):
-            # Half a character can make a decoder drop the complete one before it.
-            whole = self._prefix + alone
-        text = whole[len(self._prefix) :]
-        if alone:
-            # Tokens without text, special ones, are no context for the next.
-            self._window, whole = pending, alone
-        self._emitted, self._held = len(self._window), 0
-        self._prefix = whole
-        return text
+    def _decode_in_context(self, token: int) -> str:
+        before = self._decode(self._context) if self._before is None else self._before
+        together = [*self._context, token]
+        whole, alone = self._decode(together), self._decode([token])
+        self._context, self._before = ([token], alone) if alone else (together[-_CONTEXT:], None)
+        return whole[len(before) :] if whole.startswith(before) else alone
 
-
-_BYTE_TOKEN_LENGTH = len("<0x00>")
 
 # Texts that no chat template has of its own, to see what it shows of a message.
 _NEEDLE, _KEY = "7d1f0c9e", "b24c86a5"
@@ -99,9 +113,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.tokens: dict[int, str] = {id_: token for token, id_ in tokenizer.get_vocab().items()}
         self.size = max(self.tokens, default=-1) + 1
+        self._bytes: dict[int, bytes] = {}  # of the tokens that `bytes_of` was asked for
         self.vocabulary = self.size if vocabulary is None else vocabulary
 
-    @property
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Return the ids that are special tokens."""
         flagged = {id_ for id_, token in self._added.items() if token.special}
@@ -147,6 +162,16 @@ class Tokenizer:
                 f"The text contains {self.tokens[unknown]!r}, for which the models have no logits"
             )
         return tuple(ids)
+
+    def encode_continuation(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text that continues another; raises as `encode` does.
+
+        Some tokenizers begin every text with a space: it is the one that the text begins with.
+        """
+        ids = self.encode(text, add_special=False)
+        if self._continued(ids) == f" {text}" and text.startswith(" "):
+            return self.encode(text[1:], add_special=False)
+        return ids
 
     def chat(
         self,
@@ -227,20 +252,58 @@ class Tokenizer:
         )
         return text
 
-    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        """Return an incremental decoder for one completion."""
-        return Detokenizer(partial(self.decode, skip_special=skip_special))
+    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special: bool = True) -> Detokenizer:
+        """Return an incremental decoder of the text that follows `prompt`."""
+        return Detokenizer(self, prompt, skipped=self.special_ids if skip_special else frozenset())
+
+    def pieces(self, prompt: str | Sequence[int]) -> tuple[str, ...]:
+        """Return the text of each token of a prompt; together they are the prompt as it was given.
+
+        Special tokens keep their text, those that `encode` adds have none. The text of a character
+        of several tokens is that of the last; ids may end inside a character, which has no text.
+        """
+        if not isinstance(prompt, str):
+            detokenizer = self.detokenizer(skip_special=False)
+            return tuple(detokenizer.push([id_]) for id_ in prompt)
+        if not self._tokenizer.is_fast:
+            # There are no offsets, so the whole text is that of the last token.
+            return (*[""] * (len(self.encode(prompt)) - 1), prompt)
+        encoding: Any = self._tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        spans: list[tuple[int, int]] = encoding["offset_mapping"]
+        shown = [(index, span) for index, span in enumerate(spans) if span[0] < span[1]]
+        texts, at = [""] * len(spans), 0
+        for (index, (_, end)), following in zip_longest(shown, shown[1:]):
+            cut = max(at, min(end, following[1][0])) if following else len(prompt)
+            texts[index], at = prompt[at:cut], cut
+        return (*texts[:-1], texts[-1] + prompt[at:]) if texts else ()
+
+    def raw_bytes(self, id_: int) -> bytes | None:
+        """Return the bytes of a token that adds them wherever it stands; None for one of text."""
+        token = self.tokens[id_]
+        if self._byte_level:
+            try:
+                return bytes(self._alphabet[char] for char in token)
+            except KeyError:  # an added token: decoders take it as it is
+                return token.encode()
+        if self._byte_fallback and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return None
 
     def bytes_of(self, id_: int) -> bytes:
-        """Return the bytes of one token; none for an id without a token."""
-        token = self.tokens.get(id_, "")
-        if id_ in self._added:
-            return token.encode()
-        if self._byte_level:
-            return b"".join(self._alphabet.get(char) or char.encode() for char in token)
-        if len(token) == _BYTE_TOKEN_LENGTH and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("\u2581", " ").encode()
+        """Return the bytes that a token adds to a text; none for an id without a token."""
+        if id_ not in self.tokens:
+            return b""
+        if id_ not in self._bytes:
+            data = self.raw_bytes(id_)
+            if data is None:
+                data = self._continued((id_,)).encode()
+            self._bytes[id_] = data
+        return self._bytes[id_]
+
+    def _continued(self, ids: tuple[int, ...]) -> str:
+        """Return the text that tokens add to a text."""
+        once = self.decode(ids, skip_special=False)
+        return self.decode(ids + ids, skip_special=False).removeprefix(once)
 
     def narrowed(self, vocabulary: int) -> Tokenizer:
         """Return this tokenizer with a smaller vocabulary; other ids are refused."""
@@ -255,14 +318,30 @@ class Tokenizer:
         return max(map(len, self.tokens.values()), default=1)
 
     @cached_property
-    def _alphabet(self) -> dict[str, bytes]:
+    def _alphabet(self) -> dict[str, int]:
         pairs: dict[int, str] = bytes_to_unicode()
-        return {char: bytes([byte]) for byte, char in pairs.items()}
+        return {char: byte for byte, char in pairs.items()}
+
+    @cached_property
+    def _decoder(self) -> str | None:
+        """Return the names of the decoder's parts; None for a tokenizer in Python."""
+        backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else str(backend.decoder)
 
     @cached_property
     def _byte_level(self) -> bool:
-        backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
-        return "ByteLevel" in str(getattr(backend, "decoder", ""))
+        if self._decoder is None:
+            return hasattr(self._tokenizer, "byte_decoder")
+        return "ByteLevel" in self._decoder
+
+    @cached_property
+    def _byte_fallback(self) -> bool:
+        return self._decoder is None or "ByteFallback" in self._decoder
+
+    @cached_property
+    def invalid_bytes(self) -> str:
+        """Return the name of the error handler that writes invalid bytes as the decoder does."""
+        return "replace" if self._byte_level else "cascade-each-byte"
 
 
 def load(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:

@@ -57,7 +57,7 @@ def score(  # noqa: PLR0911 - one return per scorer
         case Scorer.BLEU:
             return sentence_bleu(answer, references)
         case Scorer.PROGRAM:
-            return float(passes(answer, references))
+            return float(passes(answer.lstrip(), references))  # answers may begin with a space
 
 
 def words(text: str) -> list[str]:
