@@ -38,7 +38,7 @@ from cascade.sampling.rng import Purpose
 from cascade.speculation.draft_length import expert_slots
 from cascade.speculation.modes import VerifyWhen, plan_for
 from cascade.speculation.payload import (
-    ProbsPayload,
+    MAX_LOST,
     is_blockwise,
     is_gumbel,
     payload_spec,
@@ -98,12 +98,29 @@ def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def as_sent(q: Tensor, policy: DecodingParams) -> Tensor:
-    """Return q as it is sent: the likeliest entries in float16, normalised."""
-    weights = (q / q.max()).half().double()
-    if policy.rows is not RowFormat.FULL and policy.row_entries < len(q):
-        likely = q >= q.sort(descending=True).values[policy.row_entries - 1]
-        weights = weights * (likely & (weights >= 2.0**-12))
-    return weights / weights.sum()
+    """Return q as it is sampled and sent: cut, in float16, normalised."""
+    weights = (q * (2.0**15 / q.max())).half()
+    if policy.rows is RowFormat.SPARSE or (
+        policy.rows is RowFormat.AUTO and isinstance(policy.rule, Lossless)
+    ):
+        if policy.row_entries < len(q):
+            likely = q >= q.sort(descending=True).values[policy.row_entries - 1]
+            weights = weights * (likely & (weights >= 2.0**3))
+    elif policy.rows is RowFormat.AUTO:
+        weights = _without_tail(weights)
+    return weights.double() / weights.double().sum()
+
+
+def _without_tail(weights: Tensor) -> Tensor:
+    """Return weights without the lightest classes; those of a class share two bits of mantissa."""
+    mantissas, exponents = weights.double().frexp()
+    classes = exponents.double() + (mantissas * 8).floor() / 8
+    least = next(
+        c
+        for c in classes.unique(sorted=True)
+        if weights.double()[classes <= c].sum() > MAX_LOST * weights.double().sum()
+    )
+    return weights * (classes >= least)
 
 
 def inverse_cdf(weights: Tensor, uniform: float) -> int:
@@ -210,11 +227,8 @@ class ModelPair:
         q0, p0 = z_q.double().softmax(0), z_p.double().softmax(0)
         q = processed(z_q.double(), self.policy.sampling, self.prompt, answer)
         p = processed(z_p.double(), self.policy.sampling, self.prompt, answer)
-        spec, rule = payload_spec(self.policy), self.policy.rule
-        kept = isinstance(rule, Chow | ChowLog) and not defers(rule, q, p, q0, p0)
-        if spec.probs is ProbsPayload.ALL or (spec.probs is ProbsPayload.DEFERRED and not kept):
-            q = q if self.policy.sampling.greedy else as_sent(q, self.policy)
-        q0 = q0.half().double() if spec.unscaled_probs else q0
+        q = q if self.policy.sampling.greedy else as_sent(q, self.policy)
+        q0 = q0.half().double() if payload_spec(self.policy).unscaled_probs else q0
         return PositionProbs(position=len(answer), q=q, p=p, q0=q0, p0=p0)
 
     def draw(self, weights: Tensor, purpose: Purpose, *, position: int, start: int) -> int:

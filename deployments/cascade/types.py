@@ -57,11 +57,11 @@ class Verification(StrEnum):
 
 
 class RowFormat(StrEnum):
-    """How much of its distribution the drafter sends; `AUTO` is the least that is exact."""
+    """How the drafter's distribution is cut, for sampling, sending and verifying alike."""
 
-    AUTO = "auto"
-    SPARSE = "sparse"
-    FULL = "full"
+    AUTO = "auto"  # the least that is exact
+    SPARSE = "sparse"  # to its likeliest tokens
+    FULL = "full"  # not at all
 
 
 class Origin(StrEnum):
@@ -111,7 +111,7 @@ class DecodingParams:
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
     rows: RowFormat = RowFormat.AUTO
-    row_entries: int = 64  # tokens K of sparse probabilities
+    row_entries: int = 64  # tokens that `SPARSE` keeps, and `AUTO` under the lossless rule
     seed: int = 0  # 0 .. 2**63 - 1
     stop_ids: tuple[int, ...] = ()  # committed, and nothing is generated after one of them
     logprobs: int | None = None  # alternatives reported per token; None reports nothing
@@ -121,12 +121,12 @@ class DecodingParams:
 class SparseProbs:
     """A distribution on K tokens: the probability of `ids[i]` is `weights[i]` / sum of `weights`.
 
-    If it covers the vocabulary, `ids` is empty and there are V weights. The drafter samples from
-    the float16 weights, normalised in float32, so these probabilities are exactly q.
+    If `ids` is empty, there are V weights, one for each token of the vocabulary. The drafter
+    samples from the float16 weights, so these probabilities are exactly q.
     """
 
     ids: NDArray[np.uint32]  # [K], or [0] for the whole vocabulary
-    weights: NDArray[np.float16]  # [K] or [V], largest is 1
+    weights: NDArray[np.float16]  # [K] or [V]
     unscaled: NDArray[np.float16] | None = None  # q0 at the same tokens, for rules that read it
 
 

@@ -12,10 +12,18 @@ from scipy import stats
 from tests.support import enumeration
 
 from cascade.rules import Chow, ChowLog, Diff, Lossless, TokenV1, TokenV3
-from cascade.sampling.sparse_probs import ABSENT
 from cascade.speculation.draft import DraftTask, block_of, draft_step, drafter_defers
-from cascade.speculation.payload import ProbsPayload, payload_spec
-from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
+from cascade.speculation.modes import plan_for
+from cascade.speculation.payload import MAX_LOST, payload_spec
+from cascade.types import (
+    Bonus,
+    Coupling,
+    DecodingParams,
+    Mode,
+    RowFormat,
+    SamplingParams,
+    Verification,
+)
 
 VOCAB = 30
 
@@ -96,18 +104,64 @@ def test_a_batch_of_all_policies_equals_each_policy_alone() -> None:
             assert draft.draft_stats.entropy == pytest.approx(alone.draft_stats.entropy, rel=1e-5)
 
 
-def test_chow_sends_probabilities_only_where_it_defers() -> None:
-    """Elsewhere tokens are sampled from all of q."""
+def test_chow_sends_its_statistics_and_no_probabilities() -> None:
     sure, unsure = torch.zeros(VOCAB), torch.zeros(VOCAB)
     sure[3] = 6.0
-    policy = DecodingParams(rule=Chow(alpha=0.4), row_entries=6)
+    policy = DecodingParams(rule=Chow(alpha=0.4))
     drafts = draft_step(torch.stack([sure, unsure, sure]), [task(policy)] * 3)
-    assert [draft.probs is ABSENT for draft in drafts] == [True, False, True]
     assert [drafter_defers(policy, draft) for draft in drafts] == [False, True, False]
-    assert drafts[1].probs is not None
-    assert len(drafts[1].probs.weights) == 6
     block = block_of(drafts)
-    assert (len(block.draft_probs), len(block.draft_stats), len(block.likelihoods)) == (3, 3, 3)
+    assert (len(block.draft_probs), len(block.draft_stats), len(block.likelihoods)) == (0, 3, 3)
+
+
+@pytest.mark.parametrize("rows", RowFormat)
+@pytest.mark.parametrize("coupling", Coupling)
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_the_drafter_has_one_distribution_in_every_mode_and_under_every_rule(
+    rows: RowFormat, coupling: Coupling, temperature: float
+) -> None:
+    """Whether it is sent or not: the likelihood of a token depends on the format alone.
+
+    Under `auto` it is the model's own, but for lossless, where it changes no text.
+    """
+    params = DecodingParams(
+        rows=rows,
+        row_entries=6,
+        coupling=coupling,
+        sampling=SamplingParams(temperature=temperature),
+    )
+    logits_BV = logits(1).expand(200, -1)
+    q_V = (logits_BV[0].double() / temperature).softmax(0)
+    if rows is RowFormat.SPARSE:
+        q_V = q_V * (q_V >= q_V.sort(descending=True).values[5])
+        q_V = q_V / q_V.sum()
+    modes = (Mode.CASCADE, Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE)
+    policies = [
+        plan_for(mode, replace(params, rule=rule)).params
+        for rule in enumeration.RULES
+        for mode in (*modes, *[Mode.TOKEN_CASCADE] * isinstance(rule, Chow | ChowLog))
+    ]
+    for policy in policies:
+        if rows is RowFormat.AUTO and policy.rule == Lossless():
+            continue
+        for draft in draft_step(logits_BV, [task(replace(policy, seed=i)) for i in range(200)]):
+            assert draft.likelihood == pytest.approx(float(q_V[draft.token]), rel=1e-3), policy
+
+
+def test_auto_cuts_at_a_stated_mass_at_any_temperature() -> None:
+    """What is sent is within it of the model's own distribution, over a large vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    wide_BV = 3 * torch.randn(1, 20_000, generator=generator)
+    for temperature in (0.7, 1.0, 1.2, 1.5):
+        sampling = SamplingParams(temperature=temperature)
+        draft = draft_step(wide_BV, [task(DecodingParams(rule=Diff(alpha=1), sampling=sampling))])
+        row = draft[0].probs
+        assert row is not None
+        sent_V = np.zeros(wide_BV.shape[1])
+        weights = row.weights.astype(np.float64)
+        sent_V[row.ids if len(row.ids) else slice(None)] = weights / weights.sum()
+        q_V = (wide_BV[0].double() / temperature).softmax(0).numpy()
+        assert np.maximum(sent_V - q_V, 0).sum() < MAX_LOST + 2**-11
 
 
 def test_only_rules_that_read_the_drafter_alone_defer_without_the_expert() -> None:
@@ -234,7 +288,7 @@ def test_a_draft_carries_what_its_payload_spec_says() -> None:
         for coupling in Coupling:
             policy = DecodingParams(rule=rule, coupling=coupling, rows=RowFormat.SPARSE)
             spec, draft = payload_spec(policy), draft_step(logits(1), [task(policy)])[0]
-            assert (draft.probs is not None) == (spec.probs is not ProbsPayload.NONE)
+            assert (draft.probs is not None) == spec.probs
             assert (draft.draft_stats is not None) == spec.draft_stats
             assert (draft.unscaled is not None) == spec.unscaled
             if draft.probs is not None:

@@ -11,7 +11,7 @@ from tests.support.bigram_models import Bigrams
 
 from cascade.rules import Chow, ChowLog, Lossless, Opt, TokenV3
 from cascade.speculation.modes import DraftSource, VerifyWhen, plan_for
-from cascade.speculation.payload import ProbsPayload, payload_spec
+from cascade.speculation.payload import draft_cut, payload_spec
 from cascade.types import (
     Bonus,
     Confidence,
@@ -66,13 +66,16 @@ def test_modes_with_a_block_to_judge_follow_the_request() -> None:
 @pytest.mark.parametrize(
     "mode", [Mode.EXPERT_ONLY, Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE, Mode.TOKEN_CASCADE]
 )
-def test_modes_without_one_neither_ship_nor_truncate(mode: Mode) -> None:
-    """The sampling stays, the rows stay at home."""
-    policy = plan_for(mode, DecodingParams(rule=Chow(alpha=0.3), sampling=POLICY.sampling)).params
+@pytest.mark.parametrize("rows", RowFormat)
+def test_modes_without_one_sample_as_others_and_send_nothing(mode: Mode, rows: RowFormat) -> None:
+    """The sampling stays, and so does a cut that was asked for; the rows stay at home."""
+    asked = DecodingParams(rule=Chow(alpha=0.3), sampling=POLICY.sampling, rows=rows)
+    policy = plan_for(mode, asked).params
     assert policy.sampling == POLICY.sampling
     assert policy.verification is Verification.TOKEN
     if mode is not Mode.EXPERT_ONLY:
-        assert payload_spec(policy).probs is not ProbsPayload.ALL
+        assert not payload_spec(policy).probs
+        assert draft_cut(policy) == draft_cut(asked)
     assert plan_for(mode, plan_for(mode, POLICY).params).params == plan_for(mode, POLICY).params
 
 
@@ -165,8 +168,9 @@ def test_a_rule_of_the_drafter_alone_ships_nothing(mode: Mode, rule: Chow | Chow
     plan = plan_for(mode, replace(POLICY, rule=rule))
     policy = plan.params
     assert plan.verify is VerifyWhen.ON_DEFERRAL
-    assert (policy.rule, policy.bonus, policy.rows) == (rule, Bonus.NONE, RowFormat.AUTO)
+    assert (policy.rule, policy.bonus, policy.rows) == (rule, Bonus.NONE, POLICY.rows)
     assert policy.verification is Verification.TOKEN
+    assert not payload_spec(policy).probs
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from cascade.router.router import Router, RouterOptions
 from cascade.router.tier_session import TierClient
 from cascade.speculation.draft import DraftTask, draft_step
 from cascade.speculation.draft_length import DraftLengthTuner
-from cascade.speculation.payload import ProbsPayload, payload_spec
+from cascade.speculation.payload import payload_spec
 from cascade.speculation.verify import VerifyTask, rows_needed, verify
 from cascade.types import (
     Block,
@@ -321,7 +321,7 @@ class StepBenchmark:
     def _block(self, length: int) -> Block:
         """Return a drafted block, with as many probabilities as a drafter sends."""
         probs: tuple[SparseProbs, ...] = ()
-        if payload_spec(self._policy).probs is ProbsPayload.ALL:
+        if payload_spec(self._policy).probs:
             ids = np.arange(max(self._policy.row_entries, _TOKENS + 1), dtype=np.uint32)
             weights = np.full(len(ids), self._likelihood, np.float16)
             weights[-1] = 1

@@ -22,7 +22,7 @@ from cascade.sampling.rng import Purpose
 from cascade.speculation.draft import DraftTask, DraftToken, block_of, drafter_defers
 from cascade.speculation.modes import plan_for
 from cascade.speculation.payload import is_gumbel, needs_probs_after_block
-from cascade.types import Bonus, DecodingParams, Mode
+from cascade.types import Bonus, DecodingParams, Mode, RowFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -280,9 +280,10 @@ class DraftBranch:
 def _guess_policy(policy: DecodingParams) -> DecodingParams:
     """Return the parameters under which the drafter guesses the expert's next token.
 
-    The guess is drawn from the whole distribution, as the expert's token is. From a truncated one,
-    as shipped with drafts, the same random number would select another token.
+    The guess is drawn from the whole distribution, as the expert's token is. From one that is cut
+    the same random number would select another token.
     """
     if policy.sampling.greedy or is_gumbel(policy):
         return policy
-    return replace(plan_for(Mode.DRAFTER_ONLY, policy).params, logprobs=None)
+    alone = plan_for(Mode.DRAFTER_ONLY, policy).params
+    return replace(alone, rows=RowFormat.FULL, logprobs=None)

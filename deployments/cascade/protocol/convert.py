@@ -297,10 +297,7 @@ def _encode_probs(probs: SparseProbs, proto: tokens_pb2.Row) -> None:
 
 
 def _decode_probs(proto: tokens_pb2.Row) -> SparseProbs:
-    """Return the distribution with read-only arrays.
-
-    One without entries is `sampling.sparse_probs.ABSENT`: the drafter alone decides there.
-    """
+    """Return the distribution with read-only arrays; one without entries tells nothing."""
     if len(proto.token_ids) % 4:
         raise InvalidRequest(f"`rows.token_ids` has {len(proto.token_ids)} bytes; an id has four")
     ids = np.frombuffer(proto.token_ids, dtype="<u4")

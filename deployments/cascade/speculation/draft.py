@@ -1,6 +1,7 @@
 """The drafter's side: one drafted token for each of many sessions at once.
 
-q and q0 are the drafter's probabilities with and without sampling parameters.
+q and q0 are the drafter's probabilities with and without sampling parameters. q is cut as
+`payload.draft_cut` says: it is what tokens are sampled from and what is sent, in every mode.
 
 Shapes: `B` sessions, `K` entries of sparse probabilities, `V` vocabulary.
 """
@@ -20,18 +21,18 @@ from cascade.sampling.penalties import Context
 from cascade.sampling.probs import OneHotProbs, SoftmaxProbs, process, unscaled_probs
 from cascade.sampling.rng import Purpose
 from cascade.sampling.sampler import Weights, logprobs
-from cascade.sampling.sparse_probs import ABSENT, SparseRows, sparsify
+from cascade.sampling.sparse_probs import SparseRows, sparsify
 from cascade.sampling.tensor_ops import to_cpu, to_list
 from cascade.speculation.confidence import TokenConfidence, token_confidences
 from cascade.speculation.payload import (
     PayloadSpec,
-    ProbsPayload,
+    draft_cut,
     is_blockwise,
     is_gumbel,
     payload_spec,
 )
 from cascade.speculation.target_distribution import defers
-from cascade.types import Block, DecodingParams, DraftStats, RowFormat, SparseProbs, TokenLogprob
+from cascade.types import Block, DecodingParams, DraftStats, SparseProbs, TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -67,9 +68,6 @@ def draft_step(
     logits_BV: Tensor, tasks: Sequence[DraftTask], *, vocab_limit: int | None = None
 ) -> list[DraftToken]:
     """Return a drafted token for each row of logits.
-
-    The token is sampled from exactly the distribution that is reported: where sparse, quantised
-    probabilities are sent, it is sampled from those.
 
     Args:
         logits_BV: The drafter's raw logits, any float type, any device.
@@ -113,11 +111,9 @@ def drafter_defers(policy: DecodingParams, draft: DraftToken) -> bool:
 def _group_key(task: DraftTask) -> Hashable:
     """Return what tasks must share to be drafted in one batch."""
     policy = task.policy
-    rule = policy.rule if isinstance(policy.rule, Chow | ChowLog) else None
-    form = (policy.rows is RowFormat.FULL, policy.row_entries)
     procedure = policy.sampling.greedy, is_gumbel(policy), is_blockwise(policy)
     samples = not policy.sampling.greedy and not is_gumbel(policy)
-    return procedure, payload_spec(policy), form, rule, samples and task.purpose
+    return procedure, payload_spec(policy), draft_cut(policy), samples and task.purpose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +129,7 @@ class _Sample:
 
 def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[DraftToken]:
     """Return the drafts of tasks of one group."""
-    policy, spec, count = tasks[0].policy, payload_spec(tasks[0].policy), len(tasks)
+    spec, count = payload_spec(tasks[0].policy), len(tasks)
     samplings = [task.policy.sampling for task in tasks]
     contexts = [Context(prompt=task.prompt, answer=task.answer) for task in tasks]
     q = process(logits_BV, samplings, contexts)
@@ -143,7 +139,7 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[DraftToken]:
         q0 = unscaled_probs(logits_BV, processed=q, samplings_N=samplings)
     stats = _draft_stats(q0, spec=spec) if q0 and spec.draft_stats else [None] * count
     if isinstance(q, SoftmaxProbs):
-        sample = _sample(q, q0, tasks, sends_B=_sends_probs(policy, spec, stats))
+        sample = _sample(q, q0, tasks, spec=spec)
     else:
         sample = _greedy(q, q0, spec=spec)
     tokens_B = sample.tokens_B
@@ -177,16 +173,6 @@ def _draft_stats(q0: SoftmaxProbs, *, spec: PayloadSpec) -> list[DraftStats]:
     ]
 
 
-def _sends_probs(
-    policy: DecodingParams, spec: PayloadSpec, stats: Sequence[DraftStats | None]
-) -> list[bool]:
-    """Return for which sessions probabilities are sent."""
-    if spec.probs is not ProbsPayload.DEFERRED:
-        return [spec.probs is ProbsPayload.ALL] * len(stats)
-    assert isinstance(policy.rule, Chow | ChowLog), "only these rules decide before the expert"
-    return [defers(policy.rule, one) for one in stats if one is not None]
-
-
 def _greedy(q: OneHotProbs, q0: SoftmaxProbs | None, *, spec: PayloadSpec) -> _Sample:
     """Return the argmax of each row, with likelihood 1."""
     tokens_B = to_list(q.best_N)
@@ -202,78 +188,51 @@ def _greedy(q: OneHotProbs, q0: SoftmaxProbs | None, *, spec: PayloadSpec) -> _S
     return _Sample(
         tokens_B=tokens_B,
         likelihoods_B=[1.0] * len(tokens_B),
-        probs=one_hot if spec.probs is ProbsPayload.ALL else lambda _: None,
+        probs=one_hot if spec.probs else lambda _: None,
     )
 
 
 def _sample(
-    q: SoftmaxProbs, q0: SoftmaxProbs | None, tasks: Sequence[DraftTask], *, sends_B: list[bool]
+    q: SoftmaxProbs, q0: SoftmaxProbs | None, tasks: Sequence[DraftTask], *, spec: PayloadSpec
 ) -> _Sample:
-    """Return tokens sampled from the probabilities as sent, or from all of q where none are."""
-    if all(sends_B):
-        return _sample_sent(q, q0, tasks)
-    if not any(sends_B):
-        return _sample_dense(q, tasks)
-    found: dict[int, tuple[_Sample, int]] = {}
-    for sends in (True, False):
-        members = [i for i, s in enumerate(sends_B) if s is sends]
-        rows_E = torch.tensor(members, device=q.logits_NV.device)
-        some_q0, some = q0 and q0.select(rows_E), [tasks[i] for i in members]
-        part = _sample(q.select(rows_E), some_q0, some, sends_B=[sends] * len(members))
-        found |= {i: (part, k) for k, i in enumerate(members)}
-    parts = [found[i] for i in range(len(tasks))]
-    return _Sample(
-        tokens_B=[part.tokens_B[k] for part, k in parts],
-        likelihoods_B=[part.likelihoods_B[k] for part, k in parts],
-        probs=lambda i: parts[i][0].probs(parts[i][1]) or ABSENT,
-    )
-
-
-def _sample_dense(q: SoftmaxProbs, tasks: Sequence[DraftTask]) -> _Sample:
-    """Return tokens sampled from all of q, whose probabilities are not sent."""
-    scores_BV: Tensor | None = None
-    if is_gumbel(tasks[0].policy):
-        seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
-        log_BV = q.log_dense()
-        scores_BV = log_BV + rng.gumbel_noise(seeds_B, positions_B, log_BV.shape[1], log_BV.device)
-        token_B1 = scores_BV.argmax(dim=1, keepdim=True)
-        likelihood_B1 = log_BV.gather(1, token_B1).exp()
-    else:
-        q_BV = q.dense()
-        token_B1 = Weights(weights_NK=q_BV).inverse_cdf(_draft_uniforms(tasks))[:, None]
-        likelihood_B1 = q_BV.gather(1, token_B1)
-    absent = ABSENT if payload_spec(tasks[0].policy).probs is ProbsPayload.DEFERRED else None
-    return _Sample(
-        tokens_B=to_list(token_B1.squeeze(1)),
-        likelihoods_B=to_list(likelihood_B1.squeeze(1)),
-        probs=lambda _: absent,
-        scores_BK=scores_BV,
-    )
-
-
-def _sample_sent(q: SoftmaxProbs, q0: SoftmaxProbs | None, tasks: Sequence[DraftTask]) -> _Sample:
-    """Return tokens sampled from the sparse, quantised probabilities that are sent."""
-    policy = tasks[0].policy
-    q_BV = q.dense()
-    full = policy.rows is RowFormat.FULL
-    sparse = sparsify(q_BV, q_BV.shape[1] if full else policy.row_entries)
-    q_BK = sparse.probs(q_BV.dtype)
+    """Return tokens sampled from q, cut and rounded."""
+    policy, q_BV = tasks[0].policy, q.dense()
+    rows = sparsify(q_BV, draft_cut(policy))
+    ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BV.dtype))
+    weights_BK = weights.weights_NK
     scores_BK: Tensor | None = None
     if is_gumbel(policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
-        scores_BK = q_BK.log() + rng.gumbel_noise_at(seeds_B, positions_B, sparse.ids_NK)
+        if ids_BK is None:
+            noise_BK = rng.gumbel_noise(seeds_B, positions_B, q_BV.shape[1], q_BV.device)
+        else:
+            noise_BK = rng.gumbel_noise_at(seeds_B, positions_B, ids_BK)
+        scores_BK = weights_BK.log() + noise_BK
         index_B1 = scores_BK.argmax(dim=1, keepdim=True)
     else:
-        index_B1 = Weights(weights_NK=q_BK).inverse_cdf(_draft_uniforms(tasks))[:, None]
-    q0_BK = to_cpu(q0.at(sparse.ids_NK)) if q0 and payload_spec(policy).unscaled_probs else None
-    local = SparseRows(ids_NK=to_cpu(sparse.ids_NK), weights_NK=to_cpu(sparse.weights_NK))
+        index_B1 = weights.inverse_cdf(_draft_uniforms(tasks))[:, None]
+    token_B1 = index_B1 if ids_BK is None else ids_BK.gather(1, index_B1)
+    likelihood_B1 = weights_BK.gather(1, index_B1) / weights.totals[:, None]
     return _Sample(
-        tokens_B=to_list(sparse.ids_NK.gather(1, index_B1).squeeze(1)),
-        likelihoods_B=to_list(q_BK.gather(1, index_B1).squeeze(1)),
-        probs=lambda i: local.row(i, full=full, unscaled_K=None if q0_BK is None else q0_BK[i]),
+        tokens_B=to_list(token_B1.squeeze(1)),
+        likelihoods_B=to_list(likelihood_B1.squeeze(1)),
+        probs=_rows_to_send(rows, q0, spec=spec) if spec.probs else lambda _: None,
         scores_BK=scores_BK,
-        ids_BK=None if scores_BK is None else sparse.ids_NK,
+        ids_BK=None if scores_BK is None else ids_BK,
     )
+
+
+def _rows_to_send(
+    rows: SparseRows, q0: SoftmaxProbs | None, *, spec: PayloadSpec
+) -> Callable[[int], SparseProbs]:
+    """Return the function that makes the message of a session's distribution."""
+    ids_BK, q0_BK = rows.ids_NK, None
+    if q0 is not None and spec.unscaled_probs:
+        q0_BK = to_cpu(q0.dense() if ids_BK is None else q0.at(ids_BK))
+    local = SparseRows(
+        ids_NK=None if ids_BK is None else to_cpu(ids_BK), weights_NK=to_cpu(rows.weights_NK)
+    )
+    return lambda i: local.row(i, unscaled_K=None if q0_BK is None else q0_BK[i])
 
 
 def _draft_uniforms(tasks: Sequence[DraftTask]) -> Tensor:

@@ -8,8 +8,8 @@
 | speculative, cascade | best effort | always | requested or adaptive |
 | with a rule that reads q alone | best effort | on deferral | requested or a chunk |
 
-A tier samples from exactly what the rule makes it ship. Where no expert verifies, nothing is
-shipped and nothing truncated, so such a mode runs with a rule that never asks for more.
+Where no expert verifies, no distribution is sent, so such a mode runs with a rule that the drafter
+alone decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from cascade.rules import Chow, ChowLog, Lossless, Lossy, Rule
-from cascade.types import Bonus, DecodingParams, Mode, RowFormat, Verification
+from cascade.types import Bonus, DecodingParams, Mode, Verification
 
 
 class DraftSource(StrEnum):
@@ -70,28 +70,28 @@ def plan_for(mode: Mode, params: DecodingParams) -> Plan:
                     params=params, drafter=DraftSource.BEST_EFFORT, verify=VerifyWhen.ALWAYS
                 )
             return Plan(
-                params=_without_payload(params, bonus=Bonus.NONE, rule=params.rule),
+                params=_without_block(params, bonus=Bonus.NONE, rule=params.rule),
                 drafter=DraftSource.BEST_EFFORT,
                 verify=VerifyWhen.ON_DEFERRAL,
                 length_reason="until deferral",
             )
         case Mode.EXPERT_ONLY:
             return Plan(
-                params=_without_payload(params, bonus=Bonus.EXPERT, rule=Lossless()),
+                params=_without_block(params, bonus=Bonus.EXPERT, rule=Lossless()),
                 drafter=DraftSource.NONE,
                 verify=VerifyWhen.ALWAYS,
                 length_reason="expert_only",
             )
         case Mode.DRAFTER_ONLY | Mode.SEQUENCE_CASCADE:
             return Plan(
-                params=_without_payload(params, bonus=Bonus.NONE, rule=Chow(alpha=1)),
+                params=_without_block(params, bonus=Bonus.NONE, rule=Chow(alpha=1)),
                 drafter=DraftSource.REQUIRED,
                 verify=VerifyWhen.NEVER,
                 length_reason="no expert waits",
             )
         case Mode.TOKEN_CASCADE:
             return Plan(
-                params=_without_payload(params, bonus=Bonus.NONE, rule=params.rule),
+                params=_without_block(params, bonus=Bonus.NONE, rule=params.rule),
                 drafter=DraftSource.REQUIRED,
                 verify=VerifyWhen.ON_DEFERRAL,
                 length_reason="no expert waits",
@@ -109,6 +109,6 @@ def _reads_drafter_alone(rule: Rule) -> bool:
     return isinstance(rule, Chow | ChowLog)
 
 
-def _without_payload(params: DecodingParams, **changes: object) -> DecodingParams:
-    """Return parameters with no probabilities shipped and no block to verify."""
-    return replace(params, rows=RowFormat.AUTO, verification=Verification.TOKEN, **changes)
+def _without_block(params: DecodingParams, **changes: object) -> DecodingParams:
+    """Return parameters with no block to verify."""
+    return replace(params, verification=Verification.TOKEN, **changes)

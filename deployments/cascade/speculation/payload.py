@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from cascade.rules import (
     Bild,
@@ -19,22 +18,19 @@ from cascade.rules import (
     TokenV3,
     Typical,
 )
+from cascade.sampling.sparse_probs import Cut
 from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, Verification
 
-
-class ProbsPayload(Enum):
-    """At which drafted positions the drafter's probabilities are sent."""
-
-    NONE = auto()
-    DEFERRED = auto()  # where the drafter's own rule defers; `sparse_probs.ABSENT` elsewhere
-    ALL = auto()
+# The probability of the drafter's unlikeliest tokens that are cut: the total variation by which the
+# law of a token may depart from the rule's.
+MAX_LOST = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadSpec:
     """What a block carries besides its tokens and their likelihoods."""
 
-    probs: ProbsPayload
+    probs: bool  # the drafter's q at every position
     unscaled_probs: bool  # `probs` carry q0 beside q
     draft_stats: bool
     entropy: bool  # of the draft statistics; 0 if nobody reads it
@@ -43,14 +39,26 @@ class PayloadSpec:
 
 def payload_spec(policy: DecodingParams) -> PayloadSpec:
     """Return what the policy's rule, coupling, bonus and verification read of the drafter."""
-    rule, probs = policy.rule, _probs_payload(policy)
+    rule, probs = policy.rule, _sends_probs(policy)
     return PayloadSpec(
         probs=probs,
-        unscaled_probs=probs is not ProbsPayload.NONE and isinstance(rule, TokenV1),
+        unscaled_probs=probs and isinstance(rule, TokenV1),
         draft_stats=isinstance(rule, Chow | Diff | Opt | ChowLog | DiffLog | OptLog | Bild),
         entropy=isinstance(rule, ChowLog | DiffLog | OptLog),
         unscaled=isinstance(rule, TokenV1),
     )
+
+
+def draft_cut(policy: DecodingParams) -> Cut:
+    """Return how the drafter's q is cut, in every mode and whether or not it is sent.
+
+    What is committed under the lossless rule does not depend on q, so a small q is exact.
+    """
+    if policy.rows is RowFormat.FULL:
+        return Cut()
+    if policy.rows is RowFormat.SPARSE or isinstance(policy.rule, Lossless):
+        return Cut(entries=policy.row_entries)
+    return Cut(lost=MAX_LOST)
 
 
 def is_gumbel(policy: DecodingParams) -> bool:
@@ -64,15 +72,16 @@ def is_blockwise(policy: DecodingParams) -> bool:
 
 
 def sends_ids_only(policy: DecodingParams) -> bool:
-    """Whether a token rule runs on token ids: each draft is judged as a one-hot q.
+    """Whether the rule runs on token ids: each draft is judged as a one-hot q.
 
-    A token rule's pi is linear in q and its decisions do not read q, so judging one-hot drafts
-    gives pi on average over the drafts. The probability of rejection is sum r q (1 - p), which is
-    no less than with probabilities.
+    If pi is linear in q and the decisions do not read q, judging one-hot drafts gives pi on average
+    over the drafts. The probability of rejection is sum r q (1 - p), which is no less than with
+    probabilities; so an explicit format sends them, except under rules that the drafter decides,
+    whose drafts no mode has verified.
     """
+    by_token = isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
     return (
-        isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
-        and policy.rows is RowFormat.AUTO
+        (isinstance(policy.rule, Chow | ChowLog) or (by_token and policy.rows is RowFormat.AUTO))
         and policy.bonus is not Bonus.TARGET
         and not is_gumbel(policy)
         and not is_blockwise(policy)
@@ -87,16 +96,12 @@ def needs_probs_after_block(policy: DecodingParams) -> bool:
     return policy.bonus is Bonus.TARGET and not isinstance(policy.rule, Lossless)
 
 
-def _probs_payload(policy: DecodingParams) -> ProbsPayload:
-    if policy.sampling.greedy:
-        # A greedy draft is a one-hot at its token; after the block there is no token to tell it.
-        return ProbsPayload.ALL if needs_probs_after_block(policy) else ProbsPayload.NONE
-    if sends_ids_only(policy) or (is_gumbel(policy) and isinstance(policy.rule, Lossless)):
-        return ProbsPayload.NONE
-    if policy.rows is not RowFormat.AUTO or is_blockwise(policy) or needs_probs_after_block(policy):
-        return ProbsPayload.ALL
-    if is_gumbel(policy) and isinstance(policy.rule, Chow | ChowLog | Diff | DiffLog | Bild):
-        # A kept draft is argmax(log q + g) already, and a deferred one depends on p alone.
-        return ProbsPayload.NONE
-    decides = isinstance(policy.rule, Chow | ChowLog) and not is_gumbel(policy)
-    return ProbsPayload.DEFERRED if decides else ProbsPayload.ALL
+def _sends_probs(policy: DecodingParams) -> bool:
+    if needs_probs_after_block(policy):
+        return True
+    if policy.sampling.greedy or sends_ids_only(policy):
+        return False  # a greedy draft is a one-hot at its token
+    # Under shared noise a kept draft is argmax(log q + g) already, and a deferred token depends on
+    # p alone.
+    ids_do = isinstance(policy.rule, Lossless | Chow | ChowLog | Diff | DiffLog | Bild)
+    return not (is_gumbel(policy) and ids_do)
