@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cascade.api.sse import EventResponse, encode_event, while_connected
 from cascade.errors import Cancelled
@@ -25,6 +28,13 @@ async def leave() -> dict[str, Any]:
 
 def test_an_event_is_one_line_of_utf_8() -> None:
     assert encode_event({"text": "a\nb \N{ROCKET}"}) == 'data: {"text":"a\\nb 🚀"}\n\n'.encode()
+
+
+@given(text=st.text() | st.text("a\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
+def test_an_event_is_one_line_for_every_client(text: str) -> None:
+    line, empty = encode_event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+    assert not empty
 
 
 def test_an_event_never_has_numbers_that_are_not_json() -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 
 from cascade.api import build_request, middleware, responses
@@ -20,6 +19,8 @@ from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fastapi.responses import Response
 
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
@@ -56,14 +57,21 @@ def create_app(service: ServingContext | None = None, *, add_request_id: bool = 
         add_request_id: Whether responses get an `x-request-id` here. Under Ray Serve they must not:
             its own layer adds one, and clients would read two as `a, a`.
     """
-    app = FastAPI(title="Speculative Cascades", version="1")
+    # FastAPI's documentation pages load their scripts from the internet: blank where there is none.
+    app = FastAPI(title="Speculative Cascades", version="1", docs_url=None, redoc_url=None)
     app.state.service = service
     guarded = [Depends(_authenticate)]
-    app.get("/health", response_model=None)(health)
-    app.get("/healthz", response_model=None)(health)
-    app.get("/livez", response_model=None)(liveness)
-    app.get("/v1/models", dependencies=guarded, response_model=None)(models)
-    app.get("/v1/models/{name:path}", dependencies=guarded, response_model=None)(model)
+    for path, endpoint, dependencies in (
+        ("/health", health, []),
+        ("/healthz", health, []),
+        ("/ping", health, []),
+        ("/livez", liveness, []),
+        ("/v1/models", models, guarded),
+        ("/v1/models/{name:path}", model, guarded),
+    ):
+        route = partial(app.api_route, path, dependencies=dependencies, response_model=None)
+        route(methods=["GET"])(endpoint)
+        route(methods=["HEAD"], include_in_schema=False)(endpoint)
     for path, body_type, endpoint in (
         ("/v1/completions", CompletionBody, completions),
         ("/v1/chat/completions", ChatBody, chat_completions),
@@ -80,19 +88,19 @@ async def health(request: Request) -> Response:
     """Say whether requests can be answered now: whether a load balancer should send any."""
     if not _service(request).ready():
         raise Unavailable("No expert replica answers yet, or any more")
-    return JSONResponse({"status": "ok"})
+    return responses.JsonResponse({"status": "ok"})
 
 
 async def liveness() -> Response:
     """Say that this router runs, with or without models: only a restart mends one that does not."""
-    return JSONResponse({"status": "ok"})
+    return responses.JsonResponse({"status": "ok"})
 
 
 async def models(request: Request) -> Response:
     """List the models."""
     service = _service(request)
     data = [responses.model(name, service) for name in service.models]
-    return JSONResponse({"object": "list", "data": data})
+    return responses.JsonResponse({"object": "list", "data": data})
 
 
 async def model(request: Request, name: str) -> Response:
@@ -101,7 +109,7 @@ async def model(request: Request, name: str) -> Response:
     if name not in service.models:
         served = ", ".join(service.models)
         raise ModelNotFound(f"No model `{name}` here; this server has {served}", param="model")
-    return JSONResponse(responses.model(name, service))
+    return responses.JsonResponse(responses.model(name, service))
 
 
 async def completions(request: Request) -> Response:
@@ -132,7 +140,7 @@ async def _complete(
     response_format = format_type(service, request_id)
     if not call.stream:
         await while_connected(request.receive, completions.run())
-        return JSONResponse(response_format.response(completions))
+        return responses.JsonResponse(response_format.response(completions))
     stream = CompletionStream(completions, response_format, keep_alive_s=service.keep_alive_s)
     await while_connected(request.receive, stream.begin())
     return EventResponse(stream.events())

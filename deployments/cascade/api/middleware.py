@@ -13,13 +13,13 @@ from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 
 from cascade.api import responses
 from cascade.errors import CascadeError, DeadlineExceeded, Internal, InvalidRequest, Unauthenticated
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from cascade.api.context import ServingContext
@@ -107,8 +107,8 @@ def install(app: FastAPI, *, add_request_id: bool) -> None:
     app.add_middleware(ErrorMiddleware, add_request_id=add_request_id)
 
 
-def _response(error: CascadeError, *, status: int | None = None) -> JSONResponse:
-    return JSONResponse(
+def _response(error: CascadeError, *, status: int | None = None) -> Response:
+    return responses.JsonResponse(
         responses.error(error), status_code=status or error.http, headers=_retry_headers(error)
     )
 
@@ -125,7 +125,7 @@ def _retry_headers(error: CascadeError) -> dict[str, str]:
     return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
 
 
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_error(request: Request, error: Exception) -> Response:
     match error:
         case HTTPException():  # of Starlette's router: an unknown route or a wrong method
             what = f"{request.method} {request.url.path}: {error.detail}"

@@ -7,12 +7,15 @@ Our extensions are where a client that does not know them ignores them: `choices
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from starlette.responses import Response
 
 from cascade.api.output_processor import Delta
 
@@ -301,6 +304,27 @@ def model(name: str, service: ServingContext) -> Json:
         "owned_by": "cascade",
         "max_model_len": service.limits.context_tokens,
     }
+
+
+class JsonResponse(Response):
+    """A response in JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Json) -> bytes:
+        """Return the body."""
+        return encode(content)
+
+
+def encode(value: Json) -> bytes:
+    """Return JSON that is one line for every client.
+
+    Python's `splitlines`, and so httpx, ends a line at three characters that JSON allows.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for char in "\x85\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode()
 
 
 def error(problem: CascadeError) -> Json:

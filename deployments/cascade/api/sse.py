@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,8 +29,7 @@ DONE = b"data: [DONE]\n\n"
 
 def encode_event(value: dict[str, Any]) -> bytes:
     """Return the bytes of one event."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + responses.encode(value) + b"\n\n"
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
