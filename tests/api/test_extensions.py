@@ -53,6 +53,30 @@ async def test_a_request_can_choose_what_happens_on_expert_loss(
     assert [request.on_expert_loss for request in generator.requests] == ["fail", "drafter"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+async def test_return_token_ids_has_those_of_the_prompt_too(
+    http: httpx2.AsyncClient, events: Callable[[str], list[Any]], path: str, count: int
+) -> None:
+    """As vLLM: in the choice of a text, beside the choices of a chat, and first in a stream."""
+    prompt = {"prompt": "hi"} if path == "completions" else {"messages": HI}
+    body = prompt | {"return_token_ids": True, "n": count, "max_tokens": 5, "seed": 7}
+    whole = (await http.post(f"/v1/{path}", json=body)).json()
+    stream = events((await http.post(f"/v1/{path}", json=body | {"stream": True})).text)[:-1]
+    found: list[list[int]] = []
+    for index in range(count):
+        chunks = [chunk for chunk in stream if chunk["choices"][0]["index"] == index]
+        for answer, first in ((whole, True), *((chunk, chunk is chunks[0]) for chunk in chunks)):
+            choice = answer["choices"][index if answer is whole else 0]
+            holder = choice if path == "completions" else answer
+            assert ("prompt_token_ids" in holder) is first
+            found.append(holder.get("prompt_token_ids", []))
+        ids = [id_ for chunk in chunks for id_ in chunk["choices"][0].get("token_ids", [])]
+        assert ids == whole["choices"][index]["token_ids"]
+    (ids,) = {tuple(ids) for ids in found if ids}
+    assert len(ids) == whole["usage"]["prompt_tokens"]
+
+
 async def test_choices_usage_and_response_have_extensions(client: AsyncOpenAI) -> None:
     """Conformance 36."""
     response = await client.chat.completions.create(

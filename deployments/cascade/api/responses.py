@@ -92,20 +92,20 @@ class TextCompletionFormat(ResponseFormat):
 
     def choice(self, completion: Completion) -> Json:
         """Return a finished choice."""
-        choice = self._choice(completion, completion.output, offset=0)
-        if completion.call.token_ids:
-            choice["prompt_token_ids"] = list(completion.request.prompt)
-        return choice
+        return self._choice(completion, completion.output, offset=0) | _prompt_ids(completion)
 
     def opening(self, completion: Completion) -> list[Json]:
         """Return an empty choice if there are several, so that their indices come in order."""
         if len(completion.call.requests) == 1:
             return []
-        return [{"index": completion.index, "text": "", "logprobs": None, "finish_reason": None}]
+        choice = {"index": completion.index, "text": "", "logprobs": None, "finish_reason": None}
+        return [choice | _prompt_ids(completion)]
 
     def chunks(self, completion: Completion, delta: Delta) -> list[Json]:
         """Return one choice with the text."""
-        return [self._choice(completion, delta, offset=completion.text_length - len(delta.text))]
+        choice = self._choice(completion, delta, offset=completion.text_length - len(delta.text))
+        first = len(completion.tokens) == len(delta.tokens) and not self.opening(completion)
+        return [choice | (_prompt_ids(completion) if first else {})]
 
     def _choice(self, completion: Completion, delta: Delta, *, offset: int) -> Json:
         logprobs = None
@@ -126,6 +126,15 @@ class ChatCompletionFormat(ResponseFormat):
     id_prefix = "chatcmpl"
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
+
+    def response(self, completions: Completions) -> Json:
+        """Return the response with all finished choices."""
+        return super().response(completions) | _prompt_ids(completions.all[0])
+
+    def chunk(self, completions: Completions, choice: Json) -> Json:
+        """Return a chunk of a stream with one choice."""
+        prompt = _prompt_ids(completions.all[0]) if "role" in choice["delta"] else {}
+        return super().chunk(completions, choice) | prompt
 
     def choice(self, completion: Completion) -> Json:
         """Return a finished choice."""
@@ -160,6 +169,13 @@ class ChatCompletionFormat(ResponseFormat):
             "finish_reason": delta.finish,
             **_extensions(completion, delta),
         }
+
+
+def _prompt_ids(completion: Completion) -> Json:
+    """Return vLLM's field with the prompt's ids, if the request wants it."""
+    if not completion.call.token_ids:
+        return {}
+    return {"prompt_token_ids": list(completion.request.prompt)}
 
 
 def _extensions(completion: Completion, delta: Delta) -> Json:
