@@ -184,6 +184,7 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    drafter: bool = False  # under the drafter's distribution; else under the expert's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

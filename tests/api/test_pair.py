@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade import demo
+from cascade.api import grpc_convert
+from cascade.api.completion import Completions
 from cascade.api.grpc import GenerationServicer
 from cascade.local import LocalServer, local_server
 from cascade.settings import Application
@@ -23,6 +25,7 @@ from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
     from openai import AsyncOpenAI
     from torch import Tensor
@@ -61,6 +64,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+MODES: dict[Any, Any] = {
+    "drafter_only": pb.MODE_DRAFTER_ONLY,
+    "token_cascade": pb.MODE_TOKEN_CASCADE,
+    "expert_only": pb.MODE_EXPERT_ONLY,
+}
+
+
 @pytest.fixture(scope="session")
 async def pair() -> AsyncIterator[LocalServer]:
     """The shipped pair, both tiers and the loop in this process."""
@@ -76,14 +86,18 @@ def service(pair: LocalServer) -> ServingContext:
 
 
 @cache
+def model(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
 def expert() -> Any:
-    return AutoModelForCausalLM.from_pretrained(demo.EXPERT, dtype=torch.float32).eval()
+    return model(demo.EXPERT)
 
 
-def expert_logprobs(tokens: list[int]) -> Tensor:
-    """Return the expert's log-probabilities after each token, by a plain forward pass."""
+def logprobs_of(path: Path, tokens: list[int]) -> Tensor:
+    """Return a model's log-probabilities after each token, by a plain forward pass."""
     with torch.inference_mode():
-        return torch.log_softmax(expert()(torch.tensor([tokens])).logits[0], dim=-1)
+        return torch.log_softmax(model(path)(torch.tensor([tokens])).logits[0], dim=-1)
 
 
 def extra(model: Any) -> dict[str, Any]:
@@ -125,7 +139,7 @@ async def test_logprobs_are_the_experts(client: AsyncOpenAI) -> None:
     (choice,) = response.choices
     ids = extra(choice)
     prompt, tokens = ids["prompt_token_ids"], ids["token_ids"]
-    expected = expert_logprobs(prompt + tokens)[len(prompt) - 1 :]
+    expected = logprobs_of(demo.EXPERT, prompt + tokens)[len(prompt) - 1 :]
     assert choice.logprobs is not None
     for at, token in enumerate(tokens):
         logprob = (choice.logprobs.token_logprobs or [])[at]
@@ -133,6 +147,47 @@ async def test_logprobs_are_the_experts(client: AsyncOpenAI) -> None:
         best = max((choice.logprobs.top_logprobs or [])[at].values())
         assert best == pytest.approx(expected[at].max().item(), abs=2e-3)
     assert "".join(choice.logprobs.tokens or []) == choice.text
+    assert extra(choice)["cascade"]["logprob_origins"] == "e" * len(tokens)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+async def test_logprobs_are_of_the_model_that_is_named(
+    client: AsyncOpenAI, service: ServingContext, options: dict[str, Any]
+) -> None:
+    """Of the drafter where no expert ran for a token; over both APIs."""
+    response = await client.completions.create(
+        model="pair",
+        prompt="The Moon is",
+        seed=5,
+        max_tokens=8,
+        logprobs=1,
+        extra_body={"return_token_ids": True, "cascade": options},
+    )
+    (choice,) = response.choices
+    ids, origins = extra(choice), extra(choice)["cascade"]["origins"]
+    named = extra(choice)["cascade"]["logprob_origins"]
+    prompt, tokens = ids["prompt_token_ids"], ids["token_ids"]
+    assert choice.logprobs is not None
+    for at, token in enumerate(tokens):
+        path = {"d": demo.DRAFTER, "e": demo.EXPERT}[named[at]]
+        expected = logprobs_of(path, prompt + tokens)[len(prompt) - 1 + at, token].item()
+        logprob = (choice.logprobs.token_logprobs or [])[at]
+        assert logprob == pytest.approx(expected, abs=2e-3)
+    asks_at_deferrals = options.get("rule", {}).get("kind") in {"chow", "chow_log"}
+    asks_at_deferrals |= options.get("mode") in {"token_cascade", "drafter_only"}
+    if asks_at_deferrals:
+        assert named == "".join("e" if origin == "e" else "d" for origin in origins)
+    elif options.get("mode") != "sequence_cascade":
+        assert set(named) == {"e"}
+    if (mode := options.get("mode")) in MODES:
+        generation = pb.Generation(
+            text="The Moon is", seed=5, max_tokens=8, logprob_count=0, mode=MODES[mode]
+        )
+        completions = Completions(grpc_convert.call(generation, service), service)
+        await completions.run()
+        (one,) = completions.all
+        over_grpc = grpc_convert.choice(one, one.output).logprobs
+        assert "".join("d" if entry.drafter else "e" for entry in over_grpc) == named
 
 
 async def test_echo_logprobs_are_the_experts(lenient: AsyncOpenAI, service: ServingContext) -> None:
@@ -144,7 +199,7 @@ async def test_echo_logprobs_are_the_experts(lenient: AsyncOpenAI, service: Serv
     logprobs = response.choices[0].logprobs
     assert logprobs is not None
     tokens = list(service.tokenizer.encode(text))
-    expected = expert_logprobs(tokens)
+    expected = logprobs_of(demo.EXPERT, tokens)
     scored = logprobs.token_logprobs or []
     assert scored[0] is None
     for at, token in enumerate(tokens[1:]):

@@ -185,6 +185,9 @@ def _extensions(completion: Completion, delta: Delta) -> Json:
         "origins": "".join(token.origin or "" for token in own),
         "tokens": [token.text for token in own],
     }
+    if completion.request.policy.logprobs is not None:
+        known = [token.logprob for token in own if token.logprob is not None]
+        cascade["logprob_origins"] = "".join("d" if one.drafter else "e" for one in known)
     if delta.finish and completion.request.trace:
         cascade["trace"] = [asdict(entry) for entry in completion.statistics.trace]
     extensions: Json = {"cascade": cascade}

@@ -361,6 +361,7 @@ def encode_logprobs(
             logprob=entry.logprob,
             top_token_ids=[token for token, _ in entry.top],
             top_logprobs=[logprob for _, logprob in entry.top],
+            drafter=entry.drafter,
         )
 
 
@@ -377,4 +378,5 @@ def _decode_logprob(proto: tokens_pb2.TokenLogprob) -> TokenLogprob:
         token=proto.token_id,
         logprob=proto.logprob,
         top=tuple(zip(proto.top_token_ids, proto.top_logprobs, strict=True)),
+        drafter=proto.drafter,
     )

@@ -137,5 +137,5 @@ def _keep(block: Block) -> Verdict:
         accepted=block.length,
         tokens=block.tokens,
         origins=(Origin.KEPT,) * block.length,
-        logprobs=block.logprobs,
+        logprobs=tuple(replace(entry, drafter=True) for entry in block.logprobs),
     )
