@@ -98,7 +98,7 @@ class Unavailable(CascadeError):
 
     grpc, http, code = "UNAVAILABLE", 503, "unavailable"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 5.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

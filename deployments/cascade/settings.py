@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Interval
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from cascade import demo
 from cascade.api import context
 from cascade.api.context import Defaults, ServingContext
+from cascade.api.schema import in_plain_words
 from cascade.engine import model_pair, threads
 from cascade.engine.settings import EngineSettings
 from cascade.errors import StartupError
@@ -259,6 +268,16 @@ class Application(Settings):
                 " file, such as a mounted Secret, that `api_keys_file` names"
             )
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_plain_words(
+        cls, data: Any, handler: ModelWrapValidatorHandler["Application"]
+    ) -> "Application":
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise in_plain_words(error, cls) from None
 
     def pair(self) -> model_pair.ModelPair:
         """Return what the two models share.

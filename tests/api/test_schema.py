@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParamsBase
 from pydantic import TypeAdapter
 
 from cascade.api import build_request, schema
-from cascade.api.schema import ChatBody, CompletionBody, parse
+from cascade.api.schema import (
+    ChatBody,
+    CompletionBody,
+    Options,
+    PatienceOptions,
+    StreamOptions,
+    parse,
+)
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
+from cascade.types import Bonus, Confidence, Coupling, ExpertLoss, Mode, RowFormat, Verification
 
 if TYPE_CHECKING:
     from cascade.api.context import ServingContext
@@ -93,6 +103,60 @@ def test_an_invalid_chat_names_its_field(fields: str, param: str) -> None:
 
 def kind_of(rule: type[Rule]) -> str:
     return next(str(field.default) for field in fields(rule) if field.name == "kind")
+
+
+VALUES: dict[str, tuple[str, list[str]]] = {  # where a name stands, and the names that may
+    "mode": ('"cascade": {"mode": "NAME"}', list(Mode)),
+    "rule": (
+        '"cascade": {"rule": {"kind": "NAME", "alpha": 0.5}}',
+        [kind_of(rule) for rule in get_args(Rule)],
+    ),
+    "beta": (
+        '"cascade": {"rule": {"kind": "lossy", "alpha": 0, "beta": "NAME"}}',
+        ["one", "solved"],
+    ),
+    "coupling": ('"cascade": {"coupling": "NAME"}', list(Coupling)),
+    "bonus": ('"cascade": {"bonus": "NAME"}', list(Bonus)),
+    "verification": ('"cascade": {"verification": "NAME"}', list(Verification)),
+    "rows": ('"cascade": {"rows": "NAME"}', list(RowFormat)),
+    "loss": ('"cascade": {"on_expert_loss": "NAME"}', list(ExpertLoss)),
+    "confidence": ('"cascade": {"patience": {"confidence": "NAME"}}', list(Confidence)),
+    "field": ('"NAME": 1', [*CompletionBody.model_fields]),
+    "option": ('"cascade": {"NAME": 1}', [*Options.model_fields]),
+    "patience": ('"cascade": {"patience": {"NAME": 1}}', [*PatienceOptions.model_fields]),
+    "parameter": ('"cascade": {"rule": {"kind": "typical", "NAME": 1}}', ["epsilon", "delta"]),
+    "stream": ('"stream_options": {"NAME": true}', [*StreamOptions.model_fields]),
+}
+LIBRARY_WORDS = re.compile("Input |input tag|Extra inputs|keyword argument|Value error|Field req")
+
+
+@given(st.data(), st.sampled_from(sorted(VALUES)))
+def test_a_mistyped_name_is_answered_with_the_nearest_in_our_words(
+    data: st.DataObject, place: str
+) -> None:
+    """A letter is missing or doubled, or the name is in capitals."""
+    template, names = VALUES[place]
+    name = data.draw(st.sampled_from([one for one in names if len(one) > 3]))
+    at = data.draw(st.integers(0, len(name) - 1))
+    wrong = data.draw(
+        st.sampled_from(
+            [name[:at] + name[at + 1 :], name[:at] + name[at] + name[at:], name.upper()]
+        )
+    )
+    assume(wrong not in names)
+    with pytest.raises(InvalidRequest) as caught:
+        parse(f'{{"prompt": "x", {template.replace("NAME", wrong)}}}'.encode(), CompletionBody)
+    message = caught.value.message
+    meant = re.search(r"did you mean `(\w+)`\?", message)
+    assert meant is not None, message
+    assert meant[1] in get_close_matches(wrong.lower(), names)
+    assert not LIBRARY_WORDS.search(message)
+
+
+def test_a_missing_field_whose_name_is_mistyped_is_the_mistyped_one() -> None:
+    with pytest.raises(InvalidRequest, match="did you mean `messages`") as caught:
+        parse(f'{{"mesages": [{MESSAGE}]}}'.encode(), ChatBody)
+    assert caught.value.param == "mesages"
 
 
 @pytest.mark.parametrize("kind", get_args(Rule))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cascade.replica.autoscaling import TierPolicy
 from cascade.settings import Application
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -127,6 +129,49 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
         Application.model_validate(wrong)
     places = [".".join(map(str, one["loc"])) + one["msg"] for one in refused.value.errors()]
     assert any(named in place for place in places)
+
+
+def keys(schema: dict[str, Any], root: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the place of every setting."""
+    for one in (schema, *schema.get("anyOf", ())):
+        inner = root["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one
+        for name, below in inner.get("properties", {}).items():
+            yield (name,)
+            yield from ((name, *rest) for rest in keys(below, root))
+
+
+KEYS = list(keys(Application.model_json_schema(), Application.model_json_schema()))
+
+
+@pytest.mark.parametrize("place", KEYS, ids=".".join)
+def test_a_mistyped_key_is_answered_with_the_nearest_in_our_words(place: tuple[str, ...]) -> None:
+    *outer, name = place
+    tree: Any = {f"{name}x": 1}
+    for part in reversed(outer):
+        tree = {part: tree}
+    with pytest.raises(ValidationError) as refused:
+        Application.model_validate(tree)
+    found = {".".join(map(str, one["loc"])): one["msg"] for one in refused.value.errors()}
+    near = found[".".join((*outer, f"{name}x"))]
+    assert re.match(r"is unknown here; did you mean `\w+`\? Wanted ", near)
+    assert not any(
+        re.search(r"Input |Extra|keyword|Value error|required", text) for text in found.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"defaults": {"rule": {"kind": "tokenv3"}}}, "did you mean `token_v3`"),
+        ({"defaults": {"mode": "specultive"}}, "did you mean `speculative`"),
+        ({"defaults": {"rows": "spars"}}, "did you mean `sparse`"),
+        ({"drafter": {"engine": {"dtype": "bfloat61"}}}, "did you mean `bfloat16`"),
+        ({"expert": {"engine": {"path": "flt"}}}, "did you mean `flat`"),
+    ],
+)
+def test_a_mistyped_value_is_answered_with_the_nearest(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Application.model_validate(wrong)
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,13 @@ def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("`prompt` is missing: set `text`, `tokens` or `chat`", param="prompt")
+    body_type = ChatBody if kind == "chat" else _TextBody
     try:
         if kind == "chat":
             return build_request.chat(ChatBody.model_validate(_chat(message)), service)
         return build_request.completion(_TextBody.model_validate(_text(message, kind)), service)
     except ValidationError as error:
-        raise _with_proto_names(invalid_request(error), kind) from None
+        raise _with_proto_names(invalid_request(error, body_type), kind) from None
     except InvalidRequest as error:
         raise _with_proto_names(error, kind) from error.__cause__
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cascade.cli.evaluate import failed
-from cascade.errors import CascadeError, InvalidMeasurement
+from cascade.errors import CascadeError, InvalidMeasurement, wanted
 
 
 def tune(  # noqa: PLR0913 - one parameter an option
@@ -46,7 +46,7 @@ def tune(  # noqa: PLR0913 - one parameter an option
     try:
         measured = load(results)
         if goal is not None and goal not in set(Goal):
-            raise InvalidMeasurement(f"--goal is {goal!r}; wanted one of {', '.join(Goal)}")
+            raise InvalidMeasurement(f"--goal is {goal!r}; {wanted(goal, Goal)}")
         choice = choose(
             measured,
             [parse(text) for text in target],

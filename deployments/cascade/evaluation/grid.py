@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from cascade.errors import InvalidMeasurement
+from cascade.errors import InvalidMeasurement, wanted
 from cascade.rules import Rule
 from cascade.types import Bonus, Mode
 
@@ -179,13 +179,13 @@ def validated(setting: Setting) -> Setting:
     """
     if setting.curve not in (*CURVES, *BASELINES):
         raise InvalidMeasurement(
-            f"there is no curve `{setting.curve}`; wanted one of {', '.join(CURVES)}"
+            f"there is no curve `{setting.curve}`; {wanted(setting.curve, CURVES)}"
         )
     if setting.rule is not None:
         try:
             _RULE_ADAPTER.validate_python(setting.rule)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
+            reason = error.errors()[0]["msg"].replace("Input should", "it must")
             raise InvalidMeasurement(
                 f"`{setting.curve}` has no dial {setting.dial}: {reason}"
             ) from error
@@ -210,9 +210,11 @@ def read_grid(path: Path) -> list[Setting]:
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"]) or "it"
+        reason = f": {problem['msg'].lower()}"
+        if problem["type"] == "extra_forbidden":
+            reason = f" is unknown; {wanted(problem['loc'][-1], GridBlock.model_fields)}"
         raise InvalidMeasurement(
-            f"the grid {path}: `{field}`: {problem['msg'].lower()}; a block has"
-            f" {', '.join(GridBlock.model_fields)}"
+            f"the grid {path}: `{field}`{reason}; a block has {', '.join(GridBlock.model_fields)}"
         ) from error
     return merge_blocks(parsed)
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from cascade.errors import InvalidMeasurement
+from cascade.errors import InvalidMeasurement, wanted
 from cascade.evaluation.compare import MARGIN, MIN_ITEMS, count_items, few_items
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS
 from cascade.evaluation.results import Estimate, estimate
@@ -143,9 +143,7 @@ def parse(text: str) -> Target:
     named += [] if baseline is None else [("baseline", baseline, BASELINES)]
     for kind, name, known in named:
         if name not in known:
-            raise InvalidMeasurement(
-                f"`{text}` has no {kind} `{name}`; wanted one of {', '.join(known)}"
-            )
+            raise InvalidMeasurement(f"`{text}` has no {kind} `{name}`; {wanted(name, known)}")
     return Target(
         text=text,
         metric=match["metric"],
@@ -182,7 +180,7 @@ def tune(  # noqa: PLR0913 - a question and where to look for its answer
     """
     if group not in results.groups:
         raise InvalidMeasurement(
-            f"the results have no family `{group}`; wanted one of {', '.join(results.groups)}"
+            f"the results have no family `{group}`; {wanted(group, results.groups)}"
         )
     temperature = _temperature(results, temperature)
     if goal is None:

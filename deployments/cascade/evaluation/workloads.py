@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from cascade.errors import InvalidMeasurement
+from cascade.errors import InvalidMeasurement, wanted
 from cascade.evaluation.tasks import Scorer, TaskFamily, held_out
 
 if TYPE_CHECKING:
@@ -262,11 +262,11 @@ def _describe(error: ErrorDetails) -> str:
         case "missing":
             return f"`{field}` is missing; an item looks like {_EXAMPLE}"
         case "extra_forbidden":
-            return f"`{field}` is unknown; wanted one of {', '.join(_WorkloadLine.model_fields)}"
+            return f"`{field}` is unknown; {wanted(field, _WorkloadLine.model_fields)}"
         case "enum":
-            return f"`{field}` is {given}; wanted one of {', '.join(Scorer)}"
+            return f"`{field}` is {given}; {wanted(error['input'], Scorer)}"
         case _:
-            return f"`{field}` is {given}; {error['msg'].lower()}"
+            return f"`{field}` is {given}; {error['msg'].replace('Input should', 'it must')}"
 
 
 def _shorten(value: Any) -> str:
