@@ -240,25 +240,68 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * _ROPE_HALF,
+    "long_factor": [4.0] * _ROPE_HALF,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+_DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
 ROPE: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope": (
         "phi3",
+        {"original_max_position_embeddings": 64, "rope_parameters": _LONGROPE},
+    ),
+    "longrope llama": ("llama", {"rope_parameters": _LONGROPE}),
+    "longrope moe": (
+        "phimoe",
         {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
             "original_max_position_embeddings": 64,
+            "rope_parameters": {**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4},
+        },
+    ),
+    "dynamic": ("llama", {"max_position_embeddings": 64, "rope_parameters": _DYNAMIC}),
+    # What transformers reads is the largest position, whatever else is named.
+    "dynamic of another original length": (
+        "qwen2",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {**_DYNAMIC, "original_max_position_embeddings": 32},
+        },
+    ),
+    "two kinds of layers": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": _WINDOW,
+            "query_pre_attn_scalar": 16,
+            "layer_types": _ALTERNATING,
             "rope_parameters": {
-                "rope_type": "longrope",
-                "short_factor": [1.0] * _ROPE_HALF,
-                "long_factor": [4.0] * _ROPE_HALF,
-                "original_max_position_embeddings": 64,
-                "rope_theta": 10000.0,
+                "sliding_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                    "rope_theta": 10000.0,
+                },
+                "full_attention": _LONGROPE,
             },
         },
     ),
-    "dynamic": (
-        "llama",
+    "two original lengths": (
+        "gemma3_text",
         {
-            "max_position_embeddings": 64,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0},
+            "head_dim": 16,
+            "sliding_window": _WINDOW,
+            "query_pre_attn_scalar": 16,
+            "layer_types": _ALTERNATING,
+            "rope_parameters": {
+                "sliding_attention": {**_LONGROPE, "original_max_position_embeddings": 40},
+                "full_attention": _LONGROPE,
+            },
         },
     ),
 }
@@ -289,12 +332,19 @@ _OWN_KEYS = {
 }
 
 
-def build(name: str) -> PreTrainedModel:
-    """Return the model, with weights large enough for its logits to differ."""
+def build(name: str, **settings: Any) -> PreTrainedModel:
+    """Return the model, with weights large enough for its logits to differ.
+
+    Args:
+        name: One of `ALL`.
+        settings: Replace those of its configuration.
+    """
     kind, overrides = ALL[name]
     common = {} if kind in _OWN_KEYS else _COMMON
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**common, **overrides}))
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[kind](**(common | overrides | settings))
+    )
     with torch.no_grad():
         for weight_name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cascade.engine.backends.base import RopeLengths, find_rope_lengths
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
 from cascade.engine.request import ForwardRequest, LogitsOutput
@@ -175,17 +176,26 @@ class EngineHarness:
             return
         length, count = len(received.context), len(received.logits)
         assert received.positions == list(range(length - count, length))
-        expected = self.plain_logits(received.context)[-count:]
+        expected = self.plain_logits(received.context, count=count)
         error = (torch.stack(received.logits) - expected).abs().max()
         assert not error.isnan()
         self.worst = max(self.worst, float(error))
         self.largest = max(self.largest, float(expected.abs().max()))
 
-    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits of a forward pass without a cache, by a fresh copy of the model."""
+    def plain_logits(self, tokens: Sequence[int], *, count: int) -> Tensor:
+        """Return the logits of the last `count` tokens, by passes of the model without a cache.
+
+        If its RoPE depends on the length of a pass, each has its own pass over the tokens up to it.
+        """
+        ids = torch.tensor([list(tokens)])
+        ends = range(len(tokens) - count + 1, len(tokens) + 1)
+        # Frequencies that grow with the length are right in a fresh copy only, shortest pass first.
+        fresh = copy.deepcopy(self._plain)
         with torch.inference_mode():
-            fresh = copy.deepcopy(self._plain)
-            return fresh(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+            if find_rope_lengths(fresh) == RopeLengths():
+                return fresh(input_ids=ids, use_cache=False).logits[0, -count:]
+            passes = [fresh(input_ids=ids[:, :end], use_cache=False) for end in ends]
+            return torch.cat([one.logits[0, -1:] for one in passes])
 
     def reset(self) -> None:
         """Release every session and forget what was received."""

@@ -24,12 +24,12 @@ shapes = st.integers(1, 700).flatmap(
 )
 
 
-def add(scheduler: Scheduler, name: str, shape: Shape, *, whole: bool = False) -> ScheduledStep:
+def add(scheduler: Scheduler, name: str, shape: Shape) -> ScheduledStep:
     session = SessionId(name)
     tokens = [1] * shape.tokens
     sequence = CachedSequence(session=session, tokens=tokens)
     step = ForwardRequest(session=session, base=0, tokens=tokens, num_logits=shape.num_logits)
-    return scheduler.add(step, sequence=sequence, single_pass=whole)
+    return scheduler.add(step, sequence=sequence)
 
 
 def grant(_: ScheduledStep) -> bool:
@@ -161,15 +161,6 @@ def test_logits_beyond_the_budget_come_in_chunks() -> None:
         counts += [chunk.count for chunk in run(scheduler)]
 
     assert counts == [1, 128, 128, 43]
-
-
-def test_a_single_pass_step_may_exceed_the_budget() -> None:
-    scheduler = Scheduler(budget=BUDGET)
-    add(scheduler, "block", Shape(tokens=3, num_logits=3))
-    add(scheduler, "single pass", Shape(tokens=600, num_logits=3), whole=True)
-
-    assert [chunk.count for chunk in run(scheduler)] == [3]
-    assert [chunk.count for chunk in run(scheduler)] == [600]
 
 
 def test_a_step_without_cache_space_waits() -> None:

@@ -251,10 +251,20 @@ class Engine:
         # Logits are not kept: their tokens run again even if they are cached.
         sequence.cached = min(sequence.cached, len(sequence.tokens) - request.num_logits)
         sequence.reused = min(sequence.reused, sequence.cached)
-        single_pass = self.runner.rope_lengths.dynamic and sequence.rope_length > 0
-        step = self._scheduler.add(request, sequence=sequence, single_pass=single_pass)
-        if not step.remaining:
+        step = self._scheduler.add(request, sequence=sequence)
+        self._begin_run(step)
+        if step.finished:
             self._deliver([(step, 0)], self._empty_0V)
+
+    def _begin_run(self, step: ScheduledStep) -> None:
+        """Let a step run up to the last of its logits that share the RoPE length of the next."""
+        rows = range(step.next_logit, step.end)
+        if not rows:
+            return
+        run, rope_length = next(self.runner.rope_lengths.runs(rows))
+        step.run_end = run.stop
+        if rope_length != step.sequence.rope_length:
+            step.sequence.rewrite(base=step.end, tokens=(), rope_length=rope_length)
 
     def _admit(self, request: ForwardRequest) -> CachedSequence:
         sequence = self._cache.find(request.session)
@@ -264,7 +274,9 @@ class Engine:
                 raise _no_space()
         known = len(sequence.tokens) if sequence else 0
         self._check(request, known=known)
-        rope_length = self.runner.rope_lengths.of(request.base + len(request.tokens))
+        # The next logits are those of the first token that needs some, or of the one to come.
+        first_logit = request.base + len(request.tokens) - request.num_logits
+        rope_length = self.runner.rope_lengths.of(first_logit + 1)
         if sequence is None:
             return self._cache.open(request.session, tokens=request.tokens, rope_length=rope_length)
         sequence.rewrite(base=request.base, tokens=request.tokens, rope_length=rope_length)
@@ -343,17 +355,38 @@ class Engine:
         self._counters.queued_tokens += self._backlog
         done: list[tuple[ScheduledStep, int]] = []
         for chunk, segment in planned:
-            chunk.step.sequence.cached += chunk.count
-            if segment.num_logits or not chunk.step.remaining:
-                done.append((chunk.step, segment.num_logits))
+            step = chunk.step
+            step.sequence.cached += chunk.count
+            step.computed += segment.num_logits
+            if not step.remaining and not step.finished:
+                self._begin_run(step)
+            if segment.num_logits or step.finished:
+                done.append((step, segment.num_logits))
+        if any(step.held or not step.finished for step, _ in done):
+            done, logits_NV = self._hold(done, logits_NV)
         self._deliver(done, logits_NV)
+
+    def _hold(
+        self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor
+    ) -> tuple[list[tuple[ScheduledStep, int]], Tensor]:
+        """Keep back the logits of blocks that run on, add those kept before; return the rest."""
+        ready: list[tuple[ScheduledStep, int]] = []
+        rows = [self._empty_0V]
+        parts = logits_NV.split([count for _, count in done])
+        for (step, _), own_NV in zip(done, parts, strict=True):
+            step.held.append(own_NV)
+            if step.finished or step.request.num_logits > self._budget:
+                ready.append((step, sum(map(len, step.held))))
+                rows += step.held
+                step.held = []
+        return ready, torch.cat(rows)
 
     def _deliver(self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor) -> None:
         """Give the handler its logits and queue the requests that follow."""
         outputs = [_output(step, count) for step, count in done]
         for step, count in done:
             step.delivered += count
-            if not step.remaining:
+            if step.finished:
                 self._scheduler.remove(step.request.session)
         if not outputs:
             return
@@ -392,7 +425,7 @@ def _segment(chunk: StepChunk) -> Segment:
         start=sequence.kv_range.start,
         past=first,
         tokens=sequence.tokens[first:last],
-        num_logits=max(0, last - max(first, step.first_logit + step.delivered)),
+        num_logits=max(0, last - max(first, step.next_logit)),
         rope_length=sequence.rope_length,
     )
 
@@ -403,5 +436,5 @@ def _output(step: ScheduledStep, count: int) -> LogitsOutput:
         first=step.delivered,
         count=count,
         position=step.first_logit + step.delivered,
-        last=not step.remaining,
+        last=step.finished,
     )

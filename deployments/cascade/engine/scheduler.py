@@ -7,11 +7,13 @@ pass. `Preemptor` decides which sequences lose their KV slots to the steps of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch import Tensor
 
     from cascade.engine.kv_cache import CachedSequence, KVCacheManager
     from cascade.engine.request import ForwardRequest
@@ -29,8 +31,10 @@ class ScheduledStep:
     request: ForwardRequest
     sequence: CachedSequence
     number: int  # order of arrival
-    single_pass: bool = False  # all tokens must run in one pass
+    run_end: int  # where the RoPE length of the next logits ends, `end` for most models
     began_long: bool = False  # arrived with more tokens than a block
+    computed: int = 0  # logits that have been computed
+    held: list[Tensor] = field(default_factory=list["Tensor"])  # until the block's others follow
     delivered: int = 0  # logits that the handler has had
     skipped_passes: int = 0
 
@@ -45,9 +49,19 @@ class ScheduledStep:
         return self.end - self.request.num_logits
 
     @property
+    def next_logit(self) -> int:
+        """Return the position of the first token whose logits are still to be computed."""
+        return self.first_logit + self.computed
+
+    @property
     def remaining(self) -> int:
-        """Return the tokens that are still to run."""
-        return self.end - self.sequence.cached
+        """Return the tokens that are still to run up to `run_end`."""
+        return self.run_end - self.sequence.cached
+
+    @property
+    def finished(self) -> bool:
+        """Whether all tokens have run."""
+        return self.sequence.cached == self.end == self.run_end
 
     @property
     def is_prefill(self) -> bool:
@@ -86,20 +100,15 @@ class Scheduler:
         """Return the waiting step of `session`."""
         return None if session is None else self._steps.get(session)
 
-    def add(
-        self, request: ForwardRequest, *, sequence: CachedSequence, single_pass: bool = False
-    ) -> ScheduledStep:
-        """Queue a request and return its step.
-
-        Args:
-            request: The request.
-            sequence: The session's sequence, which already has the request's tokens.
-            single_pass: All tokens must run in one pass.
-        """
+    def add(self, request: ForwardRequest, *, sequence: CachedSequence) -> ScheduledStep:
+        """Queue a request and return its step; the sequence already has the request's tokens."""
         assert request.session not in self._steps, "a session has one step at a time"
         self._number += 1
         step = ScheduledStep(
-            request=request, sequence=sequence, number=self._number, single_pass=single_pass
+            request=request,
+            sequence=sequence,
+            number=self._number,
+            run_end=len(sequence.tokens),
         )
         step.began_long = step.remaining > _MAX_BLOCK
         self._steps[request.session] = step
@@ -117,7 +126,7 @@ class Scheduler:
             self._steps[to] = step
 
     def plan(self, *, reserve: Callable[[ScheduledStep], bool]) -> list[StepChunk]:
-        """Return the chunks of the next pass: at most the budget, or one larger single-pass step.
+        """Return the chunks of the next pass, of at most the budget together.
 
         Args:
             reserve: Reserves KV slots for a step; a step for which it returns False waits.
@@ -160,12 +169,10 @@ class Scheduler:
     def _chunk_size(self, step: ScheduledStep, *, budget: int, share: int) -> int:
         """Return how many tokens of `step` run; logits that fit one pass are not split."""
         most = min(budget, share)
-        if step.single_pass:
-            return step.remaining if budget == self._budget or step.remaining <= budget else 0
         if step.remaining <= min(budget, max(share, _MAX_BLOCK)):
             return step.remaining
-        if step.sequence.cached < step.first_logit:
-            return min(step.remaining - step.request.num_logits, most)
+        if step.sequence.cached < step.next_logit:
+            return min(step.next_logit - step.sequence.cached, most)
         if step.request.num_logits > self._budget:
             return min(step.remaining, most)
         return step.remaining if step.remaining <= budget else 0
@@ -182,10 +189,10 @@ class Scheduler:
 
 def _priority(step: ScheduledStep, *, first: ScheduledStep | None) -> int:
     if step is first:
-        return 0 if step.single_pass else 2
+        return 1
     if step.is_prefill:
-        return 4
-    return 1 if step.starved else 3
+        return 3
+    return 0 if step.starved else 2
 
 
 class Preemptor:

@@ -84,7 +84,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
-        rotations_P1E = self._rotation_table(max(segment.length for segment in segments))
+        rotations_P1E = self._rotation_table(max(one.positions.stop for one in segments))
         if (
             self.numpy_llama
             and len(segments) <= MAX_SESSIONS

@@ -70,7 +70,9 @@ class NumpyLlama:
             rotations_P1E: The rotation of each position, complex.
         """
         states_L2JRD, rotations = pool.states_L2JRD.numpy(), rotations_P1E.numpy()
-        logits = [self._logits(one, states_L2JRD, rotations[one.length - 1]) for one in segments]
+        logits = [
+            self._logits(one, states_L2JRD, rotations[one.positions.start]) for one in segments
+        ]
         return torch.from_numpy(logits[0][None] if len(logits) == 1 else np.stack(logits))
 
     def _logits(self, segment: Segment, states_L2JRD: Array, rotation_1E: Array) -> Array:
