@@ -145,7 +145,9 @@ class RouterDeployment:
         router = options.loop(drafters=drafter_tier, experts=expert_tier)
         observed = settings.observe(router, ServeMetrics(ROUTER))
         pair = settings.pair()
-        self._context = settings.serving_context(observed, pair, ready=self._ready)
+        self._context = settings.serving_context(
+            observed, pair, ready=self._ready, warnings=router.warnings
+        )
         self._grpc = GenerationServicer(lambda: self._context)
 
     def _ready(self) -> bool:

@@ -173,6 +173,6 @@ async def local_server(
             drafter=drafter,
             expert=expert,
             router=router,
-            service=settings.serving_context(router, pair),
+            service=settings.serving_context(router, pair, warnings=router.warnings),
             token=token,
         )

@@ -300,6 +300,7 @@ class Application(Settings):
         pair: model_pair.ModelPair,
         *,
         ready: Callable[[], bool] = lambda: True,
+        warnings: Callable[[], list[str]] = list,
     ) -> ServingContext:
         """Return what the HTTP and gRPC APIs need.
 
@@ -307,6 +308,7 @@ class Application(Settings):
             generator: Generates answers.
             pair: What the two models share.
             ready: Returns whether the tiers are there.
+            warnings: Returns what is wrong though they are, a sentence each.
 
         Raises:
             StartupError: The API keys cannot be read.
@@ -319,6 +321,7 @@ class Application(Settings):
             defaults=self.defaults,
             stop_ids=pair.stop_ids,
             ready=ready,
+            warnings=warnings,
             api_keys=self._read_api_keys(),
         )
 

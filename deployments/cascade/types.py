@@ -248,6 +248,13 @@ class ExpertLoss(StrEnum):
     DRAFTER = "drafter"  # the drafter finishes it, which the statistics report
 
 
+class DrafterLoss(StrEnum):
+    """What happens to an answer while no drafter delivers a draft that its mode can do without."""
+
+    EXPERT = "expert"  # the expert writes alone, which the statistics report
+    WAIT = "wait"  # the answer waits for a draft, and fails after a while
+
+
 class Confidence(StrEnum):
     """What a sequence cascade reads of the drafter's token log-probabilities."""
 
@@ -277,6 +284,7 @@ class Request:
     prediction: tuple[int, ...] = ()  # tokens that the client expects the answer to begin with
     deadline_s: float | None = None
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
+    on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
     trace: bool = False  # report every round
     name: str = ""  # the request id, for logs
 
@@ -292,6 +300,7 @@ class Round:
     tokens: int
     draft_ms: float
     judge_ms: float
+    undrafted: str = ""  # why the expert wrote alone, though a draft was wanted
 
 
 @dataclass(slots=True, kw_only=True)
@@ -299,9 +308,9 @@ class Statistics:
     """What an answer cost and who wrote its tokens; updated in place by every round."""
 
     rounds: int = 0
-    drafted: int = 0  # tokens in blocks
+    drafted: int = 0  # tokens in blocks, and positions that the drafter's own rule deferred
     accepted: int = 0  # drafted tokens that were committed
-    judged: int = 0  # drafted tokens that the rule decided on
+    judged: int = 0  # of the drafted ones, those that the rule decided on
     deferred: int = 0  # of those, given to the expert
     drafter_tokens: int = 0  # committed tokens by origin
     kept_tokens: int = 0
@@ -320,7 +329,9 @@ class Statistics:
     expert_losses: int = 0  # 1: no expert was left, and the drafter finished the answer
     failover_causes: dict[str, int] = field(default_factory=dict)  # "drafter late": 2
     accepted_lengths: list[int] = field(default_factory=list)  # rounds by accepted tokens
-    draft_length_reason: str = ""
+    undrafted_rounds: dict[str, int] = field(default_factory=dict)  # by cause: "late": 2
+    draft_length_reason: str = ""  # of the last round
+    draft_length_reasons: dict[str, int] = field(default_factory=dict)  # of all rounds
     trace: list[Round] = field(default_factory=list)
 
 

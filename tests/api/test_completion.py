@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.accounts import check_accounts
+from tests.support.scripted_generator import ScriptedGenerator
 
 from cascade.api import build_request
 from cascade.api.completion import Completions, merge, sum_statistics
+from cascade.api.context import ServingContext
+from cascade.api.responses import figures
 from cascade.api.schema import CompletionBody
 from cascade.errors import Internal, Overloaded
 from cascade.types import Round, Statistics
@@ -20,7 +24,8 @@ from cascade.types import Round, Statistics
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from cascade.api.context import ServingContext
+    from cascade.api.completion import Completion
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.types import OutputChunk, Request
 
 ROUND = Round(position=0, drafted=1, accepted=1, deferred=0, tokens=1, draft_ms=1.0, judge_ms=1.0)
@@ -102,6 +107,47 @@ def test_statistics_are_summed() -> None:
     assert (both.draft_length_reason, both.trace) == ("fixed", [ROUND])
     assert both.failover_causes == {"drafter late": 4, "expert lost": 1}
     assert sum_statistics([one]) == one
+
+
+@given(
+    blocks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    stop=st.lists(st.sampled_from(["Moon", "on the", "é", " ", "rger n", "zażółć"]), max_size=3),
+    n=st.integers(1, 3),
+    max_tokens=st.integers(1, 70),
+    predicted=st.booleans(),
+)
+def test_accounts_agree_wherever_the_text_ends(
+    tokenizer: Tokenizer, *, predicted: bool, **asked: Any
+) -> None:
+    """Also while text is held back: origins, counts, histogram, trace and figures, and sums."""
+    words = tokenizer.encode("Buzz Aldrin walked on the Moon with café and Ärger naïve zażółć")
+    generator = ScriptedGenerator(script=lambda _: words, blocks=tuple(asked.pop("blocks")))
+    service = ServingContext(generator=generator, tokenizer=tokenizer, models=("pair",))
+    prediction = {"type": "content", "content": "Buzz"} if predicted else None
+    body = {"prompt": "x", "cascade": {"trace": True}, "prediction": prediction} | asked
+    call = build_request.completion(CompletionBody.model_validate(body), service)
+    completions = Completions(call, service)
+
+    async def run() -> None:
+        async with aclosing(completions.stream()) as deltas:
+            async for item in deltas:
+                assert item is not None
+                check_choice(item[0])
+
+    asyncio.run(run())
+    usage = figures(completions.usage)
+    cost, speculative = usage["usage"]["cascade"], usage["metrics"]["speculative_decoding"]
+    parts = [each.statistics for each in completions.all]
+    for name in ("rounds", "drafted", "accepted", "judged", "deferred", "kept_tokens"):
+        assert cost[name] == sum(getattr(part, name) for part in parts)
+    assert speculative["num_accepted_draft_tokens"] == cost["accepted"]
+    assert usage["usage"]["completion_tokens"] == sum(len(each.tokens) for each in completions.all)
+    assert sum(speculative["per_step_accepted"]) == cost["accepted"]
+
+
+def check_choice(completion: Completion) -> None:
+    origins = [token.origin for token in completion.tokens if token.origin is not None]
+    check_accounts(completion.request, completion.statistics, origins)
 
 
 NO_CHUNKS: list[OutputChunk] = []

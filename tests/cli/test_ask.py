@@ -114,6 +114,18 @@ def test_the_statistics_show_origins_and_costs(ask: Ask) -> None:
         assert text in result.stderr
 
 
+def test_rounds_without_a_draft_are_shown_with_their_causes(ask: Ask) -> None:
+    lost = STATISTICS | {"undrafted_rounds": {"collapsed": 7, "lease": 1}}
+    trace = [ROUND, ROUND | {"drafted": 0, "undrafted": "lease"}]
+    usage = {"choices": [], "usage": {"cascade": lost}}
+    ended = _chunk([], "", finish="stop", trace=trace)
+    result, _ = ask(events(_chunk(["a"], "e"), ended, usage), "Hi", "--trace")
+    assert "rounds without a draft" in result.stderr
+    assert "collapsed 7, lease 1" in result.stderr
+    assert "undrafted" in result.stderr
+    assert "rounds without a draft" not in ask(events(*ANSWER), "Hi")[0].stderr
+
+
 def test_the_rounds_are_shown_when_asked_for(ask: Ask) -> None:
     result, recorded = ask(events(*ANSWER), "Hi", "--trace")
     assert recorded.bodies[0]["cascade"] == {"trace": True}

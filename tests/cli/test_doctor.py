@@ -21,6 +21,7 @@ from cascade.cli.doctor import (
     available_bytes,
     check_cluster,
     check_config,
+    check_drafts,
     check_memory,
     check_ports,
     check_requirement,
@@ -158,6 +159,23 @@ def test_the_failure_of_an_unhealthy_server_quotes_its_response(serving: Serving
         check = check_server(server.url)
     assert check.status is Status.FAIL
     assert "no expert" in check.message
+
+
+def test_rejected_drafts_are_a_warning_of_a_healthy_server(serving: Serving) -> None:
+    health = {"status": "ok", "warnings": ["nearly all drafts are rejected under rule lossless"]}
+    with serving({"/health": _json(health)}) as server:
+        assert check_server(server.url).status is Status.OK
+        (check,) = check_drafts(server.url)
+    assert check.status is Status.WARN
+    assert "rejected under rule lossless" in check.message
+    assert "names the drafter" in check.fix
+
+
+@pytest.mark.parametrize("response", [_json({"status": "ok"}), _json([]), (503, JSON, b"{")])
+def test_a_server_without_warnings_has_none(serving: Serving, response: Any) -> None:
+    with serving({"/health": response}) as server:
+        assert check_drafts(server.url) == []
+    assert check_drafts(NOWHERE) == []
 
 
 def test_a_healthy_server_is_ok(serving: Serving) -> None:

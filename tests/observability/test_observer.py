@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.observability.test_metrics import exposed, key
+from tests.support.accounts import check_accounts
 
 from cascade.errors import ExpertUnavailable
 from cascade.observability.metric_specs import ROUTER
@@ -17,7 +18,7 @@ from cascade.observability.metrics import PrometheusMetrics
 from cascade.observability.observer import ObservedGenerator
 from cascade.observability.request_log import JsonLines, RequestLog
 from cascade.observability.request_metrics import RequestMetrics
-from cascade.rules import Chow
+from cascade.rules import Chow, Lossless, Rule, TokenV3
 from cascade.types import (
     DecodingParams,
     FinishReason,
@@ -26,6 +27,7 @@ from cascade.types import (
     OutputChunk,
     Request,
     SamplingParams,
+    SequenceCascadeParams,
     Statistics,
 )
 
@@ -73,7 +75,9 @@ class Scripted:
                 self._clock.now_s += 0.4
                 entry.rounds += 1
                 entry.expert_tokens += 1
-                entry.draft_length_reason = self._reason(number)
+                reason = self._reason(number)
+                reasons = entry.draft_length_reasons
+                reasons[reason] = reasons.get(reason, 0) + 1
                 last = number == self._pieces - 1
                 yield OutputChunk(
                     tokens=(number,),
@@ -154,15 +158,93 @@ async def test_metrics_say_what_the_answer_says_of_itself(toy_stack: LocalServer
     )
     assert found[ended("speculative", "length")] == 1
     assert found[key("cascade_prompt_tokens_total")] == 3
-    blocks = sum(entry.accepted_lengths)
-    assert found[key(f"{VLLM}_drafts_total", model_name="pair")] == blocks
-    assert found[key(f"{VLLM}_draft_tokens_total", model_name="pair")] == entry.drafted
-    assert found[key(f"{VLLM}_accepted_tokens_total", model_name="pair")] == entry.accepted
-    for place in range(4):
+    check_vllm_names(found, entry, places=4)
+
+
+def check_vllm_names(found: dict[str, float], entry: Statistics, *, places: int) -> None:
+    """Check the metrics of one answer under vLLM's names."""
+    for name, value in (
+        ("drafts", sum(entry.accepted_lengths)),
+        ("draft_tokens", entry.drafted),
+        ("accepted_tokens", entry.accepted),
+    ):
+        assert found.get(key(f"{VLLM}_{name}_total", model_name="pair"), 0) == value
+    for place in range(places):
         accepted = sum(entry.accepted_lengths[place + 1 :])
         ours = key("cascade_accepted_at_position_total", position=str(place))
         vllms = key(f"{VLLM}_accepted_tokens_per_pos_total", model_name="pair", position=str(place))
         assert found.get(ours, 0) == found.get(vllms, 0) == accepted
+
+
+ACCOUNTS: dict[str, tuple[Mode, Rule, float]] = {
+    "speculative": (Mode.SPECULATIVE, Lossless(), 0),
+    "cascade": (Mode.CASCADE, TokenV3(alpha=0.5), 0),
+    "chow": (Mode.CASCADE, Chow(alpha=0.5), 0),
+    "token cascade": (Mode.TOKEN_CASCADE, Chow(alpha=0.5), 0),
+    "drafter": (Mode.DRAFTER_ONLY, Lossless(), 0),
+    "expert": (Mode.EXPERT_ONLY, Lossless(), 0),
+    "draft kept": (Mode.SEQUENCE_CASCADE, Lossless(), -99),
+    "draft thrown away": (Mode.SEQUENCE_CASCADE, Lossless(), 0),
+}
+
+
+@pytest.mark.parametrize(("mode", "rule", "threshold"), ACCOUNTS.values(), ids=ACCOUNTS)
+async def test_metrics_trace_and_log_agree_in_every_mode(
+    toy_stack: LocalServer,
+    lines: list[dict[str, Any]],
+    mode: Mode,
+    rule: Rule,
+    threshold: float,
+) -> None:
+    """A draft that is thrown away was drafted, judged and deferred, and nowhere accepted."""
+    watched = Watched(toy_stack.router)
+    request = Request(
+        prompt=(3, 1, 4),
+        policy=replace(GREEDY, rule=rule),
+        mode=mode,
+        max_tokens=40,
+        draft_tokens=4,
+        patience=SequenceCascadeParams(threshold=threshold),
+        trace=True,
+    )
+    pieces = await watched.answer(request)
+    entry = pieces[-1].statistics
+    assert entry is not None
+    check_accounts(request, entry, [origin for piece in pieces for origin in piece.origins])
+    found = watched.samples()
+    for name, value in (
+        ("drafted", entry.drafted),
+        ("accepted", entry.accepted),
+        ("judged", entry.judged),
+        ("deferred", entry.deferred),
+    ):
+        assert found.get(key(f"cascade_{name}_tokens_total", rule=rule.kind), 0) == value
+        assert lines[0]["answer"][name] == value
+    rounds = [value for name, value in found.items() if name.startswith("cascade_rounds_total")]
+    assert sum(rounds) == sum(lines[0]["answer"]["draft_lengths"].values()) == entry.rounds
+    check_vllm_names(found, entry, places=16)
+    if threshold == 0 and mode is Mode.SEQUENCE_CASCADE:
+        assert (entry.drafted, entry.judged, entry.deferred, entry.accepted) == (40, 40, 40, 0)
+        assert [one.drafted for one in entry.trace if one.drafted] == [16, 16, 8]
+        assert entry.expert_tokens == 40
+
+
+async def test_rounds_without_a_draft_are_counted_by_rule_and_cause(
+    lines: list[dict[str, Any]],
+) -> None:
+    class Alone(Scripted):
+        async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
+            async for chunk in super().generate(request):
+                assert chunk.statistics is not None
+                chunk.statistics.undrafted_rounds = {"late": 2, "lease": 1}
+                yield chunk
+
+    watched = Watched(Alone(3))
+    await watched.answer(asked())
+    for cause, rounds in (("late", 2), ("lease", 1)):
+        name = key("cascade_undrafted_rounds_total", rule="lossless", cause=cause)
+        assert watched.samples()[name] == rounds
+    assert lines[0]["answer"]["undrafted_rounds"] == {"late": 2, "lease": 1}
 
 
 async def test_an_answer_reports_while_it_is_written_and_counts_nothing_twice() -> None:

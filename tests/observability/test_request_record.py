@@ -24,12 +24,12 @@ def record() -> RequestRecord:
     return RequestRecord(request=request, began_s=10.0)
 
 
-def chunk(*tokens: int, finish: FinishReason | None = None, reason: str = "") -> OutputChunk:
+def chunk(*tokens: int, finish: FinishReason | None = None) -> OutputChunk:
     return OutputChunk(
         tokens=tokens,
         origins=(Origin.EXPERT,) * len(tokens),
         finish=finish,
-        statistics=Statistics(draft_length_reason=reason),
+        statistics=Statistics(),
     )
 
 
@@ -39,13 +39,6 @@ def test_the_first_token_is_timed_not_the_first_chunk() -> None:
     one.add(chunk(4, 5), now_s=12.0)
     one.add(chunk(6), now_s=14.0)
     assert (one.first_s, one.last_s, one.tokens) == (12.0, 14.0, 3)
-
-
-def test_rounds_are_counted_by_what_decided_their_length() -> None:
-    one = record()
-    for reason in ("requested", "adaptive", "requested"):
-        one.add(chunk(1, reason=reason), now_s=11.0)
-    assert one.reasons == {"requested": 2, "adaptive": 1}
 
 
 def test_a_finished_answer_has_its_reason_and_an_unfinished_one_was_closed() -> None:

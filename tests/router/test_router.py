@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests import reference
+from tests.support.accounts import check_accounts
 
-from cascade.errors import ContextTooLong, DeadlineExceeded, ExpertUnavailable
+from cascade.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    DrafterUnavailable,
+    ExpertUnavailable,
+)
 from cascade.local import LocalServer, local_server
 from cascade.rules import (
     Bild,
@@ -29,6 +35,7 @@ from cascade.types import (
     Bonus,
     Coupling,
     DecodingParams,
+    DrafterLoss,
     ExpertLoss,
     FinishReason,
     Mode,
@@ -117,7 +124,7 @@ async def test_every_mode_writes_what_its_slow_twin_writes(
     """No cache, batch or wire changes a token, nor who wrote it."""
     for seed in (7,):
         policy = replace(how.get("policy", DecodingParams()), **variant, seed=seed)
-        request = Request(**(DEFAULTS | how | {"policy": policy}))
+        request = replace(Request(**(DEFAULTS | how | {"policy": policy})), trace=True)
         twin = reference.decode(
             PROMPT,
             drafter=toy.drafter.logits,
@@ -128,7 +135,11 @@ async def test_every_mode_writes_what_its_slow_twin_writes(
             max_tokens=10,
             patience=request.patience,
         )
-        assert origins(await answer(toy_stack, request)) == twin
+        pieces = await answer(toy_stack, request)
+        assert origins(pieces) == twin
+        assert pieces[-1].statistics is not None
+        check_accounts(request, pieces[-1].statistics, [origin for _, origin in twin])
+        assert pieces[-1].statistics.undrafted_rounds == {}
 
 
 def tokens(pieces: list[OutputChunk]) -> tuple[int, ...]:
@@ -214,6 +225,76 @@ async def test_a_drafter_that_dies_costs_no_token(toy: Pair, fragile: LocalServe
     assert all(drafted[:3])
     assert not any(drafted[4:])
     assert set(entry.failover_causes) == {"drafter lost"}
+    assert set(entry.undrafted_rounds) == {"lost"}
+    assert all(one.drafted or one.undrafted == "lost" for one in entry.trace[:-1])
+
+
+KEEP = TokenV3(alpha=0.9)  # keeps so much of the drafter that its loss changes the text
+
+
+def kept(**more: Any) -> Request:
+    request = greedy(40, mode=Mode.CASCADE, trace=True, **more)
+    return replace(request, policy=replace(request.policy, rule=KEEP))
+
+
+async def test_an_answer_that_waits_for_its_drafter_has_the_same_text_whatever_dies(
+    toy: Pair, fragile: LocalServer
+) -> None:
+    """Without it the expert writes on, which changes the text, and says in how many rounds."""
+    from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - one test needs it
+
+    undisturbed = tokens(await answer(fragile, kept()))
+    texts: dict[DrafterLoss, tuple[int, ...]] = {}
+    for choice in (DrafterLoss.WAIT, DrafterLoss.EXPERT):
+        pieces = list[OutputChunk]()
+        reborn: Drafter | None = None
+        async for piece in fragile.router.generate(kept(on_drafter_loss=choice)):
+            pieces.append(piece)
+            if len(pieces) == 2:
+                await fragile.drafter.stop()
+                if choice is DrafterLoss.WAIT:
+                    address, token = fragile.drafter.address, fragile.token
+                    reborn = await Drafter.start(
+                        toy.settings().drafter.options(), address=address, token=token
+                    )
+        entry = pieces[-1].statistics
+        assert entry is not None
+        check_accounts(kept(), entry, [origin for _, origin in origins(pieces)])
+        texts[choice] = tokens(pieces)
+        if reborn is not None:
+            assert (entry.undrafted_rounds, bool(entry.failovers)) == ({}, True)
+            await reborn.stop()
+    assert texts[DrafterLoss.WAIT] == undisturbed
+    assert texts[DrafterLoss.EXPERT] != undisturbed
+    assert set(entry.undrafted_rounds) == {"lost"}
+
+
+@pytest.mark.parametrize("limits", [{"draft_wait_s": 0.1}, {}], ids=["setting", "request"])
+async def test_an_answer_that_waits_for_no_drafter_at_all_may_be_repeated(
+    toy: Pair, limits: dict[str, float]
+) -> None:
+    """The setting ends the wait, or the request's own deadline."""
+    async with local_server(toy.settings(router=limits)) as running:
+        await running.drafter.stop()
+        deadline_s = None if limits else 0.2
+        request = kept(on_drafter_loss=DrafterLoss.WAIT, deadline_s=deadline_s)
+        with pytest.raises(DrafterUnavailable, match="on_drafter_loss") as found:
+            await answer(running, request)
+        assert (found.value.http, found.value.grpc) == (503, "UNAVAILABLE")
+        with pytest.raises(DeadlineExceeded):
+            await answer(running, replace(greedy(), mode=Mode.EXPERT_ONLY, deadline_s=1e-6))
+        assert len(await answer(running, kept())) > 0
+
+
+@pytest.mark.parametrize("mode", [Mode.DRAFTER_ONLY, Mode.SEQUENCE_CASCADE])
+async def test_a_prediction_is_no_answer_where_nobody_verifies_it(
+    toy_stack: LocalServer, mode: Mode
+) -> None:
+    patience = SequenceCascadeParams(threshold=-99)
+    plain = await answer(toy_stack, greedy(20, mode=mode, patience=patience))
+    false = tuple((token + 1) % 8 for token in tokens(plain))
+    request = greedy(20, mode=mode, patience=patience, prediction=false)
+    assert tokens(await answer(toy_stack, request)) == tokens(plain)
 
 
 async def test_speculation_comes_back_with_the_drafter(toy: Pair, fragile: LocalServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cascade.router.drafters import Draft
-from cascade.router.statistics import RoundRecorder
+from cascade.router.statistics import RoundRecorder, discard_drafts
 from cascade.router.verifiers import VerifyResult
 from cascade.speculation.cost_model import Timing
 from cascade.types import (
@@ -53,6 +53,8 @@ def test_tokens_are_counted_by_origin() -> None:
     assert (statistics.judged, statistics.deferred) == (3, 1)
     assert (statistics.drafter_passes, statistics.branched_rounds) == (3, 1)
     assert statistics.draft_length_reason == "requested"
+    assert statistics.draft_length_reasons == {"requested": 1}
+    assert statistics.undrafted_rounds == {}
 
 
 def test_tokens_beyond_the_answer_are_not_counted() -> None:
@@ -64,6 +66,31 @@ def test_accepted_lengths_are_a_histogram() -> None:
     statistics = recorded(Draft(block=Block(tokens=(4, 5, 9))))
     assert statistics.accepted_lengths == [0, 0, 1, 0]
     assert recorded(Draft()).accepted_lengths == []
+
+
+def test_a_position_that_the_drafter_deferred_is_drafted_and_not_accepted() -> None:
+    """So no more is judged than was drafted, and no more deferred than judged."""
+    statistics = recorded(Draft(block=Block(tokens=(4, 5)), deferred=True), trace=True)
+    assert (statistics.drafted, statistics.judged, statistics.deferred) == (3, 3, 1)
+    assert (statistics.accepted, statistics.accepted_lengths) == (2, [0, 0, 1, 0])
+    assert statistics.trace[0].drafted == 3
+
+
+def test_a_draft_that_is_missing_is_counted_by_its_cause() -> None:
+    statistics = recorded(Draft(undrafted="late"), trace=True)
+    assert statistics.undrafted_rounds == {"late": 1}
+    assert (statistics.trace[0].undrafted, statistics.accepted_lengths) == ("late", [])
+
+
+def test_drafts_that_are_thrown_away_are_deferred_and_not_accepted() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9))), trace=True)
+    statistics.judged = statistics.drafted
+    discard_drafts(statistics)
+    assert (statistics.drafted, statistics.judged, statistics.deferred) == (3, 3, 3)
+    assert (statistics.accepted, statistics.drafter_tokens, statistics.kept_tokens) == (0, 0, 0)
+    assert statistics.accepted_lengths == [1, 0, 0, 0]
+    (entry,) = statistics.trace
+    assert (entry.drafted, entry.accepted, entry.deferred, entry.tokens) == (3, 0, 3, 0)
 
 
 def test_a_prediction_is_counted_apart() -> None:

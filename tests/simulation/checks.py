@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tests.simulation.cluster import Cluster, run_scenario
 from tests.simulation.fake_replicas import first_wrong
 from tests.simulation.scenario import Scenario
+from tests.support.accounts import check_accounts
 
 from cascade.errors import Overloaded, Unavailable
 from cascade.router.router import RouterOptions
-from cascade.types import Mode
+from cascade.types import DrafterLoss, Mode
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Generation
@@ -70,6 +71,11 @@ def _check_free(node: Node) -> None:
 
 def _check(cluster: Cluster, generation: Generation) -> None:
     _check_text(generation)
+    if generation.statistics is not None:
+        origins = [origin for _, origin in generation.written]
+        check_accounts(generation.request, generation.statistics, origins)
+        waits = generation.request.on_drafter_loss is DrafterLoss.WAIT
+        assert not (waits and generation.statistics.undrafted_rounds), "did not wait"
     if generation.error is not None:
         _check_error(cluster, generation, generation.error)
     elif not generation.left:
@@ -101,6 +107,8 @@ def _check_error(cluster: Cluster, generation: Generation, error: Exception) -> 
         return
     begun = bool(generation.written)
     deadline_s = OPTIONS.loss_deadline_s if begun else OPTIONS.entry_deadline_s
+    if generation.request.on_drafter_loss is DrafterLoss.WAIT:
+        deadline_s = OPTIONS.draft_wait_s
     since_s = max(0.0, generation.ended_s - deadline_s + LATENCY_S)
     for name, leases in cluster.leases.items():
         there = [node for node in leases.nodes if node.usable(since_s, generation.ended_s)]

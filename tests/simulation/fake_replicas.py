@@ -23,6 +23,7 @@ from cascade.replica.options import ReplicaOptions
 from cascade.rules import Lossless
 from cascade.speculation.confidence import TokenConfidence
 from cascade.speculation.draft import DraftToken
+from cascade.speculation.verify import live_length
 from cascade.types import DraftStats, Origin, SessionId, Verdict
 
 if TYPE_CHECKING:
@@ -259,4 +260,11 @@ def _verdict(checksums: Sequence[int], task: VerifyTask) -> Verdict:
             origins.append(Origin.EXPERT)
             break
     accepted = len(tokens) - (Origin.EXPERT in origins)
-    return Verdict(accepted=accepted, tokens=tuple(tokens), origins=tuple(origins))
+    judged = min(accepted + 1, live_length(task.policy, task.block.tokens))
+    return Verdict(
+        accepted=accepted,
+        tokens=tuple(tokens),
+        origins=tuple(origins),
+        judged=judged,
+        deferred=judged - accepted,
+    )

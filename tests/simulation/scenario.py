@@ -11,7 +11,14 @@ from tests.simulation.network import NetworkConditions
 
 from cascade.rules import Chow, Lossless, Rule, TokenV3
 from cascade.speculation.draft_length import DraftPlan
-from cascade.types import DecodingParams, ExpertLoss, Mode, Request, SamplingParams
+from cascade.types import (
+    DecodingParams,
+    DrafterLoss,
+    ExpertLoss,
+    Mode,
+    Request,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from cascade.speculation.cost_model import RoundSample
@@ -90,6 +97,8 @@ class Scenario:
             mode=mode,
             max_tokens=rng.choice([1, 6, 12]),
             on_expert_loss=rng.choice([ExpertLoss.FAIL, ExpertLoss.FAIL, ExpertLoss.DRAFTER]),
+            on_drafter_loss=DrafterLoss.EXPERT if self.seed % 4 else DrafterLoss.WAIT,
+            trace=True,
         )
 
 

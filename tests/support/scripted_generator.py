@@ -109,6 +109,7 @@ def _record(statistics: Statistics, request: Request, tokens: tuple[int, ...]) -
     origins = _origins(tokens, request)
     accepted = len(tokens) - origins.count(Origin.EXPERT)
     statistics.rounds += 1
+    statistics.draft_length_reasons["scripted"] = statistics.rounds
     statistics.drafted += len(tokens)
     statistics.accepted += accepted
     statistics.judged += len(tokens)

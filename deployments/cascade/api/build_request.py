@@ -228,6 +228,7 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
         prediction=prediction,
         deadline_s=options.deadline_s or defaults.deadline_s,
         on_expert_loss=options.on_expert_loss or defaults.on_expert_loss,
+        on_drafter_loss=options.on_drafter_loss or defaults.on_drafter_loss,
         trace=bool(options.trace),
     )
 

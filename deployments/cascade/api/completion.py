@@ -14,7 +14,7 @@ from cascade.errors import Internal
 from cascade.types import FinishReason, Origin, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
@@ -46,6 +46,7 @@ class Completion:
         self._last = Delta()
         self._service = service
         self._statistics = Statistics()
+        self._rounds: list[tuple[int, int]] = []  # tokens, and accepted ones of them
 
     @property
     def output(self) -> Delta:
@@ -54,17 +55,24 @@ class Completion:
 
     @property
     def statistics(self) -> Statistics:
-        """Return what the completion cost, without tokens that a stop string cut off."""
-        counts = Counter(token.origin for token in self.tokens)
-        drafted = counts[Origin.DRAFTER] + counts[Origin.KEPT]
-        cut = max(self._statistics.drafter_tokens + self._statistics.kept_tokens - drafted, 0)
-        return replace(
-            self._statistics,
-            accepted=max(self._statistics.accepted - cut, 0),
-            drafter_tokens=counts[Origin.DRAFTER],
-            kept_tokens=counts[Origin.KEPT],
-            expert_tokens=counts[Origin.EXPERT],
+        """Return what the completion cost; only tokens of its text count as accepted.
+
+        What a stop string cut off was drafted and judged, but counts as rejected.
+        """
+        counts, whole = Counter(token.origin for token in self.tokens), self._statistics
+        drafter, kept, expert = (counts[o] for o in (Origin.DRAFTER, Origin.KEPT, Origin.EXPERT))
+        statistics = replace(
+            whole,
+            accepted=drafter + kept,
+            predicted_accepted=min(whole.predicted_accepted, drafter + kept),
+            drafter_tokens=drafter,
+            kept_tokens=kept,
+            expert_tokens=expert,
         )
+        length = drafter + kept + expert
+        if length < whole.drafter_tokens + whole.kept_tokens + whole.expert_tokens:
+            _cut_rounds(statistics, self._rounds, length=length)
+        return statistics
 
     async def stream(self) -> AsyncGenerator[Delta]:
         """Yield the deltas; the generation is closed as soon as the completion ends.
@@ -86,6 +94,8 @@ class Completion:
         async with aclosing(self._service.generator.generate(self.request)) as chunks:
             async for chunk in chunks:
                 self._statistics = chunk.statistics or self._statistics
+                drafted = len(chunk.tokens) - chunk.origins.count(Origin.EXPERT)
+                self._rounds.append((len(chunk.tokens), drafted))
                 delta = processor.push(chunk)
                 if delta.tokens or delta.finish:
                     yield self._add(delta)
@@ -110,6 +120,36 @@ class Completion:
             TokenText(token_id=token_id, text=text, logprob=logprob)
             for token_id, text, logprob in zip_longest(prompt, texts, (None, *known))
         )
+
+
+def _cut_rounds(statistics: Statistics, rounds: Sequence[tuple[int, int]], *, length: int) -> None:
+    """Cut the histogram and the trace after so many tokens of the answer.
+
+    Args:
+        statistics: What is changed.
+        rounds: The tokens and the accepted tokens of the rounds so far.
+        length: Tokens of the answer that are left.
+    """
+    lengths = [0] * len(statistics.accepted_lengths)
+    for _, accepted in _until(length, rounds):
+        if accepted:
+            lengths[accepted] += 1
+    if lengths:
+        lengths[0] = sum(statistics.accepted_lengths) - sum(lengths)
+    traced = [(entry.tokens, entry.accepted) for entry in statistics.trace]
+    statistics.accepted_lengths = lengths
+    statistics.trace = [
+        replace(entry, tokens=tokens, accepted=accepted)
+        for entry, (tokens, accepted) in zip(statistics.trace, _until(length, traced), strict=True)
+    ]
+
+
+def _until(length: int, rounds: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield tokens and accepted tokens of each round, as far as the first `length` tokens."""
+    for tokens, accepted in rounds:
+        left = min(tokens, length)
+        length -= left
+        yield left, min(accepted, left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from cascade.types import (
     Bonus,
     Confidence,
     Coupling,
+    DrafterLoss,
     ExpertLoss,
     Mode,
     Natural,
@@ -73,6 +74,7 @@ class Defaults:
     top_k: Natural = 0
     deadline_s: Seconds | None = None  # of a request; `router.max_generation_s` applies too
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
+    on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
 
     @property
     def patience(self) -> SequenceCascadeParams:
@@ -92,6 +94,7 @@ class ServingContext:
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
     ready: Callable[[], bool] = lambda: True
+    warnings: Callable[[], list[str]] = list  # what is wrong though it is ready, a sentence each
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
     keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment

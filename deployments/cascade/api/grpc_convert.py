@@ -135,6 +135,7 @@ def _options(message: pb.Generation) -> dict[str, Any]:
         "verification": _member(convert.VERIFICATION, message.verification),
         "rows": _member(convert.ROW_FORMAT, message.row_format),
         "on_expert_loss": _member(convert.EXPERT_LOSS, message.expert_loss),
+        "on_drafter_loss": _member(convert.DRAFTER_LOSS, message.drafter_loss),
         "trace": message.trace,
         **_present(message, draft_tokens="fixed_draft_length"),
     }
@@ -183,7 +184,9 @@ def choice(completion: Completion, delta: Delta) -> pb.Choice:
         convert.encode_logprobs(map(_logprob, delta.tokens), message.logprobs)
     if delta.finish is not None:
         message.finish_reason = convert.FINISH_REASON.encode(delta.finish)
-        message.rounds.extend(map(_round, completion.statistics.trace))
+        statistics = completion.statistics
+        message.rounds.extend(map(_round, statistics.trace))
+        message.undrafted_rounds.update(statistics.undrafted_rounds)
     return message
 
 
@@ -201,6 +204,7 @@ def _round(entry: Round) -> pb.Round:
         token_count=entry.tokens,
         draft_duration=_duration(entry.draft_ms / 1000),
         judge_duration=_duration(entry.judge_ms / 1000),
+        undrafted_cause=entry.undrafted,
     )
 
 
@@ -230,6 +234,7 @@ def usage(cost: Usage) -> pb.Usage:
         draft_length_reason=statistics.draft_length_reason,
         expert_loss_count=statistics.expert_losses,
         branched_round_count=statistics.branched_rounds,
+        undrafted_rounds=statistics.undrafted_rounds,
         drafter_duration=_duration(statistics.drafter_s),
         expert_duration=_duration(statistics.expert_s),
     )

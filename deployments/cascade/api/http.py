@@ -88,7 +88,9 @@ async def health(request: Request) -> Response:
     """Say whether requests can be answered now: whether a load balancer should send any."""
     if not _service(request).ready():
         raise Unavailable("No expert replica answers yet, or any more")
-    return responses.JsonResponse({"status": "ok"})
+    warnings = _service(request).warnings()
+    found: dict[str, Any] = {"warnings": warnings} if warnings else {}
+    return responses.JsonResponse({"status": "ok"} | found)
 
 
 async def liveness() -> Response:

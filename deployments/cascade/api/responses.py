@@ -188,8 +188,11 @@ def _extensions(completion: Completion, delta: Delta) -> Json:
     if completion.request.policy.logprobs is not None:
         known = [token.logprob for token in own if token.logprob is not None]
         cascade["logprob_origins"] = "".join("d" if one.drafter else "e" for one in known)
-    if delta.finish and completion.request.trace:
-        cascade["trace"] = [asdict(entry) for entry in completion.statistics.trace]
+    if delta.finish:
+        statistics = completion.statistics
+        cascade["undrafted_rounds"] = statistics.undrafted_rounds
+        if completion.request.trace:
+            cascade["trace"] = [asdict(entry) for entry in statistics.trace]
     extensions: Json = {"cascade": cascade}
     if isinstance(delta.stop, str) or delta.stop in completion.call.stop_ids:
         extensions["stop_reason"] = delta.stop

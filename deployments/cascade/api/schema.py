@@ -26,7 +26,16 @@ from pydantic_core import PydanticCustomError
 
 from cascade.errors import InvalidRequest, UnsupportedParameter, wanted
 from cascade.rules import Rule  # noqa: TC001 - pydantic reads the annotations
-from cascade.types import Bonus, Confidence, Coupling, ExpertLoss, Mode, RowFormat, Verification
+from cascade.types import (
+    Bonus,
+    Confidence,
+    Coupling,
+    DrafterLoss,
+    ExpertLoss,
+    Mode,
+    RowFormat,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -107,6 +116,8 @@ class Options(Body):
     """Seconds after which the request fails."""
     on_expert_loss: ExpertLoss | None = None
     """What happens if no expert is reachable: an error, or the drafter finishes the text."""
+    on_drafter_loss: DrafterLoss | None = None
+    """What happens while no drafter drafts: the expert writes alone, or the text waits for one."""
     trace: bool | None = None
     """Return every round of drafting and verification."""
 

@@ -359,6 +359,9 @@ def _statistics(statistics: dict[str, Any]) -> Table:
     if drafted:
         table.add_row("drafts accepted", f"{accepted} of {drafted}  {accepted / drafted:4.0%}")
         table.add_row("deferral rate", f"{number['deferral_rate']:.2f}")
+    if undrafted := statistics.get("undrafted_rounds"):
+        causes = ", ".join(f"{cause} {rounds}" for cause, rounds in undrafted.items())
+        table.add_row(Text("rounds without a draft", "red"), causes)
     table.add_row("bytes between the tiers", f"{number['sent_bytes'] + number['received_bytes']:,}")
     waits = f"{number['drafter_s']:.3f} s, {number['expert_s']:.3f} s"
     table.add_row("waited for drafter, expert", waits)
@@ -367,6 +370,7 @@ def _statistics(statistics: dict[str, Any]) -> Table:
 
 def _rounds(trace: list[dict[str, Any]]) -> Table:
     names = ("position", "drafted", "accepted", "deferred", "tokens", "draft_ms", "judge_ms")
+    names += ("undrafted",) * any(one.get("undrafted") for one in trace)
     table = Table(*names, box=None, header_style="dim")
     for one in trace:
         values = (one.get(name, "") for name in names)

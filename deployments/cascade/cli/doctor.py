@@ -276,6 +276,16 @@ def check_server(url: str) -> Check:
     return _fail(message, "serve status; the log of the Router has the reason")
 
 
+def check_drafts(url: str) -> list[Check]:
+    """Return what a healthy server warns of."""
+    try:
+        warnings = httpx.get(f"{url}/health", timeout=_TIMEOUT_S).json().get("warnings", ())
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return []
+    fix = "the log of the Router names the drafter; check that the two models are a pair"
+    return [_warn(str(warning), fix) for warning in warnings]
+
+
 def check_cluster(dashboard: str, *, config: ServeConfig) -> list[Check]:
     """Compare the config with the cluster's resources, or with this machine if there is none.
 
@@ -429,6 +439,7 @@ def doctor(
         *check_cluster(dashboard, config=serve),
         *check_ports(serve, serving=on_port.status is not Status.WARN),
         server,
+        *check_drafts(url or here),
     ]
     console = Console(highlight=False)
     for check in checks:

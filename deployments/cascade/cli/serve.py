@@ -184,6 +184,7 @@ def _http_app(
             settings.observe(loop, metrics),
             pair,
             ready=loop.ready,
+            warnings=loop.warnings,
             tier_context=loop.context_tokens,
         )
         yield

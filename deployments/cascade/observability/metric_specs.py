@@ -67,7 +67,17 @@ TOKENS = _counter(
     "cascade_tokens", "Committed tokens by origin: drafter, kept or expert", "rule origin"
 )
 ROUNDS = _counter("cascade_rounds", "Draft blocks by what decided their length", "rule reason")
-DRAFTED = _counter("cascade_drafted_tokens", "Drafted tokens", "rule")
+UNDRAFTED = _counter(
+    "cascade_undrafted_rounds",
+    "Rounds in which the expert wrote alone although a draft was wanted: lease (none granted yet), "
+    "late, lost, full, broken, collapsed (its drafts are rejected) or context (too short)",
+    "rule cause",
+)
+DRAFTED = _counter(
+    "cascade_drafted_tokens",
+    "Drafted tokens, and positions that the drafter itself deferred",
+    "rule",
+)
 ACCEPTED = _counter("cascade_accepted_tokens", "Drafted tokens that were committed", "rule")
 ACCEPTED_AT = _counter(
     "cascade_accepted_at_position",
@@ -85,7 +95,7 @@ BYTES = _counter("cascade_wire_bytes", "Bytes between router and tiers", "direct
 FAILOVERS = _counter(
     "cascade_failovers",
     "Times a session moved to another replica or went on without the tier: lost, full, late, "
-    "broken (its passes fail) or collapsed (its drafts are rejected)",
+    "broken (its passes fail), collapsed (its drafts are rejected) or context (too short)",
     "tier cause",
 )
 ANSWER_S = _histogram("cascade_answer_seconds", "Duration of an answer", SLOW_S, "mode")
@@ -122,6 +132,7 @@ ROUTER = (
     CACHED_PROMPT_TOKENS,
     TOKENS,
     ROUNDS,
+    UNDRAFTED,
     DRAFTED,
     ACCEPTED,
     ACCEPTED_AT,

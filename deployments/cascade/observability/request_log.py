@@ -96,5 +96,6 @@ def _fields(record: RequestRecord, *, now_s: float) -> dict[str, Any]:
         "drafter_s": round(statistics.drafter_s, 6),
         "expert_s": round(statistics.expert_s, 6),
         "failovers": statistics.failover_causes,
-        "draft_lengths": record.reasons,
+        "undrafted_rounds": statistics.undrafted_rounds,
+        "draft_lengths": statistics.draft_length_reasons,
     }

@@ -99,7 +99,9 @@ class RequestMetrics(Observer):
             tier, cause = name.split()
             yield (metric_specs.FAILOVERS, (tier, cause)), count
         reasons = Counter[str]()
-        for reason, count in record.reasons.items():
+        for cause, count in costs.undrafted_rounds.items():
+            yield (metric_specs.UNDRAFTED, (rule, cause)), count
+        for reason, count in costs.draft_length_reasons.items():
             reasons[self._reason(reason)] += count
         for reason, count in reasons.items():
             yield (metric_specs.ROUNDS, (rule, reason)), count

@@ -27,7 +27,6 @@ class RequestRecord:
     finish: str = CLOSED
     error: BaseException | None = None
     statistics: Statistics = field(default_factory=Statistics)
-    reasons: dict[str, int] = field(default_factory=dict)  # rounds by what decided their length
 
     def add(self, chunk: OutputChunk, *, now_s: float) -> None:
         """Add a chunk; its statistics object goes on growing."""
@@ -39,8 +38,6 @@ class RequestRecord:
             self.finish = chunk.finish
         if chunk.statistics is not None:
             self.statistics = chunk.statistics
-            reason = chunk.statistics.draft_length_reason
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def fail(self, error: BaseException) -> None:
         """Record what ended the answer early."""

@@ -180,7 +180,9 @@ def _counts(record: RequestRecord) -> dict[str, float]:
         "cascade.tokens": record.tokens,
         "cascade.drafted": entry.drafted,
         "cascade.accepted": entry.accepted,
+        "cascade.judged": entry.judged,
         "cascade.deferred": entry.deferred,
+        "cascade.undrafted": sum(entry.undrafted_rounds.values()),
         "cascade.drafter_s": entry.drafter_s,
         "cascade.expert_s": entry.expert_s,
     }

@@ -22,6 +22,7 @@ from cascade.types import (
     Confidence,
     Coupling,
     DecodingParams,
+    DrafterLoss,
     DraftStats,
     ExpertLoss,
     FinishReason,
@@ -132,6 +133,7 @@ ROW_FORMAT = EnumCodec(RowFormat, tokens_pb2.RowFormat)
 MODE = EnumCodec(Mode, cascade_pb2.Mode)
 CONFIDENCE = EnumCodec(Confidence, cascade_pb2.Confidence)
 EXPERT_LOSS = EnumCodec(ExpertLoss, cascade_pb2.ExpertLoss)
+DRAFTER_LOSS = EnumCodec(DrafterLoss, cascade_pb2.DrafterLoss)
 FINISH_REASON = EnumCodec(FinishReason, cascade_pb2.FinishReason)
 
 

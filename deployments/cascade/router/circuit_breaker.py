@@ -1,28 +1,38 @@
-"""A circuit breaker per drafter: one whose tokens are all rejected is not asked for a while.
+"""A circuit breaker per drafter and rule: where all drafts are rejected, hardly any are asked for.
 
 It sums log-likelihood ratios of "hardly any token is accepted" to "a fair share is accepted". The
 sum grows with each rejected token, shrinks with each accepted one, and never falls below 0 (the
-CUSUM test of Page, 1954). It detects a collapse within about thirty tokens of all sessions, and
-almost never where a tenth of the tokens are accepted.
+CUSUM test of Page, 1954). It almost never opens where a tenth of the tokens are accepted.
+
+What one caller repeats must not take the drafter from the others. So a rejected token counts only
+beyond the first of its answer, and a prompt counts for a few tokens, however often it is sent. An
+open breaker lets two answers a second draft a few blocks, and the next one at once while tokens are
+accepted, and so closes by itself within seconds.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
 from math import log
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cascade.rules import Rule
+    from cascade.types import Session, Verdict
+
 COLLAPSED_RATE, FAIR_RATE = 0.02, 0.3  # acceptance rates of the two hypotheses
 ACCEPTED_SCORE = log(COLLAPSED_RATE / FAIR_RATE)
 REJECTED_SCORE = log((1 - COLLAPSED_RATE) / (1 - FAIR_RATE))
-TRIP_SCORE = 10.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
-RECOVERED_TOKENS = 30  # accepted since the last trip: the next pause is the first one again
+OPEN_SCORE = 10.0
+CLOSE_SCORE = 5.0  # two accepted tokens below the score at which it opens
+PROMPT_TOKENS = 6  # rejected tokens of one prompt that count, so that it takes five prompts to open
+PROBE_PERIOD_S = 0.5
+ALLOWED_BLOCKS = 4  # of an answer, since its first block may well be rejected
+MAX_BREAKERS = 1024  # callers choose the parameters of rules
 
 logger = logging.getLogger(__name__)
 
@@ -30,48 +40,63 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Breaker:
     score: float = 0.0
-    accepted: int = 0  # tokens since the last trip
-    pause_s: float = 0.0  # the last pause
-    open_until_s: float = 0.0
-
-    def trip(self, *, now_s: float) -> None:
-        """Open for twice as long as the last time, unless the drafter has recovered since."""
-        longer_s = 2 * self.pause_s if self.accepted < RECOVERED_TOKENS else 0.0
-        self.pause_s = min(max(FIRST_PAUSE_S, longer_s), LONGEST_PAUSE_S)
-        self.score, self.accepted = 0.0, 0
-        self.open_until_s = now_s + self.pause_s
+    prompts: Counter[int] = field(default_factory=Counter[int])  # rejected tokens of each
+    open: bool = False
+    probe_s: float = 0.0  # while open, when the next answer may draft
 
 
 class CircuitBreaker:
-    """The breakers of all drafters that a router has asked, by address."""
+    """The breakers of all drafters that a router has asked, by address and rule."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._breakers: defaultdict[str, _Breaker] = defaultdict(_Breaker)
+        self._breakers: OrderedDict[tuple[str, Rule], _Breaker] = OrderedDict()
 
-    def record(self, address: str, *, drafted: int, accepted: int) -> None:
+    def record(self, address: str, session: Session, verdict: Verdict, *, prompt: int) -> None:
         """Record one verified block.
 
         Args:
             address: Of the drafter.
-            drafted: Tokens in the block. Those after the first rejected one are not evidence.
-            accepted: Tokens accepted, 0 to `drafted`.
+            session: What the block followed.
+            verdict: On the block.
+            prompt: A hash of the session's prompt.
         """
-        breaker, now_s = self._breakers[address], self._clock()
-        rejected = accepted < drafted
-        change = accepted * ACCEPTED_SCORE + rejected * REJECTED_SCORE
-        breaker.score = max(0.0, breaker.score + change)
-        breaker.accepted += accepted
-        if breaker.score > TRIP_SCORE and now_s >= breaker.open_until_s:
-            breaker.trip(now_s=now_s)
+        rule, accepted = session.policy.rule, verdict.accepted
+        breaker = self._breakers.setdefault((address, rule), _Breaker())
+        self._breakers.move_to_end((address, rule))
+        if len(self._breakers) > MAX_BREAKERS:
+            self._breakers.popitem(last=False)
+        rejected = verdict.judged > accepted and session.position + accepted > 0
+        if rejected and not breaker.open:
+            breaker.prompts[prompt] += 1
+            rejected = breaker.prompts[prompt] <= PROMPT_TOKENS
+        score = breaker.score + accepted * ACCEPTED_SCORE + rejected * REJECTED_SCORE
+        breaker.score = min(max(0.0, score), OPEN_SCORE)
+        if breaker.open and accepted:
+            breaker.probe_s = self._clock()
+        if breaker.open and breaker.score <= CLOSE_SCORE:
+            breaker.open, breaker.score = False, 0.0
+            logger.warning("The expert accepts drafts of %s again under %s.", address, rule)
+        elif breaker.score == OPEN_SCORE and not breaker.open:
+            breaker.open = True
             logger.warning(
-                "The expert rejects all tokens of the drafter at %s; it is not asked for %g s. "
-                "Check that the two models are a pair.",
-                address,
-                breaker.pause_s,
+                "The expert rejects all tokens of the drafter at %s under %s; an answer "
+                "drafts with it every %g s only. Check that the two models are a pair.",
+                *(address, rule, PROBE_PERIOD_S),
             )
+        if breaker.open or not breaker.score:
+            breaker.prompts.clear()
 
-    def is_open(self, address: str) -> bool:
-        """Return whether the drafter should not be asked now."""
-        breaker = self._breakers.get(address)
-        return breaker is not None and self._clock() < breaker.open_until_s
+    def allows(self, address: str, rule: Rule) -> bool:
+        """Return whether an answer may ask the drafter for its next `ALLOWED_BLOCKS`."""
+        breaker = self._breakers.get((address, rule))
+        if breaker is None or not breaker.open:
+            return True
+        if self._clock() < breaker.probe_s:
+            return False
+        breaker.probe_s = self._clock() + PROBE_PERIOD_S
+        return True
+
+    def rules(self) -> list[str]:
+        """Return the kinds of rules whose breaker is open for any drafter."""
+        return sorted({rule.kind for (_, rule), one in self._breakers.items() if one.open})

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from cascade.errors import ContextTooLong, DrafterUnavailable
 from cascade.protocol.messages import Proposal, Propose
+from cascade.router.circuit_breaker import ALLOWED_BLOCKS
 from cascade.router.retry import Failure
-from cascade.router.tier_session import now_s
-from cascade.rules import Lossless, Lossy
+from cascade.router.tier_session import REPLICA_ERRORS, now_s
 from cascade.speculation.cost_model import Timing
 from cascade.types import Block
 
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from cascade.router.circuit_breaker import CircuitBreaker
     from cascade.router.tier_session import MessageFactory, TierSession
     from cascade.speculation.draft_length import DraftPlan
-    from cascade.types import DecodingParams, Session, Verdict
+    from cascade.types import Session, Verdict
 
 MIN_AHEAD_CHANCE = 0.2  # of a whole block's acceptance, below which drafting ahead is wasted
 ALIGNMENT_TOKENS = 3  # committed tokens that must recur in a prediction to resume it there
 LEASE_WAIT_SHARE = 0.1  # of the draft deadline, that a new session waits for its first lease
+NO_LEASE = "lease"  # the cause of a missing draft where no tier has failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,7 @@ class Draft:
     timing: Timing = field(default_factory=Timing)
     predicted: bool = False  # taken from the client's prediction
     branched: bool = False  # drafted in advance on a verdict other than the likeliest
+    undrafted: str = ""  # why there is no draft, though one was wanted
 
 
 NO_DRAFT = Draft()
@@ -55,8 +59,8 @@ class Drafter(Protocol):
         """Return a block that follows the session, at most as long as planned; it may be empty."""
         ...
 
-    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
-        """Learn from the verdict on a draft."""
+    def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
+        """Learn from the verdict on a draft that followed the session."""
         ...
 
 
@@ -71,7 +75,7 @@ class NoDrafter:
         del session, plan
         return NO_DRAFT
 
-    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+    def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
         """Do nothing."""
 
 
@@ -125,7 +129,7 @@ class RemoteDrafter:
             branched=proposal.branched,
         )
 
-    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+    def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
         """Do nothing."""
 
     def message(self, session: Session, plan: DraftPlan) -> MessageFactory:
@@ -154,6 +158,7 @@ class BestEffortDrafter:
     The answer waits for a block until the deadline, once. A late drafter keeps the session, since
     it may only have a long prompt to prefill. From then on the answer does not wait for it, until
     one of its blocks comes in time. The answer waits for a lease only when it begins, and briefly.
+    A draft that is missing says why: how the tier failed, or `lease` while no lease is granted yet.
     """
 
     def __init__(
@@ -171,6 +176,8 @@ class BestEffortDrafter:
         self._breaker = breaker
         self._deadline_s = deadline_s
         self._lease_wait_s = LEASE_WAIT_SHARE * deadline_s
+        self._prompt_hash: int | None = None
+        self._allowed = 0  # blocks until the breaker is asked again
 
     def hint(self, session: Session, plan: DraftPlan) -> None:
         """Ask for the block before it is needed."""
@@ -178,16 +185,22 @@ class BestEffortDrafter:
 
     async def propose(self, session: Session, plan: DraftPlan) -> Draft:
         """Return a block; empty if no drafter delivers one in time."""
-        if plan.tokens and await self._ready(session, plan):
-            return await self._remote.propose(session, plan)
-        return NO_DRAFT
+        if plan.tokens == 0:
+            return NO_DRAFT
+        ready = await self._ready(session, plan)
+        draft = await self._remote.propose(session, plan) if ready else NO_DRAFT
+        if draft.block.length or draft.deferred:
+            return draft
+        return replace(draft, undrafted=str(self._tier_session.retry_state.last or NO_LEASE))
 
-    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
-        """Record the acceptance of a draft under rules that follow the expert's distribution."""
-        if draft.block.length and isinstance(policy.rule, Lossless | Lossy):
-            self._breaker.record(
-                self._tier_session.address, drafted=draft.block.length, accepted=verdict.accepted
-            )
+    def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
+        """Record how much of a draft was accepted."""
+        if draft.block.length == 0:
+            return
+        if self._prompt_hash is None:
+            self._prompt_hash = hash(session.prompt)
+        address = self._tier_session.address
+        self._breaker.record(address, session, verdict, prompt=self._prompt_hash)
 
     async def _ready(self, session: Session, plan: DraftPlan) -> bool:
         tier = self._tier_session
@@ -198,9 +211,12 @@ class BestEffortDrafter:
         wait_s, self._lease_wait_s = self._lease_wait_s, 0.0
         if not await tier.has_lease(within_s=wait_s):
             return False
-        if self._breaker.is_open(tier.address):
-            tier.fail(Failure.COLLAPSED)
-            return False
+        if self._allowed == 0:
+            if not self._breaker.allows(tier.address, session.policy.rule):
+                tier.fail(Failure.COLLAPSED)
+                return False
+            self._allowed = ALLOWED_BLOCKS
+        self._allowed -= 1
         return True
 
     async def _back_in_time(self, session: Session, plan: DraftPlan) -> bool:
@@ -213,6 +229,34 @@ class BestEffortDrafter:
             tier.fail(Failure.LATE)
             tier.send(session, self._remote.message(session, plan))
         return False
+
+
+class WaitingDrafter(BestEffortDrafter):
+    """Drafts whatever is wanted: waits until a drafter delivers, up to a deadline."""
+
+    async def propose(self, session: Session, plan: DraftPlan) -> Draft:
+        """Return a block.
+
+        Raises:
+            DrafterUnavailable: No drafter delivers one before the deadline.
+            ContextTooLong: The answer has become too long for a drafter.
+        """
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._remote.propose(session, plan)
+        except TimeoutError as error:
+            raise DrafterUnavailable(
+                f"no drafter delivered a draft within {self._deadline_s:g} s; the request waits for"
+                " one (`on_drafter_loss`)"
+            ) from error
+        except REPLICA_ERRORS as error:
+            raise DrafterUnavailable(
+                f"the drafter fails, and the request waits for it (`on_drafter_loss`): {error}"
+            ) from error
+        except ContextTooLong as error:
+            raise ContextTooLong(
+                f"the drafter is full, and the request waits for it (`on_drafter_loss`): {error}"
+            ) from error
 
 
 class PredictionDrafter:
@@ -251,10 +295,10 @@ class PredictionDrafter:
             return await self._fallback.propose(session, plan)
         return Draft(block=Block(tokens=tokens), predicted=True)
 
-    def observe(self, policy: DecodingParams, draft: Draft, verdict: Verdict) -> None:
+    def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
         """Pass on verdicts on the fallback's own drafts."""
         if not draft.predicted:
-            self._fallback.observe(policy, draft, verdict)
+            self._fallback.observe(session, draft, verdict)
 
     def _predicted(self, session: Session) -> tuple[int, ...]:
         self._align(session.tokens)

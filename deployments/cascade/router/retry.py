@@ -10,6 +10,7 @@ both tiers use it for every kind of failure.
 | `BROKEN`: its forward passes fail | closed | after a pause, a few times only |
 | `COLLAPSED`: the circuit breaker of the drafter is open | closed | after a pause |
 | `LATE`: a draft missed its deadline | kept | after a pause, or when the late draft arrives |
+| `CONTEXT`: the answer is too long for the drafter | closed | never |
 | none: a reply came | kept | at once; earlier failures are forgotten |
 
 A session that needs the tier waits for the pause to end, until `given_up`. A session without a
@@ -18,6 +19,7 @@ drafter goes on with the expert alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -33,6 +35,7 @@ class Failure(StrEnum):
     BROKEN = "broken"
     COLLAPSED = "collapsed"
     LATE = "late"
+    CONTEXT = "context"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,7 @@ class RetryPolicy:
     loss_s: float = 30.0  # without the tier since its last reply, until it is given up
     reply_timeout_s: float = 2.0  # until a message is sent again; doubles each time
     deadline_s: float | None = None  # of one attempt, for a tier that the session can do without
+    queues: bool = False  # a session that has not begun waits for room too
 
     @property
     def required(self) -> bool:
@@ -80,13 +84,14 @@ class RetryState:
             since_s: When the failed attempt began, if before `now_s`.
         """
         pauses_s = policy.pauses_s
+        pause_s = pauses_s[min(self.failures, len(pauses_s) - 1)]
         return replace(
             self,
             failures=self.failures + 1,
             breakdowns=self.breakdowns + (failure is Failure.BROKEN),
             last=failure,
             since_s=self.since_s if self.failures else now_s if since_s is None else since_s,
-            resume_s=now_s + pauses_s[min(self.failures, len(pauses_s) - 1)],
+            resume_s=math.inf if failure is Failure.CONTEXT else now_s + pause_s,
         )
 
     def after_stay(self) -> RetryState:
@@ -96,9 +101,10 @@ class RetryState:
     def given_up(self, policy: RetryPolicy) -> bool:
         """Return whether a session that needs the tier fails now.
 
-        A session that has not begun fails at once if the tier is full: it has queued already.
+        A session that has not begun fails at once if the tier is full, since it has queued already,
+        unless the policy says otherwise.
         """
-        if self.last is Failure.FULL and not self.served:
+        if self.last is Failure.FULL and not self.served and not policy.queues:
             return True
         limit_s = policy.loss_s if self.served else policy.entry_s
         expired = self.resume_s - self.since_s > limit_s

@@ -7,13 +7,14 @@ mode is a `Plan` over the one loop (`speculation.modes`).
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from cascade.errors import DeadlineExceeded, ExpertUnavailable
+from cascade.errors import DeadlineExceeded, DrafterUnavailable, ExpertUnavailable
 from cascade.router.circuit_breaker import CircuitBreaker
 from cascade.router.drafters import (
     BestEffortDrafter,
@@ -21,15 +22,17 @@ from cascade.router.drafters import (
     NoDrafter,
     PredictionDrafter,
     RemoteDrafter,
+    WaitingDrafter,
 )
 from cascade.router.retry import RetryPolicy
-from cascade.router.statistics import RoundRecorder
+from cascade.router.statistics import RoundRecorder, discard_drafts
 from cascade.router.tier_session import TierClient, TierSession, now_s, score
 from cascade.router.verifiers import AcceptAll, RemoteVerifier, Verifier, VerifyOnDeferral
 from cascade.speculation.draft_length import DraftLength, Fixed, expert_slots
 from cascade.speculation.modes import DraftSource, VerifyWhen, plan_for
 from cascade.types import (
     Confidence,
+    DrafterLoss,
     ExpertLoss,
     FinishReason,
     Mode,
@@ -62,6 +65,7 @@ class RouterOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     max_generation_s: Seconds = 600.0
     draft_deadline_s: Seconds = 2.0  # after it the expert goes on without a draft
+    draft_wait_s: Seconds = 30.0  # for a draft, in requests that wait for one; then they fail
     draft_pause_s: Seconds = 1.0  # before a failed drafter is asked; up to 4 times
     answer_deadline_s: Seconds = 5.0  # before a verdict is asked for again
     entry_deadline_s: Seconds = 2.0  # for an expert, before an answer begins
@@ -88,6 +92,13 @@ class RouterOptions:
             deadline_s=self.draft_deadline_s,
             reply_timeout_s=self.draft_deadline_s,
             pauses_s=tuple(times * self.draft_pause_s for times in (1, 2, 4)),
+        )
+
+    @property
+    def waiting_tier(self) -> RetryPolicy:
+        """Return how an answer retries a drafter that it waits for; `draft_wait_s` ends that."""
+        return RetryPolicy(
+            reply_timeout_s=self.draft_deadline_s, entry_s=math.inf, loss_s=math.inf, queues=True
         )
 
 
@@ -136,6 +147,13 @@ class Router:
         """Return the expert's log-probability of each token but the first."""
         return await score(self._experts, tuple(tokens), top=top)
 
+    def warnings(self) -> list[str]:
+        """Return what is wrong though answers can begin, a sentence each."""
+        return [
+            f"all drafts of a drafter are rejected under rule {kind}, so it is hardly asked there"
+            for kind in self._breaker.rules()
+        ]
+
     async def _loop(
         self, request: Request, session: Session, statistics: Statistics, *, deadline_s: float
     ) -> AsyncGenerator[OutputChunk]:
@@ -158,7 +176,7 @@ class Router:
                 before, session = session, advance(session, verdict, limit=request.max_tokens)
                 recorder.record(before, session, draft, verdict, reason=draft_plan.reason)
                 length.learn(recorder.sample(draft, result))
-                drafter.observe(session.policy, draft, verdict)
+                drafter.observe(before, draft, verdict)
                 finish = _finish(session, request)
                 if finish is None:
                     draft_plan = length.next(budget=_draft_budget(request, session))
@@ -203,14 +221,12 @@ class Router:
         draft = replace(request, mode=Mode.DRAFTER_ONLY, policy=policy)
         answer = self._with_expert_fallback(draft, statistics, deadline_s=deadline_s)
         chunks = [chunk async for chunk in answer]
+        statistics.judged = statistics.drafted
         if _confidence(chunks, params) >= params.threshold:
             for chunk in chunks:
                 yield chunk if request.policy.logprobs is not None else replace(chunk, logprobs=())
             return
-        drafted = sum(len(chunk.tokens) for chunk in chunks)
-        statistics.kept_tokens -= drafted
-        statistics.accepted -= drafted
-        statistics.judged, statistics.deferred = drafted, drafted
+        discard_drafts(statistics)
         request = replace(request, mode=Mode.EXPERT_ONLY)
         answer = self._with_expert_fallback(request, statistics, deadline_s=deadline_s)
         async with aclosing(answer):
@@ -227,11 +243,8 @@ class Router:
         deadline_s: float,
     ) -> AsyncGenerator[tuple[Drafter, Verifier]]:
         """Make the drafter and the verifier of a plan, start the prefill, free both at the end."""
-        options, required = self._options, self._options.required_tier
-        best_effort = plan.drafter is DraftSource.BEST_EFFORT
-        drafters = TierSession(
-            self._drafters, statistics, policy=options.best_effort_tier if best_effort else required
-        )
+        required = self._options.required_tier
+        drafters = TierSession(self._drafters, statistics, policy=self._drafter_tier(request, plan))
         experts = TierSession(self._experts, statistics, policy=required)
         try:
             if plan.verify is VerifyWhen.ALWAYS or plan.drafter is DraftSource.REQUIRED:
@@ -239,9 +252,23 @@ class Router:
                 async with _until(deadline_s):
                     await needed.open(session)
             yield self._drafter(request, plan, drafters), _verifier(plan, experts)
+        except DeadlineExceeded as error:
+            if not (_waits_for_drafter(request, plan) and drafters.missing):
+                raise
+            raise DrafterUnavailable(
+                "no drafter was there before the deadline of the answer; the request waits for one"
+                " (`on_drafter_loss`)"
+            ) from error
         finally:
             drafters.close()
             experts.close()
+
+    def _drafter_tier(self, request: Request, plan: Plan) -> RetryPolicy:
+        if _waits_for_drafter(request, plan):
+            return self._options.waiting_tier
+        if plan.drafter is DraftSource.BEST_EFFORT:
+            return self._options.best_effort_tier
+        return self._options.required_tier
 
     def _drafter(self, request: Request, plan: Plan, tier_session: TierSession) -> Drafter:
         options, until_deferral = self._options, plan.verify is VerifyWhen.ON_DEFERRAL
@@ -257,10 +284,11 @@ class Router:
                     branches=options.overlap_branches,
                     until_deferral=until_deferral,
                 )
-                drafter = BestEffortDrafter(
-                    remote, breaker=self._breaker, deadline_s=options.draft_deadline_s
-                )
-        if not request.prediction or until_deferral:
+                waits = _waits_for_drafter(request, plan)
+                kind = WaitingDrafter if waits else BestEffortDrafter
+                deadline_s = options.draft_wait_s if waits else options.draft_deadline_s
+                drafter = kind(remote, breaker=self._breaker, deadline_s=deadline_s)
+        if not request.prediction or plan.verify is not VerifyWhen.ALWAYS:
             return drafter
         return PredictionDrafter(
             request.prediction,
@@ -286,6 +314,10 @@ async def _until(deadline_s: float) -> AsyncGenerator[None]:
             yield
     except TimeoutError as error:
         raise DeadlineExceeded("the answer took longer than its deadline") from error
+
+
+def _waits_for_drafter(request: Request, plan: Plan) -> bool:
+    return plan.drafter is DraftSource.BEST_EFFORT and request.on_drafter_loss is DrafterLoss.WAIT
 
 
 def _verifier(plan: Plan, experts: TierSession) -> Verifier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cascade.speculation.cost_model import RoundSample
@@ -79,11 +80,14 @@ class RoundRecorder:
             verdict: What the verifier said of it.
             reason: Why the draft had this length, for metrics.
         """
-        statistics, length = self.statistics, draft.block.length
+        statistics, length = self.statistics, draft.block.length + draft.deferred
         origins = after.origins[before.position :]
         accepted = min(verdict.accepted, len(origins))
         statistics.rounds += 1
         statistics.draft_length_reason = reason
+        _count(statistics.draft_length_reasons, reason)
+        if draft.undrafted:
+            _count(statistics.undrafted_rounds, draft.undrafted)
         statistics.drafted += length
         statistics.accepted += accepted
         statistics.judged += verdict.judged
@@ -110,5 +114,21 @@ class RoundRecorder:
                     tokens=len(origins),
                     draft_ms=1e3 * self.draft_s,
                     judge_ms=1e3 * self.verify_s,
+                    undrafted=draft.undrafted,
                 )
             )
+
+
+def discard_drafts(statistics: Statistics) -> None:
+    """Count all drafts so far as deferred to the expert, which writes the answer anew."""
+    statistics.deferred = statistics.drafted
+    statistics.accepted = statistics.drafter_tokens = statistics.kept_tokens = 0
+    rounds, empty = sum(statistics.accepted_lengths), len(statistics.accepted_lengths) - 1
+    statistics.accepted_lengths = [rounds, *[0] * empty]
+    statistics.trace = [
+        replace(one, accepted=0, deferred=one.drafted, tokens=0) for one in statistics.trace
+    ]
+
+
+def _count(counts: dict[str, int], name: str) -> None:
+    counts[name] = counts.get(name, 0) + 1

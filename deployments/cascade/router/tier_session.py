@@ -12,7 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from cascade.errors import CascadeError, Internal, Overloaded, Unauthenticated, Unavailable
+from cascade.errors import (
+    CascadeError,
+    ContextTooLong,
+    Internal,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
 from cascade.observability.tracing import traceparent
 from cascade.protocol.grpc_status import error_from_refusal
 from cascade.protocol.messages import (
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 
 READY_POLL_S = 0.5
 REPLICA_ERRORS = (Unavailable, Overloaded, Internal)  # all others are the request's own fault
+BEST_EFFORT_ERRORS = (*REPLICA_ERRORS, ContextTooLong)  # for a drafter: the expert may hold more
 
 T = TypeVar("T")
 Reply: TypeAlias = Proposal | Judgement
@@ -102,6 +110,7 @@ class TierSession:
         self.sent_s = 0.0  # when the last message was sent
         self._statistics = statistics
         self._policy = policy
+        self._errors = REPLICA_ERRORS if policy.required else BEST_EFFORT_ERRORS
         self._lease_request: asyncio.Task[Lease] | None = None
         self._lease_requested_s: float | None = None
         self._lease: Lease | None = None
@@ -168,9 +177,14 @@ class TierSession:
                     await asyncio.wait({request}, timeout=within_s)
                 if request.done():
                     await self._take_lease()
-        except REPLICA_ERRORS as error:
+        except self._errors as error:
             self.fail(failure_of(error))
         return self._lease is not None
+
+    @property
+    def missing(self) -> bool:
+        """Whether no replica serves the session, though it was asked for."""
+        return self._lease_request is not None or self.retry_state.failures > 0
 
     async def receive_late(self) -> bool:
         """Read replies that missed their deadline, without waiting; return whether any came."""
@@ -186,7 +200,7 @@ class TierSession:
                         self._statistics.drafter_passes += proposal.passes
                     case _:
                         continue
-        except REPLICA_ERRORS as error:
+        except self._errors as error:
             self.fail(failure_of(error))
             return False
         return received
@@ -240,7 +254,7 @@ class TierSession:
             except TimeoutError:
                 self.fail(Failure.LATE)
                 return None
-            except REPLICA_ERRORS as error:
+            except self._errors as error:
                 self.fail(failure_of(error))
                 if not self._policy.required:
                     return None
@@ -340,6 +354,8 @@ def failure_of(error: CascadeError) -> Failure:
             return Failure.FULL
         case Internal():
             return Failure.BROKEN
+        case ContextTooLong():
+            return Failure.CONTEXT
         case _:
             return Failure.LOST
 
