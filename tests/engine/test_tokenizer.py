@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.toy_tokenizers import KINDS, UNKNOWN, byte_level, wrap
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from cascade.engine import tokenizer as tokenizers
 from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SHARED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25
 )
+
+END = "<end>"
 
 TEXT = "the cats naïve café 你好 🙂 नमस्ते\u200d👩‍👩‍👧 the cat"
 
@@ -172,6 +174,49 @@ def test_invalid_bytes_eat_no_character(name: str, data: st.DataObject, parts: l
     text = tokenizer.detokenizer().push(ids[:cut]) + answer
     expected = whole.decode(errors="replace") if name == "byte_level" else as_sentencepiece(whole)
     assert text == expected
+
+
+class PythonTokenizer(PreTrainedTokenizer):
+    """A tokenizer in Python whose tokens are bytes, as those that come with checkpoints."""
+
+    def __init__(self, **names: Any) -> None:
+        """Have a token for each byte, and one for a space with a letter."""
+        self._ids = {data: at for at, data in enumerate([*map(bytes, zip(range(256))), b" a"])}
+        super().__init__(**names)
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of tokens."""
+        return len(self._ids)
+
+    def get_vocab(self) -> Any:
+        """Return the tokens, which are bytes, with their ids."""
+        return self._ids | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[bytes]:
+        return [bytes([byte]) for byte in text.encode()]
+
+    def _convert_token_to_id(self, token: Any) -> int:
+        return self._ids[token]
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        return list(self._ids)[index]
+
+    def convert_tokens_to_string(self, tokens: Any) -> str:
+        """Return the text of tokens."""
+        parts = [part if isinstance(part, bytes) else part.encode() for part in tokens]
+        return b"".join(parts).decode(errors="replace")
+
+
+def test_a_tokenizer_in_python_is_decoded_by_bytes_too() -> None:
+    tokenizer = tokenizers.Tokenizer(PythonTokenizer(eos_token=END))
+    ids = [*tokenizer.encode("é🙂<end>"), 256]
+    for cut in range(len(ids)):
+        stream = tokenizer.detokenizer(ids[:cut])
+        answer = "".join(stream.push([id_]) for id_ in ids[cut:]) + stream.flush()
+        assert tokenizer.detokenizer().push(ids[:cut]) + answer == "é🙂 a" == tokenizer.decode(ids)
+    assert "".join(tokenizer.pieces("é<end>")) == "é<end>"
+    assert tokenizer.bytes_of(256) == b" a"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -57,10 +57,12 @@ class Detokenizer:
         self._decode = partial(tokenizer.decode, skip_special=False)
         self._skipped = skipped
         self._utf8 = getincrementaldecoder("utf-8")(tokenizer.invalid_bytes)
-        self._context: list[int] = []  # the last tokens, with text
-        self._before: str | None = ""  # their text, if it is known
-        shown = (token for token in reversed(prompt) if token not in skipped)
-        self.push(reversed(list(islice(shown, _CONTEXT))))
+        shown = filter(self._has_text, reversed(prompt))
+        self._context = list(islice(shown, _CONTEXT))[::-1]  # the last tokens, with text
+        self._before = None if self._context else ""  # their text, if it is known
+        for token in self._context:
+            data = tokenizer.raw_bytes(token)
+            self._utf8.decode(data or b"", final=data is None)
 
     def push(self, tokens: Iterable[int]) -> str:
         """Return the text that `tokens` add; an incomplete character stays pending."""
@@ -71,13 +73,16 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
     def _push(self, token: int) -> str:
-        if token in self._skipped or token not in self._tokenizer.tokens:
+        if not self._has_text(token):
             return ""
         data = self._tokenizer.raw_bytes(token)
         if data is None:
             return self.flush() + self._decode_in_context(token)
         self._context, self._before = [token], None
         return self._utf8.decode(data)
+
+    def _has_text(self, token: int) -> bool:
+        return token not in self._skipped and token in self._tokenizer.tokens
 
     def _decode_in_context(self, token: int) -> str:
         before = self._decode(self._context) if self._before is None else self._before
@@ -279,7 +284,9 @@ class Tokenizer:
 
     def raw_bytes(self, id_: int) -> bytes | None:
         """Return the bytes of a token that adds them wherever it stands; None for one of text."""
-        token = self.tokens[id_]
+        token: Any = self.tokens[id_]
+        if isinstance(token, bytes):  # of tiktoken
+            return token
         if self._byte_level:
             try:
                 return bytes(self._alphabet[char] for char in token)
