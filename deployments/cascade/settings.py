@@ -37,7 +37,7 @@ from cascade.replica.options import ReplicaOptions
 from cascade.router import router
 from cascade.router.tier_session import TierClient
 from cascade.speculation.draft_length import DraftLengthTuner
-from cascade.types import Generator, Natural, Positive, Seconds
+from cascade.types import DrafterLoss, Generator, Mode, Natural, Positive, Seconds
 
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -231,13 +231,18 @@ class Router(router.RouterOptions):
 class Limits(context.Limits):
     """What a request may ask for."""
 
-    context_tokens: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - frozen; None: the pair's own
+    context_tokens: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - frozen; None: the tiers' own
+    answers: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above; None: half of a replica's
 
-    def resolve(self, *, pair_tokens: int) -> context.Limits:
-        """Return the limits for a pair with this context."""
+    def resolve(self, *, expert_tokens: int, replica_sessions: int) -> context.Limits:
+        """Return the limits for an expert with this context, whose replicas hold so many sessions.
+
+        By default one call takes at most half of a replica, so that it does not starve all others.
+        """
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        tokens = min(pair_tokens, self.context_tokens or pair_tokens)
-        return context.Limits(**values | {"context_tokens": tokens})
+        tokens = min(expert_tokens, self.context_tokens or expert_tokens)
+        answers = self.answers or max(1, replica_sessions // 2)
+        return context.Limits(**values | {"context_tokens": tokens, "answers": answers})
 
 
 class Application(Settings):
@@ -285,7 +290,13 @@ class Application(Settings):
         Raises:
             StartupError: The pair cannot be served.
         """
-        return model_pair.load_pair(self.drafter.source(), self.expert.source())
+        pair = model_pair.load_pair(
+            self.drafter.source(),
+            self.expert.source(),
+            generation_config=self.defaults.generation_config == "auto",
+        )
+        self.defaults.completed(pair.generation.sampling)  # refused before anything is served
+        return pair
 
     def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:
         """Return the generator with its answers measured in `backend`, logged and traced."""
@@ -300,6 +311,7 @@ class Application(Settings):
         pair: model_pair.ModelPair,
         *,
         ready: Callable[[], bool] = lambda: True,
+        tier_context: Callable[[Mode, DrafterLoss], int | None] = context.unknown_context,
         warnings: Callable[[], list[str]] = list,
     ) -> ServingContext:
         """Return what the HTTP and gRPC APIs need.
@@ -307,20 +319,28 @@ class Application(Settings):
         Args:
             generator: Generates answers.
             pair: What the two models share.
-            ready: Returns whether the tiers are there.
-            warnings: Returns what is wrong though they are, a sentence each.
+            ready: Returns whether requests can be answered now.
+            tier_context: Returns the tokens that the tiers of such a request hold.
+            warnings: Returns what is wrong though requests can be answered, a sentence each.
 
         Raises:
             StartupError: The API keys cannot be read.
         """
+        longest = int(pair.generation.sampling.get("max_new_tokens", context.COMPLETION_TOKENS))
         return ServingContext(
             generator=generator,
             tokenizer=pair.tokenizer,
             models=(self.name,),
-            limits=self.limits.resolve(pair_tokens=pair.context_tokens or UNBOUNDED_CONTEXT),
-            defaults=self.defaults,
+            limits=self.limits.resolve(
+                expert_tokens=pair.context_tokens or UNBOUNDED_CONTEXT,
+                replica_sessions=self.expert.deployment.max_ongoing_requests,
+            ),
+            defaults=self.defaults.completed(pair.generation.sampling),
             stop_ids=pair.stop_ids,
+            banned_ids=pair.generation.banned_ids,
+            completion_tokens=min(longest, context.COMPLETION_TOKENS),
             ready=ready,
+            tier_context=tier_context,
             warnings=warnings,
             api_keys=self._read_api_keys(),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NewType, Protocol, TypeAlias
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from cascade.rules import Lossless, Rule
 
@@ -21,6 +21,7 @@ SessionId = NewType("SessionId", str)
 Positive: TypeAlias = Annotated[int, Gt(0)]
 Natural: TypeAlias = Annotated[int, Ge(0)]
 Seconds: TypeAlias = Annotated[float, Gt(0)]
+RepetitionPenalty: TypeAlias = Annotated[float, Ge(1e-6), Le(10)]  # below, logits may overflow
 
 
 class Mode(StrEnum):
@@ -272,6 +273,14 @@ class SequenceCascadeParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who sent a request. Requests that wait are served by turns: callers, then connections."""
+
+    name: str = ""  # stands for the API key, or is the host of the peer
+    connection: str = ""  # host and port of the peer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One answer to generate; `api.build_request` makes it and has validated everything."""
 
@@ -287,6 +296,7 @@ class Request:
     on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
     trace: bool = False  # report every round
     name: str = ""  # the request id, for logs
+    caller: Caller = field(default_factory=Caller)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,6 +363,8 @@ class Generator(Protocol):
         """Yield the chunks of one answer; raises a CascadeError."""
         ...
 
-    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+    async def score(
+        self, tokens: Sequence[int], *, top: int, caller: Caller | None = None
+    ) -> tuple[TokenLogprob, ...]:
         """Return the expert's log-probability of each token but the first, given its past."""
         ...

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
+from pydantic import TypeAdapter
 from tests.support.toy_tokenizers import byte_level, wrap
 
 from cascade.api import build_request
 from cascade.api.context import MAX_SEED, Defaults, Limits
 from cascade.api.schema import ChatBody, CompletionBody, parse
-from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound, StartupError
 from cascade.rules import Chow, Lossless, Lossy, TokenV3
 from cascade.types import (
     Bonus,
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 
 
 DEEP = "[" * 220
+
+SAMPLING = {
+    "temperature": st.floats(0.1, 2),
+    "top_p": st.floats(0.1, 1),
+    "top_k": st.integers(1, 50),
+    "min_p": st.floats(0, 1),
+    "repetition_penalty": st.floats(1e-6, 10),
+}
 
 
 def complete(service: ServingContext, **fields: Any) -> CompletionCall:
@@ -466,3 +475,61 @@ def test_a_prediction_with_a_token_that_has_no_logits_is_named(service: ServingC
     narrow = replace(service, tokenizer=service.tokenizer.narrowed(largest))
     content = {"type": "content", "content": "Buzz"}
     assert refused_param(narrow, prompt=[5], prediction=content) == "prediction"
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(SAMPLING)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_request_then_the_yaml_then_the_checkpoint_decide(
+    service: ServingContext, data: st.DataObject, name: str
+) -> None:
+    by_request, by_yaml, by_checkpoint = data.draw(
+        st.tuples(*[st.none() | SAMPLING[name] for _ in range(3)])
+    )
+    checkpoint = {} if by_checkpoint is None else {name: by_checkpoint}
+    defaults = Defaults(**{name: by_yaml}).completed(checkpoint)
+
+    made = request(replace(service, defaults=defaults), **{name: by_request})
+
+    built_in = getattr(SamplingParams(), name)
+    stated = (by_request, by_yaml, by_checkpoint, built_in)
+    expected = next(value for value in stated if value is not None)
+    assert getattr(made.policy.sampling, name) == expected
+
+
+def test_a_checkpoint_limits_the_length_of_what_does_not_say_its_own(
+    service: ServingContext,
+) -> None:
+    service = replace(service, defaults=Defaults().completed({"max_new_tokens": 7}))
+
+    assert chat(service).requests[0].max_tokens == 7
+    assert chat(service, max_tokens=9).requests[0].max_tokens == 9
+    shorter = replace(service, defaults=Defaults(chat_tokens=5).completed({"max_new_tokens": 7}))
+    assert chat(shorter).requests[0].max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", 2.5), ("temperature", "hot"), ("top_p", 0), ("top_k", -1)),
+        *(("min_p", 2), ("repetition_penalty", 1e-38), ("max_new_tokens", 0)),
+    ],
+)
+def test_a_checkpoint_may_say_no_more_than_a_request(name: str, value: object) -> None:
+    found: Any = {name: value}
+
+    with pytest.raises(StartupError, match=r"generation_config.json has .* or set"):
+        Defaults().completed(found)
+
+
+def test_off_is_what_yaml_reads_as_false() -> None:
+    assert TypeAdapter(Defaults).validate_python({"generation_config": False}) == Defaults(
+        generation_config="off"
+    )
+
+
+def test_banned_tokens_are_in_no_answer(service: ServingContext) -> None:
+    service = replace(service, banned_ids=(5, 9))
+
+    made = request(service, logit_bias={"5": 100, "7": 1}).policy.sampling
+
+    assert dict(made.logit_bias) == {5: -1e30, 7: 1, 9: -1e30}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cascade.api.context import MAX_SEED
 from cascade.api.prompts import (
@@ -15,6 +15,7 @@ from cascade.api.prompts import (
     naming,
     prompts,
     tokenize,
+    too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from cascade.api.context import Defaults, ServingContext
     from cascade.rules import Rule
 
-_COMPLETION_TOKENS = 16  # OpenAI's default for text completions
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow float32
+_BANNED = -1e30  # the bias of a token that no text has; a penalty of it is still a float32
+_UNCHANGED = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,8 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
         ModelNotFound: It names a model that is not served.
     """
     _check(body, service)
-    length = partial(_max_tokens, service, body.max_tokens, default=_COMPLETION_TOKENS)
+    service = _bounded(body, service)
+    length = partial(_max_tokens, service, body.max_tokens, default=service.completion_tokens)
     given = prompts(body, service)
     tokens = [tokenize(prompt, service) for prompt in given]
     lengths = [(prompt, length(prompt=prompt)) for prompt in tokens]
@@ -86,6 +89,7 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
             f"`max_tokens` is {old} and `max_completion_tokens` is {new}; send one",
             param="max_tokens",
         )
+    service = _bounded(body, service)
     prompt = conversation(body.messages, service)
     length = _max_tokens(
         service,
@@ -118,6 +122,13 @@ def _check(body: Generated, service: ServingContext) -> None:
     check_at_most(len(biased), limits.biased_tokens, "logit_bias", "tokens")
 
 
+def _bounded(body: Generated, service: ServingContext) -> ServingContext:
+    """Return the service with the context of the tiers that the request needs."""
+    options, defaults = body.cascade or Options(), service.defaults
+    loss = options.on_drafter_loss or defaults.on_drafter_loss
+    return service.bounded(_mode(options, defaults), loss)
+
+
 def _max_tokens(
     service: ServingContext,
     requested: int | None,
@@ -132,22 +143,20 @@ def _max_tokens(
     fields of prompt and length.
     """
     prompt_param, param = params
-    limits, prompt_limit = service.limits, max_prompt_tokens(service)
-    left = limits.context_tokens - len(prompt)
-    if len(prompt) > prompt_limit or (left < 1 and requested != 0):
-        raise ContextTooLong(
-            f"The prompt has {len(prompt)} tokens; this server allows {prompt_limit}, and"
-            f" {limits.context_tokens} together with the completion",
-            param=prompt_param,
-        )
+    limits, context = service.limits, service.limits.context_tokens
+    left = context - len(prompt)
+    if len(prompt) > max_prompt_tokens(service) or (left < 1 and requested != 0):
+        what = f"the `{prompt_param}` has {len(prompt)}, and the completion needs one at least"
+        raise too_long(what, service, param=prompt_param)
     if requested is None:
         return min(default or left, limits.max_tokens or left, left)
     if limits.max_tokens is not None:
         check_at_most(requested, limits.max_tokens, param)
     if requested > left:
         raise ContextTooLong(
-            f"The prompt has {len(prompt)} tokens and `{param}` is {requested};"
-            f" the context holds {limits.context_tokens} together",
+            f"This model's maximum context length is {context} tokens. However, you requested"
+            f" {len(prompt) + requested} tokens ({len(prompt)} in the `{prompt_param}`, {requested}"
+            f" in the completion). Reduce the length of the `{prompt_param}` or `{param}`",
             param=param,
         )
     return requested
@@ -165,9 +174,9 @@ def _call(
     n = body.n or 1
     if n * len(lengths) > service.limits.answers:
         raise InvalidRequest(
-            f"`n` times the number of prompts is {n * len(lengths)};"
-            f" this server allows at most {service.limits.answers}",
-            param="n",
+            f"`n` times the number of prompts is {n * len(lengths)}; one call may ask this server"
+            f" for at most {service.limits.answers} answers: send several calls",
+            param="n" if n > 1 else "prompt",
         )
     seed = service.draw_seed() if body.seed is None else body.seed
     common = _request(body, service, logprobs=logprobs)
@@ -194,8 +203,7 @@ def _call(
 def _request(body: Generated, service: ServingContext, *, logprobs: int | None) -> Request:
     """Return the request without its prompt, length and seed."""
     options, defaults = body.cascade or Options(), service.defaults
-    # A request that has its own rule and names no mode means a cascade.
-    mode = options.mode or (defaults.mode if options.rule is None else Mode.CASCADE)
+    mode = _mode(options, defaults)
     # Only under `gumbel` coupling does a seed fix the text whatever the drafter proposes.
     seeded = Coupling.MAXIMAL if body.seed is None else Coupling.GUMBEL
     coupling = options.coupling or defaults.coupling or seeded
@@ -233,22 +241,31 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
     )
 
 
+def _mode(options: Options, defaults: Defaults) -> Mode:
+    """Return the mode; a request that has its own rule and names no mode means a cascade."""
+    return options.mode or (defaults.mode if options.rule is None else Mode.CASCADE)
+
+
 def _sampling(body: Generated, service: ServingContext) -> SamplingParams:
-    defaults = service.defaults
-    temperature = defaults.temperature if body.temperature is None else body.temperature
-    top_p = defaults.top_p if body.top_p is None else body.top_p
-    top_k = defaults.top_k if body.top_k is None else max(body.top_k, 0)
+    def value(name: str) -> Any:
+        """Return a field of the request, of the defaults, or what changes nothing."""
+        found = getattr(body, name)
+        found = getattr(service.defaults, name) if found is None else found
+        return getattr(_UNCHANGED, name) if found is None else found
+
+    temperature, top_p, top_k = value("temperature"), value("top_p"), max(value("top_k"), 0)
+    banned = dict.fromkeys(service.banned_ids, _BANNED)
     if top_k >= service.tokenizer.vocabulary:
         top_k = 0  # all tokens, whatever the number
     return SamplingParams(
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
         top_k=top_k if top_p > 0 else 1,
         top_p=top_p if top_p > 0 else 1.0,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
+        min_p=value("min_p"),
+        repetition_penalty=value("repetition_penalty"),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=tuple(sorted((body.logit_bias or {}).items())),
+        logit_bias=tuple(sorted({**(body.logit_bias or {}), **banned}.items())),
     )
 
 

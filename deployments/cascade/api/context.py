@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Interval
-from pydantic import ConfigDict, Field
+from annotated_types import Interval, Le
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from cascade.errors import StartupError
+from cascade.protocol.services import DRAFT_LIMIT
 from cascade.rules import Lossless, Rule
 from cascade.types import (
     Bonus,
@@ -20,6 +22,7 @@ from cascade.types import (
     Mode,
     Natural,
     Positive,
+    RepetitionPenalty,
     RowFormat,
     Seconds,
     SequenceCascadeParams,
@@ -27,12 +30,13 @@ from cascade.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Generator
 
 MAX_SEED = 2**63
+COMPLETION_TOKENS = 16  # OpenAI's default for text completions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,13 @@ class Limits:
     stop_strings: Positive = 4
     stop_characters: Positive = 1024
     biased_tokens: Positive = 1024
-    draft_tokens: Positive = 32
+    draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
     body_bytes: Positive = 2_000_000
+
+
+def _spelled(value: object) -> object:
+    """Return `off` as it was written: YAML reads it as false."""
+    return "off" if value is False else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +69,7 @@ class Defaults:
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
     mode: Mode = Mode.CASCADE
     rule: Annotated[Rule, Field(discriminator="kind")] = field(default_factory=Lossless)
-    draft_tokens: Natural | Literal["auto"] = "auto"
+    draft_tokens: Annotated[Natural, Le(DRAFT_LIMIT)] | Literal["auto"] = "auto"
     coupling: Coupling | None = None  # None: gumbel if the request has a seed, else maximal
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
@@ -68,13 +77,43 @@ class Defaults:
     row_entries: Positive = 64
     confidence: Confidence = Confidence.MEAN
     confidence_threshold: float = -0.5
+    # auto: the six below, if None, are what the expert's generation_config.json says
+    generation_config: Annotated[Literal["auto", "off"], BeforeValidator(_spelled)] = "auto"
     chat_tokens: Positive | None = None  # of a chat completion; None: what the context leaves
-    temperature: Annotated[float, Interval(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    top_k: Natural = 0
+    temperature: Annotated[float, Interval(ge=0, le=2)] | None = None  # None: 1
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None  # None: 1
+    top_k: Natural | None = None  # None: 0, all tokens
+    min_p: Annotated[float, Interval(ge=0, le=1)] | None = None  # None: 0
+    repetition_penalty: RepetitionPenalty | None = None  # None: 1
     deadline_s: Seconds | None = None  # of a request; `router.max_generation_s` applies too
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
     on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
+
+    def completed(self, checkpoint: Mapping[str, float]) -> Defaults:
+        """Return the defaults with what a checkpoint says where these say nothing.
+
+        Args:
+            checkpoint: The fields of a generation_config.json that defaults have.
+
+        Raises:
+            StartupError: A value that no request may have either.
+        """
+        names = {name: name.replace("max_new_tokens", "chat_tokens") for name in checkpoint}
+        found = {
+            name: checkpoint[theirs]
+            for theirs, name in names.items()
+            if getattr(self, name) is None
+        }
+        try:
+            checked = TypeAdapter(Defaults).validate_python(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise StartupError(
+                f"The expert's generation_config.json has {first['input']!r} for `defaults."
+                f"{first['loc'][0]}`: {first['msg']}; change it there, set that default, or set "
+                "`defaults.generation_config: off`"
+            ) from error
+        return replace(self, **{name: getattr(checked, name) for name in found})
 
     @property
     def patience(self) -> SequenceCascadeParams:
@@ -82,6 +121,11 @@ class Defaults:
         return SequenceCascadeParams(
             confidence=self.confidence, threshold=self.confidence_threshold
         )
+
+
+def unknown_context(mode: Mode, on_drafter_loss: DrafterLoss) -> int | None:
+    """Return none: tiers that say nothing hold what the limits say."""
+    del mode, on_drafter_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +138,25 @@ class ServingContext:
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
     ready: Callable[[], bool] = lambda: True
-    warnings: Callable[[], list[str]] = list  # what is wrong though it is ready, a sentence each
+    # Tokens that the tiers hold of prompt and completion; None: they have not said yet.
+    tier_context: Callable[[Mode, DrafterLoss], int | None] = unknown_context
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
+    banned_ids: tuple[int, ...] = ()  # tokens that no text has
+    completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
     keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, of the models
     clock: Callable[[], float] = time.time
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
+
+    @property
+    def context_tokens(self) -> int:
+        """Return the context of requests that say nothing about their mode."""
+        return self.bounded(self.defaults.mode, self.defaults.on_drafter_loss).limits.context_tokens
+
+    def bounded(self, mode: Mode, on_drafter_loss: DrafterLoss) -> ServingContext:
+        """Return the service with the context that such a request has on the tiers it needs."""
+        tokens = self.tier_context(mode, on_drafter_loss)
+        if tokens is None or tokens >= self.limits.context_tokens:
+            return self
+        return replace(self, limits=replace(self.limits, context_tokens=tokens))

@@ -12,7 +12,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from annotated_types import Ge, Gt, Interval, Le, Len, Lt
+from annotated_types import Ge, Gt, Interval, Len, Lt
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -33,6 +33,7 @@ from cascade.types import (
     DrafterLoss,
     ExpertLoss,
     Mode,
+    RepetitionPenalty,
     RowFormat,
     Verification,
 )
@@ -240,7 +241,7 @@ class Generated(Ignored, extra="allow"):
     """Drop tokens less likely than this fraction of the likeliest."""
     presence_penalty: Annotated[float, Interval(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Gt(0), Le(10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: dict[int, Annotated[float, Interval(ge=-100, le=100)]] | None = None
     """Added to the logits of token ids."""
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)] | None = None
@@ -419,11 +420,12 @@ def _problem(detail: ErrorDetails, kind: type[BaseModel]) -> _Problem:
 
 def _instead(name: str, valid: list[str]) -> str:
     """Return what to do about a field that there is not."""
-    advice = wanted(name, valid)
+    if not valid or name in valid:
+        return "leave it out"
+    every, _, meant = wanted(name, valid).partition("; ")
     if len(valid) > _MAX_NAMES:
-        advice = advice.partition(" Wanted")[0]
-    meant = advice.startswith("did you mean") or len(valid) <= _MAX_NAMES
-    return advice if valid and name not in valid and meant else "leave it out"
+        return meant or "leave it out"
+    return f"{every}; {meant}" if meant else every
 
 
 def _shorten(value: object) -> str:

@@ -6,6 +6,7 @@ import re
 from codecs import getincrementaldecoder, register_error
 from contextlib import suppress
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from cascade.engine.model_loader import find_file, first_line
 from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _CONTEXT = 8  # tokens before a text that decide how it is decoded: one, unless they have no text
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -366,8 +369,22 @@ def load(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
         loaded: Any = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(
-            f"No tokenizer at {name!r} that can be read: {str(error).strip().splitlines()[0]}"
-        ) from error
+    # transformers fails in as many ways as a tokenizer can be broken.
+    except Exception as error:
+        reason = _missing_file(name, revision=revision) or first_line(error)
+        raise UnsupportedModel(f"No tokenizer at {name!r} that can be read: {reason}") from error
     return Tokenizer(loaded)
+
+
+def _missing_file(name: str, *, revision: str | None) -> str | None:
+    """Return what to install or do if there is no tokenizer.json."""
+    if find_file(name, "tokenizer.json", revision=revision) or find_spec("sentencepiece"):
+        return None
+    found = (file for file in _SENTENCEPIECE if find_file(name, file, revision=revision))
+    file = next(found, None)
+    return "it has no tokenizer.json" + (
+        f" but a SentencePiece model ({file}); pip install sentencepiece, or save the tokenizer "
+        "with transformers, which writes a tokenizer.json"
+        if file
+        else ""
+    )
