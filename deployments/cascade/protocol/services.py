@@ -28,6 +28,7 @@ class LeaseTicket(TypedDict):
 PROTOCOL_VERSION = 2
 FRAME_LIMIT_BYTES = 64 * 2**20
 FRAME_LIMIT_MESSAGES = 4096
+DRAFT_LIMIT = 64  # tokens of a block
 HEARTBEAT_S = 1.0  # at most this long between two frames of a working replica
 
 STREAM_OPTIONS = (
@@ -92,7 +93,7 @@ class Description:
     context_length: int  # tokens of prompt and completion together
     tokenizer_fingerprint: str
     protocol_version: int = PROTOCOL_VERSION
-    draft_limit: int = 64  # tokens per block
+    draft_limit: int = DRAFT_LIMIT  # tokens per block
     session_limit: int = 1024  # per stream
     item_limit: int = FRAME_LIMIT_MESSAGES  # per frame
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
