@@ -144,9 +144,9 @@ class InvalidMeasurement(StartupError):
 
 
 def wanted(given: object, valid: Iterable[str]) -> str:
-    """Return the end of an error about a mistyped name: the nearest valid one, then all of them."""
+    """Return the end of an error about a mistyped name: all valid ones, then the nearest."""
     names = list(valid)
     spelled = {name.lower().replace("-", "_"): name for name in names}
     near = get_close_matches(str(given).strip().lower().replace("-", "_"), spelled, n=1)
-    every = f"one of {', '.join(names)}"
-    return f"did you mean `{spelled[near[0]]}`? Wanted {every}" if near else f"wanted {every}"
+    meant = f"; did you mean `{spelled[near[0]]}`?" if near else ""
+    return f"wanted one of {', '.join(names)}{meant}"

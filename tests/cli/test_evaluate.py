@@ -104,7 +104,7 @@ def test_an_invalid_workload_is_one_error(tmp_path: Path, text: str, message: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rule", "chaw", "--alpha", "1"], "no curve `chaw`"),
+        (["--rule", "chaw", "--alpha", "1"], "did you mean `chow`?"),
         (["--rule", "chow"], "--rule and --alpha go together"),
         (["--rule", "chow", "--alpha", "2"], "`chow` has no dial 2.0"),
         (["--grid", "none.yaml"], "cannot be read"),

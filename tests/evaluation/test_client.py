@@ -99,6 +99,12 @@ async def test_the_error_without_a_server_says_how_to_start_one() -> None:
             pass
 
 
+async def test_an_error_of_the_server_is_not_said_to_be_no_server(shipped_url: str) -> None:
+    with pytest.raises(InvalidMeasurement, match=r"the server at http.*/other answers 404"):
+        async with connect_http(f"{shipped_url}/other"):
+            pass
+
+
 async def test_a_server_that_cannot_be_reached_is_unavailable() -> None:
     async with AsyncOpenAI(base_url="http://127.0.0.1:9", api_key="none", max_retries=0) as client:
         gone = HttpClient(client, url="http://127.0.0.1:9", model="cascade")

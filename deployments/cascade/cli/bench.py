@@ -50,6 +50,9 @@ RoundTrips = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Of the expert and baselines: bfloat16, ...")]
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
 @bench.callback()
 def prepare() -> None:
     """Set what torch reads when it is imported; let a termination also end the tiers."""
@@ -150,6 +153,7 @@ def pad(
     from cascade.demo import EXPERT  # noqa: PLC0415 - as above
 
     with _exit_on_error():
+        _check_dtype(dtype)
         path = str(EXPERT) if source == "demo" else source
         size = synthetic_model.parse_parameters(parameters)
         shape = synthetic_model.shape_for(size, AutoConfig.from_pretrained(path))
@@ -278,8 +282,14 @@ def _settings(
     settings = with_engine(read_settings(config), "drafter", threads=drafter_threads)
     settings = with_engine(settings, "expert", threads=expert_threads)
     if dtype:
+        _check_dtype(dtype)
         settings = with_engine(settings, "expert", dtype=dtype)
     return with_synthetic_expert(settings, parameters=pad) if pad else settings
+
+
+def _check_dtype(name: str) -> None:
+    if name not in _DTYPES:
+        raise InvalidMeasurement(f"--dtype is {name!r}; {wanted(name, _DTYPES)}")
 
 
 def _filler(settings: Application, items: Sequence[Any]) -> Callable[[int], list[int]]:

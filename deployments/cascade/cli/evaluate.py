@@ -134,23 +134,13 @@ def _settings(
 def _client(
     url: str | None, config: Path | None, api_key: str | None, model: str | None
 ) -> AbstractAsyncContextManager[Client]:
-    import yaml  # noqa: PLC0415 - as above
-    from pydantic import ValidationError  # noqa: PLC0415 - as above
-
     from cascade.evaluation.client import connect_http, start_in_process  # noqa: PLC0415 - as above
 
     if url is not None:
         if config is not None:
             raise InvalidMeasurement("--url uses a running server, --config starts one; give one")
         return connect_http(server_url(url), api_key=api_key, model=model)
-    try:
-        return start_in_process(read_settings(config))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise InvalidMeasurement(f"{config} cannot be used: {error}") from error
-    except (KeyError, IndexError, TypeError) as error:
-        raise InvalidMeasurement(
-            f"{config} has no `applications`; wanted a file like cluster/local.yaml"
-        ) from error
+    return start_in_process(read_settings(config))
 
 
 @contextmanager

@@ -223,6 +223,10 @@ async def _first_model(client: Any, url: str) -> str:
     openai = import_extra("openai")
     try:
         models = await client.with_options(max_retries=0, timeout=10).models.list()
+    except openai.APIStatusError as error:
+        raise InvalidMeasurement(
+            f"the server at {url} answers {error.status_code}: {error.message}"
+        ) from error
     except openai.APIError as error:
         raise InvalidMeasurement(
             f"no server answers at {url} ({error}); start one with `serve run cluster/local.yaml`,"
