@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from pydantic import TypeAdapter
+from ray.serve.schema import ServeDeploySchema
+from typer.main import get_command
 
+from cascade import demo
 from cascade.api.schema import Options
+from cascade.cli import app as command_line
+from cascade.evaluation.grid import GridBlock
 from cascade.observability.metric_specs import ENGINE, ROUTER
 from cascade.settings import Application
 from cascade.types import Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "deployments" / "cascade"
@@ -29,6 +41,7 @@ QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", ARCHITECTURE)))
 FILES = [text for text in QUOTED if re.fullmatch(r"[\w./]+(\.\w+|/)", text) and " " not in text]
 PATHS = [text for text in FILES if "/" in text or text.endswith(".py")]
 NAMES = [text for text in QUOTED if re.fullmatch(r"[a-z_]+(\.\w+)+", text) and text not in PATHS]
+TASKS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["poe"]["tasks"]
 KEYS = set(re.findall(r"`([^`\n]+)`", REFERENCE))
 
 
@@ -121,3 +134,153 @@ def test_the_reference_describes_every_setting_field_and_metric() -> None:
     wanted = settings_keys() | set(Options.model_fields)
     wanted |= set(Statistics.__dataclass_fields__) | {metric.name for metric in (*ROUTER, *ENGINE)}
     assert wanted <= described, wanted - described
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+COMMANDS = sorted(
+    {
+        line.removeprefix("$ ")
+        for page in PAGES
+        for block in blocks(page, "console")
+        for line in re.sub(r"\\\n|  +#.*|export \w+=\S+|.* && ", " ", block).splitlines()
+        if re.match(r"(\$ )?(cascade|poe|pytest|python -m) ", line)
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_a_page_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options and choices are known; what it runs is there."""
+    monkeypatch.setenv("CASCADE_LEASE_TOKEN", "secret")
+    program, *words = shlex.split(line)
+    for word in words:
+        if re.match(r"(cluster|docs|tests|deployments|protos)/", word):
+            assert (ROOT / word).exists(), word
+    match program:
+        case "cascade":
+            command: Any = get_command(command_line)
+            while inner := getattr(command, "commands", None):
+                command = inner[words.pop(0)]
+            command.make_context(command.name, words)
+        case "poe":
+            assert words[0] in TASKS
+        case "python":
+            assert (PACKAGE.parent / words[1].replace(".", "/")).with_suffix(".py").exists()
+        case _:
+            assert "chaos" in words or "gpu" in words
+
+
+def test_the_yaml_of_a_page_is_accepted() -> None:
+    found = [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml")]
+    assert len(found) > 1
+    for document in found:
+        if "curves" in document:
+            assert GridBlock.model_validate(document).settings()
+        else:
+            ServeDeploySchema.model_validate(
+                {
+                    "applications": [
+                        {
+                            "import_path": "cascade.app:build",
+                            "deployments": document.pop("deployments", []),
+                        }
+                    ]
+                }
+            )
+            Application.model_validate(document)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_file_that_a_page_quotes_is_there(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        return  # names what was
+    for text in re.findall(
+        r"`([\w./-]+/[\w./-]+\.(?:py|yaml|md|json|proto|txt))`", page.read_text()
+    ):
+        places = (ROOT, PACKAGE, page.parent, ROOT / "cluster", ROOT / "protos")
+        written_later = text.startswith(("bench/", "out/"))
+        assert written_later or any((place / text).exists() for place in places), text
+
+
+TABLES = {  # where the defaults of each section of the reference stand
+    "Settings": ("",),
+    "`drafter`, `expert`": ("drafter.", "expert."),
+    "`drafter.deployment`, `expert.deployment`, `router.deployment`": ("drafter.deployment.",),
+    "`router`": ("router.",),
+    "`defaults`": ("defaults.",),
+    "`limits`": ("limits.",),
+}
+
+
+def documented_defaults() -> Iterator[tuple[str, str]]:
+    """Yield each key with one plain default, by its path."""
+    for heading, prefixes in TABLES.items():
+        section = REFERENCE.split(f"# {heading}\n")[1].split("\n#")[0]
+        for cells in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", section, re.MULTILINE):
+            names = re.findall(r"`([\w.]+)`", cells[0])
+            values = [one.strip("` ") for one in cells[1].split(", ")]
+            if len(names) == len(values):
+                for name, value in zip(names, values, strict=True):
+                    yield from ((f"{prefix}{name}", value) for prefix in prefixes)
+
+
+@pytest.mark.parametrize(("key", "value"), list(documented_defaults()))
+def test_a_default_in_the_reference_is_that_of_the_code(key: str, value: str) -> None:
+    found: Any = Application()
+    for part in key.split("."):
+        found = getattr(found, part)
+    match value:
+        case "none":
+            assert found in (None, ())
+        case "true" | "false":
+            assert found is (value == "true")
+        case number if re.fullmatch(r"\d+(\.\d+)?", number):
+            assert found == float(number)
+        case word if re.fullmatch(r"[\w.]+", word) and isinstance(found, str):
+            assert found == word
+        case _:  # described: the pair's, newest, several at once
+            return
+
+
+def test_the_page_of_the_pair_describes_its_models() -> None:
+    text = (ROOT / "docs" / "pair.md").read_text()
+    cells = {
+        name: row
+        for name, *row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE)
+    }
+    for column, folder in enumerate((demo.DRAFTER, demo.EXPERT)):
+        config = json.loads((folder / "config.json").read_text())
+        size = sum(one.stat().st_size for one in folder.glob("*.safetensors"))
+        shape = (
+            f"{config['num_hidden_layers']} x {config['hidden_size']},"
+            f" {config['num_attention_heads']}, {config['intermediate_size']}"
+        )
+        assert cells["layers x width, heads, MLP"][column] == shape
+        assert cells["file, bfloat16"][column] == f"{size / 1e6:.1f} MB"
+        assert cells["parameters"][column] == f"{size / 2e6:.1f} M"
+        assert f"{config['vocab_size']:,} tokens" in text
+        assert f"context of {config['max_position_embeddings']:,} tokens" in text
+
+
+def test_the_speeds_of_the_performance_page_are_those_of_the_suite_report() -> None:
+    pages = [
+        (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "performance-suite")
+    ]
+    rows = [
+        re.findall(r"^\| .* \| (?:yes|\*\*no\*\*) \| .*$", text, re.MULTILINE) for text in pages
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) > 30
+
+
+def test_the_numbers_of_the_readme_stand_on_the_pages_that_it_links() -> None:
+    section = (ROOT / "README.md").read_text().split("## Three numbers")[1].split("\n## ")[0]
+    for link, measured in re.findall(
+        r"^\| .*\]\((docs/\w+\.md)\).* \| (.*) \| .* \|$", section, re.MULTILINE
+    ):
+        told = (ROOT / link).read_text()
+        for number in re.findall(r"\d[\d,]*\.\d+|\d,\d+|\d{2,}\.\d", measured):
+            assert number in told, (link, number)
