@@ -134,8 +134,10 @@ def test_the_padded_path_finds_the_cache_under_both_of_its_names(name: str) -> N
     assert torch.allclose(found, expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ROPE)
-@pytest.mark.parametrize("path", [Path.FLAT, Path.PADDED])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [*((name, Path.FLAT) for name in ROPE), ("longrope", Path.PADDED), ("dynamic", Path.PADDED)],
+)
 def test_a_long_session_does_not_change_the_rope_of_a_short_one(name: str, path: Path) -> None:
     harness = EngineHarness(
         build(name), EngineSettings(cache_tokens=1024, max_step_tokens=48, path=path)

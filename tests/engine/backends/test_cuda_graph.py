@@ -382,8 +382,8 @@ def test_the_captured_path_is_not_deterministic() -> None:
 @pytest.mark.parametrize(
     ("device", "path", "tried"),
     [
-        ("cuda", Path.AUTO, [Path.LEAN, Path.CAPTURED, Path.FLAT, Path.PADDED]),
-        ("cpu", Path.AUTO, [Path.LEAN, Path.FLAT, Path.PADDED]),
+        ("cuda", Path.AUTO, [Path.LEAN, Path.CAPTURED, Path.FLAT, Path.PADDED, Path.PADDED]),
+        ("cpu", Path.AUTO, [Path.LEAN, Path.FLAT, Path.PADDED, Path.PADDED]),
         ("cuda", Path.FLAT, [Path.FLAT]),
         ("cpu", Path.CAPTURED, [Path.CAPTURED]),
     ],

@@ -34,14 +34,20 @@ _CACHE_ARGUMENTS = ("past_key_values", "cache")  # until transformers 5.23, and 
 class PaddedRunner(ModelRunner):
     """The model's own attention over columns gathered from the pool.
 
+    Args:
+        model: The model.
+        alone: Run one session at a time. Some models (Llama 4 in layers without RoPE) take a
+            token's position from its column, which is right only without padding.
+
     Raises:
         PathUnsupported: The model takes no cache.
     """
 
     isolate_long = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, alone: bool = False) -> None:
         super().__init__(model)
+        self._alone = alone
         parameters = inspect.signature(model.forward).parameters
         names = [name for name in _CACHE_ARGUMENTS if name in parameters]
         if not names:
@@ -50,6 +56,10 @@ class PaddedRunner(ModelRunner):
         self._takes_positions = "position_ids" in parameters
         config: Any = model.config.get_text_config(decoder=True)
         self._layers = int(config.num_hidden_layers)
+
+    def split(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Return the indices of segments that run together, pass by pass."""
+        return [[i] for i in range(len(segments))] if self._alone else super().split(segments)
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
