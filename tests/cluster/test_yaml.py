@@ -54,6 +54,17 @@ def test_what_it_imports_is_there(document: dict[str, Any]) -> None:
         assert callable(getattr(import_module(module), attribute))
 
 
+@pytest.mark.parametrize("name", ["production.yaml", "kuberay.yaml"])
+def test_the_drafters_that_share_a_small_gpu_fit_into_it(name: str) -> None:
+    """Four of Qwen3-0.6B on an L4: weights, KV cache and half a GiB of CUDA for each."""
+    drafter = Application.model_validate(CONFIGS[name]["applications"][0]["args"]).drafter
+    assert drafter.model == "Qwen/Qwen3-0.6B"
+    layers, heads, head_size, weight_bytes = 28, 8, 128, 1.2e9
+    cache_bytes = drafter.engine.cache_tokens * 2 * layers * heads * head_size * 2
+    sharing = 1 / drafter.deployment.ray_actor_options["num_gpus"]
+    assert sharing * (cache_bytes + weight_bytes + 2**29) < 22 * 2**30
+
+
 def test_kuberay_gives_every_node_the_token_and_the_api_keys_and_exposes_both_apis() -> None:
     """KubeRay puts ports into the service whose names are `serve` or begin with `serve-`."""
     spec = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["spec"]["rayClusterConfig"]
