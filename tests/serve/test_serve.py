@@ -136,11 +136,44 @@ async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> N
     health: Any = health_pb2_grpc.HealthStub(channel)
     answer = await health.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+    messages: Any = health_pb2  # those of `List` are absent from the stubs
+    assert "readiness" in (await health.List(messages.HealthListRequest())).statuses
     reflected: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     call = reflected.ServerReflectionInfo(iter([ask]))
     services = [one.name async for reply in call for one in reply.list_services_response.service]
     assert "cascade.v1.GenerationService" in services
+
+
+async def test_a_channel_with_health_checks_works(server: Server) -> None:
+    config = (
+        '{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}'
+    )
+    options = [("grpc.service_config", config)]
+    async with grpc.aio.insecure_channel(server.grpc, options=options) as made:
+        door = cascade_pb2_grpc.GenerationServiceStub(made)
+        assert await door.ListModels(cascade_pb2.ListModelsRequest(), wait_for_ready=True)
+
+
+@pytest.mark.parametrize("given", ["mine", "with spaces", "x" * 200, "日本"])
+async def test_a_request_has_one_id_everywhere(server: Server, given: str) -> None:
+    async with httpx.AsyncClient(base_url=server.http) as plain:
+        sent = [(b"x-request-id", given.encode())]
+        body = {"prompt": QUESTION, "max_tokens": 2}
+        answer = await plain.post("/v1/completions", json=body, headers=sent)
+    assert answer.headers.get_list("x-request-id") == [given]
+    assert answer.json()["id"] == f"cmpl-{given}"
+
+
+async def test_a_call_has_the_id_of_ray_serve(channel: grpc.aio.Channel) -> None:
+    door = cascade_pb2_grpc.GenerationServiceStub(channel)
+    generation = cascade_pb2.Generation(text=QUESTION, max_tokens=2)
+    call = door.Generate(cascade_pb2.GenerateRequest(generation=generation))
+    trailing = dict(await call.trailing_metadata())
+    assert (await call).request_id == trailing["request_id"] == trailing["x-request-id"]
 
 
 def test_status_shows_three_deployments(server: Server) -> None:

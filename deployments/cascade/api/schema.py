@@ -2,7 +2,7 @@
 
 Fields that cannot change the text are accepted and ignored (`Ignored`). Fields that would change it
 and that this server does not implement are accepted only with values that request nothing, such as
-`tools: []`; see `UNSUPPORTED`. Unknown fields are refused, unless they are null. What a model wrote
+`tools: []`; see `Neutral`. Unknown fields are refused, unless they are null. What a model wrote
 (`Message`, `ToolCall`) is read as it is, so that a client can send back what it received.
 """
 
@@ -42,23 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pydantic_core import ErrorDetails, InitErrorDetails
-
-UNSUPPORTED = {
-    "audio",
-    "best_of",
-    "function_call",
-    "functions",
-    "modalities",
-    "moderation",
-    "reasoning_effort",
-    "response_format",
-    "suffix",
-    "tool_choice",
-    "tools",
-    "verbosity",
-    "web_search_options",
-}
-"""Fields whose only accepted values are those that request nothing."""
 
 B = TypeVar("B", bound="Body")
 L = TypeVar("L", bound=list[Any])
@@ -119,7 +102,7 @@ class Options(Body):
     """What happens if no expert is reachable: an error, or the drafter finishes the text."""
     on_drafter_loss: DrafterLoss | None = None
     """What happens while no drafter drafts: the expert writes alone, or the text waits for one."""
-    trace: bool | None = None
+    trace: bool | None = False
     """Return every round of drafting and verification."""
 
 
@@ -262,20 +245,33 @@ class Generated(Ignored, extra="allow"):
     cascade: Options | None = None
 
 
-class CompletionBody(Generated):
-    """The body of `/v1/completions`."""
+class Neutral(Generated):
+    """Fields of OpenAI and vLLM whose only accepted values are those that request nothing."""
 
-    prompt: Text | Some[list[Text]] | Some[list[TokenId]] | Some[list[Some[list[TokenId]]]]
-    """Text, token ids, or a list of either."""
-    max_tokens: Annotated[int, Ge(0)] | None = None
-    """Most tokens of the completion; 16 if absent."""
-    logprobs: Annotated[int, Interval(ge=0, le=5)] | None = None
-    """Return each token's log-probability and this many alternatives."""
-    echo: bool | None = None
-    """Begin the completion with the prompt."""
+    add_generation_prompt: Literal[True] | None = None
+    audio: None = None
     best_of: int | None = None
     """Only 1 or `n`: every choice is returned."""
+    continue_final_message: Literal[False] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    functions: list[JsonValue] | None = None
+    """The old name of `tools`."""
+    include_stop_str_in_output: Literal[False] | None = None
+    length_penalty: Annotated[float, Interval(ge=1, le=1)] | None = None
+    min_tokens: Annotated[int, Interval(ge=0, le=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Len(max_length=1)] | None = None
+    moderation: None = None
+    reasoning_effort: None = None
+    response_format: TextFormat | None = None
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
     suffix: Literal[""] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[JsonValue] | None = None
+    """Only none, or with `tool_choice: "none"`; the model does not see them."""
+    use_beam_search: Literal[False] | None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
 
     @field_validator("best_of")
     @classmethod
@@ -283,31 +279,6 @@ class CompletionBody(Generated):
         if value not in {None, 1, info.data.get("n")}:
             raise ValueError
         return value
-
-
-class ChatBody(Generated):
-    """The body of `/v1/chat/completions`."""
-
-    messages: Some[list[Message]]
-    max_completion_tokens: Annotated[int, Ge(1)] | None = None
-    """Most tokens of the completion; what the context leaves if absent."""
-    max_tokens: Annotated[int, Ge(1)] | None = None
-    """The old name of `max_completion_tokens`."""
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: list[JsonValue] | None = None
-    """Only none, or with `tool_choice: "none"`; the model does not see them."""
-    function_call: Literal["none", "auto"] | None = None
-    functions: list[JsonValue] | None = None
-    """The old name of `tools`."""
-    modalities: Annotated[list[Literal["text"]], Len(max_length=1)] | None = None
-    verbosity: Literal["medium"] | None = None
-    audio: None = None
-    moderation: None = None
-    reasoning_effort: None = None
-    web_search_options: None = None
 
     @field_validator("tools", "functions")
     @classmethod
@@ -318,6 +289,34 @@ class ChatBody(Generated):
         if value and info.data.get(choice) != "none":
             raise ValueError
         return value
+
+
+UNSUPPORTED = set(Neutral.model_fields) - set(Generated.model_fields)
+
+
+class CompletionBody(Neutral):
+    """The body of `/v1/completions`."""
+
+    prompt: Text | Some[list[Text]] | Some[list[TokenId]] | Some[list[Some[list[TokenId]]]]
+    """Text, token ids, or a list of either."""
+    max_tokens: Annotated[int, Ge(0)] | None = None
+    """Most tokens of the completion; 16 if absent."""
+    logprobs: Annotated[int, Interval(ge=0, le=5)] | None = None
+    """Return each token's log-probability and this many alternatives."""
+    echo: bool | None = None
+    """Begin the completion with the prompt."""
+
+
+class ChatBody(Neutral):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Some[list[Message]]
+    max_completion_tokens: Annotated[int, Ge(1)] | None = None
+    """Most tokens of the completion; what the context leaves if absent."""
+    max_tokens: Annotated[int, Ge(1)] | None = None
+    """The old name of `max_completion_tokens`."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
 
 
 def texts(content: str | list[TextPart] | list[TextPart | RefusalPart] | None) -> list[str]:
