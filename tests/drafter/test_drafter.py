@@ -9,6 +9,7 @@ from tests.support.fake_engine import Client, FakeDrafter, successor
 
 from cascade.errors import ContextTooLong, InvalidRequest, Overloaded
 from cascade.protocol.messages import Close, Proposal, Propose, Refusal
+from cascade.rules import TokenV3
 from cascade.speculation.confidence import Calibration
 from cascade.types import SessionId
 
@@ -43,6 +44,20 @@ async def test_all_sessions_draft_in_one_forward_pass() -> None:
     drafter.engine.run()
     found = [blocks(await client.take()) for client in clients]
     assert found == [[(0, (2 * i + 1, 2 * i + 2), False)] for i in range(3)]
+
+
+async def test_rules_with_ever_new_parameters_fill_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was learned under the rule used longest ago is forgotten."""
+    monkeypatch.setattr("cascade.drafter.drafter.MAX_RULES", 2)
+    known = FakeDrafter()._calibration  # pyright: ignore[reportPrivateUsage] - no message shows it
+    one, two, three = (TokenV3(alpha=alpha) for alpha in (0.1, 0.2, 0.3))
+    first, second = known(one), known(two)
+    assert known(one) is first
+    known(three)
+    assert known(one) is first
+    assert known(two) is not second
 
 
 async def test_a_block_drafted_ahead_is_sent_once() -> None:

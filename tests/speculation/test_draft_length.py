@@ -20,6 +20,7 @@ from cascade.speculation.cost_model import (
 )
 from cascade.speculation.draft_length import (
     FIRST_PAUSE,
+    MAX_POLICIES,
     AdaptiveDraftLength,
     DraftLength,
     DraftLengthTuner,
@@ -217,6 +218,18 @@ def test_sessions_with_one_rule_share_what_they_measure() -> None:
     world.speed(tuner.session(DecodingParams()), tokens=100)
     assert tuner.session(DecodingParams()).next(budget=9).tokens == 0
     assert tuner.session(DecodingParams(rule=TokenV3(alpha=0.9))).next(budget=9).tokens > 0
+
+
+def test_rules_with_ever_new_parameters_fill_no_memory() -> None:
+    """What the rule used longest ago measured is forgotten."""
+    tuner, world = DraftLengthTuner(), World(rate=0.0, draft_s=0.005)
+    world.speed(tuner.session(DecodingParams()), tokens=100)
+    for number in range(MAX_POLICIES):
+        assert tuner.session(DecodingParams()).next(budget=9).tokens == 0
+        tuner.session(DecodingParams(rule=TokenV3(alpha=number / MAX_POLICIES)))
+    for number in range(MAX_POLICIES):
+        tuner.session(DecodingParams(rule=TokenV3(alpha=number / MAX_POLICIES)))
+    assert tuner.session(DecodingParams()).next(budget=9).tokens > 0
 
 
 def test_a_plan_says_how_likely_its_block_is_accepted() -> None:

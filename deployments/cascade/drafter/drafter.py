@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cascade.speculation.draft import DraftTask, DraftToken
 
 MAX_BRANCH_OVERHEAD = 1.0  # share of its time by which branches may lengthen a pass
+MAX_RULES = 1024  # whose calibrations are kept: callers choose the parameters of rules
 
 
 class Drafter(Replica[Propose]):
@@ -43,7 +44,7 @@ class Drafter(Replica[Propose]):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._calibrations: defaultdict[Rule, Calibration] = defaultdict(Calibration)
+        self._calibrations: dict[Rule, Calibration] = {}
         self._step_time = StepTime()  # of passes of a token or two per session
 
     def begin(self, session: ReplicaSession, message: Propose) -> Sequence[ForwardRequest]:
@@ -106,7 +107,7 @@ class Drafter(Replica[Propose]):
             message=message,
             tokens=session.engine_tokens,
             limit=self.describe().context_length,
-            calibration=self._calibrations[session.opened.policy.rule],
+            calibration=self._calibration(session.opened.policy.rule),
             block=PendingBlock(
                 position=message.position, digest=message.digest, count=message.count
             ),
@@ -115,6 +116,13 @@ class Drafter(Replica[Propose]):
             session=session, engine=self.engine, main=main, ids=self._engine_ids
         )
         return request
+
+    def _calibration(self, rule: Rule) -> Calibration:
+        """Return what is known of a rule; that of the rule used longest ago is forgotten."""
+        found = self._calibrations[rule] = self._calibrations.pop(rule, None) or Calibration()
+        if len(self._calibrations) > MAX_RULES:
+            del self._calibrations[next(iter(self._calibrations))]
+        return found
 
     def _step_session(
         self,

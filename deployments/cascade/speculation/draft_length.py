@@ -33,6 +33,7 @@ ROUNDS_KEPT = 4  # for which a length is kept, because choosing one takes as lon
 MAX_EXPERT_TOKENS = 32  # without drafts, after which a session checks what the others measured
 
 SESSION_MEMORY, PRIOR_TOKENS = 40.0, 8.0
+MAX_POLICIES = 1024  # whose measurements are kept: callers choose the parameters of rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +109,12 @@ class DraftLengthTuner:
         rule the text would then depend on how fast the tiers are.
         """
         key = policy.rule, policy.coupling, policy.sampling.greedy
+        stats = self._stats[key] = self._stats.pop(key, None) or PolicyStats()
+        if len(self._stats) > MAX_POLICIES:
+            del self._stats[next(iter(self._stats))]  # the one used longest ago
         return AdaptiveDraftLength(
             tuner=self,
-            stats=self._stats.setdefault(key, PolicyStats()),
+            stats=stats,
             bonus=policy.bonus is not Bonus.NONE,
             min_tokens=0 if isinstance(policy.rule, Lossless) else 1,
         )
