@@ -77,6 +77,18 @@ async def test_return_token_ids_has_those_of_the_prompt_too(
     assert len(ids) == whole["usage"]["prompt_tokens"]
 
 
+async def test_a_request_can_choose_what_happens_on_drafter_loss(
+    client: AsyncOpenAI, generator: ScriptedGenerator
+) -> None:
+    for options in ({}, {"on_drafter_loss": "wait"}):
+        response = await client.completions.create(
+            model="pair", prompt="x", extra_body={"cascade": options}
+        )
+        assert extra(response.usage)["cascade"]["undrafted_rounds"] == {}
+        assert extra(response.choices[0])["cascade"]["undrafted_rounds"] == {}
+    assert [request.on_drafter_loss for request in generator.requests] == ["expert", "wait"]
+
+
 async def test_choices_usage_and_response_have_extensions(client: AsyncOpenAI) -> None:
     """Conformance 36."""
     response = await client.chat.completions.create(

@@ -187,6 +187,8 @@ async def test_every_field_reaches_the_generator(
             patience=pb.Patience(confidence=pb.CONFIDENCE_QUANTILE, threshold=-0.0),
             prediction="on the Moon",
             trace=True,
+            expert_loss=pb.EXPERT_LOSS_DRAFTER,
+            drafter_loss=pb.DRAFTER_LOSS_WAIT,
         )
     )
     (request,) = generator.requests
@@ -205,6 +207,7 @@ async def test_every_field_reaches_the_generator(
     assert (request.mode, request.draft_tokens, request.trace) == ("cascade", None, True)
     assert request.patience == SequenceCascadeParams(confidence=Confidence.QUANTILE, threshold=0.0)
     assert service.tokenizer.decode(request.prediction) == "on the Moon"
+    assert (request.on_expert_loss, request.on_drafter_loss) == ("drafter", "wait")
 
 
 async def test_a_conversation_goes_through_the_template(
@@ -233,6 +236,16 @@ async def test_trace_returns_the_rounds(stub: rpc.GenerationServiceAsyncStub) ->
     assert [entry.token_count for entry in choice.rounds] == [3, 1]
 
 
+async def test_rounds_without_a_draft_are_reported_with_their_cause(
+    stub: rpc.GenerationServiceAsyncStub, generator: ScriptedGenerator
+) -> None:
+    generator.undrafted = "late"
+    response = await stub.Generate(whole(max_tokens=4, trace=True))
+    (choice,) = response.choices
+    assert [entry.undrafted_cause for entry in choice.rounds] == ["late", "late"]
+    assert dict(choice.undrafted_rounds) == dict(response.usage.undrafted_rounds) == {"late": 2}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -252,6 +265,7 @@ async def test_trace_returns_the_rounds(stub: rpc.GenerationServiceAsyncStub) ->
         ({"coupling": 77}, "coupling"),
         ({"row_format": 77}, "row_format"),
         ({"expert_loss": 77}, "expert_loss"),
+        ({"drafter_loss": 77}, "drafter_loss"),
         ({"patience": pb.Patience(confidence=cast("Any", 77))}, "patience.confidence"),
         ({"patience": pb.Patience(threshold=math.nan)}, "patience.threshold"),
         ({"seed": 1, "verification": tokens_pb2.VERIFICATION_BLOCK}, "verification"),

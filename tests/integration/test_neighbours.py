@@ -105,3 +105,20 @@ async def test_a_corrupted_drafter_is_left_out_where_it_shows_and_used_again_whe
         while "warnings" in (await http.get("/health")).json():
             assert (await ask(http, ALDRIN, cascade=STRICT))[0] == text
     assert (await ask(http, ALDRIN, cascade=STRICT))[1]["undrafted_rounds"] == {}
+
+
+async def test_without_any_drafter_an_answer_says_so_or_is_refused_as_its_request_wishes(
+    server: LocalServer, http: httpx2.AsyncClient
+) -> None:
+    await server.drafter.stop()
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": ALDRIN}], "temperature": 0}
+    options = LENIENT | {"trace": True}
+    whole = (await http.post("/v1/chat/completions", json=body | {"cascade": options})).json()
+    lost, own = whole["usage"]["cascade"]["undrafted_rounds"], whole["choices"][0]["cascade"]
+    assert set(lost) == {"lost"}
+    assert own["undrafted_rounds"] == lost
+    assert [one["undrafted"] for one in own["trace"]].count("lost") == lost["lost"]
+    options = LENIENT | {"on_drafter_loss": "wait", "deadline_s": 1}
+    refused = await http.post("/v1/chat/completions", json=body | {"cascade": options})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "drafter_unavailable")
+    assert int(refused.headers["retry-after"]) > 0

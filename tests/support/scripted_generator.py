@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ class ScriptedGenerator:
     script: Callable[[Request], Sequence[int]]
     blocks: tuple[int, ...] = (3, 1, 4, 2)
     pause: Callable[[Request, int], Awaitable[None]] = _at_once
+    undrafted: str = ""  # what every round reports as the cause of a missing draft
     open: int = 0  # generations that run now
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last of them ends
     requests: list[Request] = field(default_factory=list)
@@ -70,7 +71,7 @@ class ScriptedGenerator:
             await self.pause(request, at)
             tokens = output[at : at + size]
             at += len(tokens)
-            _record(statistics, request, tokens)
+            _record(statistics, request, tokens, undrafted=self.undrafted)
             yield _chunk(tokens, request, finish if at == len(output) else None, statistics)
             if at == len(output):
                 return
@@ -105,11 +106,15 @@ def _origins(tokens: tuple[int, ...], request: Request) -> tuple[Origin, ...]:
     return (*drafted, *[Origin.EXPERT] * bool(tokens))
 
 
-def _record(statistics: Statistics, request: Request, tokens: tuple[int, ...]) -> None:
+def _record(
+    statistics: Statistics, request: Request, tokens: tuple[int, ...], *, undrafted: str
+) -> None:
     origins = _origins(tokens, request)
     accepted = len(tokens) - origins.count(Origin.EXPERT)
     statistics.rounds += 1
     statistics.draft_length_reasons["scripted"] = statistics.rounds
+    if undrafted:
+        statistics.undrafted_rounds = {undrafted: statistics.rounds}
     statistics.drafted += len(tokens)
     statistics.accepted += accepted
     statistics.judged += len(tokens)
@@ -121,7 +126,7 @@ def _record(statistics: Statistics, request: Request, tokens: tuple[int, ...]) -
     lengths.extend([0] * (accepted + 1 - len(lengths)))
     lengths[accepted] += 1
     if request.trace:
-        statistics.trace.append(_round(statistics, tokens, accepted))
+        statistics.trace.append(replace(_round(statistics, tokens, accepted), undrafted=undrafted))
 
 
 def _round(statistics: Statistics, tokens: tuple[int, ...], accepted: int) -> Round:
