@@ -15,7 +15,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParamsBase
 from pydantic import TypeAdapter
 
-from cascade.api import build_request, schema
+from cascade.api import build_request, grpc_convert, schema
 from cascade.api.schema import (
     ChatBody,
     CompletionBody,
@@ -27,6 +27,7 @@ from cascade.api.schema import (
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule
 from cascade.types import Bonus, Confidence, Coupling, ExpertLoss, Mode, RowFormat, Verification
+from cascade.v1 import cascade_pb2 as pb
 
 if TYPE_CHECKING:
     from cascade.api.context import ServingContext
@@ -151,6 +152,12 @@ def test_a_mistyped_name_is_answered_with_the_nearest_in_our_words(
     assert meant is not None, message
     assert meant[1] in get_close_matches(wrong.lower(), names)
     assert not LIBRARY_WORDS.search(message)
+
+
+def test_grpc_answers_a_mistyped_role_with_the_nearest(service: ServingContext) -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="usr", content="hi")])
+    with pytest.raises(InvalidRequest, match="did you mean `user`"):
+        grpc_convert.call(pb.Generation(chat=chat), service)
 
 
 def test_a_missing_field_whose_name_is_mistyped_is_the_mistyped_one() -> None:
