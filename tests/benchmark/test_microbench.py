@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cascade import demo
-from cascade.benchmark.microbench import StepBenchmark
+from cascade.benchmark.microbench import StepBenchmark, draft_bytes
+from cascade.engine.model_loader import load
 from cascade.engine.settings import EngineSettings
-from cascade.types import DecodingParams, SamplingParams
+from cascade.rules import Diff, TokenV3
+from cascade.types import DecodingParams, RowFormat, SamplingParams
 
 
 @pytest.mark.parametrize(("block_tokens", "step_tokens"), [(None, 1), (3, 4)])
@@ -28,3 +32,19 @@ def test_steps_of_one_and_of_several_sessions_are_timed(
         assert 0 < found.handler_ms < found.step_ms
         assert found.mean_ms > 0
         assert 0 < found.handler_share < 1
+
+
+def test_a_draft_is_as_large_as_what_its_rule_reads() -> None:
+    """Ids, a few tokens of q, or most of it; at temperature 0 an id is enough."""
+    model = load(str(demo.DRAFTER), device="cpu", dtype="float32")
+
+    def size(temperature: float, policy: DecodingParams) -> float:
+        policy = replace(policy, sampling=SamplingParams(temperature=temperature))
+        return draft_bytes(model, [(5, 6, 7)], policy=policy, tokens=4)
+
+    ids, few, most = DecodingParams(rule=TokenV3(alpha=0.9)), DecodingParams(), Diff(alpha=0.0)
+    exact = DecodingParams(rule=most)
+    assert max(size(0.0, ids), size(0.0, few), size(1.5, ids)) < 16 < size(0.0, exact) < 40
+    assert size(1.5, few) < 500 < size(1.5, exact)
+    assert size(0.1, exact) < size(1.5, exact) <= size(1.5, replace(exact, rows=RowFormat.FULL))
+    assert size(1.5, exact) < 2 * model.vocabulary + 50

@@ -1,4 +1,4 @@
-"""Microbenchmarks: the router alone, and one engine step of a tier alone.
+"""Microbenchmarks: the router alone, one engine step of a tier alone, and the size of drafts.
 
 The router runs over tiers that answer at once. An engine step runs without router or gRPC: a
 drafter's step runs one token per session and draws the next, an expert's step runs one block per
@@ -16,9 +16,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from cascade.engine import threads
 from cascade.engine.engine import Engine
@@ -26,13 +27,14 @@ from cascade.engine.model_loader import load
 from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.protocol.client import ReplicaClients
+from cascade.protocol.convert import encode_block
 from cascade.protocol.messages import Judge, Judgement, Proposal, Propose, Score, Scores
 from cascade.protocol.server import TierServer
 from cascade.protocol.services import DRAFTER, EXPERT, Description
 from cascade.router.leases import FixedLeases
 from cascade.router.router import Router, RouterOptions
 from cascade.router.tier_session import TierClient
-from cascade.speculation.draft import DraftTask, draft_step
+from cascade.speculation.draft import DraftTask, block_of, draft_step
 from cascade.speculation.draft_length import DraftLengthTuner
 from cascade.speculation.payload import payload_spec
 from cascade.speculation.verify import VerifyTask, rows_needed, verify
@@ -49,6 +51,7 @@ from cascade.types import (
     TokenLogprob,
     Verdict,
 )
+from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,6 +191,38 @@ def _resident_bytes() -> int:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.inference_mode()
+def draft_bytes(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    policy: DecodingParams,
+    tokens: int = 16,
+) -> float:
+    """Return the mean bytes of a drafted token in a message.
+
+    Args:
+        model: The drafter.
+        prompts: Token ids. A token is drafted at each position of the model's own greedy answers.
+        policy: What decides how much of a distribution is sent.
+        tokens: Of each answer, at most.
+    """
+    network: Any = model.model
+    sizes: list[int] = []
+    for prompt in prompts:
+        text = network.generate(
+            torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, use_cache=True
+        )
+        logits_BV = network(text).logits[0, len(prompt) - 1 : -1, : model.vocabulary]
+        positions = range(len(logits_BV))
+        tasks = [DraftTask(policy=policy, position=i, block_start=i) for i in positions]
+        for draft in draft_step(logits_BV, tasks):
+            proto = tokens_pb2.Block()
+            encode_block(block_of([draft]), proto)
+            sizes.append(proto.ByteSize())
+    return fmean(sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cascade.benchmark import microbench, synthetic_model, systems
 from cascade.benchmark.load import ClosedLoop
@@ -26,8 +26,9 @@ from cascade.benchmark.plan import (
     run_plan,
     with_engine,
 )
-from cascade.engine.model_loader import adopt
+from cascade.engine.model_loader import adopt, load
 from cascade.evaluation.tasks import Level
+from cascade.rules import Diff, Lossless
 from cascade.types import DecodingParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ _ALL_LEVELS = (*EASY, Level.MIDDLE, *HARD)
 _GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 _CONTEXT_TOKENS = 64  # about the length of the sequence in the middle of an answer
 _PASSES = 4  # of the expert alone over blocks of each length, after each round
+# By temperature, of a rule that does not read q and of one that does; two bytes for each of the
+# 3,193 tokens of the pair that ships are the most.
+_MOST_DRAFT_BYTES = {0.0: (20, 50), 0.7: (100, 1000), 1.0: (200, 5000), 1.5: (450, 6500)}
 _VERIFIED_SAMPLINGS = {
     "sampled": SamplingParams(),
     "top-p 0.95": SamplingParams(top_p=0.95),
@@ -243,7 +247,7 @@ async def deferrals(options: SuiteOptions, progress: Progress) -> CaseResult:
 
 
 async def wire(options: SuiteOptions, progress: Progress) -> CaseResult:
-    """Sampled drafts send one sparse distribution per token."""
+    """Sampled drafts send a distribution per token: a small one under lossless, else most of it."""
     plan = replace(_plan(options, streams=1), deployments=(systems.one_process,))
     sampled = [body | {"temperature": 1, "seed": seed} for seed, body in enumerate(plan.bodies)]
     plan = replace(plan, bodies=sampled, variants=("lossless@5",))
@@ -255,7 +259,28 @@ async def wire(options: SuiteOptions, progress: Progress) -> CaseResult:
         measured=(found.bytes_per_token or 0.0) * (found.tokens_per_round or 0.0),
         most=1000,
     )
-    return CaseResult(claims=(claim,), comparisons={claim.case: (comparison, "")})
+    drafter = options.settings.drafter
+    model = load(drafter.model_path, device="cpu", dtype="float32")
+    tokenizer: Any = AutoTokenizer.from_pretrained(drafter.model_path)
+    prompts = [
+        tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+        for body in plan.bodies
+    ]
+    sizes: list[Claim] = []
+    for rule, (temperature, most) in itertools.product(
+        (Lossless(), Diff(alpha=0.0)), _MOST_DRAFT_BYTES.items()
+    ):
+        policy = DecodingParams(rule=rule, sampling=SamplingParams(temperature=temperature))
+        sizes.append(
+            Claim(
+                case="wire, bytes of a drafted token",
+                says=f"{rule.kind}, temperature {temperature:g}",
+                measured=microbench.draft_bytes(model, prompts, policy=policy),
+                most=most[isinstance(rule, Diff)],
+            )
+        )
+        progress(f"wire: {sizes[-1].measured:.0f} bytes, {sizes[-1].says}")
+    return CaseResult(claims=(claim, *sizes), comparisons={claim.case: (comparison, "")})
 
 
 async def router(options: SuiteOptions, progress: Progress) -> CaseResult:
