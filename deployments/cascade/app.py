@@ -129,6 +129,7 @@ class RouterDeployment:
     ) -> None:
         to_serve()
         options = settings.router
+        pair = settings.pair()
         self._tiers = [
             TierClient(
                 leases=HedgedLeases(
@@ -136,23 +137,28 @@ class RouterDeployment:
                     after_s=options.lease_hedge_s,
                 ),
                 clients=ReplicaClients(kind),
+                max_queued=tier.deployment.max_queued_requests,
+                always_there=tier.always_there,
+                context_tokens=context_tokens,
             )
-            for handle, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
+            for handle, kind, tier, context_tokens in (
+                (drafters, services.DRAFTER, settings.drafter, pair.drafter_context_tokens),
+                (experts, services.EXPERT, settings.expert, pair.context_tokens),
+            )
         ]
         drafter_tier, expert_tier = self._tiers
-        required = self._tiers if settings.drafter.always_there else [expert_tier]
-        self._ready_checks = [asyncio.create_task(tier.wait_ready()) for tier in required]
         router = options.loop(drafters=drafter_tier, experts=expert_tier)
+        # Serve's own checks do not ask whether a router is ready: one without experts must not die.
+        self._watch = asyncio.create_task(router.watch())
         observed = settings.observe(router, ServeMetrics(ROUTER))
-        pair = settings.pair()
         self._context = settings.serving_context(
-            observed, pair, ready=self._ready, warnings=router.warnings
+            observed,
+            pair,
+            ready=router.ready,
+            tier_context=router.context_tokens,
+            warnings=router.warnings,
         )
         self._grpc = GenerationServicer(lambda: self._context)
-
-    def _ready(self) -> bool:
-        """Return whether each tier has replied once; raises its error if it does not fit."""
-        return all(task.done() and task.result() is None for task in self._ready_checks)
 
     async def debug_state(self) -> dict[str, int]:
         """Return counts of what this replica holds."""
@@ -204,8 +210,7 @@ class RouterDeployment:
 
     async def __del__(self) -> None:
         """Close the streams to the tiers."""
-        for task in self._ready_checks:
-            task.cancel()
+        self._watch.cancel()
         for tier in self._tiers:
             await tier.clients.close()
 

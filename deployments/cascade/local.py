@@ -55,9 +55,9 @@ class DirectConnection(Connection):
         self._open = True
 
     def receive(self, message: ClientMessage) -> None:
-        """Hand a message to the tier; an error refuses the session."""
+        """Hand a message to the tier; an error refuses the session, which then gets no more."""
         if not self._open:
-            raise self.lost()
+            return
         try:
             self._tier.receive(self, message)
         except CascadeError as error:
@@ -85,6 +85,7 @@ class _CallingSide:
     """The router's end."""
 
     frames_received = 0  # nothing is encoded
+    silent = False
 
     def __init__(self, connection: DirectConnection) -> None:
         self._connection = connection
@@ -107,6 +108,12 @@ class DirectClient(ReplicaClient):
     def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         super().__init__("here", kind)
         self._tier = tier
+        self.description = tier.describe()
+
+    @property
+    def connected(self) -> bool:
+        """Return true."""
+        return True
 
     def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream for the session."""
@@ -124,6 +131,11 @@ class DirectClients(ReplicaClients):
     def __init__(self, tier: TierServicer, kind: TierKind) -> None:
         super().__init__(kind)
         self._client = DirectClient(tier, kind)
+
+    @property
+    def connected(self) -> list[ReplicaClient]:
+        """Return the one replica."""
+        return [self._client]
 
     def __getitem__(self, address: str) -> ReplicaClient:
         return self._client
@@ -168,11 +180,18 @@ async def local_server(
             cleanup.push_async_callback(clients.close)
             leases = FixedLeases([replica.address], token=token)
             tiers.append(TierClient(leases=leases, clients=clients))
+            await tiers[-1].greet()
         router = settings.router.loop(drafters=tiers[0], experts=tiers[1])
         yield LocalServer(
             drafter=drafter,
             expert=expert,
             router=router,
-            service=settings.serving_context(router, pair, warnings=router.warnings),
+            service=settings.serving_context(
+                router,
+                pair,
+                ready=router.ready,
+                tier_context=router.context_tokens,
+                warnings=router.warnings,
+            ),
             token=token,
         )

@@ -475,6 +475,9 @@ class FakeContext:
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self.metadata
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:50051"
+
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 

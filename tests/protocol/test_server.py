@@ -251,7 +251,7 @@ async def test_an_abort_has_error_details(serve: Serve) -> None:
     async with dialled(await serve(RecordingTier(), EXPERT)) as call:
         await call.write(b"\xff")
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await call.read()
+            await read(call)
     assert error_info(error.value).reason == "INVALID_REQUEST"
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from cascade.router.retry import SERVED, Failure, RetryPolicy, RetryState
@@ -28,9 +30,18 @@ def test_a_tier_is_given_up_when_it_was_away_too_long(start: RetryState, longest
 
 
 def test_the_time_in_which_a_lease_was_sought_counts() -> None:
-    tried = RetryState().after_failure(Failure.LOST, PATIENCE, now_s=8.0, since_s=0.0)
+    tried = SERVED.after_failure(Failure.LOST, PATIENCE, now_s=38.0, since_s=8.0)
     assert tried.given_up(PATIENCE)
-    assert not RetryState().after_failure(Failure.LOST, PATIENCE, now_s=8.0).given_up(PATIENCE)
+    assert not SERVED.after_failure(Failure.LOST, PATIENCE, now_s=38.0).given_up(PATIENCE)
+
+
+def test_a_session_that_has_not_begun_is_given_up_by_when_it_was_sought() -> None:
+    """However many replicas fail it in that time, and by a wait that goes on."""
+    sought = RetryState(since_s=6.0)
+    assert sought.give_up_s(PATIENCE) == 8.0
+    assert not sought.after_failure(Failure.LOST, PATIENCE, now_s=7.9).given_up(PATIENCE)
+    assert sought.after_failure(Failure.LOST, PATIENCE, now_s=8.0).given_up(PATIENCE)
+    assert SERVED.give_up_s(PATIENCE) == math.inf
 
 
 def test_who_finds_all_full_at_the_door_is_told_at_once() -> None:

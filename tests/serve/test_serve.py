@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 from contextlib import contextmanager
@@ -146,6 +147,49 @@ async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> N
     call = reflected.ServerReflectionInfo(iter([ask]))
     services = [one.name async for reply in call for one in reply.list_services_response.service]
     assert "cascade.v1.GenerationService" in services
+
+
+async def becomes(server: Server, *, ready: bool) -> None:
+    """Wait until `/health` says so; everything else is then as it stays."""
+    async with asyncio.timeout(60), httpx.AsyncClient(base_url=server.http, timeout=60) as plain:
+        while (await plain.get("/health")).is_success is not ready:  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.1)
+
+
+async def test_without_an_expert_a_router_lives_but_is_not_ready(
+    server: Server, client: AsyncOpenAI, channel: grpc.aio.Channel
+) -> None:
+    """Serve leaves it alone, new requests are refused, and it is ready again by itself."""
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    names = health_pb2.HealthCheckResponse.ServingStatus
+    router = replica(server, "Router")
+    with stopped(replica(server, "Expert")):
+        await becomes(server, ready=False)
+        async with httpx.AsyncClient(base_url=server.http, timeout=60) as plain:
+            assert (await plain.get("/livez")).is_success
+            refused = await plain.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "expert_unavailable"
+        assert int(refused.headers["retry-after"]) >= 1
+        for name, status in (("", "NOT_SERVING"), ("liveness", "SERVING")):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert names.Name(answer.status) == status
+        door = cascade_pb2_grpc.GenerationServiceStub(channel)
+        generation = cascade_pb2.Generation(text="x")
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await door.Generate(cascade_pb2.GenerateRequest(generation=generation))
+        assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+    await becomes(server, ready=True)
+    assert (await text_of(client))[0]
+    assert replica(server, "Router").pid == router.pid
+
+
+async def test_without_a_drafter_a_router_is_ready(server: Server, client: AsyncOpenAI) -> None:
+    with stopped(replica(server, "Drafter")):
+        assert (await text_of(client))[0]
+        async with httpx.AsyncClient(base_url=server.http, timeout=60) as plain:
+            assert (await plain.get("/health")).is_success
+    assert (await text_of(client))[0]
 
 
 async def test_a_channel_with_health_checks_works(server: Server) -> None:

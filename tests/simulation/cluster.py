@@ -215,7 +215,8 @@ def _router(cluster: Cluster) -> Router:
         clients.violations = cluster.violations
         cluster.clients.append(clients)
         tiers[kind.name] = TierClient(
-            leases=HedgedLeases(cluster.leases[kind.name], after_s=1.0), clients=clients
+            leases=HedgedLeases(cluster.leases[kind.name], after_s=RouterOptions().lease_hedge_s),
+            clients=clients,
         )
     rng = cluster.scenario.rng
 

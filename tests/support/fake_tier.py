@@ -76,6 +76,7 @@ class FakeStream:
     sent_bytes: int = 3
     received_bytes: int = 5
     replica_active: bool = False
+    replica_silent: bool = False
     closed: bool = False
 
     def send(self, message: object) -> None:
@@ -105,10 +106,14 @@ class FakeClients:
     reply: Callable[[object, FakeStream], Sequence[object]]
     kind: services.TierKind = services.DRAFTER
     streams: list[FakeStream] = field(default_factory=list[FakeStream])
+    connected: list[object] = field(default_factory=list[object])
+    silent: bool = False  # no stream hears anything
 
     def open_stream(self, address: str, session_id: SessionId, epoch: int) -> FakeStream:
         del session_id
-        self.streams.append(FakeStream(reply=self.reply, address=address, epoch=epoch))
+        stream = FakeStream(reply=self.reply, address=address, epoch=epoch)
+        stream.replica_silent = self.silent
+        self.streams.append(stream)
         return self.streams[-1]
 
 

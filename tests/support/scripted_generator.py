@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from cascade.types import (
+    Caller,
     FinishReason,
     Mode,
     Origin,
@@ -59,8 +60,11 @@ class ScriptedGenerator:
             if not self.open:
                 self.idle.set()
 
-    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+    async def score(
+        self, tokens: Sequence[int], *, top: int, caller: Caller | None = None
+    ) -> tuple[TokenLogprob, ...]:
         """Return a made-up log-probability for each token but the first."""
+        del caller
         return tuple(_logprob(token, top) for token in tokens[1:])
 
     async def _chunks(self, request: Request) -> AsyncGenerator[OutputChunk]:

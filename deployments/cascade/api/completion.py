@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cascade.api.output_processor import Delta, OutputProcessor, TokenText
 from cascade.errors import Internal
-from cascade.types import FinishReason, Origin, Statistics
+from cascade.types import Caller, FinishReason, Origin, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
-    from cascade.types import Request
+    from cascade.types import Request, TokenLogprob
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -112,7 +112,10 @@ class Completion:
     async def _prompt_tokens(self) -> tuple[TokenText, ...]:
         """Return the prompt's tokens, with log-probabilities if the request wants some."""
         prompt, top = self.request.prompt, self.request.policy.logprobs
-        known = () if top is None else await self._service.generator.score(prompt, top=top)
+        known: tuple[TokenLogprob, ...] = ()
+        if top is not None:
+            score = self._service.generator.score
+            known = await score(prompt, top=top, caller=self.request.caller)
         texts = list(self.call.echo[self.index // self.call.n])
         if not self.request.max_tokens:  # else a character that the prompt begins ends the answer's
             texts[-1] += self._service.tokenizer.detokenizer(prompt).flush()
@@ -168,7 +171,12 @@ class Completions:
     """All completions of a call, generated side by side."""
 
     def __init__(
-        self, call: CompletionCall, service: ServingContext, *, request_id: str = ""
+        self,
+        call: CompletionCall,
+        service: ServingContext,
+        *,
+        request_id: str = "",
+        caller: Caller | None = None,
     ) -> None:
         """Prepare the completions.
 
@@ -176,11 +184,17 @@ class Completions:
             call: What to generate.
             service: Generates it.
             request_id: Names the call in logs.
+            caller: Whose turn the completions take where they wait.
         """
         self.call = call
         self.request_id = request_id
         self.all = tuple(
-            Completion(replace(request, name=request_id), service, index=index, call=call)
+            Completion(
+                replace(request, name=request_id, caller=caller or Caller()),
+                service,
+                index=index,
+                call=call,
+            )
             for index, request in enumerate(call.requests)
         )
 

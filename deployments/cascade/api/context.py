@@ -138,6 +138,7 @@ class ServingContext:
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
     ready: Callable[[], bool] = lambda: True
+    warnings: Callable[[], list[str]] = list  # what is wrong though it is ready, a sentence each
     # Tokens that the tiers hold of prompt and completion; None: they have not said yet.
     tier_context: Callable[[Mode, DrafterLoss], int | None] = unknown_context
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own

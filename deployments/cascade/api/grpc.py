@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cascade.api import grpc_convert
 from cascade.api.completion import Completions
-from cascade.api.middleware import REQUEST_ID, authenticate, public_error
+from cascade.api.middleware import REQUEST_ID, authenticate, caller, public_error
 from cascade.errors import ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
 from cascade.protocol.services import health_list
@@ -52,6 +52,10 @@ class Context(Protocol):
 
     def invocation_metadata(self) -> Iterable[tuple[str, Any]] | None:
         """Return the client's metadata."""
+        ...
+
+    def peer(self) -> str:
+        """Return the client's address, such as `ipv4:127.0.0.1:50051`."""
         ...
 
     def set_code(self, code: grpc.StatusCode) -> None:
@@ -181,12 +185,14 @@ class GenerationServicer(
         call = grpc_convert.call(generation, service)
         response.model = call.model
         response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
-        return Completions(call, service, request_id=response.request_id)
+        key = _metadata(context).get("authorization")
+        who = caller(service, key, context.peer().partition(":")[2])
+        return Completions(call, service, request_id=response.request_id, caller=who)
 
     async def _models(self, context: Context) -> pb.ListModelsResponse:
         service = self._service(context)
         created = grpc_convert.timestamp(service.created)
-        response, length = pb.ListModelsResponse(), service.limits.context_tokens
+        response, length = pb.ListModelsResponse(), service.context_tokens
         for name in service.models:
             response.models.add(name=name, create_time=created, context_length=length)
         return response

@@ -138,7 +138,9 @@ async def _complete(
 
     in_thread = len(data) >= _THREAD_BYTES
     call = await asyncio.to_thread(build_call) if in_thread else build_call()
-    completions = Completions(call, service, request_id=request_id)
+    peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
+    caller = middleware.caller(service, request.headers.get("authorization"), peer)
+    completions = Completions(call, service, request_id=request_id, caller=caller)
     response_format = format_type(service, request_id)
     if not call.stream:
         await while_connected(request.receive, completions.run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import math
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cascade.api import responses
 from cascade.errors import CascadeError, DeadlineExceeded, Internal, InvalidRequest, Unauthenticated
+from cascade.types import Caller
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,9 +48,23 @@ def authenticate(service: ServingContext, authorization: str | None) -> None:
         raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
 
 
+def caller(service: ServingContext, authorization: str | None, peer: str) -> Caller:
+    """Return who sent an authenticated call, for its share of a queue.
+
+    Args:
+        service: Says whether callers have API keys.
+        authorization: The header; without keys anything may stand in it.
+        peer: `host:port` of the connection.
+    """
+    if not service.api_keys:
+        return Caller(name=peer.rpartition(":")[0], connection=peer)
+    name = hashlib.sha256((authorization or "").encode()).hexdigest()[:16]
+    return Caller(name=name, connection=peer)
+
+
 def public_error(error: Exception, request_id: str) -> CascadeError:
     """Return the error that a client may see; internal errors are logged and their text hidden."""
-    if isinstance(error, CascadeError) and not isinstance(error, Internal):
+    if isinstance(error, CascadeError) and type(error) is not Internal:
         return error
     logger.error("Request %s failed: %s", request_id, error, exc_info=error)
     return Internal(f"Internal error; the server's log has the details of request {request_id}")

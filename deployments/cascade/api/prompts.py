@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from cascade.api.schema import CompletionBody, Message, ToolCall, texts
-from cascade.errors import InvalidRequest, UnsupportedParameter
+from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -41,7 +41,7 @@ def conversation(messages: Sequence[Message], service: ServingContext) -> tuple[
         UnsupportedParameter: A message has an unknown field.
     """
     rendered = [_template_message(message, number) for number, message in enumerate(messages)]
-    with naming("messages"):
+    with _fitting("messages", service):
         limit = max_prompt_tokens(service)
         return _nonempty(service.tokenizer.chat(rendered, limit=limit), "messages")
 
@@ -50,6 +50,23 @@ def max_prompt_tokens(service: ServingContext) -> int:
     """Return how many tokens a prompt may have."""
     limits = service.limits
     return min(limits.prompt_tokens or limits.context_tokens, limits.context_tokens)
+
+
+def too_long(what: str, service: ServingContext, *, param: str) -> ContextTooLong:
+    """Return the error for a prompt that does not fit, in the words that OpenAI's clients look for.
+
+    Args:
+        what: What was given.
+        service: Has the limits.
+        param: The field of the prompt.
+    """
+    context, prompt = service.limits.context_tokens, max_prompt_tokens(service)
+    of_it = "" if prompt == context else f", and that of a prompt {prompt}"
+    return ContextTooLong(
+        f"This model's maximum context length is {context} tokens{of_it}. However, {what}."
+        f" Reduce the length of the `{param}`",
+        param=param,
+    )
 
 
 def check_ids(ids: Sequence[int], param: str, service: ServingContext) -> None:
@@ -86,7 +103,7 @@ def tokenize(prompt: str | Sequence[int], service: ServingContext) -> tuple[int,
     if not isinstance(prompt, str):
         check_ids(prompt, "prompt", service)
         return tuple(prompt)
-    with naming("prompt"):
+    with _fitting("prompt", service):
         limit = max_prompt_tokens(service)
         return _nonempty(service.tokenizer.encode(prompt, limit=limit), "prompt")
 
@@ -95,6 +112,17 @@ def _nonempty(tokens: tuple[int, ...], param: str) -> tuple[int, ...]:
     if not tokens:
         raise InvalidRequest(f"`{param}` has no tokens; give at least one", param=param)
     return tokens
+
+
+@contextmanager
+def _fitting(param: str, service: ServingContext) -> Generator[None]:
+    """Add the field and the limits to the tokenizer's errors."""
+    try:
+        with naming(param):
+            yield
+    except ContextTooLong as error:
+        what = error.message[0].lower() + error.message[1:]
+        raise too_long(what, service, param=param) from error
 
 
 @contextmanager

@@ -324,7 +324,7 @@ def model(name: str, service: ServingContext) -> Json:
         "object": "model",
         "created": service.created,
         "owned_by": "cascade",
-        "max_model_len": service.limits.context_tokens,
+        "max_model_len": service.context_tokens,
     }
 
 

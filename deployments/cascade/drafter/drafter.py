@@ -50,15 +50,20 @@ class Drafter(Replica[Propose]):
     def begin(self, session: ReplicaSession, message: Propose) -> Sequence[ForwardRequest]:
         """Return the forward requests that lead to a block, unless it was sent already.
 
+        Where the context ends, the block does.
+
         Raises:
-            InvalidRequest: Less than one token is requested, or more than the context holds.
+            InvalidRequest: Less than one token is requested.
+            ContextTooLong: The context holds no token more.
         """
         assert isinstance(session, DraftSession), "a drafter opens sessions of this class"
         if message.count < 1:
             raise InvalidRequest(
                 f"a proposal of {message.count} tokens was asked for; ask for at least 1"
             )
-        self.check_context(session.num_tokens, message.count)
+        self.check_context(session.num_tokens, 1)
+        room = self.describe().context_length - session.num_tokens
+        message = replace(message, count=min(message.count, room))
         spare, tree = self.engine.spare, session.tree
         if tree is None or not tree.follow(message):
             return [self._new_tree(session, message)]

@@ -11,7 +11,7 @@ from cascade.observability.tracing import RequestSpan
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from cascade.types import Generator, OutputChunk, Request, TokenLogprob
+    from cascade.types import Caller, Generator, OutputChunk, Request, TokenLogprob
 
 
 class Observer:
@@ -64,6 +64,8 @@ class ObservedGenerator:
             for observer in self._observers:
                 observer.end(record)
 
-    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+    async def score(
+        self, tokens: Sequence[int], *, top: int, caller: Caller | None = None
+    ) -> tuple[TokenLogprob, ...]:
         """Return the expert's log-probability of each token but the first."""
-        return await self._generator.score(tokens, top=top)
+        return await self._generator.score(tokens, top=top, caller=caller)

@@ -19,6 +19,7 @@ from cascade.protocol.codec import decode_server_message, encode_frame, parse_fr
 from cascade.protocol.messages import Close
 from cascade.protocol.services import (
     HEARTBEAT_S,
+    PROTOCOL_VERSION,
     STREAM_OPTIONS,
     Description,
     TierKind,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # After these the replica counts as lost. Counted, not timed: our own event loop may be late.
 MISSED_HEARTBEATS_LIMIT = 3
+SILENT_HEARTBEATS = 1.5  # without a frame: a session that has not begun tries another replica
+TICKS = 4  # looks at the stream per heartbeat
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -55,6 +58,11 @@ class SharedStream(Protocol):
     """The stream to a replica that its sessions share."""
 
     frames_received: int
+
+    @property
+    def silent(self) -> bool:
+        """Whether heartbeats are missing, so that the replica may hang or be unreachable."""
+        ...
 
     def send(self, message: ClientMessage) -> int:
         """Queue the message and return its size in bytes; never blocks."""
@@ -107,6 +115,11 @@ class SessionStream:
     def replica_active(self) -> bool:
         """Whether the replica has sent any frame, to any session, since this session opened."""
         return self._stream.frames_received > self._frames_before
+
+    @property
+    def replica_silent(self) -> bool:
+        """Whether heartbeats of the replica are missing."""
+        return self._stream.silent
 
     def close(self) -> None:
         """Close the session on the replica; safe to repeat and on a broken stream."""
@@ -179,9 +192,19 @@ class ReplicaConnection:
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[SessionId, SessionStream] = {}
         self._write_buffer = WriteBuffer()
-        self._missed_heartbeats = 0
+        self._silent_ticks = 0
         self._call = dial(address, kind)
         self._task = asyncio.create_task(self._run())
+
+    @property
+    def silent(self) -> bool:
+        """Whether heartbeats are missing, so that the replica may hang or be unreachable."""
+        return self._silent_ticks >= TICKS * SILENT_HEARTBEATS
+
+    @property
+    def alive(self) -> bool:
+        """Whether the replica sends frames."""
+        return self.failure is None and self.frames_received > 0 and not self.silent
 
     def open_session(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream for the session; the stream of an older epoch ends."""
@@ -256,7 +279,7 @@ class ReplicaConnection:
 
     async def _read_frames(self) -> None:
         while isinstance(data := await self._call.read(), bytes):
-            self._missed_heartbeats = 0
+            self._silent_ticks = 0
             self.frames_received += 1
             self._deliver_frame(data)
         raise self.kind.unavailable("the replica ended the stream")
@@ -271,9 +294,9 @@ class ReplicaConnection:
                 self._after_delay(stream.deliver, message, size)
 
     async def _watch_heartbeats(self) -> None:
-        while self._missed_heartbeats <= MISSED_HEARTBEATS_LIMIT:
-            await asyncio.sleep(HEARTBEAT_S)
-            self._missed_heartbeats += 1
+        while self._silent_ticks < TICKS * (MISSED_HEARTBEATS_LIMIT + 1):
+            await asyncio.sleep(HEARTBEAT_S / TICKS)
+            self._silent_ticks += 1
         silent_s = MISSED_HEARTBEATS_LIMIT * HEARTBEAT_S
         raise self.kind.unavailable(f"it has sent nothing for {silent_s:g} s")
 
@@ -296,25 +319,40 @@ class ReplicaClient:
         self.kind = kind
         self.delay_s = delay_s
         self._dial = dial
+        self.description: Description | None = None  # of the last call of `describe`
         self._connection: ReplicaConnection | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the replica sends frames and speaks this version of the protocol."""
+        if self.description and self.description.protocol_version != PROTOCOL_VERSION:
+            return False
+        return self._connection is not None and self._connection.alive
+
+    def connect(self) -> ReplicaConnection:
+        """Return the connection, a new one if there is none or it is broken."""
+        if self._connection is None or self._connection.failure is not None:
+            self._connection = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
+        return self._connection
 
     def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream for the session; connects if there is no connection or it is broken."""
-        if self._connection is None or self._connection.failure is not None:
-            self._connection = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
-        return self._connection.open_session(session_id, epoch)
+        return self.connect().open_session(session_id, epoch)
 
-    async def describe(self, *, timeout_s: float = 5.0) -> Description:
+    async def describe(self, *, timeout_s: float = 2.0) -> Description:
         """Return what the replica serves; raises DrafterUnavailable or ExpertUnavailable."""
+        self.description = None
         async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
             describe = channel.unary_unary(self.kind.path(self.kind.describe_method))
             try:
-                return decode_description(await describe(b"", timeout=timeout_s), self.kind)
+                data = await describe(b"", timeout=timeout_s)
+                self.description = decode_description(data, self.kind)
             except (grpc.aio.AioRpcError, DecodeError) as error:
                 raise self.kind.unavailable(
                     f"the {self.kind.name} at {self.address} does not describe itself: "
                     f"{_description(error)}"
                 ) from error
+        return self.description
 
     async def close(self) -> None:
         """End the connection and every session on it."""
@@ -338,6 +376,11 @@ class ReplicaClients:
                 address, self.kind, delay_s=self.delay_s, dial=self._dial
             )
         return self._clients[address]
+
+    @property
+    def connected(self) -> list[ReplicaClient]:
+        """Return the replicas that are connected now."""
+        return [client for client in self._clients.values() if client.connected]
 
     def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream for a session on one replica.

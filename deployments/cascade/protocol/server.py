@@ -261,9 +261,9 @@ class TierServer:
 
     async def _send_heartbeats(self, connection: Connection) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
             if self.tier.alive:
                 connection.send_heartbeat()
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 def _hidden(error: Exception, kind: TierKind) -> Internal:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cascade.errors import CascadeError, Overloaded
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cascade.protocol.services import LeaseTicket, TierKind
+    from cascade.types import Caller
+
+ASKED_AT_ONCE = 32  # lease requests under way; each may be hedged several times
 
 
 class Lease(Protocol):
@@ -94,6 +98,125 @@ class HedgedLeases:
 
     def _request(self) -> asyncio.Future[Lease]:
         return asyncio.ensure_future(self._source.take())
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """A session that waits for a lease."""
+
+    caller: Caller
+    number: int  # grows with each arrival
+    granted: asyncio.Future[Lease] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class LeaseQueue:
+    """Lets sessions wait for leases by turns: one per caller, and one per connection of a caller.
+
+    As many leases are asked for as sessions wait; whichever is granted goes to the session whose
+    turn it is then, so that a caller with many sessions does not keep the others waiting. If the
+    queue is full, the last session of the caller that has most of them waiting is refused.
+    """
+
+    def __init__(self, source: LeaseSource, *, limit: int) -> None:
+        self._source = source
+        self._limit = limit
+        self._waiters: dict[_Waiter, None] = {}  # in the order of arrival
+        self._turns: dict[str, dict[str, deque[_Waiter]]] = {}  # by caller and connection
+        self._asked: dict[asyncio.Future[Lease], int] = {}  # with the number of the last arrival
+        self._numbers = itertools.count()
+
+    async def take(self, caller: Caller) -> Lease:
+        """Return a lease.
+
+        Raises:
+            Overloaded: The queue, or the tier's own, is full.
+            Unavailable: No replica answers.
+        """
+        if len(self._waiters) >= self._limit:
+            self._refuse_one(caller)
+        waiter = _Waiter(caller, next(self._numbers))
+        self._waiters[waiter] = None
+        connections = self._turns.setdefault(caller.name, {})
+        connections.setdefault(caller.connection, deque()).append(waiter)
+        self._ask()
+        try:
+            return await waiter.granted
+        except asyncio.CancelledError:
+            if not waiter.granted.cancelled() and waiter.granted.exception() is None:
+                self._grant(waiter.granted.result())
+            raise
+        finally:
+            self._remove(waiter)
+            self._ask()
+
+    def _ask(self) -> None:
+        """Ask for as many leases as sessions wait."""
+        wanted = min(len(self._waiters), ASKED_AT_ONCE)
+        while len(self._asked) < wanted:
+            request = asyncio.ensure_future(self._source.take())
+            self._asked[request] = next(self._numbers)
+            request.add_done_callback(self._answered)
+        while len(self._asked) > wanted:
+            request, _ = self._asked.popitem()
+            request.add_done_callback(release_when_granted)
+            request.cancel()
+
+    def _answered(self, request: asyncio.Future[Lease]) -> None:
+        number = self._asked.pop(request, None)
+        if number is None or request.cancelled():
+            return  # nobody waited for it any more
+        error = request.exception()
+        if error is None:
+            self._grant(request.result())
+        # A session that came after this request keeps waiting for the answer to a later one.
+        elif (oldest := next(iter(self._waiters), None)) and oldest.number < number:
+            self._fail(oldest, error)
+        self._ask()
+
+    def _grant(self, lease: Lease) -> None:
+        """Give a lease to the session whose turn it is."""
+        while self._turns:
+            name, connections = next(iter(self._turns.items()))
+            connection, waiters = next(iter(connections.items()))
+            waiter = waiters[0]
+            # The caller goes behind all others, and so does the connection.
+            self._turns[name] = self._turns.pop(name)
+            connections[connection] = connections.pop(connection)
+            self._remove(waiter)
+            if not waiter.granted.done():  # else it has left
+                waiter.granted.set_result(lease)
+                return
+        lease.close()
+
+    def _refuse_one(self, caller: Caller) -> None:
+        """Make room for a session; raises Overloaded if its caller has most sessions waiting."""
+        waiting = {
+            name: [waiter for waiters in connections.values() for waiter in waiters]
+            for name, connections in self._turns.items()
+        }
+        longest = max(waiting.values(), key=len, default=[])
+        error = Overloaded(f"{self._limit} requests wait already; this caller has most of them")
+        if len(waiting.get(caller.name, ())) + 1 >= len(longest):
+            raise error
+        self._fail(max(longest, key=lambda waiter: waiter.number), error)
+
+    def _fail(self, waiter: _Waiter, error: BaseException) -> None:
+        self._remove(waiter)
+        if not waiter.granted.done():
+            waiter.granted.set_exception(error)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        if waiter not in self._waiters:
+            return
+        del self._waiters[waiter]
+        name, connection = waiter.caller.name, waiter.caller.connection
+        self._turns[name][connection].remove(waiter)
+        if not self._turns[name][connection]:
+            del self._turns[name][connection]
+        if not self._turns[name]:
+            del self._turns[name]
 
 
 def release_when_granted(call: asyncio.Future[Lease]) -> None:

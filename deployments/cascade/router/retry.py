@@ -46,6 +46,7 @@ class RetryPolicy:
     pauses_s: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 1.0)  # the last one repeats
     entry_s: float = 2.0  # without the tier since the session began, until it is given up
     loss_s: float = 30.0  # without the tier since its last reply, until it is given up
+    lease_s: float = 8.0  # for room on a tier that is full, before the session begins
     reply_timeout_s: float = 2.0  # until a message is sent again; doubles each time
     deadline_s: float | None = None  # of one attempt, for a tier that the session can do without
     queues: bool = False  # a session that has not begun waits for room too
@@ -64,7 +65,7 @@ class RetryState:
     failures: int = 0
     breakdowns: int = 0
     last: Failure | None = None
-    since_s: float = 0.0  # time of the first failure
+    since_s: float = 0.0  # time of the first failure; before any reply, of the first attempt
     resume_s: float = 0.0  # when the tier may be asked again
 
     @property
@@ -81,22 +82,28 @@ class RetryState:
             failure: What happened.
             policy: Gives the pause that follows.
             now_s: The present time, in seconds of any one clock.
-            since_s: When the failed attempt began, if before `now_s`.
+            since_s: When the failed attempt began, if before `now_s`; of a session that has begun.
         """
-        pauses_s = policy.pauses_s
+        pauses_s, first_s = policy.pauses_s, now_s if since_s is None else since_s
         pause_s = pauses_s[min(self.failures, len(pauses_s) - 1)]
         return replace(
             self,
             failures=self.failures + 1,
             breakdowns=self.breakdowns + (failure is Failure.BROKEN),
             last=failure,
-            since_s=self.since_s if self.failures else now_s if since_s is None else since_s,
+            since_s=self.since_s if self.failures or not self.served else first_s,
             resume_s=math.inf if failure is Failure.CONTEXT else now_s + pause_s,
         )
 
-    def after_stay(self) -> RetryState:
+    def after_stay(self, *, now_s: float) -> RetryState:
         """Return the state after a replica was reachable for a while, though it never replied."""
-        return replace(self, failures=0)
+        return replace(self, failures=0, since_s=now_s)
+
+    def give_up_s(self, policy: RetryPolicy) -> float:
+        """Return the time at which a session that needs the tier fails without it."""
+        if self.served:
+            return self.since_s + policy.loss_s if self.failures else math.inf
+        return self.since_s + policy.entry_s
 
     def given_up(self, policy: RetryPolicy) -> bool:
         """Return whether a session that needs the tier fails now.
@@ -106,8 +113,7 @@ class RetryState:
         """
         if self.last is Failure.FULL and not self.served and not policy.queues:
             return True
-        limit_s = policy.loss_s if self.served else policy.entry_s
-        expired = self.resume_s - self.since_s > limit_s
+        expired = self.resume_s >= self.give_up_s(policy)
         return self.failures > 0 and (expired or self.breakdowns >= MAX_BREAKDOWNS)
 
 

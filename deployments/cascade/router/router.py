@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from cascade.errors import DeadlineExceeded, DrafterUnavailable, ExpertUnavailable
+from cascade.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    DrafterUnavailable,
+    ExpertUnavailable,
+)
 from cascade.router.circuit_breaker import CircuitBreaker
 from cascade.router.drafters import (
     BestEffortDrafter,
@@ -26,12 +31,13 @@ from cascade.router.drafters import (
 )
 from cascade.router.retry import RetryPolicy
 from cascade.router.statistics import RoundRecorder, discard_drafts
-from cascade.router.tier_session import TierClient, TierSession, now_s, score
+from cascade.router.tier_session import TierClient, TierSession, now_s
 from cascade.router.verifiers import AcceptAll, RemoteVerifier, Verifier, VerifyOnDeferral
 from cascade.speculation.draft_length import DraftLength, Fixed, expert_slots
 from cascade.speculation.modes import DraftSource, VerifyWhen, plan_for
 from cascade.types import (
     Confidence,
+    DecodingParams,
     DrafterLoss,
     ExpertLoss,
     FinishReason,
@@ -52,8 +58,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from cascade.speculation.modes import Plan
-    from cascade.types import DecodingParams, TokenLogprob
+    from cascade.types import Caller, TokenLogprob
 
+DRAFTERS_DUE_S = 60.0  # after a router's start, by when drafters have loaded or never will
 CHUNK_TOKENS = 16  # drafted at a time where no expert verifies
 ALONE_TOKENS = 8  # written in a row by the expert where it has no drafter
 
@@ -83,6 +90,7 @@ class RouterOptions:
             reply_timeout_s=self.answer_deadline_s,
             entry_s=self.entry_deadline_s,
             loss_s=self.loss_deadline_s,
+            lease_s=self.lease_timeout_s,
         )
 
     @property
@@ -126,6 +134,7 @@ class Router:
         self._automatic = automatic
         self._options = options
         self._breaker = CircuitBreaker(clock=now_s)
+        self._drafters_due_s = -math.inf  # when the first drafter is not waited for any more
 
     def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         """Yield an answer in chunks; the last has a finish reason and the statistics.
@@ -143,9 +152,44 @@ class Router:
             return self._sequence_cascade(request, deadline_s=deadline_s)
         return self._with_expert_fallback(request, Statistics(), deadline_s=deadline_s)
 
-    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
+    async def score(
+        self, tokens: Sequence[int], *, top: int, caller: Caller | None = None
+    ) -> tuple[TokenLogprob, ...]:
         """Return the expert's log-probability of each token but the first."""
-        return await score(self._experts, tuple(tokens), top=top)
+        policy = self._options.required_tier
+        experts = TierSession(self._experts, Statistics(), policy=policy, caller=caller)
+        try:
+            return await experts.score(_session_id(), tuple(tokens), top=top)
+        finally:
+            experts.close()
+
+    async def watch(self) -> None:
+        """Keep up `ready` and `context_tokens` until cancelled."""
+        self._drafters_due_s = now_s() + DRAFTERS_DUE_S
+        await asyncio.gather(self._experts.watch(), self._drafters.watch())
+
+    def ready(self) -> bool:
+        """Return whether answers can begin: an expert can be reached.
+
+        They can without a drafter too, but at its start a router waits a while for the first one.
+        """
+        drafters, experts = self._drafters, self._experts
+        if drafters.always_there and not drafters.greeted and now_s() < self._drafters_due_s:
+            return False
+        return experts.reachable or not experts.always_there
+
+    def context_tokens(self, mode: Mode, on_drafter_loss: DrafterLoss) -> int | None:
+        """Return what prompt and answer may have together, in tokens, as far as replicas have said.
+
+        A drafter counts only where an answer cannot go on without it.
+        """
+        plan = plan_for(mode, DecodingParams())
+        waits = plan.drafter is DraftSource.BEST_EFFORT and on_drafter_loss is DrafterLoss.WAIT
+        drafts = waits or plan.drafter is DraftSource.REQUIRED
+        verifies = mode is not Mode.DRAFTER_ONLY
+        needed = [self._drafters] * drafts + [self._experts] * verifies
+        lengths = [tier.context_tokens for tier in needed]
+        return min((length for length in lengths if length is not None), default=None)
 
     def warnings(self) -> list[str]:
         """Return what is wrong though answers can begin, a sentence each."""
@@ -201,16 +245,24 @@ class Router:
                 async for chunk in chunks:
                     written.append(chunk)
                     yield chunk
-        except ExpertUnavailable:
+        except ContextTooLong:  # to a replica that holds less than those the router knew
+            if not written:
+                raise
+            finish = FinishReason.LENGTH
+            yield OutputChunk(tokens=(), origins=(), finish=finish, statistics=statistics)
+        except ExpertUnavailable as lost:
             if request.on_expert_loss is ExpertLoss.FAIL:
                 raise
             statistics.expert_losses += 1
             request = replace(request, mode=Mode.DRAFTER_ONLY)
             session = _session(request, written)
             chunks = self._loop(request, session, statistics, deadline_s=deadline_s)
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    yield chunk
+            try:
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        yield chunk
+            except ContextTooLong:
+                raise lost from None
 
     async def _sequence_cascade(
         self, request: Request, *, deadline_s: float
@@ -244,8 +296,9 @@ class Router:
     ) -> AsyncGenerator[tuple[Drafter, Verifier]]:
         """Make the drafter and the verifier of a plan, start the prefill, free both at the end."""
         required = self._options.required_tier
-        drafters = TierSession(self._drafters, statistics, policy=self._drafter_tier(request, plan))
-        experts = TierSession(self._experts, statistics, policy=required)
+        policy, caller = self._drafter_tier(request, plan), request.caller
+        drafters = TierSession(self._drafters, statistics, policy=policy, caller=caller)
+        experts = TierSession(self._experts, statistics, policy=required, caller=caller)
         try:
             if plan.verify is VerifyWhen.ALWAYS or plan.drafter is DraftSource.REQUIRED:
                 needed = experts if plan.verify is VerifyWhen.ALWAYS else drafters
@@ -341,9 +394,13 @@ def _finish(session: Session, request: Request) -> FinishReason | None:
     return FinishReason.LENGTH if session.position >= request.max_tokens else None
 
 
+def _session_id() -> SessionId:
+    return SessionId(uuid.uuid4().hex)
+
+
 def _session(request: Request, written: Sequence[OutputChunk]) -> Session:
     return Session(
-        id=SessionId(uuid.uuid4().hex),
+        id=_session_id(),
         prompt=request.prompt,
         policy=request.policy,
         tokens=tuple(token for chunk in written for token in chunk.tokens),

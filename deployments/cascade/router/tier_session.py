@@ -7,10 +7,12 @@ the next epoch. `retry` decides when.
 from __future__ import annotations
 
 import asyncio
-import uuid
+import logging
+import math
+import sys
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from cascade.errors import (
     CascadeError,
@@ -35,20 +37,25 @@ from cascade.protocol.messages import (
     extend_digest,
 )
 from cascade.protocol.services import PROTOCOL_VERSION
-from cascade.router.leases import release_when_granted
+from cascade.router.leases import LeaseQueue, release_when_granted
 from cascade.router.retry import SERVED, STAY_S, Failure, RetryPolicy, RetryState
-from cascade.types import SessionId
+from cascade.types import Caller
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from cascade.protocol.client import ReplicaClients, SessionStream
     from cascade.router.leases import Lease, LeaseSource
-    from cascade.types import Session, Statistics, TokenLogprob
+    from cascade.types import Session, SessionId, Statistics, TokenLogprob
 
-READY_POLL_S = 0.5
+WATCH_S = 0.5  # between two looks at a tier's connections
+GONE_S = 2.0  # without a connected replica, after which a tier cannot be reached
+SILENCE_POLL_S = 0.25
+LAST_LEASE_S = 1.0  # for the lease after a replica that took most of the time of an attempt
 REPLICA_ERRORS = (Unavailable, Overloaded, Internal)  # all others are the request's own fault
 BEST_EFFORT_ERRORS = (*REPLICA_ERRORS, ContextTooLong)  # for a drafter: the expert may hold more
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Reply: TypeAlias = Proposal | Judgement
@@ -56,43 +63,84 @@ MessageFactory: TypeAlias = "Callable[[int, int, tuple[int, ...]], Propose | Jud
 """Builds a message from the epoch, the prefix hash and the tokens that the replica lacks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TierClient:
     """All replicas of one tier, as the router reaches them."""
 
-    leases: LeaseSource
-    clients: ReplicaClients
+    def __init__(
+        self,
+        *,
+        leases: LeaseSource,
+        clients: ReplicaClients,
+        max_queued: int = 256,
+        always_there: bool = True,
+        context_tokens: int | None = None,
+    ) -> None:
+        """Reach the replicas of a tier.
+
+        Args:
+            leases: Grants leases; sessions that wait for one do so here, by turns.
+            clients: Connects to the replicas.
+            max_queued: Sessions that may wait for a lease; -1: any number.
+            always_there: Whether the tier keeps a replica while nobody calls it.
+            context_tokens: Of the model, until a replica has said what it holds.
+        """
+        self.leases = LeaseQueue(leases, limit=max_queued if max_queued >= 0 else sys.maxsize)
+        self.clients = clients
+        self.always_there = always_there
+        self.greeted = False  # a replica has been connected
+        self._connected_s = -math.inf  # when a replica was last seen to be
+        self._context_tokens = context_tokens
 
     @property
     def name(self) -> str:
         """Return drafter or expert."""
         return self.clients.kind.name
 
-    async def wait_ready(self) -> None:
-        """Wait until a replica grants a lease and describes what it serves.
+    @property
+    def reachable(self) -> bool:
+        """Whether a replica is connected, or was a moment ago; also full replicas are."""
+        if self.clients.connected:
+            self._connected_s = now_s()
+        return now_s() - self._connected_s <= GONE_S
 
-        Raises:
-            Internal: The replica speaks another version of the protocol.
-        """
+    @property
+    def context_tokens(self) -> int | None:
+        """Return the tokens that a session may have on any connected replica, if one has said."""
+        described = [client.description for client in self.clients.connected]
+        lengths = [one.context_length for one in described if one is not None]
+        self._context_tokens = min(lengths, default=self._context_tokens)
+        return self._context_tokens
+
+    async def watch(self) -> None:
+        """Keep up `reachable` and `context_tokens` until cancelled."""
         while True:
             try:
-                lease = await self.leases.take()
-            except (Overloaded, Unavailable):
-                await asyncio.sleep(READY_POLL_S)
-                continue
-            try:
-                description = await self.clients[lease.address].describe()
-            except Unavailable:
-                continue
-            finally:
-                lease.close()
-            if description.protocol_version != PROTOCOL_VERSION:
-                raise Internal(
-                    f"the {self.name} at {lease.address} speaks protocol version "
-                    f"{description.protocol_version} and this router {PROTOCOL_VERSION}; deploy "
-                    "both from one release"
-                )
-            return
+                # A tier that may have no replica would start one for being asked.
+                if self.always_there and not self.clients.connected:
+                    await self.greet()
+                for client in self.clients.connected:
+                    if client.description is None:
+                        await client.describe()
+            except (Overloaded, Unavailable) as error:
+                logger.debug("No %s can be asked: %s", self.name, error)
+            self.greeted = self.reachable or self.greeted
+            await asyncio.sleep(WATCH_S)
+
+    async def greet(self) -> None:
+        """Connect to a replica and ask what it serves; raises as `LeaseQueue.take` does."""
+        lease = await self.leases.take(Caller())
+        try:
+            client = self.clients[lease.address]
+            client.connect()
+            description = await client.describe()
+        finally:
+            lease.close()
+        if description.protocol_version != PROTOCOL_VERSION:
+            logger.error(
+                "The %s at %s speaks protocol version %d and this router %d; deploy both from one"
+                " release",
+                *(self.name, lease.address, description.protocol_version, PROTOCOL_VERSION),
+            )
 
     def error(self, refusal: Refusal) -> CascadeError:
         """Return the router's error for a refusal; a lost lease counts as a lost replica."""
@@ -104,8 +152,24 @@ class TierClient:
 class TierSession:
     """One session on one tier; nothing is opened before the first use."""
 
-    def __init__(self, tier: TierClient, statistics: Statistics, *, policy: RetryPolicy) -> None:
+    def __init__(
+        self,
+        tier: TierClient,
+        statistics: Statistics,
+        *,
+        policy: RetryPolicy,
+        caller: Caller | None = None,
+    ) -> None:
+        """Prepare a session.
+
+        Args:
+            tier: Where it will be.
+            statistics: Counts its failures and bytes.
+            policy: How it is retried.
+            caller: Whose turn it takes where it waits for a lease.
+        """
         self.tier = tier
+        self._caller = caller or Caller()
         self.retry_state = RetryState()
         self.sent_s = 0.0  # when the last message was sent
         self._statistics = statistics
@@ -153,6 +217,20 @@ class TierSession:
             CascadeError: A required tier is given up, or the message is wrong.
         """
         return await self._retry(lambda: self._attempt(session, make, pushed=pushed))
+
+    async def score(
+        self, session_id: SessionId, tokens: tuple[int, ...], *, top: int
+    ) -> tuple[TokenLogprob, ...]:
+        """Return the log-probability of each token but the first; retries as `ask` does.
+
+        Args:
+            session_id: A new one.
+            tokens: At least one token.
+            top: Alternatives wanted at each position.
+        """
+        scores = await self._retry(lambda: self._score(session_id, tokens, top=top))
+        assert scores is not None, "only an expert scores, and that is required"
+        return scores
 
     def hint(self, session: Session, make: MessageFactory) -> None:
         """Send the next message before `ask` is called, if the replica has replied so far."""
@@ -211,7 +289,7 @@ class TierSession:
             causes, name = self._statistics.failover_causes, f"{self.tier.name} {failure}"
             causes[name] = causes.get(name, 0) + 1
         if failure is not Failure.LATE and self._stayed:
-            self.retry_state = self.retry_state.after_stay()
+            self.retry_state = self.retry_state.after_stay(now_s=now_s())
         self.retry_state = self.retry_state.after_failure(
             failure, self._policy, now_s=now_s(), since_s=self._lease_requested_s
         )
@@ -245,6 +323,8 @@ class TierSession:
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T | None:
         deadline_s = self._policy.deadline_s
+        if not self.retry_state.served and not self.retry_state.failures:
+            self.retry_state = replace(self.retry_state, since_s=now_s())
         while True:
             try:
                 if deadline_s is None:
@@ -277,7 +357,7 @@ class TierSession:
             sent = False
             try:
                 async with asyncio.timeout(timeout_s):
-                    reply = await self._next_reply(session)
+                    reply = await self._unless_silent(self._next_reply(session))
             except TimeoutError:
                 timeout_s *= 2
                 continue
@@ -288,25 +368,90 @@ class TierSession:
             self._known = reply.position
 
     async def _open(self, session: Session) -> None:
+        stream, token = await self._connect(session.id)
+        trace = traceparent()
+        stream.send(Open(session=session, epoch=self._epoch, lease=token, traceparent=trace))
+        self._known = session.position
+
+    async def _score(
+        self, session_id: SessionId, tokens: tuple[int, ...], *, top: int
+    ) -> tuple[TokenLogprob, ...]:
+        stream, token = await self._connect(session_id)
+        epoch = self._epoch
+        stream.send(Score(session_id=session_id, epoch=epoch, lease=token, tokens=tokens, top=top))
+        reply = await self._unless_silent(self._receive())
+        assert isinstance(reply, Scores), "an expert replies to Score with Scores"
+        return reply.logprobs
+
+    async def _connect(self, session_id: SessionId) -> tuple[SessionStream, str]:
+        """Return a stream to a replica, and the token of the lease that allows to open it."""
         if self._lease is None:
             await self._take_lease()
         assert self._lease is not None
         self._epoch += 1
         self._opened_s = now_s()
-        self._stream = self.tier.clients.open_stream(self._lease.address, session.id, self._epoch)
-        lease, trace = self._lease.token, traceparent()
-        self._stream.send(Open(session=session, epoch=self._epoch, lease=lease, traceparent=trace))
-        self._known = session.position
+        self._stream = self.tier.clients.open_stream(self._lease.address, session_id, self._epoch)
+        return self._stream, self._lease.token
+
+    async def _unless_silent(self, receiving: Coroutine[Any, Any, T]) -> T:
+        """Return what is received; a session that has not begun leaves a silent replica.
+
+        Raises:
+            CascadeError: As `receiving` does, or heartbeats of the replica are missing.
+        """
+        if self.retry_state.served or not self._policy.required:
+            return await receiving
+        assert self._stream is not None, "open first"
+        task = asyncio.ensure_future(receiving)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=SILENCE_POLL_S)
+                waited_s = now_s() - self._opened_s
+                if task.done() or waited_s < self._policy.entry_s / 2:
+                    continue
+                if self._stream.replica_silent:
+                    since_s = min(self.retry_state.since_s, self._opened_s)
+                    self.retry_state = replace(self.retry_state, since_s=since_s)
+                    raise self._unavailable(f"the {self.tier.name} at {self.address} is silent")
+            return task.result()
+        finally:
+            task.cancel()
 
     def _request_lease(self) -> asyncio.Task[Lease]:
         if self._lease_request is None:
             self._lease_requested_s = now_s()
-            self._lease_request = asyncio.ensure_future(self.tier.leases.take())
+            self._lease_request = asyncio.ensure_future(self.tier.leases.take(self._caller))
         return self._lease_request
 
     async def _take_lease(self) -> None:
-        self._lease = await self._request_lease()
+        request = self._request_lease()
+        if self._policy.required:
+            await self._wait_for_lease(request)
+        self._lease = await request
         self._lease_request = self._lease_requested_s = None
+
+    async def _wait_for_lease(self, request: asyncio.Task[Lease]) -> None:
+        """Wait until the session is given up; at its beginning longer if the tier is only full.
+
+        Raises:
+            Overloaded: No slot came free in time.
+            Unavailable: No replica was there in time.
+        """
+        policy, began_s = self._policy, now_s()
+        left_s = max(self.retry_state.give_up_s(policy) - began_s, LAST_LEASE_S)
+        await asyncio.wait({request}, timeout=None if math.isinf(left_s) else left_s)
+        full = bool(self.tier.clients.connected) and not self.retry_state.served
+        if not request.done() and full:
+            await asyncio.wait({request}, timeout=max(0.0, policy.lease_s - (now_s() - began_s)))
+        if request.done():
+            return
+        waited = f"within {now_s() - began_s:.1f} s"
+        if full:
+            raise Overloaded(f"no {self.tier.name} replica came free {waited}")
+        raise self._unavailable(f"no {self.tier.name} replica answered {waited}")
+
+    def _unavailable(self, message: str) -> Unavailable:
+        return self.tier.clients.kind.unavailable(message)
 
     async def _next_reply(self, session: Session) -> Reply | Need:
         """Return the next reply that follows the session; replies to earlier ones are skipped."""
@@ -363,33 +508,3 @@ def failure_of(error: CascadeError) -> Failure:
 def now_s() -> float:
     """Return the event loop's time, which all deadlines of a session use."""
     return asyncio.get_running_loop().time()
-
-
-async def score(tier: TierClient, tokens: tuple[int, ...], *, top: int) -> tuple[TokenLogprob, ...]:
-    """Return the log-probability of each token but the first, under a lease of its own.
-
-    Args:
-        tier: The expert tier.
-        tokens: At least one token.
-        top: Alternatives wanted at each position.
-
-    Raises:
-        CascadeError: No replica is there, or it refuses the tokens.
-    """
-    lease = await tier.leases.take()
-    session_id = SessionId(uuid.uuid4().hex)
-    stream = tier.clients.open_stream(lease.address, session_id, 1)
-    try:
-        stream.send(
-            Score(session_id=session_id, epoch=1, lease=lease.token, tokens=tokens, top=top)
-        )
-        match await stream.receive():
-            case Scores() as scores:
-                return scores.logprobs
-            case Refusal() as refusal:
-                raise tier.error(refusal)
-            case message:
-                raise Internal(f"the {tier.name} answered Score with {type(message).__name__}")
-    finally:
-        stream.close()
-        lease.close()
