@@ -78,6 +78,7 @@ logprobs = st.builds(
     token=TOKENS,
     logprob=LOGPROBS,
     top=several(st.tuples(TOKENS, LOGPROBS), most=3),
+    drafter=st.booleans(),
 )
 
 
