@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
+import torch
 from scipy import stats
 from tests.reference import PositionProbs, target_distribution
+from tests.support.shipped_pair import SETTINGS
+from transformers import AutoModelForCausalLM
 
-from cascade.rules import Chow, Lossless, Opt, TokenV3
+from cascade import demo
+from cascade.local import local_server
+from cascade.rules import Chow, Diff, Lossless, Lossy, Opt, TokenV3
 from cascade.types import (
     Bonus,
     Coupling,
@@ -180,3 +185,43 @@ async def test_gumbel_coupling_and_block_verification_follow_pi_too(
 ) -> None:
     seen = await experiment.sample(replace(policy, sampling=SAMPLING))
     assert p_value(seen, experiment.expected(policy.rule)) > UNLIKELY
+
+
+@pytest.mark.slow
+async def test_a_large_vocabulary_is_followed_to_its_tail() -> None:
+    """The pair that ships spreads much of a token's probability over thousands of tokens."""
+    prompt, samples = tuple(range(5, 25)), 1500
+    logits: list[Tensor] = []
+    for path in (demo.DRAFTER, demo.EXPERT):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.inference_mode():
+            logits.append(model(torch.tensor([prompt])).logits[0, -1].double())
+    q, p = ((one / SAMPLING.temperature).softmax(0) for one in logits)
+    q0, p0 = (one.softmax(0) for one in logits)
+    at = PositionProbs(position=0, q=q, p=p, q0=q0, p0=p0)
+    async with local_server(SETTINGS) as server:
+        for rule in (Diff(alpha=1), Opt(alpha=0.3), Lossy(alpha=0.3)):
+            policy = DecodingParams(rule=rule, bonus=Bonus.NONE, sampling=SAMPLING)
+
+            async def one(seed: int, policy: DecodingParams = policy) -> Answer:
+                request = Request(
+                    prompt=prompt,
+                    policy=replace(policy, seed=seed),
+                    mode=Mode.CASCADE,
+                    max_tokens=1,
+                    draft_tokens=1,
+                )
+                chunks = [chunk async for chunk in server.router.generate(request)]
+                return tuple(token for chunk in chunks for token in chunk.tokens)
+
+            seen = Counter[Answer]()
+            for first in range(0, samples, CONCURRENCY):
+                seen.update(await asyncio.gather(*map(one, range(first, first + CONCURRENCY))))
+            pi, _ = target_distribution(rule, at)
+            expected = {(i,): x for i, x in enumerate(pi.tolist())}
+            assert p_value(seen, expected) > UNLIKELY
+            likeliest = set(q.topk(64).indices.tolist())
+            tail = sum(count for (token,), count in seen.items() if token not in likeliest)
+            wanted = float(sum(x for (i,), x in expected.items() if i not in likeliest))
+            assert wanted * samples > 5
+            assert stats.binomtest(tail, samples, wanted).pvalue > UNLIKELY
