@@ -13,6 +13,7 @@
     │   └── ExpertUnavailable
     ├── Cancelled                 499  CANCELLED
     ├── Internal                  500  INTERNAL
+    │   └── InvalidLogits
     └── StartupError              stops a server or a command before it starts
         ├── UnsupportedModel
         ├── MismatchedPair
@@ -123,6 +124,12 @@ class Cancelled(CascadeError):
 
 class Internal(CascadeError):
     """A bug in this server; the log has the details, the response does not."""
+
+
+class InvalidLogits(Internal):
+    """A model's logits for a text are NaN or infinite, so that no token can be chosen."""
+
+    code = "invalid_logits"
 
 
 class StartupError(CascadeError):

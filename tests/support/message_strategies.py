@@ -36,6 +36,7 @@ COUNTS = st.integers(0, 2**31 - 1)
 LONGS = st.integers(0, 2**63 - 1)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
+BIASES = st.floats(-1e30, 1e30)
 
 PROBABILITIES = st.floats(0, 1)
 
@@ -134,10 +135,10 @@ samplings = st.builds(
     top_k=COUNTS,
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=PROBABILITIES,
-    repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
-    presence_penalty=FINITE,
-    frequency_penalty=FINITE,
-    logit_bias=several(st.tuples(TOKENS, FINITE)),
+    repetition_penalty=st.floats(1e-6, 1e30),
+    presence_penalty=BIASES,
+    frequency_penalty=BIASES,
+    logit_bias=several(st.tuples(TOKENS, BIASES)),
 )
 
 policies = st.builds(

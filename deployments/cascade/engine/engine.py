@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +27,7 @@ from cascade.errors import (
     CascadeError,
     ContextTooLong,
     Internal,
+    InvalidLogits,
     InvalidRequest,
     Overloaded,
     Unavailable,
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from cascade.types import SessionId
 
 log = logging.getLogger(__name__)
+
+# Logits up to here leave room in a float32 for every bias, penalty and temperature that is allowed.
+_LARGEST_LOGIT = 1e30
 
 # What other threads send: a request, a call to make on the engine's thread, or None to stop it.
 _Message: TypeAlias = ForwardRequest | Callable[[], None] | None
@@ -86,6 +91,11 @@ class Engine:
         if model.owned:
             self.runner.free_hf_weights()
         self._columns = model.vocabulary
+        self._invalid_logits = InvalidLogits(
+            f"After this text the logits of {type(model.model).__name__} are NaN or infinite, so "
+            f"no token can be chosen. Check its weights, or serve it in a wider type than "
+            f"{str(model.model.dtype).removeprefix('torch.')} (`engine.dtype`)"
+        )
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
         self.limit_tokens = min(capacity, model.context_length or capacity)
         self._cache = KVCacheManager(
@@ -333,8 +343,10 @@ class Engine:
         planned = sorted(
             ((chunk, _segment(chunk)) for chunk in chunks), key=lambda pair: pair[1].start
         )
+        alone = [[pair] for pair in planned if pair[0].step.alone]
+        planned = [pair for pair in planned if not pair[0].step.alone]
         passes = self.runner.split([segment for _, segment in planned])
-        return [[planned[index] for index in indices] for indices in passes]
+        return [*([planned[index] for index in indices] for indices in passes), *alone]
 
     def _forward(self, planned: list[tuple[StepChunk, Segment]]) -> None:
         """Run one forward pass; an error fails the steps of this pass only."""
@@ -353,6 +365,8 @@ class Engine:
         self._counters.tokens += tokens
         self._counters.turns += len(planned)
         self._counters.queued_tokens += self._backlog
+        if (invalid := _invalid_rows(logits_NV)) is not None:
+            planned, logits_NV = self._valid(planned, logits_NV, invalid)
         done: list[tuple[ScheduledStep, int]] = []
         for chunk, segment in planned:
             step = chunk.step
@@ -365,6 +379,34 @@ class Engine:
         if any(step.held or not step.finished for step, _ in done):
             done, logits_NV = self._hold(done, logits_NV)
         self._deliver(done, logits_NV)
+
+    def _valid(
+        self,
+        planned: list[tuple[StepChunk, Segment]],
+        logits_NV: Tensor,
+        invalid: list[bool],
+    ) -> tuple[list[tuple[StepChunk, Segment]], Tensor]:
+        """Return the part of a pass with valid logits; other steps run again alone, or fail.
+
+        Attention reads masked states of other sessions, and what is NaN there is NaN in the sum. So
+        a step is to blame only for what comes of its whole text by itself.
+        """
+        ends = [0, *accumulate(segment.num_logits for _, segment in planned)]
+        bad = [any(invalid[first:end]) for first, end in pairwise(ends)]
+        for (chunk, segment), wrong in zip(planned, bad, strict=True):
+            if not wrong:
+                continue
+            step, kv_range = chunk.step, chunk.step.sequence.kv_range
+            assert kv_range is not None, "the step has run"
+            self.runner.pool.clear(start=kv_range.start, count=kv_range.size)
+            step.sequence.cached = 0
+            if step.alone or (len(planned) == 1 and not segment.past):
+                self._abandon(step, self._invalid_logits)
+            step.alone = True
+        parts = logits_NV.split([segment.num_logits for _, segment in planned])
+        kept = [index for index, wrong in enumerate(bad) if not wrong]
+        rows_NV = torch.cat([self._empty_0V, *(parts[index] for index in kept)])
+        return [planned[index] for index in kept], rows_NV
 
     def _hold(
         self, done: Sequence[tuple[ScheduledStep, int]], logits_NV: Tensor
@@ -411,6 +453,14 @@ class Engine:
         # As in `_deliver`.
         except Exception:
             log.exception("The logits handler failed to handle a failed request")
+
+
+def _invalid_rows(logits_NV: Tensor) -> list[bool] | None:
+    """Return which rows have no largest logit to choose or sample from; None if all have one."""
+    peaks: list[float] = logits_NV.amax(dim=1).tolist() if len(logits_NV) else []
+    # A comparison with NaN is false.
+    invalid = [not -_LARGEST_LOGIT <= peak <= _LARGEST_LOGIT for peak in peaks]
+    return invalid if any(invalid) else None
 
 
 def _no_space() -> Overloaded:

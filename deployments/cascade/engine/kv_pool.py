@@ -55,6 +55,11 @@ class KVPool(ABC):
             copied = states_RD[..., source : source + count, :].clone()
             states_RD[..., target : target + count, :] = copied
 
+    def clear(self, *, start: int, count: int) -> None:
+        """Write zeros to `count` slots from `start`: masked NaN would still spoil what reads it."""
+        for states_RD in self.tensors():
+            states_RD[..., start : start + count, :] = 0
+
 
 class LayeredKVPool(KVPool):
     """Head-major storage `[H, R, D]` per layer, shaped by the first states that a layer writes.

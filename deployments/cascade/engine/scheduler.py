@@ -36,6 +36,7 @@ class ScheduledStep:
     computed: int = 0  # logits that have been computed
     held: list[Tensor] = field(default_factory=list["Tensor"])  # until the block's others follow
     delivered: int = 0  # logits that the handler has had
+    alone: bool = False  # in its passes, because its logits were invalid beside others
     skipped_passes: int = 0
 
     @property

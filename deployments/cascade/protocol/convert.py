@@ -56,6 +56,7 @@ _MAX_LOGPROB = math.log(_MAX_PROBABILITY)
 _FLOAT16_INFINITY = 0x7C00
 
 _MAX_ID_LENGTH = 128
+_MAX_BIAS = 1e30  # of a logit, which is a float32
 
 SAMPLING_FIELDS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
 
@@ -176,18 +177,21 @@ def decode_sampling(proto: tokens_pb2.Sampling) -> SamplingParams:
     """Return the sampling parameters; absent ones have their defaults."""
     fields: dict[str, Any] = {field.name: value for field, value in proto.ListFields()}
     fields.pop("logit_biases", None)
-    biases = ((entry.token_id, _finite(entry.bias, "logit_bias")) for entry in proto.logit_biases)
+    biases = (
+        (entry.token_id, bounded(entry.bias, "logit_bias", -_MAX_BIAS, _MAX_BIAS))
+        for entry in proto.logit_biases
+    )
     sampling = SamplingParams(**fields, logit_bias=tuple(biases))
-    for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        _finite(getattr(sampling, name), name)
+    _finite(sampling.temperature, "temperature")
     bounded(sampling.temperature, "temperature")
+    bounded(sampling.repetition_penalty, "repetition_penalty", 1e-6, _MAX_BIAS)
+    for name in ("presence_penalty", "frequency_penalty"):
+        bounded(getattr(sampling, name), name, -_MAX_BIAS, _MAX_BIAS)
     bounded(sampling.top_k, "top_k")
     bounded(sampling.min_p, "min_p", 0.0, 1.0)
     bounded(sampling.top_p, "top_p", 0.0, 1.0)
-    for name in ("top_p", "repetition_penalty"):
-        if getattr(sampling, name) <= 0:
-            text = f"`{name}` is {getattr(sampling, name)}; it must be above 0"
-            raise InvalidRequest(text, param=name)
+    if sampling.top_p <= 0:
+        raise InvalidRequest(f"`top_p` is {sampling.top_p}; it must be above 0", param="top_p")
     return sampling
 
 

@@ -59,6 +59,8 @@ class NumpyLlama:
         small = all(one.numel() <= MAX_WEIGHTS for one in model.parameters())
         return has_silu and small and model.dtype == torch.float32
 
+    # The engine looks for what is infinite or NaN in the logits.
+    @np.errstate(over="ignore", invalid="ignore")
     def forward(
         self, segments: Sequence[Segment], *, pool: StackedKVPool, rotations_P1E: Tensor
     ) -> Tensor:
