@@ -38,6 +38,7 @@ OPERATIONS = [
     ("/health", "GET"),
     ("/healthz", "GET"),
     ("/livez", "GET"),
+    ("/ping", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
     ("/v1/completions", "POST"),
