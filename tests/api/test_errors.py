@@ -90,6 +90,13 @@ CASES = [
         "expert_unavailable",
     ),
     Case(errors.Internal("x"), openai.InternalServerError, 500, "server_error", "internal_error"),
+    Case(
+        errors.InvalidLogits("x"),
+        openai.InternalServerError,
+        500,
+        "server_error",
+        "invalid_logits",
+    ),
 ]
 
 
