@@ -164,12 +164,16 @@ async def test_only_requested_blocks_have_a_service_time() -> None:
     assert requested.timing.open == 1
 
 
-async def test_at_least_one_token_must_be_requested_and_fit() -> None:
+async def test_at_least_one_token_must_be_requested_and_fit_and_no_more_is_drafted() -> None:
     client = Client(FakeDrafter(limit_tokens=4), prompt=(1,))
     with pytest.raises(InvalidRequest, match="at least 1"):
         client.send(propose(client, count=0))
+    client.send(propose(client, count=4))
+    (proposal,) = await client.run(3)
+    assert isinstance(proposal, Proposal)
+    assert proposal.block.tokens == (2, 3, 4)
     with pytest.raises(ContextTooLong):
-        client.send(propose(client, count=4))
+        client.send(propose(client, 2, 3, 4))
 
 
 async def test_the_model_sees_prompt_committed_and_drafted_tokens() -> None:

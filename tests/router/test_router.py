@@ -6,9 +6,11 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from tests import reference
+from tests.conftest import AlwaysClosed
 from tests.support.accounts import check_accounts
 
 from cascade.errors import (
@@ -267,6 +269,27 @@ async def test_an_answer_that_waits_for_its_drafter_has_the_same_text_whatever_d
     assert texts[DrafterLoss.WAIT] == undisturbed
     assert texts[DrafterLoss.EXPERT] != undisturbed
     assert set(entry.undrafted_rounds) == {"lost"}
+
+
+async def test_the_expert_goes_on_where_an_answer_outgrows_the_drafter(toy: Pair) -> None:
+    """Whoever waits for a drafter is refused there instead."""
+    engine = {"threads": 1, "cache_tokens": 32}
+    drafter = {"model": str(toy.drafter.path), "engine": engine}
+    settings = toy.settings(drafter=drafter, router={"draft_deadline_s": 60})
+    with mock.patch("cascade.router.router.CircuitBreaker", AlwaysClosed):
+        async with local_server(settings) as running:
+            holds = running.drafter.describe().context_length
+            request = greedy(holds + 30, trace=True)
+            pieces = await answer(running, request)
+            waits = replace(request, prompt=(1,) * holds, on_drafter_loss=DrafterLoss.WAIT)
+            with pytest.raises(ContextTooLong, match="on_drafter_loss"):
+                await answer(running, waits)
+    entry = pieces[-1].statistics
+    assert tokens(pieces) == alone(toy, holds + 30)
+    assert entry is not None
+    check_accounts(request, entry, [origin for _, origin in origins(pieces)])
+    assert set(entry.undrafted_rounds) == {"context"}
+    assert all(one.drafted for one in entry.trace if one.position < holds - 20)
 
 
 @pytest.mark.parametrize("limits", [{"draft_wait_s": 0.1}, {}], ids=["setting", "request"])
