@@ -180,7 +180,7 @@ async def local_server(
             cleanup.push_async_callback(clients.close)
             leases = FixedLeases([replica.address], token=token)
             tiers.append(TierClient(leases=leases, clients=clients))
-            await tiers[-1].greet()
+            await tiers[-1].connect()
         router = settings.router.loop(drafters=tiers[0], experts=tiers[1])
         yield LocalServer(
             drafter=drafter,

@@ -174,7 +174,7 @@ class Router:
         They can without a drafter too, but at its start a router waits a while for the first one.
         """
         drafters, experts = self._drafters, self._experts
-        if drafters.always_there and not drafters.greeted and now_s() < self._drafters_due_s:
+        if drafters.always_there and not drafters.was_connected and now_s() < self._drafters_due_s:
             return False
         return experts.reachable or not experts.always_there
 

@@ -87,7 +87,7 @@ class TierClient:
         self.leases = LeaseQueue(leases, limit=max_queued if max_queued >= 0 else sys.maxsize)
         self.clients = clients
         self.always_there = always_there
-        self.greeted = False  # a replica has been connected
+        self.was_connected = False  # a replica has been connected
         self._connected_s = -math.inf  # when a replica was last seen to be
         self._context_tokens = context_tokens
 
@@ -117,16 +117,16 @@ class TierClient:
             try:
                 # A tier that may have no replica would start one for being asked.
                 if self.always_there and not self.clients.connected:
-                    await self.greet()
+                    await self.connect()
                 for client in self.clients.connected:
                     if client.description is None:
                         await client.describe()
             except (Overloaded, Unavailable) as error:
                 logger.debug("No %s can be asked: %s", self.name, error)
-            self.greeted = self.reachable or self.greeted
+            self.was_connected = self.reachable or self.was_connected
             await asyncio.sleep(WATCH_S)
 
-    async def greet(self) -> None:
+    async def connect(self) -> None:
         """Connect to a replica and ask what it serves; raises as `LeaseQueue.take` does."""
         lease = await self.leases.take(Caller())
         try:
