@@ -161,8 +161,8 @@ class SilentGenerator:
         for chunk in NO_CHUNKS:
             yield chunk
 
-    async def score(self, tokens: object, *, top: int) -> tuple[()]:
-        del tokens, top
+    async def score(self, tokens: object, *, top: int, caller: object = None) -> tuple[()]:
+        del tokens, top, caller
         return ()
 
 

@@ -162,8 +162,8 @@ def test_grpc_answers_a_mistyped_role_with_the_nearest(service: ServingContext) 
 
 def test_a_missing_field_whose_name_is_mistyped_is_the_mistyped_one() -> None:
     with pytest.raises(InvalidRequest, match="did you mean `messages`") as caught:
-        parse(f'{{"mesages": [{MESSAGE}]}}'.encode(), ChatBody)
-    assert caught.value.param == "mesages"
+        parse(f'{{"messagess": [{MESSAGE}]}}'.encode(), ChatBody)
+    assert caught.value.param == "messagess"
 
 
 @pytest.mark.parametrize("kind", get_args(Rule))

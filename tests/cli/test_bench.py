@@ -83,7 +83,7 @@ def test_a_synthetic_model_is_written(tmp_path: Path) -> None:
         ("run facts --peer telepathy --count 1", "no peer"),
         ("run facts --url http://127.0.0.1:9 --count 1", "no server answers"),
         ("run facts --ask tokenv3:0.9", "did you mean `token_v3`?"),
-        ("run facts --peer asisted --count 1", "did you mean `assisted`?"),
+        ("run facts --peer assistted --count 1", "did you mean `assisted`?"),
         ("run facts --dtype bfloat61", "did you mean `bfloat16`?"),
         ("run facts --config none.yaml", "none.yaml cannot be used"),
         ("suite --only one_steam", "did you mean `one_stream`?"),

@@ -40,8 +40,8 @@ async def test_calls_and_grpc_give_the_same_tokens(toy: Pair) -> None:
 
 async def test_a_refusal_is_raised_without_grpc_too(toy: Pair) -> None:
     async with local_server(toy.settings(), direct=True) as server:
+        too_long = replace(request(max_tokens=1), prompt=(1,) * 600)
         with pytest.raises(ContextTooLong, match="512"):
-            too_long = replace(request(max_tokens=1), prompt=(1,) * 600)
             _ = [chunk async for chunk in server.router.generate(too_long)]
 
 

@@ -90,8 +90,10 @@ class Scripted:
             entry.sent_bytes = 7  # known only when the session has left its place
             self.closed = True
 
-    async def score(self, tokens: Sequence[int], *, top: int) -> tuple[TokenLogprob, ...]:
-        del tokens, top
+    async def score(
+        self, tokens: Sequence[int], *, top: int, caller: object = None
+    ) -> tuple[TokenLogprob, ...]:
+        del tokens, top, caller
         return ()
 
 

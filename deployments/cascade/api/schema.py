@@ -211,7 +211,7 @@ class Ignored(Body):
 class Generated(Ignored, extra="allow"):
     """What both kinds of completion have in common."""
 
-    __pydantic_extra__: dict[str, None]  # pyright: ignore[reportIncompatibleVariableOverride] - as pydantic documents
+    __pydantic_extra__: dict[str, None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride] - as pydantic documents
     model: str | None = None
     """The name of a served model; the first one if absent."""
     temperature: Annotated[float, Interval(ge=0, le=2)] | None = None
