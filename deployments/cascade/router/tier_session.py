@@ -135,6 +135,7 @@ class TierClient:
             description = await client.describe()
         finally:
             lease.close()
+        self._context_tokens = description.context_length  # until its connection is up
         if description.protocol_version != PROTOCOL_VERSION:
             logger.error(
                 "The %s at %s speaks protocol version %d and this router %d; deploy both from one"
