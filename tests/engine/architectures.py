@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from cascade.engine.model_loader import required_attention
+
 VOCABULARY = 211
 _WINDOW = 16
 _COMMON: dict[str, Any] = {
@@ -342,9 +344,8 @@ def build(name: str, **settings: Any) -> PreTrainedModel:
     kind, overrides = ALL[name]
     common = {} if kind in _OWN_KEYS else _COMMON
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[kind](**(common | overrides | settings))
-    )
+    config = CONFIG_MAPPING[kind](**(common | overrides | settings))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=required_attention(config))
     with torch.no_grad():
         for weight_name, weight in model.named_parameters():
             if weight.dim() > 1:

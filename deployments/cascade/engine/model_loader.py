@@ -66,6 +66,7 @@ def load(
         name,
         dtype=_dtype(dtype, torch_device),
         quantisation=quantisation,
+        attention=required_attention(config),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -283,11 +284,20 @@ def _quantisation(config: PreTrainedConfig) -> str | None:
     return str(getattr(found, "value", found))
 
 
-def _weights(
+def required_attention(config: PreTrainedConfig) -> str | None:
+    """Return the attention function that a model needs, None if transformers may choose.
+
+    The oldest releases choose SDPA for models with soft-capped scores too; it does not cap them.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def _weights(  # noqa: PLR0913 - what transformers is told
     name: str,
     *,
     dtype: torch.dtype | str,
     quantisation: str | None,
+    attention: str | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
@@ -295,6 +305,7 @@ def _weights(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
+            attn_implementation=attention,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
