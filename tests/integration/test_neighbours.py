@@ -94,7 +94,9 @@ async def test_a_corrupted_drafter_is_left_out_where_it_shows_and_used_again_whe
     spoilt = [f"Who is {name}?" for name in (*names, "Socrates")]
     costs = [(await ask(http, question, max_tokens=10, cascade=STRICT))[1] for question in spoilt]
     assert all(cost["accepted"] == 0 for cost in costs)
-    assert "collapsed" in costs[-1]["undrafted_rounds"]
+    # However slow the machine is, one answer at a time may draft, so most of these cannot.
+    strict = (ask(http, question, max_tokens=10, cascade=STRICT) for question in spoilt)
+    assert any("collapsed" in cost["undrafted_rounds"] for _, cost in await asyncio.gather(*strict))
     (warning,) = (await http.get("/health")).json()["warnings"]
     assert "lossless" in warning
     assert (await ask(http, ALDRIN, cascade=LENIENT))[1]["undrafted_rounds"] == {}
