@@ -30,6 +30,7 @@ RARE = {
     "cascade_engine_prefix_hits",
     "cascade_engine_prefix_tokens",
     "cascade_cached_prompt_tokens",
+    "cascade_undrafted_rounds",
 }
 
 
