@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -119,9 +120,11 @@ async def toy_stack(toy: Pair) -> AsyncIterator[LocalServer]:
 
     Its drafter is never late, and is asked even though almost all of its drafts are rejected.
     """
-    with mock.patch("cascade.router.router.CircuitBreaker", AlwaysClosed):
-        async with local_server(toy.settings(router={"draft_deadline_s": 120})) as running:
-            yield running
+    async with AsyncExitStack() as stack:
+        with mock.patch("cascade.router.router.CircuitBreaker", AlwaysClosed):
+            starting = local_server(toy.settings(router={"draft_deadline_s": 120}))
+            running = await stack.enter_async_context(starting)
+        yield running
 
 
 class AlwaysClosed(CircuitBreaker):
