@@ -14,9 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cascade.engine.batch import RaggedBatch, Varlen
+    from cascade.engine.batch import RaggedBatch
 
-_FLASH_HEAD_SIZE = 256
 _SHORT = 32  # queries up to which folding heads into them is faster than broadcasting keys
 
 
@@ -159,58 +158,3 @@ def _unfused(
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
         weights = torch.softmax(scores.float(), dim=-1)[..., :-1]
     return torch.matmul(weights.to(values.dtype), values)
-
-
-def flash_supports(query_THD: Tensor, values_JRD: Tensor, params: AttentionParams) -> bool:
-    """Return whether `flash` can compute this attention.
-
-    Args:
-        query_THD: The queries.
-        values_JRD: Values of the whole pool.
-        params: The layer's parameters.
-    """
-    size = query_THD.shape[-1]
-    return (
-        query_THD.is_cuda
-        and not params.unfused
-        and query_THD.dtype in {torch.float16, torch.bfloat16}
-        and size == values_JRD.shape[-1]
-        and size <= _FLASH_HEAD_SIZE
-        and size % 8 == 0
-    )
-
-
-def flash(
-    varlen: Varlen,
-    query_THD: Tensor,
-    keys_JRD: Tensor,
-    values_JRD: Tensor,
-    params: AttentionParams,
-) -> Tensor:
-    """Return attention `[T, H, D]` by FlashAttention 2, which reads ranges in place.
-
-    With `seqused_k`, key offsets only name starts, and a range may be longer than its used part.
-
-    Args:
-        varlen: Where each session's queries and keys are.
-        query_THD: The queries.
-        keys_JRD: Keys of the whole pool.
-        values_JRD: Values of the whole pool.
-        params: The layer's parameters.
-    """
-    return torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - no public op takes seqused_k in 2.11
-        query_THD,
-        keys_JRD.transpose(0, 1),
-        values_JRD.transpose(0, 1),
-        varlen.query_offsets,
-        varlen.key_starts,
-        varlen.max_queries,
-        varlen.max_keys,
-        0.0,
-        True,  # noqa: FBT003 - causal, positional in the op
-        False,  # noqa: FBT003 - no debug mask
-        scale=params.scale,
-        window_size_left=-1 if params.window is None else params.window - 1,
-        window_size_right=0,
-        seqused_k=varlen.key_counts,
-    )[0]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 import torch
+
+from cascade.engine.varlen_attn import IN_PLACE, Extents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,16 +89,6 @@ class Group:
         )
 
 
-class Varlen(NamedTuple):
-    """What a variable-length attention kernel needs: int32 tensors, and the longest of each."""
-
-    query_offsets: Tensor
-    key_starts: Tensor
-    key_counts: Tensor
-    max_queries: int
-    max_keys: int
-
-
 class RaggedBatch:
     """Segments end to end, with everything that attention needs, built once per pass.
 
@@ -143,16 +135,18 @@ class RaggedBatch:
         return self._tensor([i for s, end in ends for i in range(end - s.num_logits, end)])
 
     @cached_property
-    def varlen(self) -> Varlen:
-        """The arguments of a variable-length attention kernel."""
+    def extents(self) -> Extents:
+        """Where each session's queries and keys are."""
         keys = [segment.length for segment in self.segments]
         starts = [segment.start for segment in self.segments]
-        return Varlen(
+        slots = [range(start, start + count) for start, count in zip(starts, keys, strict=True)]
+        return Extents(
             query_offsets=self._tensor(self._offsets, torch.int32),
             key_starts=self._tensor([*starts, 0], torch.int32),
             key_counts=self._tensor(keys, torch.int32),
             max_queries=max(segment.count for segment in self.segments),
             max_keys=max(keys),
+            key_slots=None if IN_PLACE else self._tensor(list(chain.from_iterable(slots))),
         )
 
     def groups(self, window: int | None) -> list[Group]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cascade.engine import attention
+from cascade.engine import varlen_attn
 from cascade.engine.backends import cuda_graph, select
 from cascade.engine.backends.base import RopeLengths
 from cascade.engine.backends.cuda_graph import Bucket, CudaGraphRunner, StaticBatch
@@ -36,6 +36,7 @@ from cascade.types import SessionId
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cascade.engine.attention import AttentionParams
     from cascade.engine.backends.cuda_graph import Capture, Replay
 
 TOLERANCE = 1e-4
@@ -448,19 +449,22 @@ def test_a_captured_pass_never_reads_the_device(name: str) -> None:
     assert not reads.found
 
 
-def same_size(query_THD: Tensor, values_JRD: Tensor, params: attention.AttentionParams) -> bool:
+def same_size(
+    batch: varlen_attn.Batch, query_THD: Tensor, values_JRD: Tensor, params: AttentionParams
+) -> bool:
+    del batch
     return not params.unfused and query_THD.shape[-1] == values_JRD.shape[-1]
 
 
 @pytest.mark.parametrize("name", sorted(set(VARLEN) - {"gemma2", "gpt-oss", "deepseek-v3"}))
-def test_flash_attention_in_a_captured_pass_never_reads_the_device(
+def test_torchs_attention_in_a_captured_pass_never_reads_the_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "flash_supports", same_size)
+    monkeypatch.setattr(varlen_attn, "supported", same_size)
 
     reads = run_on_meta(name)
 
-    assert "aten._flash_attention_forward.default" in reads.seen
+    assert "torch_attn._varlen_attn.default" in reads.seen
     assert not reads.found
 
 
@@ -469,19 +473,19 @@ def test_a_read_of_the_device_is_detected() -> None:
         run_on_meta("dynamic")
 
 
-def test_flash_attention_gets_the_same_arguments_as_on_the_flat_path() -> None:
+def test_torchs_attention_gets_the_same_arguments_as_on_the_flat_path() -> None:
     starts = ((0, 20), (RANGE, 126), (2 * RANGE, 3))
     segments = [
         Segment(start=start, past=past, tokens=(5,), num_logits=1) for start, past in starts
     ]
     inputs_5N = torch.tensor([(5, past, start + past, start, past + 1) for start, past in starts]).T
-    flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=SLOTS).varlen
+    flat = RaggedBatch(segments, device=torch.device("cpu"), num_slots=SLOTS).extents
 
-    ours = StaticBatch(inputs_5N, keys=256, num_slots=SLOTS).varlen
+    ours = StaticBatch(inputs_5N, keys=256, num_slots=SLOTS).extents
 
     assert all(torch.equal(one, other) for one, other in zip(ours[:3], flat[:3], strict=True))
     assert [one.dtype for one in ours[:3]] == [torch.int32] * 3
-    assert (ours[3:], flat[3:]) == ((1, 256), (1, 127))
+    assert (ours[3:], flat[3:]) == ((1, 256, None), (1, 127, None))
 
 
 @pytest.mark.gpu

@@ -24,8 +24,9 @@ from torch.nn.functional import pad
 from cascade.engine.attention import attend
 from cascade.engine.backends.base import PathUnsupported, RopeLengths
 from cascade.engine.backends.varlen import VarlenRunner
-from cascade.engine.batch import Segment, Varlen
+from cascade.engine.batch import Segment
 from cascade.engine.kv_pool import MIN_RANGE
+from cascade.engine.varlen_attn import Extents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,7 @@ Replay: TypeAlias = Callable[[], Tensor]
 Capture: TypeAlias = Callable[[Replay], Replay]
 
 MAX_SESSIONS = 64  # more keep the device busy anyway; their padding fits the scratch slots
-MAX_KEYS = 2**17  # of all sessions: without FlashAttention, a layer's keys are copied
+MAX_KEYS = 2**17  # of all sessions: without `varlen_attn`, a layer's keys are copied
 _WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first runs
 
 _capturing = threading.Lock()  # a process can capture one graph at a time
@@ -216,10 +217,10 @@ class StaticBatch:
         self._visible: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def varlen(self) -> Varlen:
-        """The arguments of a variable-length attention kernel."""
+    def extents(self) -> Extents:
+        """Where each session's query and keys are."""
         device = self._starts_N.device
-        return Varlen(
+        return Extents(
             query_offsets=torch.arange(len(self.ids_T) + 1, dtype=torch.int32, device=device),
             key_starts=pad(self._starts_N, (0, 1)).int(),
             key_counts=self._counts_N.int(),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from transformers import AttentionInterface
 
-from cascade.engine import attention
+from cascade.engine import varlen_attn
 from cascade.engine.attention import AttentionParams, attend_groups
 from cascade.engine.backends import mask_probe
 from cascade.engine.backends.base import ModelRunner
@@ -26,24 +26,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cascade.engine.batch import Varlen
-
     Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionParams], Tensor]
 
 _VARLEN = "cascade_varlen"
 
 
-class AttentionBatch(Protocol):
+class AttentionBatch(varlen_attn.Batch, Protocol):
     """A batch as attention sees it."""
 
     @property
     def slots_T(self) -> Tensor:  # noqa: N802 - ends in its shape
         """The KV slot of each token."""
-        ...
-
-    @cached_property
-    def varlen(self) -> Varlen:
-        """The arguments of a variable-length attention kernel."""
         ...
 
 
@@ -82,7 +75,7 @@ class VarlenRunner(ModelRunner):
 
     @contextmanager
     def running(self, batch: AttentionBatch, attend: Attend) -> Generator[None]:
-        """Let attention on this thread work on a batch, by `attend` or by FlashAttention."""
+        """Let attention on this thread work on a batch, by `varlen_attn` or by `attend`."""
         token = _current.set((self, batch, attend))
         try:
             yield
@@ -126,8 +119,9 @@ def _attention(  # noqa: PLR0913 - the signature is transformers'
     )
     states = runner.pool.write(layer, key_HTD=key[0], value_HTD=value[0], slots_T=batch.slots_T)
     query_THD = query[0].transpose(0, 1)
-    if attention.flash_supports(query_THD, states[1], params):
-        return attention.flash(batch.varlen, query_THD, *states, params)[None], None
+    if varlen_attn.supported(batch, query_THD, states[1], params):
+        exact = runner.deterministic
+        attend = partial(varlen_attn.attend, batch.extents, deterministic=exact)
     return attend(query_THD, *states, params)[None], None
 
 

@@ -1,0 +1,180 @@
+"""Attention over each session's extent of the pool, by torch's `varlen_attn`: the seam for GPUs.
+
+CUDA runs torch's kernel. A CPU computes the same from the same arguments, one session after the
+other: no serving path takes that way, but what the others compute is compared with it.
+
+Shapes: `T` tokens of the pass, `H` query heads, `J` key heads, `D` head size, `N` sessions, `K`
+keys of all of them, `R` slots of the pool.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cascade.engine.attention import AttentionParams
+
+_LARGEST_HEAD = 256
+_ARGUMENTS = inspect.signature(varlen.varlen_attn).parameters
+# torch 2.11 lacks it: there each pass copies the keys of its sessions.
+IN_PLACE = "seqused_k" in _ARGUMENTS
+
+
+class Extents(NamedTuple):
+    """Where each session's queries and keys are: int32 tensors, and the longest of each."""
+
+    query_offsets: Tensor  # [N + 1], in the pass
+    key_starts: Tensor  # [N + 1], in the pool; the last says nothing
+    key_counts: Tensor  # [N]
+    max_queries: int
+    max_keys: int
+    key_slots: Tensor | None = None  # [K], of all sessions in turn, where keys are copied
+
+
+class Batch(Protocol):
+    """The tokens of a pass."""
+
+    @cached_property
+    def extents(self) -> Extents:
+        """Where each session's queries and keys are."""
+        ...
+
+
+def supported(batch: Batch, query_THD: Tensor, values_JRD: Tensor, params: AttentionParams) -> bool:
+    """Return whether torch's kernel computes this attention.
+
+    Args:
+        batch: The tokens of the pass.
+        query_THD: Their queries.
+        values_JRD: Values of the whole pool.
+        params: The layer's parameters.
+    """
+    size = query_THD.shape[-1]
+    return (
+        query_THD.is_cuda
+        and not params.unfused
+        and query_THD.dtype in {torch.float16, torch.bfloat16}
+        and size == values_JRD.shape[-1]
+        and size <= _LARGEST_HEAD
+        and size % 8 == 0
+        and (IN_PLACE or batch.extents.key_slots is not None)
+    )
+
+
+def attend(  # noqa: PLR0913 - every argument is a tensor or says how
+    extents: Extents,
+    query_THD: Tensor,
+    keys_JRD: Tensor,
+    values_JRD: Tensor,
+    params: AttentionParams,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
+    """Return the attention `[T, H, D]` of every token to its own session.
+
+    Args:
+        extents: Where the sessions are.
+        query_THD: The queries.
+        keys_JRD: Keys of the whole pool.
+        values_JRD: Values of the whole pool.
+        params: The layer's parameters.
+        deterministic: The result does not depend on the other sessions.
+    """
+    key, value = keys_JRD.transpose(0, 1), values_JRD.transpose(0, 1)
+    starts, counts = extents.key_starts, extents.key_counts
+    if extents.key_slots is not None:
+        key, value = key[extents.key_slots], value[extents.key_slots]
+        starts, counts = torch.cat([counts[:0].new_zeros(1), counts.cumsum(0).int()]), None
+    return varlen_attn(
+        query_THD,
+        key,
+        value,
+        extents.query_offsets,
+        starts,
+        extents.max_queries,
+        extents.max_keys,
+        scale=params.scale,
+        window_size=(-1 if params.window is None else params.window - 1, 0),
+        seqused_k=counts,
+        num_splits=1 if deterministic else None,
+    )
+
+
+def varlen_attn(  # noqa: PLR0913, PLR0917 - the arguments are torch's
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    seqused_k: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Return what `torch.nn.attention.varlen.varlen_attn` returns, on a CPU too.
+
+    Queries are aligned with the end of their session's keys, and fewer key heads are shared.
+
+    Args:
+        query: `[T, H, D]`.
+        key: `[R, J, D]`.
+        value: `[R, J, D]`.
+        cu_seq_q: `[N + 1]`, where each session's queries begin, and their number.
+        cu_seq_k: `[N + 1]`, the same of the keys; with `seqused_k` only the beginnings are read.
+        max_q: Queries of the longest session.
+        max_k: Keys of the longest session.
+        scale: Factor of the scores.
+        window_size: Keys that a query sees before and after its own; -1 for all.
+        seqused_k: `[N]`, each session's keys, if they are not all up to the next session's.
+        num_splits: 1 for results that do not depend on the other sessions (CUDA).
+    """
+    if query.device.type == "cpu":
+        ends = cu_seq_k[1:] if seqused_k is None else cu_seq_k[:-1] + seqused_k
+        return torch.cat(
+            [
+                _one(query[first:last], key[begin:end], value[begin:end], scale, window_size)
+                for first, last, begin, end in zip(
+                    *(part.tolist() for part in (cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], ends)),
+                    strict=True,
+                )
+            ]
+        )
+    kernel: Any = varlen.varlen_attn
+    options = {
+        "scale": scale,
+        "window_size": window_size,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "seqused_k": seqused_k,
+        "num_splits": num_splits,
+    }
+    known = {name: option for name, option in options.items() if name in _ARGUMENTS}
+    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **known)
+
+
+def _one(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window_size: tuple[int, int]
+) -> Tensor:
+    """Return the attention of one session, shaped as its queries."""
+    before, after = window_size
+    own_Q1 = len(key) - len(query) + torch.arange(len(query))[:, None]
+    key_K = torch.arange(len(key))
+    seen_QK = torch.ones(len(query), len(key), dtype=torch.bool)
+    if before >= 0:
+        seen_QK &= key_K >= own_Q1 - before
+    if after >= 0:
+        seen_QK &= key_K <= own_Q1 + after
+    heads = (states.transpose(0, 1) for states in (query, key, value))
+    return scaled_dot_product_attention(
+        *heads, attn_mask=seen_QK, scale=scale, enable_gqa=True
+    ).transpose(0, 1)
