@@ -33,7 +33,7 @@ class EngineSettings:
     max_step_tokens: Natural = 0  # token budget of a forward pass; 512 on a CPU, else 4096
     max_sessions: Natural = 0  # open at once; 0: twice max_ongoing_requests, or 256 without Ray
     prefix_reuse: bool = True  # keep the cache of released sessions for prompts with that prefix
-    deterministic: bool = False  # logits of a token do not depend on the batch; CPU only
+    deterministic: bool = False  # logits of a token do not depend on the batch
     packed: bool = True  # prepacked linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
 

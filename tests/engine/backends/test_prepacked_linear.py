@@ -7,8 +7,9 @@ import torch
 from tests.engine.harness import RecordingHandler
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from cascade.engine.backends.prepacked_linear import pack, packed
+from cascade.engine.backends.prepacked_linear import FIXED_ROWS, fix_batches, pack, packed
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
 from cascade.engine.request import ForwardRequest
@@ -143,3 +144,25 @@ def test_weights_of_other_classes_are_left_alone() -> None:
 
     assert pack(layers) == 1
     assert "forward" not in vars(layers[1])
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_layers_of_fixed_batches_compute_each_vector_as_if_it_were_alone(
+    build: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> None:
+    plain, fixed = build(dtype), build(dtype)
+    fix_batches(fixed)
+    names = [name for name, layer in fixed.named_modules() if "forward" in vars(layer)]
+    assert len(names) > 4
+    for name in names:
+        one, two = plain.get_submodule(name), fixed.get_submodule(name)
+        width = one.nx if isinstance(one, Conv1D) else one.in_features
+        assert isinstance(width, int)
+        vectors = torch.randn(FIXED_ROWS + 7, width, dtype=dtype)
+        with torch.inference_mode():
+            together = two(vectors)
+            torch.testing.assert_close(together, one(vectors))
+            for index in (0, 5, FIXED_ROWS - 1, FIXED_ROWS, FIXED_ROWS + 6):
+                assert torch.equal(two(vectors[index : index + 1])[0], together[index])
+                assert torch.equal(two(vectors[None, index:])[0, 0], together[index])

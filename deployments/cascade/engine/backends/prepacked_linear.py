@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 # In batches of 2 to 32 vectors the kernels give each the same result whatever the others are; a
 # single vector may be summed in another order.
 _MAX_BATCH = 32
+FIXED_ROWS = 128  # few enough that a GPU still waits for the weights
 _MIN_WEIGHTS = 2**14  # below, a call costs more than the layout saves
 _VECTOR_WEIGHTS = 2**20  # of a float32 matrix below which numpy is faster for one vector
 
@@ -38,26 +40,50 @@ def pack(model: nn.Module, *, deterministic: bool = False) -> int:
     if not supported(next(model.parameters())):
         log.warning("Linear layers are not packed: that needs a CPU that has the kernels")
         return 0
-    least = 0 if deterministic else _MIN_WEIGHTS
-    layers: list[Any] = [
-        layer
-        for layer in model.modules()
-        if type(layer) in {nn.Linear, Conv1D}
-        and type(layer.weight) is nn.Parameter  # quantised weights are of other classes
-        and layer.weight.numel() >= least
-    ]
+    layers = _layers(model, least=0 if deterministic else _MIN_WEIGHTS)
     for layer in layers:
-        linear = packed(_matrix(layer), layer.bias, deterministic=deterministic)
-        layer.forward = partial(_forward, linear)
+        apply = packed(_matrix(layer), layer.bias, deterministic=deterministic)
+        layer.forward = partial(_forward, apply)
     return len(layers)
+
+
+def fix_batches(model: nn.Module) -> None:
+    """Let linear layers multiply `FIXED_ROWS` vectors at a time, so that one kernel runs them all.
+
+    A GPU's kernels are chosen by the number of vectors, and may sum in other orders.
+    """
+    for layer in _layers(model, least=0):
+        plain = partial(linear, weight=_matrix(layer), bias=layer.bias)
+        layer.forward = partial(_forward, partial(_in_fixed_batches, plain))
+
+
+def _in_fixed_batches(apply: Linear, inputs: Tensor) -> Tensor:
+    padded = pad(inputs, (0, 0, 0, -len(inputs) % FIXED_ROWS))
+    return torch.cat([apply(part) for part in padded.split(FIXED_ROWS)])[: len(inputs)]
+
+
+def _layers(model: nn.Module, *, least: int) -> list[Any]:
+    """Return the linear layers of a model with so many weights."""
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) in {nn.Linear, Conv1D}]
+    return [layer for layer in layers if is_dense(layer) and layer.weight.numel() >= least]
+
+
+def is_dense(layer: Any) -> bool:
+    """Return whether a linear layer computes what its weights say, with numbers that are not coded.
+
+    Libraries of quantised weights replace the layer, its weights or its forward pass.
+    """
+    forward = vars(layer).get("forward")
+    original = forward is None or getattr(forward, "func", None) is _forward
+    return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point() and original
 
 
 def _matrix(layer: Any) -> Tensor:
     return layer.weight.detach().t() if isinstance(layer, Conv1D) else layer.weight.detach()
 
 
-def _forward(linear: Linear, inputs: Tensor) -> Tensor:
-    return linear(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
+def _forward(apply: Linear, inputs: Tensor) -> Tensor:
+    return apply(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
 
 
 def supported(weight: Tensor) -> bool:
@@ -99,21 +125,21 @@ def _numpy_vector(weight: Tensor, bias: Tensor | None) -> Linear:
     matrix = weight.detach().numpy().T
     offset = None if bias is None else bias.detach().numpy()
 
-    def linear(vector: Tensor) -> Tensor:
+    def multiply(vector: Tensor) -> Tensor:
         product = vector.numpy() @ matrix
         return torch.from_numpy(product if offset is None else product + offset)
 
-    return linear
+    return multiply
 
 
 def _batch_invariant(apply: Linear) -> Linear:
     """Return the layer with results that do not depend on the batch."""
 
-    def linear(inputs: Tensor) -> Tensor:
+    def multiply(inputs: Tensor) -> Tensor:
         if inputs.shape[0] == 1:
             return apply(inputs.expand(2, -1))[:1]
         if inputs.shape[0] <= _MAX_BATCH:
             return apply(inputs)
-        return torch.cat([linear(part) for part in inputs.split(_MAX_BATCH)])
+        return torch.cat([multiply(part) for part in inputs.split(_MAX_BATCH)])
 
-    return linear
+    return multiply

@@ -36,8 +36,6 @@ def select_runner(model: PreTrainedModel, *, settings: EngineSettings) -> Runner
         UnsupportedModel: No path is; the message says why.
     """
     check_state(type(model))
-    if settings.deterministic and model.device.type != "cpu":
-        raise UnsupportedModel(f"deterministic is set on {model.device}; only a CPU supports it")
     original = original_attention(model)
     model.set_attn_implementation(original)
     check = SelfCheck(model, settings=settings)
@@ -67,7 +65,9 @@ def paths(
         yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
     if settings.path is Path.LEAN:
         return
-    if packed:
+    if exact and model.device.type != "cpu":
+        prepacked_linear.fix_batches(model)
+    elif packed:
         prepacked_linear.pack(model, deterministic=exact)
     if settings.path is Path.CAPTURED or (auto and model.device.type == "cuda"):
         yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
