@@ -419,17 +419,21 @@ async def written(
 async def test_an_answer_is_the_same_without_drafting_ahead(
     toy: Pair, toy_stack: LocalServer, name: str
 ) -> None:
-    """Token for token, with the same origins, while some blocks come from branches."""
+    """Token for token, with the same origins, while some blocks come from branches.
+
+    How soon a branch is ready depends on how busy the machine is, so answers follow until one is.
+    """
     tiers = {"drafters": toy_stack.router._drafters, "experts": toy_stack.router._experts}  # pyright: ignore[reportPrivateUsage] - the stack's own
     router = {"overlap_blocks": 0, "overlap_branches": 0, "draft_deadline_s": 120}
     plain = toy.settings(router=router).router.loop(**tiers)
     router |= {"overlap_blocks": 1, "overlap_branches": 4}
     ahead = toy.settings(router=router).router.loop(**tiers)
-    branched = 0
-    for seed, draft_tokens in itertools.product(range(4), (1, 3)):
-        policy = replace(POLICIES[name], seed=seed, rule=Lossless())
-        some = [written(loop, policy, draft_tokens=draft_tokens) for loop in (ahead, plain)]
-        (one, cost), (other, _) = await asyncio.gather(*some)
-        assert one == other
-        branched += cost.branched_rounds
-    assert branched > 0
+    branched, seeds = 0, itertools.count()
+    async with asyncio.timeout(120):
+        while (seed := next(seeds)) < 4 or not branched:
+            policy = replace(POLICIES[name], seed=seed, rule=Lossless())
+            for draft_tokens in (1, 3):
+                some = [written(loop, policy, draft_tokens=draft_tokens) for loop in (ahead, plain)]
+                (one, cost), (other, _) = await asyncio.gather(*some)
+                assert one == other
+                branched += cost.branched_rounds
