@@ -263,14 +263,10 @@ def test_a_broken_file_is_refused_by_tier_and_router(
         load_pair(ModelSource(name=str(whole)), ModelSource(name=str(tmp_path)))
 
 
+# Kinds that nothing here knows; see test_quantisation for the others.
 LIBRARIES = {
-    "gptq": ("optimum", {"bits": 4, "group_size": 128}),
-    "awq": ("gptqmodel", {"bits": 4}),
-    "bitsandbytes": ("accelerate", {"load_in_4bit": True}),
-    "compressed-tensors": ("compressed.tensors", {"config_groups": {}}),
-    "torchao": ("torchao", {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}),
     "quanto": ("quanto", {"weights": "int8"}),
-    "fp8": ("accelerate", {}),
+    "hqq": ("hqq", {"weights": "int8"}),
     "mxfp4": ("accelerate", {}),
 }
 

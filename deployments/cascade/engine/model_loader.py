@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
+from cascade.engine import quantisation
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def load(
     Args:
         name: Directory or repository id.
         device: A torch device, or "auto": cuda if there is one, else cpu.
-        dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the checkpoint's.
+        dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the checkpoint's,
+            which is also that of quantised weights that stay so.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run model code that comes with the checkpoint.
 
@@ -58,14 +60,17 @@ def load(
     """
     torch_device = _device(device)
     config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    quantisation = _quantisation(config)
-    _check_files(name, quantised=quantisation is not None)
+    quantised = quantisation.method(config) is not None
+    dense = quantised and quantisation.prepare(name, config, device=torch_device)
+    _check_files(name, quantised=quantised)
     # transformers ignores this file if it is broken.
     read_json(name, "generation_config.json", revision=revision)
+    number = _dtype(dtype, torch_device)
     model = _weights(
         name,
-        dtype=_dtype(dtype, torch_device),
-        quantisation=quantisation,
+        config=config,
+        dtype="auto" if quantised and dtype == "auto" and not dense else number,
+        device_map={"": torch_device} if quantised else None,  # kernels are chosen by the device
         attention=required_attention(config),
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -76,6 +81,11 @@ def load(
         raise UnsupportedModel(
             f"{name!r} cannot be loaded to device {device!r}: {first_line(error)}"
         ) from error
+    if dense:
+        quantisation.unpack(name, model, dtype=number)
+    elif quantised:
+        quantisation.check_layers(name, model)
+        _check_dtype(name, model, dtype)
     _check_numbers(name, model)
     return replace(adopt(model), owned=True)
 
@@ -275,15 +285,6 @@ def _check_files(name: str, *, quantised: bool) -> None:
             )
 
 
-def _quantisation(config: PreTrainedConfig) -> str | None:
-    """Return the name of a checkpoint's quantisation, None if it has none."""
-    stated: Any = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    found = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
-    return str(getattr(found, "value", found))
-
-
 def required_attention(config: PreTrainedConfig) -> str | None:
     """Return the attention function that a model needs, None if transformers may choose.
 
@@ -295,16 +296,20 @@ def required_attention(config: PreTrainedConfig) -> str | None:
 def _weights(  # noqa: PLR0913 - what transformers is told
     name: str,
     *,
+    config: PreTrainedConfig,
     dtype: torch.dtype | str,
-    quantisation: str | None,
+    device_map: dict[str, torch.device] | None,
     attention: str | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
+    method = quantisation.method(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             dtype=dtype,
+            device_map=device_map,
             attn_implementation=attention,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -314,9 +319,9 @@ def _weights(  # noqa: PLR0913 - what transformers is told
         )
     # As in `read_config`.
     except Exception as error:
-        what = f" (quantised: {quantisation})" if quantisation else ""
+        what = f" (quantised: {method})" if method else ""
         advice = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-        advice += "; or serve an unquantised checkpoint" if quantisation else ""
+        advice += "; or serve an unquantised checkpoint" if method else ""
         raise UnsupportedModel(
             f"The weights of {name!r}{what} cannot be loaded: {first_line(error)}{advice}"
         ) from error
@@ -331,12 +336,21 @@ def _weights(  # noqa: PLR0913 - what transformers is told
         raise UnsupportedModel(
             f"{key} of {name!r} is {list(stored)}, but {list(expected)} by its configuration"
         )
-    if _quantisation(model.config) and getattr(model, "hf_quantizer", None) is None:
+    if quantisation.method(model.config) and getattr(model, "hf_quantizer", None) is None:
         raise UnsupportedModel(
-            f"{name!r} is quantised with {quantisation}, which this transformers does not know; "
+            f"{name!r} is quantised with {method}, which this transformers does not know; "
             "serve an unquantised checkpoint"
         )
     return model
+
+
+def _check_dtype(name: str, model: PreTrainedModel, dtype: str) -> None:
+    found = str(model.dtype).removeprefix("torch.")
+    if dtype not in {"auto", found}:
+        raise UnsupportedModel(
+            f"The quantised weights of {name!r} run in {found}, not in {dtype}; set engine.dtype "
+            f"to auto or {found}"
+        )
 
 
 def _check_numbers(name: str, model: PreTrainedModel) -> None:
@@ -383,6 +397,8 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 def _vocabulary(model: PreTrainedModel) -> int:
     lm_head: Any = model.get_output_embeddings()
+    if isinstance(lm_head, nn.Linear):
+        return lm_head.out_features  # quantised weights may have other shapes
     weight = getattr(lm_head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])

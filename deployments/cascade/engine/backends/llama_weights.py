@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from cascade.engine.backends.base import PathUnsupported, RopeLengths, find_rope_lengths
+from cascade.engine.backends.prepacked_linear import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,6 +97,10 @@ def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
         raise PathUnsupported("it is not a Llama-like model")
     if model.device.type != "cpu" or model.dtype not in {torch.float32, torch.bfloat16}:
         raise PathUnsupported("it is for float32 and bfloat16 on a CPU")
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    coded = not all(type(one) is nn.Linear and is_dense(one) for one in linears)
+    if coded or getattr(model, "hf_quantizer", None) is not None:
+        raise PathUnsupported("its weights are quantised")
     if find_rope_lengths(model) != RopeLengths():
         raise PathUnsupported("its rotations depend on the length of a pass")
     body: Any = model.model
