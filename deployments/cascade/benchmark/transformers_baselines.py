@@ -29,10 +29,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from cascade.benchmark.baseline_requests import GreedyRequest, Prompts
 from cascade.engine import threads
 from cascade.engine.model_loader import load
 from cascade.errors import InvalidMeasurement, Unavailable
-from cascade.evaluation.client import CompletionResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cascade.engine.tokenizer import Tokenizer
+    from cascade.evaluation.client import CompletionResult
     from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
@@ -73,12 +73,11 @@ ASSISTANCE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Both models as `transformers` loads them, and their tokenizer."""
+    """Both models as `transformers` loads them, and their prompts."""
 
     expert: PreTrainedModel
     drafter: PreTrainedModel
-    tokenizer: Tokenizer
-    stop_ids: tuple[int, ...]
+    prompts: Prompts
     threads: int = 0  # of torch, in the thread that generates; 0 leaves its default
 
     def request(self, body: Mapping[str, Any]) -> _Request:
@@ -87,22 +86,15 @@ class Pair:
         Raises:
             InvalidMeasurement: The request is not greedy.
         """
-        if body.get("temperature") != 0:
-            raise InvalidMeasurement("baselines answer greedily; set the temperature to 0")
-        prompt: Any = body.get("prompt")
-        if "messages" in body:
-            prompt = self.tokenizer.chat(body["messages"])
-        elif isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt)
-        return _Request(pair=self, prompt=tuple(prompt), max_tokens=int(body["max_tokens"]))
+        return _Request(prompts=self.prompts, asked=self.prompts.request(body))
 
     def generation_config(self, max_tokens: int) -> GenerationConfig:
         """Return a greedy configuration without any of the model's own values."""
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=max_tokens,
-            eos_token_id=list(self.stop_ids),
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
+            eos_token_id=list(self.prompts.stop_ids),
+            pad_token_id=self.prompts.stop_ids[0] if self.prompts.stop_ids else 0,
             bos_token_id=None,
         )
 
@@ -121,8 +113,7 @@ def load_pair(settings: Application) -> Pair:
     return Pair(
         expert=models["expert"].model,
         drafter=models["drafter"].model,
-        tokenizer=shared.tokenizer,
-        stop_ids=shared.stop_ids,
+        prompts=Prompts(tokenizer=shared.tokenizer, stop_ids=shared.stop_ids),
         threads=settings.expert.engine.threads,
     )
 
@@ -177,10 +168,11 @@ class Generate:
     def _generate(self, batch: Sequence[_Request]) -> list[list[int]]:
         """Return the tokens that `generate` adds to each prompt."""
         model, device = self._pair.expert, self._pair.expert.device
-        config = self._pair.generation_config(max(one.max_tokens for one in batch))
-        longest = max(len(one.prompt) for one in batch)
-        ids = [(config.pad_token_id,) * (longest - len(one.prompt)) + one.prompt for one in batch]
-        mask = [[0] * (longest - len(one.prompt)) + [1] * len(one.prompt) for one in batch]
+        config = self._pair.generation_config(max(one.asked.max_tokens for one in batch))
+        prompts = [one.asked.prompt for one in batch]
+        longest = max(map(len, prompts))
+        ids = [(config.pad_token_id,) * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         drafter, own = self._pair.drafter, self._pair.drafter.generation_config
         assisted: Json = {}
         if self._assistance is not None:
@@ -237,10 +229,10 @@ class Continuous:
         name = f"request {next(self._numbers)}"
         self._manager.register_result_handler(name, receive)
         self._manager.add_request(
-            list(request.prompt),
+            list(request.asked.prompt),
             request_id=name,
-            max_new_tokens=request.max_tokens,
-            eos_token_id=list(self._pair.stop_ids),
+            max_new_tokens=request.asked.max_tokens,
+            eos_token_id=list(self._pair.prompts.stop_ids),
             record_timestamps=True,
         )
         return await request.answer
@@ -281,9 +273,8 @@ async def continuous(pair: Pair, *, tokens: int) -> AsyncGenerator[Continuous]:
 class _Request:
     """A request to a baseline, and its answer."""
 
-    pair: Pair
-    prompt: tuple[int, ...]
-    max_tokens: int
+    prompts: Prompts
+    asked: GreedyRequest
     began_s: float = field(default_factory=time.perf_counter)
     token_times_s: list[float] = field(default_factory=list[float])  # when each token came
     answer: asyncio.Future[CompletionResult] = field(
@@ -291,22 +282,15 @@ class _Request:
     )
 
     def finish(self, tokens: Sequence[int]) -> None:
-        """Answer with the tokens up to the limit, or to the first that ends the answer."""
-        kept = list(tokens)[: self.max_tokens]
-        stop_ids = self.pair.stop_ids
-        ends = (end for end, token in enumerate(kept, start=1) if token in stop_ids)
-        kept = kept[: next(ends, len(kept))]
+        """Answer with what was generated, unless nobody waits."""
         latency_s = time.perf_counter() - self.began_s
         if self.answer.cancelled():
             return
-        detokenizer = self.pair.tokenizer.detokenizer(self.prompt)
         self.answer.set_result(
-            CompletionResult(
-                text=detokenizer.push(kept) + detokenizer.flush(),
-                finish_reason="stop" if kept and kept[-1] in stop_ids else "length",
+            self.prompts.answer(
+                self.asked,
+                tokens,
                 statistics={},
-                prompt_tokens=len(self.prompt),
-                completion_tokens=len(kept),
                 latency_s=latency_s,
                 ttft_s=self.token_times_s[0] if self.token_times_s else latency_s,
                 chunk_times_s=tuple(self.token_times_s),
