@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.benchmarks import PATIENT
@@ -13,6 +13,11 @@ from cascade.benchmark.systems import one_process, separate_processes
 from cascade.benchmark.transformers_baselines import Assistance
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.tasks import Level, TaskFamily
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cascade.settings import Application
 
 
 def plan(**changes: Any) -> Plan:
@@ -61,11 +66,20 @@ def test_more_items_than_a_family_has_are_refused() -> None:
 
 
 async def test_variants_and_baselines_give_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the assisted schedules, the fastest is compared."""
+    """Of the assisted schedules, the fastest is compared. No system keeps earlier prompts."""
+    started: list[Application] = []
+
+    def start(settings: Application, rtts_ms: Sequence[float]) -> Any:
+        started.append(settings)
+        return one_process(settings, rtts_ms)
+
     schedules = (Assistance(tokens=2), Assistance(tokens=8, confidence=0.4))
     monkeypatch.setattr("cascade.benchmark.transformers_baselines.ASSISTANCE", schedules)
     planned = plan(
-        variants=("expert_only", "lossless@3"), rtts_ms=(4.0,), baselines=("assisted", "batched")
+        variants=("expert_only", "lossless@3"),
+        deployments=(start,),
+        rtts_ms=(4.0,),
+        baselines=("assisted", "batched"),
     )
     comparison = await run_plan(planned)
     names = list(comparison.systems)
@@ -76,6 +90,10 @@ async def test_variants_and_baselines_give_the_same_texts(monkeypatch: pytest.Mo
     found = comparison.systems["lossless@3, 4 ms"].median
     assert found.busy.keys() == {"drafter", "expert"}
     assert found.acceptance is not None
+    assert comparison.baseline in {"expert_only, 4 ms", "transformers batched"}
+    (settings,) = started
+    assert not any(tier.engine.prefix_reuse for tier in (settings.drafter, settings.expert))
+    assert "computes each prompt anew" in comparison.notes[0]
 
 
 @pytest.mark.slow

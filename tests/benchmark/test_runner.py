@@ -11,7 +11,7 @@ from tests.support.benchmarks import answer, system_result
 from cascade.benchmark.load import ClosedLoop
 from cascade.benchmark.report import document, table, write
 from cascade.benchmark.runner import Comparison, compare
-from cascade.benchmark.systems import System
+from cascade.benchmark.systems import Role, System
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.environment import command_line, commit, provenance
 
@@ -120,7 +120,31 @@ def test_a_report_names_machine_command_and_commit(tmp_path: Path) -> None:
     assert "It is cost-padded." in text
     assert written["provenance"]["commit"] in text
     assert "| two | 4.1 | 0.50 (0.50 to 0.50) |" in text
-    assert text.splitlines()[-1].endswith("| 1 |"), "one text is another"
+    assert text.splitlines()[-1].endswith("| 1 of 1 |"), "one text is another"
+    assert "llama.cpp" not in text
+
+
+def test_ratios_are_over_the_fastest_that_runs_the_expert_alone() -> None:
+    """And over llama.cpp with the drafter; texts are compared with the first system's."""
+    comparison = Comparison(
+        systems={
+            "ours alone": system_result(4, role=Role.EXPERT_ALONE),
+            "ours": system_result(1),
+            "another alone": system_result(2, texts=("b",), role=Role.EXPERT_ALONE),
+            "llama.cpp, drafts of 4": system_result(1.5, role=Role.LLAMA_DRAFTED),
+        },
+        notes=("none keeps a prompt",),
+    )
+    written = document(comparison, notes=["padded"], provenance=provenance())
+    assert written["notes"] == ["padded", "none keeps a prompt"]
+    ours, another = written["contenders"][1:3]
+    assert (written["baseline"], written["texts_of"]) == ("another alone", "ours alone")
+    assert ours["ratio"]["median"] == 2
+    assert ours["to_llama"]["median"] == 1.5
+    assert another["other_texts"] == [0]
+    text = table(written)
+    assert '"another alone"; "to llama.cpp" over "llama.cpp, drafts of 4".' in text
+    assert "| ours | 11.0 | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) |" in text
 
 
 def test_the_commit_outside_a_checkout_is_empty(tmp_path: Path) -> None:

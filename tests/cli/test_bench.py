@@ -13,6 +13,7 @@ import pytest
 from tests.support.benchmarks import system_result
 from typer.testing import CliRunner
 
+from cascade.benchmark.llama_server import Drafting
 from cascade.benchmark.load import OpenLoop
 from cascade.benchmark.runner import Comparison
 from cascade.benchmark.synthetic_model import LABEL
@@ -24,19 +25,30 @@ if TYPE_CHECKING:
 RUNNER = CliRunner()
 
 
-def test_a_run_writes_json_table_and_plot(tmp_path: Path) -> None:
+def test_a_run_writes_json_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.benchmark.llama_server.DRAFTING", (Drafting(tokens=3),))
     words = (
         "bench run facts --count 2 --rounds 1 --ask expert_only --ask lossless@2 --concurrency 2"
-        " --expert-threads 1 --slo ttft=60000 --out"
+        " --peer llama-server --expert-threads 1 --slo ttft=60000 --out"
     )
     ended = RUNNER.invoke(app, [*words.split(), str(tmp_path)])
     assert ended.exit_code == 0, ended.output
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [one["name"] for one in report["contenders"]] == ["expert_only", "lossless@2"]
+    alone, drafted = "llama.cpp, expert alone", "llama.cpp, drafts of 3"
+    names = ["expert_only", "lossless@2", alone, drafted]
+    assert [one["name"] for one in report["contenders"]] == names
     assert all(one["other_texts"] == [] for one in report["contenders"])
     assert all(one["median"]["good_share"] == 1 for one in report["contenders"])
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
     assert "| lossless@2 |" in ended.output
+    assert report["baseline"] in {"expert_only", alone}, "the fastest that runs the expert alone"
+    assert report["llama_drafted"] == drafted
+    ratios = {one["name"]: (one["ratio"], one["to_llama"]) for one in report["contenders"]}
+    assert ratios[report["baseline"]][0]["median"] == ratios[drafted][1]["median"] == 1
+    prompts = {one["name"]: one["median"]["prompt_ms"] for one in report["contenders"]}
+    assert prompts[alone] > 0
+    assert prompts["expert_only"] is None
+    assert "xllamacpp" in report["notes"][-1]
 
 
 def test_a_trace_sets_times_and_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +96,8 @@ def test_a_synthetic_model_is_written(tmp_path: Path) -> None:
         ("run facts --url http://127.0.0.1:9 --count 1", "no server answers"),
         ("run facts --ask tokenv3:0.9", "did you mean `token_v3`?"),
         ("run facts --peer assistted --count 1", "did you mean `assisted`?"),
+        ("run facts --peer assisted=/bin/true --count 1", "only llama-server takes a path"),
+        ("run facts --peer llama-server=/no/binary --count 1", "no program /no/binary"),
         ("run facts --dtype bfloat61", "did you mean `bfloat16`?"),
         ("run facts --config none.yaml", "none.yaml cannot be used"),
         ("suite --only one_steam", "did you mean `one_stream`?"),
@@ -117,6 +131,24 @@ async def test_a_terminated_run_leaves_no_tier_process(tmp_path: Path, *, warm: 
     await process.communicate()
     assert process.returncode != 0
     assert not psutil.wait_procs(tiers, timeout=60)[1]
+
+
+@pytest.mark.slow
+async def test_a_terminated_run_leaves_no_llama_server(shipped_url: str, tmp_path: Path) -> None:
+    """Slow: it starts the command, as the test above does. Over a server that runs already."""
+    command = Path(sys.executable).with_name("cascade")
+    words = ("bench", "run", "facts", "--url", shipped_url, "--peer", "llama-server")
+    pipe, joined = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
+    process = await asyncio.create_subprocess_exec(
+        command, *words, "--count", "1", "--out", str(tmp_path), stdout=pipe, stderr=joined
+    )
+    while not (started := psutil.Process(process.pid).children()):
+        assert process.returncode is None
+        await asyncio.sleep(0.05)
+    process.terminate()
+    await process.communicate()
+    assert process.returncode != 0
+    assert not psutil.wait_procs(started, timeout=60)[1]
 
 
 def tier_processes(pid: int) -> list[psutil.Process]:

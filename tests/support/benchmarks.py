@@ -9,6 +9,7 @@ from tests.support.shipped_pair import ENGINE
 from cascade.benchmark.load import LoadResult
 from cascade.benchmark.metrics import summarize
 from cascade.benchmark.runner import SystemResult
+from cascade.benchmark.systems import Role
 from cascade.errors import Unavailable
 from cascade.evaluation.client import CompletionResult
 from cascade.settings import Application
@@ -52,7 +53,9 @@ def load_result(*answers: CompletionResult | None, wall_s: float = 2.0) -> LoadR
     return LoadResult(results=tuple(results), wall_s=wall_s)
 
 
-def system_result(*walls_s: float, texts: tuple[str | None, ...] = ("a",)) -> SystemResult:
+def system_result(
+    *walls_s: float, texts: tuple[str | None, ...] = ("a",), role: Role = Role.OTHER
+) -> SystemResult:
     """Return a result of one answer per round, which took the given times."""
     rounds = (summarize(load_result(answer(), wall_s=wall_s)) for wall_s in walls_s)
-    return SystemResult(rounds=tuple(rounds), texts=texts)
+    return SystemResult(rounds=tuple(rounds), texts=texts, role=role)

@@ -51,6 +51,8 @@ class RunMetrics:
     expert_waited_s: float
     busy: dict[str, float]  # share of the run, by tier
     hidden: float | None  # share of the drafter's busy time that the router did not wait for
+    prompt_ms: float | None  # mean by the server's own timings, if it has any
+    predicted_ms: float | None  # the same for all tokens after the first
     lengths: dict[str, int]  # answers by the reason of their last draft length
     blocks: dict[int, int]  # traced rounds after the first, by number of drafted tokens
 
@@ -141,6 +143,8 @@ def summarize(
         busy={tier: seconds / run.wall_s for tier, seconds in busy_s.items()},
         # Sessions that wait at the same time can wait for longer than the drafter was busy.
         hidden=max(0.0, 1 - waited_s / drafting_s) if drafting_s > 0 else None,
+        prompt_ms=_ratio(total("prompt_ms"), len(answers)) or None,
+        predicted_ms=_ratio(total("predicted_ms"), len(answers)) or None,
         lengths=dict(
             Counter(answer.statistics.get("draft_length_reason") or "none" for answer in answers)
         ),

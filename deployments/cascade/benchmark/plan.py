@@ -10,17 +10,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cascade.benchmark import transformers_baselines
+from cascade.benchmark import llama_server, transformers_baselines
 from cascade.benchmark.load import ClosedLoop
 from cascade.benchmark.runner import compare
-from cascade.benchmark.systems import System, joined, one_process
+from cascade.benchmark.systems import Role, System, joined, one_process
 from cascade.errors import InvalidMeasurement, wanted
 from cascade.evaluation.grid import Setting, validated
 from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cascade.benchmark.load import Load
     from cascade.benchmark.metrics import Slo
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 Json: TypeAlias = dict[str, Any]
 
 VARIANTS = ("expert_only", "lossless")
-BASELINES = ("assisted", "batched", "continuous")
+BASELINES = ("assisted", "batched", "continuous", "llama-server")
 
 # The families whose answers are long enough to time.
 LONG_ANSWERS = (TaskFamily.PROBLEMS, TaskFamily.FUNCTIONS, TaskFamily.FACTS, TaskFamily.REPORTS)
 
 ANSWER_TOKENS = 96
+
+_NO_REUSE = "Every system computes each prompt anew: none keeps the KV cache of an earlier request."
 _CACHE_TOKENS_PER_REQUEST = 1024  # of continuous batching
 
 
@@ -119,23 +121,29 @@ def with_engine(settings: Application, tier: str, **fields: Any) -> Application:
 async def run_plan(plan: Plan, *, progress: Callable[[str], object] = lambda _: None) -> Comparison:
     """Start all systems of a plan and compare them.
 
+    Prompts repeat from round to round. Baselines compute each prompt anew; if there are any, so do
+    our tiers.
+
     Raises:
         InvalidMeasurement: The plan has an unknown variant or baseline, or a request is refused.
         StartupError: A pair cannot be served.
     """
     variants = {variant: parse_variant(variant) for variant in plan.variants}
-    if unknown := set(plan.baselines) - set(BASELINES):
-        raise InvalidMeasurement(f"no peer {min(unknown)!r}; {wanted(min(unknown), BASELINES)}")
+    baselines = _commands(plan.baselines)
+    settings = plan.settings
+    if baselines:
+        settings = with_engine(settings, "drafter", prefix_reuse=False)
+        settings = with_engine(settings, "expert", prefix_reuse=False)
     async with AsyncExitStack() as cleanup:
         systems = [
-            replace(base, name=joined(variant, base.name), options=options)
+            replace(base, name=joined(variant, base.name), options=options, role=_role_of(options))
             for start in plan.deployments
-            for base in await cleanup.enter_async_context(start(plan.settings, plan.rtts_ms))
+            for base in await cleanup.enter_async_context(start(settings, plan.rtts_ms))
             for variant, options in variants.items()
         ]
-        if plan.baselines:
-            systems += await _baseline_systems(plan, cleanup, progress)
-        return await compare(
+        if baselines:
+            systems += await _baseline_systems(plan, baselines, cleanup, progress)
+        comparison = await compare(
             systems,
             plan.bodies,
             plan.load,
@@ -144,25 +152,67 @@ async def run_plan(plan: Plan, *, progress: Callable[[str], object] = lambda _: 
             probe=plan.probe,
             progress=progress,
         )
+        notes = (_NO_REUSE, *comparison.notes) if baselines else comparison.notes
+        return replace(comparison, notes=notes)
+
+
+def _commands(baselines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the baselines by name, with the command of those that are programs.
+
+    Raises:
+        InvalidMeasurement: There is no such baseline or program, or a package is missing.
+    """
+    commands: dict[str, tuple[str, ...]] = {}
+    for baseline in baselines:
+        name, equals, path = baseline.partition("=")
+        if name not in BASELINES:
+            raise InvalidMeasurement(f"no peer {name!r}; {wanted(name, BASELINES)}")
+        if equals and (name != "llama-server" or not path):
+            raise InvalidMeasurement(
+                f"cannot read the peer {baseline!r}; only llama-server takes a path, as in"
+                " llama-server=/usr/bin/llama-server"
+            )
+        commands[name] = llama_server.command_of(path) if name == "llama-server" else ()
+    return commands
+
+
+def _role_of(options: Json) -> Role:
+    return Role.EXPERT_ALONE if options.get("mode") == Mode.EXPERT_ONLY else Role.OTHER
 
 
 async def _baseline_systems(
-    plan: Plan, cleanup: AsyncExitStack, progress: Callable[[str], object]
+    plan: Plan,
+    baselines: Mapping[str, tuple[str, ...]],
+    cleanup: AsyncExitStack,
+    progress: Callable[[str], object],
 ) -> list[System]:
-    """Start the same models under `transformers`, in the ways that the plan names."""
-    pair = transformers_baselines.load_pair(plan.settings)
+    """Start the same models under `transformers` and llama.cpp, in the ways that the plan names."""
     load = plan.load
     limit = load.concurrency if isinstance(load, ClosedLoop) else len(plan.bodies)
     systems: list[System] = []
-    if "assisted" in plan.baselines:
-        systems.append(await _best_assisted(pair, plan.bodies[:3], progress))
-    if "batched" in plan.baselines:
-        batched = transformers_baselines.Generate(pair, limit=limit)
-        systems.append(System(name=batched.name, client=batched))
-    if "continuous" in plan.baselines:
-        started = transformers_baselines.continuous(pair, tokens=limit * _CACHE_TOKENS_PER_REQUEST)
-        continuous = await cleanup.enter_async_context(started)
-        systems.append(System(name=continuous.name, client=continuous))
+    if baselines.keys() - {"llama-server"}:
+        pair = transformers_baselines.load_pair(plan.settings)
+        if "assisted" in baselines:
+            systems.append(await _best_assisted(pair, plan.bodies[:3], progress))
+        alone: list[transformers_baselines.Generate | transformers_baselines.Continuous] = []
+        if "batched" in baselines:
+            alone.append(transformers_baselines.Generate(pair, limit=limit))
+        if "continuous" in baselines:
+            tokens = limit * _CACHE_TOKENS_PER_REQUEST
+            started = transformers_baselines.continuous(pair, tokens=tokens)
+            alone.append(await cleanup.enter_async_context(started))
+        systems += [
+            System(name=client.name, client=client, role=Role.EXPERT_ALONE) for client in alone
+        ]
+    if "llama-server" in baselines:
+        started = llama_server.llama_systems(
+            plan.settings,
+            plan.bodies,
+            command=baselines["llama-server"],
+            concurrency=limit,
+            progress=progress,
+        )
+        systems += await cleanup.enter_async_context(started)
     return systems
 
 

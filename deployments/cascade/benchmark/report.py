@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from cascade.benchmark.systems import Role
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.scoring import import_extra
 
@@ -25,6 +26,7 @@ _COLUMNS = {
     "system": "{name}",
     "tokens/s": "{median[tokens_per_s]:.1f}",
     "ratio": "{ratio[median]:.2f} ({ratio[least]:.2f} to {ratio[most]:.2f})",
+    "to llama.cpp": "{to_llama[median]:.2f} ({to_llama[least]:.2f} to {to_llama[most]:.2f})",
     "TTFT ms": "{median[ttft][p50_ms]:.0f}",
     "TPOT ms": "{median[tpot][p50_ms]:.1f}",
     "p50 / p95 / p99 ms": "{latency[p50_ms]:.0f} / {latency[p95_ms]:.0f} / {latency[p99_ms]:.0f}",
@@ -35,7 +37,7 @@ _COLUMNS = {
     "busy": "{busy}",
     "hidden": "{median[hidden]:.2f}",
     "goodput/s": "{median[goodput_per_s]:.2f}",
-    "other text": "{num_other_texts}",
+    "other text": "{num_other_texts} of {median[requests]}",
 }
 
 
@@ -44,24 +46,32 @@ def document(
 ) -> Json:
     """Return a comparison as JSON values.
 
+    Ratios are over the fastest system that runs the expert alone, and over llama.cpp with the
+    drafter where it was asked.
+
     Args:
-        comparison: What was measured; ratios and texts are compared with its first system.
+        comparison: What was measured.
         notes: What a reader must know, such as that a model is synthetic.
         provenance: Where it was measured.
         more: Further entries, such as how requests came.
     """
-    baseline = next(iter(comparison.systems))
+    first, baseline = next(iter(comparison.systems)), comparison.baseline
+    drafted = comparison.fastest(Role.LLAMA_DRAFTED)
     return {
         "provenance": asdict(provenance),
-        "notes": list(notes),
+        "notes": [*notes, *comparison.notes],
         "baseline": baseline,
+        "llama_drafted": drafted,
+        "texts_of": first,
         **more,
         "contenders": [
             {
                 "name": name,
+                "role": system.role,
                 "median": asdict(system.median),
                 "ratio": asdict(comparison.ratio(name, baseline)),
-                "other_texts": comparison.differences(name, baseline),
+                "to_llama": asdict(comparison.ratio(name, drafted)) if drafted else None,
+                "other_texts": comparison.differences(name, first),
                 "rounds": [asdict(metrics) for metrics in system.rounds],
             }
             for name, system in comparison.systems.items()
@@ -71,29 +81,32 @@ def document(
 
 def table(document: Json, *, with_heading: bool = True) -> str:
     """Return a document as Markdown: its notes, where it was measured, and one line per system."""
-    rows = [_cells(system) for system in document["contenders"]]
+    drafted = document.get("llama_drafted")
+    columns = [name for name in _COLUMNS if drafted or name != "to llama.cpp"]
+    rows = [_cells(system, columns) for system in document["contenders"]]
     rounds = len(document["contenders"][0]["rounds"])
+    to_llama = f'; "to llama.cpp" over "{drafted}"' if drafted else ""
     lines = [
         *(f"> {note}" for note in document["notes"]),
         *(("", heading(document["provenance"])) if with_heading else ()),
         "",
         f"Medians of {rounds} interleaved rounds; ratios are of tokens/s, paired by round, over",
-        f"{document['baseline']}.",
+        f'"{document["baseline"]}"{to_llama}.',
         "",
-        *_markdown(tuple(_COLUMNS), rows, right=tuple(_COLUMNS)[1:]),
+        *_markdown(columns, rows, right=columns[1:]),
     ]
     return "\n".join(lines).strip() + "\n"
 
 
-def _cells(system: Json) -> list[str]:
+def _cells(system: Json, columns: Iterable[str]) -> list[str]:
     median = system["median"]
     busy = ", ".join(f"{tier} {share:.2f}" for tier, share in median["busy"].items()) or "-"
     differing = len(system["other_texts"])
     values = {**system, "latency": median["latency"], "busy": busy, "num_other_texts": differing}
     cells: list[str] = []
-    for column in _COLUMNS.values():
+    for column in columns:
         try:
-            cells.append(column.format(**values))
+            cells.append(_COLUMNS[column].format(**values))
         except TypeError:  # a metric without a value, which is None, has no digits
             cells.append("-")
     return cells

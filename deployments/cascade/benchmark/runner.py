@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cascade.benchmark.load import ClosedLoop, run_load
 from cascade.benchmark.metrics import RunMetrics, summarize
+from cascade.benchmark.systems import Role
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.client import CompletionResult
 
@@ -34,6 +35,7 @@ class SystemResult:
 
     rounds: tuple[RunMetrics, ...]
     texts: tuple[str | None, ...]  # None where a request failed
+    role: Role = Role.OTHER
 
     @property
     def median(self) -> RunMetrics:
@@ -56,10 +58,25 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The results of all systems by name; the first is the baseline."""
+    """The results of all systems by name; texts are compared with those of the first."""
 
     systems: Mapping[str, SystemResult]
     probed: tuple[float, ...] = ()  # what the probe returned after each round
+    notes: tuple[str, ...] = ()  # of the systems
+
+    @property
+    def baseline(self) -> str:
+        """Return the fastest system that runs the expert alone, or the first if none does."""
+        return self.fastest(Role.EXPERT_ALONE) or next(iter(self.systems))
+
+    def fastest(self, role: Role) -> str | None:
+        """Return the fastest system of a role, if there is one."""
+        speeds = {
+            name: system.median.tokens_per_s
+            for name, system in self.systems.items()
+            if system.role is role
+        }
+        return max(speeds, key=speeds.__getitem__) if speeds else None
 
     def ratio(self, name: str, over: str) -> Ratio:
         """Return the tokens per second of system `name` over those of system `over`."""
@@ -123,9 +140,13 @@ async def compare(  # noqa: PLR0913 - each is one part of a comparison
         if probe is not None:
             probed.append(probe({name: done[-1] for name, done in metrics.items()}))
     results = {
-        name: SystemResult(rounds=tuple(done), texts=texts[name]) for name, done in metrics.items()
+        system.name: SystemResult(
+            rounds=tuple(metrics[system.name]), texts=texts[system.name], role=system.role
+        )
+        for system in systems
     }
-    return Comparison(systems=results, probed=tuple(probed))
+    notes = tuple(dict.fromkeys(system.note for system in systems if system.note))
+    return Comparison(systems=results, probed=tuple(probed), notes=notes)
 
 
 def _requests(system: System, bodies: Sequence[Json]) -> list[Json]:

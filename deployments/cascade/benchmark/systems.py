@@ -10,6 +10,7 @@ import secrets
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,6 +49,14 @@ _TIERS = ("drafter", "expert")
 _STOP_TIMEOUT_S = 20.0
 
 
+class Role(StrEnum):
+    """What a system stands for; ratios are quoted against the fastest of some roles."""
+
+    EXPERT_ALONE = "the expert alone"
+    LLAMA_DRAFTED = "llama.cpp with the drafter"
+    OTHER = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """Something that answers requests, and the options it is asked with."""
@@ -56,6 +65,8 @@ class System:
     client: Client
     options: Json = field(default_factory=dict[str, Any])  # the `cascade` object of each request
     busy_s: BusySeconds = dict  # seconds for which each tier has been busy so far
+    role: Role = Role.OTHER
+    note: str = ""  # what a reader must know of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +209,24 @@ async def _tier_process(
     tier: str, config: Path, variables: dict[str, str]
 ) -> AsyncGenerator[asyncio.subprocess.Process]:
     words = ("tier", tier, "--address", "127.0.0.1:0", "--config", str(config))
-    process = await asyncio.create_subprocess_exec(
+    async with child_process(
         sys.executable, "-c", "from cascade.cli import main; main()", *words,
         stdout=asyncio.subprocess.PIPE, env=os.environ | variables,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        yield process
+
+
+@asynccontextmanager
+async def child_process(
+    *command: str, **options: Any
+) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run a command, and end it at the end.
+
+    Args:
+        command: The program and its arguments.
+        options: Of `asyncio.create_subprocess_exec`.
+    """
+    process = await asyncio.create_subprocess_exec(*command, **options)
     try:
         yield process
     finally:

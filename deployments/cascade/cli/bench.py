@@ -42,7 +42,7 @@ Threads = Annotated[
 DrafterThreads = Annotated[int, typer.Option(min=0, help="Of the drafter; 0: torch's default")]
 Ask = Annotated[
     list[str] | None,
-    typer.Option(help="Such as lossless@4 or token_v3:0.9; the first is the baseline; repeat"),
+    typer.Option(help="Such as lossless@4 or token_v3:0.9; repeat for more"),
 ]
 RoundTrips = Annotated[
     list[float] | None, typer.Option(min=0, help="Round trip to emulate; repeat for more")
@@ -81,7 +81,10 @@ def run(  # noqa: PLR0913 - one parameter an option
     ] = False,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="A baseline: assisted, batched or continuous; repeat for more"),
+        typer.Option(
+            help="A baseline: assisted, batched, continuous (transformers), or llama-server[=PATH]"
+            " (llama.cpp; without PATH the server of xllamacpp); repeat for more"
+        ),
     ] = None,
     rtt_ms: RoundTrips = None,
     config: Config = None,

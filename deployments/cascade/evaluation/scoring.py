@@ -98,8 +98,8 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return float(import_extra("sacrebleu").corpus_bleu(list(answers), streams).score)
 
 
-def import_extra(name: str) -> Any:
-    """Return a module of the optional dependencies `lab`.
+def import_extra(name: str, *, extra: str = "lab") -> Any:
+    """Return a module of the optional dependencies `extra`.
 
     Raises:
         InvalidMeasurement: It is not installed.
@@ -109,5 +109,5 @@ def import_extra(name: str) -> Any:
     except ImportError as error:
         raise InvalidMeasurement(
             f"{name.partition('.')[0]} is not installed, and this needs it:"
-            " pip install 'speculative-cascades[lab]'"
+            f" pip install 'speculative-cascades[{extra}]'"
         ) from error
