@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
@@ -38,6 +39,7 @@ from cascade.settings import Application, TierSettings
 from cascade.v1 import cascade_pb2
 
 if TYPE_CHECKING:
+    from cascade.engine.tensor_parallel import RankTask
     from cascade.replica.replica import Replica
 
 
@@ -56,6 +58,7 @@ class _TierDeployment(ABC):
             options,
             address=f"{bind_host}:0",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
+            launch=_RankOnRay,
         )
         self._load = LoadTracker(self._replica.engine.stats())
         self._reports = asyncio.create_task(keep_reporting(self._replica, ServeMetrics(ENGINE)))
@@ -97,6 +100,38 @@ class _TierDeployment(ABC):
         if self._replica is not None:
             self._reports.cancel()
             await self._replica.stop()
+
+
+@ray.remote(max_restarts=0)
+class Rank:
+    """The process of one rank of a sharded model; rank 0 is the replica itself."""
+
+    def run(self, task: "RankTask") -> None:
+        """Run the rank until the replica ends."""
+        task.run()
+
+
+class _RankOnRay:
+    """A rank in an actor, which takes a bundle of the replica's placement group."""
+
+    def __init__(self, task: "RankTask") -> None:
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "tiers with engine.tensor_parallel get one"
+        bundle = dict(group.bundle_specs[task.rank])
+        self._actor: Any = Rank.options(  # pyright: ignore[reportFunctionMemberAccess] - the decorator adds it
+            num_cpus=bundle.pop("CPU", 0),
+            num_gpus=bundle.pop("GPU", 0),
+            memory=bundle.pop("memory", None),
+            resources=bundle,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, task.rank),
+        ).remote()
+        self._end = self._actor.run.remote(task)
+
+    def wait(self) -> None:
+        ray.wait([self._end])
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
 
 
 class DrafterDeployment(_TierDeployment):

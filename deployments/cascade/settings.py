@@ -78,6 +78,28 @@ class Deployment(Settings):
         """Whether at least one replica runs at all times."""
         return self.autoscaling_config is None or self.autoscaling_config.get("min_replicas", 1) > 0
 
+    def sharded(self, size: int) -> "Deployment":
+        """Return the deployment of replicas that take so many devices of one node.
+
+        Each of their processes gets what the actor options ask for; the replica is the first.
+        """
+        if size == 1:
+            return self
+        actor = self.ray_actor_options
+        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        bundle = {"CPU": 1} | {
+            name: actor[option] for name, option in names.items() if option in actor
+        }
+        if kind := actor.get("accelerator_type"):
+            bundle[f"accelerator_type:{kind}"] = 0.001  # what Ray asks for
+        bundle |= actor.get("resources", {})
+        bundles = [{name: float(amount) for name, amount in bundle.items() if amount}] * size
+        placement = {
+            "placement_group_bundles": bundles,
+            "placement_group_strategy": "STRICT_PACK",
+        }
+        return self.model_copy(update=placement)
+
     def options(self, *, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Return the arguments of Serve's `Deployment.options`; `environment` is the process's."""
         chosen = self.model_dump(exclude_none=True)
@@ -157,6 +179,22 @@ class TierSettings(Settings):
             raise ValueError(f"set scaling or deployment.{counted.pop()}, not both")
         return self
 
+    @model_validator(mode="after")
+    def _derived_placement(self) -> "TierSettings":
+        typed = {"placement_group_bundles", "placement_group_strategy"}
+        if self.engine.tensor_parallel > 1 and typed & self.deployment.model_fields_set:
+            raise ValueError(
+                f"deployment.{min(typed & self.deployment.model_fields_set)} follows from "
+                "engine.tensor_parallel; leave it out, and set what each process of a replica "
+                "takes in deployment.ray_actor_options, such as num_gpus: 1"
+            )
+        return self
+
+    @property
+    def placed(self) -> Deployment:
+        """The deployment, with a bundle for each process of a replica."""
+        return self.deployment.sharded(self.engine.tensor_parallel)
+
     @property
     def always_there(self) -> bool:
         """Whether at least one replica runs at all times."""
@@ -187,7 +225,7 @@ class TierSettings(Settings):
 
     def serve_options(self, *, environment: dict[str, str]) -> dict[str, Any]:
         """Return the arguments of Serve's `Deployment.options`; `environment` is the process's."""
-        options = self.deployment.options(environment=self.environment() | environment)
+        options = self.placed.options(environment=self.environment() | environment)
         if self.scaling is None:
             return options
         del options["num_replicas"]

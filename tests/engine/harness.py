@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cascade.engine.model_loader import LoadedModel
     from cascade.engine.settings import EngineSettings
 
 
@@ -80,6 +81,7 @@ class GreedyHandler:
     generated: dict[str, list[int]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    begun: threading.Event = field(default_factory=threading.Event)  # a token was generated
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
@@ -89,6 +91,7 @@ class GreedyHandler:
         for request, rows in zip([o.request for o in outputs], logits, strict=True):
             tokens = self.generated.setdefault(request.session, [])
             tokens.append(int(rows[-1].argmax()))
+            self.begun.set()
             if len(tokens) == self.length:
                 self.ended.release()
                 continue
@@ -106,10 +109,16 @@ class GreedyHandler:
 class EngineHarness:
     """Runs requests of named sessions and compares all logits with the plain forward pass."""
 
-    def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: EngineSettings | None = None,
+        *,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self._plain = copy.deepcopy(model)
         self.handler = RecordingHandler()
-        self.engine = Engine(adopt(model), handler=self.handler, settings=settings)
+        self.engine = Engine(loaded or adopt(model), handler=self.handler, settings=settings)
         self.tokens: dict[str, list[int]] = {}
         self.worst = 0.0
         self.largest = 0.0

@@ -124,8 +124,9 @@ def _read_config(document: dict[str, Any]) -> ServeConfig:
     for application in document["applications"]:
         if application["import_path"] == _IMPORT_PATH:
             settings = Application.model_validate(application.get("args") or {})
-            for part in (settings.router, settings.drafter, settings.expert):
-                resources.update(_reserved_resources(part.deployment))
+            tiers = (settings.drafter.placed, settings.expert.placed)
+            for deployment in (settings.router.deployment, *tiers):
+                resources.update(_reserved_resources(deployment))
     ports = {
         f"{protocol}_port": options["port"]
         for protocol in ("http", "grpc")

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, pairwise
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,7 +19,6 @@ from cascade.engine import threads
 from cascade.engine.backends import select
 from cascade.engine.batch import Segment
 from cascade.engine.kv_cache import KVCacheManager
-from cascade.engine.kv_pool import capacity_tokens
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.scheduler import Preemptor, ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 # Logits up to here leave room in a float32 for every bias, penalty and temperature that is allowed.
 _LARGEST_LOGIT = 1e30
+
+_LOST_S = 10.0  # a pass may wait for a lost rank without end
 
 # What other threads send: a request, a call to make on the engine's thread, or None to stop it.
 _Message: TypeAlias = ForwardRequest | Callable[[], None] | None
@@ -79,17 +81,12 @@ class Engine:
         self._handler = handler
         self._settings = settings
         device = model.model.device
-        self.runner = select.select_runner(model.model, settings=settings)
-        capacity = capacity_tokens(
-            settings,
-            device=device,
-            bytes_per_token=self.runner.pool.bytes_per_token,
-            context_length=model.context_length,
-        )
-        self.runner.resize(num_slots=capacity)
-        self.runner.warm_up()
-        if model.owned:
-            self.runner.free_hf_weights()
+        self.runner, capacity = select.prepare(model, settings=settings)
+        self._ranks = model.ranks
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._ended = False  # the thread takes no more messages
+        if self._ranks is not None:
+            self.runner = self._ranks.lead(self.runner, on_loss=partial(self._inbox.put, None))
         self._columns = model.vocabulary
         self._invalid_logits = InvalidLogits(
             f"After this text the logits of {type(model.model).__name__} are NaN or infinite, so "
@@ -106,7 +103,6 @@ class Engine:
         )
         self._budget = step_tokens(settings, device=device.type)
         self._scheduler = Scheduler(budget=self._budget)
-        self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
@@ -123,13 +119,17 @@ class Engine:
     def stop(self) -> None:
         """End the thread after its current pass; waiting requests fail with `Unavailable`."""
         self._inbox.put(None)
+        lost = self._ranks is not None and self._ranks.lost
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(_LOST_S if lost else None)
+        if self._ranks is not None:
+            self._ranks.stop()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs. Only `stop` or a defect of the engine ends it."""
-        return self._thread.is_alive()
+        """Whether the thread runs; `stop`, a defect of the engine or a lost rank ends it."""
+        lost = self._ranks is not None and self._ranks.lost
+        return self._thread.is_alive() and not lost
 
     @property
     def working_s(self) -> float:
@@ -141,6 +141,8 @@ class Engine:
         """Queue a request. A session has at most one that is not finished."""
         request.submitted_s = self._clock()
         self._inbox.put(request)
+        if self._ended:
+            self._refuse_waiting()
 
     def release(self, session: SessionId) -> None:
         """End a session and its branches.
@@ -214,13 +216,17 @@ class Engine:
                 pass
         finally:
             # No caller must wait for a thread that has ended.
-            stopped = Unavailable("The engine has stopped")
+            self._ended = True
             for step in list(self._scheduler):
-                self._abandon(step, stopped)
-            while not self._inbox.empty():
-                message = self._inbox.get()
+                self._abandon(step, _stopped())
+            self._refuse_waiting()
+
+    def _refuse_waiting(self) -> None:
+        with suppress(Empty):
+            while True:
+                message = self._inbox.get_nowait()
                 if isinstance(message, ForwardRequest):
-                    self._fail(message, stopped)
+                    self._fail(message, _stopped())
 
     def _receive(self) -> bool:
         """Process messages, waiting for one if there is nothing to run; False to stop."""
@@ -461,6 +467,10 @@ def _invalid_rows(logits_NV: Tensor) -> list[bool] | None:
     # A comparison with NaN is false.
     invalid = [not -_LARGEST_LOGIT <= peak <= _LARGEST_LOGIT for peak in peaks]
     return invalid if any(invalid) else None
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("The engine has stopped")
 
 
 def _no_space() -> Overloaded:

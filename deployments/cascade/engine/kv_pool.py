@@ -212,12 +212,13 @@ def capacity_tokens(
     """
     if settings.cache_tokens:
         return size_class(settings.cache_tokens)
-    budget = settings.cache_bytes or _free_bytes(device)
+    budget = settings.cache_bytes or free_bytes(device)
     useful = settings.session_limit * size_class(context_length or _UNBOUNDED_CONTEXT)
     return size_class(max(1, min(budget // max(bytes_per_token, 1), useful)))
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a device that a cache may take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _ACCELERATOR_SHARE)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
 from cascade.engine import quantisation
@@ -21,6 +22,8 @@ from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from cascade.engine.tensor_parallel import Ranks
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _PACKED = ("I8", "U8", "F8", "F4")  # how safetensors names the types of quantised numbers
@@ -35,13 +38,15 @@ class LoadedModel:
     vocabulary: int  # logits kept per token
     context_length: int | None  # None if unknown
     owned: bool = False  # by the engine that runs it, which may free weights that it has copied
+    ranks: Ranks | None = None  # that it is sharded over
 
 
-def load(
+def load(  # noqa: PLR0913 - what transformers is told
     name: str,
     *,
     device: str = "auto",
     dtype: str = "auto",
+    tensor_parallel: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -52,6 +57,7 @@ def load(
         device: A torch device, or "auto": cuda if there is one, else cpu.
         dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, else the checkpoint's,
             which is also that of quantised weights that stay so.
+        tensor_parallel: The ranks of the process group of this process, which share the weights.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run model code that comes with the checkpoint.
 
@@ -61,6 +67,11 @@ def load(
     torch_device = _device(device)
     config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     quantised = quantisation.method(config) is not None
+    if quantised and tensor_parallel > 1:
+        raise UnsupportedModel(
+            f"{name!r} is quantised; only unquantised weights can be shared by several devices "
+            "(engine.tensor_parallel)"
+        )
     dense = quantised and quantisation.prepare(name, config, device=torch_device)
     _check_files(name, quantised=quantised)
     # transformers ignores this file if it is broken.
@@ -72,11 +83,13 @@ def load(
         dtype="auto" if quantised and dtype == "auto" and not dense else number,
         device_map={"": torch_device} if quantised else None,  # kernels are chosen by the device
         attention=required_attention(config),
+        tensor_parallel=tensor_parallel,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     try:
-        model = model.to(torch_device)  # pyright: ignore[reportArgumentType] - stub of `to`
+        if tensor_parallel == 1:  # else each rank's part is on its device
+            model = model.to(torch_device)  # pyright: ignore[reportArgumentType] - stub of `to`
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedModel(
             f"{name!r} cannot be loaded to device {device!r}: {first_line(error)}"
@@ -300,10 +313,14 @@ def _weights(  # noqa: PLR0913 - what transformers is told
     dtype: torch.dtype | str,
     device_map: dict[str, torch.device] | None,
     attention: str | None,
+    tensor_parallel: int,
     revision: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     method = quantisation.method(config)
+    sharding: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        sharding["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -316,6 +333,7 @@ def _weights(  # noqa: PLR0913 - what transformers is told
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+            **sharding,
         )
     # As in `read_config`.
     except Exception as error:
@@ -357,7 +375,7 @@ def _check_numbers(name: str, model: PreTrainedModel) -> None:
     """Raise UnsupportedModel if a weight is NaN or infinite."""
     bad = [
         key
-        for key, weight in model.named_parameters()
+        for key, weight in ((name, _local(one)) for name, one in model.named_parameters())
         # Quantised weights are of other classes. A sum is one pass over memory, and NaN or infinite
         # if a weight is; a finite one may overflow too.
         if type(weight) is nn.Parameter
@@ -371,6 +389,11 @@ def _check_numbers(name: str, model: PreTrainedModel) -> None:
             f"{len(bad)} tensors of {name!r} have weights that are NaN or infinite "
             f"({', '.join(bad[:3])}); load or convert the checkpoint again"
         )
+
+
+def _local(weight: Any) -> Any:
+    """Return this rank's part of a weight."""
+    return nn.Parameter(weight.to_local()) if hasattr(weight, "to_local") else weight
 
 
 def _device(device: str) -> torch.device:

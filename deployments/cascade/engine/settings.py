@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
 
 from cascade.types import Natural  # noqa: TC001 - pydantic reads annotations
 
@@ -21,13 +23,15 @@ class Path(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One model on one device; the `engine` branch of a tier. A zero lets the engine choose."""
+    """One model on its devices; the `engine` branch of a tier. A zero lets the engine choose."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     device: str = "auto"  # a torch device; auto is cuda if there is one
     # auto is float32 on a CPU, else the checkpoint's
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: Natural = 0  # torch threads of this process
+    # devices that share each layer's weights, with a process each
+    tensor_parallel: Annotated[int, Interval(ge=1, le=64)] = 1
+    threads: Natural = 0  # torch threads of each process
     cache_tokens: Natural = 0  # capacity of the KV cache, for all sessions together
     cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0
     max_step_tokens: Natural = 0  # token budget of a forward pass; 512 on a CPU, else 4096
@@ -36,6 +40,14 @@ class EngineSettings:
     deterministic: bool = False  # logits of a token do not depend on the batch
     packed: bool = True  # prepacked linear layers, where the CPU has kernels for them
     path: Path = Path.AUTO
+
+    def __post_init__(self) -> None:
+        """Refuse paths that are for the whole weights."""
+        if self.tensor_parallel > 1 and self.path in {Path.LEAN, Path.CAPTURED}:
+            raise ValueError(
+                f"path is {self.path.value}, which runs on one device; with tensor_parallel "
+                f"{self.tensor_parallel} leave it auto, or set flat or padded"
+            )
 
     @property
     def session_limit(self) -> int:

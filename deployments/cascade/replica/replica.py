@@ -12,10 +12,11 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from cascade.engine.engine import Engine
-from cascade.engine.model_loader import load
+from cascade.engine.tensor_parallel import load
 from cascade.engine.tokenizer import load as load_tokenizer
 from cascade.errors import CascadeError, ContextTooLong, Internal, InvalidRequest, Unauthenticated
 from cascade.observability.tracing import TracedTier
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from cascade.engine.model_loader import LoadedModel
     from cascade.engine.request import ForwardRequest, LogitsOutput
     from cascade.engine.settings import EngineSettings
+    from cascade.engine.tensor_parallel import Launch
     from cascade.engine.tokenizer import Tokenizer
     from cascade.protocol.messages import FromDrafter, FromExpert, ToDrafter, ToExpert
     from cascade.protocol.server import Connection
@@ -101,6 +103,7 @@ class Replica(ABC, Generic[Message]):
         address: str,
         advertised_host: str | None = None,
         token: str | None = None,
+        launch: Launch | None = None,
     ) -> Self:
         """Load the model and serve it.
 
@@ -109,6 +112,7 @@ class Replica(ABC, Generic[Message]):
             address: `host:port` to bind; port 0 picks a free one.
             advertised_host: Host in the address that leases give; the bound one if absent.
             token: A lease token that is always accepted, for tiers without Ray.
+            launch: Starts the processes of a sharded model; None for children of this process.
 
         Raises:
             StartupError: The model cannot be served exactly, or the address not bound.
@@ -117,13 +121,18 @@ class Replica(ABC, Generic[Message]):
             "revision": options.revision,
             "trust_remote_code": options.trust_remote_code,
         }
-        device, dtype = options.engine.device, options.engine.dtype
-        model = await asyncio.to_thread(load, options.model, device=device, dtype=dtype, **source)
-        tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
-        shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
-        replica = cls(replace(model, vocabulary=shared), tokenizer, options, token=token)
-        replica.engine.start()
-        bound = await replica.server.start(address)
+        loading = partial(load, options.model, settings=options.engine, launch=launch, **source)
+        model = await asyncio.to_thread(loading)
+        try:
+            tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
+            shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
+            replica = cls(replace(model, vocabulary=shared), tokenizer, options, token=token)
+            replica.engine.start()
+            bound = await replica.server.start(address)
+        except BaseException:
+            if model.ranks is not None:
+                model.ranks.stop()
+            raise
         port = bound.rpartition(":")[2]
         replica.address = bound if advertised_host is None else f"{advertised_host}:{port}"
         return replica

@@ -7,6 +7,7 @@ path has to pass the self-check before it is taken.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cascade.engine.backends import prepacked_linear
@@ -17,6 +18,7 @@ from cascade.engine.backends.mask_probe import original_attention
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.self_check import SelfCheck
 from cascade.engine.backends.varlen import VarlenRunner
+from cascade.engine.kv_pool import capacity_tokens, free_bytes
 from cascade.engine.model_loader import check_state
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -26,11 +28,49 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from cascade.engine.model_loader import LoadedModel
+
 log = logging.getLogger(__name__)
 
 
-def select_runner(model: PreTrainedModel, *, settings: EngineSettings) -> Runner[Any]:
+def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any], int]:
+    """Return a runner with its pool, and how many tokens that holds.
+
+    All ranks of a sharded model call it.
+
+    Raises:
+        UnsupportedModel: No path is exact; the message says why.
+    """
+    device, ranks = model.model.device, model.ranks
+    if ranks is None:
+        runner = select_runner(model.model, settings=settings)
+    else:
+        if not (settings.cache_tokens or settings.cache_bytes):
+            free = ranks.exchange(str(free_bytes(device)))
+            settings = replace(settings, cache_bytes=min(map(int, free)))
+        runner = select_runner(model.model, settings=settings, agree=ranks.agree)
+    capacity = capacity_tokens(
+        settings,
+        device=device,
+        bytes_per_token=runner.pool.bytes_per_token,
+        context_length=model.context_length,
+    )
+    runner.resize(num_slots=capacity)
+    runner.warm_up()
+    if model.owned:
+        runner.free_hf_weights()
+    return runner, capacity
+
+
+def select_runner(
+    model: PreTrainedModel, *, settings: EngineSettings, agree: Callable[[str], str] = str
+) -> Runner[Any]:
     """Return a runner of the first path that is exact for `model`.
+
+    Args:
+        model: The model.
+        settings: Of the engine.
+        agree: Returns why a step failed on any rank of a sharded model, given why on this one.
 
     Raises:
         UnsupportedModel: No path is; the message says why.
@@ -38,15 +78,24 @@ def select_runner(model: PreTrainedModel, *, settings: EngineSettings) -> Runner
     check_state(type(model))
     original = original_attention(model)
     model.set_attn_implementation(original)
-    check = SelfCheck(model, settings=settings)
-    reasons: dict[Path, PathUnsupported] = {}
+    try:
+        check = SelfCheck(model, settings=settings)
+    except UnsupportedModel as error:
+        agree(error.message)
+        raise
+    reasons: dict[Path, str] = {}
     for path, build in paths(model, settings):
         model.set_attn_implementation(original)
+        runner, reason = None, ""
         try:
-            return check.passed(build)
-        except PathUnsupported as reason:
-            reasons[path] = reason
-            log.info("%s is not served by the %s path: %s", type(model).__name__, path, reason)
+            runner = check.passed(build)
+        except PathUnsupported as error:
+            reason = str(error)
+        reason = agree(reason)
+        if runner is not None and not reason:
+            return runner
+        reasons[path] = reason
+        log.info("%s is not served by the %s path: %s", type(model).__name__, path, reason)
     model.set_attn_implementation(original)
     why = "; ".join(f"{path} path: {reason}" for path, reason in reasons.items())
     raise UnsupportedModel(
@@ -61,6 +110,10 @@ def paths(
     """Yield the paths that settings and device allow and how to build each, fastest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     auto = settings.path is Path.AUTO
+    if settings.tensor_parallel > 1:
+        # Our own forward pass, packed layers and graphs are for the weights of one device.
+        yield from _model_paths(model, settings)
+        return
     if auto or settings.path is Path.LEAN:
         yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
     if settings.path is Path.LEAN:
@@ -71,6 +124,14 @@ def paths(
         prepacked_linear.pack(model, deterministic=exact)
     if settings.path is Path.CAPTURED or (auto and model.device.type == "cuda"):
         yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
+    yield from _model_paths(model, settings)
+
+
+def _model_paths(
+    model: PreTrainedModel, settings: EngineSettings
+) -> Iterator[tuple[Path, Callable[[], Runner[Any]]]]:
+    """Yield the paths that run the model's own forward pass, pass by pass."""
+    exact, auto = settings.deterministic, settings.path is Path.AUTO
     if auto or settings.path is Path.FLAT:
         yield Path.FLAT, lambda: VarlenRunner(model, deterministic=exact)
     if (auto or settings.path is Path.PADDED) and not exact:
