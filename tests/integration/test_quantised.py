@@ -101,7 +101,7 @@ async def check(*, drafter: Path, expert: Path, own: Any, other: Any, count: int
     texts = prompts(count)
     expected = [own_text(own, text) for text in texts]
     assert expected != [own_text(other, text) for text in texts]
-    engine = {"threads": 1}
+    engine = {"threads": 1, "dtype": "float32"}
     settings = Application.model_validate(
         {
             "drafter": {"model": str(drafter), "engine": engine},
