@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 # Logits up to here leave room in a float32 for every bias, penalty and temperature that is allowed.
 _LARGEST_LOGIT = 1e30
 
-_LOST_S = 10.0  # a pass may wait for a lost rank without end
+_RANKS_S = 10.0  # a pass may wait for another rank without end
 
 # What other threads send: a request, a call to make on the engine's thread, or None to stop it.
 _Message: TypeAlias = ForwardRequest | Callable[[], None] | None
@@ -119,9 +119,8 @@ class Engine:
     def stop(self) -> None:
         """End the thread after its current pass; waiting requests fail with `Unavailable`."""
         self._inbox.put(None)
-        lost = self._ranks is not None and self._ranks.lost
         if self._thread.ident is not None:
-            self._thread.join(_LOST_S if lost else None)
+            self._thread.join(None if self._ranks is None else _RANKS_S)
         if self._ranks is not None:
             self._ranks.stop()
 

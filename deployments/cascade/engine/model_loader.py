@@ -23,7 +23,7 @@ from cascade.errors import UnsupportedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cascade.engine.tensor_parallel import Ranks
+    from cascade.engine.ranks import Ranks
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _PACKED = ("I8", "U8", "F8", "F4")  # how safetensors names the types of quantised numbers

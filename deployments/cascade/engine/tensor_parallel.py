@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing import connection, get_context
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,38 +26,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from cascade.engine import model_loader, threads
 from cascade.engine.backends import select
-from cascade.engine.backends.sharded import ShardedRunner, follow
-from cascade.errors import StartupError, Unavailable, UnsupportedModel
+from cascade.engine.backends.sharded import follow
+from cascade.engine.ranks import Ranks, Worker, error_key
+from cascade.errors import StartupError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedConfig
 
-    from cascade.engine.backends.base import Runner
     from cascade.engine.model_loader import LoadedModel
     from cascade.engine.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"  # the ranks share a machine, and the store asks nobody for a password
-_POLL_S = 0.02
 _COLLECTIVE = timedelta(minutes=10)  # of one exchange of the ranks within a pass
 _FOREVER = timedelta(days=3650)
 _STOP_S = 10.0
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
-
-
-class Worker(Protocol):
-    """The process of a rank other than 0."""
-
-    def wait(self) -> None:
-        """Return once it has ended."""
-        ...
-
-    def kill(self) -> None:
-        """End it at once."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,144 +63,18 @@ class RankTask:
         threading.Thread(target=_end_with_rank_0, args=(self.port,), daemon=True).start()
         ranks = Ranks(store, rank=self.rank, size=self.settings.tensor_parallel)
         try:
-            model = ranks.load(self.name, settings=self.settings, source=self.source)
+            model = _load_part(ranks, store, self.name, settings=self.settings, source=self.source)
             runner, _ = select.prepare(model, settings=self.settings)
         except StartupError:
             log.info("rank %d ends: rank 0 cannot start either", self.rank, exc_info=True)
             return
         except Exception as error:
-            store.set(_error_key(self.rank), model_loader.first_line(error))
+            store.set(error_key(self.rank), model_loader.first_line(error))
             raise
         follow(runner)
 
 
 Launch: TypeAlias = Callable[[RankTask], Worker]
-
-
-class Ranks:
-    """All ranks of a sharded model, as one of them sees them; rank 0 watches the others.
-
-    Args:
-        store: What the ranks share.
-        rank: The number of this one.
-        size: How many there are.
-        workers: The processes of the others, on rank 0.
-    """
-
-    def __init__(
-        self, store: TCPStore, *, rank: int, size: int, workers: Sequence[Worker] = ()
-    ) -> None:
-        self.rank = rank
-        self.size = size
-        self.lost: str | None = None  # why, once a rank has ended
-        self._store = store
-        self._workers = workers
-        self._rounds = 0
-        self._ended = threading.Event()
-        self._stopped = False
-        self._lock = threading.Lock()
-        self._on_loss: Callable[[], None] | None = None
-        for number, worker in enumerate(workers, start=1):
-            threading.Thread(target=self._watch, args=(number, worker), daemon=True).start()
-
-    def load(self, name: str, *, settings: EngineSettings, source: dict[str, Any]) -> LoadedModel:
-        """Return this rank's part of a model. All ranks call it.
-
-        Args:
-            name: Directory or repository id.
-            settings: Of the engine.
-            source: Other arguments of `model_loader.load`.
-
-        Raises:
-            StartupError: The model cannot be loaded, or a rank has ended.
-        """
-        self.exchange("")  # nobody joins a group that is not complete
-        devices = torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(
-            self.rank % devices if devices else 0
-        )  # transformers' device
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if devices else "gloo",
-            store=PrefixStore("group", self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=_COLLECTIVE,
-        )
-        model, reason = None, ""
-        try:
-            model = model_loader.load(
-                name, dtype=settings.dtype, tensor_parallel=self.size, **source
-            )
-        except UnsupportedModel as error:
-            reason = error.message
-        reason = self.agree(reason)
-        if model is None or reason:
-            raise UnsupportedModel(reason)
-        return replace(model, ranks=self)
-
-    def lead(self, runner: Runner[Any], *, on_loss: Callable[[], None]) -> ShardedRunner:
-        """Return a runner whose passes the other ranks repeat with theirs.
-
-        Args:
-            runner: Of rank 0.
-            on_loss: Called once, on any thread, if a rank ends.
-        """
-        with self._lock:
-            self._on_loss = on_loss
-            lost = self.lost
-        if lost:
-            on_loss()
-        return ShardedRunner(runner, fail=self.fail)
-
-    def exchange(self, text: str) -> list[str]:
-        """Return what every rank says, once all have; all ranks call it.
-
-        Raises:
-            StartupError: A rank has ended.
-        """
-        self._rounds += 1
-        keys = [f"round {self._rounds} of rank {rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], text)
-        while not self._store.check(keys):
-            if self._ended.wait(_POLL_S):
-                raise StartupError(f"The model cannot be served over several devices: {self.lost}")
-        return [self._store.get(key).decode() for key in keys]
-
-    def agree(self, reason: str) -> str:
-        """Return why a step failed on any rank, given why on this one; nothing if it did not."""
-        return next(filter(None, self.exchange(reason)), "")
-
-    def fail(self, reason: str) -> Unavailable:
-        """End the service of all ranks; return the error that callers get."""
-        with self._lock:
-            first = not (self._stopped or self.lost)
-            if first:
-                self.lost = reason
-                self._ended.set()
-            on_loss = self._on_loss
-        if first:
-            log.error("The ranks of this replica end: %s", reason)
-            if on_loss is not None:
-                on_loss()
-        return Unavailable(f"The ranks of this replica have ended: {self.lost or 'it stops'}")
-
-    def stop(self) -> None:
-        """End the other ranks."""
-        with self._lock:
-            self._stopped = True
-            self._ended.set()
-        for worker in self._workers:
-            worker.kill()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def _watch(self, rank: int, worker: Worker) -> None:
-        worker.wait()
-        if self._stopped:
-            return
-        key = _error_key(rank)
-        why = f": {self._store.get(key).decode()}" if self._store.check([key]) else ""
-        self.fail(f"rank {rank} of {self.size} has ended{why}")
 
 
 def load(
@@ -241,7 +100,10 @@ def load(
             "a process of its own, as Ray Serve and `cascade tier` do"
         )
     if find_spec("accelerate") is None:
-        raise StartupError("engine.tensor_parallel needs accelerate; pip install accelerate")
+        raise StartupError(
+            "engine.tensor_parallel needs accelerate; pip install "
+            "'speculative-cascades[tensor-parallel]'"
+        )
     check_plan(name, model_loader.read_config(name, **source), size=size)
     _check_device(settings)
     listener = socket.create_server((_HOST, 0))
@@ -256,7 +118,7 @@ def load(
     workers = [(launch or Child)(task) for task in tasks]
     ranks = Ranks(store, rank=0, size=size, workers=workers)
     try:
-        return ranks.load(name, settings=settings, source=source)
+        return _load_part(ranks, store, name, settings=settings, source=source)
     except BaseException:
         ranks.stop()
         raise
@@ -303,6 +165,42 @@ def _check_device(settings: EngineSettings) -> None:
         )
 
 
+def _load_part(
+    ranks: Ranks, store: TCPStore, name: str, *, settings: EngineSettings, source: dict[str, Any]
+) -> LoadedModel:
+    """Return this rank's part of a model. All ranks call it.
+
+    Args:
+        ranks: All of them, as this one sees them.
+        store: What they share.
+        name: Directory or repository id.
+        settings: Of the engine.
+        source: Other arguments of `model_loader.load`.
+
+    Raises:
+        StartupError: The model cannot be loaded, or a rank has ended.
+    """
+    ranks.exchange("")  # nobody joins a group that is not complete
+    devices = torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(ranks.rank % devices if devices else 0)  # transformers' device
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if devices else "gloo",
+        store=PrefixStore("group", store),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=_COLLECTIVE,
+    )
+    model, reason = None, ""
+    try:
+        model = model_loader.load(name, dtype=settings.dtype, tensor_parallel=ranks.size, **source)
+    except UnsupportedModel as error:
+        reason = error.message
+    reason = ranks.agree(reason)
+    if model is None or reason:
+        raise UnsupportedModel(reason)
+    return replace(model, ranks=ranks)
+
+
 class Child:
     """A rank in a child process."""
 
@@ -337,7 +235,3 @@ def _end_with_rank_0(port: int) -> None:
         store.wait(["never"], _FOREVER)
     finally:
         os._exit(1)  # the main thread may be in a call that does not return
-
-
-def _error_key(rank: int) -> str:
-    return f"error of rank {rank}"
