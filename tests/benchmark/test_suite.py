@@ -100,7 +100,9 @@ async def test_a_case_measures_its_claims(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["one_stream", "sixteen_streams", "apart", "draft_lengths"])
+@pytest.mark.parametrize(
+    "name", ["one_stream", "sixteen_streams", "llama_cpp", "apart", "draft_lengths"]
+)
 async def test_all_systems_of_a_long_case_give_the_same_texts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

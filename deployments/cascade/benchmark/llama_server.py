@@ -315,7 +315,7 @@ async def _best_drafting(
         async with servers.start(drafting) as client:
             comparison = await compare(
                 [System(name=client.name, client=client)],
-                bodies[: max(_TRIED, 2 * concurrency)],
+                bodies[: max(_TRIED, concurrency)],
                 ClosedLoop(concurrency=concurrency),
                 rounds=1,
             )

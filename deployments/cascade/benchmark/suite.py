@@ -26,6 +26,7 @@ from cascade.benchmark.plan import (
     run_plan,
     with_engine,
 )
+from cascade.benchmark.systems import Role
 from cascade.engine.model_loader import adopt, load
 from cascade.evaluation.tasks import Level
 from cascade.rules import Diff, Lossless
@@ -91,6 +92,7 @@ class SuiteOptions:
     rounds: int = 3
     questions: int = 2  # of each family, for one stream; several streams have more
     router_rounds: int = 100_000
+    llama_server: str = ""  # the path of a binary; xllamacpp's server if empty
 
 
 class Speedup(NamedTuple):
@@ -98,7 +100,7 @@ class Speedup(NamedTuple):
 
     says: str  # may name `{over}`
     system: str
-    over: str  # a pattern; the fastest system that matches
+    over: str  # a role or a pattern of names; the fastest system that matches
     least: float | str  # or what an earlier promise says, whose measurement is the bound
 
 
@@ -117,18 +119,27 @@ class SpeedupCase:
     ideal_of: str | None = None  # the system whose rounds are compared with ideal rounds
 
 
+_VARIANTS = ("expert_only", "lossless", "token_v3:0.99")
+
 _ONE_STREAM = SpeedupCase(
     title="one stream, 500M",
     parameters="500M",
     streams=1,
-    plan={"variants": ("expert_only", "lossless", "token_v3:0.9"), "baselines": ("assisted",)},
+    plan={
+        "variants": ("expert_only", "lossless", "token_v3:0.9", "token_v3:0.99"),
+        "baselines": ("assisted", "batched", "llama-server"),
+    },
     ideal_of="lossless, apart",
     speedups=(
-        Speedup("lossless over the expert alone", "lossless, apart", "expert_only, apart", 2.5),
+        Speedup("expert_only over {over}", "expert_only, apart", "llama.cpp, expert alone", 0.9),
         Speedup(
-            "token_v3 over the expert alone", "token_v3:0.9, apart", "expert_only, apart",
-            "lossless over the expert alone",
+            "lossless over the expert alone ({over})", "lossless, apart", Role.EXPERT_ALONE, 2.5
         ),
+        Speedup(
+            "token_v3 over the expert alone ({over})", "token_v3:0.9, apart", Role.EXPERT_ALONE,
+            "lossless over the expert alone ({over})",
+        ),
+        Speedup("lossless over {over}", "lossless, apart", Role.LLAMA_DRAFTED, 1.2),
         Speedup("lossless over {over}", "lossless, apart", "transformers assisted*", 1.25),
     ),
 )  # fmt: skip
@@ -140,11 +151,27 @@ _SIXTEEN_STREAMS = SpeedupCase(
     title="16 streams, 120M",
     parameters="120M",
     streams=16,
-    plan={"baselines": ("assisted", "batched", "continuous")},
+    plan={
+        "variants": _VARIANTS,
+        "baselines": ("assisted", "batched", "continuous", "llama-server"),
+    },
     speedups=(
+        Speedup("expert_only over {over}", "expert_only, apart", "llama.cpp, expert alone", 1.1),
+        Speedup("lossless over {over}", "lossless, apart", Role.LLAMA_DRAFTED, 1.3),
         Speedup("lossless over {over}", "lossless, apart", "transformers assisted*", 4),
         Speedup("lossless over {over}", "lossless, apart", "transformers [bc]*", 1.3),
     ),
+)
+
+_LLAMA_CPP = tuple(
+    SpeedupCase(
+        title=f"llama.cpp, {streams} streams, 120M",
+        parameters="120M",
+        streams=streams,
+        plan={"variants": _VARIANTS, "baselines": ("llama-server",)},
+        speedups=(Speedup("lossless over {over}", "lossless, apart", Role.LLAMA_DRAFTED, least),),
+    )
+    for streams, least in ((1, 1.0), (4, 1.1), (64, 1.8))
 )
 
 _THREE_PROCESSES = SpeedupCase(
@@ -207,6 +234,10 @@ async def measure_speedups(
         settings = synthetic_model.with_synthetic_expert(settings, parameters=case.parameters)
         plan = _plan(replace(options, settings=settings), streams=case.streams, levels=case.levels)
         plan = replace(plan, rounds=case.rounds_factor * plan.rounds, **case.plan)
+        if options.llama_server:
+            path = f"llama-server={options.llama_server}"
+            baselines = [path if one == "llama-server" else one for one in plan.baselines]
+            plan = replace(plan, baselines=baselines)
         if case.ideal_of is not None:
             bodies = [body | {"cascade": {"trace": True}} for body in plan.bodies]
             plan = replace(plan, bodies=bodies, probe=_ideal_probe(settings, case.ideal_of))
@@ -215,18 +246,18 @@ async def measure_speedups(
         if case.ideal_of is not None:
             share = median(comparison.probed)
             claims.append(claim(says="share of the ideal, lossless", measured=share, least=0.9))
-        measured: dict[float | str, float] = {}
+        measured: dict[str, float] = {}
         for says, system, over, least in case.speedups:
             speeds = {
                 name: result.median.tokens_per_s
                 for name, result in comparison.systems.items()
-                if fnmatchcase(name, over)
+                if result.role == over or fnmatchcase(name, over)
             }
             fastest = max(speeds, key=speeds.__getitem__)
-            text = says.format(over=fastest.partition(", apart")[0])
-            measured[text] = comparison.ratio(system, fastest).median
+            measured[says] = comparison.ratio(system, fastest).median
             bound = measured[least] if isinstance(least, str) else least
-            claims.append(claim(says=text, measured=measured[text], least=bound))
+            text = says.format(over=fastest.partition(", apart")[0])
+            claims.append(claim(says=text, measured=measured[says], least=bound))
         comparisons[case.title] = (comparison, synthetic_model.provenance_note(case.parameters))
     return CaseResult(claims=tuple(claims), comparisons=comparisons)
 
@@ -351,6 +382,7 @@ CASES: Mapping[str, Callable[[SuiteOptions, Progress], Coroutine[Any, Any, CaseR
     "one_stream": partial(measure_speedups, cases=(_ONE_STREAM,)),
     "one_stream_float32": partial(measure_speedups, cases=(_FLOAT32,)),
     "sixteen_streams": partial(measure_speedups, cases=(_SIXTEEN_STREAMS,)),
+    "llama_cpp": partial(measure_speedups, cases=_LLAMA_CPP),
     "apart": partial(measure_speedups, cases=(_THREE_PROCESSES,)),
     "draft_lengths": partial(measure_speedups, cases=_DRAFT_LENGTHS),
     "deferrals": deferrals,

@@ -177,9 +177,12 @@ def suite(  # noqa: PLR0913 - one parameter an option
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each system")] = 3,
     questions: Annotated[int, typer.Option(min=1, help="Of each family, for one stream")] = 2,
     router_rounds: Annotated[int, typer.Option(min=1000, help="Of the router's loop")] = 100_000,
+    llama_server: Annotated[
+        str, typer.Option(help="A llama-server binary; the server of xllamacpp if absent")
+    ] = "",
     out: Out = Path("bench"),
 ) -> None:
-    """Measure every speed that this server promises; about an hour.
+    """Measure every speed that this server promises; an hour or two.
 
     What a report in the folder says of other cases is kept.
     """
@@ -195,6 +198,7 @@ def suite(  # noqa: PLR0913 - one parameter an option
             rounds=rounds,
             questions=questions,
             router_rounds=router_rounds,
+            llama_server=llama_server,
         )
         for name in only or CASES:
             Console(stderr=True).rule(name)
