@@ -279,6 +279,19 @@ applications:
     assert config.resources == {"CPU": 1.5 + 2 + 1, "GPU": 3 + 2, "door": 1}
 
 
+def test_every_process_of_a_sharded_model_is_counted(tmp_path: Path) -> None:
+    text = """
+applications:
+  - import_path: cascade.app:build
+    args:
+      expert:
+        engine: {tensor_parallel: 4}
+        deployment: {num_replicas: 2, ray_actor_options: {num_cpus: 0.5, num_gpus: 1}}
+"""
+    _, config = check_config(_write(tmp_path, text))
+    assert config.resources == {"CPU": 1 + 2 * 4 * 0.5 + 1, "GPU": 2 * 4}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
+import pytest
 from typer.testing import CliRunner
 
 from cascade.cli import app
@@ -18,6 +21,8 @@ from cascade.cli.serve import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from tests.conftest import Pair
 
 COMMAND = str(Path(sys.executable).with_name("cascade"))
 ENVIRONMENT = {TOKEN_VARIABLE: "between us", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
@@ -84,6 +89,30 @@ async def test_three_processes_without_ray_answer() -> None:
     assert drafted > 0
     assert f'vllm:spec_decode_num_draft_tokens_total{{model_name="cascade"}} {drafted}.0' in loop
     assert 'cascade_engine_busy_ratio{tier="expert"}' in engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+async def test_all_processes_of_a_sharded_tier_end_with_it(
+    number: signal.Signals, toy: Pair, tmp_path: Path
+) -> None:
+    config = tmp_path / "serve.yaml"
+    tier = {"model": str(toy.expert.path), "engine": {"tensor_parallel": 2, "threads": 1}}
+    config.write_text(json.dumps({"applications": [{"args": {"expert": tier}}]}))
+    arguments = ("tier", "expert", "--address", "127.0.0.1:0", "--config", str(config))
+    process = await asyncio.create_subprocess_exec(
+        COMMAND, *arguments, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT
+    )
+    await address(process)
+    others = psutil.Process(process.pid).children()
+
+    process.send_signal(number)
+    ended = await process.wait()
+
+    _, alive = await asyncio.to_thread(psutil.wait_procs, others, timeout=60)
+    assert others
+    assert not alive
+    assert ended == (-number if number is signal.SIGKILL else 0)
 
 
 async def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:

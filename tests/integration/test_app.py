@@ -107,6 +107,19 @@ def test_serve_takes_a_tiers_own_way_to_scale() -> None:
     assert (kwargs["backlog"], kwargs["sessions"], kwargs["cache"]) == (3, 12, 0.8)
 
 
+def test_serve_places_the_processes_of_a_sharded_model_on_one_node() -> None:
+    """Each has a bundle of what the actor options say; the replica is the first of them."""
+    actor = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"fast": 1}}
+    expert = {"engine": {"tensor_parallel": 4}, "deployment": {"ray_actor_options": actor}}
+    settings = Application.model_validate({"expert": expert, "drafter": {}})
+    deployed: Any = serve.deployment(name="Tier")(type("Tier", (), {}))
+    config = deployed.options(**settings.expert.serve_options(environment={}))._replica_config
+    bundle = {"CPU": 2, "GPU": 1, "accelerator_type:H100": 0.001, "fast": 1}
+    assert config.placement_group_bundles == [bundle] * 4
+    assert config.placement_group_strategy == "STRICT_PACK"
+    assert "placement_group_bundles" not in settings.drafter.serve_options(environment={})
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -122,6 +135,20 @@ def test_serve_takes_a_tiers_own_way_to_scale() -> None:
             "scaling or deployment.num_replicas",
         ),
         ({"drafter": {"scaling": {"max_replicas": 2, "cache": 0.5}}}, "drafter.scaling.cache"),
+        ({"expert": {"engine": {"tensor_parallel": 0}}}, "expert.engine.tensor_parallel"),
+        (
+            {"expert": {"engine": {"tensor_parallel": 2, "path": "lean"}}},
+            "path is lean, which runs on one device",
+        ),
+        (
+            {
+                "expert": {
+                    "engine": {"tensor_parallel": 2},
+                    "deployment": {"placement_group_bundles": [{"GPU": 2}]},
+                }
+            },
+            "placement_group_bundles follows from engine.tensor_parallel",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
