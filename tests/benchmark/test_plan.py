@@ -93,7 +93,7 @@ async def test_variants_and_baselines_give_the_same_texts(monkeypatch: pytest.Mo
     assert comparison.baseline in {"expert_only, 4 ms", "transformers batched"}
     (settings,) = started
     assert not any(tier.engine.prefix_reuse for tier in (settings.drafter, settings.expert))
-    assert "computes each prompt anew" in comparison.notes[0]
+    assert "KV cache of an earlier request" in comparison.notes[0]
 
 
 @pytest.mark.slow

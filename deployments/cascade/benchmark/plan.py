@@ -39,7 +39,7 @@ LONG_ANSWERS = (TaskFamily.PROBLEMS, TaskFamily.FUNCTIONS, TaskFamily.FACTS, Tas
 
 ANSWER_TOKENS = 96
 
-_NO_REUSE = "Every system computes each prompt anew: none keeps the KV cache of an earlier request."
+_NO_REUSE = "No system that this run started keeps the KV cache of an earlier request."
 _CACHE_TOKENS_PER_REQUEST = 1024  # of continuous batching
 
 
