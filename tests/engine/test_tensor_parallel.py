@@ -111,11 +111,13 @@ def test_a_full_cache_and_small_passes_change_nothing(tmp_path: pathlib.Path) ->
         assert harness.engine.stats().preemptions
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("phi3", 3)])
 def test_the_end_of_one_process_ends_the_engine_and_fails_what_waits(
-    tmp_path: pathlib.Path,
+    name: str, size: int, tmp_path: pathlib.Path
 ) -> None:
-    build("llama").save_pretrained(tmp_path)
-    settings = over(2)
+    build(name).save_pretrained(tmp_path)
+    settings = over(size)
     workers: list[tensor_parallel.Worker] = []
 
     def launch(task: RankTask) -> tensor_parallel.Worker:
@@ -130,7 +132,7 @@ def test_the_end_of_one_process_ends_the_engine_and_fails_what_waits(
     engine.submit(ForwardRequest(session=running, base=0, tokens=[3, 4, 5], num_logits=1))
     assert handler.begun.wait(60)
 
-    workers[0].kill()
+    workers[-1].kill()
     assert handler.ended.acquire(timeout=60)
     engine.submit(ForwardRequest(session=later, base=0, tokens=[3], num_logits=1))
     assert handler.ended.acquire(timeout=60)
