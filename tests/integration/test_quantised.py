@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tests.conftest import Folder, random_model
-from tests.support.quantised import KINDS, read
+from tests.support.quantised import KINDS, MORE, read
 
 from cascade.local import LocalServer, local_server
 from cascade.settings import Application
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
+ALL = KINDS | MORE
 LONGEST = 24
 VOCABULARY = 64
 
@@ -38,7 +39,7 @@ class Checkpoints:
 
     def __getitem__(self, name: str) -> Path:
         folder = self.root / name
-        return folder if folder.exists() else KINDS[name].make(self.plain.path, folder)
+        return folder if folder.exists() else ALL[name].make(self.plain.path, folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +139,16 @@ async def test_a_quantised_drafter_changes_no_token(checkpoints: Checkpoints) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("quantised", ["expert", "drafter", "both"])
+@pytest.mark.parametrize(
+    ("name", "quantised"),
+    [
+        *((name, which) for name in KINDS for which in ("expert", "drafter", "both")),
+        *((name, "expert") for name in MORE if not name.endswith("keys and values")),
+    ],
+)
 async def test_fifty_prompts(checkpoints: Checkpoints, name: str, quantised: str) -> None:
     folder, plain = checkpoints[name], checkpoints.plain
-    own, other = KINDS[name].reference(folder), plain.model
+    own, other = ALL[name].reference(folder), plain.model
     if quantised == "drafter":
         own, other = other, own
     await check(
