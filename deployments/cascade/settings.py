@@ -25,7 +25,7 @@ from cascade import demo
 from cascade.api import context
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.schema import in_plain_words
-from cascade.engine import model_pair, threads
+from cascade.engine import model_loader, model_pair, threads
 from cascade.engine.settings import EngineSettings
 from cascade.errors import StartupError
 from cascade.observability.metrics import MetricBackend
@@ -216,10 +216,14 @@ class TierSettings(Settings):
     def options(self) -> ReplicaOptions:
         """Return what a replica takes."""
         names = {one.name for one in fields(ReplicaOptions)} - {"model", "engine"}
-        sessions = self.engine.max_sessions or 2 * self.deployment.max_ongoing_requests
+        engine, gpus = self.engine, self.deployment.ray_actor_options.get("num_gpus") or 1
         return ReplicaOptions(
             model=self.model_path,
-            engine=replace(self.engine, max_sessions=sessions),
+            engine=replace(
+                engine,
+                max_sessions=engine.max_sessions or 2 * self.deployment.max_ongoing_requests,
+                gpu_memory_utilization=engine.gpu_memory_utilization * min(gpus, 1),
+            ),
             **{name: getattr(self, name) for name in names},
         )
 
@@ -334,6 +338,10 @@ class Application(Settings):
             generation_config=self.defaults.generation_config == "auto",
         )
         self.defaults.completed(pair.generation.sampling)  # refused before anything is served
+        for tier in (self.drafter, self.expert):
+            if tier.engine.tensor_parallel > 1:
+                config = model_loader.read_config(**asdict(tier.source()))
+                model_loader.check_plan(tier.model_path, config, size=tier.engine.tensor_parallel)
         return pair
 
     def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:

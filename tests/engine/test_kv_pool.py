@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,10 +9,12 @@ from cascade.engine.kv_pool import (
     MIN_RANGE,
     KVRange,
     KVRangeAllocator,
+    accelerator_budget,
     capacity_tokens,
     size_class,
 )
 from cascade.engine.settings import EngineSettings
+from cascade.settings import Application
 
 TOKENS = st.integers(1, 3000)
 
@@ -98,3 +101,19 @@ def test_the_cache_is_no_larger_than_sessions_can_use() -> None:
 
 def test_by_default_the_cache_takes_a_share_of_free_memory() -> None:
     assert 1024 <= capacity(EngineSettings(max_sessions=10**6)) <= 2**30 // 1000 + 1024
+
+
+def test_a_replica_with_a_part_of_a_gpu_takes_that_part_of_its_memory() -> None:
+    def utilization(**options: float) -> float:
+        deployment = {"ray_actor_options": options}
+        tier = {"engine": {"gpu_memory_utilization": 0.8}, "deployment": deployment}
+        application = Application.model_validate({"expert": tier})
+        return application.expert.options().engine.gpu_memory_utilization
+
+    assert utilization(num_gpus=0.25) == pytest.approx(0.2)
+    assert utilization(num_gpus=1) == utilization(num_gpus=2) == utilization(num_cpus=1) == 0.8
+
+
+def test_the_weights_are_taken_off_a_gpus_share() -> None:
+    assert accelerator_budget(total=1000, used=300, utilization=0.9) == 600
+    assert accelerator_budget(total=1000, used=300, utilization=0.25) == 0

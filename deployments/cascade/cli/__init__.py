@@ -1,4 +1,4 @@
-"""The command line: `cascade ask`, `bench`, `doctor`, `evaluate`, `tier`, `router` and `tune`."""
+"""The commands `cascade ask`, `bench`, `doctor`, `evaluate`, `plan`, `tier`, `router`, `tune`."""
 
 from __future__ import annotations
 

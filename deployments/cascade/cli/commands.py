@@ -13,6 +13,7 @@ from cascade.cli.ask import ask
 from cascade.cli.bench import bench
 from cascade.cli.doctor import doctor
 from cascade.cli.evaluate import evaluate
+from cascade.cli.plan import plan
 from cascade.cli.serve import router, tier
 from cascade.cli.tune import tune
 from cascade.errors import wanted
@@ -60,6 +61,6 @@ def cascade(
     del version  # its callback has printed it
 
 
-for command in (ask, doctor, evaluate, tier, router, tune):
+for command in (ask, doctor, evaluate, plan, tier, router, tune):
     app.command(cls=_Command)(command)
 app.add_typer(bench, name="bench")

@@ -24,7 +24,6 @@ MIN_RANGE = 128
 _UNIT = 1024
 _CPU_BYTES = 2**30
 _CPU_SHARE = 0.25  # of the free memory
-_ACCELERATOR_SHARE = 0.8
 _UNBOUNDED_CONTEXT = 8192
 
 
@@ -212,14 +211,33 @@ def capacity_tokens(
     """
     if settings.cache_tokens:
         return size_class(settings.cache_tokens)
-    budget = settings.cache_bytes or free_bytes(device)
+    budget = settings.cache_bytes or free_bytes(device, utilization=settings.gpu_memory_utilization)
     useful = settings.session_limit * size_class(context_length or _UNBOUNDED_CONTEXT)
     return size_class(max(1, min(budget // max(bytes_per_token, 1), useful)))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory of a device that a cache may take."""
+def free_bytes(device: torch.device, *, utilization: float) -> int:
+    """Return the memory of a device that a cache may take.
+
+    Args:
+        device: The device.
+        utilization: Share of a GPU's memory for weights and cache together.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _ACCELERATOR_SHARE)
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_reserved(device)
+        budget = accelerator_budget(total=total, used=used, utilization=utilization)
+        return min(budget, int(free * utilization))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_CPU_BYTES, int(free * _CPU_SHARE))
+
+
+def accelerator_budget(*, total: int, used: int, utilization: float) -> int:
+    """Return the memory that is left for a cache, in bytes.
+
+    Args:
+        total: Memory of the device.
+        used: What this process takes of it by now.
+        utilization: Share of the device for weights and cache together.
+    """
+    return max(0, int(total * utilization) - used)

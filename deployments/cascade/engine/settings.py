@@ -34,6 +34,8 @@ class EngineSettings:
     threads: Natural = 0  # torch threads of each process
     cache_tokens: Natural = 0  # capacity of the KV cache, for all sessions together
     cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0
+    # share of a GPU's memory for weights and cache, of what num_gpus takes of the GPU
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
     max_step_tokens: Natural = 0  # token budget of a forward pass; 512 on a CPU, else 4096
     max_sessions: Natural = 0  # open at once; 0: twice max_ongoing_requests, or 256 without Ray
     prefix_reuse: bool = True  # keep the cache of released sessions for prompts with that prefix

@@ -46,7 +46,9 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
         runner = select_runner(model.model, settings=settings)
     else:
         if not (settings.cache_tokens or settings.cache_bytes):
-            free = ranks.exchange(str(free_bytes(device)))
+            free = ranks.exchange(
+                str(free_bytes(device, utilization=settings.gpu_memory_utilization))
+            )
             settings = replace(settings, cache_bytes=min(map(int, free)))
         runner = select_runner(model.model, settings=settings, agree=ranks.agree)
     capacity = capacity_tokens(

@@ -1,0 +1,124 @@
+"""What a model needs of a device's memory, from its configuration, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from cascade.engine.kv_pool import accelerator_budget, size_class
+from cascade.engine.model_loader import context_length, first_line, read_config
+from cascade.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SHAPES = "cascade_shapes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The memory of one replica."""
+
+    parameters: int
+    weights_bytes: int
+    token_bytes: int  # of the KV cache
+    context_tokens: int | None  # None if unknown
+
+    def cache_tokens(self, total_bytes: int, *, utilization: float) -> int:
+        """Return how many tokens the KV cache of a replica holds.
+
+        Args:
+            total_bytes: Memory of the device.
+            utilization: Share of it that the replica takes.
+        """
+        budget = accelerator_budget(
+            total=total_bytes, used=self.weights_bytes, utilization=utilization
+        )
+        return budget // max(self.token_bytes, 1)
+
+    def sessions(self, total_bytes: int, *, utilization: float, session_tokens: int) -> int:
+        """Return how many sessions the cache holds at once.
+
+        Args:
+            total_bytes: Memory of the device.
+            utilization: Share of it that the replica takes.
+            session_tokens: Tokens of a session.
+        """
+        tokens = self.cache_tokens(total_bytes, utilization=utilization)
+        return tokens // size_class(session_tokens)
+
+
+def plan_memory(
+    name: str, *, dtype: torch.dtype | None = None, revision: str | None = None
+) -> MemoryPlan:
+    """Return what a model needs on an accelerator.
+
+    Args:
+        name: Directory or repository id.
+        dtype: Of weights and cache; None for the checkpoint's own.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        UnsupportedModel: There is no such model, or it does not run on token ids alone.
+    """
+    config = read_config(name, revision=revision)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    stored = _stored_bytes(name, config)
+    try:
+        # In bfloat16: kernels of experts take no other type on the meta device.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        states = _states_per_token(model)
+    # As in the check at load: model code may fail in any way.
+    except Exception as error:
+        raise UnsupportedModel(
+            f"What {name!r} needs cannot be told from its configuration: {first_line(error)}"
+        ) from error
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return MemoryPlan(
+        parameters=parameters,
+        weights_bytes=parameters * dtype.itemsize if stored is None else stored,
+        token_bytes=states * dtype.itemsize,
+        context_tokens=context_length(config),
+    )
+
+
+def _stored_bytes(name: str, config: PreTrainedConfig) -> int | None:
+    """Return the bytes of quantised weights, None if they are not quantised."""
+    if getattr(config, "quantization_config", None) is None:
+        return None
+    files = list(Path(name).glob("*.safetensors"))
+    if not files:
+        raise UnsupportedModel(
+            f"{name!r} is quantised, so the size of its files counts; download it and plan its "
+            "directory"
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def _states_per_token(model: PreTrainedModel) -> int:
+    """Return how many numbers the KV cache holds for a token, in all layers."""
+    found: dict[int, int] = {}
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        found[module.layer_idx] = sum(one.shape[1] * one.shape[-1] for one in (key, value))
+        batch, heads, tokens = query.shape[:3]
+        return query.new_empty(batch, tokens, heads, value.shape[-1]), None
+
+    AttentionInterface.register(_SHAPES, attention)
+    model.set_attn_implementation(_SHAPES)
+    ids = torch.zeros((1, 1), dtype=torch.int64, device="meta")
+    with torch.inference_mode():
+        out: Any = model(input_ids=ids, use_cache=True)
+    # Some models have attention of their own, which is not replaced; they have a cache of theirs.
+    own = [layer for layer in out.past_key_values.layers if layer.keys is not None]
+    return sum(found.values()) or sum(
+        states.shape[1] * states.shape[-1] for layer in own for states in (layer.keys, layer.values)
+    )
