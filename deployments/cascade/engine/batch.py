@@ -6,14 +6,14 @@ session, `G` query heads per key head.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-
-from cascade.engine.varlen_attn import IN_PLACE, Extents
+from torch.nn.attention.varlen import varlen_attn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Longer blocks keep the device busy alone; padding them to one length would waste more than a call.
 SHORT_QUERIES = 32
+
+# torch 2.11 lacks it: there each pass on a GPU copies the keys of its sessions.
+IN_PLACE = "seqused_k" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,17 @@ class Group:
             (self.stride * slot_stride, head_stride, slot_stride, 1),
             states_JRD.storage_offset() + self.start * slot_stride,
         )
+
+
+class Extents(NamedTuple):
+    """Where each session's queries and keys are: int32 tensors, and the longest of each."""
+
+    query_offsets: Tensor  # [N + 1], in the pass
+    key_starts: Tensor  # [N + 1], in the pool; the last says nothing
+    key_counts: Tensor  # [N]
+    max_queries: int
+    max_keys: int
+    key_slots: Tensor | None = None  # [K], of all sessions in turn, where keys are copied
 
 
 class RaggedBatch:

@@ -11,32 +11,22 @@ from __future__ import annotations
 
 import inspect
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from cascade.engine.batch import IN_PLACE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.engine.attention import AttentionParams
+    from cascade.engine.batch import Extents
 
 _LARGEST_HEAD = 256
 _ARGUMENTS = inspect.signature(varlen.varlen_attn).parameters
-# torch 2.11 lacks it: there each pass copies the keys of its sessions.
-IN_PLACE = "seqused_k" in _ARGUMENTS
-
-
-class Extents(NamedTuple):
-    """Where each session's queries and keys are: int32 tensors, and the longest of each."""
-
-    query_offsets: Tensor  # [N + 1], in the pass
-    key_starts: Tensor  # [N + 1], in the pool; the last says nothing
-    key_counts: Tensor  # [N]
-    max_queries: int
-    max_keys: int
-    key_slots: Tensor | None = None  # [K], of all sessions in turn, where keys are copied
 
 
 class Batch(Protocol):

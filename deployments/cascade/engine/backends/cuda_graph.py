@@ -24,9 +24,8 @@ from torch.nn.functional import pad
 from cascade.engine.attention import attend
 from cascade.engine.backends.base import PathUnsupported, RopeLengths
 from cascade.engine.backends.varlen import VarlenRunner
-from cascade.engine.batch import Segment
+from cascade.engine.batch import Extents, Segment
 from cascade.engine.kv_pool import MIN_RANGE
-from cascade.engine.varlen_attn import Extents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
