@@ -19,6 +19,7 @@ from cascade.engine.backends.sharded import ShardedRunner, pack, unpack
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
 from cascade.engine.engine import Engine
+from cascade.engine.model_loader import check_plan
 from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import StartupError, Unavailable, UnsupportedModel
@@ -199,12 +200,12 @@ def test_a_process_runs_one_sharded_model_at_a_time(tmp_path: pathlib.Path) -> N
 )
 def test_a_model_that_cannot_be_shared_is_refused(name: str, size: int, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
-        tensor_parallel.check_plan(name, build(name).config, size=size)
+        check_plan(name, build(name).config, size=size)
 
 
 @pytest.mark.parametrize(("name", "size"), [("llama", 2), ("phi3", 3), ("deepseek-v3", 3)])
 def test_heads_that_stay_whole_need_not_divide(name: str, size: int) -> None:
-    tensor_parallel.check_plan(name, build(name).config, size=size)
+    check_plan(name, build(name).config, size=size)
 
 
 def test_a_device_of_its_own_cannot_be_named(tmp_path: pathlib.Path) -> None:

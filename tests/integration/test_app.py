@@ -83,6 +83,12 @@ def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None
     assert (config is None) == ("num_replicas" in count)
 
 
+def test_a_model_that_cannot_be_shared_is_refused_before_anything_is_deployed(toy: Pair) -> None:
+    expert = {"model": str(toy.expert.path), "engine": {"tensor_parallel": 3}}
+    with pytest.raises(UnsupportedModel, match=r"num_attention_heads of .* is 4, which 3 devices"):
+        build(toy.settings(expert=expert))
+
+
 def test_serve_takes_a_tiers_own_way_to_scale() -> None:
     """With the policy by its import path, and what one replica should bear."""
     settings = Application.model_validate(

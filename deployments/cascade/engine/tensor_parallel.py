@@ -31,8 +31,6 @@ from cascade.engine.ranks import Ranks, Worker, error_key
 from cascade.errors import StartupError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from cascade.engine.model_loader import LoadedModel
     from cascade.engine.settings import EngineSettings
 
@@ -42,7 +40,6 @@ _HOST = "127.0.0.1"  # the ranks share a machine, and the store asks nobody for 
 _COLLECTIVE = timedelta(minutes=10)  # of one exchange of the ranks within a pass
 _FOREVER = timedelta(days=3650)
 _STOP_S = 10.0
-_HEADS = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +101,7 @@ def load(
             "engine.tensor_parallel needs accelerate; pip install "
             "'speculative-cascades[tensor-parallel]'"
         )
-    check_plan(name, model_loader.read_config(name, **source), size=size)
+    model_loader.check_plan(name, model_loader.read_config(name, **source), size=size)
     _check_device(settings)
     listener = socket.create_server((_HOST, 0))
     port: int = listener.getsockname()[1]
@@ -122,37 +119,6 @@ def load(
     except BaseException:
         ranks.stop()
         raise
-
-
-def check_plan(name: str, config: PreTrainedConfig, *, size: int) -> None:
-    """Check that a model can be sharded.
-
-    Args:
-        name: The model, for errors.
-        config: Its configuration.
-        size: The number of ranks.
-
-    Raises:
-        UnsupportedModel: It cannot; the message says why.
-    """
-    text: Any = config.get_text_config(decoder=True)
-    plan: dict[str, str] = getattr(text, "base_model_tp_plan", None) or {}
-    advice = "serve it on one device (engine.tensor_parallel: 1)"
-    if not plan:
-        raise UnsupportedModel(
-            f"transformers has no tensor parallel plan for {name!r} ({text.model_type}); {advice}"
-        )
-    whole_heads = any(
-        style == "colwise" and "attn" in rule.replace("attention", "attn")
-        for rule, style in plan.items()
-    )
-    for heads in _HEADS if whole_heads else ():
-        count = getattr(text, heads, None)
-        if isinstance(count, int) and count % size:
-            raise UnsupportedModel(
-                f"{heads} of {name!r} is {count}, which {size} devices cannot share evenly; set "
-                f"engine.tensor_parallel to a divisor of {count}"
-            )
 
 
 def _check_device(settings: EngineSettings) -> None:
