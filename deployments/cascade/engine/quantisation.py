@@ -175,7 +175,7 @@ def _is_torchao(weight: Any) -> bool:
 
 
 def check_layers(name: str, model: PreTrainedModel) -> None:
-    """Check the layers of a model that keeps quantised weights, on the activations of a short text.
+    """Check the linear layers of a model with quantised weights on the activations of a short text.
 
     A token's outputs must not depend on other tokens, and must be those of the dense layer, where
     the library can unpack it: within 1e-3 and 5e-2 of the largest.
@@ -189,12 +189,10 @@ def check_layers(name: str, model: PreTrainedModel) -> None:
     """
     if getattr(model, "hf_quantizer", None) is None:
         return
-    # It warns of every call.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     hooks = [
         module.register_forward_pre_hook(_Check(name, layer), with_kwargs=True)
         for layer, module in model.named_modules()
-        if next(module.children(), None) is None
+        if hasattr(module, "in_features")  # a linear layer of any library
     ]
     size = int(model.config.get_text_config(decoder=True).vocab_size)
     ids_1T = torch.tensor([[(7 * i + 3) % size for i in range(16)]], device=model.device)
