@@ -90,6 +90,7 @@ class Servers:
         """
         port = _free_port()
         path = self.folder / f"{port}.log"
+        # As users run it: OpenMP's passive waiting, which our tiers need, would slow it down.
         variables = {
             name: value for name, value in os.environ.items() if name not in threads.environment()
         }
@@ -121,7 +122,7 @@ class Servers:
             "port": port,
             "ctx-size": self.slots * self.context_tokens,
             "parallel": self.slots,
-            "cache-ram": 0,
+            "cache-ram": 0,  # no copies of ended slots, which no request may use
             "log-verbosity": 1,
         }
         drafter, expert = self.settings.drafter.engine, self.settings.expert.engine
