@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.conftest import random_model
+from tests.conftest import random_model, words
+from tests.engine.architectures import build
 from tests.support.quantised import KINDS, MORE, read
 
 from cascade.engine import quantisation
@@ -73,6 +74,18 @@ def test_the_padded_path_is_exact_too(checkpoints: Checkpoints, name: str) -> No
     model = load(str(checkpoints[name]), device="cpu").model
 
     assert select_runner(model, settings=EngineSettings(cache_tokens=1024, path=Path.PADDED))
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "bitsandbytes 4-bit"])
+@pytest.mark.parametrize("architecture", ["qwen2-moe", "gemma3"])
+def test_other_architectures_are_exact_too(tmp_path: Folder, architecture: str, name: str) -> None:
+    build(architecture).save_pretrained(tmp_path / "plain")
+    words(64).save_pretrained(tmp_path / "plain")
+    folder = KINDS[name].make(tmp_path / "plain", tmp_path / "quantised")
+    model = load(str(folder), device="cpu").model
+
+    torch.testing.assert_close(logits(model), logits(read(folder)))
+    assert type(select_runner(model, settings=EngineSettings(cache_tokens=1024))) is VarlenRunner
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors W4A16", "fp8", "bitsandbytes 8-bit"])
