@@ -118,7 +118,8 @@ class Ranks:
             self._ended.set()
         for worker in self._workers:
             worker.kill()
-        if dist.is_initialized():
+        # Only NCCL waits for what is under way, which may never end; its process ends after this.
+        if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
 
     def _watch(self, rank: int, worker: Worker) -> None:
