@@ -19,6 +19,7 @@ from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.backends.prepacked_linear import pack
 from cascade.engine.backends.select import select_runner
 from cascade.engine.backends.varlen import VarlenRunner
+from cascade.engine.memory_plan import plan_memory
 from cascade.engine.model_loader import load
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
@@ -187,6 +188,17 @@ def test_what_transformers_would_ignore_is_refused(
 
     with pytest.raises(UnsupportedModel, match=reason):
         load(str(file.parent))
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "compressed-tensors W4A16"])
+def test_planned_memory_is_that_of_the_weights_as_they_are_served(
+    checkpoints: Checkpoints, name: str
+) -> None:
+    folder = checkpoints[name]
+    dense = plan_memory(str(checkpoints.plain)).weights_bytes
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    assert plan_memory(str(folder)).weights_bytes == (dense if ALL[name].dense else files)
 
 
 LIBRARIES = {

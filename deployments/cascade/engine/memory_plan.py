@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from cascade.engine import quantisation
 from cascade.engine.kv_pool import accelerator_budget, size_class
 from cascade.engine.model_loader import context_length, first_line, read_config
 from cascade.errors import UnsupportedModel
@@ -67,7 +68,8 @@ def plan_memory(
         UnsupportedModel: There is no such model, or it does not run on token ids alone.
     """
     config = read_config(name, revision=revision)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    stated: Any = config.dtype
+    number: torch.dtype = dtype or stated or torch.float32
     stored = _stored_bytes(name, config)
     try:
         # In bfloat16: kernels of experts take no other type on the meta device.
@@ -82,15 +84,16 @@ def plan_memory(
     parameters = sum(weight.numel() for weight in model.parameters())
     return MemoryPlan(
         parameters=parameters,
-        weights_bytes=parameters * dtype.itemsize if stored is None else stored,
-        token_bytes=states * dtype.itemsize,
+        weights_bytes=parameters * number.itemsize if stored is None else stored,
+        token_bytes=states * number.itemsize,
         context_tokens=context_length(config),
     )
 
 
 def _stored_bytes(name: str, config: PreTrainedConfig) -> int | None:
-    """Return the bytes of quantised weights, None if they are not quantised."""
-    if getattr(config, "quantization_config", None) is None:
+    """Return the bytes of weights that stay quantised, None for dense ones."""
+    dense = quantisation.method(config) is None
+    if dense or quantisation.is_unpacked(config, device=torch.device("cuda")):
         return None
     files = list(Path(name).glob("*.safetensors"))
     if not files:

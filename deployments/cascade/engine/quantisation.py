@@ -79,18 +79,24 @@ def prepare(name: str, config: PreTrainedConfig, *, device: torch.device) -> boo
     stated: Any = config.quantization_config
     if kind == "compressed-tensors":
         _check_scheme(name, stated)
-    match kind:
+    unpacked = is_unpacked(config, device=device)
+    if unpacked and kind in _FOR_GPUS:
+        stated["dequantize"] = True  # read by transformers
+    return unpacked
+
+
+def is_unpacked(config: PreTrainedConfig, *, device: torch.device) -> bool:
+    """Return whether a quantised checkpoint is served with dense weights."""
+    stated: Any = config.quantization_config
+    match method(config):
         case "compressed-tensors":  # transformers would unpack them in the first pass
             return True
         case "bitsandbytes":  # 8 bits of activations too, outliers of a whole pass apart
             return bool(stated.get("load_in_8bit"))
         case "torchao":
             return "Activation" in json.dumps(stated)
-        case _ if kind in _FOR_GPUS and device.type == "cpu":
-            stated["dequantize"] = True  # read by transformers
-            return True
-        case _:
-            return False
+        case kind:
+            return kind in _FOR_GPUS and device.type == "cpu"
 
 
 def _check_scheme(name: str, stated: dict[str, Any]) -> None:
