@@ -164,6 +164,33 @@ def pad(
         Console().print(f"{out}: {written / 1e6:.0f}M parameters, cost-padded: {shape}")
 
 
+@bench.command("load")
+def load_model(
+    model: Annotated[str, typer.Argument(help="Directory or repository")],
+    *,
+    dtype: Dtype = None,
+    path: Annotated[str, typer.Option(help="Of the engine: auto, lean, flat or padded")] = "auto",
+) -> None:
+    """Measure the memory of loading a model on a CPU: its peak, and what stays."""
+    from cascade.benchmark.load_memory import measure  # noqa: PLC0415 - after `prepare`
+    from cascade.engine.settings import EngineSettings  # noqa: PLC0415 - as above
+    from cascade.engine.settings import Path as EnginePath  # noqa: PLC0415 - as above
+
+    with _exit_on_error():
+        if dtype is not None:
+            _check_dtype(dtype)
+        if path not in set(EnginePath):
+            raise InvalidMeasurement(f"--path is {path!r}; {wanted(path, EnginePath)}")
+        settings: Any = {"dtype": dtype or "auto", "path": EnginePath(path)}
+        memory = measure(model, settings=EngineSettings(**settings))
+        weights, mib = memory.weights, 2**20
+        Console(highlight=False, soft_wrap=True).print(
+            f"{memory.runner}: weights {weights / mib:.0f} MiB; peak {memory.peak / mib:.0f} MiB "
+            f"({memory.peak / weights:.2f}); afterwards {memory.after / mib:.0f} MiB "
+            f"({memory.after / weights:.2f})"
+        )
+
+
 @bench.command()
 def suite(  # noqa: PLR0913 - one parameter an option
     *,

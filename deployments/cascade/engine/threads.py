@@ -53,6 +53,12 @@ def _keep_memory() -> None:
         tune(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
+def trim_memory() -> None:
+    """Return memory that was freed to the system, if the C library is glibc."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @cache
 def _default_threads() -> int:
     """Return torch's default number of threads, as it is before the first change."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 
+from cascade.engine.backends import prepacked_linear
 from cascade.engine.batch import Segment, partition
 from cascade.engine.kv_pool import MIN_RANGE, KVPool, LayeredKVPool
 
@@ -194,4 +195,18 @@ class ModelRunner(Runner[LayeredKVPool]):
         return LayeredKVPool(num_slots=num_slots)
 
     def free_hf_weights(self) -> None:
-        """Free nothing: the model itself runs."""
+        """Free the matrices that packed layers have copied, unless the model reads them too."""
+        kept = self.model.get_input_embeddings().weight
+        copied = [
+            (layer, layer.weight)
+            for layer in prepacked_linear.packed_layers(self.model)
+            if layer.weight is not kept
+        ]
+        for layer, weight in copied:
+            layer.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+        try:
+            self.warm_up()
+        # Any model's code may fail where a matrix is gone.
+        except Exception:  # noqa: BLE001 - as above
+            for layer, weight in copied:
+                layer.weight = weight

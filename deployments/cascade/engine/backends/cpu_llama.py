@@ -44,28 +44,36 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
         model: The model; its weights are copied.
         packed: Use prepacked matrices, and numpy for single tokens of small models.
         deterministic: Logits of a token do not depend on the batch.
+        consume: Free the model's matrices as they are copied.
 
     Raises:
         PathUnsupported: The model is not Llama-like.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, packed: bool = True, deterministic: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        packed: bool = True,
+        deterministic: bool = False,
+        consume: bool = False,
     ) -> None:
         super().__init__(model)
         self._deterministic = deterministic
+        windows = mask_probe.windows(model)
+        in_numpy = packed and not deterministic and NumpyLlama.supports(model)
+        self.numpy_llama = (
+            NumpyLlama(model, windows=[window for _, window in sorted(windows.items())])
+            if in_numpy
+            else None
+        )
         self._weights = llama_weights.read(
-            model, partial(_linear, packed=packed, deterministic=deterministic)
+            model, partial(_linear, packed=packed, deterministic=deterministic), consume=consume
         )
         self._params = [
             AttentionParams(scale=self._weights.scale, window=window)
-            for _, window in sorted(mask_probe.windows(model).items())
+            for _, window in sorted(windows.items())
         ]
-        self.numpy_llama = (
-            NumpyLlama(model, windows=[params.window for params in self._params])
-            if packed and not deterministic and NumpyLlama.supports(model)
-            else None
-        )
         self._rotations = llama_weights.rotations(self._weights, positions=_POSITIONS)
 
     def make_pool(self, *, num_slots: int) -> StackedKVPool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from cascade.engine import threads
 from cascade.engine.backends.base import PathUnsupported, RopeLengths, find_rope_lengths
 from cascade.engine.backends.prepacked_linear import is_dense
 
@@ -87,8 +88,15 @@ class Weights(Generic[LinearT]):
     scale: float  # of the scores
 
 
-def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
+def read(
+    model: PreTrainedModel, make: MakeLinear[LinearT], *, consume: bool = False
+) -> Weights[LinearT]:
     """Return the weights of `model`, with a linear layer that `make` builds of each matrix.
+
+    Args:
+        model: The model.
+        make: Builds a linear layer of a weight `[out, in]` and a bias.
+        consume: Free the matrices of each layer once they are read, except the embedding.
 
     Raises:
         PathUnsupported: It is not a Llama-like model on a CPU.
@@ -109,7 +117,7 @@ def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
     norm = Norm(body.norm)
     return Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
-        layers=[_layer(layer, make) for layer in body.layers],
+        layers=[_layer(layer, make, consume=consume) for layer in body.layers],
         final_norm=norm,
         lm_head=_join(make, norm, model.get_output_embeddings()),
         rotary=body.rotary_emb,
@@ -122,10 +130,14 @@ def read(model: PreTrainedModel, make: MakeLinear[LinearT]) -> Weights[LinearT]:
 
 def free(model: PreTrainedModel) -> None:
     """Free the matrices of a model whose weights were read, except the embedding."""
-    kept = model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight is not kept:
-            module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+    embedding: Any = model.get_input_embeddings()
+    _free(model, kept=embedding.weight)
+
+
+def _free(module: nn.Module, *, kept: Tensor | None = None) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not kept:
+            layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
 
 
 def rotations(weights: Weights[Any], *, positions: int) -> Tensor:
@@ -161,12 +173,12 @@ def _interleave(states: Tensor, size: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _layer(layer: Any, make: MakeLinear[LinearT]) -> Layer[LinearT]:
+def _layer(layer: Any, make: MakeLinear[LinearT], *, consume: bool) -> Layer[LinearT]:
     attention, mlp = layer.self_attn, layer.mlp
     attention_norm, mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     size = int(attention.head_dim)
-    return Layer(
+    result = Layer(
         attention_norm=attention_norm,
         qkv=_join(make, attention_norm, *projections, rotated=2, size=size),
         query_norm=_head_norm(attention, "q_norm"),
@@ -177,6 +189,10 @@ def _layer(layer: Any, make: MakeLinear[LinearT]) -> Layer[LinearT]:
         activation=silu if type(mlp.act_fn).__name__ in {"SiLU", "SiLUActivation"} else mlp.act_fn,
         down=_join(make, None, mlp.down_proj),
     )
+    if consume:
+        _free(layer)
+        threads.trim_memory()
+    return result
 
 
 def _head_norm(attention: Any, name: str) -> Norm | None:

@@ -43,8 +43,18 @@ def pack(model: nn.Module, *, deterministic: bool = False) -> int:
     layers = _layers(model, least=0 if deterministic else _MIN_WEIGHTS)
     for layer in layers:
         apply = packed(_matrix(layer), layer.bias, deterministic=deterministic)
-        layer.forward = partial(_forward, apply)
+        layer.forward = partial(_forward_packed, apply)
     return len(layers)
+
+
+def packed_layers(model: nn.Module) -> list[Any]:
+    """Return the layers of a model that `pack` has given copies of their weights."""
+    layers: list[Any] = list(model.modules())
+    return [
+        layer
+        for layer in layers
+        if getattr(vars(layer).get("forward"), "func", None) is _forward_packed
+    ]
 
 
 def fix_batches(model: nn.Module) -> None:
@@ -74,12 +84,16 @@ def is_dense(layer: Any) -> bool:
     Libraries of quantised weights replace the layer, its weights or its forward pass.
     """
     forward = vars(layer).get("forward")
-    original = forward is None or getattr(forward, "func", None) is _forward
+    original = forward is None or getattr(forward, "func", None) in {_forward, _forward_packed}
     return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point() and original
 
 
 def _matrix(layer: Any) -> Tensor:
     return layer.weight.detach().t() if isinstance(layer, Conv1D) else layer.weight.detach()
+
+
+def _forward_packed(apply: Linear, inputs: Tensor) -> Tensor:
+    return _forward(apply, inputs)
 
 
 def _forward(apply: Linear, inputs: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cascade.engine import threads
 from cascade.engine.backends import prepacked_linear
 from cascade.engine.backends.base import PathUnsupported, Runner
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
@@ -43,7 +45,7 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
     """
     device, ranks = model.model.device, model.ranks
     if ranks is None:
-        runner = select_runner(model.model, settings=settings)
+        runner = select_runner(model.model, settings=settings, owned=model.owned)
     else:
         if not (settings.cache_tokens or settings.cache_bytes):
             free = ranks.exchange(
@@ -61,17 +63,23 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
     runner.warm_up()
     if model.owned:
         runner.free_hf_weights()
+    threads.trim_memory()
     return runner, capacity
 
 
 def select_runner(
-    model: PreTrainedModel, *, settings: EngineSettings, agree: Callable[[str], str] = str
+    model: PreTrainedModel,
+    *,
+    settings: EngineSettings,
+    owned: bool = False,
+    agree: Callable[[str], str] = str,
 ) -> Runner[Any]:
     """Return a runner of the first path that is exact for `model`.
 
     Args:
         model: The model.
         settings: Of the engine.
+        owned: The runner may take the model's weights.
         agree: Returns why a step failed on any rank of a sharded model, given why on this one.
 
     Raises:
@@ -90,7 +98,8 @@ def select_runner(
         model.set_attn_implementation(original)
         runner, reason = None, ""
         try:
-            runner = check.passed(build)
+            convert = partial(build, consume=True) if owned and path is Path.LEAN else None
+            runner = check.passed(build, convert=convert)
         except PathUnsupported as error:
             reason = str(error)
         reason = agree(reason)
@@ -108,7 +117,7 @@ def select_runner(
 
 def paths(
     model: PreTrainedModel, settings: EngineSettings
-) -> Iterator[tuple[Path, Callable[[], Runner[Any]]]]:
+) -> Iterator[tuple[Path, Callable[..., Runner[Any]]]]:
     """Yield the paths that settings and device allow and how to build each, fastest first."""
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     auto = settings.path is Path.AUTO
@@ -117,7 +126,7 @@ def paths(
         yield from _model_paths(model, settings)
         return
     if auto or settings.path is Path.LEAN:
-        yield Path.LEAN, lambda: CpuLlamaRunner(model, packed=packed, deterministic=exact)
+        yield Path.LEAN, partial(CpuLlamaRunner, model, packed=packed, deterministic=exact)
     if settings.path is Path.LEAN:
         return
     if exact and model.device.type != "cpu":
@@ -131,7 +140,7 @@ def paths(
 
 def _model_paths(
     model: PreTrainedModel, settings: EngineSettings
-) -> Iterator[tuple[Path, Callable[[], Runner[Any]]]]:
+) -> Iterator[tuple[Path, Callable[..., Runner[Any]]]]:
     """Yield the paths that run the model's own forward pass, pass by pass."""
     exact, auto = settings.deterministic, settings.path is Path.AUTO
     if auto or settings.path is Path.FLAT:

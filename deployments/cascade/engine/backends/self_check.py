@@ -118,15 +118,24 @@ class SelfCheck:
                 f"{str(error)[:200]}); serve a decoder-only language model"
             ) from error
 
-    def passed(self, build: Callable[[], Runner[Any]]) -> Runner[Any]:
+    def passed(
+        self, build: Callable[[], Runner[Any]], *, convert: Callable[[], Runner[Any]] | None = None
+    ) -> Runner[Any]:
         """Return the runner that `build` makes, if it passes.
+
+        Args:
+            build: Builds a runner.
+            convert: Builds one like it out of the model's weights, which are gone then. So a runner
+                of the first layers has to pass before.
 
         Raises:
             PathUnsupported: It does not, or cannot be built.
+            UnsupportedModel: It does not, and the weights are gone.
         """
         try:
-            runner = build()
-            _play(runner, self._short)
+            runner = self._passed_cut(build) if convert else build()
+            if convert is None:
+                _play(runner, self._short)
             if self._beyond is None:
                 self._beyond = self._stories_beyond(runner)
             if self._beyond:
@@ -134,9 +143,13 @@ class SelfCheck:
                     cut = build()
                     for story in self._beyond:
                         _play(cut, story)
+                    del cut
+            if convert:
+                del runner
+                runner = self._converted(convert)
             if self._settings.deterministic:
                 _check_batch_invariance(runner)
-        except PathUnsupported:
+        except (PathUnsupported, UnsupportedModel):
             raise
         # Unknown model code may fail in any way, and each means that this path cannot serve it.
         except Exception as error:
@@ -149,6 +162,25 @@ class SelfCheck:
     def _size(self) -> int:
         """Return how many token ids the stories use."""
         return min(int(self._model.config.get_text_config(decoder=True).vocab_size), 1000)
+
+    def _passed_cut(self, build: Callable[[], Runner[Any]]) -> Runner[Any]:
+        """Return a runner of the first layers that has passed the short story."""
+        with _first_layers(self._model, layers_of_every_kind(self._model)):
+            runner = build()
+            _play(runner, self._story([_short_section(self._size)]))
+        return runner
+
+    def _converted(self, convert: Callable[[], Runner[Any]]) -> Runner[Any]:
+        """Return the runner that takes the model's weights, once it has passed the short story."""
+        runner = convert()
+        try:
+            _play(runner, self._short)
+        except PathUnsupported as error:
+            raise UnsupportedModel(
+                f"The first layers of {type(self._model).__name__} are computed exactly, but not "
+                f"all of them ({error}); set engine.path to flat"
+            ) from error
+        return runner
 
     def _stories_beyond(self, runner: Runner[Any]) -> list[_Story]:
         """Return the stories that cross the boundaries within the model's context and the cache."""

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cascade.benchmark import synthetic_model
+from cascade.cli import app
+from cascade.demo import EXPERT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 2**20
+FIGURES = r"(\w+): weights (\d+) MiB; peak (\d+) MiB .*; afterwards (\d+) MiB "
+
+
+def figures(*arguments: str) -> tuple[str, int, int, int]:
+    """Return the runner, and the MiB of weights, peak and afterwards."""
+    result = CliRunner().invoke(app, ["bench", "load", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    found = re.search(FIGURES, result.output)
+    assert found, result.output
+    return found[1], int(found[2]), int(found[3]), int(found[4])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_model_is_loaded_into_its_final_layout(dtype: str, tmp_path: Path) -> None:
+    """Libraries and passes take up to 200 MiB whatever the model is."""
+    shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=12, heads=12, groups=6)
+    synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
+    runner, weights, peak, after = figures(str(tmp_path), "--dtype", dtype)
+    assert runner == "CpuLlamaRunner"
+    assert weights <= after <= peak <= 1.15 * weights + 200
+
+
+@pytest.mark.slow
+def test_copied_weights_are_freed_on_the_flat_path_too(tmp_path: Path) -> None:
+    shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=12, heads=12, groups=6)
+    synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
+    runner, weights, _, after = figures(str(tmp_path), "--dtype", "float32", "--path", "flat")
+    assert runner == "VarlenRunner"
+    assert weights <= after <= 1.15 * weights + 200
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "load", str(EXPERT), "--path", "flatt"])
+    assert result.exit_code == 2
+    assert "--path is 'flatt'" in result.output
+    missing = CliRunner().invoke(app, ["bench", "load", str(tmp_path / "nothing")])
+    assert missing.exit_code == 2
+    assert "nothing" in missing.output
