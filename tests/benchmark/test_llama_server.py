@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.support.shipped_pair import SETTINGS
 
-from cascade.benchmark.llama_server import Drafting, LlamaServer, Servers, command_of, prepare
+from cascade.benchmark.llama_server import DraftOptions, LlamaServer, Servers, command_of, prepare
 from cascade.benchmark.plan import greedy
 from cascade.benchmark.systems import child_process
 from cascade.benchmark.transformers_baselines import load_pair
@@ -50,7 +50,7 @@ async def alone(servers: Servers) -> AsyncIterator[LlamaServer]:
 
 @pytest.fixture(scope="module")
 async def drafted(servers: Servers) -> AsyncIterator[LlamaServer]:
-    async with servers.start(Drafting(tokens=4)) as client:
+    async with servers.start(DraftOptions(tokens=4)) as client:
         yield client
 
 
@@ -157,7 +157,7 @@ def test_a_missing_package_is_named(missing: str, monkeypatch: pytest.MonkeyPatc
 def test_a_context_has_room_for_the_longest_request(servers: Servers) -> None:
     assert servers.slots == 2
     assert servers.context_tokens == 256
-    options = servers.options(8080, Drafting(tokens=16, confidence=0.4))
+    options = servers.options(8080, DraftOptions(tokens=16, confidence=0.4))
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert given["--ctx-size"] == "512"
     assert given["--threads"] == given["--threads-draft"] == "1"

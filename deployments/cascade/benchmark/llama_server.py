@@ -51,7 +51,7 @@ _LOG_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drafting:
+class DraftOptions:
     """How llama.cpp chooses the length of a draft."""
 
     tokens: int
@@ -63,9 +63,9 @@ class Drafting:
 
 
 DRAFTING = (
-    *(Drafting(tokens=tokens) for tokens in (2, 3, 4, 5, 6, 8)),
-    Drafting(tokens=8, confidence=0.4),
-    Drafting(tokens=16, confidence=0.4),
+    *(DraftOptions(tokens=tokens) for tokens in (2, 3, 4, 5, 6, 8)),
+    DraftOptions(tokens=8, confidence=0.4),
+    DraftOptions(tokens=16, confidence=0.4),
 )
 
 
@@ -82,7 +82,7 @@ class Servers:
     gpu: bool
 
     @asynccontextmanager
-    async def start(self, drafting: Drafting | None = None) -> AsyncGenerator[LlamaServer]:
+    async def start(self, drafting: DraftOptions | None = None) -> AsyncGenerator[LlamaServer]:
         """Run a server, with the drafter if there is a schedule.
 
         Raises:
@@ -109,7 +109,7 @@ class Servers:
                 name = f"llama.cpp, {drafting or 'expert alone'}"
                 yield LlamaServer(http, self.prompts, name=name)
 
-    def options(self, port: int, drafting: Drafting | None) -> list[str]:
+    def options(self, port: int, drafting: DraftOptions | None) -> list[str]:
         """Return the command line of a server.
 
         Args:
@@ -309,9 +309,9 @@ def prepare(
 
 async def _best_drafting(
     servers: Servers, bodies: Sequence[Json], concurrency: int, progress: Progress
-) -> Drafting:
+) -> DraftOptions:
     """Return the schedule that is the fastest on a few requests; each has a server in turn."""
-    speeds: dict[Drafting, float] = {}
+    speeds: dict[DraftOptions, float] = {}
     for drafting in DRAFTING:
         async with servers.start(drafting) as client:
             comparison = await compare(
