@@ -202,6 +202,8 @@ class ModelRunner(Runner[LayeredKVPool]):
             for layer in prepacked_linear.packed_layers(self.model)
             if layer.weight is not kept
         ]
+        if not copied:
+            return
         for layer, weight in copied:
             layer.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
         try:
