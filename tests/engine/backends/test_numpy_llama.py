@@ -14,6 +14,8 @@ from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.batch import Segment
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
 TOKENS = tuple((7 * index + 3) % VOCABULARY for index in range(60))
@@ -77,6 +79,24 @@ def test_only_the_new_slot_is_written() -> None:
 def test_models_with_large_matrices_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_llama, "MAX_WEIGHTS", 1000)
     assert CpuLlamaRunner(build("llama")).numpy_llama is None
+
+
+def test_long_sessions_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = CpuLlamaRunner(build("llama"))
+    runner.resize(num_slots=256)
+    in_numpy = list[int]()
+
+    def count(segments: Sequence[Segment], **_: object) -> torch.Tensor:
+        in_numpy.extend(one.length for one in segments)
+        return torch.zeros(len(segments), 1)
+
+    assert runner.numpy_llama is not None
+    monkeypatch.setattr(runner.numpy_llama, "forward", count)
+    monkeypatch.setattr("cascade.engine.backends.cpu_llama.MAX_KEYS", 20)
+    with torch.inference_mode():
+        for past in (18, 19, 20, 21):
+            runner.forward([Segment(start=0, past=past, tokens=(1,), num_logits=1)])
+    assert in_numpy == [19, 20]
 
 
 def test_deterministic_runners_do_not_use_numpy() -> None:

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from cascade.engine.attention import AttentionParams, attend_folded, attend_groups
 from cascade.engine.backends import llama_weights, mask_probe, prepacked_linear
 from cascade.engine.backends.base import Runner
-from cascade.engine.backends.numpy_llama import MAX_SESSIONS, NumpyLlama
+from cascade.engine.backends.numpy_llama import MAX_KEYS, MAX_SESSIONS, NumpyLlama
 from cascade.engine.batch import SHORT_QUERIES, RaggedBatch
 from cascade.engine.kv_pool import StackedKVPool
 
@@ -97,6 +97,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
             self.numpy_llama
             and len(segments) <= MAX_SESSIONS
             and all(one.count == one.num_logits == 1 for one in segments)
+            and all(one.length <= MAX_KEYS for one in segments)
         ):
             return self.numpy_llama.forward(segments, pool=self.pool, rotations_P1E=rotations_P1E)
         batch = RaggedBatch(

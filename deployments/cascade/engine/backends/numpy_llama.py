@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     ArrayMap: TypeAlias = Callable[[Array], Array]
 
 MAX_SESSIONS = 4  # up to which one session after the other is faster than all together
+MAX_KEYS = 2**13  # of a session; attention to more takes longer than torch's overhead, on one core
 MAX_WEIGHTS = 2**20  # of a matrix; for a larger one a second core pays off
 
 
