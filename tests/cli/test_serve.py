@@ -125,9 +125,10 @@ async def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:
     _, printed = await process.communicate()
 
     assert process.returncode == 2
-    assert printed.decode().startswith("error ")
-    assert "holds an adapter" in printed.decode()
-    assert "Traceback" not in printed.decode()
+    *before, last = printed.decode().splitlines()  # libraries may have warned of what they miss
+    assert last.startswith("error ")
+    assert "holds an adapter" in last
+    assert not any("Traceback" in line for line in before)
 
 
 def test_a_router_prints_why_it_refuses_a_model(tmp_path: Path) -> None:
