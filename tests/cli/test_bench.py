@@ -13,7 +13,7 @@ import pytest
 from tests.support.benchmarks import system_result
 from typer.testing import CliRunner
 
-from cascade.benchmark.llama_server import Drafting
+from cascade.benchmark.llama_server import DraftOptions
 from cascade.benchmark.load import OpenLoop
 from cascade.benchmark.runner import Comparison
 from cascade.benchmark.synthetic_model import LABEL
@@ -26,7 +26,7 @@ RUNNER = CliRunner()
 
 
 def test_a_run_writes_json_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascade.benchmark.llama_server.DRAFTING", (Drafting(tokens=3),))
+    monkeypatch.setattr("cascade.benchmark.llama_server.DRAFTING", (DraftOptions(tokens=3),))
     words = (
         "bench run facts --count 2 --rounds 1 --ask expert_only --ask lossless@2 --concurrency 2"
         " --peer llama-server --expert-threads 1 --slo ttft=60000 --out"
