@@ -46,10 +46,14 @@ def test_copied_weights_are_freed_on_the_flat_path_too(tmp_path: Path) -> None:
     assert weights <= after <= 1.15 * weights + 200
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+def test_an_unknown_path_is_named() -> None:
     result = CliRunner().invoke(app, ["bench", "load", str(EXPERT), "--path", "flatt"])
     assert result.exit_code == 2
     assert "--path is 'flatt'" in result.output
+
+
+@pytest.mark.slow
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, ["bench", "load", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
     assert "nothing" in missing.output

@@ -137,7 +137,7 @@ RULES = {
         ("lossless", Bonus.NONE),
         ("opt", Bonus.TARGET),
         ("chow", Bonus.NONE),  # its bonus is ignored: the expert is asked at deferrals only
-        ("token_v3", Bonus.NONE),
+        pytest.param("token_v3", Bonus.NONE, marks=pytest.mark.slow),
         pytest.param("lossless", Bonus.TARGET, marks=pytest.mark.slow),
         pytest.param("opt", Bonus.NONE, marks=pytest.mark.slow),
         pytest.param("token_v3", Bonus.TARGET, marks=pytest.mark.slow),
