@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.support.generation import greedy_answer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cascade import demo
@@ -79,14 +80,7 @@ class Prompts:
         ]
 
     def _answer(self, model: Any, prompt: tuple[int, ...]) -> Sequence[int]:
-        with torch.inference_mode():
-            text = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=LONGEST,
-                do_sample=False,
-            )
-        return text[0, len(prompt) :].tolist()
+        return greedy_answer(model, prompt, max_tokens=LONGEST)
 
 
 def prompts_of(count: int) -> Prompts:

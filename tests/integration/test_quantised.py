@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from tests.conftest import Folder, random_model
+from tests.support.generation import greedy_answer
 from tests.support.quantised import KINDS, MORE, read
 
 from cascade.local import LocalServer, local_server
@@ -59,14 +59,7 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 
 def own_text(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
     """Return the greedy answer of plain transformers."""
-    with torch.inference_mode():
-        text = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=LONGEST,
-            do_sample=False,
-        )
-    return tuple(text[0, len(prompt) :].tolist())
+    return greedy_answer(model, prompt, max_tokens=LONGEST)
 
 
 def requests(texts: Sequence[tuple[int, ...]], mode: Mode) -> list[Request]:

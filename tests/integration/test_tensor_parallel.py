@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from tests.conftest import Folder, random_model, words
+from tests.support.generation import greedy_answer
 from transformers import LlamaForCausalLM
 
 from cascade.drafter.drafter import Drafter
@@ -64,15 +65,7 @@ class Case:
 
     def expected(self, prompt: tuple[int, ...], *, max_tokens: int) -> tuple[int, ...]:
         """Return the answer of `transformers`."""
-        model: Any = self.expert.model
-        with torch.inference_mode():
-            text = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-            )
-        return tuple(text[0, len(prompt) :].tolist())
+        return greedy_answer(self.expert.model, prompt, max_tokens=max_tokens)
 
 
 @pytest.fixture(scope="module")
