@@ -43,7 +43,7 @@ def plan(
 ) -> None:
     """Print the memory of each model's weights and cache, and how many sessions fit a GPU.
 
-    Reads configurations only; weights are neither loaded nor downloaded.
+    Reads configurations, and the file sizes of quantised weights; loads and downloads no weights.
     """
     # Imported late: `cascade ask` does not need torch.
     import torch  # noqa: PLC0415 - as above
