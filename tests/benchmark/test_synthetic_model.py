@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from cascade.benchmark.synthetic_model import (
     LABEL,
     ModelShape,
+    build,
     parse_parameters,
     shape_for,
     with_synthetic_expert,
@@ -77,6 +78,14 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_logits_are_the_sources_within_rounding(synthetic: Path) -> None:
     torch.testing.assert_close(logits(loaded(synthetic)), logits(loaded(EXPERT)), atol=1e-4, rtol=0)
+
+
+def test_one_in_memory_has_the_weights_of_one_in_a_folder(synthetic: Path) -> None:
+    config: Any = AutoConfig.from_pretrained(str(EXPERT))
+    found = build(str(EXPERT), shape=larger(config), device="cpu", dtype=torch.float32)
+    expected = loaded(synthetic).state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.state_dict().items())
 
 
 def test_greedy_text_is_the_sources(synthetic: Path) -> None:

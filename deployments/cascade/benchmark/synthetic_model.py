@@ -30,16 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from cascade.engine.model_loader import load
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from cascade.settings import Application
 
@@ -139,25 +139,41 @@ def write(source: str, *, out: Path, shape: ModelShape, dtype: torch.dtype = tor
     """
     loaded = load(source, device="cpu", dtype="float32")
     config = _checked(loaded.model.config)
-    shards = _shards(loaded.model.state_dict(), config, shape, _dimensions(config, shape))
+    shards = _shards(loaded.model, shape)
     out.mkdir(parents=True, exist_ok=True)
     for path in Path(source).iterdir():
         # `config.json` is written last: a folder that has one is complete.
         if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
             shutil.copy(path, out)
     count = _write_shards(shards, out=out, dtype=dtype)
-    changed = config.to_dict() | {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.groups,
-        "rms_norm_eps": config.rms_norm_eps * config.hidden_size / shape.hidden,
-        "dtype": str(dtype).removeprefix("torch."),
-        LABEL: {"source": Path(source).name, "count": count},
+    changed = _padded(config, shape, dtype=dtype) | {
+        LABEL: {"source": Path(source).name, "count": count}
     }
     (out / "config.json").write_text(json.dumps(changed, indent=2))
     return count
+
+
+def build(
+    source: str, *, shape: ModelShape, device: str, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """Return a synthetic model, made on its device without a file.
+
+    Args:
+        source: A folder with a Llama.
+        shape: Sizes of the synthetic model.
+        device: A torch device.
+        dtype: Of its weights.
+
+    Raises:
+        UnsupportedModel: The source is no Llama without biases, or does not fit into the shape.
+    """
+    loaded = load(source, device=device, dtype="float32").model
+    config = LlamaConfig.from_dict(_padded(_checked(loaded.config), shape, dtype=dtype))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for shard in _shards(loaded, shape):
+        model.load_state_dict(shard, strict=False)  # copies, and leaves the other shards' weights
+    return model.eval()
 
 
 def with_synthetic_expert(settings: Application, *, parameters: str) -> Application:
@@ -185,30 +201,44 @@ def provenance_note(parameters: str) -> str:
     return f"The expert is cost-padded to {parameters} parameters; its text is its own."
 
 
-def _shards(
-    state: Mapping[str, Tensor],
-    config: Any,
-    shape: ModelShape,
-    dimensions: Mapping[str, tuple[int, Tensor]],
-) -> Iterator[dict[str, Tensor]]:
-    """Yield embedding, last norm and LM head, then the weights of each layer."""
-    generator = torch.Generator().manual_seed(0)
+def _padded(config: Any, shape: ModelShape, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the configuration of the source with other sizes."""
+    return config.to_dict() | {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.groups,
+        "rms_norm_eps": config.rms_norm_eps * config.hidden_size / shape.hidden,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _shards(source: PreTrainedModel, shape: ModelShape) -> Iterator[dict[str, Tensor]]:
+    """Yield embedding, last norm and LM head, then the weights of each layer, on its device."""
+    state, config, device = source.state_dict(), _checked(source.config), source.device
+    dimensions = {
+        name: (size, own.to(device)) for name, (size, own) in _dimensions(config, shape).items()
+    }
+    generator = torch.Generator(device).manual_seed(0)
 
     @cache
     def noise(rows: int, columns: int) -> Tensor:
         # The same for all layers: only its cost matters.
-        return torch.randn(rows, columns, generator=generator) * _STANDARD_DEVIATION
+        values = torch.randn(rows, columns, generator=generator, device=device)
+        return values.mul_(_STANDARD_DEVIATION)
 
     def matrix(name: str, output: str, input_: str) -> Tensor:
         (rows, own_rows), (columns, own_columns) = dimensions[output], dimensions[input_]
         reads = output not in {"hidden", "vocabulary"}
-        weight = noise(rows, columns).clone() if reads else torch.zeros(rows, columns)
+        zeros = torch.zeros(rows, columns, device=device)
+        weight = noise(rows, columns).clone() if reads else zeros
         if (own := state.get(name)) is not None:
             weight[own_rows[:, None], own_columns] = own
         return weight
 
     def norm(name: str) -> Tensor:
-        weight = torch.ones(shape.hidden)
+        weight = torch.ones(shape.hidden, device=device)
         if (own := state.get(name)) is not None:
             weight[: len(own)] = own * (config.hidden_size / shape.hidden) ** 0.5
         return weight
