@@ -77,9 +77,10 @@ class Origin(StrEnum):
 class SamplingParams:
     """What turns a model's logits into processed probabilities.
 
-    Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p,
-    min-p. Penalties count the tokens of prompt and answer (repetition) or of the answer alone
-    (presence, frequency). `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 truncate nothing.
+    Order, after `TokenConstraints`: logit bias, repetition, presence and frequency penalties,
+    temperature, top-k, top-p, min-p. Penalties count the tokens of prompt and answer (repetition)
+    or of the answer alone (presence, frequency). `temperature` 0 is greedy; `top_k` 0 and `top_p` 1
+    truncate nothing.
     """
 
     temperature: float = 1.0
@@ -103,10 +104,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenConstraints:
+    """Which tokens may follow an answer; `sampling.token_mask` applies it to raw logits.
+
+    A bad word is a sequence of tokens that the answer may not contain: its last token may not
+    follow the others.
+    """
+
+    min_tokens: int = 0  # of the answer, before which no stop token may follow
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_ids: tuple[int, ...] = ()  # the only tokens that may follow; none: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingParams:
     """All that determines the distribution of a session's tokens; constant for its lifetime."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    constraints: TokenConstraints = field(default_factory=TokenConstraints)
     rule: Rule = field(default_factory=Lossless)
     coupling: Coupling = Coupling.MAXIMAL
     bonus: Bonus = Bonus.EXPERT

@@ -22,6 +22,7 @@ from cascade.types import (
     Session,
     SessionId,
     SparseProbs,
+    TokenConstraints,
     TokenLogprob,
     Verdict,
     Verification,
@@ -141,9 +142,17 @@ samplings = st.builds(
     logit_bias=several(st.tuples(TOKENS, BIASES)),
 )
 
+constraints = st.builds(
+    TokenConstraints,
+    min_tokens=COUNTS,
+    bad_words=several(several(TOKENS, 1), most=3),
+    allowed_ids=several(TOKENS, most=4),
+)
+
 policies = st.builds(
     DecodingParams,
     sampling=samplings,
+    constraints=constraints,
     rule=st.one_of(*(st.from_type(kind) for kind in get_args(Rule))),
     coupling=st.sampled_from(Coupling),
     bonus=st.sampled_from(Bonus),

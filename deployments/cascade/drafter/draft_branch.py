@@ -99,6 +99,7 @@ class DraftBranch:
             block_start=self.block.position,
             prompt=session.prompt,
             answer=self.tokens,
+            masks=self.session.masks,
             purpose=Purpose.NEXT_TOKEN if self.guessing else Purpose.DRAFT,
             with_confidence=may_fork or (self.may_stop_early and not self.guessing),
         )

@@ -54,6 +54,7 @@ class _Verification:
             block=self.block,
             prompt=opened.prompt,
             answer=self.tokens,
+            masks=self.session.masks,
         )
 
     def commit(self, verdict: Verdict) -> ForwardRequest | None:

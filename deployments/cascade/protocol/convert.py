@@ -33,6 +33,7 @@ from cascade.types import (
     Session,
     SessionId,
     SparseProbs,
+    TokenConstraints,
     TokenLogprob,
     Verdict,
     Verification,
@@ -229,6 +230,7 @@ def decode_session(proto: tokens_pb2.Session) -> Session:
 
 def _encode_policy(policy: DecodingParams, proto: tokens_pb2.Policy) -> None:
     encode_sampling(policy.sampling, proto.sampling)
+    _encode_constraints(policy.constraints, proto.constraints)
     encode_rule(policy.rule, proto.rule)
     proto.coupling = COUPLING.encode(policy.coupling)
     proto.bonus = BONUS.encode(policy.bonus)
@@ -245,6 +247,7 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
     logprobs = proto.logprob_count if proto.HasField("logprob_count") else None
     return DecodingParams(
         sampling=decode_sampling(proto.sampling),
+        constraints=_decode_constraints(proto.constraints),
         rule=decode_rule(proto.rule),
         coupling=COUPLING.decode(proto.coupling),
         bonus=BONUS.decode(proto.bonus),
@@ -254,6 +257,24 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
         seed=bounded(proto.seed, "seed"),
         stop_ids=tuple(proto.stop_token_ids),
         logprobs=None if logprobs is None else bounded(logprobs, "logprob_count"),
+    )
+
+
+def _encode_constraints(constraints: TokenConstraints, proto: tokens_pb2.TokenConstraints) -> None:
+    proto.min_token_count = constraints.min_tokens
+    for word in constraints.bad_words:
+        proto.bad_words.add(token_ids=word)
+    proto.allowed_token_ids.extend(constraints.allowed_ids)
+
+
+def _decode_constraints(proto: tokens_pb2.TokenConstraints) -> TokenConstraints:
+    words = tuple(tuple(word.token_ids) for word in proto.bad_words)
+    if not all(words):
+        raise InvalidRequest("`bad_words` has an empty one; a bad word has at least one token")
+    return TokenConstraints(
+        min_tokens=bounded(proto.min_token_count, "min_token_count"),
+        bad_words=words,
+        allowed_ids=tuple(proto.allowed_token_ids),
     )
 
 

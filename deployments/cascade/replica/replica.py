@@ -26,6 +26,7 @@ from cascade.protocol.server import TierServer
 from cascade.protocol.services import Description
 from cascade.replica.lease_book import LeaseBook
 from cascade.replica.session import ReplicaSession
+from cascade.sampling.token_mask import constraint_masks
 from cascade.speculation.cost_model import Timing
 from cascade.types import SessionId
 
@@ -260,6 +261,7 @@ class Replica(ABC, Generic[Message]):
             lease=message.lease,
             engine_id=SessionId(f"{opened.id}/{next(self._engine_ids)}"),
             tokens=list(opened.tokens),
+            masks=constraint_masks(opened.policy, self._description.vocab_size),
         )
         self._sessions[connection, opened.id] = session
         if session.num_tokens > 1:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cascade.protocol.messages import Judge, Propose
     from cascade.protocol.server import Connection
+    from cascade.sampling.token_mask import TokenMask
     from cascade.types import Session, SessionId
 
 
@@ -30,6 +31,7 @@ class ReplicaSession:
     lease: str  # its token
     engine_id: SessionId  # the session's name in the engine, never reused
     tokens: list[int]  # committed, after the prompt
+    masks: Sequence[TokenMask] = ()
     digest: int = field(init=False)  # of prompt and committed tokens
     engine_tokens: list[int] = field(init=False, default_factory=list[int])  # drafts included
     num_synced: int = field(init=False, default=0)  # engine_tokens[:n] == tokens[:n]

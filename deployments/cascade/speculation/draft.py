@@ -1,6 +1,7 @@
 """The drafter's side: one drafted token for each of many sessions at once.
 
-q and q0 are the drafter's probabilities with and without sampling parameters. q is cut as
+q and q0 are the drafter's probabilities with and without sampling parameters, both over the tokens
+that the session's masks allow. q is cut as
 `payload.draft_cut` says: it is what tokens are sampled from and what is sent, in every mode.
 
 Shapes: `B` sessions, `K` entries of sparse probabilities, `V` vocabulary.
@@ -23,6 +24,7 @@ from cascade.sampling.rng import Purpose
 from cascade.sampling.sampler import Weights, logprobs
 from cascade.sampling.sparse_probs import SparseRows, sparsify
 from cascade.sampling.tensor_ops import to_cpu, to_list
+from cascade.sampling.token_mask import allowed_bits, apply_masks
 from cascade.speculation.confidence import TokenConfidence, token_confidences
 from cascade.speculation.payload import (
     PayloadSpec,
@@ -37,6 +39,8 @@ from cascade.types import Block, DecodingParams, DraftStats, SparseProbs, TokenL
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
+    from cascade.sampling.token_mask import Bits, TokenMask
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftTask:
@@ -46,7 +50,8 @@ class DraftTask:
     position: int  # committed and drafted tokens before this one
     block_start: int  # position at which the block began
     prompt: Sequence[int] = ()  # read if there are penalties
-    answer: Sequence[int] = ()  # committed and drafted tokens, read likewise
+    answer: Sequence[int] = ()  # committed and drafted tokens, read likewise and by masks
+    masks: Sequence[TokenMask] = ()  # the session's
     purpose: Purpose = Purpose.DRAFT  # NEXT_TOKEN guesses what the expert will sample
     with_confidence: bool = False  # report how likely the token and its runner-up are
 
@@ -75,15 +80,26 @@ def draft_step(
         vocab_limit: Token ids from here on are padding of the vocabulary and impossible.
     """
     assert len(tasks) == logits_BV.shape[0], "one task a row"
-    logits_BV = logits_BV[:, :vocab_limit]
+    raw_BV = logits_BV[:, :vocab_limit]
+    logits_BV = apply_masks(
+        raw_BV, enumerate(_allowed_bits(task, raw_BV.shape[1]) for task in tasks)
+    )
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
         groups.setdefault(_group_key(task), []).append(i)
     drafts: dict[int, DraftToken] = {}
     for members in groups.values():
-        rows_BV = logits_BV if len(members) == len(tasks) else logits_BV[members]
-        drafts.update(zip(members, _draft(rows_BV, [tasks[i] for i in members]), strict=True))
+        rows = slice(None) if len(members) == len(tasks) else members
+        raw = None if logits_BV is raw_BV else raw_BV[rows]
+        found = _draft(logits_BV[rows], [tasks[i] for i in members], raw_BV=raw)
+        drafts.update(zip(members, found, strict=True))
     return [drafts[i] for i in range(len(tasks))]
+
+
+def _allowed_bits(task: DraftTask, vocabulary: int) -> Bits | None:
+    return allowed_bits(
+        task.masks, task.answer, stop_ids=task.policy.stop_ids, vocabulary=vocabulary
+    )
 
 
 def block_of(drafts: Sequence[DraftToken], *, length: int | None = None) -> Block:
@@ -127,8 +143,16 @@ class _Sample:
     ids_BK: Tensor | None = None  # the tokens of the scores; None: the vocabulary
 
 
-def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[DraftToken]:
-    """Return the drafts of tasks of one group."""
+def _draft(
+    logits_BV: Tensor, tasks: Sequence[DraftTask], *, raw_BV: Tensor | None
+) -> list[DraftToken]:
+    """Return the drafts of tasks of one group.
+
+    Args:
+        logits_BV: Logits with the masks of the tasks.
+        tasks: One task a row.
+        raw_BV: Without the masks, for log-probabilities; None if there are no masks.
+    """
     spec, count = payload_spec(tasks[0].policy), len(tasks)
     samplings = [task.policy.sampling for task in tasks]
     contexts = [Context(prompt=task.prompt, answer=task.answer) for task in tasks]
@@ -144,7 +168,8 @@ def _draft(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> list[DraftToken]:
         sample = _greedy(q, q0, spec=spec)
     tokens_B = sample.tokens_B
     unscaled_B = _unscaled_at(q0, tokens_B) if spec.unscaled else [None] * count
-    logprobs_B = _logprobs(q0, tokens_B, tasks)
+    reported = q0 if raw_BV is None or not reports else unscaled_probs(raw_BV)
+    logprobs_B = _logprobs(reported, tokens_B, tasks)
     confidences_B: Sequence[TokenConfidence | None] = [None] * count
     if any(task.with_confidence for task in tasks):
         confidences_B = token_confidences(

@@ -23,6 +23,7 @@ from cascade.speculation.verify_batch import (
     VerifyTask,
     build_batch,
     live_length,
+    mask_blocks,
     rows_needed,
 )
 
@@ -47,16 +48,19 @@ def verify(
     """
     counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     assert sum(counts) == logits_NV.shape[0], "each task has `rows_needed` rows of logits"
-    logits_NV = logits_NV[:, :vocab_limit]
+    raw_NV = logits_NV[:, :vocab_limit]
     firsts = [0, *accumulate(counts)]
+    logits_NV, tasks = mask_blocks(raw_NV, tasks)
+    counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
         groups.setdefault(_group_key(task.policy), []).append(i)
     verdicts: dict[int, Verdict] = {}
     for members in groups.values():
         rows = [firsts[i] + j for i in members for j in range(counts[i])]
-        rows_NV = logits_NV if len(members) == len(tasks) else logits_NV[rows]
-        batch = build_batch(rows_NV, [tasks[i] for i in members])
+        chosen = slice(None) if len(rows) == len(raw_NV) else rows
+        raw = None if logits_NV is raw_NV else raw_NV[chosen]
+        batch = build_batch(logits_NV[chosen], [tasks[i] for i in members], raw_NV=raw)
         verdicts.update(zip(members, _with_logprobs(batch, _judge(batch)), strict=True))
     return [verdicts[i] for i in range(len(tasks))]
 
@@ -76,7 +80,7 @@ def _judge(batch: VerifyBatch) -> list[Verdict]:
 
 
 def _with_logprobs(batch: VerifyBatch, verdicts: list[Verdict]) -> list[Verdict]:
-    """Return the verdicts with p0's log-probability of each token, for the tasks that ask."""
+    """Return the verdicts with the log-probability of each token, for the tasks that ask."""
     picks = [
         (i, batch.row_offsets[i] + j, token, task.policy.logprobs)
         for i, (task, verdict) in enumerate(zip(batch.tasks, verdicts, strict=True))
@@ -87,7 +91,7 @@ def _with_logprobs(batch: VerifyBatch, verdicts: list[Verdict]) -> list[Verdict]
         return verdicts
     rows_E = torch.tensor([row for _, row, _, _ in picks], device=batch.logits_NV.device)
     found = logprobs(
-        batch.p0.select(rows_E), [t for _, _, t, _ in picks], [top for _, _, _, top in picks]
+        batch.reported.select(rows_E), [t for _, _, t, _ in picks], [top for _, _, _, top in picks]
     )
     of_task: list[list[TokenLogprob]] = [[] for _ in verdicts]
     for (i, _, _, _), entry in zip(picks, found, strict=True):

@@ -1,7 +1,7 @@
 """Blocks that are judged together, laid out flat: which row of logits judges which drafted token.
 
 p and p0 are the expert's probabilities with and without sampling parameters, q and q0 the
-drafter's, and pi the target distribution.
+drafter's, and pi the target distribution; all are over the tokens that the session's masks allow.
 
 Shapes: `N` rows of logits, `M` judged positions, `K` tokens of the drafter's support, `V`
 vocabulary. A task has a judged position for each drafted token, and one more after the block if
@@ -11,7 +11,7 @@ the bonus token follows pi there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeVar
@@ -19,11 +19,23 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from cascade.rules import Bild, Diff, DiffLog, Opt, OptLog, TokenV1, TokenV2, TokenV3, Typical
+from cascade.rules import (
+    Bild,
+    Diff,
+    DiffLog,
+    Lossless,
+    Opt,
+    OptLog,
+    TokenV1,
+    TokenV2,
+    TokenV3,
+    Typical,
+)
 from cascade.sampling.penalties import Context
 from cascade.sampling.probs import Probs, SoftmaxProbs, process, unscaled_probs
 from cascade.sampling.sparse_probs import Support, received
 from cascade.sampling.tensor_ops import widen
+from cascade.sampling.token_mask import Bits, allowed_bits, allows, apply_masks
 from cascade.speculation.payload import needs_probs_after_block, sends_ids_only
 from cascade.speculation.target_distribution import (
     RuleInputs,
@@ -34,6 +46,8 @@ from cascade.types import Block, Bonus, DecodingParams, DraftStats, SamplingPara
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from cascade.sampling.token_mask import TokenMask
 
 _Value = TypeVar("_Value")
 
@@ -49,7 +63,8 @@ class VerifyTask:
     position: int
     block: Block = field(default_factory=Block)
     prompt: Sequence[int] = ()  # read if there are penalties
-    answer: Sequence[int] = ()  # committed tokens, read likewise
+    answer: Sequence[int] = ()  # committed tokens, read likewise and by masks
+    masks: Sequence[TokenMask] = ()  # the session's
 
 
 def live_length(policy: DecodingParams, tokens: Sequence[int]) -> int:
@@ -82,6 +97,7 @@ class VerifyBatch:
 
     tasks: Sequence[VerifyTask]
     logits_NV: Tensor
+    raw_NV: Tensor | None  # without masks; None if there are none
     lengths: list[int]  # drafted tokens of each task, up to a stop token
     has_bonus: list[bool]  # whether a token follows if all are accepted
     row_offsets: list[int]  # rows i to i + 1 are a task's rows of logits
@@ -113,6 +129,11 @@ class VerifyBatch:
         """The expert's unscaled probabilities, N rows."""
         samplings = [task.policy.sampling for task in self.tasks]
         return unscaled_probs(self.logits_NV, processed=self.p, samplings_N=samplings)
+
+    @property
+    def reported(self) -> SoftmaxProbs:
+        """The probabilities that log-probabilities report: unscaled, and without masks."""
+        return self.p0 if self.raw_NV is None else unscaled_probs(self.raw_NV)
 
     @cached_property
     def support(self) -> Support:
@@ -205,8 +226,47 @@ def _contexts(task: VerifyTask, count: int) -> list[Context]:
     ]
 
 
-def build_batch(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> VerifyBatch:
-    """Return a batch of tasks that share rule and procedure; their rows of logits are in order."""
+def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor, list[VerifyTask]]:
+    """Return the logits with the masks of the tasks, and the tasks as they are judged.
+
+    A block ends before a token that its masks forbid. Drafters draw none; a prediction of the
+    client may hold one, which a rule that keeps drafts would keep. The lossless rule rejects it.
+
+    Args:
+        logits_NV: Raw logits, `rows_needed` rows for each task.
+        tasks: The tasks in the order of their rows.
+    """
+    first, bits, judged = 0, list[tuple[int, Bits | None]](), list[VerifyTask]()
+    for task in tasks:
+        tokens = task.block.tokens
+        count = rows_needed(task.policy, tokens)
+        bits_RW = allowed_bits(
+            task.masks,
+            task.answer,
+            tokens[: count - 1],
+            stop_ids=task.policy.stop_ids,
+            vocabulary=logits_NV.shape[1],
+        )
+        bits.append((first, bits_RW))
+        first += count
+        if bits_RW is not None and not isinstance(task.policy.rule, Lossless):
+            allowed = allows(bits_RW, tokens[: live_length(task.policy, tokens)])
+            if not all(allowed):
+                task = replace(task, block=task.block.prefix(allowed.index(False)))  # noqa: PLW2901
+        judged.append(task)
+    return apply_masks(logits_NV, bits), judged
+
+
+def build_batch(
+    logits_NV: Tensor, tasks: Sequence[VerifyTask], *, raw_NV: Tensor | None = None
+) -> VerifyBatch:
+    """Return a batch of tasks that share rule and procedure; their rows of logits are in order.
+
+    Args:
+        logits_NV: Logits with the masks of the tasks.
+        tasks: The tasks.
+        raw_NV: Without the masks, for log-probabilities; None if there are none.
+    """
     lengths = [live_length(t.policy, t.block.tokens) for t in tasks]
     counts = [rows_needed(t.policy, t.block.tokens) for t in tasks]
     judged = [n + _judges_bonus(t, n) for t, n in zip(tasks, lengths, strict=True)]
@@ -214,6 +274,7 @@ def build_batch(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> VerifyBatch:
     return VerifyBatch(
         tasks=tasks,
         logits_NV=logits_NV,
+        raw_NV=raw_NV,
         lengths=lengths,
         has_bonus=[
             _has_bonus(t.policy, t.block.tokens[:n]) for t, n in zip(tasks, lengths, strict=True)

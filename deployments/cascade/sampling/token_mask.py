@@ -1,0 +1,191 @@
+"""Which tokens may follow a text: bitmasks that both tiers apply to their raw logits.
+
+A mask comes before bias, penalties, temperature and truncation, so a rule reads the distributions
+of both models masked and renormalised. Reported log-probabilities are those of the raw logits.
+
+A bitmask has one bit per token, set where the token may follow: 32 tokens a word, lowest bit first,
+as xgrammar has it.
+
+Shapes: `N` rows of logits, `R` rows of one block, `E` masked rows, `W` words of a bitmask,
+`V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from cascade.types import DecodingParams
+
+Bits: TypeAlias = NDArray[np.uint32]
+
+_WORD = 32
+
+
+class TokenMask(Protocol):
+    """Which tokens may follow the answer of one session; drafter and expert have one each.
+
+    It is asked on the engine's thread, for any text: a mask that follows a grammar goes back where
+    the tokens differ from those it saw last.
+    """
+
+    def restrict(self, bits_RW: Bits, answer: Sequence[int], drafted: Sequence[int]) -> bool:
+        """Clear the bits of tokens that may not follow; return whether any row is restricted.
+
+        Args:
+            bits_RW: Row i is that of the token after `answer` and `drafted[:i]`.
+            answer: Tokens of the answer so far.
+            drafted: Tokens after them, at least R - 1.
+        """
+        ...
+
+
+class ConstraintMask:
+    """The mask of a session's `TokenConstraints`."""
+
+    def __init__(self, policy: DecodingParams, vocabulary: int) -> None:
+        constraints = policy.constraints
+        self._min_tokens = constraints.min_tokens
+        self._stop_W = ~_bits_of(policy.stop_ids, vocabulary)
+        self._always_W: Bits | None = None
+        if constraints.allowed_ids:
+            self._always_W = _bits_of(constraints.allowed_ids, vocabulary)
+        single = [word[0] for word in constraints.bad_words if len(word) == 1]
+        if single:
+            always_W = _every_bit(vocabulary) if self._always_W is None else self._always_W
+            self._always_W = always_W & ~_bits_of(single, vocabulary)
+        # By their last but one token: the tokens before that one, and the last one.
+        self._words: defaultdict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+        for word in constraints.bad_words:
+            if len(word) > 1 and word[-1] < vocabulary:
+                self._words[word[-2]].append((word[:-2], word[-1]))
+        self._longest = max(map(len, constraints.bad_words), default=0)
+
+    def restrict(self, bits_RW: Bits, answer: Sequence[int], drafted: Sequence[int]) -> bool:
+        """Clear the bits of tokens that may not follow; return whether any row is restricted."""
+        early = min(max(0, self._min_tokens - len(answer)), len(bits_RW))
+        bits_RW[:early] &= self._stop_W
+        restricted = early > 0
+        if self._always_W is not None:
+            bits_RW &= self._always_W
+            restricted = True
+        if not self._words:
+            return restricted
+        known = max(0, len(answer) - self._longest)
+        text = [*answer[known:], *drafted[: len(bits_RW) - 1]]
+        for row, bits_W in enumerate(bits_RW):
+            end = len(answer) - known + row
+            for before, last in self._words.get(text[end - 1], ()) if end else ():
+                start = end - 1 - len(before)
+                if start >= 0 and tuple(text[start : end - 1]) == before:
+                    bits_W[last // _WORD] &= ~np.uint32(1 << last % _WORD)
+                    restricted = True
+        return restricted
+
+
+def constraint_masks(policy: DecodingParams, vocabulary: int) -> tuple[TokenMask, ...]:
+    """Return the masks that decoding parameters imply for a session.
+
+    Args:
+        policy: The session's parameters.
+        vocabulary: Logits of a row.
+    """
+    constraints = policy.constraints
+    if constraints.min_tokens or constraints.bad_words or constraints.allowed_ids:
+        return (ConstraintMask(policy, vocabulary),)
+    return ()
+
+
+def allowed_bits(
+    masks: Sequence[TokenMask],
+    answer: Sequence[int],
+    drafted: Sequence[int] = (),
+    *,
+    stop_ids: Collection[int],
+    vocabulary: int,
+) -> Bits | None:
+    """Return which tokens may follow at each row of a block, [R, W], or None if all may.
+
+    Where no token may, the answer ends: stop tokens may follow, and all tokens if there are none.
+
+    Args:
+        masks: The session's.
+        answer: Tokens before the block.
+        drafted: R - 1 tokens of it.
+        stop_ids: What ends the answer.
+        vocabulary: Logits of a row.
+    """
+    if not masks:
+        return None
+    bits_RW = np.tile(_every_bit(vocabulary), (len(drafted) + 1, 1))
+    restricted = [mask.restrict(bits_RW, answer, drafted) for mask in masks]
+    if not any(restricted):
+        return None
+    dead_R = ~bits_RW.any(axis=1)
+    if dead_R.any():
+        ends_W = _bits_of(stop_ids, vocabulary)
+        bits_RW[dead_R] = ends_W if ends_W.any() else _every_bit(vocabulary)
+    return bits_RW
+
+
+def allows(bits_RW: Bits, tokens: Sequence[int]) -> list[bool]:
+    """Return whether each token may follow at its row."""
+    return [
+        bool(bits_W[token // _WORD] >> np.uint32(token % _WORD) & 1)
+        for bits_W, token in zip(bits_RW, tokens, strict=False)
+    ]
+
+
+def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) -> Tensor:
+    """Return the logits, -inf where a token may not follow; the same tensor if all may.
+
+    Args:
+        logits_NV: Raw logits, any float type.
+        masked: The first row of each block, and which tokens may follow at its rows.
+    """
+    found = [(first, bits_RW) for first, bits_RW in masked if bits_RW is not None]
+    if not found:
+        return logits_NV
+    rows_E = [first + i for first, bits_RW in found for i in range(len(bits_RW))]
+    allowed_EV = _unpacked(np.concatenate([bits_RW for _, bits_RW in found]), logits_NV)
+    if len(rows_E) == len(logits_NV):
+        return torch.where(allowed_EV, logits_NV, -math.inf)
+    index_E = torch.tensor(rows_E, device=logits_NV.device)
+    some_EV = torch.where(allowed_EV, logits_NV[index_E], -math.inf)
+    return logits_NV.index_copy(0, index_E, some_EV)
+
+
+def _unpacked(bits_EW: Bits, like_NV: Tensor) -> Tensor:
+    """Return bitmasks as bool, [E, V], on the device of the logits."""
+    vocabulary = like_NV.shape[1]
+    if like_NV.device.type == "cpu":
+        octets = bits_EW.astype("<u4", copy=False).view(np.uint8)
+        flags = np.unpackbits(octets, axis=1, count=vocabulary, bitorder="little")
+        return torch.from_numpy(flags.view(np.bool_))
+    words_EW1 = torch.from_numpy(bits_EW.view(np.int32)).to(like_NV.device)[:, :, None]
+    shifts = torch.arange(_WORD, dtype=torch.int32, device=like_NV.device)
+    return ((words_EW1 >> shifts) & 1).flatten(1)[:, :vocabulary].bool()
+
+
+def _every_bit(vocabulary: int) -> Bits:
+    """Return a bitmask with all tokens of the vocabulary."""
+    bits_W = np.full(-(-vocabulary // _WORD), 2**_WORD - 1, np.uint32)
+    if vocabulary % _WORD:
+        bits_W[-1] = (1 << vocabulary % _WORD) - 1
+    return bits_W
+
+
+def _bits_of(ids: Iterable[int], vocabulary: int) -> Bits:
+    """Return a bitmask with these tokens; ids beyond the vocabulary are ignored."""
+    flags = np.zeros(-(-vocabulary // _WORD) * _WORD, np.uint8)
+    flags[[id_ for id_ in ids if id_ < vocabulary]] = 1
+    return np.packbits(flags, bitorder="little").view("<u4").astype(np.uint32, copy=False)
