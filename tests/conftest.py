@@ -80,7 +80,9 @@ def words(count: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def random_model(folder: Path, *, vocabulary: int, width: int, layers: int, seed: int) -> Folder:
+def random_model(  # noqa: PLR0913 - numbers of a configuration
+    folder: Path, *, vocabulary: int, width: int, layers: int, seed: int, key_heads: int = 2
+) -> Folder:
     """Write a random model whose distributions are neither flat nor one-hot."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -89,7 +91,7 @@ def random_model(folder: Path, *, vocabulary: int, width: int, layers: int, seed
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_heads,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=None,

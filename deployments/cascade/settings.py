@@ -25,7 +25,7 @@ from cascade import demo
 from cascade.api import context
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.schema import in_plain_words
-from cascade.engine import model_loader, model_pair, threads
+from cascade.engine import model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings
 from cascade.errors import StartupError
 from cascade.observability.metrics import MetricBackend
@@ -341,7 +341,7 @@ class Application(Settings):
         for tier in (self.drafter, self.expert):
             if tier.engine.tensor_parallel > 1:
                 config = model_loader.read_config(**asdict(tier.source()))
-                model_loader.check_plan(tier.model_path, config, size=tier.engine.tensor_parallel)
+                tp_plan.check(tier.model_path, config, size=tier.engine.tensor_parallel)
         return pair
 
     def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:

@@ -13,13 +13,12 @@ from tests.engine.architectures import build
 from tests.engine.harness import EngineHarness, GreedyHandler
 from tests.engine.test_exactness import TOLERANCE, ragged_scenario
 
-from cascade.engine import tensor_parallel
+from cascade.engine import tensor_parallel, tp_plan
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.sharded import ShardedRunner, pack, unpack
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
 from cascade.engine.engine import Engine
-from cascade.engine.model_loader import check_plan
 from cascade.engine.request import ForwardRequest
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import StartupError, Unavailable, UnsupportedModel
@@ -96,6 +95,38 @@ def test_widths_and_vocabularies_need_not_divide(name: str, tmp_path: pathlib.Pa
         ragged_scenario(harness)
 
         assert harness.worst < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "key_heads", "size"),
+    [
+        ("llama", 1, 2),
+        pytest.param("llama", 2, 4, marks=SLOW),
+        pytest.param("qwen2", 1, 2, marks=SLOW),
+        pytest.param("qwen3", 1, 4, marks=SLOW),
+        pytest.param("gemma3", 1, 2, marks=SLOW),
+        pytest.param("gemma4", 1, 2, marks=SLOW),
+        pytest.param("mixtral", 1, 2, marks=SLOW),
+        pytest.param("llama4", 1, 2, marks=SLOW),
+        pytest.param("phi", 2, 4, marks=SLOW),
+    ],
+)
+def test_processes_share_key_heads_that_are_fewer(
+    name: str, key_heads: int, size: int, tmp_path: pathlib.Path
+) -> None:
+    plain = build(name, num_key_value_heads=key_heads)
+    plain.save_pretrained(tmp_path)
+    settings = over(size)
+    with loaded(tmp_path, settings) as model:
+        harness = EngineHarness(plain, settings, loaded=model)
+
+        ragged_scenario(harness)
+
+        bytes_per_token = harness.engine.runner.pool.bytes_per_token
+        assert harness.worst < TOLERANCE
+        assert harness.largest > 0.5, "the logits differ enough for an error to show"
+    alone = EngineHarness(plain, EngineSettings(cache_tokens=1024, path=settings.path))
+    assert bytes_per_token * key_heads == alone.engine.runner.pool.bytes_per_token
 
 
 @pytest.mark.slow
@@ -189,23 +220,32 @@ def test_a_process_runs_one_sharded_model_at_a_time(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "reason"),
+    ("name", "shape", "size", "reason"),
     [
-        ("gpt2", 2, "no tensor parallel plan"),
-        ("gpt-oss", 2, "no tensor parallel plan"),
-        ("llama", 4, "num_key_value_heads of .* is 2, which 4 devices cannot share evenly"),
-        ("llama", 3, "num_attention_heads of .* is 4, which 3 devices"),
-        ("gpt-neox", 3, "num_attention_heads of .* is 4, which 3 devices"),
+        ("gpt2", None, 2, r"no tensor parallel plan .*\(gpt2\).*pipeline.*on one device"),
+        ("gpt-oss", None, 2, "no tensor parallel plan"),
+        ("llama", (6, 3), 2, "has 6 attention heads and 3 key and value heads.* can be 1, 3, 6$"),
+        ("qwen3", (12, 3), 4, "12 attention heads and 3 key .* can be 1, 3, 6, 12$"),
+        ("llama", (4, 2), 3, "4 attention heads and 2 key .* which 3 devices .* can be 1, 2, 4$"),
+        ("llama", (4, 2), 8, "which 8 devices cannot share evenly"),
+        ("gpt-neox", (4, None), 3, "4 attention heads and 4 key .* can be 1, 2, 4$"),
     ],
 )
-def test_a_model_that_cannot_be_shared_is_refused(name: str, size: int, reason: str) -> None:
+def test_a_model_that_cannot_be_shared_is_refused(
+    name: str, shape: tuple[int, int | None] | None, size: int, reason: str
+) -> None:
+    config = build(name).config
+    if shape is not None:
+        config.num_attention_heads, config.num_key_value_heads = shape
     with pytest.raises(UnsupportedModel, match=reason):
-        check_plan(name, build(name).config, size=size)
+        tp_plan.check(name, config, size=size)
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("phi3", 3), ("deepseek-v3", 3)])
-def test_heads_that_stay_whole_need_not_divide(name: str, size: int) -> None:
-    check_plan(name, build(name).config, size=size)
+@pytest.mark.parametrize(
+    ("name", "size"), [("llama", 2), ("llama", 4), ("phi3", 3), ("deepseek-v3", 3)]
+)
+def test_a_model_that_can_be_shared_is_not_refused(name: str, size: int) -> None:
+    tp_plan.check(name, build(name).config, size=size)
 
 
 def test_a_device_of_its_own_cannot_be_named(tmp_path: pathlib.Path) -> None:

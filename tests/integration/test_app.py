@@ -85,7 +85,7 @@ def test_serve_takes_a_tiers_counts_and_resources(count: dict[str, Any]) -> None
 
 def test_a_model_that_cannot_be_shared_is_refused_before_anything_is_deployed(toy: Pair) -> None:
     expert = {"model": str(toy.expert.path), "engine": {"tensor_parallel": 3}}
-    with pytest.raises(UnsupportedModel, match=r"num_attention_heads of .* is 4, which 3 devices"):
+    with pytest.raises(UnsupportedModel, match=r"4 attention heads and 2 .*, which 3 devices"):
         build(toy.settings(expert=expert))
 
 

@@ -30,6 +30,7 @@ from cascade.types import DecodingParams, Mode, Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
+    from pathlib import Path
 
     from cascade.engine.tensor_parallel import RankTask
     from cascade.router.router import Router
@@ -70,8 +71,16 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp("sharded")
-    shape: dict[str, int] = {"vocabulary": VOCABULARY, "width": 64, "layers": 3}
+    return make_case(tmp_path_factory.mktemp("sharded"), key_heads=2)
+
+
+def make_case(root: Path, *, key_heads: int) -> Case:
+    shape: dict[str, int] = {
+        "vocabulary": VOCABULARY,
+        "width": 64,
+        "layers": 3,
+        "key_heads": key_heads,
+    }
     expert = random_model(root / "expert", **shape, seed=3)
     drafter = LlamaForCausalLM.from_pretrained(expert.path)
     torch.manual_seed(4)
@@ -187,7 +196,11 @@ async def test_without_another_replica_a_stream_ends_with_an_error(case: Case) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_greedy_text_is_the_experts_own_at_every_draft_length(case: Case) -> None:
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+async def test_greedy_text_is_the_experts_own_at_every_draft_length(
+    key_heads: int, tmp_path: Path
+) -> None:
+    case = make_case(tmp_path, key_heads=key_heads)
     expected = [case.expected(prompt, max_tokens=40) for prompt in case.prompts]
     async with serving(case) as running:
         for shift in range(len(LENGTHS)):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
-from cascade.engine import quantisation
+from cascade.engine import quantisation, tp_plan
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _PACKED = ("I8", "U8", "F8", "F4")  # how safetensors names the types of quantised numbers
-# Numbers that ranks must divide evenly if they share attention.
-_HEADS = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -268,37 +266,6 @@ def check_state(model_class: type[PreTrainedModel] | None) -> None:
         )
 
 
-def check_plan(name: str, config: PreTrainedConfig, *, size: int) -> None:
-    """Check that a model can be sharded.
-
-    Args:
-        name: The model, for errors.
-        config: Its configuration.
-        size: The number of ranks.
-
-    Raises:
-        UnsupportedModel: It cannot; the message says why.
-    """
-    text: Any = config.get_text_config(decoder=True)
-    plan: dict[str, str] = getattr(text, "base_model_tp_plan", None) or {}
-    advice = "serve it on one device (engine.tensor_parallel: 1)"
-    if not plan:
-        raise UnsupportedModel(
-            f"transformers has no tensor parallel plan for {name!r} ({text.model_type}); {advice}"
-        )
-    whole_heads = any(
-        style == "colwise" and "attn" in rule.replace("attention", "attn")
-        for rule, style in plan.items()
-    )
-    for heads in _HEADS if whole_heads else ():
-        count = getattr(text, heads, None)
-        if isinstance(count, int) and count % size:
-            raise UnsupportedModel(
-                f"{heads} of {name!r} is {count}, which {size} devices cannot share evenly; set "
-                f"engine.tensor_parallel to a divisor of {count}"
-            )
-
-
 def _check_files(name: str, *, quantised: bool) -> None:
     folder = Path(name)
     if not folder.is_dir():
@@ -352,6 +319,7 @@ def _weights(  # noqa: PLR0913 - what transformers is told
 ) -> PreTrainedModel:
     method = quantisation.method(config)
     sharding: dict[str, Any] = {}
+    shared = tensor_parallel > 1 and tp_plan.keep_key_heads_whole(config, size=tensor_parallel)
     if tensor_parallel > 1:
         sharding["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     try:
@@ -392,6 +360,8 @@ def _weights(  # noqa: PLR0913 - what transformers is told
             f"{name!r} is quantised with {method}, which this transformers does not know; "
             "serve an unquantised checkpoint"
         )
+    if shared:
+        tp_plan.take_key_heads(model)
     return model
 
 

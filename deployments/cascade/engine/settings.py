@@ -10,6 +10,8 @@ from annotated_types import Interval
 
 from cascade.types import Natural  # noqa: TC001 - pydantic reads annotations
 
+MAX_RANKS = 64  # devices that share a model
+
 
 class Path(StrEnum):
     """How the model runs; `AUTO` takes the fastest path that the check at load proves exact."""
@@ -30,7 +32,7 @@ class EngineSettings:
     # auto is float32 on a CPU, else the checkpoint's
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # devices that share each layer's weights, with a process each
-    tensor_parallel: Annotated[int, Interval(ge=1, le=64)] = 1
+    tensor_parallel: Annotated[int, Interval(ge=1, le=MAX_RANKS)] = 1
     threads: Natural = 0  # torch threads of each process
     cache_tokens: Natural = 0  # capacity of the KV cache, for all sessions together
     cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0

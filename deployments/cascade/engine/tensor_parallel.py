@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - both are documented
 from transformers.utils.logging import disable_progress_bar
 
-from cascade.engine import model_loader, threads
+from cascade.engine import model_loader, threads, tp_plan
 from cascade.engine.backends import select
 from cascade.engine.backends.sharded import follow
 from cascade.engine.ranks import Ranks, Worker, error_key
@@ -101,7 +101,7 @@ def load(
             "engine.tensor_parallel needs accelerate; pip install "
             "'speculative-cascades[tensor-parallel]'"
         )
-    model_loader.check_plan(name, model_loader.read_config(name, **source), size=size)
+    tp_plan.check(name, model_loader.read_config(name, **source), size=size)
     _check_device(settings)
     listener = socket.create_server((_HOST, 0))
     port: int = listener.getsockname()[1]
