@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from numpy.random import Generator, default_rng
+from tests.engine.architectures import VOCABULARY
 
 from cascade.engine.backends.base import RopeLengths, find_rope_lengths
 from cascade.engine.engine import Engine
@@ -62,7 +64,7 @@ class RecordingHandler:
             received = self.received[id(output.request)]
             assert not received.ended
             assert output.first == len(received.positions)
-            received.logits.extend(logits.clone())
+            received.logits.extend(logits.to("cpu", copy=True))
             received.positions.extend(range(output.position, output.position + output.count))
             received.ended = output.last
         return []
@@ -212,3 +214,33 @@ class EngineHarness:
         for session in list(self.tokens):
             self.release(session)
             self.engine.step()
+
+
+def draw(chance: Generator, count: int) -> list[int]:
+    return chance.integers(3, VOCABULARY, size=count).tolist()
+
+
+def ragged_scenario(harness: EngineHarness) -> None:
+    """Run prefills, blocks and rollbacks of several sessions, with growth, eviction and reuse."""
+    chance = default_rng(7)
+
+    def run(*requests: tuple[str, int, int]) -> None:
+        received = [
+            harness.submit(session, draw(chance, count), drop=drop, num_logits=count)
+            for session, drop, count in requests
+        ]
+        harness.run_until_done(*received)
+
+    run(("a", 0, 37), ("b", 0, 5))
+    run(("a", 0, 4), ("b", 0, 1), ("c", 0, 23))
+    run(("a", 3, 6), ("c", 0, 16), ("b", 0, 2), ("d", 0, 70))
+    run(("c", 9, 1), ("d", 30, 1), ("a", 0, 1), ("b", 0, 1))
+    run(("a", 0, 3), ("b", 1, 8), ("c", 2, 1), ("d", 0, 30))
+    prefix = harness.tokens["a"][:30]
+    reused = harness.submit("e", [*prefix, *draw(chance, 9)], num_logits=9)
+    harness.run_until_done(reused, harness.submit("d", draw(chance, 60), num_logits=5))
+    run(("d", 1, 2), ("a", 0, 5), ("e", 0, 5))
+    harness.release("a")
+    again = harness.submit("f", [*prefix, *draw(chance, 3)], num_logits=33)
+    harness.run_until_done(again)
+    run(("f", 0, 5), ("e", 4, 5), ("b", 0, 40))

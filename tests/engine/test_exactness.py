@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from numpy.random import Generator, default_rng
-from tests.engine.architectures import LLAMA_LIKE, MORE, PADDED, ROPE, VARLEN, VOCABULARY, build
-from tests.engine.harness import EngineHarness
+from tests.engine.architectures import LLAMA_LIKE, MORE, PADDED, ROPE, VARLEN, build
+from tests.engine.harness import EngineHarness, ragged_scenario
 from torch import nn
 
 from cascade.engine.backends import cpu_llama
@@ -22,36 +21,6 @@ from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 
 TOLERANCE = 1e-4
-
-
-def draw(chance: Generator, count: int) -> list[int]:
-    return chance.integers(3, VOCABULARY, size=count).tolist()
-
-
-def ragged_scenario(harness: EngineHarness) -> None:
-    """Run prefills, blocks and rollbacks of several sessions, with growth, eviction and reuse."""
-    chance = default_rng(7)
-
-    def run(*requests: tuple[str, int, int]) -> None:
-        received = [
-            harness.submit(session, draw(chance, count), drop=drop, num_logits=count)
-            for session, drop, count in requests
-        ]
-        harness.run_until_done(*received)
-
-    run(("a", 0, 37), ("b", 0, 5))
-    run(("a", 0, 4), ("b", 0, 1), ("c", 0, 23))
-    run(("a", 3, 6), ("c", 0, 16), ("b", 0, 2), ("d", 0, 70))
-    run(("c", 9, 1), ("d", 30, 1), ("a", 0, 1), ("b", 0, 1))
-    run(("a", 0, 3), ("b", 1, 8), ("c", 2, 1), ("d", 0, 30))
-    prefix = harness.tokens["a"][:30]
-    reused = harness.submit("e", [*prefix, *draw(chance, 9)], num_logits=9)
-    harness.run_until_done(reused, harness.submit("d", draw(chance, 60), num_logits=5))
-    run(("d", 1, 2), ("a", 0, 5), ("e", 0, 5))
-    harness.release("a")
-    again = harness.submit("f", [*prefix, *draw(chance, 3)], num_logits=33)
-    harness.run_until_done(again)
-    run(("f", 0, 5), ("e", 4, 5), ("b", 0, 40))
 
 
 @pytest.mark.parametrize("name", VARLEN)

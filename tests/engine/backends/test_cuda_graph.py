@@ -14,8 +14,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from tests.engine.architectures import ROPE, VARLEN, VOCABULARY, build
-from tests.engine.harness import EngineHarness, GreedyHandler
-from tests.engine.test_exactness import ragged_scenario
+from tests.engine.harness import EngineHarness, GreedyHandler, ragged_scenario
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
