@@ -56,6 +56,8 @@ def test_the_environment_of_a_replica() -> None:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
+        "LRU_CACHE_CAPACITY": "512",
     }
     assert "OMP_NUM_THREADS" not in threads.environment()
 

@@ -6,6 +6,9 @@ environment by then. numpy's own pool has no such policy, so it gets one thread.
 
 Each pass allocates what the one before freed. If glibc returns blocks of megabytes to the system in
 between, every page of them faults, which can take longer than the work on them.
+
+oneDNN keeps the kernels of the last shapes, and torch their descriptions, a quarter of a MiB each.
+By default both keep 1024.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEPT_BYTES = 2**30
+_KEPT_KERNELS = 512  # more than the shapes of a model (see `prepacked_linear.kernel_rows`)
 
 
 def environment(*, threads: int = 0) -> dict[str, str]:
@@ -28,6 +32,8 @@ def environment(*, threads: int = 0) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(_KEPT_KERNELS),
+        "LRU_CACHE_CAPACITY": str(_KEPT_KERNELS),
     }
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)

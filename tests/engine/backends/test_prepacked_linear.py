@@ -9,7 +9,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from cascade.engine.backends.prepacked_linear import FIXED_ROWS, fix_batches, pack, packed
+from cascade.engine.backends.prepacked_linear import (
+    FIXED_ROWS,
+    fix_batches,
+    kernel_rows,
+    pack,
+    packed,
+)
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
 from cascade.engine.request import ForwardRequest
@@ -86,6 +92,25 @@ def test_deterministic_layers_do_not_depend_on_the_batch(dtype: torch.dtype, col
     for size in (2, 3, 31, 32, 33, 70):
         assert torch.equal(torch.cat([linear(some) for some in inputs_NK.split(size)]), alone_NO)
     assert linear(inputs_NK[:0]).shape == (0, 96)
+
+
+@packs
+@pytest.mark.parametrize("dtype", BOTH)
+def test_any_number_of_vectors_is_multiplied(dtype: torch.dtype) -> None:
+    chance = torch.Generator().manual_seed(0)
+    weight_OK, inputs_NK = (torch.randn(n, 256, generator=chance).to(dtype) for n in (96, 300))
+    bias_O = torch.randn(96, generator=chance).to(dtype)
+    multiply = packed(weight_OK, bias_O)
+    for count in (0, 1, 16, 17, 33, 65, 129, 300):
+        some_NK = inputs_NK[:count]
+        expected_NO = nn.functional.linear(some_NK, weight_OK, bias_O)
+        torch.testing.assert_close(multiply(some_NK), expected_NO, rtol=0.02, atol=1e-3)
+
+
+def test_kernels_are_for_few_numbers_of_vectors_and_compute_little_in_vain() -> None:
+    rows = {count: kernel_rows(count) for count in range(513)}
+    assert all(count <= rows[count] <= count * 9 / 8 for count in rows)
+    assert len(set(rows.values())) == 57
 
 
 def logits_of(
