@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from cascade.sampling.tensor_ops import upload
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -238,7 +240,7 @@ class RaggedBatch:
         )
 
     def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return upload(values, self.device, dtype=dtype)
 
 
 def _mask(

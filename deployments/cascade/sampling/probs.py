@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import apply_penalties
-from cascade.sampling.tensor_ops import widen
+from cascade.sampling.tensor_ops import upload, widen
 from cascade.sampling.truncation import truncate
 from cascade.types import SamplingParams
 
@@ -202,7 +202,7 @@ def process(
         best_N, vocab = tensor_ops.argmax(logits_NV), logits_NV.shape[1]
         return OneHotProbs(best_N=best_N, vocab=vocab, dtype=like.dtype)
     inverse = [1.0 / max(s.temperature, _MIN_TEMPERATURE) for s in samplings_N]
-    inverse_N1 = like.new_tensor(inverse)[:, None]
+    inverse_N1 = upload(inverse, like.device, dtype=like.dtype)[:, None]
     truncates = any(s.top_k or s.top_p < 1 or s.min_p for s in distinct)
     found = _truncation(logits_NV, inverse_N1, samplings_N) if truncates else None
     return SoftmaxProbs(

@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cascade.sampling.tensor_ops import upload
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -136,8 +138,8 @@ def gumbel_noise_at(seeds_N: Sequence[int], positions_N: Sequence[int], ids_NK: 
 def _noise_words(seeds_N: Sequence[int], positions_N: Sequence[int], quads_NQ: Tensor) -> Tensor:
     """Return the words of groups of four neighbouring tokens, int64 [N, Q, 4]."""
     device = quads_NQ.device
-    seed_N1 = torch.tensor(seeds_N, dtype=torch.int64, device=device)[:, None]
-    position_N1 = torch.tensor(positions_N, dtype=torch.int64, device=device)[:, None]
+    seed_N1 = upload(seeds_N, device, dtype=torch.int64)[:, None]
+    position_N1 = upload(positions_N, device, dtype=torch.int64)[:, None]
     zero_N1 = torch.zeros_like(seed_N1)
     counter = (quads_NQ, position_N1, zero_N1, zero_N1 + int(Purpose.NOISE))
     return torch.stack(philox(counter, (seed_N1 & _MASK, seed_N1 >> 32)), dim=-1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cascade.sampling.tensor_ops import to_list
+from cascade.sampling.tensor_ops import to_list, upload
 from cascade.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Weights:
         An index of weight 0 is returned only if all weights are 0.
         """
         weights_NK = self.weights_NK
-        points_N1 = (uniforms_N.to(weights_NK.device) * self.totals)[:, None]
+        points_N1 = (upload(uniforms_N, weights_NK.device) * self.totals)[:, None]
         block_N1, rest_N1 = _locate(self._sums, points_N1)
         if self._is_short:
             return block_N1.squeeze(1)

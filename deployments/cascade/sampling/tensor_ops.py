@@ -43,6 +43,20 @@ def argmax(values_NV: Tensor) -> Tensor:
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
+def upload(values: Any, device: torch.device, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return values on a device, without waiting for what it is doing.
+
+    Args:
+        values: Numbers, or a tensor in host memory.
+        device: The device.
+        dtype: Of the result.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    # torch keeps pinned memory until it has been read.
+    return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
 class _Counter(threading.local):
     reads = 0
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cascade.sampling.tensor_ops import upload
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -131,7 +133,7 @@ def truncate_on_device(
         # p >= min_p max p, in logits.
         drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
         peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-        least_N1 = torch.maximum(least_N1, peak_N1 + peak_N1.new_tensor(drop)[:, None])
+        least_N1 = torch.maximum(least_N1, peak_N1 + _like(peak_N1, drop))
     kept_N1 = torch.where(logits_NV >= least_N1, p_NV, 0.0).sum(dim=1, keepdim=True)
     return least_N1, kept_N1
 
@@ -140,16 +142,21 @@ def _top_k_on_device(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
     """Return the k-th largest logit of each row, -inf where k is 0 or exceeds the vocabulary."""
     vocab = logits_NV.shape[1]
     top_ND = logits_NV.topk(min(max(counts_N), vocab)).values
-    index_N1 = torch.tensor([[min(max(k, 1), vocab) - 1] for k in counts_N], device=top_ND.device)
-    off_N1 = torch.tensor([[k == 0 or k >= vocab] for k in counts_N], device=top_ND.device)
+    index_N1 = upload([[min(max(k, 1), vocab) - 1] for k in counts_N], top_ND.device)
+    off_N1 = upload([[k == 0 or k >= vocab] for k in counts_N], top_ND.device)
     return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
 
 
 def _top_p_on_device(logits_NV: Tensor, p_NV: Tensor, shares_N: Sequence[float]) -> Tensor:
     """Return the logit at which the likeliest tokens reach their share, -inf where that is all."""
-    share_N1 = logits_NV.new_tensor(shares_N)[:, None]
+    share_N1 = _like(logits_NV, shares_N)
     top_NV, ids_NV = logits_NV.sort(dim=1, descending=True)
     reached_NV = p_NV.gather(1, ids_NV).cumsum(1)
     short_N1 = (reached_NV < share_N1 * p_NV.sum(dim=1, keepdim=True)).sum(1, keepdim=True)
     least_N1 = top_NV.gather(1, short_N1.clamp_max(logits_NV.shape[1] - 1))
     return least_N1.masked_fill_(share_N1 >= 1, -math.inf)
+
+
+def _like(values_NV: Tensor, numbers_N: Sequence[float]) -> Tensor:
+    """Return numbers `[N, 1]` of the type and on the device of others."""
+    return upload(numbers_N, values_NV.device, dtype=values_NV.dtype)[:, None]
