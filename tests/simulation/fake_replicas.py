@@ -98,6 +98,7 @@ class SimEngine:
     stalled_until_s: float = 0.0
     stalled_since_s: float = 0.0
     alive: bool = True
+    decodes_ahead: bool = False
 
     def stall(self, *, for_s: float) -> None:
         """Run nothing for a while."""

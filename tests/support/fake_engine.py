@@ -48,6 +48,7 @@ class FakeEngine:
     model: Model = successor
     limit_tokens: int = 64
     spare: float = 1.0
+    decodes_ahead: bool = False
     alive: bool = True
     working_s: float = 0.0
     current_pass: ForwardPass = field(default_factory=ForwardPass)

@@ -85,24 +85,34 @@ class DraftBranch:
     def __post_init__(self) -> None:
         self._blocks = deque([self.block])
 
-    def task(self, *, spare_capacity: bool) -> DraftTask:
-        """Return the task of drafting a token from the next logits.
+    def task(self, *, spare_capacity: bool, ahead: int = 0) -> DraftTask:
+        """Return the task of drafting a token from the next logits, or from later ones.
 
         Args:
             spare_capacity: The drafter has time for other branches, if any are wanted.
+            ahead: Tokens that are drafted before, after which the block has not ended.
         """
-        session = self.session.opened
+        session, guessing = self.session.opened, self.guessing and not ahead
         may_fork = spare_capacity and self.message.branches > 0
+        begins = self.guessing and ahead  # a block, after the guess
         return DraftTask(
-            policy=_guess_policy(session.policy) if self.guessing else session.policy,
-            position=len(self.tokens),
-            block_start=self.block.position,
+            policy=_guess_policy(session.policy) if guessing else session.policy,
+            position=len(self.tokens) + ahead,
+            block_start=len(self.tokens) + 1 if begins else self.block.position,
             prompt=session.prompt,
             answer=self.tokens,
             masks=self.session.masks,
-            purpose=Purpose.NEXT_TOKEN if self.guessing else Purpose.DRAFT,
-            with_confidence=may_fork or (self.may_stop_early and not self.guessing),
+            purpose=Purpose.NEXT_TOKEN if guessing else Purpose.DRAFT,
+            with_confidence=may_fork or (self.may_stop_early and not guessing),
         )
+
+    @property
+    def longest(self) -> int:
+        """Return how many tokens end the block at the latest, with a guess before it."""
+        more = needs_probs_after_block(self.session.opened.policy)
+        if self.guessing:
+            return 1 + self.message.count + more
+        return self.block.count + more - len(self.block.drafts)
 
     def follow(self, message: Propose) -> bool:
         """Return whether a message requests a block of this branch, and drop those before it.

@@ -7,9 +7,13 @@ session, on request or ahead, is its `DraftTree`.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
 from cascade.drafter.draft_tree import DraftSession, DraftTree
@@ -19,10 +23,10 @@ from cascade.protocol.services import DRAFTER
 from cascade.replica.replica import Replica, Result
 from cascade.speculation.confidence import Calibration
 from cascade.speculation.cost_model import StepTime
-from cascade.speculation.draft import draft_step
+from cascade.speculation.draft import can_draw, draft_step, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,8 +36,37 @@ if TYPE_CHECKING:
     from cascade.rules import Rule
     from cascade.speculation.draft import DraftTask, DraftToken
 
+log = logging.getLogger(__name__)
+
 MAX_BRANCH_OVERHEAD = 1.0  # share of its time by which branches may lengthen a pass
+MAX_AHEAD = 8  # passes without a read; more would be in vain where a block ends early
 MAX_RULES = 1024  # whose calibrations are kept: callers choose the parameters of rules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DraftedToken:
+    """A token drafted for a branch, and the one that follows if it has run as expected."""
+
+    branch: DraftBranch
+    draft: DraftToken
+    task: DraftTask  # that it was drafted for
+    fed: int | None  # the token that has run after the branch's others; None if none has
+    next: _DraftedToken | None
+
+    def has_run(self, runs: Mapping[int, ForwardRequest], *, spare: float) -> bool:
+        """Return whether what the branch requests now has run, and `next` is what it yields.
+
+        Args:
+            runs: The requests that follow the token, by the id of their branch.
+            spare: As for the token's own task.
+        """
+        request, branch = runs.get(id(self.branch)), self.branch
+        return (
+            request is not None
+            and self.next is not None
+            and list(request.tokens) == [self.fed]
+            and branch.task(spare_capacity=spare > 0) == self.next.task
+        )
 
 
 class Drafter(Replica[Propose]):
@@ -77,15 +110,24 @@ class Drafter(Replica[Propose]):
         tasks: list[DraftBranch | DraftSession] = [output.request.task for output in outputs]
         branches = [task for task in tasks if isinstance(task, DraftBranch)]
         results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
-        drafts = self.draft(logits_NV, [one.task(spare_capacity=spare > 0) for one in branches])
+        tokens = self._draft(branches, logits_NV, spare=spare)
         self._record_step_time()
-        drafted: defaultdict[DraftSession, list[tuple[DraftBranch, DraftToken]]] = defaultdict(list)
-        for branch, draft in zip(branches, drafts, strict=True):
-            drafted[_draft_session(branch)].append((branch, draft))
+        limit = self._branch_limit(len({id(branch.session) for branch in branches}))
         requests: list[ForwardRequest] = []
-        limit = self._branch_limit(len(drafted))
-        for session, pairs in drafted.items():
-            requests += self._step_session(session, pairs, results, spare=spare, limit=limit)
+        while tokens:
+            drafted: defaultdict[DraftSession, list[_DraftedToken]] = defaultdict(list)
+            for token in tokens:
+                drafted[_draft_session(token.branch)].append(token)
+            following: list[ForwardRequest] = []
+            for session, drafts in drafted.items():
+                following += self._step_session(session, drafts, results, spare=spare, limit=limit)
+            # What has run already is not requested, and leads to the next token.
+            runs = {id(one.task): one for one in following}
+            tokens = [
+                token.next for token in tokens if token.next and token.has_run(runs, spare=spare)
+            ]
+            run = {id(token.branch) for token in tokens}
+            requests += [one for one in following if id(one.task) not in run]
         self.publish(results)
         return requests
 
@@ -100,6 +142,69 @@ class Drafter(Replica[Propose]):
     def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[DraftToken]:
         """Return the token drafted for each task, from logits in the same order."""
         return draft_step(logits_NV, tasks)
+
+    def _draft(
+        self, branches: Sequence[DraftBranch], logits_NV: Tensor, *, spare: float
+    ) -> list[_DraftedToken]:
+        """Return the next token of each branch, and maybe those after it to the end of the block.
+
+        Those are run before any of them is read, and read together.
+        """
+
+        def tasks(ahead: int) -> list[DraftTask]:
+            return [one.task(spare_capacity=spare > 0, ahead=ahead) for one in branches]
+
+        planned, logits, fed = [tasks(0)], [logits_NV], list[list[int]]()
+        passes = min([MAX_AHEAD, *(one.longest - 1 for one in branches)])
+        current = self.engine.current_pass
+        is_step = current.tokens <= 2 * current.sessions  # a prefill would count as its passes
+        if branches and passes > 0 and is_step and self.engine.decodes_ahead:
+            planned += [tasks(1 + number) for number in range(passes)]
+            if all(can_draw(task) for task in chain.from_iterable(planned)):
+                more, fed = self._decode_ahead(branches, logits_NV, planned, passes=passes)
+                logits += more
+        rows_NV = torch.cat(logits) if len(logits) > 1 else logits_NV
+        drafts = self.draft(rows_NV, [*chain.from_iterable(planned[: len(logits)])])
+        if fed:  # a pass counts its part of the time
+            now_s = self.clock()
+            began_s = now_s - (now_s - current.began_s) / len(logits)
+            self.engine.current_pass = replace(current, began_s=began_s)
+        found: list[_DraftedToken] = []
+        for index, branch in enumerate(branches):
+            token: _DraftedToken | None = None
+            for number in reversed(range(len(logits))):
+                token = _DraftedToken(
+                    branch=branch,
+                    draft=drafts[number * len(branches) + index],
+                    task=planned[number][index],
+                    fed=fed[number][index] if number < len(fed) else None,
+                    next=token,
+                )
+            if token is not None:
+                found.append(token)
+        return found
+
+    def _decode_ahead(
+        self,
+        branches: Sequence[DraftBranch],
+        logits_NV: Tensor,
+        planned: Sequence[Sequence[DraftTask]],
+        *,
+        passes: int,
+    ) -> tuple[list[Tensor], list[list[int]]]:
+        """Run the branches on, with tokens drawn on the device; see `Engine.decode_ahead`."""
+        try:
+            return self.engine.decode_ahead(
+                [one.engine_id or one.session.engine_id for one in branches],
+                draw(logits_NV, planned[0]),
+                lambda drawn_from, number: draw(drawn_from, planned[number + 1]),
+                passes=passes,
+            )
+        # Drafting token by token needs less of the device, and gives the same.
+        except Exception:
+            log.warning("Tokens are now read one by one: decoding ahead failed", exc_info=True)
+            self.engine.decodes_ahead = False
+            return [], []
 
     def _new_tree(self, session: DraftSession, message: Propose) -> ForwardRequest:
         """Start a tree after the committed tokens; return its first forward request."""
@@ -132,7 +237,7 @@ class Drafter(Replica[Propose]):
     def _step_session(
         self,
         session: DraftSession,
-        drafted: Sequence[tuple[DraftBranch, DraftToken]],
+        drafted: Sequence[_DraftedToken],
         results: list[Result],
         *,
         spare: float,
@@ -141,12 +246,12 @@ class Drafter(Replica[Propose]):
         """Add drafted tokens to the branches of a session; return the requests that follow."""
         tree = session.tree
         assert tree is not None, "a branch is part of a tree"
-        drafted = [(branch, draft) for branch, draft in drafted if branch in tree.in_flight]
+        drafted = [token for token in drafted if token.branch in tree.in_flight]
         if not drafted:
             return ()
         adopted = tree.sync()
         requests: list[ForwardRequest] = []
-        for branch, draft in drafted:
+        for branch, draft in ((token.branch, token.draft) for token in drafted):
             tree.in_flight.discard(branch)
             if not tree.has(branch):
                 continue

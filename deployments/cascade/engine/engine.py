@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from cascade.engine import threads
+from cascade.engine import forward, threads
 from cascade.engine.backends import select
 from cascade.engine.batch import Segment
 from cascade.engine.kv_cache import KVCacheManager
@@ -38,14 +38,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cascade.engine.forward import Draw
     from cascade.engine.kv_cache import CachedSequence
     from cascade.engine.model_loader import LoadedModel
     from cascade.types import SessionId
 
 log = logging.getLogger(__name__)
-
-# Logits up to here leave room in a float32 for every bias, penalty and temperature that is allowed.
-_LARGEST_LOGIT = 1e30
 
 _RANKS_S = 10.0  # a pass may wait for another rank without end
 
@@ -108,6 +106,8 @@ class Engine:
         self._meter = BusyMeter(clock=clock)
         self._idle_cores = IdleCores(clock=clock) if device.type == "cpu" else None
         self.current_pass = ForwardPass()  # whose logits the handler has; for the engine's thread
+        # Tokens can be drawn from logits and run on the device, without a read between passes.
+        self.decodes_ahead = device.type == "cuda" and self._ranks is None
         self._cycle_began_s: float | None = None  # None between cycles
         self._backlog = 0  # tokens that waited when the current cycle was planned
         self._counters = EngineCounters()
@@ -142,6 +142,44 @@ class Engine:
         self._inbox.put(request)
         if self._ended:
             self._refuse_waiting()
+
+    def decode_ahead(
+        self, sessions: Sequence[SessionId], ids_N: Tensor, draw: Draw, *, passes: int
+    ) -> tuple[list[Tensor], list[list[int]]]:
+        """Run passes of one token per session; what they yield is read once, after the last.
+
+        Called by the handler in `finish`, for sessions whose logits it is given. Where something
+        else waits to run, or a cache range ends, the passes do. A model whose RoPE frequencies
+        depend on lengths runs none.
+
+        Args:
+            sessions: The sessions.
+            ids_N: The token of each that runs first, on the device.
+            draw: Returns the tokens that run next.
+            passes: How many passes, at most.
+
+        Returns:
+            The logits `[N, V]` and the N tokens of each pass that has run, maybe none.
+        """
+        sequences = [self._cache.find(session) for session in sessions]
+        found = [one for one in sequences if one is not None]
+        if len(self._scheduler) or len(found) < len(sequences):
+            return [], []
+        logits, tokens = forward.decode_ahead(
+            self.runner,
+            found,
+            ids_N,
+            draw,
+            columns=self._columns,
+            passes=min(passes, self.limit_tokens - max(len(one.tokens) for one in found)),
+            go_on=self._inbox.empty,
+        )
+        run = len(logits) * len(sessions)
+        self._counters.passes += len(logits)
+        self._counters.tokens += run
+        self._counters.turns += run
+        self._counters.queued_tokens += run
+        return logits, tokens
 
     def release(self, session: SessionId) -> None:
         """End a session and its branches.
@@ -370,7 +408,7 @@ class Engine:
         self._counters.tokens += tokens
         self._counters.turns += len(planned)
         self._counters.queued_tokens += self._backlog
-        if (invalid := _invalid_rows(logits_NV)) is not None:
+        if (invalid := forward.invalid_rows(logits_NV)) is not None:
             planned, logits_NV = self._valid(planned, logits_NV, invalid)
         done: list[tuple[ScheduledStep, int]] = []
         for chunk, segment in planned:
@@ -458,14 +496,6 @@ class Engine:
         # As in `_deliver`.
         except Exception:
             log.exception("The logits handler failed to handle a failed request")
-
-
-def _invalid_rows(logits_NV: Tensor) -> list[bool] | None:
-    """Return which rows have no largest logit to choose or sample from; None if all have one."""
-    peaks: list[float] = logits_NV.amax(dim=1).tolist() if len(logits_NV) else []
-    # A comparison with NaN is false.
-    invalid = [not -_LARGEST_LOGIT <= peak <= _LARGEST_LOGIT for peak in peaks]
-    return invalid if any(invalid) else None
 
 
 def _stopped() -> Unavailable:

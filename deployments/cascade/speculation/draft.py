@@ -10,7 +10,7 @@ Shapes: `B` sessions, `K` entries of sparse probabilities, `V` vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -84,16 +84,44 @@ def draft_step(
     logits_BV = apply_masks(
         raw_BV, enumerate(_allowed_bits(task, raw_BV.shape[1]) for task in tasks)
     )
-    groups: dict[Hashable, list[int]] = {}
-    for i, task in enumerate(tasks):
-        groups.setdefault(_group_key(task), []).append(i)
     drafts: dict[int, DraftToken] = {}
-    for members in groups.values():
+    for members in _groups(tasks):
         rows = slice(None) if len(members) == len(tasks) else members
         raw = None if logits_BV is raw_BV else raw_BV[rows]
         found = _draft(logits_BV[rows], [tasks[i] for i in members], raw_BV=raw)
         drafts.update(zip(members, found, strict=True))
     return [drafts[i] for i in range(len(tasks))]
+
+
+def can_draw(task: DraftTask) -> bool:
+    """Return whether the token of a task depends on no token before it but through the logits."""
+    return not (task.policy.sampling.counts_tokens or task.masks)
+
+
+def draw(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> Tensor:
+    """Return the tokens `[B]` that `draft_step` drafts, on the device and without a read.
+
+    Args:
+        logits_BV: The drafter's raw logits.
+        tasks: One task a row, each of which `can_draw`.
+    """
+    groups = _groups(tasks)
+    drawn = [
+        _draw(logits_BV[members] if len(groups) > 1 else logits_BV, [tasks[i] for i in members])
+        for members in groups
+    ]
+    if len(groups) == 1:
+        return drawn[0]
+    order_B = torch.tensor([i for members in groups for i in members], device=logits_BV.device)
+    return torch.empty_like(order_B).scatter_(0, order_B, torch.cat(drawn))
+
+
+def _draw(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> Tensor:
+    """Return the tokens of tasks of one group."""
+    q = process(logits_BV, [task.policy.sampling for task in tasks], [Context()] * len(tasks))
+    if isinstance(q, OneHotProbs):
+        return q.best_N
+    return _choose(q, tasks).tokens_B1.squeeze(1)
 
 
 def _allowed_bits(task: DraftTask, vocabulary: int) -> Bits | None:
@@ -130,6 +158,23 @@ def _group_key(task: DraftTask) -> Hashable:
     procedure = policy.sampling.greedy, is_gumbel(policy), is_blockwise(policy)
     samples = not policy.sampling.greedy and not is_gumbel(policy)
     return procedure, payload_spec(policy), draft_cut(policy), samples and task.purpose
+
+
+def _groups(tasks: Sequence[DraftTask]) -> list[list[int]]:
+    """Return the indices of tasks that are drafted in one batch, batch by batch."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, task in enumerate(tasks):
+        groups.setdefault(_group_key(task), []).append(i)
+    return list(groups.values())
+
+
+class _Choice(NamedTuple):
+    """Tokens sampled from q, cut and rounded."""
+
+    rows: SparseRows
+    tokens_B1: Tensor
+    likelihoods_B1: Tensor
+    scores_BK: Tensor | None  # of which the largest was chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +266,18 @@ def _sample(
     q: SoftmaxProbs, q0: SoftmaxProbs | None, tasks: Sequence[DraftTask], *, spec: PayloadSpec
 ) -> _Sample:
     """Return tokens sampled from q, cut and rounded."""
+    rows, token_B1, likelihood_B1, scores_BK = _choose(q, tasks)
+    return _Sample(
+        tokens_B=to_list(token_B1.squeeze(1)),
+        likelihoods_B=to_list(likelihood_B1.squeeze(1)),
+        probs=_rows_to_send(rows, q0, spec=spec) if spec.probs else lambda _: None,
+        scores_BK=scores_BK,
+        ids_BK=None if scores_BK is None else rows.ids_NK,
+    )
+
+
+def _choose(q: SoftmaxProbs, tasks: Sequence[DraftTask]) -> _Choice:
+    """Return sampled tokens, still on the device."""
     policy, q_BV = tasks[0].policy, q.dense()
     rows = sparsify(q_BV, draft_cut(policy))
     ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BV.dtype))
@@ -238,13 +295,7 @@ def _sample(
         index_B1 = weights.inverse_cdf(_draft_uniforms(tasks))[:, None]
     token_B1 = index_B1 if ids_BK is None else ids_BK.gather(1, index_B1)
     likelihood_B1 = weights_BK.gather(1, index_B1) / weights.totals[:, None]
-    return _Sample(
-        tokens_B=to_list(token_B1.squeeze(1)),
-        likelihoods_B=to_list(likelihood_B1.squeeze(1)),
-        probs=_rows_to_send(rows, q0, spec=spec) if spec.probs else lambda _: None,
-        scores_BK=scores_BK,
-        ids_BK=None if scores_BK is None else ids_BK,
-    )
+    return _Choice(rows, token_B1, likelihood_B1, scores_BK)
 
 
 def _rows_to_send(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
@@ -156,6 +156,18 @@ class Runner(ABC, Generic[Pool]):
     @abstractmethod
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
+
+    def decode(self, segments: Sequence[Segment], ids_N: Tensor) -> Tensor:
+        """Run one token of each session and return the logits `[N, V]`.
+
+        Args:
+            segments: Where the tokens are; not which.
+            ids_N: The tokens, on the device. Runners for GPUs do not read them.
+        """
+        tokens = ids_N.tolist()
+        return self.forward(
+            [replace(one, tokens=(token,)) for one, token in zip(segments, tokens, strict=True)]
+        )
 
     def resize(self, *, num_slots: int) -> None:
         """Replace the pool by an empty one of `num_slots` slots and some scratch slots."""

@@ -130,15 +130,32 @@ class CudaGraphRunner(VarlenRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
+        replayed_NV = self._replayed(segments)
+        return super().forward(segments) if replayed_NV is None else replayed_NV
+
+    def decode(self, segments: Sequence[Segment], ids_N: Tensor) -> Tensor:
+        """Run one token of each session, without reading it; return the logits `[N, V]`."""
+        replayed_NV = self._replayed(segments, ids_N)
+        return super().decode(segments, ids_N) if replayed_NV is None else replayed_NV
+
+    def _replayed(self, segments: Sequence[Segment], ids_N: Tensor | None = None) -> Tensor | None:
+        """Return the logits of a pass by its graph, or None if it has none.
+
+        Args:
+            segments: The pass.
+            ids_N: Its tokens, on the device; those of the segments if None.
+        """
         bucket = self._bucket(segments)
         if bucket and bucket not in self._graphs:
             self._graphs[bucket] = self._capture_bucket(bucket)
         graph = self._graphs[bucket] if bucket else None
         if graph is None:
-            return super().forward(segments)
+            return None
         inputs_5N, replay = graph
         padding = self._padding(inputs_5N.shape[1] - len(segments))
         inputs_5N.copy_(self._inputs([*segments, *padding]), non_blocking=True)
+        if ids_N is not None:
+            inputs_5N[0, : len(segments)] = ids_N
         # The next replay overwrites what this one returns.
         return replay()[: len(segments)].clone()
 

@@ -55,12 +55,23 @@ class VarlenRunner(ModelRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
-        batch = RaggedBatch(
-            self._with_rope_padding(segments),
+        return self._run_batch(self._batch(self._with_rope_padding(segments)))
+
+    def decode(self, segments: Sequence[Segment], ids_N: Tensor) -> Tensor:
+        """Run one token of each session, without reading it; return the logits `[N, V]`."""
+        batch = self._batch(segments)
+        batch.ids_T = ids_N
+        return self._run_batch(batch)
+
+    def _batch(self, segments: Sequence[Segment]) -> RaggedBatch:
+        return RaggedBatch(
+            segments,
             device=self.device,
             num_slots=self.pool.num_slots,
             deterministic=self.deterministic,
         )
+
+    def _run_batch(self, batch: RaggedBatch) -> Tensor:
         indices_N = batch.logit_indices()
         # Some models cannot slice to nothing.
         kept = indices_N if len(indices_N) else torch.zeros_like(batch.ids_T[:1])
