@@ -139,6 +139,11 @@ def test_a_mixture_of_experts_is_refused_by_a_deterministic_engine() -> None:
         EngineHarness(build("deepseek-v3"), EngineSettings(deterministic=True))
 
 
+def test_padded_batches_are_not_deterministic() -> None:
+    with pytest.raises(ValueError, match="path is padded, whose logits depend on the batch"):
+        EngineSettings(deterministic=True, path=Path.PADDED)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_small_passes_and_a_full_cache_change_nothing(name: str) -> None:
     settings = EngineSettings(cache_tokens=512, max_step_tokens=16)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,6 +243,13 @@ def test_a_model_that_cannot_be_shared_is_refused(
         tp_plan.check(name, config, size=size)
 
 
+def test_quantised_weights_are_refused() -> None:
+    config = build("llama").config
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UnsupportedModel, match=r"is quantised \(fp8\).*on one device"):
+        tp_plan.check("llama", config, size=2)
+
+
 @pytest.mark.parametrize(
     ("name", "size"), [("llama", 2), ("llama", 4), ("phi3", 3), ("deepseek-v3", 3)]
 )
@@ -258,6 +267,31 @@ def test_a_device_of_its_own_cannot_be_named(tmp_path: pathlib.Path) -> None:
 def test_paths_of_one_device_are_refused(path: str) -> None:
     with pytest.raises(ValidationError, match=f"path is {path}, which runs on one device"):
         TypeAdapter(EngineSettings).validate_python({"tensor_parallel": 2, "path": path})
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_delays_neither_the_watchdog_nor_the_end(
+    tmp_path: pathlib.Path,
+) -> None:
+    build("llama").save_pretrained(tmp_path)
+    settings, now_s = over(2), [0.0]
+    model = tensor_parallel.load(str(tmp_path), settings=settings)
+    (other,) = active_children()
+    handler = GreedyHandler(length=1_000_000)
+    engine = Engine(model, handler=handler, settings=settings, clock=lambda: now_s[0])
+    engine.start()
+    session = SessionId("running")
+    engine.submit(ForwardRequest(session=session, base=0, tokens=[3, 4, 5], num_logits=1))
+    assert handler.begun.wait(60)
+
+    psutil.Process(other.pid).suspend()
+    while engine.working_s < 120:  # a pass may have ended after the suspension
+        now_s[0] += 120
+    engine.stop()
+
+    assert handler.ended.acquire(timeout=60)
+    assert isinstance(handler.errors[session], Unavailable)
+    assert not other.is_alive()
 
 
 @pytest.mark.parametrize("size", [0, -1, 65])

@@ -67,11 +67,6 @@ def load(  # noqa: PLR0913 - what transformers is told
     torch_device = _device(device)
     config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     quantised = quantisation.method(config) is not None
-    if quantised and tensor_parallel > 1:
-        raise UnsupportedModel(
-            f"{name!r} is quantised; only unquantised weights can be shared by several devices "
-            "(engine.tensor_parallel)"
-        )
     dense = quantised and quantisation.prepare(name, config, device=torch_device)
     _check_files(name, quantised=quantised)
     # transformers ignores this file if it is broken.

@@ -46,7 +46,12 @@ class EngineSettings:
     path: Path = Path.AUTO
 
     def __post_init__(self) -> None:
-        """Refuse paths that are for the whole weights."""
+        """Refuse paths that cannot do what is asked."""
+        if self.deterministic and self.path is Path.PADDED:
+            raise ValueError(
+                "path is padded, whose logits depend on the batch; with deterministic leave it "
+                "auto, or set lean or flat"
+            )
         if self.tensor_parallel > 1 and self.path in {Path.LEAN, Path.CAPTURED}:
             raise ValueError(
                 f"path is {self.path.value}, which runs on one device; with tensor_parallel "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
+from cascade.engine import quantisation
 from cascade.engine.settings import MAX_RANKS
 from cascade.errors import UnsupportedModel
 
@@ -41,6 +42,12 @@ def check(name: str, config: PreTrainedConfig, *, size: int) -> None:
     Raises:
         UnsupportedModel: It cannot; the message says why.
     """
+    if method := quantisation.method(config):
+        raise UnsupportedModel(
+            f"{name!r} is quantised ({method}), and this server splits no scales of quantised "
+            "weights; serve it on one device (engine.tensor_parallel: 1), or an unquantised "
+            "checkpoint on several"
+        )
     text: Any = config.get_text_config(decoder=True)
     if not _plan(text):
         raise UnsupportedModel(

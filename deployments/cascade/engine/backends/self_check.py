@@ -430,4 +430,6 @@ def _check_batch_invariance(runner: Runner[Any]) -> None:
             beside = Segment(start=MIN_RANGE, past=0, tokens=tokens, num_logits=1)
             runner.forward([prompt, beside])
             if not torch.equal(runner.forward([block, beside])[:6], alone_NV):
-                raise PathUnsupported("on this device its logits depend on the batch")
+                raise PathUnsupported(
+                    "on this device its logits depend on the batch; leave engine.deterministic out"
+                )
