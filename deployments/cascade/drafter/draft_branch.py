@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from cascade.speculation.confidence import Calibration
     from cascade.types import SessionId
 
+_MAX_AHEAD = 8  # passes that run without a read
+_MAX_IN_VAIN = 2  # the same, where a block may end after any token
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PendingBlock:
@@ -107,12 +110,18 @@ class DraftBranch:
         )
 
     @property
-    def longest(self) -> int:
-        """Return how many tokens end the block at the latest, with a guess before it."""
+    def passes_ahead(self) -> int:
+        """Return how many passes may run after the next logits before anything is read.
+
+        None after the block has ended at the latest; few where it may end before.
+        """
         more = needs_probs_after_block(self.session.opened.policy)
-        if self.guessing:
-            return 1 + self.message.count + more
-        return self.block.count + more - len(self.block.drafts)
+        if self.guessing:  # then the block begins
+            tokens_left = 1 + self.message.count + more
+        else:
+            tokens_left = self.block.count - len(self.block.drafts) + more
+        may_end = self.may_stop_early or self.message.until_deferral
+        return min(tokens_left - 1, _MAX_IN_VAIN if may_end else _MAX_AHEAD)
 
     def follow(self, message: Propose) -> bool:
         """Return whether a message requests a block of this branch, and drop those before it.

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BRANCH_OVERHEAD = 1.0  # share of its time by which branches may lengthen a pass
-MAX_AHEAD = 8  # passes without a read; more would be in vain where a block ends early
 MAX_RULES = 1024  # whose calibrations are kept: callers choose the parameters of rules
 
 
@@ -155,10 +154,10 @@ class Drafter(Replica[Propose]):
             return [one.task(spare_capacity=spare > 0, ahead=ahead) for one in branches]
 
         planned, logits, fed = [tasks(0)], [logits_NV], list[list[int]]()
-        passes = min([MAX_AHEAD, *(one.longest - 1 for one in branches)])
+        passes = min((one.passes_ahead for one in branches), default=0)
         current = self.engine.current_pass
         is_step = current.tokens <= 2 * current.sessions  # a prefill would count as its passes
-        if branches and passes > 0 and is_step and self.engine.decodes_ahead:
+        if passes > 0 and is_step and self.engine.decodes_ahead:
             planned += [tasks(1 + number) for number in range(passes)]
             if all(can_draw(task) for task in chain.from_iterable(planned)):
                 more, fed = self._decode_ahead(branches, logits_NV, planned, passes=passes)
