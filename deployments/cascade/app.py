@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import ray.util
 from fastapi import FastAPI
 from google.protobuf.message import Message
@@ -192,6 +193,7 @@ class RouterDeployment:
             ready=router.ready,
             tier_context=router.context_tokens,
             warnings=router.warnings,
+            metrics=_node_metrics,
         )
         self._grpc = GenerationServicer(lambda: self._context)
 
@@ -223,6 +225,18 @@ class RouterDeployment:
         """List the models."""
         return await self._grpc.ListModels(request, grpc_context)
 
+    async def Tokenize(  # noqa: N802 - as above
+        self, request: cascade_pb2.TokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> cascade_pb2.TokenizeResponse:
+        """Return the tokens of a prompt."""
+        return await self._grpc.Tokenize(request, grpc_context)
+
+    async def Detokenize(  # noqa: N802 - as above
+        self, request: cascade_pb2.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> cascade_pb2.DetokenizeResponse:
+        """Return the text of tokens."""
+        return await self._grpc.Detokenize(request, grpc_context)
+
     async def Check(  # noqa: N802 - as above
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
@@ -248,6 +262,26 @@ class RouterDeployment:
         self._watch.cancel()
         for tier in self._tiers:
             await tier.clients.close()
+
+
+async def _node_metrics() -> bytes:
+    """Return what Ray's agent on this node exports: the metrics of all its processes.
+
+    Raises:
+        Unavailable: The agent does not answer.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes = await asyncio.to_thread(ray.nodes)
+    node = next(one for one in nodes if one["NodeID"] == node_id)
+    address = node["NodeManagerAddress"]
+    host = f"[{address}]" if ":" in address else address
+    url = f"http://{host}:{node['MetricsExportPort']}/metrics"
+    try:
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+            response = await client.get(url)
+        return response.raise_for_status().content
+    except httpx.HTTPError as error:
+        raise Unavailable(f"Ray's metrics agent at {url} does not answer: {error}") from error
 
 
 def build(args: Application) -> serve.Application:

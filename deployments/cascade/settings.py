@@ -5,7 +5,7 @@ Durations are in seconds, sizes in tokens unless the name says otherwise. Unknow
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -281,10 +281,11 @@ class Limits(context.Limits):
 
         By default one call takes at most half of a replica, so that it does not starve all others.
         """
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         tokens = min(expert_tokens, self.context_tokens or expert_tokens)
         answers = self.answers or max(1, replica_sessions // 2)
-        return context.Limits(**values | {"context_tokens": tokens, "answers": answers})
+        values |= {"context_tokens": tokens, "answers": answers}
+        return context.Limits(**values)
 
 
 class Application(Settings):
@@ -296,6 +297,7 @@ class Application(Settings):
     router: Router = Router()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
+    cors: context.Cors = context.Cors()
     log_answers: bool = True  # one line per answer in the router's log
     api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`
     api_keys_file: str | None = None  # on the node of each router: keys, one a line
@@ -351,7 +353,7 @@ class Application(Settings):
             observers.append(RequestLog())
         return ObservedGenerator(generator, observers=observers)
 
-    def serving_context(
+    def serving_context(  # noqa: PLR0913 - one parameter for each thing that only a router knows
         self,
         generator: Generator,
         pair: model_pair.ModelPair,
@@ -359,6 +361,7 @@ class Application(Settings):
         ready: Callable[[], bool] = lambda: True,
         tier_context: Callable[[Mode, DrafterLoss], int | None] = context.unknown_context,
         warnings: Callable[[], list[str]] = list,
+        metrics: Callable[[], Awaitable[bytes]] = context.no_metrics,
     ) -> ServingContext:
         """Return what the HTTP and gRPC APIs need.
 
@@ -368,6 +371,7 @@ class Application(Settings):
             ready: Returns whether requests can be answered now.
             tier_context: Returns the tokens that the tiers of such a request hold.
             warnings: Returns what is wrong though requests can be answered, a sentence each.
+            metrics: Returns metrics in Prometheus' text format.
 
         Raises:
             StartupError: The API keys cannot be read.
@@ -383,11 +387,13 @@ class Application(Settings):
             ),
             defaults=self.defaults.completed(pair.generation.sampling),
             stop_ids=pair.stop_ids,
-            banned_ids=pair.generation.banned_ids,
+            bad_words=pair.generation.bad_words,
             completion_tokens=min(longest, context.COMPLETION_TOKENS),
             ready=ready,
             tier_context=tier_context,
             warnings=warnings,
+            cors=self.cors,
+            metrics=metrics,
             api_keys=self._read_api_keys(),
         )
 

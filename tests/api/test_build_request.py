@@ -527,9 +527,12 @@ def test_off_is_what_yaml_reads_as_false() -> None:
     )
 
 
-def test_banned_tokens_are_in_no_answer(service: ServingContext) -> None:
-    service = replace(service, banned_ids=(5, 9))
+def test_words_that_no_answer_may_have_come_before_those_of_the_request(
+    service: ServingContext,
+) -> None:
+    service = replace(service, bad_words=((5,), (9, 3)))
 
-    made = request(service, logit_bias={"5": 100, "7": 1}).policy.sampling
+    made = request(service, bad_words=["Moon"]).policy.constraints
 
-    assert dict(made.logit_bias) == {5: -1e30, 7: 1, 9: -1e30}
+    alone, inside = (service.tokenizer.encode(text) for text in ("Moon", " Moon"))
+    assert made.bad_words == ((5,), (9, 3), alone, *([inside] if len(inside) == len(alone) else []))

@@ -253,7 +253,7 @@ async def test_rounds_without_a_draft_are_reported_with_their_cause(
         ({"choice_count": 0}, "choice_count"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"logprob_count": 21}, "logprob_count"),
-        ({"stop_strings": ["a"] * 5}, "stop_strings"),
+        ({"stop_strings": ["a"] * 65}, "stop_strings"),
         ({"fixed_draft_length": 99}, "fixed_draft_length"),
         ({"sampling": tokens_pb2.Sampling(temperature=math.nan)}, "sampling.temperature"),
         ({"sampling": tokens_pb2.Sampling(top_p=1.5)}, "sampling.top_p"),
@@ -603,3 +603,51 @@ async def test_a_closed_stream_closes_its_generation(
     assert generator.open == 1
     await responses.aclose()
     assert generator.open == 0
+
+
+async def test_a_prompt_becomes_tokens_and_tokens_a_text(
+    stub: rpc.GenerationServiceAsyncStub, service: ServingContext
+) -> None:
+    text = "Buzz <|user|>Aldrin"
+    request = pb.TokenizeRequest(text=text, return_token_strings=True)
+    found = await stub.Tokenize(request)
+    ids = service.tokenizer.encode(text)
+    assert tuple(found.token_ids) == ids
+    assert list(found.token_strings) == service.tokenizer.strings(ids)
+    assert found.context_length == 512
+    assert (await stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text == text
+    chat = await stub.Tokenize(pb.TokenizeRequest(chat=HELLO))
+    whole_chat = await stub.Generate(whole(chat=HELLO, max_tokens=1))
+    assert len(chat.token_ids) == whole_chat.usage.prompt_token_count
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (pb.TokenizeRequest(), "prompt"),
+        (pb.TokenizeRequest(text="x", model="other"), "model"),
+        (pb.DetokenizeRequest(token_ids=[99_999]), "token_ids"),
+    ],
+)
+async def test_what_has_no_tokens_is_refused(
+    stub: rpc.GenerationServiceAsyncStub, request_: Any, param: str
+) -> None:
+    call = stub.Tokenize if isinstance(request_, pb.TokenizeRequest) else stub.Detokenize
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cast("Any", call)(request_)
+    assert error_info(caught.value).metadata["param"] == param
+
+
+async def test_the_logprobs_of_a_prompt_come_with_the_whole_answer(
+    stub: rpc.GenerationServiceAsyncStub, service: ServingContext
+) -> None:
+    response = await stub.Generate(whole(prompt_logprob_count=2, choice_count=2, max_tokens=2))
+    for choice in response.choices:
+        first, *others = choice.prompt_logprobs
+        assert math.isnan(first.logprob)
+        ids = [first.token_id, *(one.token_id for one in others)]
+        assert tuple(ids) == service.tokenizer.encode("Buzz")
+        assert all(len(one.top_token_ids) == 2 for one in others)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        [frame async for frame in stub.GenerateStream(stream(prompt_logprob_count=2))]
+    assert error_info(caught.value).metadata["param"] == "prompt_logprob_count"

@@ -43,6 +43,10 @@ OPERATIONS = [
     ("/v1/models/{name}", "GET"),
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
+    ("/version", "GET"),
+    ("/metrics", "GET"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
 ]
 
 BOUNDED = settings(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cascade.api.output_processor import Delta, OutputProcessor, StopMatcher
+from cascade.api.output_processor import Delta, OutputProcessor, StopMatcher, TextOptions
 from cascade.types import FinishReason, Origin, OutputChunk
 
 if TYPE_CHECKING:
@@ -144,8 +144,13 @@ def test_the_text_ends_before_a_stop_string_wherever_blocks_end(
 ) -> None:
     """Text and tokens are as from one block; the last token completed the stop string."""
     tokens = tokenizer.encode(text)
-    deltas = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, sizes))
-    at_once = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, [len(tokens)]))
+    deltas = process(
+        OutputProcessor(tokenizer, options=TextOptions(stops=(stop,))), chunks(tokens, sizes)
+    )
+    at_once = process(
+        OutputProcessor(tokenizer, options=TextOptions(stops=(stop,))),
+        chunks(tokens, [len(tokens)]),
+    )
     assert "".join(delta.text for delta in deltas) == text.split(stop, maxsplit=1)[0]
     assert deltas[-1].finish == (STOP if stop in text else LENGTH)
     released = [token for delta in deltas for token in delta.tokens]
@@ -180,13 +185,18 @@ def test_an_unfinished_character_is_a_replacement_character(tokenizer: Tokenizer
 @pytest.mark.parametrize("stop", ["\ufffd", "x\ufffd"])
 def test_a_stop_string_can_match_a_replacement_character(tokenizer: Tokenizer, stop: str) -> None:
     tokens = (*tokenizer.encode("x"), *tokenizer.encode("\N{ROCKET}")[:1])
-    (delta,) = process(OutputProcessor(tokenizer, stops=[stop]), chunks(tokens, [2]))
+    (delta,) = process(
+        OutputProcessor(tokenizer, options=TextOptions(stops=(stop,))), chunks(tokens, [2])
+    )
     assert (delta.text, delta.finish, delta.stop) == ("x\ufffd".removesuffix(stop), STOP, stop)
 
 
 def test_held_text_is_released_at_the_end(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("on the Moon")
-    deltas = process(OutputProcessor(tokenizer, stops=["the Moonlight"]), chunks(tokens, [1]))
+    deltas = process(
+        OutputProcessor(tokenizer, options=TextOptions(stops=("the Moonlight",))),
+        chunks(tokens, [1]),
+    )
     assert deltas[-1].text.endswith("the Moon")
     assert "".join(delta.text for delta in deltas) == "on the Moon"
     assert deltas[-1].text.endswith("the Moon")
@@ -194,3 +204,60 @@ def test_held_text_is_released_at_the_end(tokenizer: Tokenizer) -> None:
 
 def test_a_chunk_without_tokens_is_an_empty_delta(tokenizer: Tokenizer) -> None:
     assert OutputProcessor(tokenizer).push(OutputChunk(tokens=(), origins=())) == Delta()
+
+
+@SHARED
+@given(sizes=SIZES, early=st.integers(0, 12))
+def test_a_stop_string_within_the_least_tokens_does_not_end_the_text(
+    tokenizer: Tokenizer, sizes: list[int], early: int
+) -> None:
+    """One that begins there and is complete after them does."""
+    tokens = tokenizer.encode("the Moon and the Moon and the Moon")
+    options = TextOptions(stops=("Moon", "the Moon and"), min_tokens=early)
+    found = "".join(
+        delta.text
+        for delta in process(OutputProcessor(tokenizer, options=options), chunks(tokens, sizes))
+    )
+    text, expected = "", None
+    for count, token in enumerate(tokens, 1):
+        before, text = text, text + tokenizer.decode([token])
+        ends = [
+            (start + len(stop), start)
+            for stop in options.stops
+            for start in [text.find(stop, max(0, len(before) - len(stop) + 1))]
+            if start >= 0
+        ]
+        if count > early and ends:
+            expected = text[: min(ends)[1]]
+            break
+    assert found == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_stop_string_can_stay_in_the_text(tokenizer: Tokenizer, size: int) -> None:
+    tokens = tokenizer.encode("Buzz walked on the Moon and the Moon")
+    options = TextOptions(stops=("he Mo",), include_stop=True)
+    deltas = process(OutputProcessor(tokenizer, options=options), chunks(tokens, [size]))
+    assert "".join(delta.text for delta in deltas) == "Buzz walked on the Mo"
+    assert deltas[-1].stop == "he Mo"
+
+
+def test_a_stop_token_can_stay_in_the_text(tokenizer: Tokenizer) -> None:
+    *tokens, end = tokenizer.encode("the Moon")
+    options = TextOptions(include_stop=True)
+    processor = OutputProcessor(tokenizer, stop_ids=[end], options=options)
+    deltas = process(processor, chunks([*tokens, end], [1]))
+    assert "".join(delta.text for delta in deltas) == "the Moon"
+    assert deltas[-1].stop == end
+
+
+def test_special_tokens_are_shown_on_request(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("<|user|>the<|end|><|user|>Moon")
+    texts = [
+        "".join(delta.text for delta in process(processor, chunks(tokens, [1])))
+        for processor in (
+            OutputProcessor(tokenizer),
+            OutputProcessor(tokenizer, options=TextOptions(skip_special=False)),
+        )
+    ]
+    assert texts == ["theMoon", "<|user|>the<|end|><|user|>Moon"]

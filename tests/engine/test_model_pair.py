@@ -135,7 +135,7 @@ def test_the_experts_sampling_defaults_are_read() -> None:
         "max_new_tokens": 2048,
         "bos_token_id": 1,
         "suppress_tokens": [3, 4],
-        "bad_words_ids": [[4], [8]],
+        "bad_words_ids": [[4], [8], [5, 6]],
         "max_length": 4096,
     }
 
@@ -143,7 +143,7 @@ def test_the_experts_sampling_defaults_are_read() -> None:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
     assert found.sampling == {name: stated[name] for name in names}
-    assert found.banned_ids == (3, 4, 8)
+    assert found.bad_words == ((3,), (4,), (8,), (5, 6))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_experts_sampling_defaults_are_read() -> None:
     [
         *({"begin_suppress_tokens": [220]}, {"forced_bos_token_id": 2}, {"min_length": 3}),
         *({"forced_eos_token_id": [2]}, {"min_new_tokens": 1}, {"no_repeat_ngram_size": 3}),
-        *({"bad_words_ids": [[4], [5, 6]]}, {"suppress_tokens": [-1]}, {"num_beams": 4}),
+        *({"bad_words_ids": [[4], []]}, {"suppress_tokens": [-1]}, {"num_beams": 4}),
         *({"typical_p": 0.9}, {"penalty_alpha": 0.6}, {"sequence_bias": [[[4], -1.0]]}),
         *({"guidance_scale": 1.5}, {"stop_strings": ["\n"]}, {"eta_cutoff": 3e-4}),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cascade.api.context import MAX_SEED
+from cascade.api.output_processor import TextOptions
 from cascade.api.prompts import (
     check_at_most,
     check_ids,
+    check_model,
     conversation,
     max_prompt_tokens,
     naming,
@@ -18,7 +20,7 @@ from cascade.api.prompts import (
     too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
-from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from cascade.errors import ContextTooLong, InvalidRequest
 from cascade.speculation.modes import RULES
 from cascade.types import (
     Coupling,
@@ -26,6 +28,7 @@ from cascade.types import (
     Mode,
     Request,
     SamplingParams,
+    TokenConstraints,
     Verification,
 )
 
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from cascade.rules import Rule
 
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow float32
-_BANNED = -1e30  # the bias of a token that no text has; a penalty of it is still a float32
 _UNCHANGED = SamplingParams()
 
 
@@ -47,9 +49,10 @@ class CompletionCall:
     model: str
     requests: tuple[Request, ...]  # request `i` belongs to prompt `i // n`
     n: int = 1
-    stop_strings: tuple[str, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
     stop_ids: tuple[int, ...] = ()  # the caller's own, which `stop_reason` shows
     echo: tuple[tuple[str, ...], ...] = ()  # the text of each prompt's tokens, to begin with
+    prompt_logprobs: int | None = None  # alternatives for each token of the prompt
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -71,10 +74,13 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
     _check(body, service)
     service = _bounded(body, service)
     length = partial(_max_tokens, service, body.max_tokens, default=service.completion_tokens)
-    given = prompts(body, service)
-    tokens = [tokenize(prompt, service) for prompt in given]
+    given, keep = prompts(body, service), _kept_tokens(body, service, body.max_tokens)
+    tokens = [tokenize(prompt, service, keep=keep) for prompt in given]
     lengths = [(prompt, length(prompt=prompt)) for prompt in tokens]
-    echo = tuple(map(service.tokenizer.pieces, given)) if body.echo else ()
+    echo: tuple[tuple[str, ...], ...] = ()
+    if body.echo:
+        whole = map(service.tokenizer.pieces, given)
+        echo = tuple(texts[-len(kept) :] for texts, kept in zip(whole, tokens, strict=True))
     return _call(body, service, lengths, logprobs=body.logprobs, echo=echo)
 
 
@@ -90,10 +96,11 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
             param="max_tokens",
         )
     service = _bounded(body, service)
-    prompt = conversation(body.messages, service)
+    requested = old if new is None else new
+    prompt = conversation(body.messages, body, service, keep=_kept_tokens(body, service, requested))
     length = _max_tokens(
         service,
-        old if new is None else new,
+        requested,
         prompt=prompt,
         default=service.defaults.chat_tokens,
         params=("messages", "max_tokens" if new is None else "max_completion_tokens"),
@@ -104,11 +111,7 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
 
 def _check(body: Generated, service: ServingContext) -> None:
     limits = service.limits
-    if body.model is not None and body.model not in service.models:
-        served = ", ".join(service.models)
-        raise ModelNotFound(
-            f"No model `{body.model}` here; this server has {served}", param="model"
-        )
+    check_model(body.model, service)
     check_at_most(body.n or 1, limits.choices, "n")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
@@ -117,6 +120,16 @@ def _check(body: Generated, service: ServingContext) -> None:
     longest = max(map(len, stops), default=0)
     check_at_most(longest, limits.stop_characters, "stop", "characters in one string")
     check_ids(body.stop_token_ids or (), "stop_token_ids", service)
+    check_ids(body.allowed_token_ids or (), "allowed_token_ids", service)
+    words = body.bad_words or ()
+    check_at_most(len(words), limits.bad_words, "bad_words", "words")
+    longest = max(map(len, words), default=0)
+    check_at_most(longest, limits.stop_characters, "bad_words", "characters in one word")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest(
+            "`prompt_logprobs` come with the whole completion; leave out `stream: true`",
+            param="prompt_logprobs",
+        )
     biased = tuple(body.logit_bias or ())
     check_ids(biased, "logit_bias", service)
     check_at_most(len(biased), limits.biased_tokens, "logit_bias", "tokens")
@@ -127,6 +140,29 @@ def _bounded(body: Generated, service: ServingContext) -> ServingContext:
     options, defaults = body.cascade or Options(), service.defaults
     loss = options.on_drafter_loss or defaults.on_drafter_loss
     return service.bounded(_mode(options, defaults), loss)
+
+
+def _kept_tokens(body: Generated, service: ServingContext, requested: int | None) -> int | None:
+    """Return how many tokens at the end of a prompt are kept; None: it is not truncated.
+
+    Args:
+        body: The body.
+        service: Has the limits.
+        requested: Tokens of the completion.
+    """
+    count = body.truncate_prompt_tokens
+    if count is None:
+        return None
+    if count == 0:
+        raise InvalidRequest(
+            "`truncate_prompt_tokens` is 0; give at least 1, or -1 for what fits",
+            param="truncate_prompt_tokens",
+        )
+    most = max_prompt_tokens(service)
+    if count < 0:
+        return max(1, min(most, service.limits.context_tokens - (requested or 1)))
+    check_at_most(count, most, "truncate_prompt_tokens")
+    return count
 
 
 def _max_tokens(
@@ -150,6 +186,8 @@ def _max_tokens(
         raise too_long(what, service, param=prompt_param)
     if requested is None:
         return min(default or left, limits.max_tokens or left, left)
+    if limits.clamp_max_tokens:
+        return min(requested, limits.max_tokens or requested, left)
     if limits.max_tokens is not None:
         check_at_most(requested, limits.max_tokens, param)
     if requested > left:
@@ -178,6 +216,13 @@ def _call(
             f" for at most {service.limits.answers} answers: send several calls",
             param="n" if n > 1 else "prompt",
         )
+    shortest = min(max_tokens for _, max_tokens in lengths)
+    if (body.min_tokens or 0) > shortest:
+        raise InvalidRequest(
+            f"`min_tokens` is {body.min_tokens}, but a completion has at most {shortest} tokens"
+            " here; ask for fewer, or for a larger maximum",
+            param="min_tokens",
+        )
     seed = service.draw_seed() if body.seed is None else body.seed
     common = _request(body, service, logprobs=logprobs)
     policies = [replace(common.policy, seed=(seed + number) % MAX_SEED) for number in range(n)]
@@ -190,8 +235,15 @@ def _call(
             for policy in policies
         ),
         n=n,
-        stop_strings=_stop_strings(body),
+        text=TextOptions(
+            stops=_stop_strings(body),
+            include_stop=bool(body.include_stop_str_in_output),
+            min_tokens=body.min_tokens or 0,
+            skip_special=body.skip_special_tokens is not False,
+            special_spaces=body.spaces_between_special_tokens is not False,
+        ),
         stop_ids=tuple(body.stop_token_ids or ()),
+        prompt_logprobs=body.prompt_logprobs,
         echo=echo,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),
@@ -216,15 +268,17 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
         text = plain(body.prediction.content)
         with naming("prediction"):
             prediction = service.tokenizer.encode_continuation(text)
+    stop_ids = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
     policy = DecodingParams(
         sampling=_sampling(body, service),
+        constraints=_constraints(body, service, stop_ids),
         rule=_rule(options, defaults, mode),
         coupling=coupling,
         bonus=options.bonus or defaults.bonus,
         verification=_verification(options, defaults, coupling),
         rows=options.rows or defaults.rows,
         row_entries=min(defaults.row_entries, service.tokenizer.vocabulary),
-        stop_ids=tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))),
+        stop_ids=stop_ids,
         logprobs=logprobs,
     )
     return Request(
@@ -254,7 +308,6 @@ def _sampling(body: Generated, service: ServingContext) -> SamplingParams:
         return getattr(_UNCHANGED, name) if found is None else found
 
     temperature, top_p, top_k = value("temperature"), value("top_p"), max(value("top_k"), 0)
-    banned = dict.fromkeys(service.banned_ids, _BANNED)
     if top_k >= service.tokenizer.vocabulary:
         top_k = 0  # all tokens, whatever the number
     return SamplingParams(
@@ -265,7 +318,44 @@ def _sampling(body: Generated, service: ServingContext) -> SamplingParams:
         repetition_penalty=value("repetition_penalty"),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=tuple(sorted({**(body.logit_bias or {}), **banned}.items())),
+        logit_bias=tuple(sorted((body.logit_bias or {}).items())),
+    )
+
+
+def _constraints(
+    body: Generated, service: ServingContext, stop_ids: tuple[int, ...]
+) -> TokenConstraints:
+    """Return which tokens a completion may have.
+
+    Args:
+        body: The body.
+        service: Has the words that no completion may have.
+        stop_ids: What ends a completion.
+
+    Raises:
+        InvalidRequest: A word has no tokens, or no token may begin a completion.
+    """
+    words = list(service.bad_words)
+    for number, word in enumerate(body.bad_words or ()):
+        param = f"bad_words[{number}]"
+        with naming(param):
+            found = service.tokenizer.bad_word(word)
+        if not found:
+            raise InvalidRequest(f"`{param}` is {word!r}, which has no tokens", param=param)
+        words += found
+    allowed = set(body.allowed_token_ids or ())
+    never = {word[0] for word in words if len(word) == 1}
+    never.update(stop_ids if body.min_tokens else ())
+    if allowed <= never if allowed else len(never) >= service.tokenizer.vocabulary:
+        raise InvalidRequest(
+            "`allowed_token_ids`, `bad_words` and `min_tokens` together leave no token that a"
+            " completion could begin with; allow more tokens",
+            param="allowed_token_ids" if body.allowed_token_ids else "bad_words",
+        )
+    return TokenConstraints(
+        min_tokens=body.min_tokens or 0,
+        bad_words=tuple(dict.fromkeys(words)),
+        allowed_ids=tuple(sorted(allowed)),
     )
 
 
@@ -279,7 +369,7 @@ def _rule(options: Options, defaults: Defaults, mode: Mode) -> Rule:
         return rule
     if options.rule is None:
         return otherwise
-    names = (field.default for kind in kinds for field in fields(kind) if field.name == "kind")
+    names = (one.default for kind in kinds for one in fields(kind) if one.name == "kind")
     allowed = " or ".join(f"`{name}`" for name in names) or "no rule at all"
     raise InvalidRequest(
         f"`cascade.rule` is `{rule.kind}`, but mode `{mode}` takes {allowed}", param="cascade.rule"

@@ -42,6 +42,7 @@ class Completion:
         self.request = request
         self.call = call
         self.tokens: list[TokenText] = []  # the prompt's tokens too if the call echoes it
+        self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of all tokens but the first
         self.text_length = 0
         self._last = Delta()
         self._service = service
@@ -80,6 +81,9 @@ class Completion:
         Raises:
             Internal: The generation ended without a finish reason.
         """
+        top = self.call.prompt_logprobs
+        if top is not None and self.index % self.call.n == 0:
+            self.prompt_logprobs = await self._score(top)
         if self.call.echo:
             yield self._add(Delta(tokens=await self._prompt_tokens()))
         if not self.request.max_tokens:
@@ -88,8 +92,8 @@ class Completion:
         processor = OutputProcessor(
             self._service.tokenizer,
             self.request.prompt,
-            stops=self.call.stop_strings,
             stop_ids=self.request.policy.stop_ids,
+            options=self.call.text,
         )
         async with aclosing(self._service.generator.generate(self.request)) as chunks:
             async for chunk in chunks:
@@ -112,10 +116,7 @@ class Completion:
     async def _prompt_tokens(self) -> tuple[TokenText, ...]:
         """Return the prompt's tokens, with log-probabilities if the request wants some."""
         prompt, top = self.request.prompt, self.request.policy.logprobs
-        known: tuple[TokenLogprob, ...] = ()
-        if top is not None:
-            score = self._service.generator.score
-            known = await score(prompt, top=top, caller=self.request.caller)
+        known = () if top is None else await self._score(top)
         texts = list(self.call.echo[self.index // self.call.n])
         if not self.request.max_tokens:  # else a character that the prompt begins ends the answer's
             texts[-1] += self._service.tokenizer.detokenizer(prompt).flush()
@@ -123,6 +124,11 @@ class Completion:
             TokenText(token_id=token_id, text=text, logprob=logprob)
             for token_id, text, logprob in zip_longest(prompt, texts, (None, *known))
         )
+
+    async def _score(self, top: int) -> tuple[TokenLogprob, ...]:
+        """Return the expert's log-probability of each token of the prompt but the first."""
+        score = self._service.generator.score
+        return await score(self.request.prompt, top=top, caller=self.request.caller)
 
 
 def _cut_rounds(statistics: Statistics, rounds: Sequence[tuple[int, int]], *, length: int) -> None:
@@ -209,6 +215,8 @@ class Completions:
         async with aclosing(self.stream()) as deltas:
             async for _ in deltas:
                 pass
+        for each in self.all:  # the first choice of a prompt has scored it for all
+            each.prompt_logprobs = self.all[each.index - each.index % self.call.n].prompt_logprobs
 
     @property
     def usage(self) -> Usage:

@@ -30,7 +30,7 @@ from cascade.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Generator
@@ -50,11 +50,26 @@ class Limits:
     choices: Positive = 16  # `n`
     prompts: Positive = 64  # in one call
     answers: Positive = 128  # in one call: prompts times choices
-    stop_strings: Positive = 4
+    clamp_max_tokens: bool = False  # to what the context leaves, instead of refusing more
+    stop_strings: Positive = 64
     stop_characters: Positive = 1024
+    bad_words: Positive = 1024  # of at most `stop_characters` each
     biased_tokens: Positive = 1024
     draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
     body_bytes: Positive = 2_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cors:
+    """Which web pages may call from a browser, as Starlette has it; by default none."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+    allow_origins: tuple[str, ...] = ()  # such as https://chat.example.com; "*" is any
+    allow_origin_regex: str | None = None
+    allow_methods: tuple[str, ...] = ("GET", "POST")
+    allow_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False  # cookies; keys in `Authorization` do not need it
+    max_age: Natural = 600  # seconds that a browser remembers the answer
 
 
 def _spelled(value: object) -> object:
@@ -128,6 +143,11 @@ def unknown_context(mode: Mode, on_drafter_loss: DrafterLoss) -> int | None:
     del mode, on_drafter_loss
 
 
+async def no_metrics() -> bytes:
+    """Return no metrics, in Prometheus' text format."""
+    return b""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingContext:
     """Everything an API needs. Requests without a model get `models[0]`."""
@@ -142,9 +162,11 @@ class ServingContext:
     # Tokens that the tiers hold of prompt and completion; None: they have not said yet.
     tier_context: Callable[[Mode, DrafterLoss], int | None] = unknown_context
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
-    banned_ids: tuple[int, ...] = ()  # tokens that no text has
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
+    cors: Cors = field(default_factory=Cors)
+    metrics: Callable[[], Awaitable[bytes]] = no_metrics  # in Prometheus' text format
     keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, of the models
     clock: Callable[[], float] = time.time

@@ -134,6 +134,18 @@ class GenerationServicer(
         del request
         return await _guard(context, self._models(context), pb.ListModelsResponse())
 
+    async def Tokenize(  # noqa: N802 - the RPC's name
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse:
+        """Return the tokens of a prompt."""
+        return await _guard(context, self._tokenize(request, context), pb.TokenizeResponse())
+
+    async def Detokenize(  # noqa: N802 - the RPC's name
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        """Return the text of tokens."""
+        return await _guard(context, self._detokenize(request, context), pb.DetokenizeResponse())
+
     async def Check(  # noqa: N802 - the RPC's name
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
@@ -182,7 +194,8 @@ class GenerationServicer(
     ) -> Completions:
         """Return the completions of a call, and fill in what every response has."""
         service = self._service(context)
-        call = grpc_convert.call(generation, service)
+        stream = isinstance(response, pb.GenerateStreamResponse)
+        call = grpc_convert.call(generation, service, stream=stream)
         response.model = call.model
         response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
         key = _metadata(context).get("authorization")
@@ -196,6 +209,16 @@ class GenerationServicer(
         for name in service.models:
             response.models.add(name=name, create_time=created, context_length=length)
         return response
+
+    async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        service = self._service(context)
+        return await asyncio.to_thread(grpc_convert.tokenize, request, service)
+
+    async def _detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        service = self._service(context)
+        return await asyncio.to_thread(grpc_convert.detokenize, request, service)
 
     async def _check(
         self, request: health_pb2.HealthCheckRequest

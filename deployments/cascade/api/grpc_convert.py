@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Interval
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
-from cascade.api import build_request
-from cascade.api.schema import ChatBody, CompletionBody, invalid_request
+from cascade.api import build_request, tokenization
+from cascade.api.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    invalid_request,
+)
 from cascade.errors import InvalidRequest
 from cascade.protocol import convert
 from cascade.types import TokenLogprob
@@ -37,6 +43,12 @@ _PROTO_NAMES = {
     "logprobs": "logprob_count",
     "top_logprobs": "logprob_count",
     "messages": "chat.messages",
+    "add_generation_prompt": "chat.add_generation_prompt",
+    "continue_final_message": "chat.continue_final_message",
+    "chat_template_kwargs": "chat.template_variables",
+    "include_stop_str_in_output": "include_stop",
+    "prompt_logprobs": "prompt_logprob_count",
+    "tokens": "token_ids",
     "max_completion_tokens": "max_tokens",
     "confidence": "patience.confidence",
     "draft_tokens": "fixed_draft_length",
@@ -46,20 +58,22 @@ _PROTO_NAMES = {
     "logit_bias": "sampling.logit_biases",
     **{name: f"sampling.{name}" for name in convert.SAMPLING_FIELDS},
 }
+_SAME_NAMES = ("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens")
 _PROMPTS = {"text": "text", "tokens": "tokens.token_ids", "chat": "chat.messages"}
 
 # `cascade.`, a field, and what is below it.
 _PATH = re.compile(r"(?:cascade\.)?(\w+)(.*)")
 
 
-class _TextBody(CompletionBody):
-    """A text completion with as many alternatives as a chat may have."""
-
-    logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
-
-
-def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
+def call(
+    message: pb.Generation, service: ServingContext, *, stream: bool = False
+) -> CompletionCall:
     """Return what a message requests.
+
+    Args:
+        message: What to generate.
+        service: What to serve it with.
+        stream: The call streams.
 
     Raises:
         InvalidRequest: This server cannot do it; `param` names the proto field.
@@ -68,11 +82,13 @@ def call(message: pb.Generation, service: ServingContext) -> CompletionCall:
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("`prompt` is missing: set `text`, `tokens` or `chat`", param="prompt")
-    body_type = ChatBody if kind == "chat" else _TextBody
+    body_type = ChatBody if kind == "chat" else CompletionBody
     try:
         if kind == "chat":
-            return build_request.chat(ChatBody.model_validate(_chat(message)), service)
-        return build_request.completion(_TextBody.model_validate(_text(message, kind)), service)
+            fields = _chat(message) | {"stream": stream}
+            return build_request.chat(ChatBody.model_validate(fields), service)
+        fields = _text(message, kind) | {"stream": stream}
+        return build_request.completion(CompletionBody.model_validate(fields), service)
     except ValidationError as error:
         raise _with_proto_names(invalid_request(error, body_type), kind) from None
     except InvalidRequest as error:
@@ -105,10 +121,19 @@ def _text(message: pb.Generation, kind: str) -> dict[str, Any]:
 def _chat(message: pb.Generation) -> dict[str, Any]:
     if message.echo:
         raise InvalidRequest("`echo` needs `text` or `tokens`, not `chat`", param="echo")
-    messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
-    body = _common(message) | {"messages": messages}
+    body = _common(message) | templated(message.chat)
     body |= _present(message, max_completion_tokens="max_tokens", top_logprobs="logprob_count")
     return body | {"logprobs": message.HasField("logprob_count")}
+
+
+def templated(chat: pb.Chat) -> dict[str, Any]:
+    """Return a conversation by its HTTP names."""
+    return {
+        "messages": [{"role": one.role, "content": one.content} for one in chat.messages],
+        "continue_final_message": chat.continue_final_message,
+        "chat_template_kwargs": MessageToDict(chat.template_variables),
+        **_present(chat, add_generation_prompt="add_generation_prompt"),
+    }
 
 
 def _common(message: pb.Generation) -> dict[str, Any]:
@@ -118,10 +143,16 @@ def _common(message: pb.Generation) -> dict[str, Any]:
         "model": message.model or None,
         "stop": list(message.stop_strings),
         "stop_token_ids": list(message.stop_token_ids),
+        "include_stop_str_in_output": message.include_stop,
+        "ignore_eos": message.ignore_eos,
+        "min_tokens": message.min_tokens,
+        "bad_words": list(message.bad_words),
+        "allowed_token_ids": list(message.allowed_token_ids) or None,
         "logit_bias": {bias.token_id: bias.bias for bias in message.sampling.logit_biases},
         "prediction": prediction if message.prediction else None,
         "cascade": _options(message),
-        **_present(message, n="choice_count", seed="seed"),
+        **_present(message, n="choice_count", seed="seed", prompt_logprobs="prompt_logprob_count"),
+        **_present(message, **{name: name for name in _SAME_NAMES}),
         **_present(message.sampling, **{name: name for name in convert.SAMPLING_FIELDS}),
     }
 
@@ -158,6 +189,40 @@ def _present(message: Any, **names: str) -> dict[str, Any]:
     return {new: getattr(message, name) for new, name in names.items() if message.HasField(name)}
 
 
+def tokenize(message: pb.TokenizeRequest, service: ServingContext) -> pb.TokenizeResponse:
+    """Return the tokens of a prompt; raises as `call` does."""
+    kind = message.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("`prompt` is missing: set `text` or `chat`", param="prompt")
+    prompt = {"prompt": message.text} if kind == "text" else templated(message.chat)
+    fields = {
+        "model": message.model or None,
+        "return_token_strs": message.return_token_strings,
+        **prompt,
+        **_present(message, add_special_tokens="add_special_tokens"),
+    }
+    try:
+        found = tokenization.tokenize(TokenizeBody.model_validate(fields), service)
+    except ValidationError as error:
+        raise _with_proto_names(invalid_request(error, TokenizeBody), kind) from None
+    except InvalidRequest as error:
+        raise _with_proto_names(error, kind) from error.__cause__
+    return pb.TokenizeResponse(
+        token_ids=found["tokens"],
+        token_strings=found["token_strs"],
+        context_length=found["max_model_len"],
+    )
+
+
+def detokenize(message: pb.DetokenizeRequest, service: ServingContext) -> pb.DetokenizeResponse:
+    """Return the text of tokens; raises as `call` does."""
+    body = DetokenizeBody(model=message.model or None, tokens=list(message.token_ids))
+    try:
+        return pb.DetokenizeResponse(text=tokenization.detokenize(body, service)["prompt"])
+    except InvalidRequest as error:
+        raise _with_proto_names(error, "tokens") from error.__cause__
+
+
 def timestamp(seconds: float) -> Timestamp:
     """Return Unix seconds as a timestamp."""
     stamp = Timestamp()
@@ -187,6 +252,9 @@ def choice(completion: Completion, delta: Delta) -> pb.Choice:
         statistics = completion.statistics
         message.rounds.extend(map(_round, statistics.trace))
         message.undrafted_rounds.update(statistics.undrafted_rounds)
+    if completion.prompt_logprobs is not None:
+        first = TokenLogprob(token=completion.request.prompt[0], logprob=math.nan)
+        convert.encode_logprobs((first, *completion.prompt_logprobs), message.prompt_logprobs)
     return message
 
 

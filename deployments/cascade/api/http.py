@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
-from cascade.api import build_request, middleware, responses
+from cascade.api import build_request, middleware, responses, tokenization
 from cascade.api.completion import Completions
+from cascade.api.prompts import check_model
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
-from cascade.api.schema import Body, ChatBody, CompletionBody, parse
+from cascade.api.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    parse,
+)
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
-from cascade.errors import InvalidRequest, ModelNotFound, Unavailable
+from cascade.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,16 +34,18 @@ if TYPE_CHECKING:
     from fastapi.responses import Response
 
     from cascade.api.build_request import CompletionCall
-    from cascade.api.context import ServingContext
+    from cascade.api.context import Cors, ServingContext
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 _DRAINED_BODIES = 16  # a body larger than this many times the limit is not read to its end
 _THREAD_BYTES = 2**16  # tokenizing a body of this size would delay other streams
 
 _REF = "#/components/schemas/{model}"
 
-_EVENTS = {"schema": {"type": "string", "description": "If `stream` is true: one chunk per event"}}
+_CHUNK = {"type": "string", "description": "If `stream` is true: one chunk per event"}
+_EVENTS = {"schema": {"type": "object", "required": ["data"], "properties": {"data": _CHUNK}}}
 
 _NULLABLE = ["string", "null"]
 _ERROR_FIELDS = {"message": "string", "type": "string", "param": _NULLABLE, "code": _NULLABLE}
@@ -49,13 +62,16 @@ _ERROR = {
 }
 
 
-def create_app(service: ServingContext | None = None, *, add_request_id: bool = True) -> FastAPI:
+def create_app(
+    service: ServingContext | None = None, *, add_request_id: bool = True, cors: Cors | None = None
+) -> FastAPI:
     """Return the HTTP API.
 
     Args:
         service: What to serve; without it requests get 503 until `app.state.service` is set.
         add_request_id: Whether responses get an `x-request-id` here. Under Ray Serve they must not:
             its own layer adds one, and clients would read two as `a, a`.
+        cors: Which web pages may call; by default what the service says.
     """
     # FastAPI's documentation pages load their scripts from the internet: blank where there is none.
     app = FastAPI(title="Speculative Cascades", version="1", docs_url=None, redoc_url=None)
@@ -66,20 +82,26 @@ def create_app(service: ServingContext | None = None, *, add_request_id: bool = 
         ("/healthz", health, []),
         ("/ping", health, []),
         ("/livez", liveness, []),
+        ("/version", version, guarded),
+        ("/metrics", metrics, guarded),
         ("/v1/models", models, guarded),
         ("/v1/models/{name:path}", model, guarded),
     ):
-        route = partial(app.api_route, path, dependencies=dependencies, response_model=None)
+        media = PlainTextResponse if endpoint is metrics else JSONResponse
+        described = {"response_model": None, "response_class": media}
+        route = partial(app.api_route, path, dependencies=dependencies, **described)
         route(methods=["GET"])(endpoint)
         route(methods=["HEAD"], include_in_schema=False)(endpoint)
     for path, body_type, endpoint in (
         ("/v1/completions", CompletionBody, completions),
         ("/v1/chat/completions", ChatBody, chat_completions),
+        ("/tokenize", TokenizeBody, tokenize),
+        ("/detokenize", DetokenizeBody, detokenize),
     ):
         content = {"application/json": {"schema": {"$ref": _REF.format(model=body_type.__name__)}}}
         extra = {"requestBody": {"required": True, "content": content}}
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
-    middleware.install(app, add_request_id=add_request_id)
+    middleware.install(app, add_request_id=add_request_id, cors=cors or (service and service.cors))
     app.openapi = partial(_openapi, app)
     return app
 
@@ -98,6 +120,17 @@ async def liveness() -> Response:
     return responses.JsonResponse({"status": "ok"})
 
 
+async def version() -> Response:
+    """Say which version of the server this is."""
+    return responses.JsonResponse({"version": importlib.metadata.version("speculative-cascades")})
+
+
+async def metrics(request: Request) -> Response:
+    """Return metrics in Prometheus' text format."""
+    text = await _service(request).metrics()
+    return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+
+
 async def models(request: Request) -> Response:
     """List the models."""
     service = _service(request)
@@ -108,9 +141,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """Describe one model."""
     service = _service(request)
-    if name not in service.models:
-        served = ", ".join(service.models)
-        raise ModelNotFound(f"No model `{name}` here; this server has {served}", param="model")
+    check_model(name, service)
     return responses.JsonResponse(responses.model(name, service))
 
 
@@ -124,6 +155,29 @@ async def chat_completions(request: Request) -> Response:
     return await _complete(request, ChatBody, build_request.chat, ChatCompletionFormat)
 
 
+async def tokenize(request: Request) -> Response:
+    """Return the tokens of a prompt or of a conversation."""
+    return responses.JsonResponse(await _build(request, TokenizeBody, tokenization.tokenize))
+
+
+async def detokenize(request: Request) -> Response:
+    """Return the text of tokens."""
+    return responses.JsonResponse(await _build(request, DetokenizeBody, tokenization.detokenize))
+
+
+async def _build(
+    request: Request, body_type: type[B], build: Callable[[B, ServingContext], T]
+) -> T:
+    """Return what `build` makes of the body."""
+    service = _service(request)
+    data = await _read_body(request, limit_bytes=service.limits.body_bytes)
+
+    def made() -> T:
+        return build(parse(data, body_type), service)
+
+    return await asyncio.to_thread(made) if len(data) >= _THREAD_BYTES else made()
+
+
 async def _complete(
     request: Request,
     body_type: type[B],
@@ -131,13 +185,7 @@ async def _complete(
     format_type: type[ResponseFormat],
 ) -> Response:
     service, request_id = _service(request), request.state.request_id
-    data = await _read_body(request, limit_bytes=service.limits.body_bytes)
-
-    def build_call() -> CompletionCall:
-        return build(parse(data, body_type), service)
-
-    in_thread = len(data) >= _THREAD_BYTES
-    call = await asyncio.to_thread(build_call) if in_thread else build_call()
+    call = await _build(request, body_type, build)
     peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
     caller = middleware.caller(service, request.headers.get("authorization"), peer)
     completions = Completions(call, service, request_id=request_id, caller=caller)
@@ -184,14 +232,16 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     app.openapi_schema = schema = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
+    bodies = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
     _, definitions = models_json_schema(
-        [(ChatBody, "validation"), (CompletionBody, "validation")], ref_template=_REF
+        [(body, "validation") for body in bodies], ref_template=_REF
     )
     schema["components"] = {"schemas": definitions["$defs"] | {"Error": _ERROR}}
     content = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
-    for operation in (one for path in schema["paths"].values() for one in path.values()):
+    operations = [(path, one) for path, of in schema["paths"].items() for one in of.values()]
+    for path, operation in operations:
         operation["responses"].pop("422", None)
         operation["responses"]["default"] = {"description": "An error", "content": content}
-        if "requestBody" in operation:
+        if path.endswith("/completions"):
             operation["responses"]["200"]["content"]["text/event-stream"] = _EVENTS
     return schema

@@ -7,12 +7,14 @@ import hmac
 import logging
 import math
 import secrets
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
 from cascade.api import responses
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from cascade.api.context import ServingContext
+    from cascade.api.context import Cors, ServingContext
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+EXPOSED_HEADERS = (REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry")
 
 
 def authenticate(service: ServingContext, authorization: str | None) -> None:
@@ -116,11 +119,20 @@ def _text(header: str) -> str:
         return header
 
 
-def install(app: FastAPI, *, add_request_id: bool) -> None:
-    """Add the middleware and the handlers that turn exceptions into OpenAI's error objects."""
+def install(app: FastAPI, *, add_request_id: bool, cors: Cors | None = None) -> None:
+    """Add the middleware and the handlers that turn exceptions into OpenAI's error objects.
+
+    Args:
+        app: The application.
+        add_request_id: Whether responses get their id here.
+        cors: Which web pages may call from a browser; none by default.
+    """
     for kind in (CascadeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(ErrorMiddleware, add_request_id=add_request_id)
+    if cors is not None and (cors.allow_origins or cors.allow_origin_regex):
+        # Outermost, so that a page can read errors too.
+        app.add_middleware(CORSMiddleware, **asdict(cors), expose_headers=EXPOSED_HEADERS)
 
 
 def _response(error: CascadeError, *, status: int | None = None) -> Response:

@@ -32,20 +32,29 @@ class StopMatcher:
     Example: with the stop `END`, "xE" gives "x", then "NO" gives "ENO", then "END!" ends with "".
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         assert all(stops), "an empty stop string matches everywhere"
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
-    def push(self, text: str) -> StopMatch:
-        """Return the part of the held and the new text that cannot belong to a stop string."""
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
-        matches = [match for match in found if match[1] >= 0]
+    def push(self, text: str, *, early: bool = False) -> StopMatch:
+        """Return the part of the held and the new text that cannot belong to a stop string.
+
+        Args:
+            text: The new text.
+            early: A stop string that it completes does not count.
+        """
+        known, text = len(self._held), self._held + text
+        matches: list[tuple[int, int, str]] = []
+        for stop in () if early else self._stops:
+            start = text.find(stop, max(0, known - len(stop) + 1))
+            if start >= 0:
+                matches.append((start + len(stop), start, stop))
         if matches:
-            _, start, stop = min(matches)
+            end, start, stop = min(matches)
             self._held = ""
-            return StopMatch(text=text[:start], stop=stop)
+            return StopMatch(text=text[: end if self._include else start], stop=stop)
         safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[safe:]
         return StopMatch(text=text[:safe])
@@ -90,6 +99,17 @@ class Delta:
         return "".join(token.text for token in self.tokens)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What ends a completion besides its stop tokens, and what its text shows."""
+
+    stops: tuple[str, ...] = ()  # strings that end it
+    include_stop: bool = False  # what ends it, string or token, is part of its text
+    min_tokens: int = 0  # within which no stop string ends it
+    skip_special: bool = True  # special tokens have no text
+    special_spaces: bool = True  # keep spaces that the tokenizer writes between added tokens
+
+
 class OutputProcessor:
     """Detokenizes one completion.
 
@@ -103,20 +123,25 @@ class OutputProcessor:
         tokenizer: Tokenizer,
         prompt: Sequence[int] = (),
         *,
-        stops: Sequence[str] = (),
         stop_ids: Iterable[int] = (),
+        options: TextOptions | None = None,
     ) -> None:
         """Start a completion.
 
         Args:
             tokenizer: Makes the detokenizer.
             prompt: The tokens that the completion continues.
-            stops: Strings that end the completion and are not part of it.
-            stop_ids: Tokens that end the completion; they have no text.
+            stop_ids: Tokens that end the completion.
+            options: What ends it and what its text shows.
         """
-        self._detokenizer = tokenizer.detokenizer(prompt)
-        self._matcher = StopMatcher(stops)
+        options = options or TextOptions()
+        self._detokenizer = tokenizer.detokenizer(
+            prompt, skip_special=options.skip_special, spaces=options.special_spaces
+        )
+        self._matcher = StopMatcher(options.stops, include=options.include_stop)
         self._stop_ids = frozenset(stop_ids)
+        self._include_stop = options.include_stop
+        self._early = options.min_tokens  # tokens left within which no stop string counts
         self._pending: deque[TokenText] = deque()
         self._safe = 0  # characters of the pending tokens that cannot belong to a stop string
 
@@ -125,7 +150,9 @@ class OutputProcessor:
         logprobs = chunk.logprobs or (None,) * len(chunk.tokens)
         for token_id, origin, logprob in zip(chunk.tokens, chunk.origins, logprobs, strict=True):
             ends = token_id in self._stop_ids
-            text = "" if ends else self._detokenizer.push([token_id])
+            hidden = ends and not self._include_stop
+            text = "" if hidden else self._detokenizer.push([token_id])
+            self._early -= 1
             self._pending.append(
                 TokenText(token_id=token_id, text=text, origin=origin, logprob=logprob)
             )
@@ -139,7 +166,7 @@ class OutputProcessor:
 
     def _find_stop(self, text: str) -> str | None:
         """Return the stop string that the text completes."""
-        match = self._matcher.push(text)
+        match = self._matcher.push(text, early=self._early >= 0)
         self._safe += len(match.text)
         return match.stop
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from cascade.api.schema import CompletionBody, Message, ToolCall, texts
-from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedParameter
+from cascade.api.schema import CompletionBody, Message, Template, ToolCall, texts
+from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedParameter
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -33,17 +33,46 @@ def prompts(body: CompletionBody, service: ServingContext) -> Sequence[str | Seq
     return listed
 
 
-def conversation(messages: Sequence[Message], service: ServingContext) -> tuple[int, ...]:
+def conversation(
+    messages: Sequence[Message],
+    template: Template,
+    service: ServingContext,
+    *,
+    keep: int | None = None,
+) -> tuple[int, ...]:
     """Return a conversation in the model's chat template.
+
+    Args:
+        messages: Oldest first.
+        template: How to render them.
+        service: Has the tokenizer and the limits.
+        keep: Tokens to keep at the end; None refuses what does not fit.
 
     Raises:
         InvalidRequest: A message is empty, or the template rejects the conversation.
         UnsupportedParameter: A message has an unknown field.
     """
-    rendered = [_template_message(message, number) for number, message in enumerate(messages)]
     with _fitting("messages", service):
-        limit = max_prompt_tokens(service)
-        return _nonempty(service.tokenizer.chat(rendered, limit=limit), "messages")
+        limit = max_prompt_tokens(service) if keep is None else None
+        tokens = service.tokenizer.chat(**template_arguments(messages, template), limit=limit)
+    return _nonempty(_kept(tokens, keep), "messages")
+
+
+def template_arguments(messages: Sequence[Message], template: Template) -> dict[str, Any]:
+    """Return the arguments of `Tokenizer.render`; parameters and errors are `conversation`'s."""
+    continued = bool(template.continue_final_message)
+    if continued and template.add_generation_prompt:
+        raise InvalidRequest(
+            "`continue_final_message` and `add_generation_prompt` are both true; set one: the"
+            " completion either continues the last message or begins a new one",
+            param="add_generation_prompt",
+        )
+    return {
+        "messages": [_template_message(message, i) for i, message in enumerate(messages)],
+        "add_generation_prompt": template.add_generation_prompt is not False,
+        "continue_last": continued,
+        "variables": template.chat_template_kwargs or {},
+    }
 
 
 def max_prompt_tokens(service: ServingContext) -> int:
@@ -67,6 +96,13 @@ def too_long(what: str, service: ServingContext, *, param: str) -> ContextTooLon
         f" Reduce the length of the `{param}`",
         param=param,
     )
+
+
+def check_model(name: str | None, service: ServingContext) -> None:
+    """Check that a model is served here, if one is named; raises ModelNotFound."""
+    if name is not None and name not in service.models:
+        served = ", ".join(service.models)
+        raise ModelNotFound(f"No model `{name}` here; this server has {served}", param="model")
 
 
 def check_ids(ids: Sequence[int], param: str, service: ServingContext) -> None:
@@ -94,18 +130,29 @@ def check_at_most(value: int, limit: int, param: str, unit: str = "") -> None:
         raise InvalidRequest(f"`{param}` {got}; this server allows at most {limit}", param=param)
 
 
-def tokenize(prompt: str | Sequence[int], service: ServingContext) -> tuple[int, ...]:
+def tokenize(
+    prompt: str | Sequence[int], service: ServingContext, *, keep: int | None = None
+) -> tuple[int, ...]:
     """Return the tokens of a prompt, at least one.
+
+    Args:
+        prompt: Text or token ids.
+        service: Has the tokenizer and the limits.
+        keep: Tokens to keep at the end; None refuses what does not fit.
 
     Raises:
         InvalidRequest: It is too long, or a token id does not exist.
     """
     if not isinstance(prompt, str):
         check_ids(prompt, "prompt", service)
-        return tuple(prompt)
+        return _kept(tuple(prompt), keep)
     with _fitting("prompt", service):
-        limit = max_prompt_tokens(service)
-        return _nonempty(service.tokenizer.encode(prompt, limit=limit), "prompt")
+        limit = max_prompt_tokens(service) if keep is None else None
+        return _nonempty(_kept(service.tokenizer.encode(prompt, limit=limit), keep), "prompt")
+
+
+def _kept(tokens: tuple[int, ...], keep: int | None) -> tuple[int, ...]:
+    return tokens if keep is None else tokens[-keep:]
 
 
 def _nonempty(tokens: tuple[int, ...], param: str) -> tuple[int, ...]:

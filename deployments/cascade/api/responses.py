@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cascade.api.output_processor import TokenText
     from cascade.engine.tokenizer import Tokenizer
     from cascade.errors import CascadeError
+    from cascade.types import TokenLogprob
 
 Json: TypeAlias = dict[str, Any]
 
@@ -92,7 +93,8 @@ class TextCompletionFormat(ResponseFormat):
 
     def choice(self, completion: Completion) -> Json:
         """Return a finished choice."""
-        return self._choice(completion, completion.output, offset=0) | _prompt_ids(completion)
+        choice = self._choice(completion, completion.output, offset=0)
+        return choice | _prompt_ids(completion) | _prompt_logprobs(completion, self._tokenizer)
 
     def opening(self, completion: Completion) -> list[Json]:
         """Return an empty choice if there are several, so that their indices come in order."""
@@ -129,7 +131,9 @@ class ChatCompletionFormat(ResponseFormat):
 
     def response(self, completions: Completions) -> Json:
         """Return the response with all finished choices."""
-        return super().response(completions) | _prompt_ids(completions.all[0])
+        first = completions.all[0]
+        prompt = _prompt_ids(first) | _prompt_logprobs(first, self._tokenizer)
+        return super().response(completions) | prompt
 
     def chunk(self, completions: Completions, choice: Json) -> Json:
         """Return a chunk of a stream with one choice."""
@@ -176,6 +180,27 @@ def _prompt_ids(completion: Completion) -> Json:
     if not completion.call.token_ids:
         return {}
     return {"prompt_token_ids": list(completion.request.prompt)}
+
+
+def _prompt_logprobs(completion: Completion, tokenizer: Tokenizer) -> Json:
+    """Return vLLM's field: for each token but the first, it and the likeliest ones by their id."""
+    known = completion.prompt_logprobs
+    if known is None:
+        return {}
+    return {"prompt_logprobs": [None, *(_by_id(one, tokenizer) for one in known)]}
+
+
+def _by_id(one: TokenLogprob, tokenizer: Tokenizer) -> Json:
+    """Return a token and the likeliest ones; a token that is none of them has no known rank."""
+    ranked = {id_: (value, rank) for rank, (id_, value) in enumerate(one.top, 1)}
+    return {
+        str(id_): {
+            "logprob": _finite(value),
+            "rank": rank,
+            "decoded_token": tokenizer.bytes_of(id_).decode(errors="replace"),
+        }
+        for id_, (value, rank) in ({one.token: (one.logprob, None)} | ranked).items()
+    }
 
 
 def _extensions(completion: Completion, delta: Delta) -> Json:

@@ -232,11 +232,27 @@ class Generated(Ignored, extra="allow"):
     n: Annotated[int, Ge(1)] | None = None
     """Choices per prompt."""
     stop: Text | list[Text] | None = None
-    """Up to four strings that end the completion; they are not part of it."""
+    """Strings that end the completion; they are not part of it."""
     stop_token_ids: list[TokenId] | None = None
     """Token ids that end the completion."""
+    include_stop_str_in_output: bool | None = None
+    """Keep the stop string, or the text of the stop token, at the end of the completion."""
     ignore_eos: bool | None = None
     """Continue after the model's stop token."""
+    min_tokens: Annotated[int, Ge(0)] | None = None
+    """Tokens of the completion before which no stop token and no stop string ends it."""
+    bad_words: list[Text] | None = None
+    """Words and phrases that the completion may not contain."""
+    allowed_token_ids: Some[list[TokenId]] | None = None
+    """The only tokens that the completion may have."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text; true if absent."""
+    spaces_between_special_tokens: bool | None = None
+    """Keep spaces that the tokenizer writes between special tokens; true if absent."""
+    truncate_prompt_tokens: Annotated[int, Ge(-1)] | None = None
+    """Keep this many tokens at the end of a prompt; -1 keeps as many as fit."""
+    prompt_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
+    """Return the expert's log-probability of each prompt token and this many alternatives."""
     return_token_ids: bool | None = None
     """Return the token ids of prompt and completion."""
     stream: bool | None = None
@@ -248,23 +264,17 @@ class Generated(Ignored, extra="allow"):
 class Neutral(Generated):
     """Fields of OpenAI and vLLM whose only accepted values are those that request nothing."""
 
-    add_generation_prompt: Literal[True] | None = None
     audio: None = None
     best_of: int | None = None
     """Only 1 or `n`: every choice is returned."""
-    continue_final_message: Literal[False] | None = None
     function_call: Literal["none", "auto"] | None = None
     functions: list[JsonValue] | None = None
     """The old name of `tools`."""
-    include_stop_str_in_output: Literal[False] | None = None
     length_penalty: Annotated[float, Interval(ge=1, le=1)] | None = None
-    min_tokens: Annotated[int, Interval(ge=0, le=0)] | None = None
     modalities: Annotated[list[Literal["text"]], Len(max_length=1)] | None = None
     moderation: None = None
     reasoning_effort: None = None
     response_format: TextFormat | None = None
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
     suffix: Literal[""] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: list[JsonValue] | None = None
@@ -301,13 +311,28 @@ class CompletionBody(Neutral):
     """Text, token ids, or a list of either."""
     max_tokens: Annotated[int, Ge(0)] | None = None
     """Most tokens of the completion; 16 if absent."""
-    logprobs: Annotated[int, Interval(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
     """Return each token's log-probability and this many alternatives."""
     echo: bool | None = None
     """Begin the completion with the prompt."""
+    add_generation_prompt: Literal[True] | None = None
+    """Of chats; accepted where it requests nothing."""
+    continue_final_message: Literal[False] | None = None
+    """Likewise."""
 
 
-class ChatBody(Neutral):
+class Template(Body):
+    """How the model's chat template renders a conversation."""
+
+    add_generation_prompt: bool | None = None
+    """Begin an answer; true if absent, unless the final message is continued."""
+    continue_final_message: bool | None = None
+    """Continue the last message instead of answering it."""
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    """Further variables of the chat template, such as `enable_thinking`."""
+
+
+class ChatBody(Template, Neutral):
     """The body of `/v1/chat/completions`."""
 
     messages: Some[list[Message]]
@@ -317,6 +342,25 @@ class ChatBody(Neutral):
     """The old name of `max_completion_tokens`."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(Template):
+    """The body of `/tokenize`, as vLLM has it: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Some[list[Message]] | None = None
+    add_special_tokens: bool | None = None
+    """Add the tokens that the model expects first; if absent, true for a prompt only."""
+    return_token_strs: bool | None = None
+    """Return each token as the vocabulary writes it."""
+
+
+class DetokenizeBody(Body):
+    """The body of `/detokenize`, as vLLM has it."""
+
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 def texts(content: str | list[TextPart] | list[TextPart | RefusalPart] | None) -> list[str]:

@@ -157,9 +157,6 @@ def router(  # noqa: PLR0913 - one parameter an option
 def _http_app(
     settings: Application, *, drafters: list[str], experts: list[str], token: str
 ) -> FastAPI:
-    from fastapi.responses import PlainTextResponse  # noqa: PLC0415 - as above
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415 - as above
-
     from cascade.api.http import create_app  # noqa: PLC0415 - as above
     from cascade.observability.metric_specs import ROUTER  # noqa: PLC0415 - as above
     from cascade.observability.metrics import PrometheusMetrics  # noqa: PLC0415 - as above
@@ -186,18 +183,13 @@ def _http_app(
             ready=loop.ready,
             warnings=loop.warnings,
             tier_context=loop.context_tokens,
+            metrics=metrics.text,
         )
         yield
         watch.cancel()
         await drafter.clients.close()
         await expert.clients.close()
 
-    app = create_app()
-
-    @app.get("/metrics", include_in_schema=False)
-    async def get_metrics() -> PlainTextResponse:
-        text = generate_latest(metrics.registry)
-        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
-
+    app = create_app(cors=settings.cors)
     app.router.lifespan_context = lifespan
     return app

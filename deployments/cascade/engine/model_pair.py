@@ -151,7 +151,7 @@ class GenerationDefaults:
     """What the expert's generation_config.json says about requests that do not say it."""
 
     sampling: Mapping[str, float] = field(default_factory=dict[str, float])  # see `_SAMPLING`
-    banned_ids: tuple[int, ...] = ()  # tokens that no text has
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
 
 
 def load_pair(
@@ -223,15 +223,17 @@ def generation_defaults(name: str, stated: Mapping[str, Any]) -> GenerationDefau
                 f"generation_config.json of {name!r} sets {key} to {stated[key]!r}, which this "
                 f"server does not support; {advice}"
             )
-    banned: list[Any] = [*(stated.get("suppress_tokens") or ())]
-    for ids in stated.get("bad_words_ids") or ():
-        banned += ids if len(ids) == 1 else [ids]
-    if not all(isinstance(id_, int) and id_ >= 0 for id_ in banned):
+    words: list[Any] = [[id_] for id_ in stated.get("suppress_tokens") or ()]
+    words += stated.get("bad_words_ids") or ()
+    if not all(
+        isinstance(word, list) and word and all(isinstance(id_, int) and id_ >= 0 for id_ in word)  # pyright: ignore[reportUnknownVariableType] - JSON
+        for word in words
+    ):
         raise UnsupportedModel(
-            f"generation_config.json of {name!r} bans {banned!r}; this server bans single tokens "
-            f"only; {advice}"
+            f"generation_config.json of {name!r} bans {words!r}; wanted lists of token ids; "
+            f"{advice}"
         )
     return GenerationDefaults(
         sampling={key: stated[key] for key in _SAMPLING if stated.get(key) is not None},
-        banned_ids=tuple(dict.fromkeys(banned)),
+        bad_words=tuple(dict.fromkeys(tuple(word) for word in words)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from codecs import getincrementaldecoder, register_error
 from contextlib import suppress
@@ -46,7 +47,12 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skipped: frozenset[int]
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        skipped: frozenset[int] = frozenset(),
+        joined: frozenset[int] = frozenset(),
     ) -> None:
         """Start behind a prompt.
 
@@ -55,10 +61,12 @@ class Detokenizer:
             prompt: Tokens before the first one. If they end inside a character, it is part of the
                 text that follows.
             skipped: Tokens without text.
+            joined: Tokens that have no space between each other.
         """
         self._tokenizer = tokenizer
         self._decode = partial(tokenizer.decode, skip_special=False)
         self._skipped = skipped
+        self._joined = joined
         self._utf8 = getincrementaldecoder("utf-8")(tokenizer.invalid_bytes)
         shown = filter(self._has_text, reversed(prompt))
         self._context = list(islice(shown, _CONTEXT))[::-1]  # the last tokens, with text
@@ -91,9 +99,17 @@ class Detokenizer:
         before = self._decode(self._context) if self._before is None else self._before
         together = [*self._context, token]
         whole, alone = self._decode(together), self._decode([token])
+        if token in self._joined and self._joined.issuperset(self._context[-1:]):
+            whole = before + alone
         self._context, self._before = ([token], alone) if alone else (together[-_CONTEXT:], None)
         return whole[len(before) :] if whole.startswith(before) else alone
 
+
+# What `apply_chat_template` takes that is no variable of a template, or that `chat` passes itself.
+_RESERVED = {
+    "messages",
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+} - {"documents", "kwargs"}
 
 # Texts that no chat template has of its own, to see what it shows of a message.
 _NEEDLE, _KEY = "7d1f0c9e", "b24c86a5"
@@ -186,30 +202,60 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         limit: int | None = None,
-        continue_last: bool = False,
-        **variables: Any,
+        **rendering: Any,
     ) -> tuple[int, ...]:
         """Return the ids of a conversation in the model's chat template.
 
         Args:
-            messages: Objects with a `role` and a `content`, oldest first. Content is a text or a
-                list of text parts; the template gets the form that it reads.
+            messages: Objects with a `role` and a `content`, oldest first.
             limit: Most tokens to accept.
-            continue_last: Continue the last message instead of starting a new one.
-            variables: Further variables of the template, such as `tools`.
+            rendering: The other arguments of `render`.
 
         Raises:
-            InvalidRequest: There is no template, or it rejects the conversation.
+            InvalidRequest: There is no template, it rejects the conversation, or a variable is not
+                the template's.
             ContextTooLong: There are more than `limit` tokens.
+        """
+        return self.encode(self.render(messages, **rendering), add_special=False, limit=limit)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation in the model's chat template.
+
+        Args:
+            messages: Objects with a `role` and a `content`, oldest first. Content is a text or a
+                list of text parts; the template gets the form that it reads.
+            add_generation_prompt: Begin an answer, unless the last message is continued.
+            continue_last: Continue the last message instead of starting a new one.
+            variables: Further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequest: There is no template, it rejects the conversation, or a variable is not
+                the template's.
         """
         if not self.has_chat_template:
             raise InvalidRequest(
                 "This model has no chat template; ask for a completion of a prompt instead"
             )
+        variables = variables or {}
+        if reserved := sorted(_RESERVED & variables.keys()):
+            param = f"chat_template_kwargs.{reserved[0]}"
+            raise InvalidRequest(
+                f"`{param}` is no variable of a chat template here; leave it out, and send"
+                " messages, `add_generation_prompt` and `continue_final_message` as fields of the"
+                " request",
+                param=param,
+            )
         try:
-            text = self._render(
+            return self._render(
                 [_readable(message, self._content_forms) for message in messages],
-                add_generation_prompt=not continue_last,
+                add_generation_prompt=add_generation_prompt and not continue_last,
                 continue_final_message=continue_last,
                 **variables,
             )
@@ -218,7 +264,6 @@ class Tokenizer:
             raise InvalidRequest(
                 f"The model's chat template rejects these messages: {what}", param="messages"
             ) from error
-        return self.encode(text, add_special=False, limit=limit)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         conversation: Any = [dict(message) for message in messages]
@@ -260,9 +305,39 @@ class Tokenizer:
         )
         return text
 
-    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special: bool = True) -> Detokenizer:
-        """Return an incremental decoder of the text that follows `prompt`."""
-        return Detokenizer(self, prompt, skipped=self.special_ids if skip_special else frozenset())
+    def detokenizer(
+        self, prompt: Sequence[int] = (), *, skip_special: bool = True, spaces: bool = True
+    ) -> Detokenizer:
+        """Return an incremental decoder of the text that follows a prompt.
+
+        Args:
+            prompt: Tokens before the text.
+            skip_special: Special tokens have no text.
+            spaces: Keep spaces that the tokenizer writes between added tokens.
+        """
+        return Detokenizer(
+            self,
+            prompt,
+            skipped=self.special_ids if skip_special else frozenset(),
+            joined=frozenset() if spaces else frozenset(self._added),
+        )
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """Return tokens as the vocabulary writes them."""
+        found: list[Any] = [self.tokens.get(id_, "") for id_ in ids]
+        return [token if isinstance(token, str) else repr(token) for token in found]
+
+    def bad_word(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of a word at the beginning of a text and, if they differ, inside one.
+
+        As vLLM does: with a space before it the word counts only if it has as many tokens and
+        begins with another.
+        """
+        text = word.lstrip() or word
+        alone = self.encode(text, add_special=False)
+        inside = self.encode(f" {text}", add_special=False)
+        differs = len(inside) == len(alone) and inside[:1] != alone[:1]
+        return tuple(ids for ids in (alone, inside if differs else ()) if ids)
 
     def pieces(self, prompt: str | Sequence[int]) -> tuple[str, ...]:
         """Return the text of each token of a prompt; together they are the prompt as it was given.

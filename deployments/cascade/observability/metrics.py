@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cascade.observability.metric_specs import MetricKind
 
@@ -75,6 +75,10 @@ class PrometheusMetrics:
     def observe(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Put a value into a histogram."""
         self._child(spec, labels).observe(value)
+
+    async def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
 
     def _child(self, spec: MetricSpec, labels: tuple[str, ...]) -> Any:
         metric = self._metrics[spec.name]
