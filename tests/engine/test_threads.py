@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,21 @@ def test_zero_threads_restores_the_default() -> None:
     threads.apply()
 
     assert torch.get_num_threads() == default
+
+
+def test_an_own_thread_takes_its_openmp_pool_along() -> None:
+    """Whatever a thread leaves behind keeps the engine's from waiting actively."""
+    script = """
+import psutil, torch
+from cascade.engine import threads
+torch.set_num_threads(2)
+ones = torch.ones(10_000_000)
+before = psutil.Process().num_threads()
+assert threads.run_in_own_thread(torch.sum, ones) == 10_000_000
+while psutil.Process().num_threads() > before:  # those of a pool end soon after its owner
+    pass
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)  # noqa: S603 - our own
 
 
 @pytest.mark.usefixtures("usual")

@@ -79,7 +79,8 @@ class Engine:
         self._handler = handler
         self._settings = settings
         device = model.model.device
-        self.runner, capacity = select.prepare(model, settings=settings)
+        prepared = threads.run_in_own_thread(select.prepare, model, settings=settings)
+        self.runner, capacity = prepared
         self._ranks = model.ranks
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._ended = False  # the thread takes no more messages

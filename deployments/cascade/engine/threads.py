@@ -4,6 +4,11 @@ Two OpenMP thread pools that spin on the same cores slow each other down tenfold
 costs a few percent. The wait policy is read when torch is imported, so it must be in the
 environment by then. numpy's own pool has no such policy, so it gets one thread.
 
+Each thread that runs a large operator keeps an OpenMP pool until it ends, and while a process has
+more threads in pools than its machine has cores, none of them waits actively, not even briefly. So
+a model is loaded, checked and warmed up by threads that end (`run_in_own_thread`), and only the
+engine's thread keeps a pool.
+
 Each pass allocates what the one before freed. If glibc returns blocks of megabytes to the system in
 between, every page of them faults, which can take longer than the work on them.
 
@@ -15,8 +20,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ParamsP = ParamSpec("ParamsP")
+ResultT = TypeVar("ResultT")
 
 # With the default of 5 ms a Python thread can delay the engine's for longer than a decode step.
 _SWITCH_INTERVAL_S = 0.0005
@@ -48,6 +61,14 @@ def apply(*, threads: int = 0) -> None:
     torch.set_num_threads(threads or default)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     _keep_memory()
+
+
+def run_in_own_thread(
+    function: Callable[ParamsP, ResultT], *args: ParamsP.args, **kwargs: ParamsP.kwargs
+) -> ResultT:
+    """Return what a function returns in a thread that ends with it, and its OpenMP pool too."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(function, *args, **kwargs).result()
 
 
 @cache

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
+from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.tensor_parallel import load
 from cascade.engine.tokenizer import load as load_tokenizer
@@ -123,7 +124,7 @@ class Replica(ABC, Generic[Message]):
             "trust_remote_code": options.trust_remote_code,
         }
         loading = partial(load, options.model, settings=options.engine, launch=launch, **source)
-        model = await asyncio.to_thread(loading)
+        model = await asyncio.to_thread(threads.run_in_own_thread, loading)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
             shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
