@@ -27,23 +27,25 @@ def figures(*arguments: str) -> tuple[str, int, int, int]:
     return found[1], int(found[2]), int(found[3]), int(found[4])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_model_is_loaded_into_its_final_layout(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "runner", "dtype"),
+    [
+        ("auto", "CpuLlamaRunner", "float32"),
+        pytest.param("auto", "CpuLlamaRunner", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("flat", "VarlenRunner", "float32", marks=pytest.mark.slow),
+        pytest.param("flat", "VarlenRunner", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("padded", "PaddedRunner", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_is_loaded_into_its_final_layout(
+    path: str, runner: str, dtype: str, tmp_path: Path
+) -> None:
     """Libraries and passes take up to 200 MiB whatever the model is."""
     shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=12, heads=12, groups=6)
     synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
-    runner, weights, peak, after = figures(str(tmp_path), "--dtype", dtype)
-    assert runner == "CpuLlamaRunner"
+    chosen, weights, peak, after = figures(str(tmp_path), "--dtype", dtype, "--path", path)
+    assert chosen == runner
     assert weights <= after <= peak <= 1.15 * weights + 200
-
-
-@pytest.mark.slow
-def test_copied_weights_are_freed_on_the_flat_path_too(tmp_path: Path) -> None:
-    shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=12, heads=12, groups=6)
-    synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
-    runner, weights, _, after = figures(str(tmp_path), "--dtype", "float32", "--path", "flat")
-    assert runner == "VarlenRunner"
-    assert weights <= after <= 1.15 * weights + 200
 
 
 def test_an_unknown_path_is_named() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tests.engine.harness import RecordingHandler
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -71,6 +73,59 @@ def test_a_packed_model_computes_what_it_did(
     with torch.inference_mode():
         difference = (plain(tokens).logits - packed(tokens).logits).abs().max()
         assert difference < share * plain(tokens).logits.abs().max()
+
+
+class _CountAlive(TorchDispatchMode):
+    """Counts the matrices of layers that are alive whenever one is packed."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self._weights = [weakref.ref(layer.weight) for layer in layers]
+        self.alive: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_reorder_linear_weight" in str(func):
+            self.alive.append(sum(weight() is not None for weight in self._weights))
+        return func(*args, **(kwargs or {}))
+
+
+@packs
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_at_most_one_layer_is_held_twice(build: Callable[..., PreTrainedModel]) -> None:
+    plain, model = build(), build()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    own = head.weight is not embedding.weight
+    found: list[Any] = [one for one in model.modules() if type(one) in {nn.Linear, Conv1D}]
+    # Small matrices are not packed, and the embedding is needed.
+    layers = [one for one in found if one.weight.numel() >= 2**14 and (own or one is not head)]
+    with _CountAlive(layers) as counter:
+        count = pack(model, consume=True)
+
+    assert counter.alive[: len(layers)] == list(range(len(layers), 0, -1))
+    assert count == len(counter.alive) == len(layers) + (not own)
+    ids = torch.tensor([TOKENS])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0.1, atol=0.05)
+
+
+class _ReadsMatrix(LlamaForCausalLM):
+    """A model that needs a matrix for more than its layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = super().forward(*args, **kwargs)
+        output.logits = output.logits + self.lm_head.weight.mean()
+        return output
+
+
+def test_matrices_that_the_model_reads_itself_are_kept() -> None:
+    model = _ReadsMatrix(llama(torch.float32).config).eval()
+    ids = torch.tensor([TOKENS])
+    with torch.inference_mode():
+        before = model(ids).logits
+        assert pack(model, consume=True) > 0
+        assert not any(weight.is_meta for weight in model.parameters())
+        torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_other_precisions_are_not_packed() -> None:

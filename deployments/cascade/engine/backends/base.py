@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 
-from cascade.engine.backends import prepacked_linear
 from cascade.engine.batch import Segment, partition
 from cascade.engine.kv_pool import MIN_RANGE, KVPool, LayeredKVPool
 
@@ -150,10 +149,6 @@ class Runner(ABC, Generic[Pool]):
         """Return an empty pool."""
 
     @abstractmethod
-    def free_hf_weights(self) -> None:
-        """Free the weights of the model that this runner does not need."""
-
-    @abstractmethod
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
 
@@ -205,22 +200,3 @@ class ModelRunner(Runner[LayeredKVPool]):
     def make_pool(self, *, num_slots: int) -> LayeredKVPool:
         """Return an empty pool."""
         return LayeredKVPool(num_slots=num_slots)
-
-    def free_hf_weights(self) -> None:
-        """Free the matrices that packed layers have copied, unless the model reads them too."""
-        kept = self.model.get_input_embeddings().weight
-        copied = [
-            (layer, layer.weight)
-            for layer in prepacked_linear.packed_layers(self.model)
-            if layer.weight is not kept
-        ]
-        if not copied:
-            return
-        for layer, weight in copied:
-            layer.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
-        try:
-            self.warm_up()
-        # Any model's code may fail where a matrix is gone.
-        except Exception:  # noqa: BLE001 - as above
-            for layer, weight in copied:
-                layer.weight = weight

@@ -86,10 +86,6 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
             size=weights.head_size,
         )
 
-    def free_hf_weights(self) -> None:
-        """Free the model's matrices: this runner has its own."""
-        llama_weights.free(self.model)
-
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
         rotations_P1E = self._rotation_table(max(one.positions.stop for one in segments))

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from cascade.engine import threads
 from cascade.engine.backends.base import PathUnsupported, RopeLengths, find_rope_lengths
-from cascade.engine.backends.prepacked_linear import is_dense
+from cascade.engine.backends.prepacked_linear import free, is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -115,7 +115,7 @@ def read(
     attention = body.layers[0].self_attn
     size = int(attention.head_dim)
     norm = Norm(body.norm)
-    return Weights(
+    weights = Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
         layers=[_layer(layer, make, consume=consume) for layer in body.layers],
         final_norm=norm,
@@ -126,18 +126,16 @@ def read(
         head_size=size,
         scale=float(attention.scaling),
     )
+    if consume:
+        _free(model)
+    return weights
 
 
-def free(model: PreTrainedModel) -> None:
-    """Free the matrices of a model whose weights were read, except the embedding."""
-    embedding: Any = model.get_input_embeddings()
-    _free(model, kept=embedding.weight)
-
-
-def _free(module: nn.Module, *, kept: Tensor | None = None) -> None:
+def _free(module: nn.Module) -> None:
     for layer in module.modules():
-        if isinstance(layer, nn.Linear) and layer.weight is not kept:
-            layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+        if isinstance(layer, nn.Linear):
+            free(layer)
+    threads.trim_memory()
 
 
 def rotations(weights: Weights[Any], *, positions: int) -> Tensor:
@@ -191,7 +189,6 @@ def _layer(layer: Any, make: MakeLinear[LinearT], *, consume: bool) -> Layer[Lin
     )
     if consume:
         _free(layer)
-        threads.trim_memory()
     return result
 
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
+from cascade.engine import threads
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Linear: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -35,30 +37,58 @@ _MIN_WEIGHTS = 2**14  # below, a call costs more than the layout saves
 _VECTOR_WEIGHTS = 2**20  # of a float32 matrix below which numpy is faster for one vector
 
 
-def pack(model: nn.Module, *, deterministic: bool = False) -> int:
+def pack(model: nn.Module, *, deterministic: bool = False, consume: bool = False) -> int:
     """Pack the linear layers of a model if its CPU has the kernels; return their number.
 
-    Results stay the same, within rounding; if `deterministic`, they do not depend on the batch. The
-    packed weights take memory in addition to the model's own.
+    Results stay the same, within rounding.
+
+    Args:
+        model: The model.
+        deterministic: Results do not depend on the batch.
+        consume: Free each matrix once it is copied, unless the model reads them itself.
     """
     if not supported(next(model.parameters())):
         log.warning("Linear layers are not packed: that needs a CPU that has the kernels")
         return 0
     layers = _layers(model, least=0 if deterministic else _MIN_WEIGHTS)
+    consume = consume and not _reads_matrices(model, layers)
     for layer in layers:
         apply = packed(_matrix(layer), layer.bias, deterministic=deterministic)
-        layer.forward = partial(_forward_packed, apply)
+        layer.forward = partial(_forward, apply)
+        if consume:
+            free(layer)
+            threads.trim_memory()
     return len(layers)
 
 
-def packed_layers(model: nn.Module) -> list[Any]:
-    """Return the layers of a model that `pack` has given copies of their weights."""
-    layers: list[Any] = list(model.modules())
-    return [
-        layer
-        for layer in layers
-        if getattr(vars(layer).get("forward"), "func", None) is _forward_packed
-    ]
+def free(layer: Any) -> None:
+    """Free the matrix of a linear layer; its shape and type stay."""
+    layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+
+
+def _reads_matrices(model: nn.Module, layers: Sequence[Any]) -> bool:
+    """Return whether a model needs matrices of linear layers for more than calls of the layers."""
+    weights = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_zeros, len(_matrix(layer)))
+        free(layer)
+    ids_1T = torch.zeros((1, 2), dtype=torch.int64)
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=ids_1T, use_cache=False).logits
+    # Any model's code may fail where a matrix is gone.
+    except Exception:  # noqa: BLE001 - as above
+        return True
+    else:
+        return logits.is_meta or next(model.parameters()).is_meta
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
+            del layer.forward
+
+
+def _zeros(size: int, inputs: Tensor) -> Tensor:
+    return inputs.new_zeros((*inputs.shape[:-1], size))
 
 
 def fix_batches(model: nn.Module) -> None:
@@ -88,16 +118,12 @@ def is_dense(layer: Any) -> bool:
     Libraries of quantised weights replace the layer, its weights or its forward pass.
     """
     forward = vars(layer).get("forward")
-    original = forward is None or getattr(forward, "func", None) in {_forward, _forward_packed}
+    original = forward is None or getattr(forward, "func", None) is _forward
     return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point() and original
 
 
 def _matrix(layer: Any) -> Tensor:
     return layer.weight.detach().t() if isinstance(layer, Conv1D) else layer.weight.detach()
-
-
-def _forward_packed(apply: Linear, inputs: Tensor) -> Tensor:
-    return _forward(apply, inputs)
 
 
 def _forward(apply: Linear, inputs: Tensor) -> Tensor:

@@ -61,8 +61,6 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
     )
     runner.resize(num_slots=capacity)
     runner.warm_up()
-    if model.owned:
-        runner.free_hf_weights()
     threads.trim_memory()
     return runner, capacity
 
@@ -94,7 +92,7 @@ def select_runner(
         agree(error.message)
         raise
     reasons: dict[Path, str] = {}
-    for path, build in paths(model, settings):
+    for path, build in paths(model, settings, owned=owned):
         model.set_attn_implementation(original)
         runner, reason = None, ""
         try:
@@ -116,9 +114,15 @@ def select_runner(
 
 
 def paths(
-    model: PreTrainedModel, settings: EngineSettings
+    model: PreTrainedModel, settings: EngineSettings, *, owned: bool = False
 ) -> Iterator[tuple[Path, Callable[..., Runner[Any]]]]:
-    """Yield the paths that settings and device allow and how to build each, fastest first."""
+    """Yield the paths that settings and device allow and how to build each, fastest first.
+
+    Args:
+        model: The model.
+        settings: Of the engine.
+        owned: The paths may take the model's weights.
+    """
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     auto = settings.path is Path.AUTO
     if settings.tensor_parallel > 1:
@@ -132,7 +136,7 @@ def paths(
     if exact and model.device.type != "cpu":
         prepacked_linear.fix_batches(model)
     elif packed:
-        prepacked_linear.pack(model, deterministic=exact)
+        prepacked_linear.pack(model, deterministic=exact, consume=owned)
     if settings.path is Path.CAPTURED or (auto and model.device.type == "cuda"):
         yield Path.CAPTURED, lambda: CudaGraphRunner(model, deterministic=exact)
     yield from _model_paths(model, settings)

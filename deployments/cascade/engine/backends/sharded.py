@@ -61,10 +61,6 @@ class ShardedRunner(Runner[KVPool]):
         """Return an empty pool of this rank."""
         return self.runner.make_pool(num_slots=num_slots)
 
-    def free_hf_weights(self) -> None:
-        """Free the weights of this rank that its runner does not need."""
-        self.runner.free_hf_weights()
-
     def split(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Return the indices of segments that run together, pass by pass."""
         return self.runner.split(segments)
