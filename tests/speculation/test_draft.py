@@ -12,7 +12,15 @@ from scipy import stats
 from tests.support import enumeration
 
 from cascade.rules import Chow, ChowLog, Diff, Lossless, TokenV1, TokenV3
-from cascade.speculation.draft import DraftTask, block_of, draft_step, drafter_defers
+from cascade.sampling.rng import Purpose
+from cascade.speculation.draft import (
+    DraftTask,
+    block_of,
+    can_draw,
+    draft_step,
+    drafter_defers,
+    draw,
+)
 from cascade.speculation.modes import plan_for
 from cascade.speculation.payload import MAX_LOST, payload_spec
 from cascade.types import (
@@ -293,3 +301,38 @@ def test_a_draft_carries_what_its_payload_spec_says() -> None:
             assert (draft.unscaled is not None) == spec.unscaled
             if draft.probs is not None:
                 assert (draft.probs.unscaled is not None) == spec.unscaled_probs
+
+
+DRAWN = [
+    *POLICIES,
+    DecodingParams(sampling=SamplingParams(temperature=0.0)),
+    DecodingParams(sampling=SamplingParams(temperature=0.7, top_k=9, top_p=0.9, min_p=0.02)),
+    DecodingParams(sampling=SamplingParams(logit_bias=((3, 4.0),))),
+    DecodingParams(verification=Verification.BLOCK),
+]
+
+
+def mixed() -> list[DraftTask]:
+    """Return tasks that are drafted in several batches, in no order of these."""
+    tasks = [task(replace(policy, seed=7), position=i) for i, policy in enumerate(2 * DRAWN)]
+    return [replace(one, purpose=Purpose(1 + 2 * (i % 2))) for i, one in enumerate(tasks)]
+
+
+def test_tokens_drawn_are_those_drafted() -> None:
+    for tasks in ([task(DRAWN[0])] * 3, mixed()):
+        logits_BV = logits(len(tasks), seed=5)
+        drafts = draft_step(logits_BV, tasks)
+        assert draw(logits_BV, tasks).tolist() == [draft.token for draft in drafts]
+
+
+@pytest.mark.parametrize("policy", DRAWN, ids=range(len(DRAWN)))
+def test_tokens_are_drawn_without_a_read(policy: DecodingParams) -> None:
+    """On a device without numbers, where a read fails."""
+    drawn_B = draw(logits(4).to("meta"), [task(policy)] * 4)
+    assert (drawn_B.shape, drawn_B.device.type, drawn_B.dtype) == ((4,), "meta", torch.int64)
+
+
+def test_tokens_that_penalties_count_are_not_drawn() -> None:
+    assert all(can_draw(one) for one in mixed())
+    for sampling in (SamplingParams(presence_penalty=0.1), SamplingParams(repetition_penalty=2)):
+        assert not can_draw(task(DecodingParams(sampling=sampling)))
