@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.benchmarks import PATIENT, system_result
@@ -12,13 +13,11 @@ from tests.support.benchmarks import PATIENT, system_result
 from cascade.benchmark.report import read_suite, suite_claims, write_suite
 from cascade.benchmark.runner import Comparison
 from cascade.benchmark.suite import CASES, CaseResult, Claim, SuiteOptions
+from cascade.benchmark.systems import Role
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.environment import provenance
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 OPTIONS = SuiteOptions(settings=PATIENT, rounds=1, questions=1, router_rounds=1000)
 
 
@@ -96,6 +95,16 @@ async def test_a_case_measures_its_claims(name: str) -> None:
     for comparison, _ in result.comparisons.values():
         for system in comparison.systems.values():
             assert all(one.failed == 0 for one in system.rounds)
+
+
+@pytest.mark.parametrize("name", ["one_stream", "sixteen_streams", "llama_cpp"])
+def test_the_page_of_speed_says_the_targets_against_llama_cpp(name: str) -> None:
+    page = PAGE.read_text()
+    case: Any = CASES[name]
+    for compared in case.keywords["cases"]:
+        target = next(one for one in compared.speedups if one.over is Role.LLAMA_DRAFTED)
+        row = f"| `{name}` | {compared.streams} | {compared.parameters} | at least {target.least} |"
+        assert row in page
 
 
 @pytest.mark.slow
