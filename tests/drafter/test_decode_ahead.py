@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from tests.engine.architectures import VOCABULARY, build
 from tests.support.fake_engine import TOKEN, Client
+from torch import nn
 
 from cascade.drafter.drafter import Drafter
+from cascade.engine.backends.cuda_graph import CudaGraphRunner
+from cascade.engine.batch import Segment
 from cascade.engine.model_loader import adopt
 from cascade.engine.settings import EngineSettings, Path
 from cascade.protocol.messages import Proposal, Propose
 from cascade.replica.options import ReplicaOptions
 from cascade.rules import Chow, ChowLog, TokenV1
+from cascade.speculation.draft import DraftTask, draw
 from cascade.speculation.payload import needs_probs_after_block
 from cascade.types import Bonus, Coupling, DecodingParams, RowFormat, SamplingParams, Verification
 
@@ -47,12 +52,14 @@ PATHS = [Path.CAPTURED, Path.FLAT, Path.LEAN]
 COUNTS = (5, 5, 3)  # tokens of each session's block
 
 
-def drafter(path: Path, *, ahead: bool) -> Drafter:
+def drafter(path: Path, *, ahead: bool, device: str = "cpu") -> Drafter:
     """Return a drafter whose engine a test steps, after a GPU's manner if `ahead`."""
     tokenizer: Any = SimpleNamespace(size=VOCABULARY, tokens={})
     settings = EngineSettings(path=path, threads=1, cache_tokens=2048)
     options = ReplicaOptions(model="tiny", engine=settings)
-    found = Drafter(adopt(build("llama")), tokenizer, options, token=TOKEN)
+    model = build("llama")
+    nn.Module.to(model, device)
+    found = Drafter(adopt(model), tokenizer, options, token=TOKEN)
     found.engine.decodes_ahead = ahead
     return found
 
@@ -235,3 +242,48 @@ async def test_passes_end_where_a_cache_range_does() -> None:
         found.append([one.block.tokens for one in messages if isinstance(one, Proposal)])
     assert found[0] == found[1]
     assert len(found[0][0]) == 8
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("policy", [pytest.param(GREEDY, marks=on_a_gpu, id="greedy")])
+async def test_blocks_of_a_gpu_are_those_drafted_token_by_token(policy: DecodingParams) -> None:
+    by_token, ahead = (
+        drafter(Path.CAPTURED, ahead=ahead, device="cuda") for ahead in (False, True)
+    )
+    expected, runs = await proposals(by_token, policy, ahead=1), counting(ahead)
+    found = await proposals(ahead, policy, ahead=1)
+    assert [[one[4] for one in of] for of in found] == [[one[4] for one in of] for of in expected]
+    assert max(runs) >= 2
+    assert ahead.engine.decodes_ahead
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param(one, marks=on_a_gpu, id=name) for name, one in POLICIES.items()]
+)
+def test_passes_of_a_block_do_not_wait_for_the_device(policy: DecodingParams) -> None:
+    model = build("llama")
+    nn.Module.to(model, "cuda")
+    runner = CudaGraphRunner(model)
+    runner.resize(num_slots=1024)
+    tasks = [DraftTask(policy=policy, position=0, block_start=0)] * 2
+    ids_N = torch.tensor([5, 6], device="cuda")
+
+    def step(ids_N: Tensor, past: int) -> Tensor:
+        segments = [
+            Segment(start=start, past=past, tokens=(0,), num_logits=1) for start in (0, 128)
+        ]
+        return draw(runner.decode(segments, ids_N), tasks)
+
+    with torch.inference_mode():
+        ids_N = step(ids_N, 20)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(step(ids_N, 21), 22)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert runner.captured_buckets

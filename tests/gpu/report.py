@@ -25,6 +25,7 @@ SECTIONS = {
     "device": 30,
     "paths": 90,
     "graphs": 40,
+    "blocks": 30,
     "steps medium": 50,
     "steps large": 60,
     "pair medium": 80,

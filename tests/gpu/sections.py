@@ -290,6 +290,13 @@ def graphs(scale: Scale, _: float) -> Iterator[Finding]:
             }
 
 
+def blocks(scale: Scale, _: float) -> Iterator[Finding]:
+    """Yield the time of a drafted block, by token and with one read."""
+    from tests.gpu import blocks as drafted  # noqa: PLC0415 - needs more wheels
+
+    yield from drafted.measure(scale)
+
+
 def steps(scale: Scale, _: float, size: str) -> Iterator[Finding]:
     """Yield the times of decoding and of verifying, over what reading weights and keys takes."""
     from cascade.benchmark.microbench import StepBenchmark  # noqa: PLC0415 - needs more wheels
@@ -360,6 +367,7 @@ SECTIONS: dict[str, Callable[..., Iterator[Finding]]] = {
     "device": device,
     "paths": paths,
     "graphs": graphs,
+    "blocks": blocks,
     "steps": steps,
     "pair": pair,
 }

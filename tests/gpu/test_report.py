@@ -73,6 +73,17 @@ def test_steps_are_timed_for_every_number_of_sessions(found: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+def test_blocks_drafted_with_one_read_are_those_drafted_by_token(found: dict[str, Any]) -> None:
+    blocks = findings(found, "blocks")
+    assert {one["sessions"] for one in blocks} == set(SCALE.sessions)
+    for one in blocks:
+        assert one["ok"]
+        assert one["same_blocks"] == 1
+        assert one["by_token_ms"] > 0 < one["ahead_ms"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_processes_write_the_experts_text(found: dict[str, Any]) -> None:
     modes = findings(found, "pair large")
     for mode in ("expert_only", "lossless", "token_v3"):
