@@ -347,6 +347,8 @@ def read_bandwidth(scale: Scale) -> float:
         values.sum()
         synchronize(scale)
         best_s = min(best_s, time.perf_counter() - began_s)
+    del values
+    free(scale)
     return scale.bandwidth_bytes / best_s
 
 
