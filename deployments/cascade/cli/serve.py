@@ -109,7 +109,9 @@ async def _serve(
     # Imported late: torch reads the environment when it is imported.
     from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - as above
     from cascade.expert.expert import Expert  # noqa: PLC0415 - as above
+    from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
 
+    to_stderr()
     kind = Drafter if name is TierName.DRAFTER else Expert
     replica: Replica[Any] = await kind.start(options, address=address, token=token)
     typer.echo(f"{name.value} serves {options.model} on {replica.address}")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
-from cascade.engine import quantisation, tp_plan
+from cascade.engine import progress, quantisation, tp_plan
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -318,19 +318,20 @@ def _weights(  # noqa: PLR0913 - what transformers is told
     if tensor_parallel > 1:
         sharding["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation=attention,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-            **sharding,
-        )
+        with progress.reading(name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=attention,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+                **sharding,
+            )
     # As in `read_config`.
     except Exception as error:
         what = f" (quantised: {method})" if method else ""

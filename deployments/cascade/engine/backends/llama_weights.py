@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from cascade.engine import threads
 from cascade.engine.backends.base import PathUnsupported, RopeLengths, find_rope_lengths
 from cascade.engine.backends.prepacked_linear import free, is_dense
+from cascade.engine.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,7 +118,10 @@ def read(
     norm = Norm(body.norm)
     weights = Weights(
         embedding_VC=body.embed_tokens.weight.detach(),
-        layers=[_layer(layer, make, consume=consume) for layer in body.layers],
+        layers=[
+            _layer(layer, make, consume=consume)
+            for layer in counted(body.layers, "Layers converted")
+        ],
         final_norm=norm,
         lm_head=_join(make, norm, model.get_output_embeddings()),
         rotary=body.rotary_emb,

@@ -21,6 +21,7 @@ from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from cascade.engine import threads
+from cascade.engine.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ def pack(model: nn.Module, *, deterministic: bool = False, consume: bool = False
         return 0
     layers = _layers(model, least=0 if deterministic else _MIN_WEIGHTS)
     consume = consume and not _reads_matrices(model, layers)
-    for layer in layers:
+    for layer in counted(layers, "Linear layers packed"):
         apply = packed(_matrix(layer), layer.bias, deterministic=deterministic)
         layer.forward = partial(_forward, apply)
         if consume:

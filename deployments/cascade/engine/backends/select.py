@@ -59,6 +59,7 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
         bytes_per_token=runner.pool.bytes_per_token,
         context_length=model.context_length,
     )
+    log.info("Warming up, with a cache of %d tokens", capacity)
     runner.resize(num_slots=capacity)
     runner.warm_up()
     threads.trim_memory()
@@ -94,6 +95,7 @@ def select_runner(
     reasons: dict[Path, str] = {}
     for path, build in paths(model, settings, owned=owned):
         model.set_attn_implementation(original)
+        log.info("Checking the %s path against the plain forward pass", path)
         runner, reason = None, ""
         try:
             convert = partial(build, consume=True) if owned and path is Path.LEAN else None
