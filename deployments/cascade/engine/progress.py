@@ -46,10 +46,13 @@ def reading(name: str) -> Generator[None]:
         weights = kwargs.get("desc") == "Loading weights" and args
         return counted(args[0], f"Weights of {name} read") if weights else bar(*args, **kwargs)
 
-    # The oldest releases lack it, and show their bar.
-    set_hook: Any = getattr(transformers_logging, "set_tqdm_hook", lambda _: None)
+    set_hook: Any = getattr(transformers_logging, "set_tqdm_hook", _keep_bar)
     before = set_hook(count)
     try:
         yield
     finally:
         set_hook(before)
+
+
+def _keep_bar(_hook: Any) -> None:
+    """Leave releases of transformers without hooks their own bar."""
