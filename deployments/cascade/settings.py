@@ -238,7 +238,9 @@ class TierSettings(Settings):
 
     def environment(self) -> dict[str, str]:
         """Return the variables that a replica's process must start with."""
-        return threads.environment(threads=self.engine.threads)
+        reserved = self.deployment.ray_actor_options.get("num_cpus") or 0
+        crowded = reserved < self.engine.threads
+        return threads.environment(threads=self.engine.threads, crowded=crowded)
 
 
 class Drafter(TierSettings):

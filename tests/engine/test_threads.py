@@ -54,6 +54,7 @@ def test_spare_is_zero_if_no_core_is_idle(shares: list[float], busy: float, spar
 def test_the_environment_of_a_replica() -> None:
     assert threads.environment(threads=1) == {
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "10000",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

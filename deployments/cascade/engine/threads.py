@@ -1,8 +1,10 @@
 """Thread and memory settings of one replica's process.
 
 Two OpenMP thread pools that spin on the same cores slow each other down tenfold; passive waiting
-costs a few percent. The wait policy is read when torch is imported, so it must be in the
-environment by then. numpy's own pool has no such policy, so it gets one thread.
+costs up to a quarter, since an operator takes no longer than it takes to wake a thread. So threads
+spin for a moment, and not at all where a replica has reserved fewer cores than it has threads. The
+wait policy is read when torch is imported, so it must be in the environment by then. numpy's own
+pool has no such policy, so it gets one thread.
 
 Each thread that runs a large operator keeps an OpenMP pool until it ends, and while a process has
 more threads in pools than its machine has cores, none of them waits actively, not even briefly. So
@@ -36,13 +38,21 @@ _SWITCH_INTERVAL_S = 0.0005
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEPT_BYTES = 2**30
+# Of libgomp, a fraction of a millisecond: longer than the gaps between operators.
+_SPIN_COUNT = 10_000
 _KEPT_KERNELS = 512  # more than the shapes of a model (see `prepacked_linear.kernel_rows`)
 
 
-def environment(*, threads: int = 0) -> dict[str, str]:
-    """Return the environment of a replica's process with so many OpenMP threads; 0: default."""
+def environment(*, threads: int = 0, crowded: bool = False) -> dict[str, str]:
+    """Return the environment of a replica's process.
+
+    Args:
+        threads: OpenMP threads; 0: default.
+        crowded: The process has not as many cores as threads to itself.
+    """
     variables = {
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": str(0 if crowded else _SPIN_COUNT),
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(_KEPT_KERNELS),
