@@ -85,6 +85,24 @@ def processed(
     return _truncated((logits / sampling.temperature).softmax(0), sampling)
 
 
+def masked(logits: Tensor, policy: DecodingParams, answer: Sequence[int]) -> Tensor:
+    """Return logits that are -inf where the constraints allow no token."""
+    allowed = [may_follow(policy, answer, token) for token in range(len(logits))]
+    if not any(allowed):  # then the answer ends, if it can
+        allowed = [token in policy.stop_ids or not policy.stop_ids for token in range(len(logits))]
+    return logits.masked_fill(~torch.tensor(allowed), -math.inf)
+
+
+def may_follow(policy: DecodingParams, answer: Sequence[int], token: int) -> bool:
+    """Return whether the constraints allow a token after an answer."""
+    constraints, text = policy.constraints, (*answer, token)
+    return not (
+        (constraints.allowed_ids and token not in constraints.allowed_ids)
+        or (token in policy.stop_ids and len(answer) < constraints.min_tokens)
+        or any(text[-len(word) :] == word for word in constraints.bad_words)
+    )
+
+
 def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:
     """Return probabilities after top-k, top-p and min-p, each on what the one before kept."""
     if 0 < sampling.top_k < len(row):
@@ -223,7 +241,10 @@ class ModelPair:
 
     def probs_after(self, answer: Sequence[int]) -> PositionProbs:
         """Return the distributions of the token after an answer."""
-        z_q, z_p = self.drafter([*self.prompt, *answer]), self.expert([*self.prompt, *answer])
+        z_q, z_p = (
+            masked(model([*self.prompt, *answer]), self.policy, answer)
+            for model in (self.drafter, self.expert)
+        )
         q0, p0 = z_q.double().softmax(0), z_p.double().softmax(0)
         q = processed(z_q.double(), self.policy.sampling, self.prompt, answer)
         p = processed(z_p.double(), self.policy.sampling, self.prompt, answer)

@@ -47,6 +47,7 @@ from cascade.types import (
     RowFormat,
     SamplingParams,
     SequenceCascadeParams,
+    TokenConstraints,
     Verification,
 )
 
@@ -106,6 +107,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
             repetition_penalty=1.1,
             logit_bias=((2, 1.5),),
         )
+    },
+    "masked": {
+        "constraints": TokenConstraints(min_tokens=4, bad_words=((1,), (2, 3), (5, 5, 5))),
+        "stop_ids": (6,),
     },
 }
 

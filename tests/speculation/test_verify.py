@@ -32,6 +32,7 @@ from cascade.types import (
     Origin,
     RowFormat,
     SamplingParams,
+    TokenConstraints,
     Verdict,
     Verification,
 )
@@ -55,13 +56,20 @@ SAMPLINGS = [
     SamplingParams(repetition_penalty=1.2, frequency_penalty=0.1, logit_bias=((3, 1.0),)),
 ]
 
+CONSTRAINTS = [
+    TokenConstraints(),
+    TokenConstraints(min_tokens=6),
+    TokenConstraints(bad_words=((3,), (1, 2), (4, 4, 4), (7, 0))),
+    TokenConstraints(min_tokens=3, allowed_ids=(0, 1, 2, 4, 5, 8), bad_words=((1, 1), (8, 0))),
+]
+
 GRID = list(
     itertools.product(ALL_RULES, Coupling, Bonus, Verification, RowFormat, range(len(SAMPLINGS)))
 )
 
 
 def policy_at(index: int) -> DecodingParams:
-    """Return one policy of the grid, with its own seed and sometimes a stop token."""
+    """Return one policy of the grid, with its own seed and sometimes a stop token or masks."""
     rule, coupling, bonus, verification, rows, sampling = GRID[index]
     return DecodingParams(
         rule=rule,
@@ -73,6 +81,7 @@ def policy_at(index: int) -> DecodingParams:
         sampling=SAMPLINGS[sampling],
         seed=index * 7919 + 2**33,
         stop_ids=(5,) if index % 3 == 0 else (),
+        constraints=CONSTRAINTS[index // len(SAMPLINGS) % len(CONSTRAINTS)],
     )
 
 
