@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BRANCH_OVERHEAD = 1.0  # share of its time by which branches may lengthen a pass
+_MAX_ROWS = 128  # of logits that are read together: more would take memory that nothing is left of
 MAX_RULES = 1024  # whose calibrations are kept: callers choose the parameters of rules
 
 
@@ -153,25 +154,27 @@ class Drafter(Replica[Propose]):
         def tasks(ahead: int) -> list[DraftTask]:
             return [one.task(spare_capacity=spare > 0, ahead=ahead) for one in branches]
 
-        planned, logits, fed = [tasks(0)], [logits_NV], list[list[int]]()
+        planned = [tasks(0)]
+        drafts: Sequence[DraftToken] = ()
+        fed: list[list[int]] = []
         passes = min((one.passes_ahead for one in branches), default=0)
+        passes = min(passes, _MAX_ROWS // max(1, len(branches)) - 1)
         current = self.engine.current_pass
         is_step = current.tokens <= 2 * current.sessions  # a prefill would count as its passes
         if passes > 0 and is_step and self.engine.decodes_ahead:
             planned += [tasks(1 + number) for number in range(passes)]
             if all(can_draw(task) for task in chain.from_iterable(planned)):
-                more, fed = self._decode_ahead(branches, logits_NV, planned, passes=passes)
-                logits += more
-        rows_NV = torch.cat(logits) if len(logits) > 1 else logits_NV
-        drafts = self.draft(rows_NV, [*chain.from_iterable(planned[: len(logits)])])
+                drafts, fed = self._draft_ahead(branches, logits_NV, planned)
         if fed:  # a pass counts its part of the time
             now_s = self.clock()
-            began_s = now_s - (now_s - current.began_s) / len(logits)
+            began_s = now_s - (now_s - current.began_s) / (1 + len(fed))
             self.engine.current_pass = replace(current, began_s=began_s)
+        else:
+            drafts = self.draft(logits_NV, planned[0])
         found: list[_DraftedToken] = []
         for index, branch in enumerate(branches):
             token: _DraftedToken | None = None
-            for number in reversed(range(len(logits))):
+            for number in reversed(range(1 + len(fed))):
                 token = _DraftedToken(
                     branch=branch,
                     draft=drafts[number * len(branches) + index],
@@ -179,29 +182,41 @@ class Drafter(Replica[Propose]):
                     fed=fed[number][index] if number < len(fed) else None,
                     next=token,
                 )
-            if token is not None:
-                found.append(token)
+            assert token is not None, "at least one pass has run"
+            found.append(token)
         return found
 
-    def _decode_ahead(
+    def _draft_ahead(
         self,
         branches: Sequence[DraftBranch],
         logits_NV: Tensor,
         planned: Sequence[Sequence[DraftTask]],
-        *,
-        passes: int,
-    ) -> tuple[list[Tensor], list[list[int]]]:
-        """Run the branches on, with tokens drawn on the device; see `Engine.decode_ahead`."""
+    ) -> tuple[Sequence[DraftToken], list[list[int]]]:
+        """Run the branches on, with tokens drawn on the device, and then draft them all.
+
+        Args:
+            branches: The branches.
+            logits_NV: Their logits.
+            planned: The tasks of these logits, and of those of each pass that may follow.
+
+        Returns:
+            The drafted tokens pass by pass, and those that have run after each; nothing if no pass
+            has run.
+        """
         try:
-            return self.engine.decode_ahead(
+            logits, fed = self.engine.decode_ahead(
                 [one.engine_id or one.session.engine_id for one in branches],
                 draw(logits_NV, planned[0]),
                 lambda drawn_from, number: draw(drawn_from, planned[number + 1]),
-                passes=passes,
+                passes=len(planned) - 1,
             )
+            if not fed:
+                return [], []
+            tasks = chain.from_iterable(planned[: 1 + len(fed)])
+            return self.draft(torch.cat([logits_NV, *logits]), [*tasks]), fed
         # Drafting token by token needs less of the device, and gives the same.
         except Exception:
-            log.warning("Tokens are now read one by one: decoding ahead failed", exc_info=True)
+            log.warning("Tokens are now read one by one: drafting ahead failed", exc_info=True)
             self.engine.decodes_ahead = False
             return [], []
 
