@@ -93,6 +93,27 @@ async def test_a_stream_is_the_same_text(client: AsyncOpenAI) -> None:
     assert "".join(parts) == whole
 
 
+async def test_a_question_has_the_same_tokens_everywhere(
+    server: Server, channel: grpc.aio.Channel
+) -> None:
+    door = cascade_pb2_grpc.GenerationServiceStub(channel)
+    async with httpx.AsyncClient(base_url=server.http, timeout=60) as http:
+        found = (await http.post("/tokenize", json={"prompt": QUESTION})).json()
+        text = (await http.post("/detokenize", json={"tokens": found["tokens"]})).json()["prompt"]
+    ours = await door.Tokenize(cascade_pb2.TokenizeRequest(text=QUESTION))
+    theirs = await door.Detokenize(cascade_pb2.DetokenizeRequest(token_ids=ours.token_ids))
+    assert list(ours.token_ids) == found["tokens"]
+    assert text == theirs.text
+
+
+async def test_the_router_passes_on_the_metrics_of_its_node(server: Server) -> None:
+    async with httpx.AsyncClient(base_url=server.http, timeout=60) as http:
+        found = await http.get("/metrics")
+    assert found.status_code == 200
+    assert found.headers["content-type"].startswith("text/plain")
+    assert "# TYPE ray_" in found.text
+
+
 async def test_http_and_grpc_give_the_same_tokens(
     client: AsyncOpenAI, channel: grpc.aio.Channel
 ) -> None:
