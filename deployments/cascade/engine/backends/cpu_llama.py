@@ -152,7 +152,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
 
 def _linear(weight: Tensor, bias: Tensor | None, *, packed: bool, deterministic: bool) -> Linear:
     """Return a linear layer as a function of `[T, C]`."""
-    if packed and prepacked_linear.supported(weight):
+    if packed and prepacked_linear.supported(weight, deterministic=deterministic):
         return prepacked_linear.packed(weight, bias, deterministic=deterministic)
     return lambda hidden: linear(hidden, weight, bias)
 

@@ -21,6 +21,7 @@ from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from cascade.engine import threads
+from cascade.engine.backends import widened_linear
 from cascade.engine.progress import counted
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def pack(model: nn.Module, *, deterministic: bool = False, consume: bool = False
         deterministic: Results do not depend on the batch.
         consume: Free each matrix once it is copied, unless the model reads them itself.
     """
-    if not supported(next(model.parameters())):
+    if not supported(next(model.parameters()), deterministic=deterministic):
         log.warning("Linear layers are not packed: that needs a CPU that has the kernels")
         return 0
     layers = _layers(model, least=0 if deterministic else _MIN_WEIGHTS)
@@ -131,10 +132,12 @@ def _forward(apply: Linear, inputs: Tensor) -> Tensor:
     return apply(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
 
 
-def supported(weight: Tensor) -> bool:
+def supported(weight: Tensor, *, deterministic: bool = False) -> bool:
     """Return whether there are kernels for matrices like this one."""
     if weight.device.type != "cpu":
         return False
+    if widened_linear.helps(weight) and not deterministic:
+        return True
     try:
         if weight.dtype == torch.bfloat16:
             return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - there is no public one
@@ -147,10 +150,12 @@ def packed(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = 
     """Return the linear layer of a `[out, in]` weight, for inputs `[N, in]`.
 
     Args:
-        weight: A matrix that is `supported`; a copy is kept.
+        weight: A matrix that is `supported`; a copy is kept, or itself if it is widened.
         bias: `[out]`.
         deterministic: Results do not depend on the batch.
     """
+    if widened_linear.helps(weight) and not deterministic:
+        return widened_linear.widened(weight, bias)
     layout = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)  # noqa: SLF001 - as above
     kernel: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - as above
 
