@@ -73,6 +73,25 @@ async def test_greedy_chat_is_what_transformers_generates(client: AsyncOpenAI) -
     assert cost(response)["drafter_tokens"] > 0
 
 
+async def test_an_answer_that_is_begun_is_what_transformers_continues(
+    client: AsyncOpenAI,
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(demo.EXPERT)
+    model: Any = AutoModelForCausalLM.from_pretrained(demo.EXPERT, dtype=torch.float32)
+    messages = [*QUESTION, {"role": "assistant", "content": "Buzz Aldrin"}]
+    prompt = tokenizer.apply_chat_template(
+        messages, continue_final_message=True, return_tensors="pt"
+    )
+    text = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
+    expected = tokenizer.decode(text[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    continued = {"continue_final_message": True, "add_generation_prompt": False}
+    response = await complete(
+        client, messages=messages, max_completion_tokens=40, extra_body=continued
+    )
+    assert response.choices[0].message.content == expected
+    assert expected
+
+
 async def test_the_rule_decides_between_the_models(client: AsyncOpenAI) -> None:
     """Strict speculative decoding rejects the drafter's wording, `token_v3` keeps it."""
     strict = await complete(client, extra_body={"cascade": {"mode": "speculative"}})
