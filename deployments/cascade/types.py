@@ -71,6 +71,7 @@ class Origin(StrEnum):
     DRAFTER = "d"  # drafted, and lossless verification accepts it too
     KEPT = "k"  # drafted, and kept although lossless verification would reject it
     EXPERT = "e"  # recovered token, bonus token, or decoded without a draft
+    FORCED = "f"  # the only token that the session's masks allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +117,31 @@ class TokenConstraints:
     allowed_ids: tuple[int, ...] = ()  # the only tokens that may follow; none: all
 
 
+class GrammarKind(StrEnum):
+    """What the text of a grammar is."""
+
+    JSON_SCHEMA = "json_schema"  # JSON; objects have only the properties that are named
+    OPEN_JSON_SCHEMA = "open_json_schema"  # the same, with other properties where none forbids them
+    REGEX = "regex"
+    EBNF = "ebnf"  # as xgrammar and llama.cpp have it; its rule `root` is the answer
+    STRUCTURAL_TAG = "structural_tag"  # JSON of xgrammar: texts in which tags begin grammars
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an answer must match; after that only stop tokens may follow."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingParams:
     """All that determines the distribution of a session's tokens; constant for its lifetime."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     constraints: TokenConstraints = field(default_factory=TokenConstraints)
+    grammar: Grammar | None = None
     rule: Rule = field(default_factory=Lossless)
     coupling: Coupling = Coupling.MAXIMAL
     bonus: Bonus = Bonus.EXPERT
@@ -169,6 +189,7 @@ class Block:
     draft_stats: tuple[DraftStats, ...] = ()  # L, or L + 1
     draft_probs: tuple[SparseProbs, ...] = ()  # q: L or L + 1, or none if ids are enough
     logprobs: tuple[TokenLogprob, ...] = ()  # of the drafter's q0, if the policy asks
+    forced: tuple[bool, ...] = ()  # whether the masks allowed no other token; empty: all did
 
     @property
     def length(self) -> int:
@@ -190,6 +211,7 @@ class Block:
             draft_stats=self.draft_stats[:after],
             draft_probs=self.draft_probs[:after],
             logprobs=self.logprobs[:length],
+            forced=self.forced[:length],
         )
 
 
@@ -340,6 +362,7 @@ class Statistics:
     drafter_tokens: int = 0  # committed tokens by origin
     kept_tokens: int = 0
     expert_tokens: int = 0
+    forced_tokens: int = 0
     drafter_passes: int = 0
     expert_passes: int = 0
     predicted_accepted: int = 0  # tokens of the client's prediction
@@ -359,6 +382,12 @@ class Statistics:
     draft_length_reasons: dict[str, int] = field(default_factory=dict)  # of all rounds
     trace: list[Round] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> int:
+        """Return the number of committed tokens."""
+        drafted = self.drafter_tokens + self.kept_tokens
+        return drafted + self.expert_tokens + self.forced_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputChunk:
@@ -367,6 +396,7 @@ class OutputChunk:
     tokens: tuple[int, ...]
     origins: tuple[Origin, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    accepted: int | None = None  # how many were drafted; None: all that the expert did not write
     finish: FinishReason | None = None
     statistics: Statistics | None = None  # so far; updated in place by later rounds
 

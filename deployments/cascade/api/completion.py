@@ -61,17 +61,18 @@ class Completion:
         What a stop string cut off was drafted and judged, but counts as rejected.
         """
         counts, whole = Counter(token.origin for token in self.tokens), self._statistics
-        drafter, kept, expert = (counts[o] for o in (Origin.DRAFTER, Origin.KEPT, Origin.EXPERT))
+        length = sum(counts[origin] for origin in Origin)
+        accepted = sum(accepted for _, accepted in _until(length, self._rounds))
         statistics = replace(
             whole,
-            accepted=drafter + kept,
-            predicted_accepted=min(whole.predicted_accepted, drafter + kept),
-            drafter_tokens=drafter,
-            kept_tokens=kept,
-            expert_tokens=expert,
+            accepted=accepted,
+            predicted_accepted=min(whole.predicted_accepted, accepted),
+            drafter_tokens=counts[Origin.DRAFTER],
+            kept_tokens=counts[Origin.KEPT],
+            expert_tokens=counts[Origin.EXPERT],
+            forced_tokens=counts[Origin.FORCED],
         )
-        length = drafter + kept + expert
-        if length < whole.drafter_tokens + whole.kept_tokens + whole.expert_tokens:
+        if length < whole.tokens:
             _cut_rounds(statistics, self._rounds, length=length)
         return statistics
 
@@ -98,7 +99,9 @@ class Completion:
         async with aclosing(self._service.generator.generate(self.request)) as chunks:
             async for chunk in chunks:
                 self._statistics = chunk.statistics or self._statistics
-                drafted = len(chunk.tokens) - chunk.origins.count(Origin.EXPERT)
+                drafted = chunk.accepted
+                if drafted is None:
+                    drafted = len(chunk.tokens) - chunk.origins.count(Origin.EXPERT)
                 self._rounds.append((len(chunk.tokens), drafted))
                 delta = processor.push(chunk)
                 if delta.tokens or delta.finish:
@@ -227,7 +230,7 @@ class Completions:
         by_prompt = [self.all[at : at + n] for at in range(0, len(self.all), n)]
         return Usage(
             prompt_tokens=sum(len(prompt) for prompt in self.call.prompts),
-            completion_tokens=total.drafter_tokens + total.kept_tokens + total.expert_tokens,
+            completion_tokens=total.tokens,
             cached_tokens=sum(
                 max(each.statistics.cached_prompt_tokens for each in same) for same in by_prompt
             ),

@@ -291,6 +291,7 @@ def usage(cost: Usage) -> pb.Usage:
         drafter_token_count=statistics.drafter_tokens,
         kept_token_count=statistics.kept_tokens,
         expert_token_count=statistics.expert_tokens,
+        forced_token_count=statistics.forced_tokens,
         drafter_pass_count=statistics.drafter_passes,
         expert_pass_count=statistics.expert_passes,
         predicted_accepted_count=statistics.predicted_accepted,

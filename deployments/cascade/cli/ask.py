@@ -185,12 +185,14 @@ STYLES = {
     Origin.DRAFTER.value: "green",
     Origin.KEPT.value: "bold yellow",
     Origin.EXPERT.value: "bold magenta",
+    Origin.FORCED.value: "dim",
 }
 
 _LEGEND = {
     "drafter": "tokens of the drafter",
     "kept": "tokens of the drafter, kept by the rule",
     "expert": "tokens of the expert",
+    "forced": "tokens that the grammar left no choice of",
 }
 
 Url = Annotated[str, typer.Option(envvar="CASCADE_URL", help="The server")]

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 from cascade.engine.request import ForwardRequest
 from cascade.protocol.messages import Proposal, Propose, extend_digest
 from cascade.sampling.rng import Purpose
-from cascade.speculation.draft import DraftTask, DraftToken, block_of, drafter_defers
+from cascade.speculation.draft import (
+    DraftTask,
+    DraftToken,
+    block_of,
+    drafter_defers,
+    forced_draft,
+    forced_token,
+)
 from cascade.speculation.modes import plan_for
 from cascade.speculation.payload import is_gumbel, needs_probs_after_block
 from cascade.types import Bonus, DecodingParams, Mode, RowFormat
@@ -81,7 +88,7 @@ class DraftBranch:
     guessing: bool = field(init=False, default=False)  # the next logits yield a guess
     ended: bool = field(init=False, default=False)  # at a stop token
     paused: bool = field(init=False, default=False)  # no forward request is in flight
-    _unfed: int = field(init=False, default=0)  # the last token drafted, until the engine has it
+    _unfed: list[int] = field(init=False, default_factory=list[int])  # drafted; the engine lacks it
     _blocks: deque[PendingBlock] = field(init=False)  # from the one last requested
     _forked_at: int | None = field(init=False, default=None)  # accepted drafts of the first block
 
@@ -151,7 +158,7 @@ class DraftBranch:
         if self.message.until_deferral:
             return  # the verifier never saw the block
         for i, draft in enumerate(block.drafts[: min(accepted + 1, block.count)]):
-            if draft.confidence is not None:
+            if draft.confidence is not None and not draft.forced:
                 self.calibration.learn(draft.confidence.probability, accepted=i < accepted)
 
     def is_requested(self, proposal: Proposal) -> bool:
@@ -168,9 +175,17 @@ class DraftBranch:
         self.block.passes += 1
         if self.guessing:
             return None, self._add_guess(draft)
-        if not self._completes(draft):
-            return None, self._feed(draft.token)
+        if not self._completes(draft) and not self._completes_forced():
+            return None, self._feed()
         return self._proposal(), self.resume()
+
+    def begin(self, request: ForwardRequest) -> ForwardRequest:
+        """Return the request that leads to the first block, from that of its session."""
+        self._add_forced()
+        first = len(self.tokens)
+        self.tokens += self._unfed
+        self._unfed.clear()
+        return replace(request, tokens=(*request.tokens, *self.tokens[first:]), task=self)
 
     def resume(self) -> ForwardRequest | None:
         """Return the request that leads to the next block, or None if no more are wanted."""
@@ -182,9 +197,11 @@ class DraftBranch:
             return None
         policy = self.session.opened.policy
         if self._drafted_past_block or policy.bonus is Bonus.NONE:
-            return self._begin_block(self._unfed)
+            return self._begin_block()
+        if (guess := self._forced()) is not None:
+            return self._add_guess(guess)
         self.guessing = True
-        return self._feed(self._unfed)
+        return self._feed()
 
     @property
     def can_fork(self) -> bool:
@@ -204,6 +221,8 @@ class DraftBranch:
         block, prefix_prob = self.requested, 1.0
         guess = () if block.guess is None else (block.guess,)
         for i, draft in enumerate((*block.drafts, *guess)):
+            if draft.forced:
+                continue  # no verdict differs there
             confidence = draft.confidence
             if confidence is None or not self._fits(block.position + i):
                 return
@@ -219,17 +238,20 @@ class DraftBranch:
         self, candidate: BranchCandidate, *, engine_id: SessionId
     ) -> tuple[DraftBranch, ForwardRequest]:
         """Return a branch that assumes another verdict, and its first forward request."""
+        accepted = self.requested.position + candidate.accepted
         branch = DraftBranch(
             session=self.session,
             message=self.message,
-            tokens=self.tokens[: self.requested.position + candidate.accepted],
+            tokens=self.tokens[:accepted],
             limit=self.limit,
             calibration=self.calibration,
             block=self.requested,
             engine_id=engine_id,
         )
         branch._forked_at = candidate.accepted
-        request = branch._begin_block(candidate.token)
+        unfed = self._unfed[: max(0, accepted - len(self.tokens))]
+        branch._unfed = [*unfed, candidate.token]
+        request = branch._begin_block()
         branch.block.branched = True
         return branch, replace(request, parent=self.session.engine_id)
 
@@ -245,7 +267,7 @@ class DraftBranch:
     def _completes(self, draft: DraftToken) -> bool:
         """Add a token to the block; return whether that completes it."""
         block, policy = self.block, self.session.opened.policy
-        self._unfed = draft.token
+        self._unfed.append(draft.token)
         if self.message.until_deferral and drafter_defers(policy, draft):
             block.deferred, block.guess = True, draft
             return True
@@ -258,27 +280,69 @@ class DraftBranch:
         block.acceptance_prob *= self.calibration.acceptance_prob(draft.confidence.probability)
         return block.acceptance_prob < self.message.floor
 
+    def _completes_forced(self) -> bool:
+        """Add the tokens that the masks leave no choice of; return whether they complete the block.
+
+        They need no pass of the drafter.
+        """
+        while (draft := self._forced()) is not None:
+            if self._completes(draft):
+                return True
+        return False
+
+    def _add_forced(self) -> None:
+        """Add such tokens to a block that begins, all but one that completes it: a pass drafts it.
+
+        So a block that is asked for has a pass, which the engine needs for the tokens before it.
+        """
+        policy = self.session.opened.policy
+        last = self.block.count + needs_probs_after_block(policy) - 1
+        while len(self.block.drafts) < last and (draft := self._forced()) is not None:
+            defers = self.message.until_deferral and drafter_defers(policy, draft)
+            if defers or draft.token in policy.stop_ids:
+                return
+            self._completes(draft)
+
+    def _forced(self) -> DraftToken | None:
+        """Return the draft of the next token if the masks leave no choice of it.
+
+        Its log-probability, which a request may ask for, takes a pass.
+        """
+        session = self.session
+        if not session.masks or session.opened.policy.logprobs is not None:
+            return None
+        task = replace(
+            self.task(spare_capacity=False),
+            answer=[*self.tokens, *self._unfed],
+        )
+        token = forced_token(task, vocabulary=session.vocabulary)
+        return None if token is None else forced_draft(session.opened.policy, token)
+
     def _add_guess(self, guess: DraftToken) -> ForwardRequest | None:
         self.guessing = False
         self.block.guess = guess
         self.ended = self.paused = guess.token in self.session.opened.policy.stop_ids
-        return None if self.ended else self._begin_block(guess.token)
+        self._unfed.append(guess.token)
+        return None if self.ended else self._begin_block()
 
-    def _begin_block(self, token: int) -> ForwardRequest:
-        """Begin the block after a token that is guessed or was the last of its block."""
-        request = self._feed(token)
-        digest = extend_digest(self.block.digest, self.tokens[self.block.position :])
+    def _begin_block(self) -> ForwardRequest:
+        """Begin the block after the tokens so far."""
+        known = [*self.tokens, *self._unfed]
+        digest = extend_digest(self.block.digest, known[self.block.position :])
         count = self.message.count
-        self.block = PendingBlock(position=len(self.tokens), digest=digest, count=count)
+        self.block = PendingBlock(position=len(known), digest=digest, count=count)
         self._blocks.append(self.block)
-        return request
+        self._add_forced()
+        return self._feed()
 
-    def _feed(self, token: int) -> ForwardRequest:
+    def _feed(self) -> ForwardRequest:
+        """Return the request that feeds the engine what it lacks."""
         base = len(self.session.opened.prompt) + len(self.tokens)
-        self.tokens.append(token)
+        unfed, self._unfed = self._unfed, []
+        self.tokens += unfed
         engine_id = self.engine_id or self.session.engine_id
         return ForwardRequest(
-            session=engine_id, base=base, tokens=(token,), num_logits=1, task=self
+            session=engine_id, base=base, tokens=tuple(unfed), num_logits=1, task=self
         )
 
     def _proposal(self) -> Proposal:

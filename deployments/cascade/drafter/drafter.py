@@ -226,7 +226,7 @@ class Drafter(Replica[Propose]):
             session.tree.main.learn_mismatch(session.tokens)
             session.tree.end()
         request = session.forward_request((), num_logits=1, task=None)
-        request.task = main = DraftBranch(
+        main = DraftBranch(
             session=session,
             message=message,
             tokens=session.engine_tokens,
@@ -239,7 +239,7 @@ class Drafter(Replica[Propose]):
         session.tree = DraftTree(
             session=session, engine=self.engine, main=main, ids=self._engine_ids
         )
-        return request
+        return main.begin(request)
 
     def _calibration(self, rule: Rule) -> Calibration:
         """Return what is known of a rule; that of the rule used longest ago is forgotten."""

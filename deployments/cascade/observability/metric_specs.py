@@ -64,7 +64,7 @@ CACHED_PROMPT_TOKENS = _counter(
     "cascade_cached_prompt_tokens", "Prompt tokens found in a prefix cache"
 )
 TOKENS = _counter(
-    "cascade_tokens", "Committed tokens by origin: drafter, kept or expert", "rule origin"
+    "cascade_tokens", "Committed tokens by origin: drafter, kept, expert or forced", "rule origin"
 )
 ROUNDS = _counter("cascade_rounds", "Draft blocks by what decided their length", "rule reason")
 UNDRAFTED = _counter(

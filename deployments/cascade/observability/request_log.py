@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FIELD = "answer"  # of the log record; Serve's JSON encoding writes it out
 COUNTS = (
-    *("cached_prompt_tokens", "drafter_tokens", "kept_tokens", "expert_tokens", "rounds"),
-    *("drafted", "accepted", "judged", "deferred", "drafter_passes", "expert_passes"),
+    *("cached_prompt_tokens", "drafter_tokens", "kept_tokens", "expert_tokens", "forced_tokens"),
+    *("rounds", "drafted", "accepted", "judged", "deferred", "drafter_passes", "expert_passes"),
     *("sent_bytes", "received_bytes"),
 )
 

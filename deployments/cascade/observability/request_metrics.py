@@ -83,6 +83,7 @@ class RequestMetrics(Observer):
         yield (metric_specs.TOKENS, (rule, "drafter")), costs.drafter_tokens
         yield (metric_specs.TOKENS, (rule, "kept")), costs.kept_tokens
         yield (metric_specs.TOKENS, (rule, "expert")), costs.expert_tokens
+        yield (metric_specs.TOKENS, (rule, "forced")), costs.forced_tokens
         yield (metric_specs.DRAFTED, (rule,)), costs.drafted
         yield (metric_specs.ACCEPTED, (rule,)), costs.accepted
         yield (metric_specs.JUDGED, (rule,)), costs.judged

@@ -26,6 +26,8 @@ from cascade.types import (
     DraftStats,
     ExpertLoss,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Mode,
     Origin,
     RowFormat,
@@ -128,6 +130,7 @@ class EnumCodec(Generic[Member]):
 
 
 ORIGIN = EnumCodec(Origin, tokens_pb2.Origin)
+GRAMMAR_KIND = EnumCodec(GrammarKind, tokens_pb2.GrammarKind)
 COUPLING = EnumCodec(Coupling, tokens_pb2.Coupling)
 BONUS = EnumCodec(Bonus, tokens_pb2.Bonus)
 VERIFICATION = EnumCodec(Verification, tokens_pb2.Verification)
@@ -231,6 +234,9 @@ def decode_session(proto: tokens_pb2.Session) -> Session:
 def _encode_policy(policy: DecodingParams, proto: tokens_pb2.Policy) -> None:
     encode_sampling(policy.sampling, proto.sampling)
     _encode_constraints(policy.constraints, proto.constraints)
+    if policy.grammar is not None:
+        proto.grammar.kind = GRAMMAR_KIND.encode(policy.grammar.kind)
+        proto.grammar.text = policy.grammar.text
     encode_rule(policy.rule, proto.rule)
     proto.coupling = COUPLING.encode(policy.coupling)
     proto.bonus = BONUS.encode(policy.bonus)
@@ -248,6 +254,7 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
     return DecodingParams(
         sampling=decode_sampling(proto.sampling),
         constraints=_decode_constraints(proto.constraints),
+        grammar=_decode_grammar(proto.grammar) if proto.HasField("grammar") else None,
         rule=decode_rule(proto.rule),
         coupling=COUPLING.decode(proto.coupling),
         bonus=BONUS.decode(proto.bonus),
@@ -278,6 +285,10 @@ def _decode_constraints(proto: tokens_pb2.TokenConstraints) -> TokenConstraints:
     )
 
 
+def _decode_grammar(proto: tokens_pb2.Grammar) -> Grammar:
+    return Grammar(kind=GRAMMAR_KIND.decode(proto.kind), text=proto.text)
+
+
 def encode_block(block: Block, proto: tokens_pb2.Block) -> None:
     """Write the block into the proto."""
     proto.token_ids.extend(block.tokens)
@@ -288,6 +299,7 @@ def encode_block(block: Block, proto: tokens_pb2.Block) -> None:
     for probs in block.draft_probs:
         _encode_probs(probs, proto.rows.add())
     encode_logprobs(block.logprobs, proto.logprobs)
+    proto.forced.extend(block.forced)
 
 
 def decode_block(proto: tokens_pb2.Block) -> Block:
@@ -298,6 +310,7 @@ def decode_block(proto: tokens_pb2.Block) -> Block:
     _check_length(proto.gates, "gates", 0, count, count + 1)
     _check_length(proto.rows, "rows", 0, count, count + 1)
     _check_length(proto.logprobs, "logprobs", 0, count)
+    _check_length(proto.forced, "forced", 0, count)
     return Block(
         tokens=tuple(proto.token_ids),
         likelihoods=_probabilities(proto.likelihoods, "likelihoods"),
@@ -305,6 +318,7 @@ def decode_block(proto: tokens_pb2.Block) -> Block:
         draft_stats=tuple(map(_decode_stats, proto.gates)),
         draft_probs=tuple(map(_decode_probs, proto.rows)),
         logprobs=decode_logprobs(proto.logprobs),
+        forced=tuple(proto.forced),
     )
 
 

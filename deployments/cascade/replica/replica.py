@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
@@ -29,6 +30,7 @@ from cascade.replica.lease_book import LeaseBook
 from cascade.replica.session import ReplicaSession
 from cascade.sampling.token_mask import constraint_masks
 from cascade.speculation.cost_model import Timing
+from cascade.structured.grammar import GrammarCompiler
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ class Replica(ABC, Generic[Message]):
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
+        self._grammars = GrammarCompiler(tokenizer, vocabulary=model.vocabulary)
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self.server = TierServer(TracedTier(self), self.kind)
         self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -142,6 +146,7 @@ class Replica(ABC, Generic[Message]):
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Accept no new streams, cut the open ones after `grace_s` seconds, stop the engine."""
         await self.server.stop(grace_s=grace_s)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.engine.stop)
 
     def make_engine(self, model: LoadedModel, settings: EngineSettings) -> Engine:
@@ -263,8 +268,35 @@ class Replica(ABC, Generic[Message]):
             engine_id=SessionId(f"{opened.id}/{next(self._engine_ids)}"),
             tokens=list(opened.tokens),
             masks=constraint_masks(opened.policy, self._description.vocab_size),
+            vocabulary=self._description.vocab_size,
         )
         self._sessions[connection, opened.id] = session
+        grammar = opened.policy.grammar
+        if grammar is None or self._grammars.find(grammar) is not None:
+            self._begin(session)
+            return
+        session.busy = True
+        compiled = self._loop.run_in_executor(self._compiling, self._grammars.compile, grammar)
+        compiled.add_done_callback(partial(self._begin_compiled, session))
+
+    def _begin_compiled(self, session: ReplicaSession, compiled: asyncio.Future[Any]) -> None:
+        """Begin a session whose grammar is compiled, or refuse it."""
+        if session.closed or compiled.cancelled():
+            return
+        if (error := compiled.exception()) is not None:
+            self._refuse(session, as_cascade_error(error))
+            return
+        session.busy = False
+        self._begin(session)
+        if session.queued and not session.busy:
+            self._serve_queued(session)
+
+    def _begin(self, session: ReplicaSession) -> None:
+        """Give a session its masks, and the engine its prompt."""
+        policy = session.opened.policy
+        if policy.grammar is not None:
+            mask = self._grammars.mask(policy.grammar, policy.stop_ids)
+            session.masks = (*session.masks, mask)
         if session.num_tokens > 1:
             session.busy = True
             self.engine.submit(session.prefill())
@@ -328,7 +360,7 @@ class Replica(ABC, Generic[Message]):
                 self._refuse(session, Unauthenticated("the lease has ended; take another"))
 
 
-def as_cascade_error(error: Exception) -> CascadeError:
+def as_cascade_error(error: BaseException) -> CascadeError:
     """Return the error that a client receives for a failed forward pass."""
     if isinstance(error, CascadeError):
         return error

@@ -32,6 +32,7 @@ class ReplicaSession:
     engine_id: SessionId  # the session's name in the engine, never reused
     tokens: list[int]  # committed, after the prompt
     masks: Sequence[TokenMask] = ()
+    vocabulary: int = 0  # logits of a row
     digest: int = field(init=False)  # of prompt and committed tokens
     engine_tokens: list[int] = field(init=False, default_factory=list[int])  # drafts included
     num_synced: int = field(init=False, default=0)  # engine_tokens[:n] == tokens[:n]

@@ -229,6 +229,7 @@ class Router:
                     tokens=session.tokens[before.position :],
                     origins=session.origins[before.position :],
                     logprobs=verdict.logprobs[: session.position - before.position],
+                    accepted=min(verdict.accepted, session.position - before.position),
                     finish=finish,
                     statistics=statistics,
                 )

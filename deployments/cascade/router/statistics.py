@@ -58,10 +58,14 @@ class RoundRecorder:
             self.statistics.expert_s += self.verify_s
 
     def sample(self, draft: Draft, result: VerifyResult) -> RoundSample:
-        """Return the last round as the draft length learns from it; predictions do not count."""
+        """Return the last round as the draft length learns from it.
+
+        Predictions do not count, nor forced tokens.
+        """
+        forced = draft.block.forced
         return RoundSample(
-            drafted=0 if draft.predicted else draft.block.length,
-            accepted=result.verdict.accepted,
+            drafted=0 if draft.predicted else draft.block.length - sum(forced),
+            accepted=result.verdict.accepted - sum(forced[: result.verdict.accepted]),
             draft_s=self.draft_s,
             judge_s=self.verify_s,
             draft=draft.timing,
@@ -97,6 +101,7 @@ class RoundRecorder:
         statistics.drafter_tokens += origins.count(Origin.DRAFTER)
         statistics.kept_tokens += origins.count(Origin.KEPT)
         statistics.expert_tokens += origins.count(Origin.EXPERT)
+        statistics.forced_tokens += origins.count(Origin.FORCED)
         if draft.predicted:
             statistics.predicted_accepted += accepted
             statistics.predicted_rejected += length - accepted
@@ -123,6 +128,7 @@ def discard_drafts(statistics: Statistics) -> None:
     """Count all drafts so far as deferred to the expert, which writes the answer anew."""
     statistics.deferred = statistics.drafted
     statistics.accepted = statistics.drafter_tokens = statistics.kept_tokens = 0
+    statistics.forced_tokens = 0
     rounds, empty = sum(statistics.accepted_lengths), len(statistics.accepted_lengths) - 1
     statistics.accepted_lengths = [rounds, *[0] * empty]
     statistics.trace = [

@@ -136,6 +136,9 @@ def _keep(block: Block) -> Verdict:
     return Verdict(
         accepted=block.length,
         tokens=block.tokens,
-        origins=(Origin.KEPT,) * block.length,
+        origins=tuple(
+            Origin.FORCED if forced else Origin.KEPT
+            for forced in block.forced or (False,) * block.length
+        ),
         logprobs=tuple(replace(entry, drafter=True) for entry in block.logprobs),
     )

@@ -137,6 +137,17 @@ def allowed_bits(
     return bits_RW
 
 
+def only_tokens(bits_RW: Bits) -> list[int | None]:
+    """Return the only token that may follow at each row, or None where several may."""
+    single_R = np.bitwise_count(bits_RW).sum(axis=1) == 1
+    return [
+        int.from_bytes(bits_W.astype("<u4").tobytes(), "little").bit_length() - 1
+        if single
+        else None
+        for bits_W, single in zip(bits_RW, single_R.tolist(), strict=True)
+    ]
+
+
 def allows(bits_RW: Bits, tokens: Sequence[int]) -> list[bool]:
     """Return whether each token may follow at its row."""
     return [

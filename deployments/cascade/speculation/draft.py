@@ -9,7 +9,7 @@ Shapes: `B` sessions, `K` entries of sparse probabilities, `V` vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from cascade.sampling.rng import Purpose
 from cascade.sampling.sampler import Weights, logprobs
 from cascade.sampling.sparse_probs import SparseRows, sparsify
 from cascade.sampling.tensor_ops import to_cpu, to_list
-from cascade.sampling.token_mask import allowed_bits, apply_masks
+from cascade.sampling.token_mask import allowed_bits, apply_masks, only_tokens
 from cascade.speculation.confidence import TokenConfidence, token_confidences
 from cascade.speculation.payload import (
     PayloadSpec,
@@ -67,6 +67,29 @@ class DraftToken:
     probs: SparseProbs | None = None
     logprob: TokenLogprob | None = None
     confidence: TokenConfidence | None = None
+    forced: bool = False  # the masks allowed no other token
+
+
+def forced_token(task: DraftTask, *, vocabulary: int) -> int | None:
+    """Return the token that the masks of a task leave no choice of, if there is one."""
+    bits_1W = _allowed_bits(task, vocabulary)
+    return None if bits_1W is None else only_tokens(bits_1W)[0]
+
+
+def forced_draft(policy: DecodingParams, token: int) -> DraftToken:
+    """Return the draft of a token that the masks leave no choice of: q and q0 are one-hots."""
+    spec = payload_spec(policy)
+    one = np.ones(1, np.float16)
+    probs = SparseProbs(
+        ids=np.array([token], np.uint32), weights=one, unscaled=one if spec.unscaled_probs else None
+    )
+    return DraftToken(
+        token=token,
+        unscaled=1.0 if spec.unscaled else None,
+        draft_stats=DraftStats(max_prob=1, argmax=token, entropy=0) if spec.draft_stats else None,
+        probs=probs if spec.probs else None,
+        forced=True,
+    )
 
 
 def draft_step(
@@ -81,15 +104,17 @@ def draft_step(
     """
     assert len(tasks) == logits_BV.shape[0], "one task a row"
     raw_BV = logits_BV[:, :vocab_limit]
-    logits_BV = apply_masks(
-        raw_BV, enumerate(_allowed_bits(task, raw_BV.shape[1]) for task in tasks)
-    )
+    bits = [_allowed_bits(task, raw_BV.shape[1]) for task in tasks]
+    logits_BV = apply_masks(raw_BV, enumerate(bits))
     drafts: dict[int, DraftToken] = {}
     for members in _groups(tasks):
         rows = slice(None) if len(members) == len(tasks) else members
         raw = None if logits_BV is raw_BV else raw_BV[rows]
         found = _draft(logits_BV[rows], [tasks[i] for i in members], raw_BV=raw)
         drafts.update(zip(members, found, strict=True))
+    for i, bits_1W in enumerate(bits):
+        if bits_1W is not None and only_tokens(bits_1W)[0] is not None:
+            drafts[i] = replace(drafts[i], forced=True)
     return [drafts[i] for i in range(len(tasks))]
 
 
@@ -141,6 +166,7 @@ def block_of(drafts: Sequence[DraftToken], *, length: int | None = None) -> Bloc
         draft_stats=tuple(d.draft_stats for d in drafts if d.draft_stats is not None),
         draft_probs=tuple(d.probs for d in drafts if d.probs is not None),
         logprobs=tuple(d.logprob for d in inside if d.logprob is not None),
+        forced=tuple(d.forced for d in inside) if any(d.forced for d in inside) else (),
     )
 
 

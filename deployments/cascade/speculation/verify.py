@@ -26,6 +26,7 @@ from cascade.speculation.verify_batch import (
     mask_blocks,
     rows_needed,
 )
+from cascade.types import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -62,7 +63,16 @@ def verify(
         raw = None if logits_NV is raw_NV else raw_NV[chosen]
         batch = build_batch(logits_NV[chosen], [tasks[i] for i in members], raw_NV=raw)
         verdicts.update(zip(members, _with_logprobs(batch, _judge(batch)), strict=True))
-    return [verdicts[i] for i in range(len(tasks))]
+    return [_with_forced(verdicts[i], task) for i, task in enumerate(tasks)]
+
+
+def _with_forced(verdict: Verdict, task: VerifyTask) -> Verdict:
+    """Return the verdict with the tokens marked that the masks left no choice of."""
+    if not any(only is not None for only in task.forced):
+        return verdict
+    pairs = zip(verdict.tokens, task.forced, verdict.origins, strict=False)
+    origins = (Origin.FORCED if token == only else origin for token, only, origin in pairs)
+    return replace(verdict, origins=tuple(origins))
 
 
 def _group_key(policy: DecodingParams) -> Hashable:

@@ -35,7 +35,7 @@ from cascade.sampling.penalties import Context
 from cascade.sampling.probs import Probs, SoftmaxProbs, process, unscaled_probs
 from cascade.sampling.sparse_probs import Support, received
 from cascade.sampling.tensor_ops import widen
-from cascade.sampling.token_mask import Bits, allowed_bits, allows, apply_masks
+from cascade.sampling.token_mask import Bits, allowed_bits, allows, apply_masks, only_tokens
 from cascade.speculation.payload import needs_probs_after_block, sends_ids_only
 from cascade.speculation.target_distribution import (
     RuleInputs,
@@ -65,6 +65,7 @@ class VerifyTask:
     prompt: Sequence[int] = ()  # read if there are penalties
     answer: Sequence[int] = ()  # committed tokens, read likewise and by masks
     masks: Sequence[TokenMask] = ()  # the session's
+    forced: tuple[int | None, ...] = ()  # by row: the only token that they allow, if there is one
 
 
 def live_length(policy: DecodingParams, tokens: Sequence[int]) -> int:
@@ -249,6 +250,8 @@ def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor,
         )
         bits.append((first, bits_RW))
         first += count
+        if bits_RW is not None:
+            task = replace(task, forced=tuple(only_tokens(bits_RW)))  # noqa: PLW2901
         if bits_RW is not None and not isinstance(task.policy.rule, Lossless):
             allowed = allows(bits_RW, tokens[: live_length(task.policy, tokens)])
             if not all(allowed):
