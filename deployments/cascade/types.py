@@ -135,6 +135,33 @@ class Grammar:
     text: str
 
 
+class Phase(StrEnum):
+    """A part of an answer."""
+
+    ANSWER = "answer"
+    THINKING = "thinking"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSwitch:
+    """What ends a phase: after these tokens the next one begins."""
+
+    phase: Phase
+    tokens: tuple[int, ...]
+    next: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRules:
+    """The phases of an answer, which `sampling.phases` reads off its tokens."""
+
+    start: Phase = Phase.ANSWER
+    switches: tuple[PhaseSwitch, ...] = ()
+    rules: tuple[tuple[Phase, Rule], ...] = ()  # in place of the policy's rule
+    thinking_tokens: int | None = None  # most tokens of thoughts; after them their end is forced
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingParams:
     """All that determines the distribution of a session's tokens; constant for its lifetime."""
@@ -143,6 +170,7 @@ class DecodingParams:
     constraints: TokenConstraints = field(default_factory=TokenConstraints)
     grammar: Grammar | None = None
     rule: Rule = field(default_factory=Lossless)
+    phases: PhaseRules | None = None
     coupling: Coupling = Coupling.MAXIMAL
     bonus: Bonus = Bonus.EXPERT
     verification: Verification = Verification.TOKEN
@@ -151,6 +179,17 @@ class DecodingParams:
     seed: int = 0  # 0 .. 2**63 - 1
     stop_ids: tuple[int, ...] = ()  # committed, and nothing is generated after one of them
     logprobs: int | None = None  # alternatives reported per token; None reports nothing
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Return the rules of all parts of the answer."""
+        own = () if self.phases is None else self.phases.rules
+        return (self.rule, *(rule for _, rule in own))
+
+    @property
+    def has_phase_rules(self) -> bool:
+        """Whether parts of the answer have a rule of their own."""
+        return self.phases is not None and bool(self.phases.rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +316,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # the model stopped after it called tools
 
 
 class ExpertLoss(StrEnum):

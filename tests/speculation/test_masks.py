@@ -26,6 +26,7 @@ from cascade.speculation.payload import needs_probs_after_block
 from cascade.speculation.verify import VerifyTask
 from cascade.speculation.verify_batch import build_batch, mask_blocks
 from cascade.types import (
+    Block,
     Bonus,
     DecodingParams,
     RowFormat,
@@ -106,6 +107,11 @@ class Masked:
         found[sent.ids if len(sent.ids) else slice(None)] = sent.weights
         return (found / found.sum()).tolist()
 
+    def judged(self, text: Text, block: Block) -> Block:
+        """Return the part of a block that is judged."""
+        del text
+        return block
+
     def round(self, text: Text) -> Floats:
         """Return the distribution of what one round commits after a text."""
 
@@ -119,7 +125,7 @@ class Masked:
             if len(more) == DRAFTED or more[-1:] == (STOP,):
                 if needs_probs_after_block(self.policy) and more[-1:] != (STOP,):
                     drafts = [*drafts, cached(more)]
-                block = block_of(drafts, length=len(more))
+                block = self.judged(text, block_of(drafts, length=len(more)))
                 masks = constraint_masks(self.policy, VOCAB)
                 tasks.append(
                     VerifyTask(
@@ -130,7 +136,7 @@ class Masked:
                         masks=masks,
                     )
                 )
-                logits.append(PAIR.rows(self.policy, (0, *text), more))
+                logits.append(PAIR.rows(self.policy, (0, *text), block.tokens))
                 chances.append(chance)
                 return
             draft = cached(more)

@@ -17,6 +17,9 @@ from cascade.types import (
     DecodingParams,
     DraftStats,
     Origin,
+    Phase,
+    PhaseRules,
+    PhaseSwitch,
     RowFormat,
     SamplingParams,
     Session,
@@ -149,11 +152,32 @@ constraints = st.builds(
     allowed_ids=several(TOKENS, most=4),
 )
 
+rules = st.one_of(*(st.from_type(kind) for kind in get_args(Rule)))
+
+switches = st.builds(
+    PhaseSwitch,
+    phase=st.sampled_from(Phase),
+    tokens=st.lists(TOKENS, min_size=1, max_size=3).map(tuple),
+    next=st.sampled_from(Phase),
+)
+
+phases = st.builds(
+    PhaseRules,
+    start=st.sampled_from(Phase),
+    switches=several(switches),
+    rules=several(st.tuples(st.sampled_from(Phase), rules)),
+) | st.builds(
+    PhaseRules,
+    switches=st.just((PhaseSwitch(phase=Phase.THINKING, tokens=(7,), next=Phase.ANSWER),)),
+    thinking_tokens=COUNTS,
+)
+
 policies = st.builds(
     DecodingParams,
     sampling=samplings,
     constraints=constraints,
-    rule=st.one_of(*(st.from_type(kind) for kind in get_args(Rule))),
+    rule=rules,
+    phases=st.none() | phases,
     coupling=st.sampled_from(Coupling),
     bonus=st.sampled_from(Bonus),
     verification=st.sampled_from(Verification),

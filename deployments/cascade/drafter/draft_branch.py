@@ -106,7 +106,7 @@ class DraftBranch:
         may_fork = spare_capacity and self.message.branches > 0
         begins = self.guessing and ahead  # a block, after the guess
         return DraftTask(
-            policy=_guess_policy(session.policy) if guessing else session.policy,
+            policy=_guess_policy(session.policy) if guessing else self._policy,
             position=len(self.tokens) + ahead,
             block_start=len(self.tokens) + 1 if begins else self.block.position,
             prompt=session.prompt,
@@ -267,6 +267,7 @@ class DraftBranch:
     def _completes(self, draft: DraftToken) -> bool:
         """Add a token to the block; return whether that completes it."""
         block, policy = self.block, self.session.opened.policy
+        ends_phase = self._ends_phase(draft.token)
         self._unfed.append(draft.token)
         if self.message.until_deferral and drafter_defers(policy, draft):
             block.deferred, block.guess = True, draft
@@ -274,6 +275,8 @@ class DraftBranch:
         block.drafts.append(draft)
         self.ended = draft.token in policy.stop_ids
         if self.ended or len(block.drafts) >= block.count + needs_probs_after_block(policy):
+            return True
+        if ends_phase:
             return True
         if draft.confidence is None or not self.may_stop_early:
             return False
@@ -299,7 +302,7 @@ class DraftBranch:
         last = self.block.count + needs_probs_after_block(policy) - 1
         while len(self.block.drafts) < last and (draft := self._forced()) is not None:
             defers = self.message.until_deferral and drafter_defers(policy, draft)
-            if defers or draft.token in policy.stop_ids:
+            if defers or draft.token in policy.stop_ids or self._ends_phase(draft.token):
                 return
             self._completes(draft)
 
@@ -316,7 +319,18 @@ class DraftBranch:
             answer=[*self.tokens, *self._unfed],
         )
         token = forced_token(task, vocabulary=session.vocabulary)
-        return None if token is None else forced_draft(session.opened.policy, token)
+        return None if token is None else forced_draft(self._policy, token)
+
+    @property
+    def _policy(self) -> DecodingParams:
+        """Return the parameters of the next token."""
+        rules = self.session.rules
+        return rules.at([*self.tokens, *self._unfed]) if rules.vary else self.session.opened.policy
+
+    def _ends_phase(self, token: int) -> bool:
+        """Return whether another rule holds after the next token."""
+        rules, known = self.session.rules, [*self.tokens, *self._unfed]
+        return rules.vary and rules.at([*known, token]) != rules.at(known)
 
     def _add_guess(self, guess: DraftToken) -> ForwardRequest | None:
         self.guessing = False

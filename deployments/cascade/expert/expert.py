@@ -49,7 +49,7 @@ class _Verification:
     def task(self) -> VerifyTask:
         opened = self.session.opened
         return VerifyTask(
-            policy=opened.policy,
+            policy=self.session.rules.at(self.tokens),
             position=len(self.tokens),
             block=self.block,
             prompt=opened.prompt,
@@ -125,17 +125,19 @@ class Expert(Replica[Judge]):
         """
         self.check_context(session.num_tokens, message.block.length)
         room = self.describe().context_length - session.num_tokens - message.block.length
+        policy, tokens = session.rules.at(session.tokens), message.block.tokens
+        block = message.block.prefix(session.rules.length(session.tokens, tokens))
         task = _Verification(
             session=session,
             message=message,
-            block=message.block,
+            block=block,
             tokens=list(session.tokens),
             digest=session.digest,
             ahead=max(0, min(message.ahead, room)),
             since_s=session.received_s,
         )
-        num_logits = rows_needed(session.opened.policy, message.block.tokens)
-        draft = message.block.tokens[: num_logits - 1]
+        num_logits = rows_needed(policy, block.tokens)
+        draft = block.tokens[: num_logits - 1]
         return [session.forward_request(draft, num_logits=num_logits, task=task)]
 
     def verify_blocks(

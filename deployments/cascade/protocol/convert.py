@@ -30,6 +30,9 @@ from cascade.types import (
     GrammarKind,
     Mode,
     Origin,
+    Phase,
+    PhaseRules,
+    PhaseSwitch,
     RowFormat,
     SamplingParams,
     Session,
@@ -131,6 +134,7 @@ class EnumCodec(Generic[Member]):
 
 ORIGIN = EnumCodec(Origin, tokens_pb2.Origin)
 GRAMMAR_KIND = EnumCodec(GrammarKind, tokens_pb2.GrammarKind)
+PHASE = EnumCodec(Phase, tokens_pb2.Phase)
 COUPLING = EnumCodec(Coupling, tokens_pb2.Coupling)
 BONUS = EnumCodec(Bonus, tokens_pb2.Bonus)
 VERIFICATION = EnumCodec(Verification, tokens_pb2.Verification)
@@ -238,6 +242,8 @@ def _encode_policy(policy: DecodingParams, proto: tokens_pb2.Policy) -> None:
         proto.grammar.kind = GRAMMAR_KIND.encode(policy.grammar.kind)
         proto.grammar.text = policy.grammar.text
     encode_rule(policy.rule, proto.rule)
+    if policy.phases is not None:
+        _encode_phases(policy.phases, proto.phases)
     proto.coupling = COUPLING.encode(policy.coupling)
     proto.bonus = BONUS.encode(policy.bonus)
     proto.verification = VERIFICATION.encode(policy.verification)
@@ -256,6 +262,7 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
         constraints=_decode_constraints(proto.constraints),
         grammar=_decode_grammar(proto.grammar) if proto.HasField("grammar") else None,
         rule=decode_rule(proto.rule),
+        phases=_decode_phases(proto.phases) if proto.HasField("phases") else None,
         coupling=COUPLING.decode(proto.coupling),
         bonus=BONUS.decode(proto.bonus),
         verification=VERIFICATION.decode(proto.verification),
@@ -264,6 +271,41 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
         seed=bounded(proto.seed, "seed"),
         stop_ids=tuple(proto.stop_token_ids),
         logprobs=None if logprobs is None else bounded(logprobs, "logprob_count"),
+    )
+
+
+def _encode_phases(phases: PhaseRules, proto: tokens_pb2.PhaseRules) -> None:
+    proto.start = PHASE.encode(phases.start)
+    for switch in phases.switches:
+        proto.switches.add(
+            phase=PHASE.encode(switch.phase),
+            token_ids=switch.tokens,
+            next=PHASE.encode(switch.next),
+        )
+    for phase, rule in phases.rules:
+        message = proto.rules.add(phase=PHASE.encode(phase))
+        encode_rule(rule, message.rule)
+    if phases.thinking_tokens is not None:
+        proto.thinking_token_budget = phases.thinking_tokens
+
+
+def _decode_phases(proto: tokens_pb2.PhaseRules) -> PhaseRules:
+    switches = tuple(
+        PhaseSwitch(
+            phase=PHASE.decode(one.phase), tokens=tuple(one.token_ids), next=PHASE.decode(one.next)
+        )
+        for one in proto.switches
+    )
+    if not all(one.tokens for one in switches):
+        raise InvalidRequest("a switch of `phases` has no tokens; it has at least one")
+    budget = proto.thinking_token_budget if proto.HasField("thinking_token_budget") else None
+    if budget is not None and all(one.phase is not Phase.THINKING for one in switches):
+        raise InvalidRequest("`thinking_token_budget` needs a switch that ends thoughts; add one")
+    return PhaseRules(
+        start=PHASE.decode(proto.start),
+        switches=switches,
+        rules=tuple((PHASE.decode(one.phase), decode_rule(one.rule)) for one in proto.rules),
+        thinking_tokens=None if budget is None else bounded(budget, "thinking_token_budget"),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cascade.engine.request import ForwardRequest
 from cascade.protocol.messages import extend_digest
+from cascade.sampling.phases import SessionRules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ class ReplicaSession:
     tokens: list[int]  # committed, after the prompt
     masks: Sequence[TokenMask] = ()
     vocabulary: int = 0  # logits of a row
+    rules: SessionRules = field(init=False)
     digest: int = field(init=False)  # of prompt and committed tokens
     engine_tokens: list[int] = field(init=False, default_factory=list[int])  # drafts included
     num_synced: int = field(init=False, default=0)  # engine_tokens[:n] == tokens[:n]
@@ -44,6 +46,7 @@ class ReplicaSession:
     received_s: float = 0.0  # when the last message came
 
     def __post_init__(self) -> None:
+        self.rules = SessionRules(self.opened.policy)
         self.digest = self._digest()
 
     @property

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cascade.sampling.phases import ThinkingBudget
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
@@ -99,10 +101,12 @@ def constraint_masks(policy: DecodingParams, vocabulary: int) -> tuple[TokenMask
         policy: The session's parameters.
         vocabulary: Logits of a row.
     """
-    constraints = policy.constraints
+    constraints, masks = policy.constraints, list[TokenMask]()
     if constraints.min_tokens or constraints.bad_words or constraints.allowed_ids:
-        return (ConstraintMask(policy, vocabulary),)
-    return ()
+        masks.append(ConstraintMask(policy, vocabulary))
+    if policy.phases is not None and policy.phases.thinking_tokens is not None:
+        masks.append(ThinkingBudget(policy.phases))
+    return tuple(masks)
 
 
 def allowed_bits(

@@ -120,7 +120,8 @@ def draft_step(
 
 def can_draw(task: DraftTask) -> bool:
     """Return whether the token of a task depends on no token before it but through the logits."""
-    return not (task.policy.sampling.counts_tokens or task.masks)
+    policy = task.policy
+    return not (policy.sampling.counts_tokens or task.masks or policy.phases)
 
 
 def draw(logits_BV: Tensor, tasks: Sequence[DraftTask]) -> Tensor:

@@ -108,7 +108,8 @@ class DraftLengthTuner:
         Only lossless sessions may stop drafting when the expert alone is faster: under any other
         rule the text would then depend on how fast the tiers are.
         """
-        key = policy.rule, policy.coupling, policy.sampling.greedy
+        rules = policy.rules
+        key = rules, policy.coupling, policy.sampling.greedy
         stats = self._stats[key] = self._stats.pop(key, None) or PolicyStats()
         if len(self._stats) > MAX_POLICIES:
             del self._stats[next(iter(self._stats))]  # the one used longest ago
@@ -116,7 +117,7 @@ class DraftLengthTuner:
             tuner=self,
             stats=stats,
             bonus=policy.bonus is not Bonus.NONE,
-            min_tokens=0 if isinstance(policy.rule, Lossless) else 1,
+            min_tokens=0 if all(isinstance(rule, Lossless) for rule in rules) else 1,
         )
 
 

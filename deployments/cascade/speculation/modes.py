@@ -65,7 +65,7 @@ def plan_for(mode: Mode, params: DecodingParams) -> Plan:
     """
     match mode:
         case Mode.SPECULATIVE | Mode.CASCADE:
-            if not _reads_drafter_alone(params.rule):
+            if params.has_phase_rules or not _reads_drafter_alone(params.rule):
                 return Plan(
                     params=params, drafter=DraftSource.BEST_EFFORT, verify=VerifyWhen.ALWAYS
                 )
@@ -111,4 +111,5 @@ def _reads_drafter_alone(rule: Rule) -> bool:
 
 def _without_block(params: DecodingParams, **changes: object) -> DecodingParams:
     """Return parameters with no block to verify."""
-    return replace(params, verification=Verification.TOKEN, **changes)
+    phases = params.phases and replace(params.phases, rules=())
+    return replace(params, verification=Verification.TOKEN, phases=phases, **changes)
