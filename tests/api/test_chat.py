@@ -128,7 +128,7 @@ async def test_a_prediction_reaches_the_generator(
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("response_format", {"type": "json_object"}),
-        ("reasoning_effort", "low"),
+        ("verbosity", "low"),
     ],
 )
 async def test_unsupported_parameters_are_a_400(client: AsyncOpenAI, name: str, value: Any) -> None:

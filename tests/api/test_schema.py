@@ -193,18 +193,11 @@ def test_a_completion_with_an_unsupported_parameter_is_refused(name: str) -> Non
     ("name", "value"),
     [
         ("response_format", '{"type": "json_object"}'),
-        ("tools", '[{"type": "function"}]'),
-        ("tool_choice", '"required"'),
-        ("functions", '[{"name": "f"}]'),
-        ("function_call", '{"name": "f"}'),
         ("modalities", '["text", "audio"]'),
         ("audio", '{"voice": "x"}'),
         ("web_search_options", "{}"),
-        ("functions", '[{"name": "f"}], "function_call": "auto"'),
-        ("tools", '[{"type": "function"}], "tool_choice": "auto"'),
         ("use_beam_search", "true"),
         ("moderation", '{"model": "m"}'),
-        ("reasoning_effort", '"low"'),
         ("verbosity", '"low"'),
         ("something_new", "1"),
     ],
@@ -212,6 +205,22 @@ def test_a_completion_with_an_unsupported_parameter_is_refused(name: str) -> Non
 def test_a_chat_with_an_unsupported_parameter_is_refused(name: str, value: str) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         parse(f'{{"messages": [{MESSAGE}], "{name}": {value}}}'.encode(), ChatBody)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", '[{"type": "function"}]'),
+        ("tool_choice", '"required"'),
+        ("functions", '[{"name": "f"}], "function_call": "auto"'),
+        ("function_call", '{"name": "f"}'),
+        ("reasoning_effort", '"low"'),
+    ],
+)
+def test_what_only_chats_have_is_refused_in_a_completion(name: str, value: str) -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        parse(f'{{"prompt": "x", "{name}": {value}}}'.encode(), CompletionBody)
     assert caught.value.param == name
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.api.context import MAX_SEED
 from cascade.api.output_processor import TextOptions
+from cascade.api.phases import phase_rules
 from cascade.api.prompts import (
     check_at_most,
     check_ids,
@@ -20,6 +21,7 @@ from cascade.api.prompts import (
     too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
+from cascade.api.tools import ChatReading, chat_reading, tool_choice
 from cascade.errors import ContextTooLong, InvalidRequest
 from cascade.speculation.modes import RULES
 from cascade.types import (
@@ -57,6 +59,7 @@ class CompletionCall:
     include_usage: bool = False
     continuous_usage: bool = False
     token_ids: bool = False
+    reading: ChatReading | None = None  # splits answers into thoughts, content and tool calls
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -81,7 +84,8 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
     if body.echo:
         whole = map(service.tokenizer.pieces, given)
         echo = tuple(texts[-len(kept) :] for texts, kept in zip(whole, tokens, strict=True))
-    return _call(body, service, lengths, logprobs=body.logprobs, echo=echo)
+    call = _call(body, service, lengths, logprobs=body.logprobs, echo=echo)
+    return _with_policy(call, phases=phase_rules(body, service, call.requests[0]))
 
 
 def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
@@ -97,7 +101,8 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
         )
     service = _bounded(body, service)
     requested = old if new is None else new
-    prompt = conversation(body.messages, body, service, keep=_kept_tokens(body, service, requested))
+    choice, keep = tool_choice(body, service), _kept_tokens(body, service, requested)
+    prompt = conversation(body.messages, body, service, keep=keep, tools=choice.shown)
     length = _max_tokens(
         service,
         requested,
@@ -106,7 +111,22 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
         params=("messages", "max_tokens" if new is None else "max_completion_tokens"),
     )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _call(body, service, [(prompt, length)], logprobs=logprobs)
+    call = _call(body, service, [(prompt, length)], logprobs=logprobs)
+    reading = chat_reading(choice, prompt, service)
+    start = None if reading is None else reading.reader().region
+    call = _with_policy(call, phases=phase_rules(body, service, call.requests[0], start=start))
+    if reading is None:
+        return call
+    return replace(call, reading=reading, text=replace(call.text, visible=reading.form.visible))
+
+
+def _with_policy(call: CompletionCall, **changes: Any) -> CompletionCall:
+    """Return the call with other decoding parameters; what is None stays as it is."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes:
+        return call
+    requests = (replace(one, policy=replace(one.policy, **changes)) for one in call.requests)
+    return replace(call, requests=tuple(requests))
 
 
 def _check(body: Generated, service: ServingContext) -> None:
@@ -296,8 +316,9 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
 
 
 def _mode(options: Options, defaults: Defaults) -> Mode:
-    """Return the mode; a request that has its own rule and names no mode means a cascade."""
-    return options.mode or (defaults.mode if options.rule is None else Mode.CASCADE)
+    """Return the mode; a request that has its own rules and names no mode means a cascade."""
+    has_rule = options.rule is not None or options.phases is not None
+    return options.mode or (Mode.CASCADE if has_rule else defaults.mode)
 
 
 def _sampling(body: Generated, service: ServingContext) -> SamplingParams:

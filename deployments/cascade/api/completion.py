@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cascade.api.output_processor import Delta, OutputProcessor, TokenText
+from cascade.api.response_parser import MessageDelta
 from cascade.errors import Internal
 from cascade.types import Caller, FinishReason, Origin, Statistics
 
@@ -45,6 +46,8 @@ class Completion:
         self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of all tokens but the first
         self.text_length = 0
         self._last = Delta()
+        self._reader = call.reading and call.reading.reader()
+        self._message = MessageDelta()
         self._service = service
         self._statistics = Statistics()
         self._rounds: list[tuple[int, int]] = []  # tokens, and accepted ones of them
@@ -52,7 +55,8 @@ class Completion:
     @property
     def output(self) -> Delta:
         """Return the output so far as one delta."""
-        return replace(self._last, tokens=tuple(self.tokens))
+        message = self._message if self._reader else None
+        return replace(self._last, tokens=tuple(self.tokens), message=message)
 
     @property
     def statistics(self) -> Statistics:
@@ -113,8 +117,20 @@ class Completion:
     def _add(self, delta: Delta) -> Delta:
         self.tokens.extend(delta.tokens)
         self.text_length += len(delta.text)
-        self._last = delta
+        self._last = delta = self._read(delta)
         return delta
+
+    def _read(self, delta: Delta) -> Delta:
+        """Return the delta with what it adds to the message, if that is not just its text."""
+        if self._reader is None:
+            return delta
+        message, finish = self._reader.push(delta.text), delta.finish
+        if finish is not None:
+            message += self._reader.finish()
+        self._message += message
+        if finish is FinishReason.STOP and self._message.calls:
+            finish = FinishReason.TOOL_CALLS
+        return replace(delta, message=message, finish=finish)
 
     async def _prompt_tokens(self) -> tuple[TokenText, ...]:
         """Return the prompt's tokens, with log-probabilities if the request wants some."""

@@ -55,6 +55,7 @@ class Limits:
     stop_characters: Positive = 1024
     bad_words: Positive = 1024  # of at most `stop_characters` each
     biased_tokens: Positive = 1024
+    tools: Positive = 128
     draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
     body_bytes: Positive = 2_000_000
 

@@ -11,6 +11,7 @@ from cascade.types import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from cascade.api.response_parser import MessageDelta
     from cascade.engine.tokenizer import Tokenizer
     from cascade.types import Origin, OutputChunk, TokenLogprob
 
@@ -92,6 +93,7 @@ class Delta:
     tokens: tuple[TokenText, ...] = ()
     finish: FinishReason | None = None
     stop: str | int | None = None  # the stop string or stop id that ended it
+    message: MessageDelta | None = None  # what a chat's text says; None: it is content
 
     @property
     def text(self) -> str:
@@ -107,6 +109,7 @@ class TextOptions:
     include_stop: bool = False  # what ends it, string or token, is part of its text
     min_tokens: int = 0  # within which no stop string ends it
     skip_special: bool = True  # special tokens have no text
+    visible: frozenset[int] = frozenset()  # but these
     special_spaces: bool = True  # keep spaces that the tokenizer writes between added tokens
 
 
@@ -136,7 +139,10 @@ class OutputProcessor:
         """
         options = options or TextOptions()
         self._detokenizer = tokenizer.detokenizer(
-            prompt, skip_special=options.skip_special, spaces=options.special_spaces
+            prompt,
+            skip_special=options.skip_special,
+            visible=options.visible,
+            spaces=options.special_spaces,
         )
         self._matcher = StopMatcher(options.stops, include=options.include_stop)
         self._stop_ids = frozenset(stop_ids)

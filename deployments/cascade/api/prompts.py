@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from cascade.api.schema import CompletionBody, Message, Template, ToolCall, texts
+from cascade.api.schema import ChatBody, CompletionBody, Message, Template, ToolCall, texts
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedParameter
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from cascade.api.context import ServingContext
 
@@ -39,6 +39,7 @@ def conversation(
     service: ServingContext,
     *,
     keep: int | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[int, ...]:
     """Return a conversation in the model's chat template.
 
@@ -47,6 +48,7 @@ def conversation(
         template: How to render them.
         service: Has the tokenizer and the limits.
         keep: Tokens to keep at the end; None refuses what does not fit.
+        tools: What the model may call.
 
     Raises:
         InvalidRequest: A message is empty, or the template rejects the conversation.
@@ -54,7 +56,8 @@ def conversation(
     """
     with _fitting("messages", service):
         limit = max_prompt_tokens(service) if keep is None else None
-        tokens = service.tokenizer.chat(**template_arguments(messages, template), limit=limit)
+        arguments = template_arguments(messages, template)
+        tokens = service.tokenizer.chat(**arguments, tools=tools, limit=limit)
     return _nonempty(_kept(tokens, keep), "messages")
 
 
@@ -67,11 +70,16 @@ def template_arguments(messages: Sequence[Message], template: Template) -> dict[
             " completion either continues the last message or begins a new one",
             param="add_generation_prompt",
         )
+    variables = dict(template.chat_template_kwargs or {})
+    if isinstance(template, ChatBody) and template.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", template.reasoning_effort)
+        if template.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
     return {
         "messages": [_template_message(message, i) for i, message in enumerate(messages)],
         "add_generation_prompt": template.add_generation_prompt is not False,
         "continue_last": continued,
-        "variables": template.chat_template_kwargs or {},
+        "variables": variables,
     }
 
 
@@ -205,7 +213,7 @@ def _template_message(message: Message, number: int) -> dict[str, Any]:
         "content": content,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
-        "reasoning_content": message.reasoning_content,
+        "reasoning_content": message.reasoning_content or message.reasoning,
         "tool_calls": [_tool_call(call, f"messages[{number}]") for call in calls] or None,
     }
     return {key: value for key, value in rendered.items() if value is not None}

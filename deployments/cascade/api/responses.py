@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from starlette.responses import Response
 
 from cascade.api.output_processor import Delta
+from cascade.api.response_parser import MessageDelta
+from cascade.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +145,12 @@ class ChatCompletionFormat(ResponseFormat):
     def choice(self, completion: Completion) -> Json:
         """Return a finished choice."""
         delta = completion.output
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        said = delta.message or MessageDelta(content=delta.text)
+        message: Json = {"role": "assistant", "content": said.content, "refusal": None}
+        message |= _thoughts(said)
+        if said.calls:
+            message["content"] = said.content or None
+            message |= _calls(completion, said, whole=True)
         return {**self._choice(completion, delta), "message": message}
 
     def opening(self, completion: Completion) -> list[Json]:
@@ -153,11 +160,15 @@ class ChatCompletionFormat(ResponseFormat):
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def chunks(self, completion: Completion, delta: Delta) -> list[Json]:
-        """Return the text; after it, with an empty delta, the finish reason."""
+        """Return what was added; after it, with an empty delta, the finish reason."""
         chunks: list[Json] = []
         if delta.tokens:
-            text = self._choice(completion, Delta(tokens=delta.tokens))
-            chunks.append({**text, "delta": {"content": delta.text}})
+            added = self._choice(completion, Delta(tokens=delta.tokens))
+            said = delta.message or MessageDelta(content=delta.text)
+            parts = _thoughts(said) | (_calls(completion, said) if said.calls else {})
+            if said.content or not parts:
+                parts["content"] = said.content
+            chunks.append({**added, "delta": parts})
         if delta.finish:
             end = self._choice(completion, Delta(finish=delta.finish, stop=delta.stop))
             chunks.append({**end, "delta": {}})
@@ -170,9 +181,43 @@ class ChatCompletionFormat(ResponseFormat):
         return {
             "index": completion.index,
             "logprobs": logprobs,
-            "finish_reason": delta.finish,
+            "finish_reason": _finish_reason(completion, delta),
             **_extensions(completion, delta),
         }
+
+
+def _finish_reason(completion: Completion, delta: Delta) -> str | None:
+    """Return why a chat ended; requests with `functions` have another word for calls."""
+    called = delta.finish is FinishReason.TOOL_CALLS
+    return "function_call" if called and _is_legacy(completion) else delta.finish
+
+
+def _is_legacy(completion: Completion) -> bool:
+    reading = completion.call.reading
+    return reading is not None and reading.choice.legacy
+
+
+def _thoughts(said: MessageDelta) -> Json:
+    """Return what the model thought, under both names that clients read."""
+    if not said.reasoning:
+        return {}
+    return {"reasoning_content": said.reasoning, "reasoning": said.reasoning}
+
+
+def _calls(completion: Completion, said: MessageDelta, *, whole: bool = False) -> Json:
+    """Return tool calls; `whole` ones have no index, and all others have one."""
+    functions = [{} if call.name is None else {"name": call.name} for call in said.calls]
+    for function, call in zip(functions, said.calls, strict=True):
+        function["arguments"] = call.arguments
+    if _is_legacy(completion):
+        return {"function_call": functions[0]}
+    calls = [
+        ({} if whole else {"index": call.index})
+        | ({} if call.id is None else {"id": call.id, "type": "function"})
+        | {"function": function}
+        for call, function in zip(said.calls, functions, strict=True)
+    ]
+    return {"tool_calls": calls}
 
 
 def _prompt_ids(completion: Completion) -> Json:

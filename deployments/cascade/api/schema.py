@@ -2,7 +2,7 @@
 
 Fields that cannot change the text are accepted and ignored (`Ignored`). Fields that would change it
 and that this server does not implement are accepted only with values that request nothing, such as
-`tools: []`; see `Neutral`. Unknown fields are refused, unless they are null. What a model wrote
+`suffix: ""`; see `Neutral`. Unknown fields are refused, unless they are null. What a model wrote
 (`Message`, `ToolCall`) is read as it is, so that a client can send back what it received.
 """
 
@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -84,6 +85,8 @@ class Options(Body):
     """Which models generate: one of them, a cascade, or speculative decoding."""
     rule: Annotated[Rule, Field(discriminator="kind")] | None = None
     """When a token is deferred to the expert."""
+    phases: Phases | None = None
+    """Other rules for thoughts, answer or tool calls."""
     draft_tokens: Annotated[int, Ge(0)] | Literal["auto"] | None = None
     """Tokens the drafter drafts per block; `auto` lets the server choose, 0 is the expert alone."""
     coupling: Coupling | None = None
@@ -104,6 +107,17 @@ class Options(Body):
     """What happens while no drafter drafts: the expert writes alone, or the text waits for one."""
     trace: bool | None = False
     """Return every round of drafting and verification."""
+
+
+class Phases(Body):
+    """The rules of the parts of an answer, in place of `rule`; an absent part has `rule`."""
+
+    thinking: Annotated[Rule, Field(discriminator="kind")] | None = None
+    """Of what the model thinks before it answers."""
+    answer: Annotated[Rule, Field(discriminator="kind")] | None = None
+    """Of text that is neither thought nor tool call."""
+    tool: Annotated[Rule, Field(discriminator="kind")] | None = None
+    """Of tool calls."""
 
 
 class PatienceOptions(Body):
@@ -148,7 +162,7 @@ class Prediction(Body):
 
 
 class TextFormat(Body):
-    """Plain text, the only format."""
+    """Plain text."""
 
     type: Literal["text"]
 
@@ -177,6 +191,37 @@ class ToolCall(Body, extra="ignore"):
     custom: CustomCall | None = None
 
 
+class FunctionTool(Body, extra="ignore"):
+    """A function that the model may call."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    """The JSON schema of its arguments, an object; any arguments if absent."""
+    strict: bool | None = None
+    """Hold the arguments to the schema."""
+
+
+class Tool(Body, extra="ignore"):
+    """What the model may call."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class FunctionName(Body, extra="ignore"):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Body, extra="ignore"):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Message(Body, extra="allow"):
     """One message of a conversation. An assistant's may have other fields, which are ignored."""
 
@@ -188,6 +233,8 @@ class Message(Body, extra="allow"):
     refusal: str | None = None
     reasoning_content: str | None = None
     """What the assistant thought before it answered; its template decides whether it is shown."""
+    reasoning: str | None = None
+    """Another name of `reasoning_content`."""
     annotations: JsonValue = None
     audio: None = None
     function_call: FunctionCall | None = None
@@ -290,16 +337,6 @@ class Neutral(Generated):
             raise ValueError
         return value
 
-    @field_validator("tools", "functions")
-    @classmethod
-    def _none_is_called(
-        cls, value: list[JsonValue] | None, info: ValidationInfo
-    ) -> list[JsonValue] | None:
-        choice = "tool_choice" if info.field_name == "tools" else "function_call"
-        if value and info.data.get(choice) != "none":
-            raise ValueError
-        return value
-
 
 UNSUPPORTED = set(Neutral.model_fields) - set(Generated.model_fields)
 
@@ -319,6 +356,16 @@ class CompletionBody(Neutral):
     """Of chats; accepted where it requests nothing."""
     continue_final_message: Literal[False] | None = None
     """Likewise."""
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def _none_is_called(
+        cls, value: list[JsonValue] | None, info: ValidationInfo
+    ) -> list[JsonValue] | None:
+        choice = "tool_choice" if info.field_name == "tools" else "function_call"
+        if value and info.data.get(choice) != "none":
+            raise ValueError
+        return value
 
 
 class Template(Body):
@@ -342,6 +389,22 @@ class ChatBody(Template, Neutral):
     """The old name of `max_completion_tokens`."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - a chat has more
+    """What the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Whether it calls something; `auto` if absent, and with `none` it does not see the tools."""
+    parallel_tool_calls: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Whether there may be several calls; true if absent."""
+    functions: list[FunctionTool] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The old form of `tools`."""
+    function_call: Literal["none", "auto"] | FunctionName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The old form of `tool_choice`."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A variable of the chat template; `none` also sets its `enable_thinking` to false."""
+    thinking_token_budget: Annotated[int, Ge(0)] | None = None
+    """Most tokens of thoughts: after them the model is made to answer."""
+    thinking_budget: Annotated[int, Ge(0)] | None = None
+    """Another name of `thinking_token_budget`."""
 
 
 class TokenizeBody(Template):
@@ -396,7 +459,7 @@ def invalid_request(error: ValidationError, kind: type[BaseModel]) -> InvalidReq
         return InvalidRequest(f"The body is invalid: {details[0]['msg']}")
     detail = _closest(details)
     field = str(detail["loc"][0])
-    if field in UNSUPPORTED:
+    if field in UNSUPPORTED and field not in kind.__annotations__:
         return UnsupportedParameter(f"`{field}` is not supported here; leave it out", param=field)
     if field in _EXPECTED:
         text = f"`{field}` is {_shorten(details[0]['input'])}: {_EXPECTED[field]}"

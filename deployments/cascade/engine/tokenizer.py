@@ -157,6 +157,19 @@ class Tokenizer:
         """Whether `chat` works."""
         return self._tokenizer.chat_template is not None
 
+    @property
+    def chat_template(self) -> str:
+        """Return the source of the chat template that conversations with tools get, or nothing."""
+        found: Any = self._tokenizer.chat_template
+        if isinstance(found, dict):
+            found = found.get("tool_use") or found.get("default")
+        return found or ""
+
+    @property
+    def response_template(self) -> dict[str, Any] | None:
+        """Return what the checkpoint says of how answers are written, as transformers has it."""
+        return getattr(self._tokenizer, "response_template", None)
+
     def encode(
         self, text: str, *, add_special: bool = True, limit: int | None = None
     ) -> tuple[int, ...]:
@@ -225,6 +238,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_last: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the text of a conversation in the model's chat template.
 
@@ -234,6 +248,7 @@ class Tokenizer:
             add_generation_prompt: Begin an answer, unless the last message is continued.
             continue_last: Continue the last message instead of starting a new one.
             variables: Further variables of the template, such as `enable_thinking`.
+            tools: What the model may call, as OpenAI's API describes it.
 
         Raises:
             InvalidRequest: There is no template, it rejects the conversation, or a variable is not
@@ -257,6 +272,7 @@ class Tokenizer:
                 [_readable(message, self._content_forms) for message in messages],
                 add_generation_prompt=add_generation_prompt and not continue_last,
                 continue_final_message=continue_last,
+                **({"tools": [dict(tool) for tool in tools]} if tools else {}),
                 **variables,
             )
         except Exception as error:
@@ -269,6 +285,14 @@ class Tokenizer:
         conversation: Any = [dict(message) for message in messages]
         text: Any = self._tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
         return text
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template shows the model what it may call."""
+        tool = {"type": "function", "function": {"name": _NEEDLE, "parameters": {}}}
+        with suppress(Exception):
+            return _NEEDLE in self._render([{"role": "user", "content": "?"}], tools=[tool])
+        return False
 
     @cached_property
     def _content_forms(self) -> dict[str, set[type]]:
@@ -306,19 +330,25 @@ class Tokenizer:
         return text
 
     def detokenizer(
-        self, prompt: Sequence[int] = (), *, skip_special: bool = True, spaces: bool = True
+        self,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special: bool = True,
+        visible: frozenset[int] = frozenset(),
+        spaces: bool = True,
     ) -> Detokenizer:
         """Return an incremental decoder of the text that follows a prompt.
 
         Args:
             prompt: Tokens before the text.
             skip_special: Special tokens have no text.
+            visible: Special tokens that have text nevertheless.
             spaces: Keep spaces that the tokenizer writes between added tokens.
         """
         return Detokenizer(
             self,
             prompt,
-            skipped=self.special_ids if skip_special else frozenset(),
+            skipped=self.special_ids - visible if skip_special else frozenset(),
             joined=frozenset() if spaces else frozenset(self._added),
         )
 

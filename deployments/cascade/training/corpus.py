@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
+from cascade.demo import EXPERT
 from cascade.evaluation.tasks import Split, TaskFamily, stream
 
 if TYPE_CHECKING:
@@ -30,17 +31,7 @@ _SPECIAL = [PAD, END, SYSTEM, USER, ASSISTANT]
 # As in GPT-2, but with one token per digit, so that the model learns to add digit by digit.
 _PRE_TOKENS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-_CHAT_TEMPLATE = """\
-{%- set tags = {'system': 'system', 'developer': 'system', 'user': 'user', 'tool': 'user', \
-'assistant': 'assistant'} -%}
-{%- for message in messages -%}
-{%- if message['role'] not in tags -%}
-{{- raise_exception('the role ' ~ message['role'] ~ ' is not one of ' ~ tags | join(', ')) -}}
-{%- endif -%}
-{{- '<|' ~ tags[message['role']] ~ '|>' ~ message['content'] ~ '<|end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-"""
+_CHAT_TEMPLATE = (EXPERT / "chat_template.jinja").read_text()
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:

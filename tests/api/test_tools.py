@@ -1,0 +1,309 @@
+"""Tools and thoughts over OpenAI's client, with a model that writes what the test says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from openai import BadRequestError
+from tests.support.scripted_generator import ScriptedGenerator
+from transformers import PreTrainedTokenizerFast
+
+from cascade.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openai import AsyncOpenAI
+
+    from cascade.api.context import ServingContext
+    from cascade.types import Request
+
+TEMPLATE = """\
+{%- if tools %}<tools>{{ tools | tojson }}</tools> Answer with <tool_call>.{% endif -%}
+{%- for message in messages -%}
+<|user|>{{ message.role }}: {{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+<tool_call>{{ call.function | tojson }}</tool_call>
+{%- endfor -%}
+<|end|>
+{%- endfor -%}
+<|assistant|>
+{%- if enable_thinking is defined and enable_thinking %}<think>
+{% elif enable_thinking is defined %}<think>
+
+</think>
+
+{% endif %}
+{%- if reasoning_effort %}{{ reasoning_effort }} {% endif -%}
+"""
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+
+CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris \\"}", "days": 2}}\n'
+    "</tool_call>"
+)
+ARGUMENTS = {"city": 'Paris "}', "days": 2}
+ASK: Any = [{"role": "user", "content": "How is the weather?"}]
+
+
+@pytest.fixture
+def caller(
+    tokenizer: Tokenizer, connect: Callable[..., AsyncOpenAI], service: ServingContext
+) -> Callable[..., AsyncOpenAI]:
+    """Return a client of a model that calls tools and always writes a given text."""
+
+    def client(text: str, *, template: str = TEMPLATE, **more: Any) -> AsyncOpenAI:
+        inner = tokenizer._tokenizer
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=inner.backend_tokenizer,
+            eos_token=tokenizer.tokens[tokenizer.stop_ids[0]],
+            additional_special_tokens=["<|user|>", "<|assistant|>"],
+            chat_template=template,
+            **more,
+        )
+        mine = Tokenizer(fast)
+
+        def script(request: Request) -> list[int]:
+            del request
+            return [*mine.encode(text), *mine.stop_ids]
+
+        generator = ScriptedGenerator(script=script)
+        limits = replace(service.limits, context_tokens=2048)
+        return connect(strict=False, tokenizer=mine, generator=generator, limits=limits)
+
+    return client
+
+
+async def chat(client: AsyncOpenAI, **fields: Any) -> Any:
+    return await client.chat.completions.create(model="pair", messages=ASK, **fields)
+
+
+async def test_a_call_comes_with_its_name_and_arguments(caller: Any) -> None:
+    response = await chat(caller(f"Let me look. \n{CALL}"), tools=[WEATHER])
+    (choice,) = response.choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me look."
+    assert (call.type, call.function.name) == ("function", "get_weather")
+    assert json.loads(call.function.arguments) == ARGUMENTS
+    assert call.id
+
+
+async def test_streamed_calls_add_up_to_those_of_the_plain_answer(caller: Any) -> None:
+    """With the accumulator of OpenAI's own client."""
+    client = caller(f"{CALL}\n{CALL.replace('Paris', 'Rome')}")
+    plain = await chat(client, tools=[WEATHER])
+    manager = client.chat.completions.stream(model="pair", messages=ASK, tools=[WEATHER])
+    async with manager as stream:
+        kinds = [event.type async for event in stream]
+        streamed = await stream.get_final_completion()
+    both = [
+        [(one.function.name, one.function.arguments) for one in of.choices[0].message.tool_calls]
+        for of in (plain, streamed)
+    ]
+    assert both[0] == both[1]
+    assert len(both[0]) == 2
+    assert streamed.choices[0].finish_reason == "tool_calls"
+    assert kinds.count("tool_calls.function.arguments.done") == 2
+    assert kinds.count("tool_calls.function.arguments.delta") > 4
+
+
+async def test_only_the_first_delta_of_a_call_has_its_name(caller: Any) -> None:
+    deltas = [
+        call
+        async for chunk in await chat(caller(CALL), tools=[WEATHER], stream=True)
+        for choice in chunk.choices
+        for call in choice.delta.tool_calls or ()
+    ]
+    assert [call.index for call in deltas] == [0] * len(deltas)
+    assert [bool(call.id and call.function.name) for call in deltas] == [
+        True,
+        *[False] * (len(deltas) - 1),
+    ]
+    assert json.loads("".join(call.function.arguments for call in deltas)) == ARGUMENTS
+
+
+async def test_without_parallel_calls_there_is_one(caller: Any) -> None:
+    response = await chat(caller(CALL + "\n" + CALL), tools=[WEATHER], parallel_tool_calls=False)
+    assert len(response.choices[0].message.tool_calls) == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}])
+async def test_where_nothing_may_be_called_a_call_is_text(caller: Any, fields: Any) -> None:
+    response = await chat(caller(CALL), **fields)
+    (choice,) = response.choices
+    assert choice.message.content == CALL
+    assert choice.message.tool_calls is None
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\nnot JSON\n</tool_call> and more",
+        '<tool_call>\n{"no": "name"}\n</tool_call>',
+        '<tool_call>\n{"name": "get_wea',
+        "[1] <tool_cal",
+    ],
+)
+async def test_what_is_no_call_stays_text(caller: Any, text: str) -> None:
+    response = await chat(caller(text), tools=[WEATHER])
+    (choice,) = response.choices
+    assert choice.message.content == text
+    assert choice.finish_reason == "stop"
+
+
+async def test_a_call_that_is_cut_off_is_shown_as_far_as_it_goes(caller: Any) -> None:
+    client = caller(CALL.replace("Paris", "Paris" * 99))
+    response = await chat(client, tools=[WEATHER], max_tokens=150)
+    (choice,) = response.choices
+    assert choice.finish_reason == "length"
+    function = choice.message.tool_calls[0].function
+    assert function.name == "get_weather"
+    assert function.arguments.startswith('{"city": "ParisParis')
+
+
+async def test_arguments_in_markup_get_the_types_of_the_schema(caller: Any) -> None:
+    """The format of Qwen 3.5."""
+    text = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
+    )
+    template = TEMPLATE.replace("with <tool_call>", "with <tool_call><function=")
+    response = await chat(caller(text, template=template), tools=[WEATHER])
+    (call,) = response.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Paris", "days": 2}
+
+
+async def test_a_response_template_of_the_checkpoint_comes_first(caller: Any) -> None:
+    form = {
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "reasoning_content": {"open": "((", "close": "))"},
+            "tool_calls": {
+                "open_pattern": r"CALL (?P<name>\w+)",
+                "close": "END",
+                "repeats": True,
+                "content": "json",
+                "transform": {
+                    "type": "function",
+                    "function": {"name": "{name}", "arguments": "{content}"},
+                },
+            },
+            "content": {},
+        },
+    }
+    client = caller('((hm)) ok CALL get_weather {"city": "Rome"} END', response_template=form)
+    response = await chat(client, tools=[WEATHER])
+    message = response.choices[0].message
+    assert (message.reasoning_content, message.content) == ("hm", "ok ")
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Rome"}
+
+
+async def test_functions_are_tools_in_the_old_form(caller: Any) -> None:
+    client = caller(CALL)
+    fields: Any = {"functions": [WEATHER["function"]]}
+    response = await chat(client, **fields)
+    (choice,) = response.choices
+    assert choice.finish_reason == "function_call"
+    assert choice.message.function_call.name == "get_weather"
+    assert json.loads(choice.message.function_call.arguments) == ARGUMENTS
+    deltas = [
+        chunk.choices[0].delta.function_call
+        async for chunk in await chat(client, stream=True, **fields)
+        if chunk.choices[0].delta.function_call
+    ]
+    assert json.loads("".join(one.arguments for one in deltas)) == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("text", "variables"),
+    [
+        ("<think>\nhm, why?\n</think>\n\nBecause.", {}),
+        ("hm, why?\n</think>\n\nBecause.", {"enable_thinking": True}),
+    ],
+)
+async def test_thoughts_are_not_content(caller: Any, text: str, variables: Any) -> None:
+    """Whether the model begins them, or its template does."""
+    client, extra = caller(text), {"chat_template_kwargs": variables}
+    message = (await chat(client, extra_body=extra)).choices[0].message
+    assert (message.reasoning_content, message.content) == ("hm, why?", "Because.")
+    assert message.reasoning == message.reasoning_content
+    deltas = [
+        chunk.choices[0].delta
+        async for chunk in await chat(client, stream=True, extra_body=extra)
+        if chunk.choices
+    ]
+    thoughts = [getattr(one, "reasoning_content", None) or "" for one in deltas]
+    assert "".join(thoughts) == "hm, why?"
+    assert "".join(one.content or "" for one in deltas) == "Because."
+
+
+async def test_thoughts_that_the_template_ends_are_not_awaited(caller: Any) -> None:
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    message = (await chat(caller("Because."), extra_body=extra)).choices[0].message
+    assert message.content == "Because."
+    assert not hasattr(message, "reasoning_content")
+
+
+async def test_the_template_gets_tools_history_and_effort(caller: Any) -> None:
+    client = caller("ok")
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    response = await client.chat.completions.create(
+        model="pair",
+        messages=[
+            *ASK,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        ],
+        tools=[WEATHER],
+        reasoning_effort="low",
+        extra_body={"return_token_ids": True},
+    )
+    tokenizer = client._client._transport.app.state.service.tokenizer
+    prompt = tokenizer.decode(response.prompt_token_ids, skip_special=False)
+    assert '"name": "get_weather"' in prompt
+    assert "user: sunny" in prompt or "tool: sunny" in prompt
+    assert '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>' in prompt
+    assert prompt.endswith("low ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "required"}, "`tool_choice` needs `tools`"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "names `g`, but `tools` has get_weather",
+        ),
+        ({"tools": [WEATHER, WEATHER]}, "two functions `get_weather`"),
+        ({"tools": [WEATHER], "functions": [WEATHER["function"]]}, "send `tools`"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            r"tools\[0\].function.name",
+        ),
+        ({"tools": [{"type": "search"}]}, "'function'"),
+    ],
+)
+async def test_a_wrong_choice_is_explained(caller: Any, fields: Any, message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        await chat(caller("x"), **fields)
+
+
+async def test_a_model_without_tools_refuses_them(client: AsyncOpenAI) -> None:
+    with pytest.raises(BadRequestError, match="shows no tools"):
+        await chat(client, tools=[WEATHER])
