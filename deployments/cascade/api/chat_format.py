@@ -58,6 +58,13 @@ class ChatFormat:
     call: tuple[str, str] | None = None  # likewise a tool call
 
     @property
+    def writes_json(self) -> bool:
+        """Whether a call is a JSON object with `name` and `arguments`."""
+        field = self.template.fields.get(CALLS)
+        whole = {"type": "function", "function": "{content}"}
+        return field is not None and field.content == "json" and field.transform == whole
+
+    @property
     def calls_tools(self) -> bool:
         """Whether tool calls have a form that is known."""
         return CALLS in self.template.fields
