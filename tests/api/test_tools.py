@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from openai import BadRequestError
+from tests.api.test_grpc import served
 from tests.support.scripted_generator import ScriptedGenerator
 from transformers import PreTrainedTokenizerFast
 
+from cascade.api import grpc_convert
+from cascade.api.grpc import GenerationServicer
 from cascade.engine.tokenizer import Tokenizer
+from cascade.errors import InvalidRequest
+from cascade.rules import Chow, Lossless
+from cascade.types import Mode, Phase
+from cascade.v1 import cascade_pb2 as pb
+from cascade.v1 import cascade_pb2_grpc as rpc
+from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,12 +33,17 @@ if TYPE_CHECKING:
 TEMPLATE = """\
 {%- if tools %}<tools>{{ tools | tojson }}</tools> Answer with <tool_call>.{% endif -%}
 {%- for message in messages -%}
+{%- if loop.last and message.role == "assistant" -%}
+<|assistant|>{{ message.content }}
+{%- else -%}
 <|user|>{{ message.role }}: {{ message.content }}
 {%- for call in message.tool_calls or [] -%}
 <tool_call>{{ call.function | tojson }}</tool_call>
 {%- endfor -%}
 <|end|>
+{%- endif -%}
 {%- endfor -%}
+{%- if add_generation_prompt -%}
 <|assistant|>
 {%- if enable_thinking is defined and enable_thinking %}<think>
 {% elif enable_thinking is defined %}<think>
@@ -38,6 +52,7 @@ TEMPLATE = """\
 
 {% endif %}
 {%- if reasoning_effort %}{{ reasoning_effort }} {% endif -%}
+{%- endif -%}
 """
 
 WEATHER: Any = {
@@ -60,30 +75,35 @@ ARGUMENTS = {"city": 'Paris "}', "days": 2}
 ASK: Any = [{"role": "user", "content": "How is the weather?"}]
 
 
+def writing(service: ServingContext, text: str, *, template: str = TEMPLATE, **more: Any) -> Any:
+    """Return the fields of a service whose model calls tools and always writes a text."""
+    known = service.tokenizer
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=known._tokenizer.backend_tokenizer,  # pyright: ignore[reportPrivateUsage]
+        eos_token=known.tokens[known.stop_ids[0]],
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=template,
+        **more,
+    )
+    mine = Tokenizer(fast)
+
+    def script(request: Request) -> list[int]:
+        del request
+        return [*mine.encode(text), *mine.stop_ids]
+
+    generator = ScriptedGenerator(script=script)
+    limits = replace(service.limits, context_tokens=2048)
+    return {"tokenizer": mine, "generator": generator, "limits": limits}
+
+
 @pytest.fixture
 def caller(
-    tokenizer: Tokenizer, connect: Callable[..., AsyncOpenAI], service: ServingContext
+    connect: Callable[..., AsyncOpenAI], service: ServingContext
 ) -> Callable[..., AsyncOpenAI]:
     """Return a client of a model that calls tools and always writes a given text."""
 
-    def client(text: str, *, template: str = TEMPLATE, **more: Any) -> AsyncOpenAI:
-        inner = tokenizer._tokenizer
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=inner.backend_tokenizer,
-            eos_token=tokenizer.tokens[tokenizer.stop_ids[0]],
-            additional_special_tokens=["<|user|>", "<|assistant|>"],
-            chat_template=template,
-            **more,
-        )
-        mine = Tokenizer(fast)
-
-        def script(request: Request) -> list[int]:
-            del request
-            return [*mine.encode(text), *mine.stop_ids]
-
-        generator = ScriptedGenerator(script=script)
-        limits = replace(service.limits, context_tokens=2048)
-        return connect(strict=False, tokenizer=mine, generator=generator, limits=limits)
+    def client(text: str, **more: Any) -> AsyncOpenAI:
+        return connect(strict=False, **writing(service, text, **more))
 
     return client
 
@@ -260,6 +280,19 @@ async def test_thoughts_that_the_template_ends_are_not_awaited(caller: Any) -> N
     assert not hasattr(message, "reasoning_content")
 
 
+async def test_an_answer_that_is_continued_shows_only_what_is_new(caller: Any) -> None:
+    """The white space that the given part ends in is not shown again."""
+    client = caller(f"Paris. {CALL}")
+    message: Any = {"role": "assistant", "content": "It is in "}
+    response = await client.chat.completions.create(
+        model="pair",
+        messages=[*ASK, message],
+        tools=[WEATHER],
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+    )
+    assert response.choices[0].message.content == "Paris."
+
+
 async def test_the_template_gets_tools_history_and_effort(caller: Any) -> None:
     client = caller("ok")
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -307,3 +340,114 @@ async def test_a_wrong_choice_is_explained(caller: Any, fields: Any, message: st
 async def test_a_model_without_tools_refuses_them(client: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError, match="shows no tools"):
         await chat(client, tools=[WEATHER])
+
+
+async def test_grpc_says_the_same_of_tools_and_thoughts(service: ServingContext) -> None:
+    """Tools, choice, history, effort and budget go in; thoughts, text and calls come out."""
+    fields = writing(service, f"<think>\nhm\n</think>\n\nSo: {CALL}")
+    function = WEATHER["function"]
+    tools = [pb.Tool(name=function["name"], parameters=json.dumps(function["parameters"]))]
+    history = pb.ToolCall(id="call_1", name="f", arguments='{"a": 1}')
+    chat = pb.Chat(
+        messages=[
+            pb.ChatMessage(role="user", content="How is the weather?"),
+            pb.ChatMessage(role="assistant", tool_calls=[history]),
+            pb.ChatMessage(role="tool", content="sunny", tool_call_id="call_1"),
+        ],
+        tools=tools,
+        tool_choice=pb.TOOL_CHOICE_AUTO,
+        reasoning_effort="low",
+        thinking_token_budget=9,
+    )
+    phases = pb.Phases(tool=tokens_pb2.Rule(lossless=tokens_pb2.Lossless()))
+    chow = tokens_pb2.Rule(chow=tokens_pb2.Chow(alpha=0.5))
+    generation = pb.Generation(chat=chat, rule=chow, phases=phases)
+    context = replace(service, **fields)
+    async with served(GenerationServicer(lambda: context)) as channel:
+        stub = rpc.GenerationServiceStub(channel)
+        response = await stub.Generate(pb.GenerateRequest(generation=generation))
+        streamed = [
+            choice
+            async for part in stub.GenerateStream(pb.GenerateStreamRequest(generation=generation))
+            for choice in part.choices
+        ]
+    (choice,) = response.choices
+    assert (choice.reasoning, choice.text) == ("hm", "So:")
+    assert choice.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    (call,) = choice.tool_calls
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", ARGUMENTS)
+    parts = [one for each in streamed for one in each.tool_calls]
+    assert json.loads("".join(one.arguments for one in parts)) == ARGUMENTS
+    assert "".join(each.reasoning for each in streamed) == "hm"
+    request = fields["generator"].requests[0]
+    prompt = fields["tokenizer"].decode(request.prompt, skip_special=False)
+    assert '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>' in prompt
+    assert prompt.endswith("low ")
+    found = request.policy.phases
+    assert (found.thinking_tokens, found.rules) == (9, ((Phase.TOOL, Lossless()),))
+    assert len(found.switches) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"tools": [pb.Tool(name="f", parameters="{")]},
+            r"`chat.tools\[0\].parameters` is no JSON",
+        ),
+        ({"tool_choice": pb.TOOL_CHOICE_REQUIRED}, "`chat.tool_choice` needs `chat.tools`"),
+        (
+            {"tool_choice": pb.TOOL_CHOICE_AUTO, "function_name": "f"},
+            "`function_name` is `f`, and `chat.tool_choice` is set too",
+        ),
+    ],
+)
+def test_grpc_explains_a_wrong_choice(
+    service: ServingContext, fields: dict[str, Any], message: str
+) -> None:
+    context = replace(service, **writing(service, "x"))
+    hello = pb.ChatMessage(role="user", content="hi")
+    with pytest.raises(InvalidRequest, match=message):
+        grpc_convert.call(pb.Generation(chat=pb.Chat(messages=[hello], **fields)), context)
+
+
+async def test_phases_and_budget_reach_the_tiers(caller: Any) -> None:
+    """In tokens: where a phase begins, what ends it, its rule."""
+    client = caller("x")
+    extra = {
+        "thinking_budget": 5,
+        "cascade": {"phases": {"thinking": {"kind": "chow", "alpha": 0.3}}},
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    await chat(client, extra_body=extra)
+    service = client._client._transport.app.state.service
+    (request,) = service.generator.requests
+    phases = request.policy.phases
+    assert request.mode is Mode.CASCADE
+    assert phases.start is Phase.THINKING
+    assert phases.rules == ((Phase.THINKING, Chow(alpha=0.3)),)
+    ends = [one.tokens for one in phases.switches if one.phase is Phase.THINKING]
+    assert [service.tokenizer.decode(one) for one in ends] == ["</think>"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"thinking_budget": 1, "thinking_token_budget": 2}, "send one"),
+        ({"thinking_token_budget": -1}, "thinking_token_budget"),
+        ({"cascade": {"phases": {"tool": {"kind": "lossless"}}, "bonus": "target"}}, "bonus"),
+        (
+            {"cascade": {"phases": {"tool": {"kind": "lossless"}}, "mode": "drafter_only"}},
+            "needs mode `cascade`",
+        ),
+        ({"cascade": {"phases": {"toll": {"kind": "lossless"}}}}, "thinking, answer"),
+    ],
+)
+async def test_phases_that_cannot_be_are_explained(caller: Any, fields: Any, message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        await chat(caller("x"), extra_body=fields)
+
+
+async def test_a_model_without_thoughts_has_no_budget(client: AsyncOpenAI) -> None:
+    with pytest.raises(BadRequestError, match="how this model marks its `thinking` phase"):
+        await chat(client, extra_body={"thinking_token_budget": 3})

@@ -83,6 +83,16 @@ class ChatFormat:
         found = template.start_anchor_re.search(prefix)
         return ResponseParser(template, prefix=prefix if found else "", tools=tools)
 
+    def held(self, prefix: str, parser: ResponseParser) -> int:
+        """Return how many characters of a prefix its parser holds back: it may yet emit them."""
+        own = self.template.truncate_past_last_anchor(prefix)
+        if not self.template.start_anchor_re.search(prefix):
+            return 0
+        events = parser.initial_events
+        read = events[-1]["text"] if events and events[-1]["type"] == "region_chunk" else ""
+        blank = len(own) - len(own.rstrip())
+        return max(0, blank - (len(read) - len(read.rstrip())))
+
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     """Return how a model writes thoughts and tool calls; None if nothing says so.

@@ -5,6 +5,7 @@ A gRPC request becomes a body, so that both APIs have the same defaults, limits 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from cascade.api import build_request, tokenization
+from cascade.api.response_parser import MessageDelta
 from cascade.api.schema import (
     ChatBody,
     CompletionBody,
@@ -46,6 +48,11 @@ _PROTO_NAMES = {
     "add_generation_prompt": "chat.add_generation_prompt",
     "continue_final_message": "chat.continue_final_message",
     "chat_template_kwargs": "chat.template_variables",
+    "tools": "chat.tools",
+    "tool_choice": "chat.tool_choice",
+    "parallel_tool_calls": "chat.parallel_tool_calls",
+    "reasoning_effort": "chat.reasoning_effort",
+    "thinking_token_budget": "chat.thinking_token_budget",
     "include_stop_str_in_output": "include_stop",
     "prompt_logprobs": "prompt_logprob_count",
     "tokens": "token_ids",
@@ -59,6 +66,11 @@ _PROTO_NAMES = {
     **{name: f"sampling.{name}" for name in convert.SAMPLING_FIELDS},
 }
 _SAME_NAMES = ("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens")
+_TOOL_CHOICES = {
+    pb.TOOL_CHOICE_AUTO: "auto",
+    pb.TOOL_CHOICE_NONE: "none",
+    pb.TOOL_CHOICE_REQUIRED: "required",
+}
 _PROMPTS = {"text": "text", "tokens": "tokens.token_ids", "chat": "chat.messages"}
 
 # `cascade.`, a field, and what is below it.
@@ -121,7 +133,7 @@ def _text(message: pb.Generation, kind: str) -> dict[str, Any]:
 def _chat(message: pb.Generation) -> dict[str, Any]:
     if message.echo:
         raise InvalidRequest("`echo` needs `text` or `tokens`, not `chat`", param="echo")
-    body = _common(message) | templated(message.chat)
+    body = _common(message) | templated(message.chat) | _tools(message.chat)
     body |= _present(message, max_completion_tokens="max_tokens", top_logprobs="logprob_count")
     return body | {"logprobs": message.HasField("logprob_count")}
 
@@ -129,11 +141,66 @@ def _chat(message: pb.Generation) -> dict[str, Any]:
 def templated(chat: pb.Chat) -> dict[str, Any]:
     """Return a conversation by its HTTP names."""
     return {
-        "messages": [{"role": one.role, "content": one.content} for one in chat.messages],
+        "messages": [_message(one) for one in chat.messages],
         "continue_final_message": chat.continue_final_message,
         "chat_template_kwargs": MessageToDict(chat.template_variables),
         **_present(chat, add_generation_prompt="add_generation_prompt"),
     }
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    """Return a message by its HTTP names."""
+    calls = [
+        {"id": one.id or None, "function": {"name": one.name, "arguments": one.arguments}}
+        for one in message.tool_calls
+    ]
+    return {
+        "role": message.role,
+        "content": message.content,
+        "tool_calls": calls or None,
+        "tool_call_id": message.tool_call_id or None,
+        "reasoning_content": message.reasoning or None,
+    }
+
+
+def _tools(chat: pb.Chat) -> dict[str, Any]:
+    """Return what a conversation says of tools and thoughts, by its HTTP names."""
+    choice = _TOOL_CHOICES.get(chat.tool_choice)
+    if chat.function_name and choice is not None:
+        raise InvalidRequest(
+            f"`function_name` is `{chat.function_name}`, and `tool_choice` is set too; set one",
+            param="function_name",
+        )
+    named = {"type": "function", "function": {"name": chat.function_name}}
+    return {
+        "tools": [_tool(tool, number) for number, tool in enumerate(chat.tools)] or None,
+        "tool_choice": named if chat.function_name else choice,
+        "reasoning_effort": chat.reasoning_effort or None,
+        **_present(
+            chat,
+            parallel_tool_calls="parallel_tool_calls",
+            thinking_token_budget="thinking_token_budget",  # noqa: S106 - no password
+        ),
+    }
+
+
+def _tool(tool: pb.Tool, number: int) -> dict[str, Any]:
+    parameters: Any = None
+    if tool.parameters:
+        try:
+            parameters = json.loads(tool.parameters)
+        except ValueError as error:
+            param = f"chat.tools[{number}].parameters"
+            raise InvalidRequest(
+                f"`{param}` is no JSON: {error}; send the schema of an object", param=param
+            ) from error
+    function = {
+        "name": tool.name,
+        "description": tool.description or None,
+        "parameters": parameters,
+        "strict": tool.strict or None,
+    }
+    return {"type": "function", "function": function}
 
 
 def _common(message: pb.Generation) -> dict[str, Any]:
@@ -161,6 +228,7 @@ def _options(message: pb.Generation) -> dict[str, Any]:
     options = {
         "mode": _member(convert.MODE, message.mode),
         "rule": convert.decode_rule(message.rule) if message.HasField("rule") else None,
+        "phases": _phases(message.phases) if message.HasField("phases") else None,
         "coupling": _member(convert.COUPLING, message.coupling),
         "bonus": _member(convert.BONUS, message.bonus),
         "verification": _member(convert.VERIFICATION, message.verification),
@@ -177,6 +245,14 @@ def _options(message: pb.Generation) -> dict[str, Any]:
         named = {} if confidence is None else {"confidence": confidence}
         options["patience"] = named | _present(message.patience, threshold="threshold")
     return options
+
+
+def _phases(message: pb.Phases) -> dict[str, Any]:
+    return {
+        name: convert.decode_rule(getattr(message, name))
+        for name in ("thinking", "answer", "tool")
+        if message.HasField(name)
+    }
 
 
 def _member(codec: convert.EnumCodec[Any], value: int) -> StrEnum | None:
@@ -239,9 +315,17 @@ def _duration(seconds: float) -> Duration:
 def choice(completion: Completion, delta: Delta) -> pb.Choice:
     """Return what a delta adds to a completion, or the whole completion as one delta."""
     own = [token.origin for token in delta.tokens if token.origin is not None]
+    said = delta.message or MessageDelta(content=delta.text)
     message = pb.Choice(
         index=completion.index,
-        text=delta.text,
+        text=said.content,
+        reasoning=said.reasoning,
+        tool_calls=[
+            pb.ToolCall(
+                index=one.index, id=one.id or "", name=one.name or "", arguments=one.arguments
+            )
+            for one in said.calls
+        ],
         token_ids=[token.token_id for token in delta.tokens],
         origins=map(convert.ORIGIN.encode, own),
     )

@@ -125,6 +125,7 @@ class ResponseReader:
         self._trims = False  # white space that comes next
         self._blank = ""  # white space of thoughts, held back until more thoughts follow
         self.num_calls = 0
+        self._held = form.held(prefix, self._parser)
         for event in self._parser.initial_events:
             if event["type"] == "region_open":
                 self._enter(event["field"])
@@ -179,6 +180,8 @@ class ResponseReader:
 
     def _enter(self, region: str) -> None:
         marked = region in {CALLS, THOUGHTS}
+        if marked:
+            self._held = 0
         self._trims = marked or self._trims
         self.region, self._blank = region, ""
         if region == CALLS:
@@ -192,6 +195,7 @@ class ResponseReader:
     def _chunk(self, region: str, text: str) -> MessageDelta:
         if region == CALLS:
             return self._add_to_call(text)
+        text, self._held = text[self._held :], max(0, self._held - len(text))
         if self._trims:
             text = text.lstrip()
             self._trims = not text

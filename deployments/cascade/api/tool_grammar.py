@@ -33,7 +33,7 @@ def tool_grammar(choice: ToolChoice, form: ChatFormat, *, start: str | None) -> 
     """
     if not (choice.must_call or any(tool.function.strict for tool in choice.tools)):
         return None
-    tools = [_described(tool) for tool in choice.tools]
+    tools: list[Any] = [_described(tool) for tool in choice.tools]
     if choice.name is not None:
         tools = [tool for tool in tools if tool["function"]["name"] == choice.name]
     thinks = "disabled" if form.think is None else "enabled" if start == THOUGHTS else "auto"
