@@ -196,6 +196,8 @@ class RouterDeployment:
             metrics=_node_metrics,
         )
         self._grpc = GenerationServicer(lambda: self._context)
+        assert self._context.grammars is not None, "settings make one"
+        await self._context.grammars.start()  # before the first request that needs it
 
     async def debug_state(self) -> dict[str, int]:
         """Return counts of what this replica holds."""
@@ -262,6 +264,8 @@ class RouterDeployment:
         self._watch.cancel()
         for tier in self._tiers:
             await tier.clients.close()
+        if self._context.grammars is not None:
+            await self._context.grammars.close()
 
 
 async def _node_metrics() -> bytes:

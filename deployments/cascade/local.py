@@ -182,16 +182,15 @@ async def local_server(
             tiers.append(TierClient(leases=leases, clients=clients))
             await tiers[-1].connect()
         router = settings.router.loop(drafters=tiers[0], experts=tiers[1])
+        service = settings.serving_context(
+            router,
+            pair,
+            ready=router.ready,
+            tier_context=router.context_tokens,
+            warnings=router.warnings,
+        )
+        if service.grammars is not None:
+            cleanup.push_async_callback(service.grammars.close)
         yield LocalServer(
-            drafter=drafter,
-            expert=expert,
-            router=router,
-            service=settings.serving_context(
-                router,
-                pair,
-                ready=router.ready,
-                tier_context=router.context_tokens,
-                warnings=router.warnings,
-            ),
-            token=token,
+            drafter=drafter, expert=expert, router=router, service=service, token=token
         )

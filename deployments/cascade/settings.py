@@ -37,6 +37,7 @@ from cascade.replica.options import ReplicaOptions
 from cascade.router import router
 from cascade.router.tier_session import TierClient
 from cascade.speculation.draft_length import DraftLengthTuner
+from cascade.structured.checker import GrammarChecker
 from cascade.types import DrafterLoss, Generator, Mode, Natural, Positive, Seconds
 
 NonNegative = Annotated[float, Ge(0)]
@@ -390,6 +391,7 @@ class Application(Settings):
             defaults=self.defaults.completed(pair.generation.sampling),
             stop_ids=pair.stop_ids,
             bad_words=pair.generation.bad_words,
+            grammars=GrammarChecker(pair.tokenizer),
             completion_tokens=min(longest, context.COMPLETION_TOKENS),
             ready=ready,
             tier_context=tier_context,

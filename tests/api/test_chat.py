@@ -127,7 +127,6 @@ async def test_a_prediction_reaches_the_generator(
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
         ("verbosity", "low"),
     ],
 )

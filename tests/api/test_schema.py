@@ -192,7 +192,6 @@ def test_a_completion_with_an_unsupported_parameter_is_refused(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", '{"type": "json_object"}'),
         ("modalities", '["text", "audio"]'),
         ("audio", '{"voice": "x"}'),
         ("web_search_options", "{}"),

@@ -21,6 +21,7 @@ from cascade.api.prompts import (
     too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
+from cascade.api.structured import given_grammar
 from cascade.api.tool_grammar import tool_grammar
 from cascade.api.tools import ChatReading, chat_reading, tool_choice
 from cascade.errors import ContextTooLong, InvalidRequest
@@ -56,6 +57,7 @@ class CompletionCall:
     stop_ids: tuple[int, ...] = ()  # the caller's own, which `stop_reason` shows
     echo: tuple[tuple[str, ...], ...] = ()  # the text of each prompt's tokens, to begin with
     prompt_logprobs: int | None = None  # alternatives for each token of the prompt
+    grammar_param: str = ""  # the field that says what the completions must match
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -253,7 +255,10 @@ def _call(
             param="min_tokens",
         )
     seed = service.draw_seed() if body.seed is None else body.seed
+    given = given_grammar(body, service)
     common = _request(body, service, logprobs=logprobs)
+    if given is not None:
+        common = replace(common, policy=replace(common.policy, grammar=given.grammar))
     policies = [replace(common.policy, seed=(seed + number) % MAX_SEED) for number in range(n)]
     options = body.stream_options
     return CompletionCall(
@@ -273,6 +278,7 @@ def _call(
         ),
         stop_ids=tuple(body.stop_token_ids or ()),
         prompt_logprobs=body.prompt_logprobs,
+        grammar_param="" if given is None else given.param,
         echo=echo,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),

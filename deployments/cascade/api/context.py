@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from cascade.engine.tokenizer import Tokenizer
+    from cascade.structured.checker import GrammarChecker
     from cascade.types import Generator
 
 MAX_SEED = 2**63
@@ -55,6 +56,7 @@ class Limits:
     stop_characters: Positive = 1024
     bad_words: Positive = 1024  # of at most `stop_characters` each
     biased_tokens: Positive = 1024
+    grammar_characters: Positive = 131072  # of a schema, a regular expression or the like
     tools: Positive = 128
     draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
     body_bytes: Positive = 2_000_000
@@ -164,6 +166,7 @@ class ServingContext:
     tier_context: Callable[[Mode, DrafterLoss], int | None] = unknown_context
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
+    grammars: GrammarChecker | None = None  # None: only the tiers find what is wrong with one
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
     api_keys: frozenset[str] = frozenset()  # empty: anyone may call
     cors: Cors = field(default_factory=Cors)

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cascade.api import grpc_convert
 from cascade.api.completion import Completions
 from cascade.api.middleware import REQUEST_ID, authenticate, caller, public_error
+from cascade.api.structured import check_grammar
 from cascade.errors import ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
 from cascade.protocol.services import health_list
@@ -114,7 +115,7 @@ class GenerationServicer(
         request_id = _request_id(context)
         try:
             frame = pb.GenerateStreamResponse(request_id=request_id)
-            completions = self._start(request.generation, context, frame)
+            completions = await self._start(request.generation, context, frame)
             async with aclosing(completions.stream()) as deltas:
                 async for item in deltas:
                     if item is not None:
@@ -183,19 +184,20 @@ class GenerationServicer(
         self, request: pb.GenerateRequest, context: Context, request_id: str
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse(request_id=request_id)
-        completions = self._start(request.generation, context, response)
+        completions = await self._start(request.generation, context, response)
         await completions.run()
         response.choices.extend(grpc_convert.choice(each, each.output) for each in completions.all)
         response.usage.CopyFrom(grpc_convert.usage(completions.usage))
         return response
 
-    def _start(
+    async def _start(
         self, generation: pb.Generation, context: Context, response: _Response
     ) -> Completions:
         """Return the completions of a call, and fill in what every response has."""
         service = self._service(context)
         stream = isinstance(response, pb.GenerateStreamResponse)
         call = grpc_convert.call(generation, service, stream=stream)
+        await check_grammar(call.requests[0], call.grammar_param and "grammar.text", service)
         response.model = call.model
         response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
         key = _metadata(context).get("authorization")

@@ -26,7 +26,7 @@ from cascade.api.schema import (
 )
 from cascade.errors import InvalidRequest
 from cascade.protocol import convert
-from cascade.types import TokenLogprob
+from cascade.types import GrammarKind, TokenLogprob
 from cascade.v1 import cascade_pb2 as pb
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ _PROTO_NAMES = {
     "thinking_token_budget": "chat.thinking_token_budget",
     "include_stop_str_in_output": "include_stop",
     "prompt_logprobs": "prompt_logprob_count",
+    "response_format": "grammar",
+    "structured_outputs": "grammar",
     "tokens": "token_ids",
     "max_completion_tokens": "max_tokens",
     "confidence": "patience.confidence",
@@ -72,6 +74,13 @@ _TOOL_CHOICES = {
     pb.TOOL_CHOICE_REQUIRED: "required",
 }
 _PROMPTS = {"text": "text", "tokens": "tokens.token_ids", "chat": "chat.messages"}
+
+_GRAMMARS = {
+    GrammarKind.JSON_SCHEMA: "json",
+    GrammarKind.REGEX: "regex",
+    GrammarKind.EBNF: "grammar",
+    GrammarKind.STRUCTURAL_TAG: "structural_tag",
+}
 
 # `cascade.`, a field, and what is below it.
 _PATH = re.compile(r"(?:cascade\.)?(\w+)(.*)")
@@ -221,7 +230,25 @@ def _common(message: pb.Generation) -> dict[str, Any]:
         **_present(message, n="choice_count", seed="seed", prompt_logprobs="prompt_logprob_count"),
         **_present(message, **{name: name for name in _SAME_NAMES}),
         **_present(message.sampling, **{name: name for name in convert.SAMPLING_FIELDS}),
+        **_grammar(message),
     }
+
+
+def _grammar(message: pb.Generation) -> dict[str, Any]:
+    """Return what an answer must match, by its HTTP names."""
+    if not message.HasField("grammar"):
+        return {}
+    grammar, param = convert.decode_grammar(message.grammar), "grammar.text"
+    if grammar.kind is not GrammarKind.OPEN_JSON_SCHEMA:
+        return {"structured_outputs": {_GRAMMARS[grammar.kind]: grammar.text}}
+    try:
+        schema = json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"`{param}` is no JSON: {error}", param=param) from error
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"`{param}` is no JSON object", param=param)
+    strict = {"schema": schema, "strict": False}
+    return {"response_format": {"type": "json_schema", "json_schema": strict}}
 
 
 def _options(message: pb.Generation) -> dict[str, Any]:

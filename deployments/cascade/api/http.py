@@ -26,6 +26,7 @@ from cascade.api.schema import (
     parse,
 )
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
+from cascade.api.structured import check_grammar
 from cascade.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ async def _complete(
 ) -> Response:
     service, request_id = _service(request), request.state.request_id
     call = await _build(request, body_type, build)
+    await check_grammar(call.requests[0], call.grammar_param, service)
     peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
     caller = middleware.caller(service, request.headers.get("authorization"), peer)
     completions = Completions(call, service, request_id=request_id, caller=caller)

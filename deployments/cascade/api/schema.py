@@ -167,6 +167,53 @@ class TextFormat(Body):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """A JSON schema as OpenAI wraps it."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+    """The schema."""
+    strict: bool | None = None
+    """If false, objects may have properties that the schema neither names nor forbids."""
+
+
+class JsonSchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StructuralTagFormat(Body, extra="allow"):
+    """Text with tags that begin grammars, as xgrammar has it."""
+
+    type: Literal["structural_tag"]
+
+
+class StructuredOutputs(Body):
+    """What the answer must match, as vLLM has it: exactly one of these."""
+
+    json_: dict[str, JsonValue] | str | None = Field(default=None, alias="json")
+    """A JSON schema, as an object or as text."""
+    regex: str | None = None
+    """A regular expression."""
+    choice: Some[list[Text]] | None = None
+    """Texts, one of which is the answer."""
+    grammar: str | None = None
+    """A grammar in EBNF; its rule `root` is the answer."""
+    json_object: Literal[True] | None = None
+    """Any JSON object."""
+    structural_tag: str | None = None
+    """Text with tags that begin grammars, in JSON as xgrammar has it."""
+
+
 class FunctionCall(Body, extra="ignore"):
     """A function that the assistant called."""
 
@@ -302,6 +349,24 @@ class Generated(Ignored, extra="allow"):
     """Return the expert's log-probability of each prompt token and this many alternatives."""
     return_token_ids: bool | None = None
     """Return the token ids of prompt and completion."""
+    response_format: (
+        Annotated[
+            TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat,
+            Field(discriminator="type"),
+        ]
+        | None
+    ) = None
+    """What the completion must match."""
+    structured_outputs: StructuredOutputs | None = None
+    """The same, with regular expressions, choices and grammars."""
+    guided_json: dict[str, JsonValue] | str | None = None
+    """The old form of `structured_outputs.json`."""
+    guided_regex: str | None = None
+    """The old form of `structured_outputs.regex`."""
+    guided_choice: Some[list[Text]] | None = None
+    """The old form of `structured_outputs.choice`."""
+    guided_grammar: str | None = None
+    """The old form of `structured_outputs.grammar`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
@@ -321,7 +386,6 @@ class Neutral(Generated):
     modalities: Annotated[list[Literal["text"]], Len(max_length=1)] | None = None
     moderation: None = None
     reasoning_effort: None = None
-    response_format: TextFormat | None = None
     suffix: Literal[""] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: list[JsonValue] | None = None

@@ -179,7 +179,7 @@ def _http_app(
         )
         loop = settings.router.loop(drafters=drafter, experts=expert)
         watch = asyncio.create_task(loop.watch())
-        app.state.service = settings.serving_context(
+        app.state.service = service = settings.serving_context(
             settings.observe(loop, metrics),
             pair,
             ready=loop.ready,
@@ -187,7 +187,10 @@ def _http_app(
             tier_context=loop.context_tokens,
             metrics=metrics.text,
         )
+        assert service.grammars is not None, "settings make one"
+        await service.grammars.start()  # before the first request that needs it
         yield
+        await service.grammars.close()
         watch.cancel()
         await drafter.clients.close()
         await expert.clients.close()

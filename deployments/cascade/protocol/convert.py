@@ -260,7 +260,7 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
     return DecodingParams(
         sampling=decode_sampling(proto.sampling),
         constraints=_decode_constraints(proto.constraints),
-        grammar=_decode_grammar(proto.grammar) if proto.HasField("grammar") else None,
+        grammar=decode_grammar(proto.grammar) if proto.HasField("grammar") else None,
         rule=decode_rule(proto.rule),
         phases=_decode_phases(proto.phases) if proto.HasField("phases") else None,
         coupling=COUPLING.decode(proto.coupling),
@@ -327,7 +327,8 @@ def _decode_constraints(proto: tokens_pb2.TokenConstraints) -> TokenConstraints:
     )
 
 
-def _decode_grammar(proto: tokens_pb2.Grammar) -> Grammar:
+def decode_grammar(proto: tokens_pb2.Grammar) -> Grammar:
+    """Return the grammar."""
     return Grammar(kind=GRAMMAR_KIND.decode(proto.kind), text=proto.text)
 
 

@@ -30,7 +30,7 @@ from cascade.replica.lease_book import LeaseBook
 from cascade.replica.session import ReplicaSession
 from cascade.sampling.token_mask import constraint_masks
 from cascade.speculation.cost_model import Timing
-from cascade.structured.grammar import GrammarCompiler
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Replica(ABC, Generic[Message]):
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
-        self._grammars = GrammarCompiler(tokenizer, vocabulary=model.vocabulary)
+        self._grammars = GrammarCompiler(partial(TokenTexts.of, tokenizer, model.vocabulary))
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self.server = TierServer(TracedTier(self), self.kind)
         self._pass_timeout_s = options.pass_timeout_s

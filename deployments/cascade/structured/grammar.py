@@ -11,17 +11,19 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xgrammar as xgr
 
 from cascade.errors import InvalidRequest
+from cascade.structured.endless import is_endless
 from cascade.types import GrammarKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cascade.engine.tokenizer import Tokenizer
     from cascade.sampling.token_mask import Bits
@@ -36,21 +38,54 @@ _MAX_WHITESPACE = 32
 _SOURCE = re.compile(r"^\[[\d:]+\] \S+\.cc:\d+: (?:Check failed: \(.*?\) is false: )?")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTexts:
+    """What grammars know of a tokenizer."""
+
+    texts: tuple[bytes, ...]  # of each id below the vocabulary's size
+    special_ids: frozenset[int]
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocabulary: int) -> TokenTexts:
+        """Return the texts of a tokenizer's first `vocabulary` tokens."""
+        return cls(
+            texts=tuple(map(tokenizer.bytes_of, range(vocabulary))),
+            special_ids=tokenizer.special_ids,
+            stop_ids=tokenizer.stop_ids,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a message from which `from_json` makes the same."""
+        return {
+            "texts": [text.decode("latin-1") for text in self.texts],
+            "special_ids": sorted(self.special_ids),
+            "stop_ids": self.stop_ids,
+        }
+
+    @classmethod
+    def from_json(cls, message: dict[str, Any]) -> TokenTexts:
+        """Return what `as_json` was made of."""
+        return cls(
+            texts=tuple(text.encode("latin-1") for text in message["texts"]),
+            special_ids=frozenset(message["special_ids"]),
+            stop_ids=tuple(message["stop_ids"]),
+        )
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps those that were used last."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, vocabulary: int, cache_bytes: int = CACHE_BYTES
+        self, tokens: TokenTexts | Callable[[], TokenTexts], *, cache_bytes: int = CACHE_BYTES
     ) -> None:
         """Compile for a tokenizer.
 
         Args:
-            tokenizer: Says which text each token is.
-            vocabulary: Logits of a row.
+            tokens: Its tokens, or what returns them when the first grammar is compiled.
             cache_bytes: Compiled grammars that are kept.
         """
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._given = tokens
         self._cache_bytes = cache_bytes
         self._compiled: OrderedDict[Grammar, xgr.CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()  # of `_compiled`
@@ -74,7 +109,7 @@ class GrammarCompiler:
             found = self._compile(grammar)
         except (RuntimeError, ValueError) as error:
             reason = _SOURCE.sub("", str(error)).strip()
-            raise InvalidRequest(f"The grammar is invalid: {reason}") from error
+            raise InvalidRequest(reason) from error
         with self._lock:
             self._compiled[grammar] = found
             sizes = {one: compiled.memory_size_bytes for one, compiled in self._compiled.items()}
@@ -90,8 +125,29 @@ class GrammarCompiler:
             stop_ids: What ends it. Special tokens follow a match; others, which the caller named,
                 are text.
         """
-        special = [id_ for id_ in stop_ids if id_ in self._tokenizer.special_ids]
+        special = [id_ for id_ in stop_ids if id_ in self._tokens.special_ids]
         return GrammarMask(self.compile(grammar), special or stop_ids)
+
+    def check_ends(self, grammar: Grammar) -> None:
+        """Check that a finite answer can match a grammar; raises as `compile` does.
+
+        Raises:
+            InvalidRequest: None can.
+        """
+        if is_endless(str(self.compile(grammar).grammar)):
+            raise InvalidRequest(
+                "no answer can match it, because it never ends: each part that it requires requires"
+                " itself again"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of tokens."""
+        return len(self._tokens.texts)
+
+    @cached_property
+    def _tokens(self) -> TokenTexts:
+        return self._given if isinstance(self._given, TokenTexts) else self._given()
 
     def _compile(self, grammar: Grammar) -> xgr.CompiledGrammar:
         text = grammar.text
@@ -118,18 +174,15 @@ class GrammarCompiler:
         return self._compiler_of(special=True)
 
     def _compiler_of(self, *, special: bool) -> xgr.GrammarCompiler:
-        tokenizer = self._tokenizer
-        without_text = frozenset() if special else tokenizer.special_ids
-        texts = [
-            b"" if id_ in without_text else tokenizer.bytes_of(id_)
-            for id_ in range(self._vocabulary)
-        ]
+        tokens = self._tokens
+        without_text = frozenset[int]() if special else tokens.special_ids
+        texts = [b"" if id_ in without_text else text for id_, text in enumerate(tokens.texts)]
         return xgr.GrammarCompiler(
             xgr.TokenizerInfo(
                 texts,
                 xgr.VocabType.RAW,
-                vocab_size=self._vocabulary,
-                stop_token_ids=list(tokenizer.stop_ids) or None,
+                vocab_size=len(texts),
+                stop_token_ids=list(tokens.stop_ids) or None,
             ),
             max_threads=1,
             cache_limit_bytes=self._cache_bytes,
