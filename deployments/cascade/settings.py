@@ -23,6 +23,7 @@ from pydantic import (
 
 from cascade import demo
 from cascade.api import context
+from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.schema import in_plain_words
 from cascade.engine import model_loader, model_pair, threads, tp_plan
@@ -377,8 +378,10 @@ class Application(Settings):
             metrics: Returns metrics in Prometheus' text format.
 
         Raises:
-            StartupError: The API keys cannot be read.
+            StartupError: The API keys cannot be read, or the tokenizer's `response_template` is
+                invalid.
         """
+        chat_format(pair.tokenizer)  # one that is wrong stops the server, not its requests
         longest = int(pair.generation.sampling.get("max_new_tokens", context.COMPLETION_TOKENS))
         return ServingContext(
             generator=generator,

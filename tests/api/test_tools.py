@@ -13,9 +13,10 @@ from tests.support.scripted_generator import ScriptedGenerator
 from transformers import PreTrainedTokenizerFast
 
 from cascade.api import grpc_convert
+from cascade.api.chat_format import chat_format
 from cascade.api.grpc import GenerationServicer
 from cascade.engine.tokenizer import Tokenizer
-from cascade.errors import InvalidRequest
+from cascade.errors import InvalidRequest, UnsupportedModel
 from cascade.rules import Chow, Lossless
 from cascade.types import Mode, Phase
 from cascade.v1 import cascade_pb2 as pb
@@ -232,6 +233,12 @@ async def test_a_response_template_of_the_checkpoint_comes_first(caller: Any) ->
     message = response.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm", "ok ")
     assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Rome"}
+
+
+def test_a_response_template_that_is_wrong_stops_the_server(service: ServingContext) -> None:
+    form = {"start_anchor": "<|assistant|>", "fields": {"content": {"contents": "text"}}}
+    with pytest.raises(UnsupportedModel, match=r"`response_template` is invalid.*contents"):
+        chat_format(writing(service, "", response_template=form)["tokenizer"])
 
 
 async def test_functions_are_tools_in_the_old_form(caller: Any) -> None:

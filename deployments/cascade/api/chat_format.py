@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
@@ -94,6 +95,7 @@ class ChatFormat:
         return max(0, blank - (len(read) - len(read.rstrip())))
 
 
+@lru_cache(maxsize=8)
 def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     """Return how a model writes thoughts and tool calls; None if nothing says so.
 

@@ -84,7 +84,7 @@ class JsonValue:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Call:
+class _OpenCall:
     """The call being written: its raw text, and how much of it was sent."""
 
     index: int
@@ -120,7 +120,7 @@ class ResponseReader:
         self._markers = form.call or ("", "")
         self._broken = False  # the rest is passed on unparsed
         self._most_calls = most_calls
-        self._call: _Call | None = None
+        self._call: _OpenCall | None = None
         self.region: str | None = None  # the field of the template that the text is in
         self._trims = False  # white space that comes next
         self._blank = ""  # white space of thoughts, held back until more thoughts follow
@@ -185,7 +185,7 @@ class ResponseReader:
         self._trims = marked or self._trims
         self.region, self._blank = region, ""
         if region == CALLS:
-            self._call = _Call(index=self.num_calls)
+            self._call = _OpenCall(index=self.num_calls)
 
     def _leave(self) -> None:
         if self.region in {CALLS, THOUGHTS}:
@@ -256,4 +256,4 @@ def _whole(function: dict[str, Any], *, index: int) -> CallDelta:
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments or {}, ensure_ascii=False)
     name = str(function["name"])
-    return CallDelta(index=index, id=_Call(index=index).id, name=name, arguments=arguments)
+    return CallDelta(index=index, id=_OpenCall(index=index).id, name=name, arguments=arguments)

@@ -17,8 +17,9 @@ from cascade.types import Phase
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from cascade.rules import Rule
-    from cascade.sampling.token_mask import Bits
     from cascade.types import DecodingParams, PhaseRules
 
 _WORD = 32
@@ -132,7 +133,9 @@ class ThinkingBudget:
         self._tracker = PhaseTracker(phases)
         self._end = next(s.tokens for s in phases.switches if s.phase is Phase.THINKING)
 
-    def restrict(self, bits_RW: Bits, answer: Sequence[int], drafted: Sequence[int]) -> bool:
+    def restrict(
+        self, bits_RW: NDArray[np.uint32], answer: Sequence[int], drafted: Sequence[int]
+    ) -> bool:
         """Clear the bits of tokens that may not follow; return whether any row is restricted."""
         restricted = False
         together = [*answer, *drafted[: len(bits_RW) - 1]]
