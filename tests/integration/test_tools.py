@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import jsonschema
 import pytest
-from openai import AsyncOpenAI, pydantic_function_tool
+from openai import AsyncOpenAI, BadRequestError, pydantic_function_tool
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
@@ -158,6 +158,53 @@ async def test_a_round_with_a_tools_answer_ends_in_text(client: AsyncOpenAI) -> 
     )
     assert second.choices[0].message.content
     assert second.choices[0].message.tool_calls is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"type": "nonsense"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    ],
+    ids=["no type", "no definition", "endless"],
+)
+async def test_a_schema_that_no_call_can_match_is_refused(
+    client: AsyncOpenAI, schema: dict[str, Any]
+) -> None:
+    function: Any = {"name": "f", "parameters": schema, "strict": True}
+    with pytest.raises(BadRequestError) as caught:
+        await client.chat.completions.create(
+            model="pair",
+            messages=ASK,
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+            max_tokens=9,
+        )
+    assert caught.value.param == "tools"
+
+
+async def test_tools_that_must_be_called_exclude_another_grammar(client: AsyncOpenAI) -> None:
+    with pytest.raises(BadRequestError, match="cannot hold at once"):
+        await client.chat.completions.create(
+            model="pair",
+            messages=ASK,
+            tools=TOOLS,
+            tool_choice="required",
+            response_format={"type": "json_object"},
+        )
+
+
+async def test_strict_tools_leave_the_model_free_to_answer(client: AsyncOpenAI) -> None:
+    strict: Any = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
+    response = await client.chat.completions.create(
+        model="pair",
+        messages=ASK,
+        tools=strict,
+        temperature=0,
+        max_tokens=30,
+    )
+    assert response.choices[0].message.content
 
 
 async def test_a_model_may_answer_where_it_need_not_call(client: AsyncOpenAI) -> None:

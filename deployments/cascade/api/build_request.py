@@ -127,7 +127,9 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
                 " answer must match, cannot hold at once; leave out one",
                 param="tools",
             )
-        call = _with_policy(call, grammar=grammar)
+        most = service.limits.grammar_characters
+        check_at_most(len(grammar.text), most, "tools", "characters of grammar")
+        call = replace(_with_policy(call, grammar=grammar), grammar_param="tools")
     return replace(call, reading=reading, text=replace(call.text, visible=reading.form.visible))
 
 

@@ -76,6 +76,9 @@ class Context(Protocol):
         ...
 
 
+_GRAMMARS = {"tools": "chat.tools"}  # fields that have a grammar, where it is not `grammar`
+
+
 class GenerationServicer(
     cascade_pb2_grpc.GenerationServiceServicer, health_pb2_grpc.HealthServicer
 ):
@@ -197,7 +200,9 @@ class GenerationServicer(
         service = self._service(context)
         stream = isinstance(response, pb.GenerateStreamResponse)
         call = grpc_convert.call(generation, service, stream=stream)
-        await check_grammar(call.requests[0], call.grammar_param and "grammar.text", service)
+        await check_grammar(
+            call.requests[0], _GRAMMARS.get(call.grammar_param, "grammar.text"), service
+        )
         response.model = call.model
         response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
         key = _metadata(context).get("authorization")
