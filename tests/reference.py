@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import regex
 import torch
 from torch import Tensor
 
@@ -96,11 +97,24 @@ def masked(logits: Tensor, policy: DecodingParams, answer: Sequence[int]) -> Ten
 def may_follow(policy: DecodingParams, answer: Sequence[int], token: int) -> bool:
     """Return whether the constraints allow a token after an answer."""
     constraints, text = policy.constraints, (*answer, token)
+    if policy.grammar is not None and not _matches(policy, answer, token):
+        return False
     return not (
         (constraints.allowed_ids and token not in constraints.allowed_ids)
         or (token in policy.stop_ids and len(answer) < constraints.min_tokens)
         or any(text[-len(word) :] == word for word in constraints.bad_words)
     )
+
+
+def _matches(policy: DecodingParams, answer: Sequence[int], token: int) -> bool:
+    """Return whether a token may follow in a text that matches a regular expression.
+
+    The tokens are the letters from A on.
+    """
+    assert policy.grammar is not None, "asked for policies that have one"
+    ends = token in policy.stop_ids
+    text = "".join(chr(0x41 + one) for one in (answer if ends else (*answer, token)))
+    return regex.fullmatch(policy.grammar.text, text, partial=not ends) is not None
 
 
 def _truncated(row: Tensor, sampling: SamplingParams) -> Tensor:

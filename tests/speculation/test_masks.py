@@ -6,6 +6,7 @@ Blocks are drafted and judged from raw logits; the law is computed from masked r
 from __future__ import annotations
 
 import itertools
+import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -25,10 +26,13 @@ from cascade.speculation.draft import DraftTask, DraftToken, block_of, draft_ste
 from cascade.speculation.payload import needs_probs_after_block
 from cascade.speculation.verify import VerifyTask
 from cascade.speculation.verify_batch import build_batch, mask_blocks
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
 from cascade.types import (
     Block,
     Bonus,
     DecodingParams,
+    Grammar,
+    GrammarKind,
     RowFormat,
     TokenConstraints,
     Verification,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from tests.support.bigram_models import Floats
 
     from cascade.rules import Rule
+    from cascade.sampling.token_mask import TokenMask
 
     Text = tuple[int, ...]
 
@@ -53,6 +58,32 @@ CONSTRAINTS = {
     "allowed_ids": TokenConstraints(allowed_ids=(0, 1, STOP)),
     "all": TokenConstraints(min_tokens=2, bad_words=((0, 1), (1, 1)), allowed_ids=(0, 1, 3, STOP)),
 }
+
+
+def random_pattern(rng: random.Random, depth: int = 3) -> str:
+    """Return a regular expression on the letters of the vocabulary."""
+    if depth == 0:
+        return rng.choice(["A", "B", "C", "D", "[AB]", "[BCD]"])
+    parts = [random_pattern(rng, depth - 1) for _ in range(rng.randint(1, 3))]
+    either = f"({'|'.join(parts)})" if rng.random() < 0.5 else f"({''.join(parts)})"
+    return either + rng.choice(["", "", "?", "*", "+", "{1,2}"])
+
+
+PATTERNS = [random_pattern(random.Random(seed)) for seed in range(8)]  # noqa: S311 - no secret
+
+
+@cache
+def compiler() -> GrammarCompiler:
+    texts = (*(chr(0x41 + token).encode() for token in range(STOP)), b"")
+    tokens = TokenTexts(texts=texts, special_ids=frozenset({STOP}), stop_ids=(STOP,))
+    return GrammarCompiler(tokens)
+
+
+def masks_of(policy: DecodingParams) -> tuple[TokenMask, ...]:
+    own = constraint_masks(policy, VOCAB)
+    if policy.grammar is None:
+        return own
+    return (*own, compiler().mask(policy.grammar, policy.stop_ids))
 
 
 @dataclass(frozen=True)
@@ -92,7 +123,7 @@ class Masked:
 
     def draft(self, text: Text, start: int) -> DraftToken:
         """Return a real draft from the drafter's raw logits."""
-        masks = constraint_masks(self.policy, VOCAB)
+        masks = masks_of(self.policy)
         task = DraftTask(
             policy=self.policy, position=len(text), block_start=start, answer=text, masks=masks
         )
@@ -126,7 +157,7 @@ class Masked:
                 if needs_probs_after_block(self.policy) and more[-1:] != (STOP,):
                     drafts = [*drafts, cached(more)]
                 block = self.judged(text, block_of(drafts, length=len(more)))
-                masks = constraint_masks(self.policy, VOCAB)
+                masks = masks_of(self.policy)
                 tasks.append(
                     VerifyTask(
                         policy=self.policy,
@@ -197,6 +228,28 @@ def test_each_constraint_keeps_a_rule_of_each_kind_to_its_law(
     block = {"verification": Verification.BLOCK, "rows": RowFormat.FULL}
     policy = policy_of(Ensemble(weight=0.6271), constraints, **block)
     assert_follows(replace(policy, bonus=Bonus.TARGET))
+
+
+def grammar_policy(rule: Rule, pattern: str, **changes: Any) -> DecodingParams:
+    policy = policy_of(rule, TokenConstraints(), **changes)
+    return replace(policy, grammar=Grammar(kind=GrammarKind.REGEX, text=pattern))
+
+
+@pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
+def test_every_rule_follows_its_law_under_a_grammar(rule: Rule) -> None:
+    assert_follows(grammar_policy(rule, "(AB?[CD]|B(C|AD)*)+", rows=RowFormat.FULL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
+def test_every_rule_follows_its_law_under_random_grammars(rule: Rule, pattern: str) -> None:
+    """In both verifications, with and without a bonus, and whatever is sent."""
+    for verification, bonus, rows in itertools.product(
+        Verification, (Bonus.NONE, Bonus.TARGET), (RowFormat.AUTO, RowFormat.FULL)
+    ):
+        policy = grammar_policy(rule, pattern, verification=verification, rows=rows)
+        assert_follows(replace(policy, bonus=bonus))
 
 
 @pytest.mark.slow
