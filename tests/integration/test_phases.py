@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade import demo
+from cascade.expert.expert import Expert
 from cascade.local import LocalServer, local_server
 from cascade.rules import Diff, Lossless
 from cascade.settings import Application
@@ -31,6 +32,8 @@ from cascade.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from tests.conftest import Pair
 
     from cascade.rules import Rule
 
@@ -138,3 +141,37 @@ async def test_answers_with_different_budgets_do_not_disturb_each_other(pair: Lo
     )
     for (tokens, _), budget in zip(found, (0, 3, 9), strict=True):
         assert tokens[budget : budget + len(end)] == list(end)
+
+
+async def test_an_expert_that_dies_among_phases_changes_no_token(toy: Pair) -> None:
+    """The next replica finds phase and budget in the committed tokens."""
+    end: tuple[int, ...] = (4, 1)
+    reborn: Expert | None = None
+    phases = PhaseRules(
+        start=Phase.THINKING,
+        switches=(PhaseSwitch(phase=Phase.THINKING, tokens=end, next=Phase.ANSWER),),
+        rules=((Phase.THINKING, Lossless()), (Phase.ANSWER, KEEP_ALL)),
+        thinking_tokens=6,
+    )
+    policy = DecodingParams(sampling=SamplingParams(temperature=0), phases=phases, bonus=Bonus.NONE)
+    request = Request(prompt=(3, 1, 4), policy=policy, max_tokens=20, draft_tokens=2)
+    answers = list[list[int]]()
+    for dies in (False, True):
+        tokens, failovers = list[int](), 0
+        async with local_server(toy.settings(router={"draft_deadline_s": 120})) as server:
+            async for chunk in server.router.generate(request):
+                tokens += chunk.tokens
+                failovers = chunk.statistics.failovers if chunk.statistics else failovers
+                if dies and reborn is None and len(tokens) >= 4:
+                    await server.expert.stop()
+                    reborn = await Expert.start(
+                        toy.settings().expert.options(),
+                        address=server.expert.address,
+                        token=server.token,
+                    )
+        assert (failovers >= 1) == dies
+        answers.append(tokens)
+    assert reborn is not None
+    await reborn.stop()
+    assert answers[0] == answers[1]
+    assert tuple(answers[0][6:8]) == end
