@@ -35,6 +35,8 @@ CACHE_BYTES = 64 * 2**20  # of compiled grammars; xgrammar's masks of common rul
 # nothing else comes to an end.
 _MAX_WHITESPACE = 32
 
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # all but the ends of lines
+
 _SOURCE = re.compile(r"^\[[\d:]+\] \S+\.cc:\d+: (?:Check failed: \(.*?\) is false: )?")
 
 
@@ -154,7 +156,7 @@ class GrammarCompiler:
         match grammar.kind:
             case GrammarKind.JSON_SCHEMA | GrammarKind.OPEN_JSON_SCHEMA:
                 strict = grammar.kind is GrammarKind.JSON_SCHEMA
-                return self._compiler.compile_json_schema(
+                return self._json_compiler.compile_json_schema(
                     text, strict_mode=strict, max_whitespace_cnt=_MAX_WHITESPACE
                 )
             case GrammarKind.REGEX:
@@ -169,14 +171,24 @@ class GrammarCompiler:
         return self._compiler_of(special=False)
 
     @cached_property
+    def _json_compiler(self) -> xgr.GrammarCompiler:
+        """Xgrammar lets control characters into strings of limited length, which no JSON has."""
+        return self._compiler_of(special=False, without=_CONTROL)
+
+    @cached_property
     def _tag_compiler(self) -> xgr.GrammarCompiler:
         """Tags may be special tokens, written as their text; no other text has them."""
         return self._compiler_of(special=True)
 
-    def _compiler_of(self, *, special: bool) -> xgr.GrammarCompiler:
+    def _compiler_of(
+        self, *, special: bool, without: re.Pattern[bytes] | None = None
+    ) -> xgr.GrammarCompiler:
         tokens = self._tokens
         without_text = frozenset[int]() if special else tokens.special_ids
-        texts = [b"" if id_ in without_text else text for id_, text in enumerate(tokens.texts)]
+        texts = [
+            b"" if id_ in without_text or (without and without.search(text)) else text
+            for id_, text in enumerate(tokens.texts)
+        ]
         return xgr.GrammarCompiler(
             xgr.TokenizerInfo(
                 texts,
