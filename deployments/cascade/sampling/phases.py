@@ -40,15 +40,19 @@ class PhaseTracker:
 
     def phase(self, tokens: Sequence[int]) -> Phase:
         """Return the phase of the token that follows these."""
-        self._read(tokens)
-        return self._at[len(tokens)]
+        self.read(tokens)
+        return self.phase_at(len(tokens))
 
-    def thoughts(self, tokens: Sequence[int]) -> tuple[int, list[int]]:
-        """Return how many of these tokens are thoughts, and those of the phase that they end in."""
-        self._read(tokens)
-        return self._thoughts[len(tokens)], self._seen[self._began[len(tokens)] : len(tokens)]
+    def phase_at(self, position: int) -> Phase:
+        """Return the phase of the token at a position, of those read or the next."""
+        return self._at[position]
 
-    def _read(self, tokens: Sequence[int]) -> None:
+    def thoughts(self, position: int) -> tuple[int, list[int]]:
+        """Return how many tokens before a position are thoughts, and those of its phase so far."""
+        return self._thoughts[position], self._seen[self._began[position] : position]
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Find the phase at each of these tokens and after them."""
         tokens = list(tokens)
         if self._seen[: len(tokens)] == tokens:
             return
@@ -109,10 +113,13 @@ class SessionRules:
         """
         if self._tracker is None:
             return len(drafted)
-        first = self.at(tokens).rule
-        together = [*tokens, *drafted]
-        for length in range(1, len(drafted)):
-            if self.at(together[: len(tokens) + length]).rule != first:
+        self._tracker.read([*tokens, *drafted])
+        rules = [
+            _with_rule(self._policy, self._tracker.phase_at(len(tokens) + length)).rule
+            for length in range(len(drafted))
+        ]
+        for length, rule in enumerate(rules):
+            if rule != rules[0]:
                 return length
         return len(drafted)
 
@@ -138,12 +145,12 @@ class ThinkingBudget:
     ) -> bool:
         """Clear the bits of tokens that may not follow; return whether any row is restricted."""
         restricted = False
-        together = [*answer, *drafted[: len(bits_RW) - 1]]
+        self._tracker.read([*answer, *drafted[: len(bits_RW) - 1]])
         for row in range(len(bits_RW)):
-            before = together[: len(answer) + row]
-            if self._tracker.phase(before) is not Phase.THINKING:
+            position = len(answer) + row
+            if self._tracker.phase_at(position) is not Phase.THINKING:
                 continue
-            used, thoughts = self._tracker.thoughts(before)
+            used, thoughts = self._tracker.thoughts(position)
             if used < self._budget:
                 continue
             token = self._end[self._written(thoughts)]
