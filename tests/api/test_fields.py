@@ -33,8 +33,8 @@ TEMPLATE = (
     "{% if not (loop.last and continue_final_message) %}.{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}{{ mood }}"
 )
-ASKED = {"role": "user", "content": "hello"}
-BEGUN = {"role": "assistant", "content": "hell"}
+ASKED: dict[str, Any] = {"role": "user", "content": "hello"}
+BEGUN: dict[str, Any] = {"role": "assistant", "content": "hell"}
 
 
 @pytest.fixture

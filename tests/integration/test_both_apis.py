@@ -24,7 +24,7 @@ from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-QUESTION = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
 
 @pytest.fixture(scope="module")
