@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import xgrammar as xgr
 from openai import BadRequestError
 from tests.api.test_grpc import served
 from tests.support.scripted_generator import ScriptedGenerator
@@ -18,6 +19,7 @@ from cascade.api.grpc import GenerationServicer
 from cascade.engine.tokenizer import Tokenizer
 from cascade.errors import InvalidRequest, UnsupportedModel
 from cascade.rules import Chow, Lossless
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
 from cascade.types import Mode, Phase
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
@@ -278,6 +280,38 @@ async def test_thoughts_are_not_content(caller: Any, text: str, variables: Any) 
     thoughts = [getattr(one, "reasoning_content", None) or "" for one in deltas]
     assert "".join(thoughts) == "hm, why?"
     assert "".join(one.content or "" for one in deltas) == "Because."
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": 1}'),
+        ({"structured_outputs": {"json": {"type": "integer"}}}, "12"),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, "aba"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "no"),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_model_may_think_before_it_answers_in_a_form(
+    caller: Any, asked: dict[str, Any], text: str, *, begun: bool
+) -> None:
+    """The grammar has thoughts before the answer, which must end if they are begun."""
+    client = caller("x")
+    variables = {"chat_template_kwargs": {"enable_thinking": True}} if begun else {}
+    await chat(client, extra_body=asked | variables)
+    service = client._client._transport.app.state.service
+    (request,) = service.generator.requests
+    tokens = TokenTexts.of(service.tokenizer, service.tokenizer.size)
+    compiled = GrammarCompiler(tokens).compile(request.policy.grammar)
+    begin = "" if begun else "<think>"
+
+    def matches(answer: str) -> bool:
+        matcher = xgr.GrammarMatcher(compiled, terminate_without_stop_token=True)
+        return matcher.accept_string(answer) and matcher.is_completed()
+
+    assert matches(f"{begin}hm, [] why?</think>\n\n{text}")
+    assert not matches(f"{begin}hm</think> so {text}")
+    assert matches(text) is not begun
 
 
 async def test_thoughts_that_the_template_ends_are_not_awaited(caller: Any) -> None:

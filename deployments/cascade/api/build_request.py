@@ -21,7 +21,7 @@ from cascade.api.prompts import (
     too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
-from cascade.api.structured import given_grammar
+from cascade.api.structured import after_thoughts, given_grammar
 from cascade.api.tool_grammar import tool_grammar
 from cascade.api.tools import ChatReading, chat_reading, tool_choice
 from cascade.errors import ContextTooLong, InvalidRequest
@@ -120,8 +120,11 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
     call = _with_policy(call, phases=phase_rules(body, service, call.requests[0], start=start))
     if reading is None:
         return call
+    given = call.requests[0].policy.grammar
+    if given is not None:
+        call = _with_policy(call, grammar=after_thoughts(given, reading.form, start=start))
     if (grammar := tool_grammar(choice, reading.form, start=start)) is not None:
-        if call.requests[0].policy.grammar is not None:
+        if given is not None:
             raise InvalidRequest(
                 "`tools` that must be called or are strict, and another field that says what the"
                 " answer must match, cannot hold at once; leave out one",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cascade.api.chat_format import THOUGHTS
 from cascade.api.prompts import check_at_most
 from cascade.api.schema import JsonObjectFormat, JsonSchemaFormat, StructuralTagFormat
 from cascade.errors import InvalidRequest
@@ -13,6 +14,7 @@ from cascade.types import Grammar, GrammarKind
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cascade.api.chat_format import ChatFormat
     from cascade.api.context import ServingContext
     from cascade.api.schema import Generated
     from cascade.types import Request
@@ -50,6 +52,59 @@ def given_grammar(body: Generated, service: ServingContext) -> GivenGrammar | No
             param="ignore_eos",
         )
     return found[0]
+
+
+def after_thoughts(grammar: Grammar, form: ChatFormat, *, start: str | None) -> Grammar:
+    """Return the grammar of an answer that may begin with thoughts, which are any text.
+
+    A schema that is not strict becomes so: what it then leaves out was allowed, never needed.
+
+    Args:
+        grammar: What follows the thoughts.
+        form: How the model writes thoughts.
+        start: The field of the response template that the prompt ends in.
+    """
+    if form.think is None:
+        return grammar
+    element: dict[str, Any]
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA | GrammarKind.OPEN_JSON_SCHEMA:
+            try:
+                element = {"type": "json_schema", "json_schema": json.loads(grammar.text)}
+            except ValueError:
+                return grammar  # `check_grammar` says why it cannot be used
+        case GrammarKind.REGEX:
+            element = {"type": "regex", "pattern": grammar.text}
+        case GrammarKind.EBNF:
+            element = {"type": "grammar", "grammar": grammar.text}
+        case GrammarKind.STRUCTURAL_TAG:
+            return grammar  # it says itself where thoughts are
+    tag = {"type": "structural_tag", "format": thoughts_first(element, form.think, start=start)}
+    return Grammar(kind=GrammarKind.STRUCTURAL_TAG, text=json.dumps(tag, ensure_ascii=False))
+
+
+def thoughts_first(element: Any, think: tuple[str, str], *, start: str | None) -> dict[str, Any]:
+    """Return a format of xgrammar's structural tags with thoughts before it, if it begins none.
+
+    Args:
+        element: The format.
+        think: What begins thoughts, and what ends them.
+        start: As `after_thoughts` takes it.
+    """
+    begin, end = think
+    begun = start == THOUGHTS
+    thoughts: list[dict[str, Any]] = [
+        {
+            "type": "tag",
+            "begin": "" if begun else begin,
+            "content": {"type": "any_text", "excludes": [begin, end]},
+            "end": end,
+        },
+        {"type": "regex", "pattern": r"\n{0,2}"},
+    ]
+    if not begun:
+        thoughts = [{"type": "optional", "content": {"type": "sequence", "elements": thoughts}}]
+    return {"type": "sequence", "elements": [*thoughts, element]}
 
 
 async def check_grammar(request: Request, param: str, service: ServingContext) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import xgrammar as xgr
 
 from cascade.api.chat_format import THOUGHTS
+from cascade.api.structured import thoughts_first
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.types import Grammar, GrammarKind
 
@@ -38,7 +39,7 @@ def tool_grammar(choice: ToolChoice, form: ChatFormat, *, start: str | None) -> 
         tools = [tool for tool in tools if tool["function"]["name"] == choice.name]
     thinks = "disabled" if form.think is None else "enabled" if start == THOUGHTS else "auto"
     if form.family is None:
-        tag = _own_tag(choice, form, tools, thinks=thinks)
+        tag = _own_tag(choice, form, tools, start=start)
     else:
         try:
             found = xgr.get_model_structural_tag(
@@ -65,7 +66,7 @@ def _described(tool: Tool) -> dict[str, Any]:
 
 
 def _own_tag(
-    choice: ToolChoice, form: ChatFormat, tools: list[dict[str, Any]], *, thinks: str
+    choice: ToolChoice, form: ChatFormat, tools: list[dict[str, Any]], *, start: str | None
 ) -> dict[str, Any]:
     """Return the tag of a model that writes a call as JSON between two fixed texts."""
     if form.call is None or not form.writes_json:
@@ -95,17 +96,8 @@ def _own_tag(
         "at_least_one": choice.must_call,
         "stop_after_first": not choice.parallel,
     }
-    if form.think is not None and thinks != "disabled":
-        begin, end = form.think
-        thoughts: dict[str, Any] = {
-            "type": "tag",
-            "begin": "" if thinks == "enabled" else begin,
-            "content": {"type": "any_text", "excludes": [begin, end]},
-            "end": end,
-        }
-        if thinks == "auto":
-            thoughts = {"type": "optional", "content": thoughts}
-        calls = {"type": "sequence", "elements": [thoughts, calls]}
+    if form.think is not None:
+        calls = thoughts_first(calls, form.think, start=start)
     return {"type": "structural_tag", "format": calls}
 
 
