@@ -82,7 +82,7 @@ def writing(service: ServingContext, text: str, *, template: str = TEMPLATE, **m
     """Return the fields of a service whose model calls tools and always writes a text."""
     known = service.tokenizer
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=known._tokenizer.backend_tokenizer,  # pyright: ignore[reportPrivateUsage]
+        tokenizer_object=known._tokenizer.backend_tokenizer,  # pyright: ignore[reportPrivateUsage] - the toy tokenizer itself
         eos_token=known.tokens[known.stop_ids[0]],
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=template,

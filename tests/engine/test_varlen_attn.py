@@ -117,7 +117,7 @@ def test_torchs_kernel_takes_the_arguments(
 
     def called(*args: object, **kwargs: object) -> object:
         calls.append(inspect.signature(kernel).bind(*args, **kwargs))
-        return kernel(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+        return kernel(*args, **kwargs)  # pyright: ignore[reportArgumentType] - arguments by name
 
     monkeypatch.setattr(varlen_attn.varlen, "varlen_attn", called)
     with FakeTensorMode():

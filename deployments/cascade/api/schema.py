@@ -455,15 +455,15 @@ class ChatBody(Template, Neutral):
     top_logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - a chat has more
     """What the model may call."""
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """Whether it calls something; `auto` if absent, and with `none` it does not see the tools."""
-    parallel_tool_calls: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    parallel_tool_calls: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """Whether there may be several calls; true if absent."""
-    functions: list[FunctionTool] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    functions: list[FunctionTool] | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """The old form of `tools`."""
-    function_call: Literal["none", "auto"] | FunctionName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    function_call: Literal["none", "auto"] | FunctionName | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """The old form of `tool_choice`."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """A variable of the chat template; `none` also sets its `enable_thinking` to false."""
     thinking_token_budget: Annotated[int, Ge(0)] | None = None
     """Most tokens of thoughts: after them the model is made to answer."""

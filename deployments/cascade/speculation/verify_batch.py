@@ -251,11 +251,11 @@ def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor,
         bits.append((first, bits_RW))
         first += count
         if bits_RW is not None:
-            task = replace(task, forced=tuple(only_tokens(bits_RW)))  # noqa: PLW2901
+            task = replace(task, forced=tuple(only_tokens(bits_RW)))  # noqa: PLW2901 - narrowed here
         if bits_RW is not None and not isinstance(task.policy.rule, Lossless):
             allowed = allows(bits_RW, tokens[: live_length(task.policy, tokens)])
             if not all(allowed):
-                task = replace(task, block=task.block.prefix(allowed.index(False)))  # noqa: PLW2901
+                task = replace(task, block=task.block.prefix(allowed.index(False)))  # noqa: PLW2901 - as above
         judged.append(task)
     return apply_masks(logits_NV, bits), judged
 
