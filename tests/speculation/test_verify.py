@@ -21,6 +21,7 @@ from tests.support.bigram_models import Answer, Bigrams, draft_stats_of
 
 from cascade.rules import Bild, Chow, Diff, Ensemble, Lossless, Lossy, Opt, TokenV1, TokenV3
 from cascade.sampling import rng
+from cascade.sampling.token_mask import allowed_bits, allows, constraint_masks
 from cascade.speculation.draft_length import expert_slots
 from cascade.speculation.verify import VerifyTask, live_length, rows_needed, verify
 from cascade.types import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.rules import Rule
+    from cascade.sampling.token_mask import Bits
 
 VOCAB = 12
 
@@ -508,6 +510,15 @@ hard_rows = st.lists(
 )
 
 
+ONE_TOKEN = [[-math.inf] * 4 + [-1e30]] * 4
+BANNED_AFTER_TWO = [i for i in range(len(GRID)) if (4, 4, 4) in policy_at(i).constraints.bad_words]
+
+
+def test_where_the_only_possible_token_is_banned_any_allowed_one_follows() -> None:
+    for index in BANNED_AFTER_TWO[::7]:
+        check_possible(drafter=ONE_TOKEN, expert=ONE_TOKEN, index=index, seed=0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     drafter=hard_rows,
@@ -519,6 +530,13 @@ def test_no_impossible_token_is_emitted(
     drafter: list[list[float]], expert: list[list[float]], index: int, seed: int
 ) -> None:
     """With probabilities of 0 and 1e-30 and one-hots, each token is possible for its origin."""
+    check_possible(drafter=drafter, expert=expert, index=index, seed=seed)
+
+
+def check_possible(
+    *, drafter: list[list[float]], expert: list[list[float]], index: int, seed: int
+) -> None:
+    """Check that each token of an answer has positive probability for its origin."""
     policy = replace(policy_at(index), seed=seed, stop_ids=())
     pair = Bigrams(
         drafter_VV=torch.tensor([*drafter, drafter[0]]),
@@ -526,12 +544,22 @@ def test_no_impossible_token_is_emitted(
     )
     [text] = pair.decode([policy], [(0,)], draft_tokens=[3], max_tokens=5)
     assert len(text) == 5
-    before = 0
+    answer = list[int]()
     for token, origin in text:
-        by_drafter = pair.drafter_VV[before, token] > -math.inf
-        by_expert = pair.expert_VV[before, token] > -math.inf
-        assert bool(by_drafter if origin is not Origin.EXPERT else by_drafter | by_expert)
-        before = token
+        bits = allowed_bits(constraint_masks(policy, 5), answer, stop_ids=(), vocabulary=5)
+        rows = [
+            logits_VV[answer[-1] if answer else 0]
+            for logits_VV in (pair.drafter_VV, pair.expert_VV)
+        ]
+        by_drafter, by_expert = (token in possible_tokens(row, bits) for row in rows)
+        assert by_drafter if origin is not Origin.EXPERT else by_drafter or by_expert
+        answer.append(token)
+
+
+def possible_tokens(logits_V: torch.Tensor, allowed: Bits | None) -> set[int]:
+    """Return the tokens of positive probability: any allowed one, if that leaves none."""
+    tokens = [i for i in range(len(logits_V)) if allowed is None or allows(allowed, [i])[0]]
+    return {i for i in tokens if logits_V[i] > -math.inf} or set(tokens)
 
 
 def test_a_token_with_probability_0_in_its_own_draft_is_rejected() -> None:

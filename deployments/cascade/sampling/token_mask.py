@@ -163,6 +163,8 @@ def allows(bits_RW: Bits, tokens: Sequence[int]) -> list[bool]:
 def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) -> Tensor:
     """Return the logits, -inf where a token may not follow; the same tensor if all may.
 
+    Where a model gives probability 0 to all tokens that may follow, they are equally likely.
+
     Args:
         logits_NV: Raw logits, any float type.
         masked: The first row of each block, and which tokens may follow at its rows.
@@ -172,10 +174,11 @@ def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) ->
         return logits_NV
     rows_E = [first + i for first, bits_RW in found for i in range(len(bits_RW))]
     allowed_EV = _unpacked(np.concatenate([bits_RW for _, bits_RW in found]), logits_NV)
+    lowest = torch.finfo(logits_NV.dtype).min
     if len(rows_E) == len(logits_NV):
-        return torch.where(allowed_EV, logits_NV, -math.inf)
+        return torch.where(allowed_EV, logits_NV.clamp(min=lowest), -math.inf)
     index_E = torch.tensor(rows_E, device=logits_NV.device)
-    some_EV = torch.where(allowed_EV, logits_NV[index_E], -math.inf)
+    some_EV = torch.where(allowed_EV, logits_NV[index_E].clamp_(min=lowest), -math.inf)
     return logits_NV.index_copy(0, index_E, some_EV)
 
 
