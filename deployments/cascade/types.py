@@ -289,6 +289,7 @@ class Session:
     policy: DecodingParams
     tokens: tuple[int, ...] = ()
     origins: tuple[Origin, ...] = ()
+    source: tuple[int, ...] = ()  # what an encoder reads; the prompt then begins the answer
 
     @property
     def position(self) -> int:
@@ -372,6 +373,7 @@ class Request:
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
     on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
     trace: bool = False  # report every round
+    source: tuple[int, ...] = ()  # what an encoder reads; `prompt` then is how answers begin
     name: str = ""  # the request id, for logs
     caller: Caller = field(default_factory=Caller)
 

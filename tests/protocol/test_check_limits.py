@@ -35,12 +35,12 @@ def opened(
     *,
     prompt: tuple[int, ...] = (9,),
     tokens: tuple[int, ...] = (),
+    source: tuple[int, ...] = (),
     bias: tuple[tuple[int, float], ...] = (),
 ) -> Open:
     policy = DecodingParams(sampling=SamplingParams(logit_bias=bias))
-    return Open(
-        session=Session(id=ID, prompt=prompt, tokens=tokens, policy=policy), epoch=1, lease=""
-    )
+    session = Session(id=ID, prompt=prompt, tokens=tokens, policy=policy, source=source)
+    return Open(session=session, epoch=1, lease="")
 
 
 def judge(block: Block, *, tokens: tuple[int, ...] = ()) -> Judge:
@@ -58,7 +58,7 @@ def sparse(token: int) -> SparseProbs:
 @pytest.mark.parametrize(
     "message",
     [
-        opened(prompt=(0, 9), tokens=(9,), bias=((9, 1.0),)),
+        opened(prompt=(0, 9), tokens=(9,), source=(9,), bias=((9, 1.0),)),
         propose(9),
         judge(
             Block(
@@ -79,6 +79,7 @@ def test_the_last_id_of_the_vocabulary_is_allowed(message: ClientMessage) -> Non
     [
         opened(prompt=(0, 10)),
         opened(tokens=(10,)),
+        opened(source=(10,)),
         opened(bias=((10, 1.0),)),
         propose(10),
         judge(Block(), tokens=(10,)),

@@ -121,7 +121,7 @@ def verdicts(draw: st.DrawFn) -> Verdict:
 
 
 @st.composite
-def sessions(draw: st.DrawFn) -> Session:
+def sessions(draw: st.DrawFn, *, most_source: int = 0) -> Session:
     """As many origins as tokens."""
     count = draw(st.integers(0, 4))
     return Session(
@@ -130,6 +130,7 @@ def sessions(draw: st.DrawFn) -> Session:
         policy=draw(policies),
         tokens=draw(exactly(TOKENS, count)),
         origins=draw(exactly(st.sampled_from(Origin), count)),
+        source=draw(several(TOKENS, most=most_source)),
     )
 
 
@@ -212,7 +213,11 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     DecodingParams: policies,
     Session: sessions(),
     messages.Open: st.builds(
-        messages.Open, session=sessions(), epoch=LONGS, lease=TEXTS, traceparent=TEXTS
+        messages.Open,
+        session=sessions(most_source=4),
+        epoch=LONGS,
+        lease=TEXTS,
+        traceparent=TEXTS,
     ),
     messages.Propose: st.builds(
         messages.Propose,

@@ -6,6 +6,7 @@ messages are concatenated, so frames join by concatenation.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -137,11 +138,12 @@ def _encode_open(message: messages.Open, proto: tokens_pb2.Open) -> None:
     proto.epoch = message.epoch
     proto.lease = message.lease
     proto.traceparent = message.traceparent
+    proto.encoder_ids.extend(message.session.source)
 
 
 def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
     return messages.Open(
-        session=decode_session(proto.session),
+        session=replace(decode_session(proto.session), source=tuple(proto.encoder_ids)),
         epoch=bounded(proto.epoch, "epoch"),
         lease=proto.lease,
         traceparent=proto.traceparent,

@@ -319,7 +319,7 @@ def check_limits(message: ClientMessage, limits: Description) -> None:
     match message:
         case Open(session=session):
             biases = (token for token, _ in session.policy.sampling.logit_bias)
-            ids = chain(session.prompt, session.tokens, biases)
+            ids = chain(session.prompt, session.source, session.tokens, biases)
         case Judge(block=block):
             ids = chain(message.tokens, _check_block(block, limits))
         case Propose() | Score():

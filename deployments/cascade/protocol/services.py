@@ -98,6 +98,7 @@ class Description:
     item_limit: int = FRAME_LIMIT_MESSAGES  # per frame
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
 
+    source_length: int = 0  # tokens that an encoder reads; 0: a decoder-only model
 
 def encode_description(description: Description, kind: TierKind) -> bytes:
     """Return the serialized response of `describe_method`."""
