@@ -23,9 +23,9 @@ from pydantic import (
 
 from cascade import demo
 from cascade.api import context
+from cascade.api.body import in_plain_words
 from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
-from cascade.api.schema import in_plain_words
 from cascade.engine import model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings
 from cascade.errors import StartupError

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter
 from tests.support.toy_tokenizers import byte_level, wrap
 
 from cascade.api import build_request
+from cascade.api.body import parse
 from cascade.api.context import MAX_SEED, Defaults, Limits
-from cascade.api.schema import ChatBody, CompletionBody, parse
+from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import ContextTooLong, InvalidRequest, ModelNotFound, StartupError
 from cascade.rules import Chow, Lossless, Lossy, TokenV3
 from cascade.types import (

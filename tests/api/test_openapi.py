@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from cascade.api import build_request, schema
+from cascade.api import build_request
+from cascade.api.body import Body, parse
 from cascade.api.context import Defaults, Limits
 from cascade.api.http import create_app
 from cascade.api.schema import ChatBody, CompletionBody
@@ -167,7 +168,7 @@ class Places:
         return self._definitions[name] if name else described
 
 
-def places(kind: type[schema.Body]) -> list[Callable[[float], Any]]:
+def places(kind: type[Body]) -> list[Callable[[float], Any]]:
     described = TypeAdapter(kind).json_schema()
     return list(Places(described).find(described))
 
@@ -176,14 +177,14 @@ BODIES = [(kind, place) for kind in (CompletionBody, ChatBody) for place in plac
 
 
 def call_of(
-    kind: type[schema.Body], body: dict[str, Any], service: ServingContext
+    kind: type[Body], body: dict[str, Any], service: ServingContext
 ) -> CompletionCall | None:
     """Return what the server would generate; None if the body is refused, and names a field."""
     if "messages" in body:
         body = body | {"messages": [{"role": "user", "content": "hi"}]}
     build: Any = build_request.chat if kind is ChatBody else build_request.completion
     try:
-        return build(schema.parse(json.dumps(body).encode(), kind), service)
+        return build(parse(json.dumps(body).encode(), kind), service)
     except InvalidRequest as error:
         if not error.param:
             raise
@@ -238,7 +239,7 @@ def test_what_the_door_lets_in_the_wire_carries(service: ServingContext, number:
 @given(place=st.sampled_from(BODIES), number=st.integers() | st.floats(allow_nan=False))
 @BOUNDED
 def test_the_wire_carries_any_number(
-    service: ServingContext, place: tuple[type[schema.Body], Callable[[float], Any]], number: float
+    service: ServingContext, place: tuple[type[Body], Callable[[float], Any]], number: float
 ) -> None:
     kind, make = place
     call = call_of(kind, make(number), service)

@@ -16,13 +16,13 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import TypeAdapter
 
 from cascade.api import build_request, grpc_convert, schema
+from cascade.api.body import parse
 from cascade.api.schema import (
     ChatBody,
     CompletionBody,
     Options,
     PatienceOptions,
     StreamOptions,
-    parse,
 )
 from cascade.errors import InvalidRequest, UnsupportedParameter
 from cascade.rules import Rule

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cascade.api import build_request
-from cascade.api.schema import CompletionBody, parse
+from cascade.api.body import parse
+from cascade.api.schema import CompletionBody
 from cascade.errors import ContextTooLong
 from cascade.expert.expert import Expert
 from cascade.local import LocalServer, local_server

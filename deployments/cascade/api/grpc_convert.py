@@ -16,14 +16,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from cascade.api import build_request, tokenization
+from cascade.api.body import invalid_request
 from cascade.api.response_parser import MessageDelta
-from cascade.api.schema import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    invalid_request,
-)
+from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cascade.errors import InvalidRequest
 from cascade.protocol import convert
 from cascade.types import GrammarKind, TokenLogprob

@@ -14,17 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from cascade.api import build_request, middleware, responses, tokenization
+from cascade.api.body import Body, parse
 from cascade.api.completion import Completions
 from cascade.api.prompts import check_model
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
-from cascade.api.schema import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    parse,
-)
+from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
 from cascade.api.structured import check_grammar
 from cascade.errors import InvalidRequest, Unavailable
