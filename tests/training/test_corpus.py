@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from cascade.training.corpus import ASSISTANT, END, PAD, SYSTEM, USER, token_id, train_tokenizer
+from cascade.training.recipes import Architecture
 
 TEXTS = ["Anna has 18 apples and buys 3 more.", "def f(x):\n    return x ** 2", "la maison"]
 
 TOKENIZER = train_tokenizer(TEXTS * 20, size=320, context=64)
 
+SEQ2SEQ = train_tokenizer(TEXTS * 20, size=320, context=64, architecture=Architecture.SEQ2SEQ)
 
-def _chat(*turns: tuple[str, str]) -> str:
+
+def _chat(*turns: tuple[str, str], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)
     return text
 
@@ -41,6 +44,12 @@ def test_the_chat_template_formats_messages_and_opens_the_answer() -> None:
 def test_developer_and_tool_messages_become_system_and_user() -> None:
     text = _chat(("developer", "Be brief."), ("assistant", "Yes."), ("tool", "3"))
     assert text == f"{SYSTEM}Be brief.{END}{ASSISTANT}Yes.{END}{USER}3{END}{ASSISTANT}"
+
+
+def test_the_source_of_an_encoder_ends_with_the_end_token_in_chats_and_texts() -> None:
+    text = _chat(("system", "Be brief."), ("user", "Hi"), tokenizer=SEQ2SEQ)
+    assert text == f"Be brief.\nHi{END}"
+    assert SEQ2SEQ.encode("Be brief.\nHi") == SEQ2SEQ.encode(text, add_special_tokens=False)
 
 
 def test_an_unknown_role_is_refused_by_name() -> None:

@@ -17,7 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -26,7 +28,8 @@ from transformers import (
 from cascade.demo import DRAFTER, EXPERT
 from cascade.evaluation.scoring import score
 from cascade.evaluation.tasks import Item, TaskFamily, held_out
-from cascade.training.corpus import ASSISTANT, END, PAD, USER, token_id
+from cascade.training.corpus import END, PAD, token_id
+from cascade.training.recipes import SHARES, Architecture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,11 +56,21 @@ class Pair(NamedTuple):
 
 def load(*, drafter: Path = DRAFTER, expert: Path = EXPERT) -> Pair:
     """Return a pair from its folders; by default the shipped pair."""
-    models = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in (drafter, expert)
-    )
+    models = (_load(folder).eval() for folder in (drafter, expert))
     return Pair(*models, tokenizer=AutoTokenizer.from_pretrained(expert))
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    has_encoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind: Any = AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Return a user message as the tokens that a model reads before it answers."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(str(text), add_special_tokens=False)
 
 
 @torch.inference_mode()
@@ -72,12 +85,13 @@ def greedy_answers(
         prompts: Sent as user messages, in one batch.
     """
     pad, end = token_id(tokenizer, PAD), token_id(tokenizer, END)
-    batch = tokenizer(
-        [USER + prompt + END + ASSISTANT for prompt in prompts],
-        padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False,
+    batch = tokenizer.pad(
+        {"input_ids": [prompt_tokens(tokenizer, prompt) for prompt in prompts]},
+        padding_side="left", return_tensors="pt",
     )  # fmt: skip
     generate: Any = model.generate  # a Tensor to the type checker, since modules have dynamic names
-    width = batch["input_ids"].shape[1]
+    # A model with an encoder returns the answer after its start token.
+    width = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     tokens: torch.Tensor = generate(**batch, max_new_tokens=_MAX_TOKENS, do_sample=False)[:, width:]
     return [[token for token in answer if token not in (pad, end)] for answer in tokens.tolist()]
 
@@ -91,8 +105,13 @@ def agreement(drafter: PreTrainedModel, *, prompt: Sequence[int], answer: Sequen
         prompt: Token ids.
         answer: Token ids.
     """
-    tokens_1T = torch.tensor([[*prompt, *answer]])
-    predicted_T = drafter(input_ids=tokens_1T).logits[0, len(prompt) - 1 : -1].argmax(-1)
+    if drafter.config.is_encoder_decoder:
+        tokens_1T = torch.tensor([[drafter.config.decoder_start_token_id, *answer]])
+        logits_1TV = drafter(input_ids=torch.tensor([prompt]), decoder_input_ids=tokens_1T).logits
+        predicted_T = logits_1TV[0, :-1].argmax(-1)
+    else:
+        tokens_1T = torch.tensor([[*prompt, *answer]])
+        predicted_T = drafter(input_ids=tokens_1T).logits[0, len(prompt) - 1 : -1].argmax(-1)
     return float((predicted_T == torch.tensor(answer)).float().mean())
 
 
@@ -107,7 +126,7 @@ def examine(family: TaskFamily, *, pair: Pair, count: int) -> Result:
     agreements = [
         agreement(
             pair.drafter,
-            prompt=pair.tokenizer.encode(USER + prompt + END + ASSISTANT),
+            prompt=prompt_tokens(pair.tokenizer, prompt),
             answer=[*answer, end],
         )
         for prompt, answer in zip(prompts, by_expert, strict=True)
@@ -140,7 +159,9 @@ def main(
     torch.set_num_threads(threads)
     pair = load(drafter=drafter, expert=expert)
     table = Table("family", "drafter", "expert", "agreement", "same answer")
-    for family in TaskFamily:
+    has_encoder = pair.expert.config.is_encoder_decoder
+    trained = SHARES[Architecture.SEQ2SEQ if has_encoder else Architecture.CAUSAL]
+    for family in sorted(trained, key=list(TaskFamily).index):
         result = examine(family, pair=pair, count=count)
         table.add_row(family.value, *(f"{share:.2f}" for share in result))
     Console().print(table)

@@ -1,8 +1,8 @@
 """Trains the pair from random weights: `python -m cascade.training.train`.
 
-One tokenizer, then two Llama models. The drafter reads mostly short answers, the expert mostly
-formal ones; the loss covers only answers. The same seed gives the same documents at the same step,
-so an interrupted run resumes from its last checkpoint.
+One tokenizer, then two models, of Llama's architecture or T5's. The drafter reads mostly short
+answers, the expert mostly formal ones; the loss covers only answers. The same seed gives the same
+documents at the same step, so an interrupted run resumes from its last checkpoint.
 
 Shapes: `B` documents of a batch, `T` tokens, `N` labels of a batch, `V` vocabulary.
 """
@@ -24,8 +24,17 @@ import typer
 from rich.progress import Progress, TextColumn
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from cascade.engine.backends.widened_linear import helps
 from cascade.evaluation.scoring import import_extra
 from cascade.training.corpus import (
     END,
@@ -37,7 +46,7 @@ from cascade.training.corpus import (
     token_id,
     train_tokenizer,
 )
-from cascade.training.recipes import PAIR, Recipe
+from cascade.training.recipes import PAIRS, Architecture, Recipe
 
 CONTEXT_TOKENS = 1024
 
@@ -55,17 +64,17 @@ _LOSSES_SUFFIX = ".losses.json"
 
 
 # The loss of a model on a batch, in nats, summed over the labels.
-Loss: TypeAlias = Callable[[LlamaForCausalLM, Batch], Tensor]
+Loss: TypeAlias = Callable[[PreTrainedModel, Batch], Tensor]
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the cross-entropy of the answers."""
     logits_NV = answer_logits(model, batch)
     return functional.cross_entropy(logits_NV, answer_labels(batch), reduction="sum")
 
 
 def distillation_loss(
-    model: LlamaForCausalLM, batch: Batch, *, teacher: LlamaForCausalLM, share: float
+    model: PreTrainedModel, batch: Batch, *, teacher: PreTrainedModel, share: float
 ) -> Tensor:
     """Return cross-entropy mixed with the divergence from the teacher's distributions.
 
@@ -89,10 +98,18 @@ def distillation_loss(
     return ((1 - share_N) * hard_N + share_N * soft_N).sum()
 
 
-def answer_logits(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the logits (N, V) that predict the labels, computed only where there is a label."""
-    hidden = model.model(input_ids=batch.tokens_BT).last_hidden_state[:, :-1]
-    return model.lm_head(hidden[batch.labels_BT[:, 1:] != IGNORED])
+    is_label = batch.labels_BT[:, 1:] != IGNORED
+    if isinstance(model, LlamaForCausalLM):
+        hidden = model.model(input_ids=batch.tokens_BT).last_hidden_state[:, :-1]
+        return model.lm_head(hidden[is_label])
+    logits_BTV = model(
+        input_ids=batch.source_BS,
+        attention_mask=batch.source_BS != model.config.pad_token_id,
+        decoder_input_ids=batch.tokens_BT[:, :-1],
+    ).logits
+    return logits_BTV[is_label]
 
 
 def answer_labels(batch: Batch) -> Tensor:
@@ -116,11 +133,14 @@ class Workspace:
     device: str = "cpu"
 
 
-def main(
+def main(  # noqa: PLR0913 - one parameter an option
     *,
     out: Annotated[Path, typer.Option(help="Folder of models, checkpoints and losses")] = Path(
         "pair"
     ),
+    architecture: Annotated[
+        Architecture, typer.Option(help="Of the pair: causal is Llama, seq2seq is T5")
+    ] = Architecture.CAUSAL,
     only: Annotated[str, typer.Option(help="drafter or expert; both if empty")] = "",
     seed: Annotated[int, typer.Option(help="Of documents and first weights")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Processor threads")] = 2,
@@ -129,13 +149,16 @@ def main(
     """Train the tokenizer and both models and write them as Hugging Face folders."""
     import_extra("matplotlib")  # for the learning curves; fails now rather than after training
     torch.set_num_threads(threads)
-    tokenizer = find_tokenizer(out / "tokenizer", size=VOCABULARY_TOKENS, seed=seed)
+    tokenizer = find_tokenizer(
+        out / "tokenizer", size=VOCABULARY_TOKENS, seed=seed, architecture=architecture
+    )
     workspace = Workspace(tokenizer=tokenizer, folder=out, seed=seed, device=device)
-    for name, recipe in PAIR.items():
+    for name, recipe in PAIRS[architecture].items():
         if only in ("", name):
             loss = answer_loss
             if recipe.distilled:
-                teacher = LlamaForCausalLM.from_pretrained(out / "expert", dtype=torch.float32)
+                kind = type(new_model(recipe, tokenizer=tokenizer))
+                teacher = kind.from_pretrained(out / "expert", dtype=torch.float32)
                 torch.nn.Module.to(teacher.eval(), device=device)
                 loss = partial(distillation_loss, teacher=teacher, share=recipe.distilled)
             model = train(name, recipe, workspace=workspace, loss=loss)
@@ -143,25 +166,69 @@ def main(
     draw_curves(out)
 
 
-def find_tokenizer(folder: Path, *, size: int, seed: int) -> PreTrainedTokenizerFast:
+def find_tokenizer(
+    folder: Path, *, size: int, seed: int, architecture: Architecture = Architecture.CAUSAL
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer in `folder`; if there is none, train one and write it there.
 
     Args:
         folder: Of the tokenizer.
         size: Tokens of its vocabulary, at most.
         seed: Of the documents.
+        architecture: Of the models.
     """
     if not folder.exists():
         # Both styles in equal parts: the two models share one vocabulary.
-        sampled = islice(documents(f"{seed}/tokenizer", formal=0.5), TOKENIZER_DOCUMENTS)
+        sampled = islice(
+            documents(f"{seed}/tokenizer", formal=0.5, architecture=architecture),
+            TOKENIZER_DOCUMENTS,
+        )
         texts = (part.text for parts in sampled for part in parts)
-        train_tokenizer(texts, size=size, context=CONTEXT_TOKENS).save_pretrained(folder)
+        train_tokenizer(
+            texts, size=size, context=CONTEXT_TOKENS, architecture=architecture
+        ).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def new_model(recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Return a model with random weights, in float32."""
+    pad, end = token_id(tokenizer, PAD), token_id(tokenizer, END)
+    if recipe.architecture is Architecture.SEQ2SEQ:
+        # Fields that the signature of the configuration lacks.
+        further: dict[str, Any] = {"n_positions": CONTEXT_TOKENS, "decoder_start_token_id": pad}
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=recipe.hidden,
+            d_kv=recipe.hidden // recipe.heads,
+            d_ff=recipe.intermediate,
+            num_layers=recipe.layers,
+            num_heads=recipe.heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            eos_token_id=end,
+            pad_token_id=pad,
+            **further,
+        )
+        return T5ForConditionalGeneration(config)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        intermediate_size=recipe.intermediate,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    return LlamaForCausalLM(config)
 
 
 def train(
     name: str, recipe: Recipe, *, workspace: Workspace, loss: Loss = answer_loss
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Return the trained model, resuming from its checkpoint if there is one.
 
     Args:
@@ -171,20 +238,7 @@ def train(
         loss: What is minimized.
     """
     torch.manual_seed(workspace.seed)
-    config = LlamaConfig(
-        vocab_size=len(workspace.tokenizer),
-        hidden_size=recipe.hidden,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        intermediate_size=recipe.intermediate,
-        max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=token_id(workspace.tokenizer, END),
-        pad_token_id=token_id(workspace.tokenizer, PAD),
-    )
-    model = LlamaForCausalLM(config).train()
+    model = new_model(recipe, tokenizer=workspace.tokenizer).train()
     torch.nn.Module.to(model, device=workspace.device)
     optimizers = _optimizers(model, rate=recipe.learning_rate)
     losses: list[float] = []  # of each step, in nats per answer token
@@ -220,9 +274,13 @@ def train(
     return model.eval()
 
 
-def _optimizers(model: LlamaForCausalLM, *, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, *, rate: float) -> list[torch.optim.Optimizer]:
     """Return Muon (Jordan et al., 2024) for the hidden matrices and AdamW for everything else."""
-    hidden = [weight for weight in model.model.layers.parameters() if weight.ndim > 1]
+    hidden = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     others = [weight for weight in model.parameters() if all(weight is not one for one in hidden)]
     return [
         torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -231,7 +289,7 @@ def _optimizers(model: LlamaForCausalLM, *, rate: float) -> list[torch.optim.Opt
 
 
 def _step(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     groups: Sequence[Batch],
     loss: Loss,
@@ -240,7 +298,7 @@ def _step(
     tokens = sum(len(answer_labels(batch)) for batch in groups)
     total = 0.0
     for batch in groups:
-        with torch.autocast(batch.tokens_BT.device.type, torch.bfloat16):
+        with _mixed_precision(batch.tokens_BT.device):
             part = loss(model, batch) / tokens
         part.backward()
         total += part.item()
@@ -251,7 +309,13 @@ def _step(
     return total
 
 
-def save(model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _mixed_precision(device: torch.device) -> torch.autocast:
+    """Return autocast to bfloat16, where the device has instructions for it."""
+    slow = helps(torch.empty(0, device=device, dtype=torch.bfloat16))
+    return torch.autocast(device.type, torch.bfloat16, enabled=not slow)
+
+
+def save(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a complete Hugging Face folder with weights in bfloat16.
 
     Args:
@@ -260,7 +324,9 @@ def save(model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerFast, folder:
         folder: Where to.
     """
     model.generation_config = GenerationConfig(
-        eos_token_id=token_id(tokenizer, END), pad_token_id=token_id(tokenizer, PAD)
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     torch.nn.Module.to(model, dtype=torch.bfloat16)
     model.save_pretrained(folder)
