@@ -32,6 +32,7 @@ from cascade.observability.request_log import to_serve
 from cascade.protocol import services
 from cascade.protocol.client import ReplicaClients
 from cascade.protocol.services import LeaseTicket
+from cascade.protocol.tls import TlsFiles, credentials_of
 from cascade.replica.metrics import LoadTracker, keep_reporting, resource_counts
 from cascade.replica.options import ReplicaOptions
 from cascade.router.leases import HedgedLeases, ServeLeases
@@ -52,13 +53,16 @@ class _TierDeployment(ABC):
 
     _replica: "Replica[Any] | None" = None  # until it has started
 
-    async def __init__(self, options: ReplicaOptions, bind_host: str) -> None:
+    async def __init__(
+        self, options: ReplicaOptions, bind_host: str, bind_ports: str, tls: TlsFiles | None
+    ) -> None:
         to_serve()
         anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
         self._replica = await self.replica_class().start(
             options,
-            address=f"{bind_host}:0",
+            address=f"{bind_host}:{bind_ports}",
             advertised_host=ray.util.get_node_ip_address() if anywhere else bind_host,
+            credentials=credentials_of(tls),
             launch=_RankOnRay,
         )
         self._load = LoadTracker(self._replica.engine.stats())
@@ -165,14 +169,14 @@ class RouterDeployment:
     ) -> None:
         to_serve()
         options = settings.router
-        pair = settings.pair()
+        pair, credentials = settings.pair(), credentials_of(settings.tls_files)
         self._tiers = [
             TierClient(
                 leases=HedgedLeases(
                     ServeLeases(handle, kind=kind, timeout_s=options.lease_timeout_s),
                     after_s=options.lease_hedge_s,
                 ),
-                clients=ReplicaClients(kind),
+                clients=ReplicaClients(kind, credentials=credentials),
                 max_queued=tier.deployment.max_queued_requests,
                 always_there=tier.always_there,
                 context_tokens=context_tokens,
@@ -295,15 +299,24 @@ def build(args: Application) -> serve.Application:
         StartupError: The pair cannot be served.
     """
     args.pair()
-    drafters = _tier(DrafterDeployment, "Drafter", args.drafter)
-    experts = _tier(ExpertDeployment, "Expert", args.expert)
+    drafter, expert, tls = args.drafter.options(), args.expert.options(), args.tls_files
+    drafters = _tier(DrafterDeployment, "Drafter", args.drafter, drafter, tls)
+    experts = _tier(ExpertDeployment, "Expert", args.expert, expert, tls)
     options = args.router.deployment.options(environment={"GRPC_VERBOSITY": "NONE"})
     deployment = serve.deployment(name="Router", backpressure_config=FULL)
     router = deployment(serve.ingress()(RouterDeployment))
     return router.options(**options).bind(args, drafters, experts)
 
 
-def _tier(kind: type[_TierDeployment], name: str, settings: TierSettings) -> serve.Application:
+def _tier(
+    kind: type[_TierDeployment],
+    name: str,
+    settings: TierSettings,
+    replica: ReplicaOptions,
+    tls: TlsFiles | None,
+) -> serve.Application:
+    # Only what the tier itself needs: a tier starts again where one of its arguments changes.
     options = settings.serve_options(environment={"GRPC_VERBOSITY": "NONE"})
     deployment = serve.deployment(name=name, backpressure_config=FULL)(kind)
-    return deployment.options(**options).bind(settings.options(), settings.bind_host)
+    where = settings.bind_host, settings.bind_ports
+    return deployment.options(**options).bind(replica, *where, tls)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cascade.drafter.drafter import Drafter
 from cascade.errors import CascadeError, Unavailable
@@ -18,6 +18,7 @@ from cascade.protocol import grpc_status, services
 from cascade.protocol.client import ReplicaClient, ReplicaClients, SessionStream
 from cascade.protocol.messages import Close, Refusal
 from cascade.protocol.server import Connection
+from cascade.protocol.tls import credentials_of
 from cascade.router.leases import FixedLeases
 from cascade.router.tier_session import TierClient
 
@@ -115,8 +116,9 @@ class DirectClient(ReplicaClient):
         """Return true."""
         return True
 
-    def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_stream(self, session_id: SessionId, epoch: int, *, lease: str) -> SessionStream:
         """Return a stream for the session."""
+        del lease  # the tier looks at the one in its `Open`
         return DirectConnection(self._tier, self.kind, session_id, epoch).stream
 
     async def describe(self, *, timeout_s: float = 5.0) -> Description:
@@ -167,15 +169,16 @@ async def local_server(
         StartupError: The pair cannot be served.
     """
     token = secrets.token_urlsafe()
-    pair = settings.pair()
+    pair, credentials = settings.pair(), credentials_of(settings.tls_files)
+    shared: dict[str, Any] = {"address": ANY_PORT, "token": token, "credentials": credentials}
     async with AsyncExitStack() as cleanup:
-        drafter = await Drafter.start(settings.drafter.options(), address=ANY_PORT, token=token)
+        drafter = await Drafter.start(settings.drafter.options(), **shared)
         cleanup.push_async_callback(drafter.stop)
-        expert = await Expert.start(settings.expert.options(), address=ANY_PORT, token=token)
+        expert = await Expert.start(settings.expert.options(), **shared)
         cleanup.push_async_callback(expert.stop)
         tiers: list[TierClient] = []
         for kind, replica in ((services.DRAFTER, drafter), (services.EXPERT, expert)):
-            remote = ReplicaClients(kind, delay_s=delay_s)
+            remote = ReplicaClients(kind, credentials=credentials, delay_s=delay_s)
             clients = DirectClients(replica, kind) if direct else remote
             cleanup.push_async_callback(clients.close)
             leases = FixedLeases([replica.address], token=token)

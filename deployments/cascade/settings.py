@@ -12,11 +12,13 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Interval
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     SecretStr,
+    StringConstraints,
     ValidationError,
     model_validator,
 )
@@ -33,6 +35,7 @@ from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import ObservedGenerator, Observer
 from cascade.observability.request_log import RequestLog
 from cascade.observability.request_metrics import RequestMetrics
+from cascade.protocol.tls import TlsFiles
 from cascade.replica.autoscaling import Targets
 from cascade.replica.options import ReplicaOptions
 from cascade.router import router
@@ -47,6 +50,18 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 UNBOUNDED_CONTEXT = 4096  # of a pair whose configurations name no bound
 
 _KEY = re.compile(r"[^\s,]+")  # of API keys, separated by commas or white space
+
+
+def _in_order(ports: str) -> str:
+    first, _, last = ports.partition("-")
+    if not int(first) <= int(last or first) < 2**16 or (last and int(first) == 0):
+        raise ValueError(f"got {ports}; wanted one port, or two in order such as 7100-7199")
+    return ports
+
+
+Ports = Annotated[
+    str, StringConstraints(pattern=r"^\d{1,5}(-\d{1,5})?$"), AfterValidator(_in_order)
+]
 
 
 class Settings(BaseModel):
@@ -170,6 +185,7 @@ class TierSettings(Settings):
     deployment: Deployment = Deployment()
     scaling: Scaling | None = None  # instead of the deployment's own number of replicas
     bind_host: str = "0.0.0.0"  # noqa: S104 - routers on other nodes connect; sessions need a lease
+    bind_ports: Ports = "0"  # one port, or the range of the replicas of a node; 0: any free one
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
     pass_timeout_s: Seconds = 120.0  # of a forward pass, after which the replica counts as hung
@@ -251,6 +267,7 @@ class Drafter(TierSettings):
     own = demo.DRAFTER
 
 
+
 class Expert(TierSettings):
     """The expert tier."""
 
@@ -292,6 +309,15 @@ class Limits(context.Limits):
         return context.Limits(**values)
 
 
+class Tls(Settings):
+    """PEM files on every node: TLS between routers and tiers. See `protocol.tls`."""
+
+    ca: str  # certificates of the authorities that the other side's may be issued by
+    certificate: str  # for drafter.cascade, expert.cascade or router.cascade; it may name all
+    key: str
+    require_client: bool = True  # tiers serve nobody without the certificate of a router
+
+
 class Application(Settings):
     """The whole tree, which `cascade.app:build` takes."""
 
@@ -302,6 +328,7 @@ class Application(Settings):
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     cors: context.Cors = context.Cors()
+    tls: Tls | None = None  # None: as Ray's own (RAY_USE_TLS), which is off by default
     log_answers: bool = True  # one line per answer in the router's log
     api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`
     api_keys_file: str | None = None  # on the node of each router: keys, one a line
@@ -349,6 +376,11 @@ class Application(Settings):
                 config = model_loader.read_config(**asdict(tier.source()))
                 tp_plan.check(tier.model_path, config, size=tier.engine.tensor_parallel)
         return pair
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """Return the files of TLS between router and tiers, if they are set."""
+        return None if self.tls is None else TlsFiles(**dict(self.tls))
 
     def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:
         """Return the generator with its answers measured in `backend`, logged and traced."""

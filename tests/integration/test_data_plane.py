@@ -27,6 +27,7 @@ from cascade.protocol.messages import (
     Score,
     extend_digest,
 )
+from cascade.protocol.services import LEASE_KEY
 from cascade.rules import (
     Bild,
     Chow,
@@ -88,7 +89,7 @@ async def drafter(toy_stack: LocalServer) -> AsyncIterator[ReplicaClient]:
 
 
 def opened(stack: LocalServer, client: ReplicaClient, **session: Any) -> SessionStream:
-    stream = client.open_stream(SESSION, 1)
+    stream = client.open_stream(SESSION, 1, lease=stack.token)
     opened_session = replace(Session(id=SESSION, prompt=PROMPT, policy=GREEDY), **session)
     stream.send(Open(session=opened_session, epoch=1, lease=stack.token))
     return stream
@@ -123,7 +124,9 @@ async def test_invalid_bytes_end_their_stream_only(
     await anext(running)
     async with grpc.aio.insecure_channel(replica.address) as channel:
         for size in (1, 7, 100, 5000):
-            call = channel.stream_stream(kind.path(kind.stream_method))()
+            call = channel.stream_stream(kind.path(kind.stream_method))(
+                metadata=((LEASE_KEY, toy_stack.token),)
+            )
             await call.write(b"\xff" + rng.randbytes(size))
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 _ = [message async for message in call]
@@ -136,10 +139,10 @@ async def test_invalid_bytes_end_their_stream_only(
 async def test_a_session_that_was_never_opened_is_refused(
     toy_stack: LocalServer, expert: ReplicaClient, drafter: ReplicaClient
 ) -> None:
-    stream = expert.open_stream(SESSION, 1)
+    stream = expert.open_stream(SESSION, 1, lease=toy_stack.token)
     stream.send(judge())
     assert (await refusal(stream)).code == "NOT_FOUND"
-    other = drafter.open_stream(SESSION, 1)
+    other = drafter.open_stream(SESSION, 1, lease=toy_stack.token)
     other.send(Propose(session_id=SESSION, epoch=1, position=0, digest=0, count=3))
     assert (await refusal(other)).code == "NOT_FOUND"
     await check_still_serves(toy_stack)
@@ -148,7 +151,7 @@ async def test_a_session_that_was_never_opened_is_refused(
 async def test_a_session_needs_a_lease(toy_stack: LocalServer, expert: ReplicaClient) -> None:
     wrong = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
     assert (await refusal(opened(wrong, expert))).code == "UNAUTHENTICATED"
-    stream = expert.open_stream(SessionId("score"), 1)
+    stream = expert.open_stream(SessionId("score"), 1, lease=toy_stack.token)
     stream.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
     assert (await refusal(stream)).code == "UNAUTHENTICATED"
 

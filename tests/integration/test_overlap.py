@@ -189,7 +189,7 @@ def opened(
     replica: ReplicaClient, server: LocalServer, pair: Pair, policy: DecodingParams
 ) -> Client:
     name = SessionId(f"overlap/{next(_names)}")
-    stream = replica.open_stream(name, 1)
+    stream = replica.open_stream(name, 1, lease=server.token)
     session = Session(id=name, prompt=PROMPT, policy=policy)
     stream.send(Open(session=session, epoch=1, lease=server.token))
     return Client(stream, pair, policy)

@@ -77,7 +77,7 @@ def judge(name: str = "s", *, epoch: int = 1, position: int = 0) -> Judge:
 
 def join(replica: ReplicaClient, name: str = "s", *, epoch: int = 1) -> SessionStream:
     """Open a session on the replica."""
-    stream = replica.open_stream(SessionId(name), epoch)
+    stream = replica.open_stream(SessionId(name), epoch, lease="lease")
     stream.send(opened(name, epoch=epoch))
     return stream
 
@@ -184,7 +184,7 @@ async def test_bytes_are_counted_both_ways(serve: Serve, connect: Connect) -> No
 
 async def test_a_refusal_reaches_its_session(serve: Serve, connect: Connect) -> None:
     replica = connect(await serve(RecordingTier(), EXPERT))
-    good, bad = join(replica, "good"), replica.open_stream(SessionId("bad"), 1)
+    good, bad = join(replica, "good"), replica.open_stream(SessionId("bad"), 1, lease="lease")
     bad.send(judge("bad"))
     refusal = await bad.receive()
     assert isinstance(refusal, Refusal)
@@ -329,7 +329,7 @@ async def test_closing_the_clients_ends_their_sessions(serve: Serve) -> None:
     tier = RecordingTier()
     address = await serve(tier, DRAFTER)
     clients = ReplicaClients(DRAFTER)
-    stream = clients.open_stream(address, SessionId("s"), 1)
+    stream = clients[address].open_stream(SessionId("s"), 1, lease="lease")
     stream.send(opened())
     stream.send(Propose(session_id=SessionId("s"), epoch=1, position=0, digest=0, count=1))
     await stream.receive()

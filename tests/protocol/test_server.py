@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
 from tests.support.recording_tier import RecordingTier
 from tests.support.rpc_errors import error_info
 
 from cascade.benchmark.microbench import DESCRIPTION
-from cascade.errors import ContextTooLong, StartupError
+from cascade.errors import ContextTooLong, StartupError, Unauthenticated
 from cascade.protocol import write_buffer
 from cascade.protocol.codec import decode_server_message, encode_frame, parse_frame
 from cascade.protocol.messages import (
@@ -30,7 +29,7 @@ from cascade.protocol.messages import (
     Scores,
 )
 from cascade.protocol.server import Connection, TierServer
-from cascade.protocol.services import DRAFTER, EXPERT, Description, TierKind
+from cascade.protocol.services import DRAFTER, EXPERT, LEASE_KEY, Description, TierKind
 from cascade.types import Block, DecodingParams, Session, SessionId
 from cascade.v1 import drafter_pb2, drafter_pb2_grpc, expert_pb2, expert_pb2_grpc, tokens_pb2
 
@@ -451,22 +450,61 @@ async def test_a_description_that_fails_has_a_short_status(
     await server.stop()
 
 
-async def test_reflection_names_the_service_and_its_file(serve: Serve) -> None:
-    async with grpc.aio.insecure_channel(await serve(RecordingTier(), EXPERT)) as channel:
-        call = channel.stream_stream(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-            reflection_pb2.ServerReflectionRequest.SerializeToString,
-            reflection_pb2.ServerReflectionResponse.FromString,
-        )()
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-        await call.write(
-            reflection_pb2.ServerReflectionRequest(file_containing_symbol=EXPERT.service)
-        )
-        replies = [await call.read(), await call.read()]
+class GuardedTier(RecordingTier):
+    """Lets in who has a token, while `open`."""
+
+    open = True
+
+    def authenticate(self, lease: str) -> None:
+        if lease != "mine" or not self.open:
+            raise Unauthenticated("no such lease")
+
+
+async def test_a_stream_without_a_lease_is_refused_unread(serve: Serve) -> None:
+    """A stranger sends frames of megabytes: nothing is parsed, and nobody waits for that."""
+    tier = GuardedTier()
+    address = await serve(tier, EXPERT)
+    async with dialled(address) as call:
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+    async with dialled(address) as call:
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            for _ in range(4):
+                await call.write(bytes(16 * 2**20))
+        assert await call.code() is not grpc.StatusCode.OK
+    assert tier.received.empty()
+    assert tier.ended.empty()
+
+
+async def test_a_description_takes_a_lease_too(serve: Serve) -> None:
+    """That of an open stream serves, also when its own session is over."""
+    tier = GuardedTier()
+    address = await serve(tier, EXPERT)
+    async with grpc.aio.insecure_channel(address) as channel:
+        describe: Any = channel.unary_unary(EXPERT.path(EXPERT.describe_method))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await describe(b"")
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        with_lease = ((LEASE_KEY, "mine"),)
+        call = channel.stream_stream(EXPERT.path(EXPERT.stream_method))(metadata=with_lease)
+        assert await call.read() == b""  # a heartbeat: it is open
+        tier.open = False
+        await describe(b"", metadata=with_lease)
         call.cancel()
-    names, file = [str(reply) for reply in replies]
-    assert EXPERT.service in names
-    assert "cascade/v1/expert.proto" in file
+        await tier.ended.get()
+    async with grpc.aio.insecure_channel(address) as channel:
+        describe = channel.unary_unary(EXPERT.path(EXPERT.describe_method))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await describe(b"", metadata=with_lease)
+
+
+async def test_a_range_of_ports_gives_the_first_that_is_free() -> None:
+    first = TierServer(RecordingTier(), EXPERT)
+    taken = int((await first.start("127.0.0.1:0")).rpartition(":")[2])
+    second = TierServer(RecordingTier(), EXPERT)
+    address = await second.start(f"127.0.0.1:{taken}-{taken + 20}")
+    assert taken < int(address.rpartition(":")[2]) <= taken + 20
+    await first.stop()
+    await second.stop()
 
 
 async def test_an_address_in_use_is_a_startup_error(serve: Serve) -> None:

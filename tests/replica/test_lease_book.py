@@ -8,7 +8,7 @@ import pytest
 from tests.support.clock import FakeClock
 
 from cascade.errors import Unauthenticated
-from cascade.replica.lease_book import LeaseBook
+from cascade.replica.lease_book import REMEMBERED, LeaseBook
 
 
 def book(
@@ -107,3 +107,25 @@ async def test_a_shared_token_needs_no_lease() -> None:
     leases.claim("shared")
     with pytest.raises(Unauthenticated):
         leases.claim("other")
+
+
+async def test_a_stream_opens_with_the_token_of_a_lease_that_is_or_just_was() -> None:
+    leases = book()
+    call = leases.hold("here:1", lambda _: None)
+    token = (await anext(call))["token"]
+    leases.check(token)
+    leases.end(token)
+    leases.check(token)
+    for _ in range(REMEMBERED):
+        other = leases.hold("here:1", lambda _: None)
+        leases.end((await anext(other))["token"])
+        await other.aclose()
+    with pytest.raises(Unauthenticated, match="cascade-lease"):
+        leases.check(token)
+    await call.aclose()
+
+
+@pytest.mark.parametrize("token", ["", "none", "Ω"])
+async def test_a_stream_without_a_lease_does_not_open(token: str) -> None:
+    with pytest.raises(Unauthenticated):
+        book().check(token)

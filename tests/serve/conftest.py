@@ -18,6 +18,8 @@ import httpx
 import pytest
 import yaml
 
+from cascade.cli.certs import certs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -84,14 +86,22 @@ def found(pattern: str, text: str) -> str:
     return match[1]
 
 
+def tls_files(folder: Path) -> dict[str, str]:
+    """Write certificates for all roles; return the setting that names them."""
+    certs(folder)
+    names = {"ca": "ca.pem", "certificate": "cert.pem", "key": "key.pem"}
+    return {name: str(folder / "all" / file) for name, file in names.items()}
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`serve run cluster/local.yaml`, but for its ports."""
+    """`serve run cluster/local.yaml`, but for its ports, and with TLS between router and tiers."""
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     http, grpc = free_port(), free_port()
     config["http_options"]["port"] = http
     config["grpc_options"]["port"] = grpc
     folder = tmp_path_factory.mktemp("serve")
+    config["applications"][0]["args"]["tls"] = tls_files(folder / "tls")
     path, log = folder / "local.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]

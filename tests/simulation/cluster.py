@@ -20,7 +20,7 @@ from cascade.router.router import Router, RouterOptions
 from cascade.router.tier_session import TierClient
 
 if TYPE_CHECKING:
-    from cascade.protocol.client import SessionStream
+    from cascade.protocol.client import Lease, SessionStream
     from cascade.protocol.codec import ServerMessage
     from cascade.types import DecodingParams, Origin, Request, SessionId, Statistics
 
@@ -136,9 +136,9 @@ class CheckedClients(ReplicaClients):
 
     violations: list[str]
 
-    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_stream(self, lease: Lease, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream that is checked."""
-        stream = super().open_stream(address, session_id, epoch)
+        stream = super().open_stream(lease, session_id, epoch)
         deliver = stream.deliver
 
         def checked(message: ServerMessage, size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -23,7 +23,7 @@ from cascade.replica.options import ReplicaOptions
 from cascade.rules import Lossless
 from cascade.speculation.confidence import TokenConfidence
 from cascade.speculation.draft import DraftToken
-from cascade.speculation.verify import live_length
+from cascade.speculation.verify import live_length, rows_needed
 from cascade.types import DraftStats, Origin, SessionId, Verdict
 
 if TYPE_CHECKING:
@@ -230,7 +230,12 @@ class SimDrafter(_SimReplica, Drafter):
 
 class SimExpert(_SimReplica, Expert):
     def verify_blocks(self, logits: Sequence[Any], tasks: Sequence[VerifyTask]) -> list[Verdict]:
-        return [_verdict(checksums, task) for checksums, task in zip(logits, tasks, strict=True)]
+        rows = chain.from_iterable(logits)
+        counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
+        return [
+            _verdict([*islice(rows, count)], task)
+            for count, task in zip(counts, tasks, strict=True)
+        ]
 
 
 def _draft(checksum: int) -> DraftToken:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cascade.protocol.server import TierServer  # noqa: TC001 - a field of a dataclass
+from cascade.protocol.services import LEASE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -46,9 +47,9 @@ class Network:
         self.conditions = conditions
         self.hosts: dict[str, Host] = {}
 
-    def dial(self, address: str, kind: TierKind) -> SimCall:
+    def dial(self, address: str, kind: TierKind, lease: str) -> SimCall:
         """Begin a call; a host that is down refuses it a moment later."""
-        call = SimCall(self, self.hosts[address], kind)
+        call = SimCall(self, self.hosts[address], kind, lease)
         if call.host.up:
             call.host.calls.append(call)
             call.serve()
@@ -108,8 +109,9 @@ class _Direction:
 class SimCall:
     """One call: the client's end, with the server's as a task."""
 
-    def __init__(self, network: Network, host: Host, kind: TierKind) -> None:
+    def __init__(self, network: Network, host: Host, kind: TierKind, lease: str) -> None:
         self.host = host
+        self._lease = lease
         self._kind = kind
         self._up = _Direction(network, host)
         self._down = _Direction(network, host)
@@ -140,7 +142,7 @@ class SimCall:
         loop.call_at(at_s, self._up.frames.put_nowait, None)
 
     async def _serve(self) -> None:
-        context: Any = _Context(self._down)
+        context: Any = _Context(self._down, self._lease)
         with suppress(_AbortedError):
             await self.host.server._stream(self._requests(), context)  # pyright: ignore[reportPrivateUsage] - what grpc is given
         if self in self.host.calls:
@@ -159,8 +161,12 @@ class _AbortedError(Exception):
 class _Context:
     """The servicer context of a call."""
 
-    def __init__(self, down: _Direction) -> None:
+    def __init__(self, down: _Direction, lease: str) -> None:
         self._down = down
+        self._lease = lease
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((LEASE_KEY, self._lease),)
 
     async def write(self, frame: bytes) -> None:
         self._down.send(frame)

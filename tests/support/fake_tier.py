@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cascade.errors import CascadeError
+    from cascade.protocol.client import Lease
     from cascade.router.tier_session import MessageFactory
 
 
@@ -109,9 +110,9 @@ class FakeClients:
     connected: list[object] = field(default_factory=list[object])
     silent: bool = False  # no stream hears anything
 
-    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> FakeStream:
+    def open_stream(self, lease: Lease, session_id: SessionId, epoch: int) -> FakeStream:
         del session_id
-        stream = FakeStream(reply=self.reply, address=address, epoch=epoch)
+        stream = FakeStream(reply=self.reply, address=lease.address, epoch=epoch)
         stream.replica_silent = self.silent
         self.streams.append(stream)
         return self.streams[-1]

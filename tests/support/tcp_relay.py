@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server, to cut its connections or stop forwarding."""
+"""A TCP relay in front of a server, to cut its connections, stop forwarding or read along."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class TcpRelay:
         self.target = host, port
         self.address = ""
         self.silent = False
+        self.seen = bytearray()  # all that was forwarded, in both directions
         self._writers: list[asyncio.StreamWriter] = []
         self._listener: asyncio.Server | None = None
 
@@ -39,6 +40,7 @@ class TcpRelay:
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(65536):
+                self.seen += data
                 if not self.silent:
                     writer.write(data)
                     await writer.drain()

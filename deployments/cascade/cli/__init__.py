@@ -1,4 +1,4 @@
-"""The commands `cascade ask`, `bench`, `doctor`, `evaluate`, `plan`, `tier`, `router`, `tune`."""
+"""The `cascade` command line, one module for each command."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from cascade.protocol.tls import TlsFiles
     from cascade.replica.replica import Replica
     from cascade.settings import Application
 
@@ -94,26 +95,43 @@ def tier(  # noqa: PLR0913 - one parameter an option
     # Importing the settings imports torch, which reads these variables.
     os.environ.update(threads.environment())
     try:
-        settings = getattr(read_settings(config), name.value)
+        application = read_settings(config)
+        settings = getattr(application, name.value)
         if model is not None:
             settings = settings.model_copy(update={"model": model})
-        options = settings.options()
-        asyncio.run(_serve(name, options, address=address, token=token, metrics_port=metrics_port))
+        serving = _serve(
+            name,
+            settings.options(),
+            tls=application.tls_files,
+            address=address,
+            token=token,
+            metrics_port=metrics_port,
+        )
+        asyncio.run(serving)
     except StartupError as error:
         raise failed(error) from error
 
 
-async def _serve(
-    name: TierName, options: Any, *, address: str, token: str, metrics_port: int
+async def _serve(  # noqa: PLR0913 - the command's options
+    name: TierName,
+    options: Any,
+    *,
+    tls: TlsFiles | None,
+    address: str,
+    token: str,
+    metrics_port: int,
 ) -> None:
     # Imported late: torch reads the environment when it is imported.
     from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - as above
     from cascade.expert.expert import Expert  # noqa: PLC0415 - as above
     from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
+    from cascade.protocol.tls import credentials_of  # noqa: PLC0415 - as above
 
     to_stderr()
     kind = Drafter if name is TierName.DRAFTER else Expert
-    replica: Replica[Any] = await kind.start(options, address=address, token=token)
+    replica: Replica[Any] = await kind.start(
+        options, address=address, token=token, credentials=credentials_of(tls)
+    )
     typer.echo(f"{name.value} serves {options.model} on {replica.address}")
     reports = asyncio.create_task(_report(replica, metrics_port)) if metrics_port else None
     stopped = asyncio.Event()
@@ -165,16 +183,21 @@ def _http_app(
     from cascade.observability.request_log import to_stderr  # noqa: PLC0415 - as above
     from cascade.protocol import services  # noqa: PLC0415 - as above
     from cascade.protocol.client import ReplicaClients  # noqa: PLC0415 - as above
+    from cascade.protocol.tls import credentials_of  # noqa: PLC0415 - as above
     from cascade.router.leases import FixedLeases  # noqa: PLC0415 - as above
     from cascade.router.tier_session import TierClient  # noqa: PLC0415 - as above
 
     pair, metrics = settings.pair(), PrometheusMetrics(ROUTER)
+    credentials = credentials_of(settings.tls_files)
     to_stderr()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         drafter, expert = (
-            TierClient(leases=FixedLeases(addresses, token=token), clients=ReplicaClients(kind))
+            TierClient(
+                leases=FixedLeases(addresses, token=token),
+                clients=ReplicaClients(kind, credentials=credentials),
+            )
             for addresses, kind in ((drafters, services.DRAFTER), (experts, services.EXPERT))
         )
         loop = settings.router.loop(drafters=drafter, experts=expert)

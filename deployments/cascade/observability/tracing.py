@@ -134,6 +134,10 @@ class TracedTier:
         """Return what is served."""
         return self._tier.describe()
 
+    def authenticate(self, lease: str) -> None:
+        """Raise Unauthenticated unless a token is that of a lease."""
+        self._tier.authenticate(lease)
+
     @property
     def alive(self) -> bool:
         """Whether the tier works."""

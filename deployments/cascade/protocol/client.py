@@ -9,6 +9,7 @@ forward passes take; a stream without frames for longer counts as broken.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVarTuple, Unpack
 
 import grpc
@@ -19,6 +20,7 @@ from cascade.protocol.codec import decode_server_message, encode_frame, parse_fr
 from cascade.protocol.messages import Close
 from cascade.protocol.services import (
     HEARTBEAT_S,
+    LEASE_KEY,
     PROTOCOL_VERSION,
     STREAM_OPTIONS,
     Description,
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cascade.protocol.codec import ClientMessage, ServerMessage
+    from cascade.protocol.tls import Credentials
     from cascade.types import SessionId
 
-    Dial: TypeAlias = Callable[[str, TierKind], "StreamCall"]
+    Dial: TypeAlias = Callable[[str, TierKind, str], "StreamCall"]
 
 # After these the replica counts as lost. Counted, not timed: our own event loop may be late.
 MISSED_HEARTBEATS_LIMIT = 3
@@ -52,6 +55,13 @@ _OPTIONS = (
     # A new stream gets a new connection, without the back-off of the one before.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+class Lease(Protocol):
+    """The right to open one session on one replica."""
+
+    address: str
+    token: str
 
 
 class SharedStream(Protocol):
@@ -154,10 +164,25 @@ class StreamCall(Protocol):
 class GrpcCall:
     """A gRPC call on a connection of its own; its methods raise `grpc.aio.AioRpcError`."""
 
-    def __init__(self, address: str, kind: TierKind) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        kind: TierKind,
+        lease: str,
+        *,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """Start the call.
+
+        Args:
+            address: `host:port` of the replica.
+            kind: The tier it belongs to.
+            lease: Token of a lease on it, without which it reads nothing.
+            credentials: Of TLS; None: without.
+        """
+        self._channel = _channel(address, kind, credentials)
         method = self._channel.stream_stream(kind.path(kind.stream_method))
-        self._call: grpc.aio.StreamStreamCall[bytes, bytes] = method()
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] = method(metadata=_metadata(lease))
 
     async def write(self, frame: bytes) -> None:
         """Send a frame."""
@@ -175,17 +200,21 @@ class GrpcCall:
 class ReplicaConnection:
     """One stream to a replica, from its first session until it breaks."""
 
-    def __init__(self, address: str, kind: TierKind, delay_s: float, dial: Dial) -> None:
+    def __init__(
+        self, address: str, kind: TierKind, *, lease: str, delay_s: float, dial: Dial
+    ) -> None:
         """Start the stream.
 
         Args:
             address: `host:port` of the replica.
             kind: The tier it belongs to.
+            lease: Token of a lease on it.
             delay_s: Added to every message in each direction.
             dial: Starts the call that carries the frames.
         """
         self.kind = kind
         self.address = address
+        self.lease = lease
         self.failure: str | None = None  # why the stream broke
         self.frames_received = 0
         self._delay_s = delay_s
@@ -193,7 +222,7 @@ class ReplicaConnection:
         self._sessions: dict[SessionId, SessionStream] = {}
         self._write_buffer = WriteBuffer()
         self._silent_ticks = 0
-        self._call = dial(address, kind)
+        self._call = dial(address, kind, lease)
         self._task = asyncio.create_task(self._run())
 
     @property
@@ -305,20 +334,28 @@ class ReplicaClient:
     """Connects to one replica by its own address. Must be used on one event loop."""
 
     def __init__(
-        self, address: str, kind: TierKind, *, delay_s: float = 0.0, dial: Dial = GrpcCall
+        self,
+        address: str,
+        kind: TierKind,
+        *,
+        credentials: Credentials | None = None,
+        delay_s: float = 0.0,
+        dial: Dial | None = None,
     ) -> None:
         """Connect to nothing yet.
 
         Args:
             address: `host:port` of the replica.
             kind: The tier it belongs to.
+            credentials: Of TLS; None: without.
             delay_s: Added to every message in each direction, to emulate a network.
-            dial: Starts the call of a stream.
+            dial: Starts the call of a stream; by default over gRPC.
         """
         self.address = address
         self.kind = kind
         self.delay_s = delay_s
-        self._dial = dial
+        self._credentials = credentials
+        self._dial = dial or partial(GrpcCall, credentials=credentials)
         self.description: Description | None = None  # of the last call of `describe`
         self._connection: ReplicaConnection | None = None
 
@@ -329,23 +366,40 @@ class ReplicaClient:
             return False
         return self._connection is not None and self._connection.alive
 
-    def connect(self) -> ReplicaConnection:
-        """Return the connection, a new one if there is none or it is broken."""
+    def connect(self, lease: str) -> ReplicaConnection:
+        """Return the connection, a new one if there is none or it is broken.
+
+        Args:
+            lease: Token of a lease on the replica, which lets a new connection in.
+        """
         if self._connection is None or self._connection.failure is not None:
-            self._connection = ReplicaConnection(self.address, self.kind, self.delay_s, self._dial)
+            self._connection = ReplicaConnection(
+                self.address, self.kind, lease=lease, delay_s=self.delay_s, dial=self._dial
+            )
         return self._connection
 
-    def open_stream(self, session_id: SessionId, epoch: int) -> SessionStream:
-        """Return a stream for the session; connects if there is no connection or it is broken."""
-        return self.connect().open_session(session_id, epoch)
+    def open_stream(self, session_id: SessionId, epoch: int, *, lease: str) -> SessionStream:
+        """Return a stream for the session; connects if there is no connection or it is broken.
+
+        Args:
+            session_id: The session.
+            epoch: Grows each time the session moves to another replica.
+            lease: The token of its lease.
+        """
+        return self.connect(lease).open_session(session_id, epoch)
 
     async def describe(self, *, timeout_s: float = 2.0) -> Description:
-        """Return what the replica serves; raises DrafterUnavailable or ExpertUnavailable."""
+        """Return what the replica serves, with the lease of the connection to it.
+
+        Raises:
+            Unavailable: It does not answer; DrafterUnavailable or ExpertUnavailable.
+        """
         self.description = None
-        async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
+        lease = "" if self._connection is None else self._connection.lease
+        async with _channel(self.address, self.kind, self._credentials) as channel:
             describe = channel.unary_unary(self.kind.path(self.kind.describe_method))
             try:
-                data = await describe(b"", timeout=timeout_s)
+                data = await describe(b"", timeout=timeout_s, metadata=_metadata(lease))
                 self.description = decode_description(data, self.kind)
             except (grpc.aio.AioRpcError, DecodeError) as error:
                 raise self.kind.unavailable(
@@ -364,16 +418,29 @@ class ReplicaClient:
 class ReplicaClients:
     """The replicas of one tier by address, each with at most one stream."""
 
-    def __init__(self, kind: TierKind, *, delay_s: float = 0.0, dial: Dial = GrpcCall) -> None:
+    def __init__(
+        self,
+        kind: TierKind,
+        *,
+        credentials: Credentials | None = None,
+        delay_s: float = 0.0,
+        dial: Dial | None = None,
+    ) -> None:
+        """Connect to nothing yet; the parameters are those of `ReplicaClient`."""
         self.kind = kind
         self.delay_s = delay_s
+        self._credentials = credentials
         self._dial = dial
         self._clients: dict[str, ReplicaClient] = {}
 
     def __getitem__(self, address: str) -> ReplicaClient:
         if address not in self._clients:
             self._clients[address] = ReplicaClient(
-                address, self.kind, delay_s=self.delay_s, dial=self._dial
+                address,
+                self.kind,
+                credentials=self._credentials,
+                delay_s=self.delay_s,
+                dial=self._dial,
             )
         return self._clients[address]
 
@@ -382,20 +449,31 @@ class ReplicaClients:
         """Return the replicas that are connected now."""
         return [client for client in self._clients.values() if client.connected]
 
-    def open_stream(self, address: str, session_id: SessionId, epoch: int) -> SessionStream:
+    def open_stream(self, lease: Lease, session_id: SessionId, epoch: int) -> SessionStream:
         """Return a stream for a session on one replica.
 
         Args:
-            address: `host:port` of the replica.
+            lease: Its lease there.
             session_id: The session.
             epoch: Grows each time the session moves to another replica.
         """
-        return self[address].open_stream(session_id, epoch)
+        return self[lease.address].open_stream(session_id, epoch, lease=lease.token)
 
     async def close(self) -> None:
         """End all streams."""
         clients, self._clients = self._clients, {}
         await asyncio.gather(*(client.close() for client in clients.values()))
+
+
+def _channel(address: str, kind: TierKind, credentials: Credentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    options = (*_OPTIONS, *credentials.channel_options(kind.name))
+    return grpc.aio.secure_channel(address, credentials.channel(), options=options)
+
+
+def _metadata(lease: str) -> tuple[tuple[str, str], ...]:
+    return ((LEASE_KEY, lease),)
 
 
 def _description(error: BaseException) -> str:

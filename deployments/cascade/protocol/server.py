@@ -1,5 +1,6 @@
 """The gRPC server of a replica: reads frames, hands messages to the tier, writes its replies.
 
+A stream opens with the token of a lease in its metadata; without one, nothing of it is read.
 A stream ends for the tier when the client half-closes, cancels or disappears: `grpc.aio` ends the
 request iterator in each case. A frame that cannot be parsed aborts its stream. A message that
 cannot be decoded, or whose session is not open, refuses that session only. A frame without messages
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cascade.errors import CascadeError, Internal, InvalidRequest, Overloaded, StartupError
 from cascade.protocol import grpc_status
@@ -23,6 +24,7 @@ from cascade.protocol.codec import decode_client_message, encode_frame, parse_fr
 from cascade.protocol.messages import Close, Judge, Open, Propose, Refusal, Score
 from cascade.protocol.services import (
     HEARTBEAT_S,
+    LEASE_KEY,
     STREAM_OPTIONS,
     Description,
     TierKind,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from cascade.protocol.codec import ClientMessage, FrameItem, ServerMessage
+    from cascade.protocol.tls import Credentials
     from cascade.types import Block, SessionId
 
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
@@ -67,6 +70,10 @@ class TierServicer(Protocol):
 
     def describe(self) -> Description:
         """Return what is served, and the limits that the server enforces."""
+        ...
+
+    def authenticate(self, lease: str) -> None:
+        """Raise Unauthenticated unless the token is that of a lease on this replica."""
         ...
 
     @property
@@ -139,34 +146,59 @@ class _Health(health.aio.HealthServicer):  # pyright: ignore[reportAttributeAcce
 
 
 class TierServer:
-    """Serves a tier on one address, with `grpc.health.v1` and reflection."""
+    """Serves a tier on one address, with `grpc.health.v1`."""
 
-    def __init__(self, tier: TierServicer, kind: TierKind) -> None:
+    def __init__(
+        self, tier: TierServicer, kind: TierKind, *, credentials: Credentials | None = None
+    ) -> None:
+        """Serve nothing yet.
+
+        Args:
+            tier: What to serve.
+            kind: The service.
+            credentials: Of TLS; None: anybody who reaches the address can read along.
+        """
         self.tier = tier
         self.kind = kind
+        self._credentials = credentials
+        self._admitted: Counter[str] = Counter()  # leases that opened the streams of now
         self._health = _Health(("", kind.service))
         self._server: grpc.aio.Server | None = None
         self._limits: Description | None = None
 
     async def start(self, address: str) -> str:
-        """Serve on `host:port`, where port 0 picks a free one, and return the bound address.
+        """Serve, and return the bound address.
+
+        Args:
+            address: `host:port`, where port 0 picks a free one, or `host:first-last` for the first
+                port of a range that is free.
 
         Raises:
-            StartupError: The address cannot be bound.
+            StartupError: No such address can be bound.
         """
         self._limits = self.tier.describe()
         self._server = server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (self.kind.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise StartupError(f"{address} cannot be bound: {error}; is it in use?") from error
+        host, _, ports = address.rpartition(":")
+        first, _, last = ports.partition("-")
+        port = self._bind(server, host, range(int(first), int(last or first) + 1))
         await server.start()
         await self.set_serving(serving=True)
-        return f"{address.rpartition(':')[0]}:{port}"
+        return f"{host}:{port}"
+
+    def _bind(self, server: grpc.aio.Server, host: str, ports: range) -> int:
+        for port in ports:
+            address = f"{host}:{port}"
+            try:
+                if self._credentials is None:
+                    return server.add_insecure_port(address)
+                return server.add_secure_port(address, self._credentials.server())
+            except RuntimeError as error:
+                if port == ports[-1]:
+                    what = address if len(ports) == 1 else f"{host}:{ports[0]} to {port}"
+                    raise StartupError(f"{what} cannot be bound: {error}; in use?") from error
+        raise StartupError(f"no port from {ports.start} to {ports.stop - 1}")
 
     async def set_serving(self, *, serving: bool) -> None:
         """Report SERVING or NOT_SERVING to health checks; open streams continue either way."""
@@ -194,13 +226,37 @@ class TierServer:
 
     async def _describe(self, request: bytes, context: Context) -> bytes:
         del request
+        await self._authenticate(context)
         try:
             return encode_description(self.tier.describe(), self.kind)
         except Exception as error:  # noqa: BLE001 - `_hidden` logs it
             problem = _hidden(error, self.kind)
             await context.abort(grpc_status.code(problem), problem.message)
 
+    async def _authenticate(self, context: Context) -> str:
+        """Return the lease of a call; ends the call if it has none, before anything is read."""
+        found = dict(context.invocation_metadata() or ()).get(LEASE_KEY, "")
+        lease = found if isinstance(found, str) else ""
+        try:
+            if self._credentials is not None:
+                names = context.auth_context().get("x509_subject_alternative_name", ())
+                self._credentials.check_client(tuple(names))
+            if not self._admitted[lease]:
+                self.tier.authenticate(lease)
+        except CascadeError as error:
+            await context.abort(grpc_status.code(error), grpc_status.message(error))
+        return lease
+
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        lease = await self._authenticate(context)
+        self._admitted[lease] += 1
+        try:
+            await self._serve_stream(requests, context)
+        finally:
+            self._admitted[lease] -= 1
+            self._admitted += Counter[str]()  # without those that are zero
+
+    async def _serve_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         connection = Connection(self.kind)
         reader = asyncio.create_task(self._read_frames(connection, requests))
         writer = asyncio.create_task(_write_frames(connection, context))

@@ -29,6 +29,7 @@ PROTOCOL_VERSION = 2
 FRAME_LIMIT_BYTES = 64 * 2**20
 FRAME_LIMIT_MESSAGES = 4096
 DRAFT_LIMIT = 64  # tokens of a block
+LEASE_KEY = "cascade-lease"  # of the metadata that opens a stream: the token of any lease
 HEARTBEAT_S = 1.0  # at most this long between two frames of a working replica
 
 STREAM_OPTIONS = (

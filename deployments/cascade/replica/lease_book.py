@@ -10,16 +10,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cascade.errors import Unauthenticated
+from cascade.protocol.services import LEASE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from cascade.protocol.services import LeaseTicket
+
+
+REMEMBERED = 64  # leases that ended last
 
 
 @dataclass(slots=True)
@@ -48,9 +53,23 @@ class LeaseBook:
         self._shared_token = shared_token
         self._clock = clock
         self._grants: dict[str, LeaseGrant] = {}
+        # A session may be over before the stream that it opened for others has arrived.
+        self._ended: deque[str] = deque(maxlen=REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._grants)
+
+    def check(self, token: str) -> None:
+        """Check that a stream with this token may open; its lease may have ended a moment ago.
+
+        Raises:
+            Unauthenticated: It is not the token of a lease.
+        """
+        if not (self._is_shared(token) or token in self._grants or token in self._ended):
+            raise Unauthenticated(
+                "the stream carries no valid lease: send the token of one in the metadata"
+                f" `{LEASE_KEY}`"
+            )
 
     def claim(self, token: str) -> None:
         """Accept a session that carries the token.
@@ -58,7 +77,7 @@ class LeaseBook:
         Raises:
             Unauthenticated: No lease has this token.
         """
-        if self._shared_token is not None and secrets.compare_digest(token, self._shared_token):
+        if self._is_shared(token):
             return
         grant = self._grants.get(token)
         if grant is None:
@@ -75,6 +94,11 @@ class LeaseBook:
         """End the lease, if there is one, because its session is over."""
         if grant := self._grants.pop(token, None):
             grant.ended.set()
+            self._ended.append(token)
+
+    def _is_shared(self, token: str) -> bool:
+        shared = self._shared_token
+        return shared is not None and secrets.compare_digest(token.encode(), shared.encode())
 
     async def hold(
         self, address: str, on_end: Callable[[str], None]

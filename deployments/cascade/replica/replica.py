@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cascade.protocol.messages import FromDrafter, FromExpert, ToDrafter, ToExpert
     from cascade.protocol.server import Connection
     from cascade.protocol.services import LeaseTicket, TierKind
+    from cascade.protocol.tls import Credentials
     from cascade.replica.options import ReplicaOptions
 
 Message = TypeVar("Message", Propose, Judge)
@@ -78,6 +79,7 @@ class Replica(ABC, Generic[Message]):
         options: ReplicaOptions,
         *,
         token: str | None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.address = ""
         self.leases = LeaseBook(
@@ -95,20 +97,21 @@ class Replica(ABC, Generic[Message]):
         )
         self._grammars = GrammarCompiler(partial(TokenTexts.of, tokenizer, model.vocabulary))
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self.server = TierServer(TracedTier(self), self.kind)
+        self.server = TierServer(TracedTier(self), self.kind, credentials=credentials)
         self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[tuple[Connection, SessionId], ReplicaSession] = {}
         self._engine_ids = itertools.count()
 
     @classmethod
-    async def start(
+    async def start(  # noqa: PLR0913 - one parameter for each thing that only the caller knows
         cls,
         options: ReplicaOptions,
         *,
         address: str,
         advertised_host: str | None = None,
         token: str | None = None,
+        credentials: Credentials | None = None,
         launch: Launch | None = None,
     ) -> Self:
         """Load the model and serve it.
@@ -118,6 +121,7 @@ class Replica(ABC, Generic[Message]):
             address: `host:port` to bind; port 0 picks a free one.
             advertised_host: Host in the address that leases give; the bound one if absent.
             token: A lease token that is always accepted, for tiers without Ray.
+            credentials: Of TLS; None: without.
             launch: Starts the processes of a sharded model; None for children of this process.
 
         Raises:
@@ -132,7 +136,13 @@ class Replica(ABC, Generic[Message]):
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
             shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
-            replica = cls(replace(model, vocabulary=shared), tokenizer, options, token=token)
+            replica = cls(
+                replace(model, vocabulary=shared),
+                tokenizer,
+                options,
+                token=token,
+                credentials=credentials,
+            )
             replica.engine.start()
             bound = await replica.server.start(address)
         except BaseException:
@@ -182,6 +192,10 @@ class Replica(ABC, Generic[Message]):
     def describe(self) -> Description:
         """Return what is served here."""
         return self._description
+
+    def authenticate(self, lease: str) -> None:
+        """Raise Unauthenticated unless a token is that of a lease here."""
+        self.leases.check(lease)
 
     def lease(self) -> AsyncGenerator[LeaseTicket]:
         """Hold a lease for the caller, until it closes the generator or the session ends."""

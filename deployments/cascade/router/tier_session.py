@@ -131,7 +131,7 @@ class TierClient:
         lease = await self.leases.take(Caller())
         try:
             client = self.clients[lease.address]
-            client.connect()
+            client.connect(lease.token)
             description = await client.describe()
         finally:
             lease.close()
@@ -391,7 +391,7 @@ class TierSession:
         assert self._lease is not None
         self._epoch += 1
         self._opened_s = now_s()
-        self._stream = self.tier.clients.open_stream(self._lease.address, session_id, self._epoch)
+        self._stream = self.tier.clients.open_stream(self._lease, session_id, self._epoch)
         return self._stream, self._lease.token
 
     async def _unless_silent(self, receiving: Coroutine[Any, Any, T]) -> T:
