@@ -127,6 +127,12 @@ def test_one_family_can_be_drawn_with_another_seed() -> None:
     assert first.digest == load("facts", count=2).digest
 
 
+def test_some_families_are_named_with_commas_and_each_counts_once() -> None:
+    workload = load("reports,facts,reports", count=2)
+    assert workload.families == ("reports", "facts")
+    assert len(workload.items) == 4
+
+
 def test_more_items_than_a_family_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cascade.evaluation.tasks.generate._MAX_REPEATS", 20)
     with pytest.raises(InvalidMeasurement, match="ask for fewer"):

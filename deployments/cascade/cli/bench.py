@@ -68,7 +68,7 @@ def _interrupt(*_: object) -> None:
 @bench.command()
 def run(  # noqa: PLR0913 - one parameter an option
     workload: Annotated[
-        str, typer.Argument(help="A JSONL file, `families`, or the name of one family")
+        str, typer.Argument(help="A JSONL file, `families`, or names of some, with commas")
     ] = "problems",
     *,
     ask: Ask = None,

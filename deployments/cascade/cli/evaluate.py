@@ -33,7 +33,7 @@ _FILE_COLUMNS = 160  # of a table that is written to a file or a pipe
 
 def evaluate(  # noqa: PLR0913 - one parameter an option
     workload: Annotated[
-        str, typer.Argument(help="A JSONL file, `families`, or the name of one family")
+        str, typer.Argument(help="A JSONL file, `families`, or names of some, with commas")
     ],
     *,
     url: Annotated[

@@ -102,7 +102,8 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
     """Return a workload.
 
     Args:
-        name: `families` for all that ship, one family's name, or the path of a JSONL file.
+        name: `families` for all that ship, names of some, separated by commas, or the path of a
+            JSONL file.
         count: Items of each family; 100, or the whole file, if absent.
         seed: Of the draw of held-out items.
 
@@ -110,10 +111,15 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
         InvalidMeasurement: There is no such workload, the file has invalid lines, or a family has
             fewer items.
     """
-    if name == FAMILIES or name in set(TaskFamily):
-        families = tuple(TaskFamily) if name == FAMILIES else (TaskFamily(name),)
+    names = name.split(",")
+    if name == FAMILIES or set(names) <= set(TaskFamily):
+        families = tuple(TaskFamily) if name == FAMILIES else [TaskFamily(one) for one in names]
         size = 100 if count is None else count
-        items = [item for family in families for item in _held_out(family, count=size, seed=seed)]
+        items = [
+            item
+            for family in dict.fromkeys(families)
+            for item in _held_out(family, count=size, seed=seed)
+        ]
         return Workload(name=name, items=tuple(items))
     workload = read(Path(name))
     if count is None:
