@@ -5,7 +5,7 @@ Durations are in seconds, sizes in tokens unless the name says otherwise. Unknow
 
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -176,9 +176,9 @@ class ExpertScaling(Scaling):
 class TierSettings(Settings):
     """A tier: its model, engine and replicas."""
 
-    own: ClassVar[Path]
+    shipped: ClassVar[Mapping[str, Path]]  # by name
 
-    model: str = "demo"  # a Hugging Face hub id, a folder, or `demo`: the pair that ships
+    model: str = "demo"  # a Hugging Face hub id, a folder, or one that ships: `demo`, `demo-t5`
     revision: str | None = None
     trust_remote_code: bool = False
     engine: EngineSettings = Field(default_factory=EngineSettings)
@@ -223,7 +223,7 @@ class TierSettings(Settings):
     @property
     def model_path(self) -> str:
         """Return the hub id or the folder of the model."""
-        return str(self.own) if self.model == "demo" else self.model
+        return str(self.shipped.get(self.model, self.model))
 
     def source(self) -> model_pair.ModelSource:
         """Return where the model comes from."""
@@ -264,14 +264,14 @@ class TierSettings(Settings):
 class Drafter(TierSettings):
     """The drafter tier."""
 
-    own = demo.DRAFTER
+    shipped = demo.DRAFTERS
 
 
 
 class Expert(TierSettings):
     """The expert tier."""
 
-    own = demo.EXPERT
+    shipped = demo.EXPERTS
 
     scaling: ExpertScaling | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - settings are frozen
 
