@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,8 @@ from cascade.types import DecodingParams, TokenConstraints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from cascade.sampling.token_mask import Bits
 
 VOCAB = 40  # more than one word of a bitmask, and no whole number of them
 
@@ -75,17 +78,64 @@ def test_ids_beyond_the_vocabulary_are_ignored() -> None:
     assert allowed(policy, drafted=(1,)) == [{1}, {1}]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_only_the_rows_of_masked_blocks_change(dtype: torch.dtype) -> None:
-    logits_NV = torch.randn(4, VOCAB, dtype=torch.float64).to(dtype)
+def slowly_masked(
+    logits_NV: torch.Tensor, blocks: Sequence[tuple[int, Bits | None]]
+) -> torch.Tensor:
+    """Return what `apply_masks` leaves, token by token."""
+    found_NV = logits_NV.clone()
+    for first, bits_RW in blocks:
+        for row, bits_W in enumerate(() if bits_RW is None else bits_RW, start=first):
+            flags = [bool(int(bits_W[v // 32]) >> v % 32 & 1) for v in range(logits_NV.shape[1])]
+            allowed_V = torch.tensor(flags)
+            found_NV[row, ~allowed_V] = -math.inf
+            if (found_NV[row] == -math.inf).all():
+                found_NV[row, allowed_V] = 0
+    return found_NV
+
+
+@pytest.mark.parametrize("vocabulary", [40, 3193, 64_007])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masks_set_the_logits_of_exactly_the_other_tokens(
+    dtype: torch.dtype, vocabulary: int
+) -> None:
+    """Whatever share of the tokens they allow; rows of several blocks, one without a mask."""
+    rng = np.random.default_rng(0)
+    logits_NV = torch.from_numpy(rng.normal(size=(9, vocabulary))).to(dtype)
+    logits_NV[:, torch.from_numpy(rng.random(vocabulary)) < 0.1] = -math.inf
+    words = -(-vocabulary // 32)
+    blocks = list[tuple[int, "Bits | None"]]([(3, None)])
+    for first, shares in (0, (0.01, 0.5, 0.99)), (5, (0.9, 0.1, 1.0, 0.3)):
+        flags = [rng.random(32 * words) < share for share in shares]
+        octets = np.packbits(flags, axis=1, bitorder="little")
+        blocks.append((first, octets.view("<u4").astype(np.uint32)))
+    wanted_NV = slowly_masked(logits_NV, blocks)
+    masked_NV = logits_NV.clone()
+    apply_masks(masked_NV, blocks)
+    assert torch.equal(masked_NV, wanted_NV)
+    assert torch.equal(masked_NV[[3, 4]], logits_NV[[3, 4]])
+
+
+def test_tokens_that_may_follow_are_equally_likely_where_all_are_impossible() -> None:
+    logits_NV = torch.full((2, VOCAB), -math.inf)
+    logits_NV[:, 7] = 1.0
+    blocks = [(0, bits_of(3, 39)), (1, bits_of(3, 7, 39))]
+    wanted_NV = slowly_masked(logits_NV, blocks)
+    apply_masks(logits_NV, blocks)
+    assert torch.equal(logits_NV, wanted_NV)
+    assert logits_NV[0].softmax(0)[[3, 39]].tolist() == [0.5, 0.5]
+    assert logits_NV[1].softmax(0)[7] == 1
+
+
+def bits_of(*ids: int) -> Bits:
+    bits_RW = allowed_bits(
+        constraint_masks(policy_of(allowed_ids=ids), VOCAB), (), stop_ids=(), vocabulary=VOCAB
+    )
+    assert bits_RW is not None
+    return bits_RW
+
+
+def test_without_a_mask_logits_stay_as_they_are() -> None:
+    logits_NV = torch.randn(2, VOCAB)
     before_NV = logits_NV.clone()
-    policy = policy_of(allowed_ids=(0, 39))
-    masks = constraint_masks(policy, VOCAB)
-    bits_RW = allowed_bits(masks, (), (0,), stop_ids=(), vocabulary=VOCAB)
-    masked_NV = apply_masks(logits_NV, [(0, None), (1, bits_RW), (3, None)])
+    apply_masks(logits_NV, [(0, None), (1, None)])
     assert torch.equal(logits_NV, before_NV)
-    assert torch.equal(masked_NV[[0, 3]], logits_NV[[0, 3]])
-    assert torch.equal(masked_NV[1:3, [0, 39]], logits_NV[1:3, [0, 39]])
-    assert (masked_NV[1:3, 1:39] == -math.inf).all()
-    assert apply_masks(logits_NV, [(0, None)]) is logits_NV
-    assert torch.equal(apply_masks(logits_NV[1:3], [(0, bits_RW)]), masked_NV[1:3])

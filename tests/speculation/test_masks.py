@@ -127,7 +127,7 @@ class Masked:
         task = DraftTask(
             policy=self.policy, position=len(text), block_start=start, answer=text, masks=masks
         )
-        return draft_step(PAIR.drafter((0, *text))[None], [task])[0]
+        return draft_step(PAIR.drafter((0, *text))[None].clone(), [task])[0]
 
     def drafted_from(self, text: Text, draft: DraftToken) -> list[float]:
         """Return what the drafter samples from: what it sends, or would send."""
@@ -179,9 +179,10 @@ class Masked:
                     descend((*more, v), [*drafts, one], chance * x)
 
         descend((), [], 1.0)
-        masked_NV, judged = mask_blocks(torch.cat(logits), tasks)
+        logits_NV = torch.cat(logits)
+        _, judged = mask_blocks(logits_NV, tasks)
         assert [task.block for task in judged] == [task.block for task in tasks]
-        return round_probs(build_batch(masked_NV, judged), chances)
+        return round_probs(build_batch(logits_NV, judged), chances)
 
     def answers(self) -> Floats:
         """Return the distribution of answers, round after round."""

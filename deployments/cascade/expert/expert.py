@@ -143,8 +143,9 @@ class Expert(Replica[Judge]):
     def verify_blocks(
         self, logits: Sequence[Tensor], tasks: Sequence[VerifyTask]
     ) -> Sequence[Verdict]:
-        """Return the verdict on the block of each task, from its logits [N, V]."""
-        return verify(torch.cat(list(logits)), tasks)
+        """Return the verdict on the block of each task; all their logits, in order, are [N, V]."""
+        # The logits of a large vocabulary are not copied without need.
+        return verify(logits[0] if len(logits) == 1 else torch.cat(list(logits)), tasks)
 
     def finish(
         self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
@@ -164,7 +165,10 @@ class Expert(Replica[Judge]):
                         self._loop.call_soon_threadsafe(self._end_scoring, scoring, scoring.scores)
                 case session:
                     results.append(Result(session=session))
-        requests = self._verify(blocks, results) if blocks else []
+        parts = [own_NV for _, own_NV in blocks]
+        if sum(map(len, parts)) == len(logits_NV):
+            parts = [logits_NV]
+        requests = self._verify([block for block, _ in blocks], parts, results) if blocks else []
         self.publish(results)
         return requests
 
@@ -179,14 +183,12 @@ class Expert(Replica[Judge]):
             super().fail(request, error)
 
     def _verify(
-        self, blocks: list[tuple[_Verification, Tensor]], results: list[Result]
+        self, blocks: list[_Verification], logits: Sequence[Tensor], results: list[Result]
     ) -> list[ForwardRequest]:
         requests: list[ForwardRequest] = []
-        verdicts = self.verify_blocks(
-            [logits for _, logits in blocks], [block.task for block, _ in blocks]
-        )
+        verdicts = self.verify_blocks(logits, [block.task for block in blocks])
         now_s = self.clock()
-        for (block, _), verdict in zip(blocks, verdicts, strict=True):
+        for block, verdict in zip(blocks, verdicts, strict=True):
             judgement = self._judgement(block, verdict, now_s=now_s)
             request = block.commit(verdict)
             if request is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade.sampling.phases import ThinkingBudget
+from cascade.sampling.tensor_ops import row_chunks, upload
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -160,42 +162,55 @@ def allows(bits_RW: Bits, tokens: Sequence[int]) -> list[bool]:
     ]
 
 
-def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) -> Tensor:
-    """Return the logits, -inf where a token may not follow; the same tensor if all may.
+def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) -> None:
+    """Set logits to -inf where a token may not follow, in place.
 
     Where a model gives probability 0 to all tokens that may follow, they are equally likely.
 
     Args:
-        logits_NV: Raw logits, any float type.
+        logits_NV: Raw logits, any float type, none +inf or NaN.
         masked: The first row of each block, and which tokens may follow at its rows.
     """
     found = [(first, bits_RW) for first, bits_RW in masked if bits_RW is not None]
     if not found:
-        return logits_NV
+        return
+    if logits_NV.device.type == "cpu":
+        for first, bits_RW in found:
+            rows_RV = logits_NV[first : first + len(bits_RW)]
+            for rows in row_chunks(rows_RV):
+                _mask_rows(rows_RV[rows], bits_RW[rows])
+        return
     rows_E = [first + i for first, bits_RW in found for i in range(len(bits_RW))]
-    allowed_EV = _unpacked(np.concatenate([bits_RW for _, bits_RW in found]), logits_NV)
-    lowest = torch.finfo(logits_NV.dtype).min
-    if len(rows_E) == len(logits_NV):
-        return torch.where(allowed_EV, logits_NV.clamp(min=lowest), -math.inf)
-    index_E = torch.tensor(rows_E, device=logits_NV.device)
-    some_EV = torch.where(allowed_EV, logits_NV[index_E].clamp_(min=lowest), -math.inf)
-    return logits_NV.index_copy(0, index_E, some_EV)
+    index_E = upload(rows_E, logits_NV.device)
+    some_EV = logits_NV[index_E]
+    _mask_rows(some_EV, np.concatenate([bits_RW for _, bits_RW in found]))
+    logits_NV.index_copy_(0, index_E, some_EV)
 
 
-def _unpacked(bits_EW: Bits, like_NV: Tensor) -> Tensor:
-    """Return bitmasks as bool, [E, V], on the device of the logits."""
-    vocabulary = like_NV.shape[1]
-    if like_NV.device.type == "cpu":
-        octets = bits_EW.astype("<u4", copy=False).view(np.uint8)
-        flags = np.unpackbits(octets, axis=1, count=vocabulary, bitorder="little")
-        return torch.from_numpy(flags.view(np.bool_))
-    words_EW1 = torch.from_numpy(bits_EW.view(np.int32)).to(like_NV.device)[:, :, None]
-    shifts = torch.arange(_WORD, dtype=torch.int32, device=like_NV.device)
-    return ((words_EW1 >> shifts) & 1).flatten(1)[:, :vocabulary].bool()
+def _mask_rows(logits_EV: Tensor, bits_EW: Bits) -> None:
+    """Apply a bitmask to each row, in place."""
+    octets = bits_EW.astype("<u4", copy=False).view(np.uint8)
+    index = upload(torch.from_numpy(octets).flatten(), logits_EV.device).int()
+    # Eight logits are looked up at a time: no pass over memory depends on how many tokens may
+    # follow, as a loop over either kind would.
+    table_O8 = _octet_logits(logits_EV.dtype).to(logits_EV.device)
+    mask_EV = table_O8.index_select(0, index).view(len(octets), -1)[:, : logits_EV.shape[1]]
+    logits_EV.add_(mask_EV)
+    dead_E1 = logits_EV.amax(dim=1, keepdim=True) == -math.inf
+    if logits_EV.device.type != "cpu" or dead_E1.any():
+        logits_EV.copy_(torch.where(dead_E1, mask_EV, logits_EV))
 
 
+@lru_cache
+def _octet_logits(dtype: torch.dtype) -> Tensor:
+    """Return what each octet of a bitmask adds to eight logits, [256, 8]: 0 or -inf."""
+    flags = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.where(torch.from_numpy(flags).bool(), 0.0, -math.inf).to(dtype)
+
+
+@lru_cache
 def _every_bit(vocabulary: int) -> Bits:
-    """Return a bitmask with all tokens of the vocabulary."""
+    """Return a bitmask with all tokens of the vocabulary, not to be changed."""
     bits_W = np.full(-(-vocabulary // _WORD), 2**_WORD - 1, np.uint32)
     if vocabulary % _WORD:
         bits_W[-1] = (1 << vocabulary % _WORD) - 1

@@ -98,18 +98,20 @@ def draft_step(
     """Return a drafted token for each row of logits.
 
     Args:
-        logits_BV: The drafter's raw logits, any float type, any device.
+        logits_BV: The drafter's raw logits, any float type, any device. Masks are applied in place.
         tasks: One task a row.
         vocab_limit: Token ids from here on are padding of the vocabulary and impossible.
     """
     assert len(tasks) == logits_BV.shape[0], "one task a row"
-    raw_BV = logits_BV[:, :vocab_limit]
-    bits = [_allowed_bits(task, raw_BV.shape[1]) for task in tasks]
-    logits_BV = apply_masks(raw_BV, enumerate(bits))
+    logits_BV = logits_BV[:, :vocab_limit]
+    bits = [_allowed_bits(task, logits_BV.shape[1]) for task in tasks]
+    reports = any(task.masks and task.policy.logprobs is not None for task in tasks)
+    raw_BV = logits_BV.clone() if reports else None
+    apply_masks(logits_BV, enumerate(bits))
     drafts: dict[int, DraftToken] = {}
     for members in _groups(tasks):
         rows = slice(None) if len(members) == len(tasks) else members
-        raw = None if logits_BV is raw_BV else raw_BV[rows]
+        raw = None if raw_BV is None else raw_BV[rows]
         found = _draft(logits_BV[rows], [tasks[i] for i in members], raw_BV=raw)
         drafts.update(zip(members, found, strict=True))
     for i, bits_1W in enumerate(bits):
@@ -223,7 +225,7 @@ def _draft(
     Args:
         logits_BV: Logits with the masks of the tasks.
         tasks: One task a row.
-        raw_BV: Without the masks, for log-probabilities; None if there are no masks.
+        raw_BV: Without the masks, if log-probabilities are wanted and there are masks.
     """
     spec, count = payload_spec(tasks[0].policy), len(tasks)
     samplings = [task.policy.sampling for task in tasks]

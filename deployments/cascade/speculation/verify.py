@@ -43,15 +43,15 @@ def verify(
 
     Args:
         logits_NV: The expert's raw logits, any float type, any device; the rows of the first task,
-            then those of the second, and so on.
+            then those of the second, and so on. Masks are applied in place.
         tasks: Blocks with their parameters, `rows_needed` rows each.
         vocab_limit: Token ids from here on are padding of the vocabulary and impossible.
     """
     counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     assert sum(counts) == logits_NV.shape[0], "each task has `rows_needed` rows of logits"
-    raw_NV = logits_NV[:, :vocab_limit]
+    logits_NV = logits_NV[:, :vocab_limit]
     firsts = [0, *accumulate(counts)]
-    logits_NV, tasks = mask_blocks(raw_NV, tasks)
+    raw_NV, tasks = mask_blocks(logits_NV, tasks)
     counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
@@ -59,8 +59,8 @@ def verify(
     verdicts: dict[int, Verdict] = {}
     for members in groups.values():
         rows = [firsts[i] + j for i in members for j in range(counts[i])]
-        chosen = slice(None) if len(rows) == len(raw_NV) else rows
-        raw = None if logits_NV is raw_NV else raw_NV[chosen]
+        chosen = slice(None) if len(rows) == len(logits_NV) else rows
+        raw = None if raw_NV is None else raw_NV[chosen]
         batch = build_batch(logits_NV[chosen], [tasks[i] for i in members], raw_NV=raw)
         verdicts.update(zip(members, _with_logprobs(batch, _judge(batch)), strict=True))
     return [_with_forced(verdicts[i], task) for i, task in enumerate(tasks)]

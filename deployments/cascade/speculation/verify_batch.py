@@ -98,7 +98,7 @@ class VerifyBatch:
 
     tasks: Sequence[VerifyTask]
     logits_NV: Tensor
-    raw_NV: Tensor | None  # without masks; None if there are none
+    raw_NV: Tensor | None  # without masks, if log-probabilities are wanted and there are masks
     lengths: list[int]  # drafted tokens of each task, up to a stop token
     has_bonus: list[bool]  # whether a token follows if all are accepted
     row_offsets: list[int]  # rows i to i + 1 are a task's rows of logits
@@ -227,8 +227,10 @@ def _contexts(task: VerifyTask, count: int) -> list[Context]:
     ]
 
 
-def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor, list[VerifyTask]]:
-    """Return the logits with the masks of the tasks, and the tasks as they are judged.
+def mask_blocks(
+    logits_NV: Tensor, tasks: Sequence[VerifyTask]
+) -> tuple[Tensor | None, list[VerifyTask]]:
+    """Apply the masks of the tasks to their logits, in place.
 
     A block ends before a token that its masks forbid. Drafters draw none; a prediction of the
     client may hold one, which a rule that keeps drafts would keep. The lossless rule rejects it.
@@ -236,6 +238,10 @@ def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor,
     Args:
         logits_NV: Raw logits, `rows_needed` rows for each task.
         tasks: The tasks in the order of their rows.
+
+    Returns:
+        A copy of the raw logits, if masked tasks report log-probabilities, and the tasks as they
+        are judged.
     """
     first, bits, judged = 0, list[tuple[int, Bits | None]](), list[VerifyTask]()
     for task in tasks:
@@ -257,7 +263,10 @@ def mask_blocks(logits_NV: Tensor, tasks: Sequence[VerifyTask]) -> tuple[Tensor,
             if not all(allowed):
                 task = replace(task, block=task.block.prefix(allowed.index(False)))  # noqa: PLW2901 - as above
         judged.append(task)
-    return apply_masks(logits_NV, bits), judged
+    reports = any(task.masks and task.policy.logprobs is not None for task in tasks)
+    raw_NV = logits_NV.clone() if reports else None
+    apply_masks(logits_NV, bits)
+    return raw_NV, judged
 
 
 def build_batch(
@@ -268,7 +277,7 @@ def build_batch(
     Args:
         logits_NV: Logits with the masks of the tasks.
         tasks: The tasks.
-        raw_NV: Without the masks, for log-probabilities; None if there are none.
+        raw_NV: Without the masks, if log-probabilities are wanted and there are masks.
     """
     lengths = [live_length(t.policy, t.block.tokens) for t in tasks]
     counts = [rows_needed(t.policy, t.block.tokens) for t in tasks]
