@@ -7,6 +7,7 @@
     ├── Unauthenticated           401  UNAUTHENTICATED
     ├── ModelNotFound             404  NOT_FOUND
     ├── Overloaded                429  RESOURCE_EXHAUSTED   (retry)
+    │   └── QuotaExceeded         429  RESOURCE_EXHAUSTED   (retry)
     ├── DeadlineExceeded          504  DEADLINE_EXCEEDED
     ├── Unavailable               503  UNAVAILABLE          (retry)
     │   ├── DrafterUnavailable
@@ -86,6 +87,12 @@ class Overloaded(CascadeError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """The caller has used what its key may use, for now."""
+
+    code = "rate_limit_exceeded"
 
 
 class DeadlineExceeded(CascadeError):

@@ -28,6 +28,7 @@ from cascade.api import context
 from cascade.api.body import in_plain_words
 from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
+from cascade.api.keys import Keys
 from cascade.engine import model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings
 from cascade.errors import StartupError
@@ -331,7 +332,7 @@ class Application(Settings):
     tls: Tls | None = None  # None: as Ray's own (RAY_USE_TLS), which is off by default
     log_answers: bool = True  # one line per answer in the router's log
     api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`
-    api_keys_file: str | None = None  # on the node of each router: keys, one a line
+    api_keys_file: str | None = None  # on the node of each router: `api.keys` has its format
     api_key_variable: str = "CASCADE_API_KEYS"  # of the environment: more keys, separated by commas
 
     @model_validator(mode="after")
@@ -433,25 +434,17 @@ class Application(Settings):
             warnings=warnings,
             cors=self.cors,
             metrics=metrics,
-            api_keys=self._read_api_keys(),
+            keys=self._keys(),
         )
 
-    def _read_api_keys(self) -> frozenset[str]:
-        """Return the keys of the environment and of the file.
+    def _keys(self) -> Keys | None:
+        """Return the keys of the environment and of the file; None: anyone may call.
 
         Raises:
             StartupError: A source that the settings name has no key: all callers would be let in.
         """
         variable, path = self.api_key_variable, self.api_keys_file
-        keys = _KEY.findall(os.environ.get(variable, ""))
-        if not keys and variable != Application.model_fields["api_key_variable"].default:
+        plain = _KEY.findall(os.environ.get(variable, ""))
+        if not plain and variable != Application.model_fields["api_key_variable"].default:
             raise StartupError(f"`api_key_variable` is {variable}, which has no keys here")
-        if path is not None:
-            try:
-                more = _KEY.findall(Path(path).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise StartupError(f"`api_keys_file` cannot be read: {error}") from error
-            if not more:
-                raise StartupError(f"`api_keys_file` is {path}, which has no keys")
-            keys += more
-        return frozenset(keys)
+        return Keys(plain, path=path) if plain or path is not None else None

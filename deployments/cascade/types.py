@@ -354,8 +354,10 @@ class SequenceCascadeParams:
 class Caller:
     """Who sent a request. Requests that wait are served by turns: callers, then connections."""
 
-    name: str = ""  # stands for the API key, or is the host of the peer
+    name: str = ""  # of the API key, or the host of the peer
     connection: str = ""  # host and port of the peer
+    weight: int = 1  # its turns for one of another caller
+    has_key: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

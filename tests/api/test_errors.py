@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 from cascade import errors
 from cascade.api.http import create_app
+from cascade.api.keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -68,6 +69,13 @@ CASES = [
         "model_not_found",
     ),
     Case(errors.Overloaded("x"), openai.RateLimitError, 429, "rate_limit_error", "overloaded"),
+    Case(
+        errors.QuotaExceeded("x"),
+        openai.RateLimitError,
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+    ),
     Case(
         errors.DeadlineExceeded("x"),
         openai.InternalServerError,
@@ -233,7 +241,7 @@ async def test_no_header_is_a_500(http: httpx2.AsyncClient, header: str, value: 
 
 
 async def test_a_key_may_have_any_characters(raw: Callable[..., httpx2.AsyncClient]) -> None:
-    http = raw(api_keys=frozenset({"schlüssel"}))
+    http = raw(keys=Keys(["schlüssel"]))
     for key, status in (("schlüssel", 200), ("schlussel", 401)):
         headers = [(b"authorization", f"Bearer {key}".encode())]
         assert (await http.get("/v1/models", headers=headers)).status_code == status

@@ -12,6 +12,7 @@ from tests.support.toy_tokenizers import byte_level, wrap
 
 from cascade.api import build_request, grpc_convert
 from cascade.api.context import Cors, Limits
+from cascade.api.keys import Keys
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import InvalidRequest
 from cascade.observability.metric_specs import ROUTER
@@ -296,7 +297,7 @@ async def test_metrics_need_a_key_like_everything_else(
     raw: Callable[..., httpx2.AsyncClient],
 ) -> None:
     metrics = PrometheusMetrics(ROUTER)
-    http = raw(metrics=metrics.text, api_keys=frozenset({"key"}))
+    http = raw(metrics=metrics.text, keys=Keys(["key"]))
     found = await http.get("/metrics", headers={"authorization": "Bearer key"})
     assert found.headers["content-type"].startswith("text/plain")
     assert "# TYPE cascade_answers_total counter" in found.text
@@ -311,7 +312,7 @@ async def test_pages_may_call_only_where_the_server_says_so(
     origin = "https://chat.example.com"
     asks = {"origin": origin, "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in (await raw().get("/livez", headers=asks)).headers
-    http = raw(cors=Cors(allow_origins=(origin,)), api_keys=frozenset({"key"}))
+    http = raw(cors=Cors(allow_origins=(origin,)), keys=Keys(["key"]))
     preflight = await http.options("/v1/chat/completions", headers=asks)
     assert preflight.status_code == 200
     refused = await http.post("/v1/chat/completions", json={}, headers={"origin": origin})

@@ -17,6 +17,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from tests.support.rpc_errors import error_info, status_of
 
 from cascade.api.grpc import GenerationServicer
+from cascade.api.keys import Keys
 from cascade.api.schema import ChatBody, CompletionBody, Options
 from cascade.errors import Overloaded
 from cascade.rules import Lossy
@@ -523,7 +524,7 @@ async def test_errors_go_through_the_context_of_ray_serve(service: ServingContex
 
 
 async def test_a_call_needs_an_api_key_if_the_service_has_some(service: ServingContext) -> None:
-    servicer = GenerationServicer(lambda: replace(service, api_keys=frozenset({"secret"})))
+    servicer = GenerationServicer(lambda: replace(service, keys=Keys(["secret"])))
     without, valid = FakeContext(), FakeContext(("authorization", "Bearer secret"))
     await servicer.ListModels(pb.ListModelsRequest(), without)
     response = await servicer.ListModels(pb.ListModelsRequest(), valid)

@@ -11,6 +11,7 @@ import pytest
 from starlette.routing import Route
 
 from cascade.api.http import create_app
+from cascade.api.keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -52,7 +53,7 @@ async def test_every_route_that_answers_get_answers_head(
     routes = [one for one in create_app(service).routes if isinstance(one, Route)]
     gettable = [route.path for route in routes if "GET" in (route.methods or ())]
     assert {"/health", "/livez", "/ping", "/v1/models", "/openapi.json"} <= set(gettable)
-    for changes in ({}, {"api_keys": ("key",)}, {"ready": lambda: False}):
+    for changes in ({}, {"keys": Keys(["key"])}, {"ready": lambda: False}):
         async with httpx2.AsyncClient(base_url=await listen(**changes)) as http:
             for path in gettable:
                 url = path.replace("{name:path}", "org/pair")
@@ -133,7 +134,7 @@ async def test_a_request_needs_an_api_key_if_the_service_has_some(
     connect: Callable[..., AsyncOpenAI],
 ) -> None:
     with pytest.raises(openai.AuthenticationError) as caught:
-        await connect(api_keys=frozenset({"secret"})).models.list()
+        await connect(keys=Keys(["secret"])).models.list()
     assert caught.value.code == "invalid_api_key"
-    listed = await connect(api_keys=frozenset({"other", "any"})).models.list()
+    listed = await connect(keys=Keys(["other", "any"])).models.list()
     assert len(listed.data) == 2

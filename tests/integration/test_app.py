@@ -11,6 +11,7 @@ from tests.conftest import Pair, words
 from tests.support.scripted_generator import ScriptedGenerator
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
+from cascade.api.keys import ApiKey, as_yaml, hash_of
 from cascade.app import build
 from cascade.errors import MismatchedPair, StartupError, UnsupportedModel
 from cascade.local import local_server
@@ -224,38 +225,40 @@ def test_an_api_key_in_the_yaml_is_refused_and_not_repeated(wrong: dict[str, Any
     assert "sk-secret" not in str(refused.value)
 
 
-def api_keys(**settings: Any) -> frozenset[str]:
+def accepted(**settings: Any) -> set[str]:
+    """Return which of a few keys an application with these settings accepts."""
     application = Application.model_validate(settings)
-    return application.serving_context(
-        ScriptedGenerator(script=lambda _: [0]), application.pair()
-    ).api_keys
+    generator = ScriptedGenerator(script=lambda _: [0])
+    keys = application.serving_context(generator, application.pair()).keys
+    return {"everyone"} if keys is None else {key for key in "abcde" if keys.find(key)}
 
 
 def test_api_keys_come_from_the_environment_and_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CASCADE_API_KEYS", raising=False)
-    assert api_keys() == frozenset()
+    assert accepted() == {"everyone"}
     monkeypatch.setenv("CASCADE_API_KEYS", "a, b,")
     file = tmp_path / "keys"
-    file.write_text("c\n\nd\n")
-    assert api_keys() == {"a", "b"}
-    assert api_keys(api_keys_file=str(file)) == {"a", "b", "c", "d"}
+    file.write_text(as_yaml(ApiKey(name="c", sha256=hash_of("c"))))
+    assert accepted() == {"a", "b"}
+    assert accepted(api_keys_file=str(file)) == {"a", "b", "c"}
     monkeypatch.setenv("OTHER", "e")
-    assert api_keys(api_key_variable="OTHER") == {"e"}
+    assert accepted(api_key_variable="OTHER") == {"e"}
 
 
-@pytest.mark.parametrize("text", [None, "", " \n,\n"])
+@pytest.mark.parametrize("text", [None, "", "[]", "sk-secret", "- sk-secret", "{", "- name: a"])
 def test_a_named_source_without_keys_does_not_leave_the_server_open(
     text: str | None, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(StartupError, match="`api_keys_file`"):
-        api_keys(api_keys_file=str(file))
+    with pytest.raises(StartupError, match="`api_keys_file`") as refused:
+        accepted(api_keys_file=str(file))
+    assert "sk-secret" not in str(refused.value)
     with pytest.raises(StartupError, match="`api_key_variable` is UNSET"):
-        api_keys(api_key_variable="UNSET")
+        accepted(api_key_variable="UNSET")
 
 
 def test_a_recurrent_model_is_refused_before_anything_is_deployed(

@@ -11,6 +11,7 @@ import pytest
 
 from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
+from cascade.api.keys import Keys
 from cascade.expert.expert import Expert
 from cascade.local import local_server
 from cascade.protocol import services
@@ -128,7 +129,7 @@ async def test_one_call_does_not_starve_another_caller(
     """The other's one answer comes while the large call still waits for most of its own."""
     service, tier = crowded
     if other == "another key":
-        service = replace(service, api_keys=frozenset({"noisy", "quiet"}))
+        service = replace(service, keys=Keys(["noisy", "quiet"]))
     large = asyncio.create_task(door(service, NOISY, ANSWERS, "noisy"))
     await waiting(tier, ANSWERS - 1)
     await door(service, OTHERS.get(other, NOISY), 1, "quiet")

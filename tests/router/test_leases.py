@@ -152,6 +152,26 @@ async def test_a_caller_with_one_session_waits_for_one_lease() -> None:
     assert tier.held == 0
 
 
+async def test_a_caller_has_as_many_turns_in_a_row_as_its_weight() -> None:
+    tier = Tier(slots=1)
+    queue = LeaseQueue(tier, limit=256)
+    held = await queue.take(Caller(name="first"))
+    order: list[str] = []
+
+    async def wait(who: Caller) -> None:
+        lease = await queue.take(who)
+        order.append(who.name)
+        lease.close()
+
+    callers = [Caller(name="heavy", connection="a", weight=3), Caller(name="light")]
+    waiting = [asyncio.create_task(wait(who)) for who in callers for _ in range(6)]
+    await settle()
+    held.close()
+    await asyncio.gather(*waiting)
+    heavy, light = ["heavy"] * 3, ["light"]
+    assert order == [*heavy, *light, *heavy, *light, *["light"] * 4]
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     slots=st.integers(1, 3),

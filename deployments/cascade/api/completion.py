@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
+    from cascade.api.keys import ApiKey
     from cascade.types import Request, TokenLogprob
 
 K = TypeVar("K")
@@ -202,6 +203,7 @@ class Completions:
         *,
         request_id: str = "",
         caller: Caller | None = None,
+        key: ApiKey | None = None,
     ) -> None:
         """Prepare the completions.
 
@@ -210,8 +212,11 @@ class Completions:
             service: Generates it.
             request_id: Names the call in logs.
             caller: Whose turn the completions take where they wait.
+            key: Of the caller, whose quotas the call takes from.
         """
         self.call = call
+        self._service = service
+        self._key = key
         self.request_id = request_id
         self.all = tuple(
             Completion(
@@ -223,11 +228,24 @@ class Completions:
             for index, request in enumerate(call.requests)
         )
 
-    def stream(
+    async def stream(
         self, *, keep_alive_s: float | None = None
     ) -> AsyncGenerator[tuple[Completion, Delta] | None]:
-        """Yield deltas as they arrive, and None after each `keep_alive_s` seconds without one."""
-        return merge({each: each.stream() for each in self.all}, keep_alive_s=keep_alive_s)
+        """Yield deltas as they arrive, and None after each `keep_alive_s` seconds without one.
+
+        Raises:
+            CascadeError: As the generator does, or the caller's quotas do not allow the call.
+        """
+        longest = max(len(one.prompt) + one.max_tokens for one in self.call.requests)
+        quotas = self._service.quotas
+        with quotas.admit(self._key, answers=len(self.all), context_tokens=longest) as spend:
+            spend(sum(map(len, self.call.prompts)))
+            deltas = merge({each: each.stream() for each in self.all}, keep_alive_s=keep_alive_s)
+            async with aclosing(deltas):
+                async for each in deltas:
+                    if each is not None:
+                        spend(sum(token.origin is not None for token in each[1].tokens))
+                    yield each
 
     async def run(self) -> None:
         """Generate all completions to their end."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Interval, Le
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from cascade.api.keys import Keys, Quotas
 from cascade.errors import StartupError
 from cascade.protocol.services import DRAFT_LIMIT
 from cascade.rules import Lossless, Rule
@@ -168,7 +169,8 @@ class ServingContext:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
     grammars: GrammarChecker | None = None  # None: only the tiers find what is wrong with one
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
-    api_keys: frozenset[str] = frozenset()  # empty: anyone may call
+    keys: Keys | None = None  # None: anyone may call
+    quotas: Quotas = field(default_factory=Quotas)
     cors: Cors = field(default_factory=Cors)
     metrics: Callable[[], Awaitable[bytes]] = no_metrics  # in Prometheus' text format
     keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment

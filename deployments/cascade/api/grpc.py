@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from cascade.api.context import ServingContext
+    from cascade.api.keys import ApiKey
 
 T = TypeVar("T")
 
@@ -197,7 +198,7 @@ class GenerationServicer(
         self, generation: pb.Generation, context: Context, response: _Response
     ) -> Completions:
         """Return the completions of a call, and fill in what every response has."""
-        service = self._service(context)
+        service, key = self._authenticated(context)
         stream = isinstance(response, pb.GenerateStreamResponse)
         call = grpc_convert.call(generation, service, stream=stream)
         await check_grammar(
@@ -205,9 +206,8 @@ class GenerationServicer(
         )
         response.model = call.model
         response.create_time.CopyFrom(grpc_convert.timestamp(service.clock()))
-        key = _metadata(context).get("authorization")
-        who = caller(service, key, context.peer().partition(":")[2])
-        return Completions(call, service, request_id=response.request_id, caller=who)
+        who = caller(key, context.peer().partition(":")[2])
+        return Completions(call, service, request_id=response.request_id, caller=who, key=key)
 
     async def _models(self, context: Context) -> pb.ListModelsResponse:
         service = self._service(context)
@@ -247,11 +247,13 @@ class GenerationServicer(
         return response.SERVING if ready else response.NOT_SERVING
 
     def _service(self, context: Context) -> ServingContext:
+        return self._authenticated(context)[0]
+
+    def _authenticated(self, context: Context) -> tuple[ServingContext, ApiKey | None]:
         service = self._get_service()
         if service is None:
             raise Unavailable("The server is starting")
-        authenticate(service, _metadata(context).get("authorization"))
-        return service
+        return service, authenticate(service, _metadata(context).get("authorization"))
 
 
 async def _guard(context: Context, call: Awaitable[T], failed: T, *, request_id: str = "") -> T:

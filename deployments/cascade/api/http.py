@@ -183,8 +183,9 @@ async def _complete(
     call = await _build(request, body_type, build)
     await check_grammar(call.requests[0], call.grammar_param, service)
     peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
-    caller = middleware.caller(service, request.headers.get("authorization"), peer)
-    completions = Completions(call, service, request_id=request_id, caller=caller)
+    key = request.state.key
+    caller = middleware.caller(key, peer)
+    completions = Completions(call, service, request_id=request_id, caller=caller, key=key)
     response_format = format_type(service, request_id)
     if not call.stream:
         await while_connected(request.receive, completions.run())
@@ -218,7 +219,7 @@ def _service(request: Request) -> ServingContext:
 async def _authenticate(
     request: Request, authorization: Annotated[str | None, Header()] = None
 ) -> None:
-    middleware.authenticate(_service(request), authorization)
+    request.state.key = middleware.authenticate(_service(request), authorization)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

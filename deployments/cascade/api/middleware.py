@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import math
 import secrets
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from cascade.api.context import Cors, ServingContext
+    from cascade.api.keys import ApiKey
 
 logger = logging.getLogger(__name__)
 
@@ -34,35 +33,32 @@ REQUEST_ID = "x-request-id"
 EXPOSED_HEADERS = (REQUEST_ID, "retry-after", "retry-after-ms", "x-should-retry")
 
 
-def authenticate(service: ServingContext, authorization: str | None) -> None:
-    """Check the caller's API key, if the service has any.
+def authenticate(service: ServingContext, authorization: str | None) -> ApiKey | None:
+    """Return the caller's API key, or None if the service has none.
 
     Raises:
         Unauthenticated: The header is absent, of another scheme, or has no known key.
     """
-    if not service.api_keys:
-        return
-    scheme, key = get_authorization_scheme_param(authorization)
-    given = key if scheme.lower() == "bearer" else ""
-    # Compared with every key in full, so that the time taken reveals nothing.
-    sent = given.encode("latin-1", "backslashreplace")  # the bytes of the header
-    known = [hmac.compare_digest(sent, one.encode()) for one in service.api_keys]
-    if not any(known):
+    if service.keys is None:
+        return None
+    scheme, sent = get_authorization_scheme_param(authorization)
+    given = sent if scheme.lower() == "bearer" else ""
+    found = service.keys.find(_text(given))
+    if found is None:
         raise Unauthenticated("No valid API key: send `Authorization: Bearer <key>`")
+    return found
 
 
-def caller(service: ServingContext, authorization: str | None, peer: str) -> Caller:
+def caller(key: ApiKey | None, peer: str) -> Caller:
     """Return who sent an authenticated call, for its share of a queue.
 
     Args:
-        service: Says whether callers have API keys.
-        authorization: The header; without keys anything may stand in it.
+        key: Of the caller, if callers have keys.
         peer: `host:port` of the connection.
     """
-    if not service.api_keys:
+    if key is None:
         return Caller(name=peer.rpartition(":")[0], connection=peer)
-    name = hashlib.sha256((authorization or "").encode()).hexdigest()[:16]
-    return Caller(name=name, connection=peer)
+    return Caller(name=key.name, connection=peer, weight=key.weight, has_key=True)
 
 
 def public_error(error: Exception, request_id: str) -> CascadeError:

@@ -14,6 +14,7 @@ from cascade.cli.bench import bench
 from cascade.cli.certs import certs
 from cascade.cli.doctor import doctor
 from cascade.cli.evaluate import evaluate
+from cascade.cli.key import key
 from cascade.cli.plan import plan
 from cascade.cli.serve import router, tier
 from cascade.cli.tune import tune
@@ -62,6 +63,6 @@ def cascade(
     del version  # its callback has printed it
 
 
-for command in (ask, certs, doctor, evaluate, plan, tier, router, tune):
+for command in (ask, certs, doctor, evaluate, key, plan, tier, router, tune):
     app.command(cls=_Command)(command)
 app.add_typer(bench, name="bench")

@@ -58,6 +58,14 @@ ANSWERS = _counter(
     "gRPC status of the error",
     "mode rule finish",
 )
+CALLER_ANSWERS = _counter(
+    "cascade_caller_answers", "Answers that ended, by the name of the API key", "caller finish"
+)
+CALLER_TOKENS = _counter(
+    "cascade_caller_tokens",
+    "Tokens of callers with API keys; kind is prompt or completion",
+    "caller kind",
+)
 RUNNING = _gauge("cascade_running_answers", "Answers being generated")
 PROMPT_TOKENS = _counter("cascade_prompt_tokens", "Prompt tokens")
 CACHED_PROMPT_TOKENS = _counter(
@@ -127,6 +135,8 @@ VLLM_ACCEPTED_AT = _counter(
 
 ROUTER = (
     ANSWERS,
+    CALLER_ANSWERS,
+    CALLER_TOKENS,
     RUNNING,
     PROMPT_TOKENS,
     CACHED_PROMPT_TOKENS,

@@ -84,6 +84,7 @@ def _fields(record: RequestRecord, *, now_s: float) -> dict[str, Any]:
     first_s = None if record.first_s is None else round(record.first_s - record.began_s, 6)
     return {
         "id": request.name,
+        "caller": request.caller.name,
         "mode": request.mode.value,
         "rule": record.rule,
         "finish": record.finish,

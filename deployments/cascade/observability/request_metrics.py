@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PERIOD_S = 1.0
 MAX_REASONS = 16
+MAX_CALLERS = 128  # with series of their own
 MAX_POSITIONS = 32  # positions in a block with a series of their own
 
 
@@ -34,6 +35,7 @@ class RequestMetrics(Observer):
         self._model = model
         self._clock = clock
         self._reason = BoundedLabel(MAX_REASONS)
+        self._caller = BoundedLabel(MAX_CALLERS)
         self._reports: dict[RequestRecord, _Report] = {}
 
     def begin(self, record: RequestRecord) -> None:
@@ -54,6 +56,11 @@ class RequestMetrics(Observer):
         backend, mode = self._backend, record.request.mode.value
         backend.set(metric_specs.RUNNING, len(self._reports))
         backend.add(metric_specs.ANSWERS, 1, mode, record.rule, record.finish)
+        if (caller := record.request.caller).has_key:
+            name, prompt = self._caller(caller.name), len(record.request.prompt)
+            backend.add(metric_specs.CALLER_ANSWERS, 1, name, record.finish)
+            backend.add(metric_specs.CALLER_TOKENS, prompt, name, "prompt")
+            backend.add(metric_specs.CALLER_TOKENS, record.tokens, name, "completion")
         backend.observe(metric_specs.ANSWER_S, self._clock() - record.began_s, mode)
         if record.first_s is not None:
             backend.observe(metric_specs.FIRST_TOKEN_S, record.first_s - record.began_s, mode)

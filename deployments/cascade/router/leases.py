@@ -112,7 +112,9 @@ class _Waiter:
 
 
 class LeaseQueue:
-    """Lets sessions wait for leases by turns: one per caller, and one per connection of a caller.
+    """Lets sessions wait for leases by turns, of callers and of the connections of a caller.
+
+    A caller has as many turns in a row as its weight says, by default one.
 
     As many leases are asked for as sessions wait; whichever is granted goes to the session whose
     turn it is then, so that a caller with many sessions does not keep the others waiting. If the
@@ -124,6 +126,7 @@ class LeaseQueue:
         self._limit = limit
         self._waiters: dict[_Waiter, None] = {}  # in the order of arrival
         self._turns: dict[str, dict[str, deque[_Waiter]]] = {}  # by caller and connection
+        self._taken: dict[str, int] = {}  # turns in a row, of the callers with some left
         self._asked: dict[asyncio.Future[Lease], int] = {}  # with the number of the last arrival
         self._numbers = itertools.count()
 
@@ -181,8 +184,11 @@ class LeaseQueue:
             name, connections = next(iter(self._turns.items()))
             connection, waiters = next(iter(connections.items()))
             waiter = waiters[0]
-            # The caller goes behind all others, and so does the connection.
-            self._turns[name] = self._turns.pop(name)
+            # The caller goes behind all others after its turns, and so does the connection.
+            self._taken[name] = self._taken.get(name, 0) + 1
+            if self._taken[name] >= waiter.caller.weight:
+                del self._taken[name]
+                self._turns[name] = self._turns.pop(name)
             connections[connection] = connections.pop(connection)
             self._remove(waiter)
             if not waiter.granted.done():  # else it has left
@@ -217,6 +223,7 @@ class LeaseQueue:
             del self._turns[name][connection]
         if not self._turns[name]:
             del self._turns[name]
+            self._taken.pop(name, None)
 
 
 def release_when_granted(call: asyncio.Future[Lease]) -> None:
