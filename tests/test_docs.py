@@ -180,17 +180,12 @@ def test_the_yaml_of_a_page_is_accepted() -> None:
         if "curves" in document:
             assert GridBlock.model_validate(document).settings()
         else:
-            ServeDeploySchema.model_validate(
-                {
-                    "applications": [
-                        {
-                            "import_path": "cascade.app:build",
-                            "deployments": document.pop("deployments", []),
-                        }
-                    ]
-                }
-            )
-            Application.model_validate(document)
+            deployments = document.pop("deployments", [])
+            application = {"import_path": "cascade.app:build", "deployments": deployments}
+            ServeDeploySchema.model_validate({"applications": [application]})
+            settings = Application.model_validate(document)
+            for one in deployments:
+                settings.changed(one.get("user_config", {}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

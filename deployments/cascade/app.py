@@ -7,9 +7,11 @@ Ray (`cascade tier`, `cascade router`, `cascade.local`).
 # No postponed annotations: Serve reads those of `build` at run time and must find a class.
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -25,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
-from cascade.errors import Unavailable
+from cascade.errors import StartupError, Unavailable
 from cascade.observability.metric_specs import ENGINE, ROUTER
 from cascade.observability.metrics import ServeMetrics
 from cascade.observability.request_log import to_serve
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from cascade.engine.tensor_parallel import RankTask
     from cascade.replica.replica import Replica
 
+
+logger = logging.getLogger(__name__)
 
 FULL = BackpressureConfig(status_code=429, retry_after_s=1)  # the response when queues are full
 
@@ -168,6 +172,9 @@ class RouterDeployment:
         self, settings: Application, drafters: DeploymentHandle[Any], experts: DeploymentHandle[Any]
     ) -> None:
         to_serve()
+        self._settings = settings
+        self._app: FastAPI | None = None
+        self._refused = ""  # why the last `user_config` was not taken
         options = settings.router
         pair, credentials = settings.pair(), credentials_of(settings.tls_files)
         self._tiers = [
@@ -190,18 +197,35 @@ class RouterDeployment:
         router = options.loop(drafters=drafter_tier, experts=expert_tier)
         # Serve's own checks do not ask whether a router is ready: one without experts must not die.
         self._watch = asyncio.create_task(router.watch())
+        self._pair = pair
         observed = settings.observe(router, ServeMetrics(ROUTER))
         self._context = settings.serving_context(
             observed,
             pair,
             ready=router.ready,
             tier_context=router.context_tokens,
-            warnings=router.warnings,
+            warnings=lambda: [*router.warnings(), *filter(None, [self._refused])],
             metrics=_node_metrics,
         )
         self._grpc = GenerationServicer(lambda: self._context)
         assert self._context.grammars is not None, "settings make one"
         await self._context.grammars.start()  # before the first request that needs it
+
+    def reconfigure(self, user_config: Any) -> None:
+        """Let `defaults` and `limits` of the `user_config` apply to the requests from now on.
+
+        One that is wrong changes nothing: the log and `/health` say so. Raising would make Serve
+        stop a replica that works.
+        """
+        self._refused = ""
+        try:
+            settings = self._settings.changed(user_config)
+            self._context = replace(self._context, **settings.of_requests(self._pair))
+        except StartupError as error:
+            self._refused = f"Keeping the settings before a user_config that is wrong: {error}"
+            logger.warning(self._refused)
+        if self._app is not None:
+            self._app.state.service = self._context
 
     async def debug_state(self) -> dict[str, int]:
         """Return counts of what this replica holds."""
@@ -209,7 +233,8 @@ class RouterDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP API."""
-        return create_app(self._context, add_request_id=False)
+        self._app = create_app(self._context, add_request_id=False)
+        return self._app
 
     async def Generate(  # noqa: N802 - Serve calls the RPC's name
         self, request: cascade_pb2.GenerateRequest, grpc_context: RayServegRPCContext

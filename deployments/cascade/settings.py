@@ -319,6 +319,13 @@ class Tls(Settings):
     require_client: bool = True  # tiers serve nobody without the certificate of a router
 
 
+class Changes(Settings):
+    """The `user_config` of the Router: what Serve changes without starting a replica anew."""
+
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    limits: dict[str, Any] = Field(default_factory=dict)
+
+
 class Application(Settings):
     """The whole tree, which `cascade.app:build` takes."""
 
@@ -420,11 +427,7 @@ class Application(Settings):
             generator=generator,
             tokenizer=pair.tokenizer,
             models=(self.name,),
-            limits=self.limits.resolve(
-                expert_tokens=pair.context_tokens or UNBOUNDED_CONTEXT,
-                replica_sessions=self.expert.deployment.max_ongoing_requests,
-            ),
-            defaults=self.defaults.completed(pair.generation.sampling),
+            **self.of_requests(pair),
             stop_ids=pair.stop_ids,
             bad_words=pair.generation.bad_words,
             grammars=GrammarChecker(pair.tokenizer),
@@ -436,6 +439,40 @@ class Application(Settings):
             metrics=metrics,
             keys=self._keys(),
         )
+
+    def of_requests(self, pair: model_pair.ModelPair) -> dict[str, Any]:
+        """Return the fields of a `ServingContext` that may change while it serves.
+
+        Args:
+            pair: What the two models share.
+        """
+        limits = self.limits.resolve(
+            expert_tokens=pair.context_tokens or UNBOUNDED_CONTEXT,
+            replica_sessions=self.expert.deployment.max_ongoing_requests,
+        )
+        return {"limits": limits, "defaults": self.defaults.completed(pair.generation.sampling)}
+
+    def changed(self, user_config: Any) -> "Application":
+        """Return the settings with what the Router's `user_config` changes of their values.
+
+        Args:
+            user_config: `defaults` and `limits`, each with only some of their fields or absent.
+
+        Raises:
+            StartupError: It has something else, or a value that `args` may not have either.
+        """
+        try:
+            changes = Changes.model_validate(user_config)
+            parts = {
+                name: asdict(getattr(self, name)) | change for name, change in dict(changes).items()
+            }
+            return Application.model_validate(dict(self) | parts)
+        except ValidationError as error:
+            wrong = [
+                f"{'.'.join(('user_config', *map(str, one['loc'])))} {one['msg']}"
+                for one in error.errors(include_url=False, include_input=False)
+            ]
+            raise StartupError("; ".join(wrong)) from error
 
     def _keys(self) -> Keys | None:
         """Return the keys of the environment and of the file; None: anyone may call.

@@ -36,6 +36,7 @@ class Server:
     dashboard: str
     token: str  # of its Ray cluster
     process: subprocess.Popen[bytes]
+    config: dict[str, Any]
     early: list[httpx.Response]  # what was answered before the application was there
 
     def command(self, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -55,6 +56,13 @@ class Server:
         headers = {"authorization": f"Bearer {self.token}"}
         async with httpx.AsyncClient(timeout=60, headers=headers) as client:
             return (await client.get(f"{self.dashboard}{path}")).raise_for_status().json()
+
+    async def deploy(self, config: dict[str, Any]) -> None:
+        """Send a configuration to the cluster, as `serve deploy` does."""
+        headers = {"authorization": f"Bearer {self.token}"}
+        async with httpx.AsyncClient(timeout=60, headers=headers) as client:
+            url = f"{self.dashboard}/api/serve/applications/"
+            (await client.put(url, json=config)).raise_for_status()
 
 
 def free_port() -> int:
@@ -95,11 +103,12 @@ def tls_files(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`serve run cluster/local.yaml`, but for its ports, and with TLS between router and tiers."""
+    """`serve run cluster/local.yaml`, with gRPC, TLS among its parts, and ports of its own."""
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     http, grpc = free_port(), free_port()
     config["http_options"]["port"] = http
-    config["grpc_options"]["port"] = grpc
+    other = yaml.safe_load((ROOT / "cluster" / "cluster.yaml").read_text())
+    config["grpc_options"] = other["grpc_options"] | {"port": grpc}
     folder = tmp_path_factory.mktemp("serve")
     config["applications"][0]["args"]["tls"] = tls_files(folder / "tls")
     path, log = folder / "local.yaml", folder / "serve.log"
@@ -122,6 +131,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             token=token,
             dashboard=found(r"dashboard at .*?(http://[\d.:]+)", text),
             process=process,
+            config=config,
             early=early,
         )
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import signal
 from contextlib import contextmanager
@@ -168,6 +169,49 @@ async def test_grpc_health_and_reflection_answer(channel: grpc.aio.Channel) -> N
     call = reflected.ServerReflectionInfo(iter([ask]))
     services = [one.name async for reply in call for one in reply.list_services_response.service]
     assert "cascade.v1.GenerationService" in services
+
+
+async def test_a_user_config_applies_to_new_requests_without_a_restart(
+    server: Server, client: AsyncOpenAI
+) -> None:
+    """An answer goes on meanwhile; a wrong one changes nothing, and `/health` says so."""
+    ask: dict[str, Any] = {"model": "cascade", "prompt": QUESTION, "temperature": 0}
+    pids = {name: replica(server, name).pid for name in ("Router", "Drafter", "Expert")}
+
+    async def refused() -> bool:
+        try:
+            await client.completions.create(**ask, max_tokens=8)
+        except BadRequestError as error:
+            return "max_tokens" in error.message
+        return False
+
+    def warned() -> bool:
+        return "max_token" in str(httpx.get(f"{server.http}/health").json().get("warnings"))
+
+    stream = await client.completions.create(**ask, max_tokens=60, stream=True)
+    chunks = aiter(stream)
+    await anext(chunks)
+    try:
+        await deploy(server, {"limits": {"max_tokens": 4}})
+        while not await refused():  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.1)
+        await deploy(server, {"limits": {"max_token": 4}})
+        while not warned():  # noqa: ASYNC110 - untold
+            await asyncio.sleep(0.1)
+        assert await refused()
+    finally:
+        await deploy(server, {})
+    while await refused() or warned():  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.1)
+    assert [chunk async for chunk in chunks][-1].choices[0].finish_reason
+    assert pids == {name: replica(server, name).pid for name in pids}
+
+
+async def deploy(server: Server, user_config: dict[str, Any]) -> None:
+    config = copy.deepcopy(server.config)
+    application = config["applications"][0]
+    application["deployments"] = [{"name": "Router", "user_config": user_config}]
+    await server.deploy(config)
 
 
 async def becomes(server: Server, *, ready: bool) -> None:
