@@ -18,7 +18,7 @@ from cascade.engine.request import ForwardRequest, LogitsOutput
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ class Received:
     """What the handler received for a request; `context` is the whole sequence."""
 
     context: list[int]
+    source: list[int] = field(default_factory=list[int])
     logits: list[Tensor] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     ended: bool = False
@@ -117,11 +118,21 @@ class EngineHarness:
         settings: EngineSettings | None = None,
         *,
         loaded: LoadedModel | None = None,
+        sources: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        """Make an engine of a model.
+
+        Args:
+            model: The model.
+            settings: Of the engine.
+            loaded: The model as the engine gets it.
+            sources: Of an encoder-decoder, by the first letter of a session's name.
+        """
         self._plain = copy.deepcopy(model)
         self.handler = RecordingHandler()
         self.engine = Engine(loaded or adopt(model), handler=self.handler, settings=settings)
         self.tokens: dict[str, list[int]] = {}
+        self._sources = sources or {}
         self.worst = 0.0
         self.largest = 0.0
 
@@ -152,8 +163,10 @@ class EngineHarness:
             tokens=list(tokens),
             num_logits=num_logits,
             parent=parent,
+            source=self._sources.get(session[0], ()),
         )
         received = self.handler.expect(request, context=self.tokens[session])
+        received.source = list(request.source)
         self.engine.submit(request)
         return received
 
@@ -187,13 +200,15 @@ class EngineHarness:
             return
         length, count = len(received.context), len(received.logits)
         assert received.positions == list(range(length - count, length))
-        expected = self.plain_logits(received.context, count=count)
+        expected = self.plain_logits(received.context, count=count, source=received.source)
         error = (torch.stack(received.logits) - expected).abs().max()
         assert not error.isnan()
         self.worst = max(self.worst, float(error))
         self.largest = max(self.largest, float(expected.abs().max()))
 
-    def plain_logits(self, tokens: Sequence[int], *, count: int) -> Tensor:
+    def plain_logits(
+        self, tokens: Sequence[int], *, count: int, source: Sequence[int] = ()
+    ) -> Tensor:
         """Return the logits of the last `count` tokens, by passes of the model without a cache.
 
         If its RoPE depends on the length of a pass, each has its own pass over the tokens up to it.
@@ -203,6 +218,9 @@ class EngineHarness:
         # Frequencies that grow with the length are right in a fresh copy only, shortest pass first.
         fresh = copy.deepcopy(self._plain)
         with torch.inference_mode():
+            if source:
+                read = {"input_ids": torch.tensor([list(source)]), "decoder_input_ids": ids}
+                return fresh(**read, use_cache=False).logits[0, -count:]
             if find_rope_lengths(fresh) == RopeLengths():
                 return fresh(input_ids=ids, use_cache=False).logits[0, -count:]
             passes = [fresh(input_ids=ids[:, :end], use_cache=False) for end in ends]

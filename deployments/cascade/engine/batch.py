@@ -39,6 +39,7 @@ class Segment:
     num_logits: int = 0  # return the logits of the last so many tokens
     rope_length: int = 0  # length that RoPE frequencies are computed for; 0 for the usual ones
     first_position: int | None = None  # of the first token; None if it equals `past`
+    source: range | None = None  # slots of what an encoder-decoder's cross-attention reads
 
     @property
     def count(self) -> int:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from cascade.engine import forward, threads
+from cascade.engine import encoder_decoder, forward, threads
 from cascade.engine.backends import select
+from cascade.engine.backends.encoder_decoder import EncoderDecoderRunner
 from cascade.engine.batch import Segment
 from cascade.engine.kv_cache import KVCacheManager
 from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.scheduler import Preemptor, ScheduledStep, Scheduler, StepChunk
 from cascade.engine.settings import EngineSettings, step_tokens
+from cascade.engine.source_cache import Source, SourceCache
 from cascade.engine.stats import BusyMeter, EngineCounters, EngineStats, ForwardPass, IdleCores
 from cascade.errors import (
     CascadeError,
@@ -93,14 +95,21 @@ class Engine:
             f"{str(model.model.dtype).removeprefix('torch.')} (`engine.dtype`)"
         )
         self._empty_0V = torch.empty((0, self._columns), dtype=model.model.dtype, device=device)
+        self._budget = step_tokens(settings, device=device.type)
+        self._sources: SourceCache | None = None
         self.limit_tokens = min(capacity, model.context_length or capacity)
+        self.limit_source = 0  # tokens of the longest; 0 for a decoder-only model
+        if isinstance(self.runner, EncoderDecoderRunner):
+            lengths = encoder_decoder.lengths(model.model.config, settings)
+            self._sources = SourceCache(capacity=self.runner.source_slots, budget=self._budget)
+            self.limit_tokens = min(capacity, lengths.answer)
+            self.limit_source = min(self._sources.capacity, lengths.source)
         self._cache = KVCacheManager(
             pool=self.runner.pool,
             capacity=capacity,
             prefix_reuse=settings.prefix_reuse,
             max_idle=settings.session_limit,
         )
-        self._budget = step_tokens(settings, device=device.type)
         self._scheduler = Scheduler(budget=self._budget)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
@@ -174,6 +183,7 @@ class Engine:
             columns=self._columns,
             passes=min(passes, self.limit_tokens - max(len(one.tokens) for one in found)),
             go_on=self._inbox.empty,
+            source_slots=self._source_slots,
         )
         run = len(logits) * len(sessions)
         self._counters.passes += len(logits)
@@ -212,9 +222,9 @@ class Engine:
         return 0.0 if waits or crowded else 1.0 - busy
 
     def cached_tokens(self, session: SessionId) -> int:
-        """Return how many tokens of `session` were found in the cache when it opened."""
+        """Return how many tokens of `session`, source included, were cached when it opened."""
         sequence = self._cache.find(session)
-        return sequence.reused if sequence else 0
+        return sequence.reused + sequence.reused_source if sequence else 0
 
     def stats(self) -> EngineStats:
         """Return a snapshot of load and counters."""
@@ -332,7 +342,15 @@ class Engine:
         first_logit = request.base + len(request.tokens) - request.num_logits
         rope_length = self.runner.rope_lengths.of(first_logit + 1)
         if sequence is None:
-            return self._cache.open(request.session, tokens=request.tokens, rope_length=rope_length)
+            source = Source.of(request.source) if request.source else None
+            sequence = self._cache.open(
+                request.session, tokens=request.tokens, rope_length=rope_length, source=source
+            )
+            if source is not None and self._sources is not None and source in self._sources:
+                sequence.reused_source = len(source.tokens)
+                self._cache.prefix_hits += not sequence.reused
+                self._cache.prefix_tokens += sequence.reused_source
+            return sequence
         sequence.rewrite(base=request.base, tokens=request.tokens, rope_length=rope_length)
         self._cache.touch(sequence)
         return sequence
@@ -355,9 +373,24 @@ class Engine:
                 f"The session would have {length} tokens; this model's cache and context hold "
                 f"{self.limit_tokens}"
             )
+        if not known:
+            self._check_source(request)
         if not known and len(self._cache) >= self._settings.session_limit:
             raise Overloaded(
                 f"All {self._settings.session_limit} sessions of this replica are open"
+            )
+
+    def _check_source(self, request: ForwardRequest) -> None:
+        if bool(request.source) != (self._sources is not None):
+            raise InvalidRequest(
+                "This model has no encoder; send the prompt without a source"
+                if request.source
+                else "This model is an encoder-decoder; send the prompt as its source"
+            )
+        if len(request.source) > self.limit_source:
+            raise ContextTooLong(
+                f"The prompt has {len(request.source)} tokens; the encoder of this model reads at "
+                f"most {self.limit_source}"
             )
 
     def _cycle(self) -> None:
@@ -365,7 +398,7 @@ class Engine:
         if not len(self._scheduler):
             return
         now_s = self._cycle_began_s = self._clock()
-        self._backlog = sum(step.remaining for step in self._scheduler)
+        self._backlog = sum(step.remaining + self._unencoded(step) for step in self._scheduler)
         passes = self._plan()
         for request in (chunk.step.request for one_pass in passes for chunk, _ in one_pass):
             if request.submitted_s is not None:
@@ -380,17 +413,78 @@ class Engine:
     def _plan(self) -> list[list[tuple[StepChunk, Segment]]]:
         """Return the chunks that run, with their segments, pass by pass."""
         preemptor = Preemptor(cache=self._cache, scheduler=self._scheduler)
-        chunks = self._scheduler.plan(reserve=preemptor.reserve)
+        chunks = self._scheduler.plan(reserve=self._with_source(preemptor.reserve))
         for step in preemptor.failed:
             self._abandon(step, _no_space())
+        if failed := self._encode():
+            chunks = [chunk for chunk in chunks if chunk.step.sequence.source not in failed]
         # Sessions that are neighbours in the pool are read together, so segments follow its order.
         planned = sorted(
-            ((chunk, _segment(chunk)) for chunk in chunks), key=lambda pair: pair[1].start
+            ((chunk, self._segment(chunk)) for chunk in chunks), key=lambda pair: pair[1].start
         )
         alone = [[pair] for pair in planned if pair[0].step.alone]
         planned = [pair for pair in planned if not pair[0].step.alone]
         passes = self.runner.split([segment for _, segment in planned])
         return [*([planned[index] for index in indices] for indices in passes), *alone]
+
+    def _with_source(
+        self, reserve: Callable[[ScheduledStep], bool]
+    ) -> Callable[[ScheduledStep], bool]:
+        """Return what also makes sure that the source of a step will be encoded."""
+        sources = self._sources
+        if sources is None:
+            return reserve
+        sources.begin_cycle()
+
+        def both(step: ScheduledStep) -> bool:
+            source = step.sequence.source
+            assert source is not None, "all sessions of an encoder-decoder have one"
+            return sources.reserve(source) and reserve(step)
+
+        return both
+
+    def _encode(self) -> set[Source | None]:
+        """Encode the sources that the plan needs; return those that cannot be encoded."""
+        failed: set[Source | None] = set()
+        if self._sources is None:
+            return failed
+        for source in self._sources.waiting:
+            self._counters.tokens += len(source.tokens)
+            try:
+                assert isinstance(self.runner, EncoderDecoderRunner), "it has sources"
+                self.runner.encode(source.tokens, slots=self._sources.slots(source))
+            # As in `_forward`.
+            except Exception as error:
+                log.exception("A source of %d tokens cannot be encoded", len(source.tokens))
+                self._sources.drop(source)
+                failed.add(source)
+                for step in [one for one in self._scheduler if one.sequence.source == source]:
+                    self._abandon(step, error)
+        return failed
+
+    def _unencoded(self, step: ScheduledStep) -> int:
+        """Return how many tokens of a step's source are still to encode."""
+        source = step.sequence.source
+        waits = source is not None and self._sources is not None and source not in self._sources
+        return len(source.tokens) if source is not None and waits else 0
+
+    def _source_slots(self, sequence: CachedSequence) -> range | None:
+        if sequence.source is None or self._sources is None:
+            return None
+        return self._sources.slots(sequence.source)
+
+    def _segment(self, chunk: StepChunk) -> Segment:
+        step, sequence = chunk.step, chunk.step.sequence
+        assert sequence.kv_range is not None, "a planned step has its slots reserved"
+        first, last = sequence.cached, sequence.cached + chunk.count
+        return Segment(
+            start=sequence.kv_range.start,
+            past=first,
+            tokens=sequence.tokens[first:last],
+            num_logits=max(0, last - max(first, step.next_logit)),
+            rope_length=sequence.rope_length,
+            source=self._source_slots(sequence),
+        )
 
     def _forward(self, planned: list[tuple[StepChunk, Segment]]) -> None:
         """Run one forward pass; an error fails the steps of this pass only."""
@@ -505,19 +599,6 @@ def _stopped() -> Unavailable:
 
 def _no_space() -> Overloaded:
     return Overloaded("The cache has no space left for a branch")
-
-
-def _segment(chunk: StepChunk) -> Segment:
-    step, sequence = chunk.step, chunk.step.sequence
-    assert sequence.kv_range is not None, "a planned step has its slots reserved"
-    first, last = sequence.cached, sequence.cached + chunk.count
-    return Segment(
-        start=sequence.kv_range.start,
-        past=first,
-        tokens=sequence.tokens[first:last],
-        num_logits=max(0, last - max(first, step.next_logit)),
-        rope_length=sequence.rope_length,
-    )
 
 
 def _output(step: ScheduledStep, count: int) -> LogitsOutput:

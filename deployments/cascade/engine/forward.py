@@ -42,6 +42,7 @@ def decode_ahead(  # noqa: PLR0913 - what a pass needs, and when to end
     columns: int,
     passes: int,
     go_on: Callable[[], bool],
+    source_slots: Callable[[CachedSequence], range | None],
 ) -> tuple[list[Tensor], list[list[int]]]:
     """Run passes of one token per sequence, and read what they yield after the last.
 
@@ -53,6 +54,7 @@ def decode_ahead(  # noqa: PLR0913 - what a pass needs, and when to end
         columns: Logits that are kept of each token, V.
         passes: How many, at most; fewer where a sequence has no slot for more.
         go_on: Whether another pass may run.
+        source_slots: Where the encoded source of a sequence is, if it has one.
 
     Returns:
         The logits and the N tokens of each pass that has run, maybe none.
@@ -65,7 +67,15 @@ def decode_ahead(  # noqa: PLR0913 - what a pass needs, and when to end
         past = len(sequence.tokens)
         assert sequence.cached == past, "the logits of its last token were delivered"
         passes = min(passes, kv_range.size - past)
-        segments.append(Segment(start=kv_range.start, past=past, tokens=(0,), num_logits=1))
+        segments.append(
+            Segment(
+                start=kv_range.start,
+                past=past,
+                tokens=(0,),
+                num_logits=1,
+                source=source_slots(sequence),
+            )
+        )
     logits: list[Tensor] = []
     ids: list[Tensor] = []
     while len(logits) < passes and go_on():

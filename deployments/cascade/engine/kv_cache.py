@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from cascade.engine.kv_pool import KVPool, KVRange
+    from cascade.engine.source_cache import Source
     from cascade.types import SessionId
 
 _MIN_PREFIX = 8  # tokens below which reuse costs more than it saves
@@ -30,7 +31,9 @@ class CachedSequence:
     cached: int = 0
     rope_length: int = 0
     kv_range: KVRange | None = None
+    source: Source | None = None  # of an encoder-decoder; states belong to it
     reused: int = 0  # tokens found in the cache when the session opened
+    reused_source: int = 0  # the source's, if it was encoded then
     last_used: int = 0  # tick
 
     def rewrite(self, *, base: int, tokens: Sequence[int], rope_length: int) -> None:
@@ -115,7 +118,12 @@ class KVCacheManager:
         return sorted(self._live.values(), key=lambda one: (one.parent is None, one.last_used))
 
     def open(
-        self, session: SessionId, *, tokens: Sequence[int], rope_length: int = 0
+        self,
+        session: SessionId,
+        *,
+        tokens: Sequence[int],
+        rope_length: int = 0,
+        source: Source | None = None,
     ) -> CachedSequence:
         """Create a sequence that starts from the longest cached prefix of its tokens.
 
@@ -123,9 +131,11 @@ class KVCacheManager:
             session: Its session.
             tokens: Its tokens.
             rope_length: RoPE length of the tokens.
+            source: What the encoder reads; only sequences with the same have a common prefix.
         """
-        sequence = self._reuse(tokens, rope_length=rope_length) or CachedSequence(session=None)
-        sequence.session = session
+        sequence = self._reuse(tokens, rope_length=rope_length, source=source)
+        sequence = sequence or CachedSequence(session=None)
+        sequence.session, sequence.source, sequence.reused_source = session, source, 0
         sequence.tokens = list(tokens)
         sequence.rope_length = rope_length
         sequence.reused = sequence.cached
@@ -154,7 +164,7 @@ class KVCacheManager:
         if sequence is None:
             return None
         sequence.session, sequence.parent = session, parent
-        sequence.tokens = source.tokens[:base]
+        sequence.tokens, sequence.source = source.tokens[:base], source.source
         self._live[session] = sequence
         self.touch(sequence)
         return sequence
@@ -167,7 +177,8 @@ class KVCacheManager:
         """Replace the sequence of a session by that of its branch."""
         sequence, old = self._live.pop(branch), self._live[session]
         self.drop(old)
-        sequence.session, sequence.parent, sequence.reused = session, None, old.reused
+        sequence.session, sequence.parent = session, None
+        sequence.reused, sequence.reused_source = old.reused, old.reused_source
         self._live[session] = sequence
 
     def release(self, session: SessionId) -> None:
@@ -257,11 +268,15 @@ class KVCacheManager:
         while self._idle:
             yield self._idle.pop(0)
 
-    def _reuse(self, tokens: Sequence[int], *, rope_length: int) -> CachedSequence | None:
+    def _reuse(
+        self, tokens: Sequence[int], *, rope_length: int, source: Source | None
+    ) -> CachedSequence | None:
         """Return a sequence with the longest cached prefix: an idle one, or a copy."""
         best, longest, known = None, _MIN_PREFIX - 1, list(tokens)
         for sequence in chain(self._idle, self._live.values()) if self._prefix_reuse else ():
             if sequence.rope_length != rope_length or sequence.cached <= longest:
+                continue
+            if sequence.source != source:
                 continue
             if sequence.tokens[: longest + 1] != known[: longest + 1]:
                 continue

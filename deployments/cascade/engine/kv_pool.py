@@ -70,6 +70,15 @@ class LayeredKVPool(KVPool):
         super().__init__(num_slots=num_slots)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def num_layers(self) -> int:
+        """Return how many layers have been written."""
+        return len(self._layers)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer that has been written, `[H, R, D]` each."""
+        return self._layers[index]
+
     def tensors(self) -> Iterable[Tensor]:
         """Return keys and values of each layer that has been written."""
         return (states for pair in self._layers.values() for states in pair)

@@ -24,6 +24,9 @@ class ForwardRequest:
     copy of the parent's first `base` tokens and their keys and values. A branch takes cache space
     from no session and may lose its own to any; its request fails when there is no space. Branches
     do not count as sessions and end with their parent.
+
+    A session of an encoder-decoder has a `source`, which its first request names; its tokens are
+    those of the decoder.
     """
 
     session: SessionId
@@ -32,6 +35,7 @@ class ForwardRequest:
     num_logits: int  # return the logits of the last so many tokens; 0 only fills the cache
     task: Any = None  # for the logits handler
     parent: SessionId | None = None  # read in the first request of a branch
+    source: Sequence[int] = ()  # read in the first request of a session
     submitted_s: float | None = None  # set by the engine, until the first pass of the request
 
 

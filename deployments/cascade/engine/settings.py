@@ -57,6 +57,11 @@ class EngineSettings:
                 f"path is {self.path.value}, which runs on one device; with tensor_parallel "
                 f"{self.tensor_parallel} leave it auto, or set flat or padded"
             )
+    # of an encoder-decoder: most tokens that its encoder reads, and that an answer has; 0: as its
+    # configuration says, else 1024
+    source_tokens: Natural = 0
+    answer_tokens: Natural = 0
+    source_cache_tokens: Natural = 0  # capacity for encoded sources; 0: half of the cache's memory
 
     @property
     def session_limit(self) -> int:

@@ -80,7 +80,7 @@ def find_rope_lengths(model: torch.nn.Module) -> RopeLengths:
     return RopeLengths(switches=frozenset(switches), dynamic_beyond=min(dynamic, default=None))
 
 
-_ATTENTION = re.compile(r"window|chunk|block|top_?k|local_attention|floor_scale")
+_ATTENTION = re.compile(r"window|chunk|block|top_?k|local_attention|floor_scale|max_distance")
 _POSITION = re.compile(r"position|context|length|seq_len|floor")
 
 
@@ -136,6 +136,7 @@ class Runner(ABC, Generic[Pool]):
     """
 
     isolate_long: ClassVar[bool] = False  # see `partition`
+    encodes: ClassVar[bool] = False  # sources, for an encoder-decoder
     pool: Pool
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -63,8 +63,8 @@ class PaddedRunner(ModelRunner):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
-        batch = _PaddedBatch(self._with_rope_padding(segments), device=self.device)
-        cache = _cache(batch, pool=self.pool, layers=self._layers)
+        batch = PaddedBatch(self._with_rope_padding(segments), device=self.device)
+        cache = padded_cache(batch, pool=self.pool, layers=self._layers)
         extra: dict[str, Any] = {self._cache_argument: cache}
         if self._takes_positions:
             extra["position_ids"] = batch.positions_BQ
@@ -83,7 +83,7 @@ class PaddedRunner(ModelRunner):
         return logits_BQV.flatten(0, 1)[batch.logit_indices(kept)]
 
 
-class _PaddedBatch:
+class PaddedBatch:
     """Segments as sequences of equal length, and the slots of their columns."""
 
     def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
@@ -118,7 +118,14 @@ def _pad(values: Sequence[int], width: int) -> list[int]:
     return [0] * (width - len(values)) + list(values)
 
 
-def _cache(batch: _PaddedBatch, *, pool: LayeredKVPool, layers: int) -> Cache:
+def padded_cache(batch: PaddedBatch, *, pool: LayeredKVPool, layers: int) -> Cache:
+    """Return a transformers cache of a batch over a pool, for one forward pass.
+
+    Args:
+        batch: The sessions.
+        pool: Their states.
+        layers: How many layers the model has.
+    """
     return Cache(layers=[_PaddedLayer(batch=batch, pool=pool, layer=i) for i in range(layers)])
 
 
@@ -128,7 +135,7 @@ class _PaddedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, *, batch: _PaddedBatch, pool: LayeredKVPool, layer: int) -> None:
+    def __init__(self, *, batch: PaddedBatch, pool: LayeredKVPool, layer: int) -> None:
         super().__init__()
         self._batch = batch
         self._pool = pool

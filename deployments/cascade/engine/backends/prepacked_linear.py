@@ -75,9 +75,12 @@ def _reads_matrices(model: nn.Module, layers: Sequence[Any]) -> bool:
         layer.forward = partial(_zeros, len(_matrix(layer)))
         free(layer)
     ids_1T = torch.zeros((1, 2), dtype=torch.int64)
+    given: dict[str, Any] = {"input_ids": ids_1T}
+    if getattr(model.config, "is_encoder_decoder", False):
+        given["decoder_input_ids"] = ids_1T
     try:
         with torch.inference_mode():
-            logits = model(input_ids=ids_1T, use_cache=False).logits
+            logits = model(**given, use_cache=False).logits
     # Any model's code may fail where a matrix is gone.
     except Exception:  # noqa: BLE001 - as above
         return True

@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cascade.engine import threads
+from cascade.engine import encoder_decoder, threads
 from cascade.engine.backends import prepacked_linear
 from cascade.engine.backends.base import PathUnsupported, Runner
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.backends.cuda_graph import CudaGraphRunner
+from cascade.engine.backends.encoder_decoder import EncoderDecoderRunner
 from cascade.engine.backends.mask_probe import original_attention
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.self_check import SelfCheck
@@ -53,14 +54,19 @@ def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any
             )
             settings = replace(settings, cache_bytes=min(map(int, free)))
         runner = select_runner(model.model, settings=settings, agree=ranks.agree)
-    capacity = capacity_tokens(
-        settings,
-        device=device,
-        bytes_per_token=runner.pool.bytes_per_token,
-        context_length=model.context_length,
-    )
-    log.info("Warming up, with a cache of %d tokens", capacity)
-    runner.resize(num_slots=capacity)
+    if isinstance(runner, EncoderDecoderRunner):
+        capacity, sources = encoder_decoder.capacities(model.model.config, settings, runner)
+        log.info("Warming up, with a cache of %d tokens and %d of sources", capacity, sources)
+        runner.resize(num_slots=capacity, source_slots=sources)
+    else:
+        capacity = capacity_tokens(
+            settings,
+            device=device,
+            bytes_per_token=runner.pool.bytes_per_token,
+            context_length=model.context_length,
+        )
+        log.info("Warming up, with a cache of %d tokens", capacity)
+        runner.resize(num_slots=capacity)
     runner.warm_up()
     threads.trim_memory()
     return runner, capacity
@@ -111,7 +117,7 @@ def select_runner(
     why = "; ".join(f"{path} path: {reason}" for path, reason in reasons.items())
     raise UnsupportedModel(
         f"{type(model).__name__} cannot be served exactly ({why}); serve a "
-        "decoder-only model whose cache is keys and values"
+        "language model whose cache is keys and values"
     )
 
 
@@ -127,6 +133,13 @@ def paths(
     """
     exact, packed = settings.deterministic, settings.packed or settings.deterministic
     auto = settings.path is Path.AUTO
+    if model.config.is_encoder_decoder:
+        encoder_decoder.check_settings(settings)
+        if packed:
+            prepacked_linear.pack(model, deterministic=False, consume=owned)
+        yield Path.PADDED, lambda: EncoderDecoderRunner(model)
+        yield Path.PADDED, lambda: EncoderDecoderRunner(model, alone=True)
+        return
     if settings.tensor_parallel > 1:
         # Our own forward pass, packed layers and graphs are for the weights of one device.
         yield from _model_paths(model, settings)

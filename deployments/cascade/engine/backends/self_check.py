@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from cascade.engine import encoder_decoder
 from cascade.engine.backends.base import (
     PathUnsupported,
     RopeLengths,
@@ -26,6 +27,7 @@ from cascade.engine.backends.base import (
     find_rope_lengths,
     reset_rope,
 )
+from cascade.engine.backends.encoder_decoder import EncoderDecoderRunner
 from cascade.engine.backends.mask_probe import layers_of_every_kind, original_attention
 from cascade.engine.batch import Segment
 from cascade.engine.kv_cache import common_prefix
@@ -60,6 +62,7 @@ class _Block:
     end: int
     count: int
     first_position: int = 0
+    source: tuple[int, ...] = ()  # what an encoder reads
 
     @property
     def rows(self) -> range:
@@ -106,16 +109,17 @@ class SelfCheck:
         self._model = model
         self._settings = settings
         self._arguments = inspect.signature(model.forward).parameters
-        self._layers = 0  # of every kind
+        self._encodes = bool(model.config.is_encoder_decoder)
+        self._layers: int | None = 0  # of every kind
         self._beyond: list[_Story] | None = None  # the boundaries
         try:
             self._lengths = find_rope_lengths(model)
-            self._short = self._story([_short_section(self._size)])
+            self._short = self._story([self._short_section()])
         # As in `passed`: any failure means that the model needs more than tokens.
         except Exception as error:
             raise UnsupportedModel(
                 f"{type(model).__name__} cannot run on token ids alone ({type(error).__name__}: "
-                f"{str(error)[:200]}); serve a decoder-only language model"
+                f"{str(error)[:200]}); serve a language model that reads text alone"
             ) from error
 
     def passed(
@@ -167,8 +171,21 @@ class SelfCheck:
         """Return a runner of the first layers that has passed the short story."""
         with _first_layers(self._model, layers_of_every_kind(self._model)):
             runner = build()
-            _play(runner, self._story([_short_section(self._size)]))
+            _play(runner, self._story([self._short_section()]))
         return runner
+
+    def _short_section(self) -> _Section:
+        return [
+            [self._with_source(block) for block in group] for group in _short_section(self._size)
+        ]
+
+    def _with_source(self, block: _Block) -> _Block:
+        """Return the block of a session that has a source, if the model has an encoder."""
+        if not self._encodes:
+            return block
+        count = 29 - 16 * block.session
+        source = tuple((5 * i + 7 + block.session) % self._size for i in range(count))
+        return replace(block, source=source)
 
     def _converted(self, convert: Callable[[], Runner[Any]]) -> Runner[Any]:
         """Return the runner that takes the model's weights, once it has passed the short story."""
@@ -185,6 +202,8 @@ class SelfCheck:
     def _stories_beyond(self, runner: Runner[Any]) -> list[_Story]:
         """Return the stories that cross the boundaries within the model's context and the cache."""
         context = context_length(self._model.config)
+        if self._encodes:
+            context = encoder_decoder.lengths(self._model.config, self._settings).answer
         limit = capacity_tokens(
             self._settings,
             device=runner.device,
@@ -199,10 +218,13 @@ class SelfCheck:
         config: Any = self._model.config
         attention = config._attn_implementation  # noqa: SLF001 - as in `original_attention`
         self._model.set_attn_implementation(original_attention(self._model))
-        self._layers = layers_of_every_kind(self._model)
+        self._layers = None if self._encodes else layers_of_every_kind(self._model)
         with _first_layers(self._model, self._layers):
             if named.attention:
-                sections = _long_sections(named.attention, limit=limit, size=self._size)
+                sections: Sequence[_Section] = [
+                    [[self._with_source(block) for block in group] for group in section]
+                    for section in _long_sections(named.attention, limit=limit, size=self._size)
+                ]
                 where = f" beyond {named.attention[-1]} tokens"
                 stories.append(self._story(sections, where=where))
             if named.position and "position_ids" in self._arguments:
@@ -228,17 +250,19 @@ class SelfCheck:
         for block in story.blocks:
             apart = ((range(row, row + 1), row) for row in block.rows)
             for run, key in apart if alone else block.runs(self._lengths):
-                passes[block.text, block.first_position, key].update(run)
+                passes[block.text, block.source, block.first_position, key].update(run)
         found: dict[tuple[Any, ...], Tensor] = {}
-        for (text, first_position, _), rows in passes.items():
+        for (text, source, first_position, _), rows in passes.items():
             ordered = sorted(rows)
-            logits_NV = self._plain_logits(text, ordered, first_position=first_position)
+            logits_NV = self._plain_logits(
+                text, ordered, first_position=first_position, source=source
+            )
             for row, logits_V in zip(ordered, logits_NV, strict=True):
-                found[text, first_position, row] = logits_V
+                found[text, source, first_position, row] = logits_V
         expected = [
             torch.stack(
                 [
-                    found[block.text, block.first_position, row]
+                    found[block.text, block.source, block.first_position, row]
                     for block in chain.from_iterable(section)
                     for row in block.rows
                 ]
@@ -248,7 +272,12 @@ class SelfCheck:
         return replace(story, expected=expected)
 
     def _plain_logits(
-        self, text: Sequence[int], rows: Sequence[int], *, first_position: int
+        self,
+        text: Sequence[int],
+        rows: Sequence[int],
+        *,
+        first_position: int,
+        source: Sequence[int],
     ) -> Tensor:
         """Return the logits of ascending rows `[N, V]`, by a plain pass up to the last of them."""
         reset_rope(self._model)
@@ -262,8 +291,14 @@ class SelfCheck:
         slices = "logits_to_keep" in self._arguments
         if slices:
             more["logits_to_keep"] = kept
+        more |= {"input_ids": ids_1T}
+        if source:
+            more |= {
+                "input_ids": torch.tensor([source], device=device),
+                "decoder_input_ids": ids_1T,
+            }
         with torch.inference_mode():
-            logits_TV: Tensor = self._model(input_ids=ids_1T, use_cache=False, **more).logits[0]
+            logits_TV: Tensor = self._model(use_cache=False, **more).logits[0]
         return logits_TV if slices else logits_TV[kept]
 
 
@@ -274,7 +309,16 @@ class _Replay:
         self._runner = runner
         self._slots = max(MIN_RANGE, *(block.end for block in story.blocks))
         sessions = 1 + max(block.session for block in story.blocks)
-        runner.resize(num_slots=sessions * self._slots)
+        self._sources: dict[tuple[int, ...], range] = {}
+        if isinstance(runner, EncoderDecoderRunner):
+            sources = dict.fromkeys(block.source for block in story.blocks)
+            runner.resize(num_slots=sessions * self._slots, source_slots=sum(map(len, sources)))
+            for source in sources:
+                start = sum(map(len, self._sources))
+                self._sources[source] = range(start, start + len(source))
+                runner.encode(source, slots=self._sources[source])
+        else:
+            runner.resize(num_slots=sessions * self._slots)
         self._cached: dict[int, tuple[tuple[int, ...], int]] = {}  # tokens, and their RoPE length
 
     def run(self, group: Sequence[_Block]) -> Tensor:
@@ -304,6 +348,7 @@ class _Replay:
                         num_logits=max(0, end - run.start),
                         rope_length=rope_length,
                         first_position=block.first_position + past,
+                        source=self._sources.get(block.source),
                     )
                 past = end
             known, known_rope = block.text[: run.stop], rope_length
@@ -312,16 +357,19 @@ class _Replay:
 
 def _play(runner: Runner[Any], story: _Story) -> None:
     """Raise PathUnsupported if a runner does not compute what a story expects."""
-    replay = _Replay(runner, story)
     with torch.inference_mode():
+        replay = _Replay(runner, story)
         for section, expected_NV in zip(story.sections, story.expected, strict=True):
             actual_NV = torch.cat([replay.run(group) for group in section])
             _compare(actual_NV, expected_NV, where=story.where)
 
 
 @contextmanager
-def _first_layers(model: PreTrainedModel, count: int) -> Generator[None]:
-    """Leave `model` only its first layers."""
+def _first_layers(model: PreTrainedModel, count: int | None) -> Generator[None]:
+    """Leave `model` only its first layers; None leaves it all."""
+    if count is None:
+        yield
+        return
     config: Any = model.config.get_text_config(decoder=True)
     total = int(config.num_hidden_layers)
     found = (
