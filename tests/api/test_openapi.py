@@ -20,6 +20,7 @@ from cascade.api import build_request
 from cascade.api.body import Body, parse
 from cascade.api.context import Defaults, Limits
 from cascade.api.http import create_app
+from cascade.api.responses_body import ResponsesBody, response_call
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import InvalidRequest
 from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame
@@ -44,6 +45,7 @@ OPERATIONS = [
     ("/v1/models/{name}", "GET"),
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
+    ("/v1/responses", "POST"),
     ("/version", "GET"),
     ("/metrics", "GET"),
     ("/tokenize", "POST"),
@@ -173,7 +175,12 @@ def places(kind: type[Body]) -> list[Callable[[float], Any]]:
     return list(Places(described).find(described))
 
 
-BODIES = [(kind, place) for kind in (CompletionBody, ChatBody) for place in places(kind)]
+BUILD: dict[type[Body], Any] = {
+    CompletionBody: build_request.completion,
+    ChatBody: build_request.chat,
+    ResponsesBody: response_call,
+}
+BODIES = [(kind, place) for kind in BUILD for place in places(kind)]
 
 
 def call_of(
@@ -182,9 +189,8 @@ def call_of(
     """Return what the server would generate; None if the body is refused, and names a field."""
     if "messages" in body:
         body = body | {"messages": [{"role": "user", "content": "hi"}]}
-    build: Any = build_request.chat if kind is ChatBody else build_request.completion
     try:
-        return build(parse(json.dumps(body).encode(), kind), service)
+        return BUILD[kind](parse(json.dumps(body).encode(), kind), service)
     except InvalidRequest as error:
         if not error.param:
             raise

@@ -28,6 +28,7 @@ from cascade.v1 import tokens_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import httpx2
     from openai import AsyncOpenAI
 
     from cascade.api.context import ServingContext
@@ -383,6 +384,56 @@ async def test_a_model_without_tools_refuses_them(client: AsyncOpenAI) -> None:
         await chat(client, tools=[WEATHER])
 
 
+@pytest.mark.parametrize("marker", ["[TOOL_CALLS]", "<|python_tag|>", "<|channel|>commentary"])
+async def test_another_form_of_calls_is_used_once_a_response_template_says_it(
+    caller: Any, marker: str
+) -> None:
+    """Mistral's, Llama's, Harmony's: until then the refusal says what to do."""
+    template = TEMPLATE.replace("<tool_call>", marker).replace("</tool_call>", "")
+    with pytest.raises(BadRequestError, match="add one to the tokenizer of the expert") as caught:
+        await chat(caller("x", template=template), tools=[WEATHER])
+    assert caught.value.param == "tools"
+    response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "tool_calls": {
+                "open": marker,
+                "close": "\n",
+                "content": "json",
+                "transform": {"type": "function", "function": "{content}"},
+            },
+            "content": {"content": "text"},
+        },
+    }
+    written = marker + '{"name": "get_weather", "arguments": {"city": "Rome"}}\n'
+    client = caller(written, template=template, response_template=response_template)
+    response = await chat(client, tools=[WEATHER])
+    (call,) = response.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+
+
+async def test_tools_are_tokenized_as_the_model_sees_them(
+    raw: Callable[..., httpx2.AsyncClient], service: ServingContext
+) -> None:
+    """Over HTTP and gRPC."""
+    fields = writing(service, "x")
+    http = raw(**fields)
+    asked = {"messages": ASK, "tools": [WEATHER]}
+    await http.post("/v1/chat/completions", json=asked | {"max_tokens": 1})
+    tokenized = (await http.post("/tokenize", json=asked)).json()
+    (request,) = fields["generator"].requests
+    assert tuple(tokenized["tokens"]) == request.prompt
+    function = WEATHER["function"]
+    tool = pb.Tool(name=function["name"], parameters=json.dumps(function["parameters"]))
+    message = pb.ChatMessage(role="user", content=ASK[0]["content"])
+    request = pb.TokenizeRequest(chat=pb.Chat(messages=[message], tools=[tool]))
+    found = grpc_convert.tokenize(request, replace(service, **fields))
+    assert list(found.token_ids) == tokenized["tokens"]
+    refused = await raw().post("/tokenize", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+
+
 async def test_grpc_says_the_same_of_tools_and_thoughts(service: ServingContext) -> None:
     """Tools, choice, history, effort and budget go in; thoughts, text and calls come out."""
     fields = writing(service, f"<think>\nhm\n</think>\n\nSo: {CALL}")
@@ -414,6 +465,8 @@ async def test_grpc_says_the_same_of_tools_and_thoughts(service: ServingContext)
         ]
     (choice,) = response.choices
     assert (choice.reasoning, choice.text) == ("hm", "So:")
+    thoughts = fields["tokenizer"].encode("\nhm\n</think>")
+    assert response.usage.reasoning_token_count == 1 + len(thoughts)
     assert choice.finish_reason == pb.FINISH_REASON_TOOL_CALLS
     (call,) = choice.tool_calls
     assert (call.name, json.loads(call.arguments)) == ("get_weather", ARGUMENTS)

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from cascade.errors import InvalidRequest, UnsupportedParameter, wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pydantic_core import ErrorDetails, InitErrorDetails
 
@@ -79,6 +79,12 @@ def invalid_request(error: ValidationError, kind: type[Body]) -> InvalidRequest:
     return InvalidRequest(text, param=problem.path)
 
 
+def renamed(error: InvalidRequest, path: Callable[[str], str]) -> InvalidRequest:
+    """Return the error with other names of its fields; `path` gives that of each."""
+    message = re.sub("`([^`]+)`", lambda match: f"`{path(match[1])}`", error.message)
+    return type(error)(message, param=error.param and path(error.param))
+
+
 def in_plain_words(error: ValidationError, kind: type[BaseModel]) -> ValidationError:
     """Return the errors of settings of this kind in our words; they follow the name of a place."""
     lines: list[InitErrorDetails] = []
@@ -97,7 +103,8 @@ def _closest(details: Sequence[ErrorDetails]) -> ErrorDetails:
     """
     first = min(details, key=lambda one: one["type"] == "missing")
     same = [one for one in details if one["loc"][0] == first["loc"][0]]
-    return max(same, key=lambda one: (len(one["loc"]), one["type"] in _UNKNOWN))
+    rank = {"missing": 0} | dict.fromkeys(_UNKNOWN, 2)
+    return max(same, key=lambda one: (len(one["loc"]), rank.get(one["type"], 1)))
 
 
 class _Problem(NamedTuple):

@@ -52,6 +52,7 @@ class Completion:
         self._service = service
         self._statistics = Statistics()
         self._rounds: list[tuple[int, int]] = []  # tokens, and accepted ones of them
+        self.reasoning_tokens = 0  # of thoughts, with what marks them
 
     @property
     def output(self) -> Delta:
@@ -125,7 +126,11 @@ class Completion:
         """Return the delta with what it adds to the message, if that is not just its text."""
         if self._reader is None:
             return delta
-        message, finish = self._reader.push(delta.text), delta.finish
+        message, finish = MessageDelta(), delta.finish
+        for part in delta.tokens if self._reader.can_think else (delta,):
+            thinking = self._reader.thinks
+            message += self._reader.push(part.text)
+            self.reasoning_tokens += thinking or self._reader.thinks
         if finish is not None:
             message += self._reader.finish()
         self._message += message
@@ -188,6 +193,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int
     accepted: int  # of the client's prediction if there is one, else of the drafter's tokens
     rejected: int
     statistics: Statistics
@@ -268,6 +274,7 @@ class Completions:
             cached_tokens=sum(
                 max(each.statistics.cached_prompt_tokens for each in same) for same in by_prompt
             ),
+            reasoning_tokens=sum(each.reasoning_tokens for each in self.all),
             accepted=total.predicted_accepted if predicted else total.accepted,
             rejected=total.predicted_rejected if predicted else total.drafted - total.accepted,
             statistics=total,

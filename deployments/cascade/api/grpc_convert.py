@@ -16,7 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from cascade.api import build_request, tokenization
-from cascade.api.body import invalid_request
+from cascade.api.body import invalid_request, renamed
 from cascade.api.response_parser import MessageDelta
 from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cascade.errors import InvalidRequest
@@ -122,8 +122,7 @@ def _with_proto_names(error: InvalidRequest, kind: str) -> InvalidRequest:
             below = ""  # HTTP has token ids there, the protos a list
         return (_PROMPTS[kind] if field == "prompt" else _PROTO_NAMES.get(field, field)) + below
 
-    message = re.sub("`([^`]+)`", lambda match: f"`{path(match[1])}`", error.message)
-    return type(error)(message, param=error.param and path(error.param))
+    return renamed(error, path)
 
 
 def _text(message: pb.Generation, kind: str) -> dict[str, Any]:
@@ -292,7 +291,9 @@ def tokenize(message: pb.TokenizeRequest, service: ServingContext) -> pb.Tokeniz
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("`prompt` is missing: set `text` or `chat`", param="prompt")
-    prompt = {"prompt": message.text} if kind == "text" else templated(message.chat)
+    prompt: dict[str, Any] = {"prompt": message.text}
+    if kind == "chat":
+        prompt = templated(message.chat) | {"tools": _tools(message.chat)["tools"]}
     fields = {
         "model": message.model or None,
         "return_token_strs": message.return_token_strings,
@@ -389,6 +390,7 @@ def usage(cost: Usage) -> pb.Usage:
         prompt_token_count=cost.prompt_tokens,
         completion_token_count=cost.completion_tokens,
         cached_prompt_token_count=cost.cached_tokens,
+        reasoning_token_count=cost.reasoning_tokens,
         round_count=statistics.rounds,
         drafted_count=statistics.drafted,
         accepted_count=statistics.accepted,

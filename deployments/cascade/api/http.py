@@ -18,6 +18,8 @@ from cascade.api.body import Body, parse
 from cascade.api.completion import Completions
 from cascade.api.prompts import check_model
 from cascade.api.responses import ChatCompletionFormat, ResponseFormat, TextCompletionFormat
+from cascade.api.responses_body import ResponsesBody, response_call
+from cascade.api.responses_events import ResponsesFormat
 from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
 from cascade.api.structured import check_grammar
@@ -90,6 +92,7 @@ def create_app(
     for path, body_type, endpoint in (
         ("/v1/completions", CompletionBody, completions),
         ("/v1/chat/completions", ChatBody, chat_completions),
+        ("/v1/responses", ResponsesBody, create_response),
         ("/tokenize", TokenizeBody, tokenize),
         ("/detokenize", DetokenizeBody, detokenize),
     ):
@@ -150,6 +153,18 @@ async def chat_completions(request: Request) -> Response:
     return await _complete(request, ChatBody, build_request.chat, ChatCompletionFormat)
 
 
+async def create_response(request: Request) -> Response:
+    """Answer a conversation, in the newer form of OpenAI's API; nothing is stored."""
+
+    def build(
+        body: ResponsesBody, service: ServingContext
+    ) -> tuple[CompletionCall, ResponsesFormat]:
+        response_format = ResponsesFormat(service, request.state.request_id, body)
+        return response_call(body, service), response_format
+
+    return await _answer(request, *await _build(request, ResponsesBody, build))
+
+
 async def tokenize(request: Request) -> Response:
     """Return the tokens of a prompt or of a conversation."""
     return responses.JsonResponse(await _build(request, TokenizeBody, tokenization.tokenize))
@@ -179,14 +194,20 @@ async def _complete(
     build: Callable[[B, ServingContext], CompletionCall],
     format_type: type[ResponseFormat],
 ) -> Response:
-    service, request_id = _service(request), request.state.request_id
     call = await _build(request, body_type, build)
+    response_format = format_type(_service(request), request.state.request_id)
+    return await _answer(request, call, response_format)
+
+
+async def _answer(
+    request: Request, call: CompletionCall, response_format: ResponseFormat
+) -> Response:
+    service, request_id = _service(request), request.state.request_id
     await check_grammar(call.requests[0], call.grammar_param, service)
     peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
     key = request.state.key
     caller = middleware.caller(key, peer)
     completions = Completions(call, service, request_id=request_id, caller=caller, key=key)
-    response_format = format_type(service, request_id)
     if not call.stream:
         await while_connected(request.receive, completions.run())
         return responses.JsonResponse(response_format.response(completions))
@@ -229,7 +250,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     app.openapi_schema = schema = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    bodies = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+    bodies = (ChatBody, CompletionBody, ResponsesBody, TokenizeBody, DetokenizeBody)
     _, definitions = models_json_schema(
         [(body, "validation") for body in bodies], ref_template=_REF
     )
@@ -239,6 +260,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     for path, operation in operations:
         operation["responses"].pop("422", None)
         operation["responses"]["default"] = {"description": "An error", "content": content}
-        if path.endswith("/completions"):
+        if path.endswith(("/completions", "/responses")):
             operation["responses"]["200"]["content"]["text/event-stream"] = _EVENTS
     return schema

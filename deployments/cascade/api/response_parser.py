@@ -118,6 +118,7 @@ class ResponseReader:
         """
         self._parser = form.parser(prefix, tools)
         self._markers = form.call or ("", "")
+        self.can_think = THOUGHTS in form.template.fields
         self._broken = False  # the rest is passed on unparsed
         self._most_calls = most_calls
         self._call: _OpenCall | None = None
@@ -133,6 +134,11 @@ class ResponseReader:
                 self._leave()
             elif event["text"].strip():
                 self._trims = False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the text is in thoughts."""
+        return self.region == THOUGHTS
 
     def push(self, text: str) -> MessageDelta:
         """Return what the text adds to the message."""

@@ -22,7 +22,7 @@ from cascade.api.response_parser import MessageDelta
 from cascade.types import FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from cascade.api.completion import Completion, Completions, Usage
     from cascade.api.context import ServingContext
@@ -37,16 +37,45 @@ _IMPOSSIBLE = -9999.0  # stands for -infinity, which JSON cannot express; OpenAI
 
 
 class ResponseFormat(ABC):
-    """The JSON of one kind of completion, for one call."""
+    """The JSON of one kind of response, for one call."""
 
     id_prefix: ClassVar[str]
-    object_name: ClassVar[str]  # the `object` of a response
-    chunk_name: ClassVar[str]  # the `object` of a chunk
+    sends_done: ClassVar[bool] = True  # a stream ends with `[DONE]`
 
     def __init__(self, service: ServingContext, request_id: str) -> None:
         self._tokenizer = service.tokenizer
         self._id = f"{self.id_prefix}-{request_id}"
         self._created = int(service.clock())
+
+    @abstractmethod
+    def response(self, completions: Completions) -> Json:
+        """Return the response to a call that has ended."""
+
+    @abstractmethod
+    def begin(self, completions: Completions) -> Iterator[Json]:
+        """Yield the events of a stream before any completion has tokens."""
+
+    @abstractmethod
+    def added(
+        self, completions: Completions, completion: Completion, delta: Delta
+    ) -> Iterator[Json]:
+        """Yield the events that carry a delta; the completion contains it already."""
+
+    @abstractmethod
+    def end(self, completions: Completions) -> Iterator[Json]:
+        """Yield the events after the last delta."""
+
+    def failed(self, completions: Completions, problem: CascadeError) -> Json:
+        """Return the last event of a stream that failed."""
+        del completions
+        return error(problem)
+
+
+class ChoicesFormat(ResponseFormat):
+    """Completions as `choices`, and a stream of chunks with one choice each."""
+
+    object_name: ClassVar[str]  # the `object` of a response
+    chunk_name: ClassVar[str]  # the `object` of a chunk
 
     @abstractmethod
     def choice(self, completion: Completion) -> Json:
@@ -65,6 +94,24 @@ class ResponseFormat(ABC):
         choices = [self.choice(completion) for completion in completions.all]
         return self._frame(self.object_name, completions, choices) | figures(completions.usage)
 
+    def begin(self, completions: Completions) -> Iterator[Json]:
+        """Yield the chunks that introduce the choices."""
+        for completion in completions.all:
+            for choice in self.opening(completion):
+                yield self.chunk(completions, choice)
+
+    def added(
+        self, completions: Completions, completion: Completion, delta: Delta
+    ) -> Iterator[Json]:
+        """Yield the chunks of a delta."""
+        for choice in self.chunks(completion, delta):
+            yield self.chunk(completions, choice)
+
+    def end(self, completions: Completions) -> Iterator[Json]:
+        """Yield the chunk that has the usage and no choice, if it is wanted."""
+        if completions.call.include_usage:
+            yield self._frame(self.chunk_name, completions, []) | figures(completions.usage)
+
     def chunk(self, completions: Completions, choice: Json) -> Json:
         """Return a chunk of a stream with one choice."""
         chunk = self._frame(self.chunk_name, completions, [choice])
@@ -72,10 +119,6 @@ class ResponseFormat(ABC):
             continuous = completions.call.continuous_usage
             chunk["usage"] = usage_object(completions.usage) if continuous else None
         return chunk
-
-    def last_chunk(self, completions: Completions) -> Json:
-        """Return the chunk that has the usage and no choice."""
-        return self._frame(self.chunk_name, completions, []) | figures(completions.usage)
 
     def _frame(self, object_name: str, completions: Completions, choices: list[Json]) -> Json:
         return {
@@ -87,7 +130,7 @@ class ResponseFormat(ABC):
         }
 
 
-class TextCompletionFormat(ResponseFormat):
+class TextCompletionFormat(ChoicesFormat):
     """`/v1/completions`."""
 
     id_prefix = "cmpl"
@@ -120,11 +163,11 @@ class TextCompletionFormat(ResponseFormat):
             "text": delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish,
-            **_extensions(completion, delta),
+            **extensions(completion, delta),
         }
 
 
-class ChatCompletionFormat(ResponseFormat):
+class ChatCompletionFormat(ChoicesFormat):
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl"
@@ -182,7 +225,7 @@ class ChatCompletionFormat(ResponseFormat):
             "index": completion.index,
             "logprobs": logprobs,
             "finish_reason": _finish_reason(completion, delta),
-            **_extensions(completion, delta),
+            **extensions(completion, delta),
         }
 
 
@@ -248,7 +291,7 @@ def _by_id(one: TokenLogprob, tokenizer: Tokenizer) -> Json:
     }
 
 
-def _extensions(completion: Completion, delta: Delta) -> Json:
+def extensions(completion: Completion, delta: Delta) -> Json:
     """Return the fields of a choice that OpenAI does not have: token origins and vLLM's fields."""
     own = [token for token in delta.tokens if token.origin is not None]
     cascade: Json = {
@@ -351,6 +394,7 @@ def usage_object(usage: Usage) -> Json:
         "completion_tokens_details": {
             "accepted_prediction_tokens": usage.accepted,
             "rejected_prediction_tokens": usage.rejected,
+            "reasoning_tokens": usage.reasoning_tokens,
         },
         "cascade": cascade,
     }

@@ -30,6 +30,7 @@ from cascade.types import (
 L = TypeVar("L", bound=list[Any])
 
 Text: TypeAlias = Annotated[str, Len(min_length=1)]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TokenId: TypeAlias = Annotated[int, Interval(ge=0, lt=2**32)]
 Some: TypeAlias = Annotated[L, Len(min_length=1)]
 
@@ -423,7 +424,7 @@ class ChatBody(Template, Neutral):
     """The old form of `tools`."""
     function_call: Literal["none", "auto"] | FunctionName | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """The old form of `tool_choice`."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
+    reasoning_effort: Effort | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above
     """A variable of the chat template; `none` also sets its `enable_thinking` to false."""
     thinking_token_budget: Annotated[int, Ge(0)] | None = None
     """Most tokens of thoughts: after them the model is made to answer."""
@@ -437,6 +438,8 @@ class TokenizeBody(Template):
     model: str | None = None
     prompt: str | None = None
     messages: Some[list[Message]] | None = None
+    tools: list[Tool] | None = None
+    """What the model may call, with `messages`."""
     add_special_tokens: bool | None = None
     """Add the tokens that the model expects first; if absent, true for a prompt only."""
     return_token_strs: bool | None = None

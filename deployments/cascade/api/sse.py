@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cascade.api.completion import Completion, Completions
     from cascade.api.output_processor import Delta
-    from cascade.api.responses import Json, ResponseFormat
+    from cascade.api.responses import ResponseFormat
 
 T = TypeVar("T")
 
@@ -28,8 +28,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 def encode_event(value: dict[str, Any]) -> bytes:
-    """Return the bytes of one event."""
-    return b"data: " + responses.encode(value) + b"\n\n"
+    """Return the bytes of one event; one with a `type` is named by it."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return name.encode() + b"data: " + responses.encode(value) + b"\n\n"
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -127,26 +128,26 @@ class CompletionStream:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yield all events; an error is the last event, without `[DONE]`."""
+        completions = self._completions
         async with aclosing(self._deltas):
             try:
-                for completion in self._completions.all:
-                    for choice in self._format.opening(completion):
-                        yield self._chunk(choice)
+                for event in self._format.begin(completions):
+                    yield encode_event(event)
                 for item in self._first:
                     for data in self._encode(item):
                         yield data
                 async for item in self._deltas:
                     for data in self._encode(item):
                         yield data
-                if self._completions.call.include_usage:
-                    yield encode_event(self._format.last_chunk(self._completions))
-                yield DONE
+                for event in self._format.end(completions):
+                    yield encode_event(event)
+                if self._format.sends_done:
+                    yield DONE
             except Exception as error:  # noqa: BLE001 - `public_error` logs what is not ours
-                problem = public_error(error, self._completions.request_id)
-                yield encode_event(responses.error(problem))
+                problem = public_error(error, completions.request_id)
+                yield encode_event(self._format.failed(completions, problem))
 
     def _encode(self, item: tuple[Completion, Delta] | None) -> Iterable[bytes]:
-        return (KEEP_ALIVE,) if item is None else map(self._chunk, self._format.chunks(*item))
-
-    def _chunk(self, choice: Json) -> bytes:
-        return encode_event(self._format.chunk(self._completions, choice))
+        if item is None:
+            return (KEEP_ALIVE,)
+        return map(encode_event, self._format.added(self._completions, *item))

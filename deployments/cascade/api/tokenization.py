@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cascade.api.prompts import check_ids, check_model, naming, template_arguments
+from cascade.api.tools import check_shows_tools, shown_tools
 from cascade.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -26,9 +27,12 @@ def tokenize(body: TokenizeBody, service: ServingContext) -> dict[str, Any]:
             f"The body has {found} of `prompt` and `messages`; send one of them", param="prompt"
         )
     tokenizer = service.tokenizer
+    if body.tools:
+        check_shows_tools(service, "tools")
     if body.messages is not None:
         with naming("messages"):
-            text = tokenizer.render(**template_arguments(body.messages, body))
+            arguments = template_arguments(body.messages, body)
+            text = tokenizer.render(**arguments, tools=shown_tools(body.tools or ()))
             tokens = tokenizer.encode(text, add_special=bool(body.add_special_tokens))
     else:
         with naming("prompt"):

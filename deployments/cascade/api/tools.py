@@ -12,7 +12,7 @@ from cascade.api.schema import ChatBody, FunctionName, FunctionTool, NamedTool, 
 from cascade.errors import InvalidRequest, UnsupportedParameter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from cascade.api.context import ServingContext
 
@@ -30,7 +30,12 @@ class ToolChoice:
     @property
     def shown(self) -> list[dict[str, Any]] | None:
         """Return the tools as chat templates read them."""
-        return [tool.model_dump(exclude_none=True) for tool in self.tools] or None
+        return shown_tools(self.tools)
+
+
+def shown_tools(tools: Iterable[Tool]) -> list[dict[str, Any]] | None:
+    """Return tools as chat templates read them; None: there are none."""
+    return [tool.model_dump(exclude_none=True) for tool in tools] or None
 
 
 def tool_choice(body: ChatBody, service: ServingContext) -> ToolChoice:
@@ -64,14 +69,7 @@ def tool_choice(body: ChatBody, service: ServingContext) -> ToolChoice:
             f"`tool_choice` names `{name}`, but `{field}` has {', '.join(names)}; name one of them",
             param="function_call" if legacy else "tool_choice",
         )
-    form = chat_format(service.tokenizer)
-    if form is None or not form.calls_tools or not service.tokenizer.shows_tools:
-        raise UnsupportedParameter(
-            f"`{field}` cannot be used: the chat template of this model shows no tools, or its tool"
-            ' calls have no known form; send `tool_choice: "none"`, or serve a model that calls'
-            " tools",
-            param=field,
-        )
+    check_shows_tools(service, field)
     return ToolChoice(
         tools=tuple(tools),
         must_call=choice != "auto",
@@ -79,6 +77,33 @@ def tool_choice(body: ChatBody, service: ServingContext) -> ToolChoice:
         parallel=body.parallel_tool_calls is not False and not legacy and name is None,
         legacy=legacy,
     )
+
+
+def check_shows_tools(service: ServingContext, field: str) -> None:
+    """Check that the model sees tools and writes calls in a known form.
+
+    Args:
+        service: Has the tokenizer.
+        field: The one with the tools.
+
+    Raises:
+        UnsupportedParameter: It does not.
+    """
+    if not service.tokenizer.shows_tools:
+        raise UnsupportedParameter(
+            f"`{field}` cannot be used: the chat template of this model shows no tools; send"
+            ' `tool_choice: "none"`, or serve a model that calls tools',
+            param=field,
+        )
+    form = chat_format(service.tokenizer)
+    if form is None or not form.calls_tools:
+        raise UnsupportedParameter(
+            f"`{field}` cannot be used: how this model writes calls is not known. Known are"
+            " `<tool_call>` around JSON (Hermes, Qwen 3) or around `<function=...>` (Qwen 3.5), and"
+            " what a `response_template` in tokenizer_config.json says: add one to the tokenizer of"
+            ' the expert, or send `tool_choice: "none"`',
+            param=field,
+        )
 
 
 def _tool(function: FunctionTool) -> Tool:
