@@ -38,6 +38,11 @@ class EngineSettings:
     cache_bytes: Natural = 0  # the same in bytes; read if cache_tokens is 0
     # share of a GPU's memory for weights and cache, of what num_gpus takes of the GPU
     gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    # of an encoder-decoder: most tokens that its encoder reads, and that an answer has; 0: as its
+    # configuration says, else 1024
+    source_tokens: Natural = 0
+    answer_tokens: Natural = 0
+    source_cache_tokens: Natural = 0  # capacity for encoded sources; 0: half of the cache's memory
     max_step_tokens: Natural = 0  # token budget of a forward pass; 512 on a CPU, else 4096
     max_sessions: Natural = 0  # open at once; 0: twice max_ongoing_requests, or 256 without Ray
     prefix_reuse: bool = True  # keep the cache of released sessions for prompts with that prefix
@@ -57,11 +62,6 @@ class EngineSettings:
                 f"path is {self.path.value}, which runs on one device; with tensor_parallel "
                 f"{self.tensor_parallel} leave it auto, or set flat or padded"
             )
-    # of an encoder-decoder: most tokens that its encoder reads, and that an answer has; 0: as its
-    # configuration says, else 1024
-    source_tokens: Natural = 0
-    answer_tokens: Natural = 0
-    source_cache_tokens: Natural = 0  # capacity for encoded sources; 0: half of the cache's memory
 
     @property
     def session_limit(self) -> int:

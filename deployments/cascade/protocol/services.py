@@ -98,8 +98,8 @@ class Description:
     session_limit: int = 1024  # per stream
     item_limit: int = FRAME_LIMIT_MESSAGES  # per frame
     frame_limit_bytes: int = FRAME_LIMIT_BYTES
-
     source_length: int = 0  # tokens that an encoder reads; 0: a decoder-only model
+
 
 def encode_description(description: Description, kind: TierKind) -> bytes:
     """Return the serialized response of `describe_method`."""
