@@ -71,6 +71,14 @@ def test_a_serve_sink_records_through_rays_library() -> None:
 @pytest.mark.parametrize(
     "sink", [PrometheusMetrics(ROUTER), ServeMetrics(ROUTER)], ids=["plain", "serve"]
 )
+def test_nothing_may_be_added_to_a_counter(sink: PrometheusMetrics | ServeMetrics) -> None:
+    """An answer that ends without a token adds 0 tokens."""
+    sink.add(metric_specs.CALLER_TOKENS, 0, "one", "completion")
+
+
+@pytest.mark.parametrize(
+    "sink", [PrometheusMetrics(ROUTER), ServeMetrics(ROUTER)], ids=["plain", "serve"]
+)
 def test_a_label_too_few_is_a_defect(sink: PrometheusMetrics | ServeMetrics) -> None:
     with pytest.raises(ValueError, match=r"label|argument|tag"):
         sink.add(metric_specs.ANSWERS, 1, "cascade")

@@ -44,7 +44,9 @@ class ServeMetrics:
 
     def add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
         """Add to a counter."""
-        self._metrics[spec.name].inc(amount, _tags(spec, labels))
+        tags = _tags(spec, labels)
+        if amount:  # Ray raises where there is nothing to add
+            self._metrics[spec.name].inc(amount, tags)
 
     def set(self, spec: MetricSpec, value: float, *labels: str) -> None:
         """Set a gauge."""
