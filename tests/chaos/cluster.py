@@ -101,7 +101,6 @@ def config(
     """
     chosen: Config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     chosen["http_options"]["port"] = http
-    del chosen["grpc_options"]
     base = {
         "drafter": tier("drafter"),
         "expert": tier("expert"),

@@ -16,6 +16,7 @@ from cascade.evaluation.tasks import TaskFamily, held_out
 from cascade.types import Origin
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncGenerator, Callable, Sequence
 
 HANG_S = 900.0  # a stream that takes longer hangs
@@ -124,9 +125,14 @@ class Answer:
 class Clients:
     """Sends requests over HTTP, on as many connections as needed."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, *, verify: ssl.SSLContext | bool = True, key: str | None = None
+    ) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.AsyncClient(base_url=url, limits=limits, timeout=HANG_S)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._http = httpx.AsyncClient(
+            base_url=url, limits=limits, timeout=HANG_S, verify=verify, headers=headers
+        )
         self.open = 0
         self.most = 0
 
