@@ -71,6 +71,34 @@ def test_every_way_to_read_a_row_agrees(sampling: SamplingParams, seed: int) -> 
     torch.testing.assert_close(probs.entropies(), torch.special.entr(dense_NV).sum(dim=1))
 
 
+@given(
+    chosen=st.lists(samplings, min_size=1, max_size=3),
+    count=st.sampled_from([None, 1, 6, VOCAB]),
+    levels=st.sampled_from([1, 8, 1000]),
+    seed=st.integers(0, 1000),
+)
+def test_the_likeliest_tokens_come_with_their_ratios(
+    chosen: list[SamplingParams], count: int | None, levels: int, seed: int
+) -> None:
+    """Those that a sort finds, the lowest ids of equal ones, or the whole vocabulary."""
+    logits_NV = (logits(len(chosen), seed) * levels).round() / levels
+    probs = process(logits_NV, chosen, [Context()] * len(chosen))
+    assert isinstance(probs, SoftmaxProbs)
+    ids_NK, weights_NK = probs.likeliest(count)
+    dense_NV = probs.dense()
+    wanted_NV = dense_NV
+    if ids_NK is not None:
+        best_NK = dense_NV.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        wanted_NV = torch.zeros_like(dense_NV).scatter(1, best_NK, dense_NV.gather(1, best_NK))
+        found_NV = torch.zeros_like(dense_NV).scatter_add(1, ids_NK, weights_NK)
+        for ids_K, weights_K in zip(ids_NK, weights_NK, strict=True):
+            assert (ids_K[weights_K > 0].diff() > 0).all()
+    else:
+        found_NV = weights_NK
+    found_NV = found_NV / found_NV.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found_NV, wanted_NV / wanted_NV.sum(dim=1, keepdim=True))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_probabilities_are_the_log_softmax(temperature: float, dtype: torch.dtype) -> None:

@@ -2,8 +2,8 @@
 
 A row is kept as logits and a normaliser, so that a few tokens of many rows cost a gather, and only
 a row that is sampled from is computed in full. On a CPU passes over memory are what costs: there
-all probabilities are computed in one pass and kept, unless penalties or truncation have copied the
-rows already. Arithmetic is float32, or float64 for float64 logits.
+rows are processed a few at a time, in a buffer that stays in cache. Arithmetic is float32, or
+float64 for float64 logits.
 
 Shapes: `N` rows, `E` chosen rows, `K` chosen tokens, `V` vocabulary.
 """
@@ -13,26 +13,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import apply_penalties
-from cascade.sampling.tensor_ops import upload, widen
-from cascade.sampling.truncation import truncate
+from cascade.sampling.tensor_ops import to_list, upload, widen
+from cascade.sampling.truncation import inverse_temperature, top_k, truncate, weights_of
 from cascade.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from cascade.sampling.penalties import Context
 
-# Lower temperatures differ from greedy in ties only; the inverse of this one is finite.
-_MIN_TEMPERATURE = 1e-30
 _MIN_LOG = -1e30
 _UNSCALED = SamplingParams()
+_SPARSE = 4  # rows with more than one in so many tokens are not gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,15 @@ class SoftmaxProbs:
     inverse_N1: Tensor | None = None  # 1 / temperature; None: all are 1
     least_N1: Tensor | None = None  # least logit kept; None: nothing is truncated
     known_scale: tuple[Tensor, Tensor] | None = None  # see `_scale`; given where truncated
-    eager: bool = False  # compute all probabilities at once and keep them
 
     def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the probabilities of the tokens `ids_EK` of chosen rows, by default of all."""
-        if self._cached is None:
-            return self.log_at(ids_EK, rows_E=rows_E).exp()
-        return self._cached[_rows_of(ids_EK, rows_E)[:, None], ids_EK]
+        return self.log_at(ids_EK, rows_E=rows_E).exp_()
 
     def log_at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the log-probabilities of the tokens `ids_EK` of chosen rows."""
-        rows_E = _rows_of(ids_EK, rows_E)
+        if rows_E is None:
+            rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
         return self._log_probs(widen(self.logits_NV[rows_E[:, None], ids_EK]), rows_E)
 
     def log_dense(self) -> Tensor:
@@ -66,17 +66,42 @@ class SoftmaxProbs:
     def dense(self, rows_E: Tensor | None = None) -> Tensor:
         """Return the probabilities of every token of chosen rows, by default of all; a copy."""
         if rows_E is not None:
-            cached_NV = self._cached
-            if cached_NV is None:
-                return self.select(rows_E).dense()
-            return cached_NV.index_select(0, rows_E)
+            return self.select(rows_E).dense()
         like = widen(self.logits_NV[:0])
-        if self.inverse_N1 is None and self.least_N1 is None:
-            return self.logits_NV.softmax(dim=1, dtype=like.dtype)
         p_NV = torch.empty(self.logits_NV.shape, dtype=like.dtype, device=like.device)
         for rows in tensor_ops.row_chunks(self.logits_NV):
-            torch.softmax(self._scaled(rows), dim=1, out=p_NV[rows])
+            weights_NV = self._weights(rows, out=p_NV[rows])
+            weights_NV.div_(weights_NV.sum(dim=1, keepdim=True))
         return p_NV
+
+    def likeliest(self, count: int | None) -> tuple[Tensor | None, Tensor]:
+        """Return the `count` likeliest tokens of each row, ids ascending, and weights, [N, K] each.
+
+        A weight is a probability up to a factor of its row, and 0 where a row has fewer tokens.
+        Without a count they are all that truncation keeps. The ids are None where a row has so many
+        that the whole vocabulary is returned, and on a device, which would have to be read.
+        """
+        vocab = self.logits_NV.shape[1]
+        if self.logits_NV.device.type != "cpu" or (count is None and self.least_N1 is None):
+            return None, self.dense()
+        least_N = [-math.inf] * len(self.logits_NV)
+        if self.least_N1 is not None:
+            least_N = to_list(self.least_N1.squeeze(1))
+        found = [
+            _likeliest(widen(logits_V).numpy(), count, least)
+            for logits_V, least in zip(self.logits_NV, least_N, strict=True)
+        ]
+        size = max([1, *map(len, found)])
+        if size > vocab // _SPARSE:
+            return None, self.dense()
+        ids_NK = np.zeros((len(found), size), np.int64)
+        for ids_K, own_K in zip(ids_NK, found, strict=True):
+            ids_K[: len(own_K)] = own_K
+        size_N1 = torch.tensor([len(own_K) for own_K in found])[:, None]
+        ids = torch.from_numpy(ids_NK)
+        inverse = 1 if self.inverse_N1 is None else self.inverse_N1
+        weights_NK = weights_of(widen(self.logits_NV.gather(1, ids)), self._peaks, inverse)
+        return ids, weights_NK.mul_(torch.arange(size) < size_N1)
 
     def select(self, rows_E: Tensor | slice) -> SoftmaxProbs:
         """Return a selection of the rows."""
@@ -90,9 +115,7 @@ class SoftmaxProbs:
 
     def max_probs(self) -> Tensor:
         """Return the largest probability of each row."""
-        if self._cached is None:
-            return (-self._scale[1]).exp().squeeze(1)
-        return self._cached.amax(dim=1)
+        return (-self._scale[1]).exp().squeeze(1)
 
     def argmax(self) -> Tensor:
         """Return the likeliest token of each row, the lowest id of equal ones."""
@@ -102,11 +125,12 @@ class SoftmaxProbs:
         """Return the entropy of each row in nats."""
         found = list[Tensor]()
         for rows in tensor_ops.row_chunks(self.logits_NV):
-            p_NV = self.select(rows).dense() if self._cached is None else self._cached[rows]
-            # log Z - sum of p s, where p = exp(s) / Z and the largest s is 0. An impossible token
+            weights_NV = self._weights(rows)
+            total_N = weights_NV.sum(dim=1)
+            # log Z - sum of w s / Z, where w = exp(s) and the largest s is 0. An impossible token
             # adds nothing; a finite logarithm keeps its product from being NaN.
-            mean_N = self._scaled(rows).clamp_min_(_MIN_LOG).mul_(p_NV).sum(dim=1)
-            found.append(p_NV.amax(dim=1).log_().add_(mean_N).neg_())
+            logs_NV = self._scaled(rows).clamp_min_(_MIN_LOG)
+            found.append(total_N.log() - logs_NV.mul_(weights_NV).sum(dim=1).div_(total_N))
         return torch.cat(found).clamp_min_(0)
 
     @cached_property
@@ -114,20 +138,20 @@ class SoftmaxProbs:
         """The peak, each row's largest logit, and log sum exp((logit - peak) / temperature)."""
         if self.known_scale is not None:
             return self.known_scale
-        peaks, norms = list[Tensor](), list[Tensor]()
-        for rows in tensor_ops.row_chunks(self.logits_NV):
-            logits_NV = widen(self.logits_NV[rows])
-            best_N1 = tensor_ops.argmax(logits_NV)[:, None]
-            peaks.append(logits_NV.gather(1, best_N1))
-            if self.inverse_N1 is not None:
-                logits_NV = (logits_NV - peaks[-1]).mul_(self.inverse_N1[rows])
-            # The likeliest token has probability 1 / sum, and softmax is one pass over memory.
-            norms.append(logits_NV.softmax(dim=1).gather(1, best_N1).log_().neg_())
-        return torch.cat(peaks), torch.cat(norms)
+        chunks = tensor_ops.row_chunks(self.logits_NV)
+        buffer_NV = torch.empty_like(widen(self.logits_NV[chunks[0]]))
+        norms = list[Tensor]()
+        for rows in chunks:
+            weights_NV = self._weights(rows, out=buffer_NV[: rows.stop - rows.start])
+            norms.append(weights_NV.sum(dim=1, keepdim=True).log_())
+        return self._peaks, torch.cat(norms)
 
     @cached_property
-    def _cached(self) -> Tensor | None:
-        return self.dense() if self.eager else None
+    def _peaks(self) -> Tensor:
+        """The largest logit of each row, [N, 1]."""
+        if self.known_scale is not None:
+            return self.known_scale[0]
+        return widen(self.logits_NV.amax(dim=1, keepdim=True))
 
     def _log_probs(self, logits: Tensor, rows: Tensor | slice) -> Tensor:
         """Return log-probabilities of logits of some rows."""
@@ -140,19 +164,29 @@ class SoftmaxProbs:
             return log
         return log.masked_fill_(logits < self.least_N1[rows], -math.inf)
 
-    def _scaled(self, rows: slice) -> Tensor:
-        """Return (logit - largest) / temperature of some rows, -inf where impossible."""
+    def _weights(self, rows: slice, *, out: Tensor | None = None) -> Tensor:
+        """Return exp((logit - largest) / temperature) of some rows, 0 where impossible."""
         logits_NV = widen(self.logits_NV[rows])
-        scaled_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
-        if self.inverse_N1 is not None:
-            scaled_NV.mul_(self.inverse_N1[rows])
+        inverse = 1 if self.inverse_N1 is None else self.inverse_N1[rows]
+        weights_NV = weights_of(logits_NV, self._peaks[rows], inverse, out=out)
         if self.least_N1 is not None:
-            scaled_NV.masked_fill_(logits_NV < self.least_N1[rows], -math.inf)
-        return scaled_NV
+            tensor_ops.zero_where_less(weights_NV, logits_NV, self.least_N1[rows])
+        return weights_NV
+
+    def _scaled(self, rows: slice) -> Tensor:
+        """Return (logit - largest) / temperature of some rows."""
+        scaled_NV = widen(self.logits_NV[rows]) - self._peaks[rows]
+        return scaled_NV if self.inverse_N1 is None else scaled_NV.mul_(self.inverse_N1[rows])
 
 
-def _rows_of(ids_EK: Tensor, rows_E: Tensor | None) -> Tensor:
-    return torch.arange(len(ids_EK), device=ids_EK.device) if rows_E is None else rows_E
+def _likeliest(logits_V: NDArray[Any], count: int | None, least: float) -> NDArray[np.intp]:
+    """Return the tokens of the `count` largest logits that are at least `least`."""
+    if count is None or count >= len(logits_V):
+        return np.flatnonzero(logits_V >= least)
+    ids_K = top_k(logits_V, count)
+    # Of equal logits the lowest ids are taken.
+    chosen_K = ids_K[np.sort(np.argsort(-logits_V[ids_K], kind="stable")[:count])]
+    return chosen_K[logits_V[chosen_K] >= least]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,33 +235,17 @@ def process(
     if samplings_N and samplings_N[0].greedy:
         best_N, vocab = tensor_ops.argmax(logits_NV), logits_NV.shape[1]
         return OneHotProbs(best_N=best_N, vocab=vocab, dtype=like.dtype)
-    inverse = [1.0 / max(s.temperature, _MIN_TEMPERATURE) for s in samplings_N]
-    inverse_N1 = upload(inverse, like.device, dtype=like.dtype)[:, None]
+    inverse_N1 = upload(
+        [inverse_temperature(s) for s in samplings_N], like.device, dtype=like.dtype
+    )[:, None]
     truncates = any(s.top_k or s.top_p < 1 or s.min_p for s in distinct)
-    found = _truncation(logits_NV, inverse_N1, samplings_N) if truncates else None
+    found = truncate(logits_NV, samplings_N) if truncates else None
     return SoftmaxProbs(
         logits_NV=logits_NV,
         inverse_N1=inverse_N1 if any(s.temperature != 1 for s in distinct) else None,
-        least_N1=found and found[0],
-        known_scale=found and found[1:],
-        eager=logits_NV.device.type == "cpu" and not (adjusts or truncates),
+        least_N1=found and found.least_N1,
+        known_scale=found and (found.peak_N1, found.norm_N1),
     )
-
-
-def _truncation(
-    logits_NV: Tensor, inverse_N1: Tensor, samplings_N: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least logit kept, the largest, and the log-normaliser of each row, [N, 1] each."""
-    found = list[tuple[Tensor, Tensor, Tensor]]()
-    for rows in tensor_ops.row_chunks(logits_NV):
-        chunk_NV = widen(logits_NV[rows])
-        peak_N1 = chunk_NV.amax(dim=1, keepdim=True)
-        scaled_NV = (chunk_NV - peak_N1).mul_(inverse_N1[rows])
-        p_NV = torch.softmax(scaled_NV, dim=1, out=scaled_NV)
-        least_N1, kept_N1 = truncate(chunk_NV, p_NV, samplings_N[rows])
-        found.append((least_N1, peak_N1, (kept_N1 / p_NV.amax(dim=1, keepdim=True)).log_()))
-    least, peaks, norms = zip(*found, strict=True)
-    return torch.cat(least), torch.cat(peaks), torch.cat(norms)
 
 
 def unscaled_probs(
@@ -245,4 +263,4 @@ def unscaled_probs(
     """
     if isinstance(processed, SoftmaxProbs) and all(s == _UNSCALED for s in samplings_N):
         return processed
-    return SoftmaxProbs(logits_NV=logits_NV, eager=logits_NV.device.type == "cpu")
+    return SoftmaxProbs(logits_NV=logits_NV)

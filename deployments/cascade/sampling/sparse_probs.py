@@ -68,17 +68,31 @@ def _normalised(weights_NK: Tensor) -> Tensor:
     return weights_NK / torch.where(total_N1 > 0, total_N1, 1.0)
 
 
-def sparsify(q_NV: Tensor, cut: Cut) -> SparseRows:
-    """Return the rows cut and rounded; a row of at most `cut.entries` tokens is not cut."""
-    if cut.entries is not None and cut.entries < q_NV.shape[1]:
-        ids_NK = q_NV.topk(cut.entries).indices.sort(dim=1).values
-        weights_NK = _quantised(q_NV.gather(1, ids_NK))
+def sparsify(
+    q_NK: Tensor, cut: Cut, *, ids_NK: Tensor | None = None, vocab: int | None = None
+) -> SparseRows:
+    """Return the rows cut and rounded; a row of at most `cut.entries` tokens is not cut.
+
+    Args:
+        q_NK: Probabilities, each row up to a factor.
+        cut: Which of them are kept.
+        ids_NK: Their tokens, ascending; those that are missing are impossible or would be cut.
+            None: the vocabulary.
+        vocab: Number of tokens V; by default K.
+    """
+    entries, vocab = cut.entries, q_NK.shape[1] if vocab is None else vocab
+    if entries is not None and entries < vocab:
+        if entries < q_NK.shape[1]:
+            index_NK = q_NK.topk(entries).indices.sort(dim=1).values
+            q_NK = q_NK.gather(1, index_NK)
+            ids_NK = index_NK if ids_NK is None else ids_NK.gather(1, index_NK)
+        weights_NK = _quantised(q_NK)
         likely_NK = weights_NK >= _MIN_RATIO * _LARGEST_WEIGHT
         return SparseRows(ids_NK=ids_NK, weights_NK=weights_NK.where(likely_NK, 0.0))
-    weights_NV = _quantised(q_NV)
+    weights_NK = _quantised(q_NK)
     if cut.lost:
-        weights_NV = _without_tail(weights_NV, lost=cut.lost)
-    return SparseRows(ids_NK=None, weights_NK=weights_NV)
+        weights_NK = _without_tail(weights_NK, lost=cut.lost)
+    return SparseRows(ids_NK=ids_NK, weights_NK=weights_NK)
 
 
 def _quantised(q_NK: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_SIZE = 2**20  # elements: enough work for all cores, and they stay in the last-level cache
+CHUNK_SIZE = 2**18  # elements: enough work for all cores, and they stay in a core's cache
+_BLOCK = 128  # elements that are summed before the sum in float64
 
 
 def widen(logits_NV: Tensor) -> Tensor:
@@ -30,6 +31,26 @@ def row_chunks(values_NV: Tensor) -> list[slice]:
     count, vocab = values_NV.shape
     step = max(1, count if values_NV.device.type != "cpu" else CHUNK_SIZE // max(vocab, 1))
     return [slice(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Return the sum over the last dimension in float64, whose last steps only are slow."""
+    count = values.shape[-1] // _BLOCK
+    whole, rest = values[..., : count * _BLOCK], values[..., count * _BLOCK :]
+    blocks = whole.unflatten(-1, (count, _BLOCK)).sum(dim=-1)
+    return blocks.sum(dim=-1, dtype=torch.float64) + rest.sum(dim=-1)
+
+
+def zero_where_less(weights_NV: Tensor, values_NV: Tensor, least_N1: Tensor) -> None:
+    """Set weights to 0 whose values are less than `least_N1`, in place.
+
+    On a CPU numpy's comparison and product take a tenth of the time of torch's `masked_fill_`.
+    """
+    if values_NV.device.type != "cpu":
+        weights_NV.masked_fill_(values_NV < least_N1, 0.0)
+        return
+    local_NV = weights_NV.numpy()
+    np.multiply(local_NV, values_NV.numpy() >= least_N1.numpy(), out=local_NV)
 
 
 def argmax(values_NV: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""Top-k, top-p and min-p: which tokens of a row are kept, and their total probability.
+"""Top-k, top-p and min-p: which tokens of a row are kept, and what their probabilities sum to.
 
 Top-k keeps the k likeliest. Top-p keeps the fewest whose probability reaches its share of what
 top-k keeps. Min-p keeps those at least that share as likely as the likeliest. Tokens that tie with
 the last one kept are kept too.
 
 On a device whole rows are sorted, because a decision that depends on values would wait for it. A
-CPU takes the rows one by one and sorts only the few tokens among which the boundary lies.
+CPU takes the rows one by one, reuses one buffer that stays in cache, and sorts only the few tokens
+among which the boundary lies.
+
+A token's weight is exp((logit - largest) / temperature): its probability up to a factor, and 1 for
+the likeliest.
 
 Shapes: `N` rows, `K` candidate tokens, `V` vocabulary.
 """
@@ -13,12 +17,12 @@ Shapes: `N` rows, `K` candidate tokens, `V` vocabulary.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cascade.sampling.tensor_ops import upload
+from cascade.sampling.tensor_ops import row_sums, upload, widen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,45 +35,100 @@ if TYPE_CHECKING:
     Values = NDArray[np.floating[Any]]
     Ids = NDArray[np.intp]
 
+# Lower temperatures differ from greedy in ties only; the inverse of this one is finite.
+_MIN_TEMPERATURE = 1e-30
+
 _SMALL_NUCLEUS = 64  # tokens that one comparison is sure to find
-_MANTISSA_BITS = 6  # of a float's magnitude class: 64 classes an octave
+_STEP = 16  # a lower bound that is too high is divided by this
+_FLAT = 32  # more than one in so many tokens may be above the bound: sample the rest instead
+_SAMPLE = 8192  # tokens of a sample, about
+_GUESSES = 5  # bounds from a sample, of which two should enclose the boundary
+_OVERSHOOT = 1.25  # of a guess's error, by which the next guess is moved
+_MARGIN = 5e-4  # and this share more
 _COLUMNS = 512  # the largest logits of these bound the k-th largest of a row from below
 
 
-def truncate(
-    logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
-    """Return the least logit kept, -inf where all are, and the probability kept, [N, 1] each.
+class Truncation(NamedTuple):
+    """What is kept of N rows, [N, 1] each."""
+
+    least_N1: Tensor  # logit kept, -inf where all are
+    peak_N1: Tensor  # the largest logit
+    norm_N1: Tensor  # logarithm of the sum of the weights that are kept
+
+
+def inverse_temperature(sampling: SamplingParams) -> float:
+    """Return what logits are multiplied by."""
+    return 1.0 / max(sampling.temperature, _MIN_TEMPERATURE)
+
+
+def truncate(logits_NV: Tensor, samplings_N: Sequence[SamplingParams]) -> Truncation:
+    """Return what the sampling parameters of each row keep of its logits, any float type."""
+    if logits_NV.device.type != "cpu":
+        return truncate_on_device(logits_NV, samplings_N)
+    like = widen(logits_NV[:0])
+    buffer_V = like.new_empty(logits_NV.shape[1])
+    found = [
+        _truncate_row(widen(logits_V), sampling, buffer_V)
+        for logits_V, sampling in zip(logits_NV, samplings_N, strict=True)
+    ]
+    return Truncation(*torch.tensor(found, dtype=like.dtype).reshape(-1, 3).split(1, dim=1))
+
+
+def _truncate_row(
+    logits_V: Tensor, sampling: SamplingParams, buffer_V: Tensor
+) -> tuple[float, float, float]:
+    """Return the least logit kept, the largest, and the logarithm of the weights kept."""
+    values_V = logits_V.numpy()
+    peak, inverse = float(values_V.max()), inverse_temperature(sampling)
+    ids_K = None  # what top-k keeps; None: all
+    least = -math.inf
+    if 0 < sampling.top_k < len(values_V):
+        ids_K = top_k(values_V, sampling.top_k)
+        least = float(values_V[ids_K].min())
+    kept = None
+    if sampling.top_p < 1:
+        before = 0.0
+        if ids_K is None:
+            weights_V = weights_of(logits_V, peak, inverse, out=buffer_V)
+            total = float(row_sums(weights_V))
+            mass = sampling.top_p * total
+            ids_K, before = _boundary(weights_V, mass, total)
+            falling_K = -np.sort(-values_V[ids_K])
+            weights_K = _weigh(falling_K, peak, inverse)
+        else:
+            falling_K = -np.sort(-values_V[ids_K])
+            weights_K = _weigh(falling_K, peak, inverse)
+            mass = sampling.top_p * _sum(weights_K)
+        least, kept = _nucleus(falling_K, weights_K, mass, before)
+    bound = peak + math.log(sampling.min_p) / inverse if sampling.min_p else -math.inf
+    if kept is None or bound > least:
+        least = max(least, bound)
+        kept = _sum(_weigh(values_V[np.flatnonzero(values_V >= least)], peak, inverse))
+    return least, peak, math.log(kept)
+
+
+def _weigh(logits_K: Values, peak: float, inverse: float) -> Values:
+    return weights_of(torch.from_numpy(logits_K), peak, inverse).numpy()
+
+
+def weights_of(
+    logits: Tensor, peak: float | Tensor, inverse: float | Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Return exp((logit - peak) * inverse).
 
     Args:
-        logits_NV: Widened.
-        p_NV: Their probabilities at the temperatures, which sum to 1.
-        samplings_N: Sampling parameters of each row.
+        logits: Widened.
+        peak: The largest.
+        inverse: 1 / temperature.
+        out: Where to write it; by default a new tensor.
     """
-    if logits_NV.device.type != "cpu":
-        return truncate_on_device(logits_NV, p_NV, samplings_N)
-    rows = zip(logits_NV.numpy(), p_NV.numpy(), samplings_N, strict=True)
-    found = np.array([_truncate_row(*row) for row in rows], dtype=logits_NV.numpy().dtype)
-    least_N1, kept_N1 = torch.from_numpy(found).split(1, dim=1)
-    return least_N1, kept_N1
+    scaled = torch.sub(logits, peak, out=out)
+    if isinstance(inverse, torch.Tensor) or inverse != 1:
+        scaled.mul_(inverse)
+    return scaled.exp_()
 
 
-def _truncate_row(logits_V: Values, p_V: Values, sampling: SamplingParams) -> tuple[float, float]:
-    least, kept = -math.inf, 1.0
-    ids_K = None  # what top-k keeps; None: all
-    if 0 < sampling.top_k < len(logits_V):
-        ids_K = _top_k(logits_V, sampling.top_k)
-        least, kept = float(logits_V[ids_K].min()), _sum(p_V[ids_K])
-    if sampling.top_p < 1:
-        least, kept = _nucleus(logits_V, p_V, sampling.top_p * kept, ids_K)
-    if sampling.min_p:
-        bound = float(logits_V.max()) + math.log(sampling.min_p) * sampling.temperature
-        if bound > least:
-            least, kept = bound, _sum(p_V * (logits_V >= bound))
-    return least, kept
-
-
-def _top_k(logits_V: Values, count: int) -> Ids:
+def top_k(logits_V: Values, count: int) -> Ids:
     """Return the tokens with the `count` largest logits, and what ties with the least of them."""
     whole = len(logits_V) // _COLUMNS * _COLUMNS
     if not whole or count > _COLUMNS:
@@ -84,58 +143,90 @@ def _kth_largest(values: Values, k: int) -> float:
     return float(np.partition(values, -k)[-k])
 
 
-def _nucleus(logits_V: Values, p_V: Values, mass: float, ids_K: Ids | None) -> tuple[float, float]:
-    """Return the logit at which the likeliest candidates reach a mass, and what they sum to.
+def _nucleus(
+    falling_K: Values, weights_K: Values, mass: float, before: float
+) -> tuple[float, float]:
+    """Return the logit at which the likeliest tokens reach a mass, and what they weigh.
 
-    Tokens that tie with the last of them are included. The candidates are `ids_K`, or all tokens.
+    Tokens that tie with the last of them are included.
+
+    Args:
+        falling_K: Logits of candidates, among which the mass is reached, the largest first.
+        weights_K: Their weights.
+        mass: The weight to reach.
+        before: What the tokens likelier than the candidates weigh.
     """
-    before = 0.0
-    if ids_K is None:
-        ids_K = np.flatnonzero(p_V > (1 - mass) / _SMALL_NUCLEUS)
-        if _sum(p_V[ids_K]) < mass:
-            ids_K, before = _boundary_class(p_V, mass)
-    ids_K = ids_K[np.argsort(-logits_V[ids_K])]
-    logits_K = logits_V[ids_K]
-    reached_K = before + p_V[ids_K].cumsum(dtype=np.float64)
-    index = min(int(np.searchsorted(reached_K, mass)), len(ids_K) - 1)
-    last = int(np.searchsorted(-logits_K, -logits_K[index], side="right")) - 1
-    return float(logits_K[index]), float(reached_K[last])
+    reached_K = before + weights_K.cumsum(dtype=np.float64)
+    index = min(int(np.searchsorted(reached_K, mass)), len(falling_K) - 1)
+    least = falling_K[index]
+    last = len(falling_K) - 1 - int(np.searchsorted(falling_K[::-1], least))
+    return float(least), float(reached_K[last])
 
 
-def _boundary_class(p_V: Values, mass: float) -> tuple[Ids, float]:
-    """Return the tokens of the magnitude class in which a mass is reached, and the mass above it.
+def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]:
+    """Return tokens among which the likeliest reach a mass, and what those above them weigh.
 
-    Floats that are not negative are ordered as their bits are, and the first bits are the class.
+    Bounds are lowered until they do. A flat row has too many tokens to sort above the next bound:
+    there bounds are read off a sample, and what is beyond each is summed over the whole row.
+
+    Args:
+        weights_V: Of every token.
+        mass: The weight to reach.
+        total: The weight of all.
     """
-    class_V = p_V.view(f"i{p_V.itemsize}") >> (np.finfo(p_V.dtype).nmant - _MANTISSA_BITS)
-    cumulated = np.bincount(class_V, weights=p_V)[::-1].cumsum()
-    index = int(np.searchsorted(cumulated, min(mass, cumulated[-1])))
-    above = float(cumulated[index - 1]) if index else 0.0
-    return np.flatnonzero(class_V == len(cumulated) - 1 - index), above
+    values_V, above, high = weights_V.numpy(), 0.0, 1.0
+    low = (total - mass) / _SMALL_NUCLEUS
+    # At most (total - above) / low tokens are between the bounds.
+    while low < 1 and 0 < (total - above) * _FLAT < low * len(values_V):
+        ids_K = np.flatnonzero(values_V > low)
+        ids_K = ids_K[values_V[ids_K] <= high]
+        found = _sum(values_V[ids_K])
+        if above + found >= mass:
+            return ids_K, above
+        above, high, low = above + found, low, low / _STEP
+    rest = total - above
+    sample_S = values_V[:: max(1, len(values_V) // _SAMPLE)]
+    sample_S = np.sort(sample_S[sample_S <= high])[::-1]
+    reached_S = sample_S.cumsum(dtype=np.float64)
+    share, low, bound, lowered = (mass - above) / rest, -1.0, -1.0, False
+    for _ in range(_GUESSES if len(sample_S) else 0):
+        index = np.searchsorted(reached_S, share * reached_S[-1])
+        last, bound = bound, float(sample_S[min(int(index), len(sample_S) - 1)])
+        if bound == last or (lowered and low >= 0):
+            break
+        beyond = float(row_sums(torch.threshold(weights_V, bound, 0.0)))
+        if beyond < mass:
+            above, high, lowered = beyond, bound, True
+        else:
+            low = bound
+        error = (mass - beyond) / rest
+        share += _OVERSHOOT * error + math.copysign(_MARGIN, error)
+    return np.flatnonzero((values_V > low) & (values_V <= high)), above
 
 
 def _sum(values: Values) -> float:
     return float(values.sum(dtype=np.float64))
 
 
-def truncate_on_device(
-    logits_NV: Tensor, p_NV: Tensor, samplings_N: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
+def truncate_on_device(logits_NV: Tensor, samplings_N: Sequence[SamplingParams]) -> Truncation:
     """Return what `truncate` returns, without reading a value; the parameters are the same."""
-    least_N1 = torch.full_like(logits_NV[:, :1], -math.inf)
+    logits_NV = widen(logits_NV)
+    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
+    inverse_N1 = _like(peak_N1, [inverse_temperature(s) for s in samplings_N])
+    weights_NV = weights_of(logits_NV, peak_N1, inverse_N1)
+    least_N1 = torch.full_like(peak_N1, -math.inf)
     if any(s.top_k for s in samplings_N):
         least_N1 = _top_k_on_device(logits_NV, [s.top_k for s in samplings_N])
     if any(s.top_p < 1 for s in samplings_N):
-        left_NV = torch.where(logits_NV >= least_N1, p_NV, 0.0)
+        left_NV = torch.where(logits_NV >= least_N1, weights_NV, 0.0)
         nucleus_N1 = _top_p_on_device(logits_NV, left_NV, [s.top_p for s in samplings_N])
         least_N1 = torch.maximum(least_N1, nucleus_N1)
     if any(s.min_p for s in samplings_N):
         # p >= min_p max p, in logits.
         drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
-        peak_N1 = logits_NV.amax(dim=1, keepdim=True)
         least_N1 = torch.maximum(least_N1, peak_N1 + _like(peak_N1, drop))
-    kept_N1 = torch.where(logits_NV >= least_N1, p_NV, 0.0).sum(dim=1, keepdim=True)
-    return least_N1, kept_N1
+    kept_N1 = torch.where(logits_NV >= least_N1, weights_NV, 0.0).sum(dim=1, keepdim=True)
+    return Truncation(least_N1, peak_N1, kept_N1.log_())
 
 
 def _top_k_on_device(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
@@ -147,12 +238,12 @@ def _top_k_on_device(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:
     return top_ND.gather(1, index_N1.clamp_max(top_ND.shape[1] - 1)).masked_fill(off_N1, -math.inf)
 
 
-def _top_p_on_device(logits_NV: Tensor, p_NV: Tensor, shares_N: Sequence[float]) -> Tensor:
+def _top_p_on_device(logits_NV: Tensor, weights_NV: Tensor, shares_N: Sequence[float]) -> Tensor:
     """Return the logit at which the likeliest tokens reach their share, -inf where that is all."""
     share_N1 = _like(logits_NV, shares_N)
     top_NV, ids_NV = logits_NV.sort(dim=1, descending=True)
-    reached_NV = p_NV.gather(1, ids_NV).cumsum(1)
-    short_N1 = (reached_NV < share_N1 * p_NV.sum(dim=1, keepdim=True)).sum(1, keepdim=True)
+    reached_NV = weights_NV.gather(1, ids_NV).cumsum(1)
+    short_N1 = (reached_NV < share_N1 * weights_NV.sum(dim=1, keepdim=True)).sum(1, keepdim=True)
     least_N1 = top_NV.gather(1, short_N1.clamp_max(logits_NV.shape[1] - 1))
     return least_N1.masked_fill_(share_N1 >= 1, -math.inf)
 

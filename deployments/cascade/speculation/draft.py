@@ -9,6 +9,7 @@ Shapes: `B` sessions, `K` entries of sparse probabilities, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,6 +69,7 @@ class DraftToken:
     logprob: TokenLogprob | None = None
     confidence: TokenConfidence | None = None
     forced: bool = False  # the masks allowed no other token
+    lost_mass: float = 0.0  # that the drafter gave to tokens that the expert has not
 
 
 def forced_token(task: DraftTask, *, vocabulary: int) -> int | None:
@@ -118,6 +120,29 @@ def draft_step(
         if bits_1W is not None and only_tokens(bits_1W)[0] is not None:
             drafts[i] = replace(drafts[i], forced=True)
     return [drafts[i] for i in range(len(tasks))]
+
+
+def with_lost_mass(draft: DraftToken, lost_mass: float) -> DraftToken:
+    """Return a draft of a drafter some of whose tokens the expert has not.
+
+    Its q is what is left, renormalised. How confident the drafter is must be read before that: what
+    is lost counts as one more token, which is never the likeliest.
+
+    Args:
+        draft: From the distribution that is left.
+        lost_mass: The probability, at temperature 1, of what is not.
+    """
+    if draft.forced or lost_mass == 0:
+        return draft
+    kept, stats, confidence = 1 - lost_mass, draft.draft_stats, draft.confidence
+    if stats is not None:
+        between = -sum(share * math.log(share) for share in (kept, lost_mass) if share > 0)
+        stats = replace(
+            stats, max_prob=kept * stats.max_prob, entropy=kept * stats.entropy + between
+        )
+    if confidence is not None:
+        confidence = replace(confidence, probability=kept * confidence.probability)
+    return replace(draft, draft_stats=stats, confidence=confidence, lost_mass=lost_mass)
 
 
 def can_draw(task: DraftTask) -> bool:
@@ -307,15 +332,16 @@ def _sample(
 
 def _choose(q: SoftmaxProbs, tasks: Sequence[DraftTask]) -> _Choice:
     """Return sampled tokens, still on the device."""
-    policy, q_BV = tasks[0].policy, q.dense()
-    rows = sparsify(q_BV, draft_cut(policy))
-    ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BV.dtype))
+    policy, cut = tasks[0].policy, draft_cut(tasks[0].policy)
+    ids_BK, q_BK = q.likeliest(cut.entries)
+    rows = sparsify(q_BK, cut, ids_NK=ids_BK, vocab=q.logits_NV.shape[1])
+    ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BK.dtype))
     weights_BK = weights.weights_NK
     scores_BK: Tensor | None = None
     if is_gumbel(policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
         if ids_BK is None:
-            noise_BK = rng.gumbel_noise(seeds_B, positions_B, q_BV.shape[1], q_BV.device)
+            noise_BK = rng.gumbel_noise(seeds_B, positions_B, q_BK.shape[1], q_BK.device)
         else:
             noise_BK = rng.gumbel_noise_at(seeds_B, positions_B, ids_BK)
         scores_BK = weights_BK.log() + noise_BK
