@@ -324,7 +324,7 @@ def build(args: Application) -> serve.Application:
         StartupError: The pair cannot be served.
     """
     args.pair()
-    drafter, expert, tls = args.drafter.options(), args.expert.options(), args.tls_files
+    drafter, expert, tls = args.drafter_options(), args.expert.options(), args.tls_files
     drafters = _tier(DrafterDeployment, "Drafter", args.drafter, drafter, tls)
     experts = _tier(ExpertDeployment, "Expert", args.expert, expert, tls)
     options = args.router.deployment.options(environment={"GRPC_VERBOSITY": "NONE"})

@@ -172,7 +172,7 @@ async def local_server(
     pair, credentials = settings.pair(), credentials_of(settings.tls_files)
     shared: dict[str, Any] = {"address": ANY_PORT, "token": token, "credentials": credentials}
     async with AsyncExitStack() as cleanup:
-        drafter = await Drafter.start(settings.drafter.options(), **shared)
+        drafter = await Drafter.start(settings.drafter_options(), **shared)
         cleanup.push_async_callback(drafter.stop)
         expert = await Expert.start(settings.expert.options(), **shared)
         cleanup.push_async_callback(expert.stop)

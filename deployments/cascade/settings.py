@@ -30,7 +30,7 @@ from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.keys import Keys
 from cascade.engine import model_loader, model_pair, threads, tp_plan
-from cascade.engine.settings import EngineSettings
+from cascade.engine.settings import EngineSettings, ExpertVocabulary, VocabularyWay
 from cascade.errors import StartupError
 from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import ObservedGenerator, Observer
@@ -234,7 +234,7 @@ class TierSettings(Settings):
 
     def options(self) -> ReplicaOptions:
         """Return what a replica takes."""
-        names = {one.name for one in fields(ReplicaOptions)} - {"model", "engine"}
+        names = {one.name for one in fields(ReplicaOptions)} - {"model", "engine", "expert"}
         engine, gpus = self.engine, self.deployment.ray_actor_options.get("num_gpus") or 1
         return ReplicaOptions(
             model=self.model_path,
@@ -267,6 +267,7 @@ class Drafter(TierSettings):
 
     shipped = demo.DRAFTERS
 
+    vocabulary: VocabularyWay = VocabularyWay.AUTO  # how its tokens are said in the expert's
 
 
 class Expert(TierSettings):
@@ -367,6 +368,17 @@ class Application(Settings):
         except ValidationError as error:
             raise in_plain_words(error, cls) from None
 
+    def drafter_options(self) -> ReplicaOptions:
+        """Return what a drafter takes, which drafts in the expert's tokens."""
+        expert = self.expert.source()
+        vocabulary = ExpertVocabulary(
+            model=expert.name,
+            revision=expert.revision,
+            trust_remote_code=expert.trust_remote_code,
+            way=self.drafter.vocabulary,
+        )
+        return replace(self.drafter.options(), expert=vocabulary)
+
     def pair(self) -> model_pair.ModelPair:
         """Return what the two models share.
 
@@ -377,6 +389,7 @@ class Application(Settings):
             self.drafter.source(),
             self.expert.source(),
             generation_config=self.defaults.generation_config == "auto",
+            way=self.drafter.vocabulary,
         )
         self.defaults.completed(pair.generation.sampling)  # refused before anything is served
         for tier in (self.drafter, self.expert):

@@ -1,70 +1,24 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import TYPE_CHECKING, Any
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.support.toy_tokenizers import byte_level, metaspace, wrap
+from tests.support.toy_tokenizers import byte_level, llama_3
 from tokenizers import normalizers
 from transformers import Gemma3Config, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from cascade.engine.model_pair import (
     GenerationDefaults,
     ModelSource,
-    check_pair,
     generation_defaults,
     load_pair,
 )
-from cascade.errors import MismatchedPair, UnsupportedModel
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from cascade.engine.tokenizer import Tokenizer
-
-
-def check(drafter: Tokenizer, expert: Tokenizer) -> int:
-    return check_pair(drafter, expert, drafter_vocabulary=304, expert_vocabulary=320)
-
-
-def test_padded_vocabularies_share_their_tokens() -> None:
-    assert check(wrap(byte_level()), wrap(byte_level())) == 280
-
-
-def test_the_smaller_number_of_logits_limits_the_vocabulary() -> None:
-    both = wrap(byte_level())
-
-    assert check_pair(both, both, drafter_vocabulary=279, expert_vocabulary=320) == 279
-
-
-def test_at_most_five_different_tokens_are_named() -> None:
-    with pytest.raises(MismatchedPair) as refused:
-        check(wrap(byte_level()), wrap(metaspace()))
-
-    assert "id 0 is '<s>' to the drafter and '<unk>' to the expert" in refused.value.message
-    assert len(re.findall(r"id \d+ is", refused.value.message)) == 5
-
-
-def test_a_token_of_only_one_model_is_named() -> None:
-    with pytest.raises(MismatchedPair, match="id 280 is no token to the drafter and '<tool>'"):
-        check(wrap(byte_level()), wrap(byte_level(added=("<tool>",))))
-
-
-def test_a_token_special_to_only_one_model_is_named() -> None:
-    plain = byte_level()
-    plain.add_tokens(["<tool>"])
-
-    with pytest.raises(MismatchedPair, match="'<tool>' is special to the expert only"):
-        check(wrap(plain), wrap(byte_level(added=("<tool>",))))
-
-
-def test_another_normaliser_is_detected() -> None:
-    lower = byte_level()
-    lower.normalizer = normalizers.Lowercase()
-
-    with pytest.raises(MismatchedPair, match="where the expert reads 'T'"):
-        check(wrap(lower), wrap(byte_level()))
+from cascade.engine.settings import VocabularyWay
+from cascade.errors import UnsupportedModel
 
 
 @pytest.fixture
@@ -75,6 +29,49 @@ def folder(tmp_path: Path) -> Path:
         tmp_path
     )
     return tmp_path
+
+
+def copied(folder: Path, backend: Any) -> ModelSource:
+    """Return a checkpoint like one in a folder with another tokenizer."""
+    other = folder / "other"
+    shutil.copytree(folder, other)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(other)  # noqa: S106 - a token of text
+    return ModelSource(name=str(other))
+
+
+def test_what_the_vocabularies_do_not_share_is_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expert = copied(folder, llama_3())
+    says(Path(expert.name), "config.json", vocab_size=300)
+
+    pair = load_pair(ModelSource(name=str(folder)), expert)
+
+    assert pair.vocabulary.way is VocabularyWay.TLI
+    assert [record.message for record in caplog.records] == [pair.vocabulary.summary]
+
+
+def test_a_tokenizer_that_reads_texts_otherwise_is_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lower = byte_level()
+    lower.normalizer = normalizers.Lowercase()
+
+    pair = load_pair(copied(folder, lower), ModelSource(name=str(folder)))
+
+    assert pair.vocabulary.identical
+    assert "reads texts as other tokens" in caplog.text
+
+
+def test_models_with_one_vocabulary_need_no_word(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = ModelSource(name=str(folder))
+
+    with caplog.at_level(logging.INFO):
+        assert load_pair(source, source).vocabulary.identical
+
+    assert not caplog.records
 
 
 def says(folder: Path, file: str, **settings: Any) -> None:

@@ -34,7 +34,8 @@ def test_a_pair_that_shares_no_vocabulary_is_refused_by_name(toy: Pair, tmp_path
         unk_token="A",  # noqa: S106 - a word
     )
     tokenizer.save_pretrained(other)
-    settings = toy.settings(expert={"model": str(other)})
+    drafter = {"model": str(toy.drafter.path), "vocabulary": "shared"}
+    settings = toy.settings(drafter=drafter, expert={"model": str(other)})
     with pytest.raises(MismatchedPair, match=r"id 2 is 'C' to the drafter and 'D' to the expert"):
         build(settings)
 

@@ -16,14 +16,26 @@ import pytest
 import torch
 from tests.support import enumeration
 from tests.support.bigram_models import Bigrams, round_probs
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cascade.demo import DRAFTER, EXPERT
+from cascade.engine.settings import VocabularyWay
+from cascade.engine.tokenizer import Tokenizer
+from cascade.engine.vocabulary import VocabularyMap, map_vocabularies
 from cascade.protocol.convert import decode_block, encode_block
 from cascade.rules import Bild, Chow, ChowLog, Diff, Lossy, Rule
 from cascade.sampling.probs import process
 from cascade.sampling.sparse_probs import sparsify
 from cascade.speculation import acceptance
-from cascade.speculation.draft import DraftTask, block_of, draft_step, drafter_defers
+from cascade.speculation.draft import (
+    DraftTask,
+    block_of,
+    draft_step,
+    drafter_defers,
+    with_lost_mass,
+)
 from cascade.speculation.modes import plan_for
 from cascade.speculation.payload import (
     draft_cut,
@@ -79,6 +91,7 @@ class Position:
     drafter: Row
     expert: Row
     temperature: float
+    lost: float = 0.0  # what the drafter gave to tokens that the expert has not
 
     @property
     def q(self) -> Row:
@@ -92,13 +105,15 @@ class Position:
         """Return the decision of a rule on the whole position."""
         q, p, q0, p0 = self.q, self.p, softmax(self.drafter), softmax(self.expert)
         middle = (q + p) / 2
+        uncut = np.append(q0 * (1 - self.lost), self.lost)
+        surest, spread = uncut[:-1].max(), entropy(uncut)
         decisions: dict[str, Callable[[], bool]] = {
-            "chow": lambda: q0.max() < 1 - rule.alpha,
-            "diff": lambda: q0.max() < p0.max() - rule.alpha,
-            "opt": lambda: q0.max() < p0.max() - rule.alpha * distance(p, q),
-            "chow_log": lambda: entropy(q0) > rule.alpha,
-            "diff_log": lambda: entropy(q0) > entropy(p0) + rule.alpha,
-            "opt_log": lambda: entropy(q0) > entropy(p0) + rule.alpha * distance(p, q),
+            "chow": lambda: surest < 1 - rule.alpha,
+            "diff": lambda: surest < p0.max() - rule.alpha,
+            "opt": lambda: surest < p0.max() - rule.alpha * distance(p, q),
+            "chow_log": lambda: spread > rule.alpha,
+            "diff_log": lambda: spread > entropy(p0) + rule.alpha,
+            "opt_log": lambda: spread > entropy(p0) + rule.alpha * distance(p, q),
             "bild": lambda: -np.log(p0[q0.argmax()]) > rule.alpha,
             "fuzzy": lambda: entropy(middle) - (entropy(q) + entropy(p)) / 2 > rule.alpha,
         }
@@ -152,10 +167,11 @@ def drafted_from(logits: Row, policy: DecodingParams) -> Row:
     return found / found.sum()
 
 
-def drafted(logits: Row, policy: DecodingParams) -> DraftToken:
+def drafted(logits: Row, policy: DecodingParams, lost: float = 0.0) -> DraftToken:
     """Return a real draft, which carries what the expert reads of its distribution."""
     task = DraftTask(policy=policy, position=0, block_start=0)
-    return draft_step(torch.from_numpy(logits)[None].float(), [task])[0]
+    draft = draft_step(torch.from_numpy(logits)[None].float(), [task])[0]
+    return with_lost_mass(draft, lost)
 
 
 def sent(drafts: Sequence[DraftToken], length: int) -> Block:
@@ -173,7 +189,7 @@ def as_drafted(draft: DraftToken, token: int, q: Row, logits: Row) -> DraftToken
 
 def tasks_of_one_token(at: Position, policy: DecodingParams) -> tuple[list[VerifyTask], Row]:
     """Return a task for each token that can be drafted, and how likely each is."""
-    q, draft = drafted_from(at.drafter, policy), drafted(at.drafter, policy)
+    q, draft = drafted_from(at.drafter, policy), drafted(at.drafter, policy, at.lost)
     tokens = np.flatnonzero(q)
     blocks = [sent([as_drafted(draft, int(token), q, at.drafter)], 1) for token in tokens]
     return [VerifyTask(policy=policy, position=0, block=block) for block in blocks], q[tokens]
@@ -210,7 +226,7 @@ def dense_pi(batch: VerifyBatch) -> Row:
 def assert_shared_noise_follows(at: Position, rule: Rule) -> None:
     """Under shared noise what is committed is argmax(log pi + g), or a draft that is kept."""
     policy = policy_of(rule, at.temperature, coupling=Coupling.GUMBEL)
-    block = sent([drafted(at.drafter, policy)], 1)
+    block = sent([drafted(at.drafter, policy, at.lost)], 1)
     task = VerifyTask(policy=policy, position=0, block=block)
     batch = build_batch(torch.from_numpy(at.expert).float()[None], [task])
     if payload_spec(policy).probs or rule.kind == "lossless":
@@ -231,7 +247,8 @@ def assert_modes_follow(at: Position) -> None:
     for rule in (Chow(alpha=0.4519), ChowLog(alpha=0.8917)):
         for mode in (Mode.TOKEN_CASCADE, Mode.CASCADE, Mode.SPECULATIVE):
             policy = plan_for(mode, policy_of(rule, at.temperature)).params
-            assert drafter_defers(policy, drafted(at.drafter, policy)) == at.defers(rule)
+            draft = drafted(at.drafter, policy, at.lost)
+            assert drafter_defers(policy, draft) == at.defers(rule)
             assert distance(drafted_from(at.drafter, policy), at.q) < BOUND
 
 
@@ -257,6 +274,65 @@ def test_a_token_follows_its_rule_whatever_crosses_the_wire(rule: Rule, temperat
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_modes_without_a_verifier_follow_the_models_themselves(temperature: float) -> None:
     assert_modes_follow(toy([5], temperature))
+
+
+def different_vocabularies(*, seed: int) -> VocabularyMap:
+    """Return a map of 90 tokens to 120, of which 70 are the same under other ids."""
+    order = np.random.default_rng(seed).permutation(140)
+    tables = [letters(codes) for codes in (order[:90], order[:19:-1])]
+    sizes = {"drafter_size": 90, "expert_size": 120}
+    return map_vocabularies(*tables, **sizes, way=VocabularyWay.TLI)
+
+
+def letters(codes: Row) -> Tokenizer:
+    """Return a tokenizer with one letter for each code."""
+    vocabulary = {chr(0x4E00 + int(code)): id_ for id_, code in enumerate(codes)}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=min(vocabulary)))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def restricted(text: Sequence[int], temperature: float, vocabulary: VocabularyMap) -> Position:
+    """Return a position of a drafter that has other tokens than the expert."""
+    own = Bigrams.random(vocab=90, seed=7).drafter([text[-1] % 90])
+    logits, lost = vocabulary.restrict(own[None])
+    theirs = 0.9 * logits[0] + PAIR.expert(text) - PAIR.drafter(text)
+    shared = torch.zeros(120, dtype=torch.bool)
+    shared[list(vocabulary.pairs)] = True
+    expert = torch.where(shared, theirs, PAIR.expert(text))
+    rows = (logits[0].double().numpy(), expert.double().numpy())
+    return Position(*rows, temperature, lost=lost.item())
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_token_follows_its_rule_where_vocabularies_differ(rule: Rule, temperature: float) -> None:
+    """q is what is left of the drafter's distribution; confidence is read before that."""
+    vocabulary = different_vocabularies(seed=1)
+    assert len(vocabulary.pairs) == 70
+    at = restricted([5], temperature, vocabulary)
+    assert 0.1 < at.lost < 0.9
+    assert set(np.flatnonzero(at.q)) == set(vocabulary.pairs)
+    for verification in Verification:
+        policy = policy_of(rule, temperature, verification=verification)
+        assert distance(law_of_one_token(at, policy), at.law(rule)) < BOUND
+    assert_shared_noise_follows(at, rule)
+
+
+def test_modes_without_a_verifier_follow_a_restricted_drafter() -> None:
+    for text in range(8):
+        assert_modes_follow(restricted([text], 1.2, different_vocabularies(seed=1)))
+
+
+def test_lost_mass_is_what_the_expert_has_no_tokens_for() -> None:
+    vocabulary = different_vocabularies(seed=2)
+    logits = Bigrams.random(vocab=90, seed=7).drafter_VV
+    q = logits.double().softmax(dim=1)
+    found, lost = vocabulary.restrict(logits)
+    expert, drafter = (list(ids) for ids in (vocabulary.pairs, vocabulary.pairs.values()))
+    assert torch.equal(found[:, expert], logits[:, drafter])
+    assert torch.allclose(lost.double(), 1 - q[:, drafter].sum(dim=1), atol=1e-6)
 
 
 SMALL = Bigrams.random(vocab=20, seed=4)

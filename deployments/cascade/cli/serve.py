@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from cascade.protocol.tls import TlsFiles
+    from cascade.replica.options import ReplicaOptions
     from cascade.replica.replica import Replica
     from cascade.settings import Application
 
@@ -88,6 +89,9 @@ def tier(  # noqa: PLR0913 - one parameter an option
     address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
     token: Token,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
+    expert: Annotated[
+        str | None, typer.Option(help="The expert of a drafter whose vocabulary differs")
+    ] = None,
     config: Config = None,
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus; 0: none")] = 0,
 ) -> None:
@@ -96,12 +100,9 @@ def tier(  # noqa: PLR0913 - one parameter an option
     os.environ.update(threads.environment())
     try:
         application = read_settings(config)
-        settings = getattr(application, name.value)
-        if model is not None:
-            settings = settings.model_copy(update={"model": model})
         serving = _serve(
             name,
-            settings.options(),
+            _tier_options(application, name, model=model, expert=expert, known=config is not None),
             tls=application.tls_files,
             address=address,
             token=token,
@@ -110,6 +111,29 @@ def tier(  # noqa: PLR0913 - one parameter an option
         asyncio.run(serving)
     except StartupError as error:
         raise failed(error) from error
+
+
+def _tier_options(
+    settings: Application, name: TierName, *, model: str | None, expert: str | None, known: bool
+) -> ReplicaOptions:
+    """Return what a replica takes.
+
+    Args:
+        settings: Of the whole application.
+        name: Its tier.
+        model: Its model; None: as the settings say.
+        expert: The expert of a drafter; None: as the settings say.
+        known: Whether the settings name the models of both tiers.
+    """
+    tier = getattr(settings, name.value)
+    if model is not None:
+        tier = tier.model_copy(update={"model": model})
+    if name is TierName.EXPERT or not (known or expert):
+        return tier.options()
+    other = (
+        settings.expert if expert is None else settings.expert.model_copy(update={"model": expert})
+    )
+    return settings.model_copy(update={"drafter": tier, "expert": other}).drafter_options()
 
 
 async def _serve(  # noqa: PLR0913 - the command's options

@@ -88,12 +88,14 @@ class DraftBranch:
     guessing: bool = field(init=False, default=False)  # the next logits yield a guess
     ended: bool = field(init=False, default=False)  # at a stop token
     paused: bool = field(init=False, default=False)  # no forward request is in flight
+    _fed: int = field(init=False)  # tokens of the model that the prompt and `tokens` are
     _unfed: list[int] = field(init=False, default_factory=list[int])  # drafted; the engine lacks it
     _blocks: deque[PendingBlock] = field(init=False)  # from the one last requested
     _forked_at: int | None = field(init=False, default=None)  # accepted drafts of the first block
 
     def __post_init__(self) -> None:
         self._blocks = deque([self.block])
+        self._fed = self.session.engine_length(self.tokens)
 
     def task(self, *, spare_capacity: bool, ahead: int = 0) -> DraftTask:
         """Return the task of drafting a token from the next logits, or from later ones.
@@ -182,10 +184,7 @@ class DraftBranch:
     def begin(self, request: ForwardRequest) -> ForwardRequest:
         """Return the request that leads to the first block, from that of its session."""
         self._add_forced()
-        first = len(self.tokens)
-        self.tokens += self._unfed
-        self._unfed.clear()
-        return replace(request, tokens=(*request.tokens, *self.tokens[first:]), task=self)
+        return replace(request, tokens=(*request.tokens, *self._take_unfed()), task=self)
 
     def resume(self) -> ForwardRequest | None:
         """Return the request that leads to the next block, or None if no more are wanted."""
@@ -261,7 +260,7 @@ class DraftBranch:
         return self.block.deferred or needs_probs_after_block(self.session.opened.policy)
 
     def _fits(self, position: int) -> bool:
-        room = self.limit - len(self.session.opened.prompt) - position
+        room = self.limit - self._fed + len(self.tokens) - position
         return room > self.message.count + 2
 
     def _completes(self, draft: DraftToken) -> bool:
@@ -351,13 +350,16 @@ class DraftBranch:
 
     def _feed(self) -> ForwardRequest:
         """Return the request that feeds the engine what it lacks."""
-        base = len(self.session.opened.prompt) + len(self.tokens)
-        unfed, self._unfed = self._unfed, []
-        self.tokens += unfed
+        base, tokens = self._fed, self._take_unfed()
         engine_id = self.engine_id or self.session.engine_id
-        return ForwardRequest(
-            session=engine_id, base=base, tokens=tuple(unfed), num_logits=1, task=self
-        )
+        return ForwardRequest(session=engine_id, base=base, tokens=tokens, num_logits=1, task=self)
+
+    def _take_unfed(self) -> tuple[int, ...]:
+        """Return what the engine lacks, in the tokens of its model."""
+        fed = tuple(self.session.to_engine(self._unfed))
+        self.tokens += self._unfed
+        self._unfed, self._fed = [], self._fed + len(fed)
+        return fed
 
     def _proposal(self) -> Proposal:
         block = self.block

@@ -19,11 +19,12 @@ from cascade.replica.session import ReplicaSession
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cascade.drafter.draft_branch import BranchCandidate, DraftBranch, PendingBlock
     from cascade.engine.engine import Engine
     from cascade.engine.request import ForwardRequest
+    from cascade.engine.vocabulary import VocabularyMap
 
 MIN_PROB = 0.02  # of a verdict, below which no block is drafted for it
 
@@ -33,6 +34,22 @@ class DraftSession(ReplicaSession):
     """A session on a drafter: its committed tokens, and the branches drafted after them."""
 
     tree: DraftTree | None = None  # since the first Propose
+    vocabulary_map: VocabularyMap | None = None  # None: the drafter has the expert's tokens
+    own_prompt: Sequence[int] = ()  # in the drafter's tokens, if there is a map
+
+    @property
+    def engine_prompt(self) -> Sequence[int]:
+        """Return the prompt in the drafter's tokens."""
+        return self.opened.prompt if self.vocabulary_map is None else self.own_prompt
+
+    def to_engine(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return tokens of the answer in the drafter's."""
+        return tokens if self.vocabulary_map is None else self.vocabulary_map.to_drafter(tokens)
+
+    def translate_prompt(self) -> None:
+        """Say the prompt in the drafter's tokens."""
+        if self.vocabulary_map is not None:
+            self.own_prompt = self.vocabulary_map.prompt_to_drafter(self.opened.prompt)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

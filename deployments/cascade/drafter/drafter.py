@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +18,27 @@ import torch
 
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
 from cascade.drafter.draft_tree import DraftSession, DraftTree
+from cascade.engine.model_pair import map_to_expert
 from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Propose
 from cascade.protocol.services import DRAFTER
 from cascade.replica.replica import Replica, Result
+from cascade.sampling.tensor_ops import to_list
 from cascade.speculation.confidence import Calibration
 from cascade.speculation.cost_model import StepTime
-from cascade.speculation.draft import can_draw, draft_step, draw
+from cascade.speculation.draft import can_draw, draft_step, draw, with_lost_mass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from cascade.engine.model_loader import LoadedModel
     from cascade.engine.request import ForwardRequest, LogitsOutput
+    from cascade.engine.tokenizer import Tokenizer
+    from cascade.engine.vocabulary import VocabularyMap
     from cascade.protocol.messages import Proposal
+    from cascade.replica.options import ReplicaOptions
     from cascade.replica.session import ReplicaSession
     from cascade.rules import Rule
     from cascade.speculation.draft import DraftTask, DraftToken
@@ -75,10 +82,68 @@ class Drafter(Replica[Propose]):
     kind = DRAFTER
     session_class = DraftSession
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        options: ReplicaOptions,
+        *,
+        vocabulary: VocabularyMap | None = None,
+        **more: Any,
+    ) -> None:
+        """Make a drafter, as `Replica` does.
+
+        Args:
+            model: The model.
+            tokenizer: The model's.
+            options: What is served.
+            vocabulary: How its tokens are said in the expert's; None: they are the same.
+            more: The other arguments of `Replica`.
+        """
+        if vocabulary is not None:
+            tokenizer, more["vocab_size"] = vocabulary.expert.tokenizer, vocabulary.size
+        super().__init__(model, tokenizer, options, **more)
+        self._vocabulary = vocabulary
         self._calibrations: dict[Rule, Calibration] = {}
         self._step_time = StepTime()  # of passes of a token or two per session
+
+    @classmethod
+    def maker(
+        cls, options: ReplicaOptions, tokenizer: Tokenizer, vocabulary: int
+    ) -> Callable[..., Drafter]:
+        """Return what makes a drafter that drafts in the expert's tokens.
+
+        Args:
+            options: What is served, and for which expert.
+            tokenizer: The drafter's.
+            vocabulary: Logits of the drafter.
+
+        Raises:
+            StartupError: The expert's tokenizer cannot be read, or has too little in common.
+        """
+        if options.expert is None:
+            return cls
+        found = map_to_expert(options.expert, tokenizer, vocabulary)
+        return cls if found.identical else partial(cls, vocabulary=found)
+
+    def new_session(self, **fields: Any) -> ReplicaSession:
+        """Return a session that has been opened."""
+        return super().new_session(vocabulary_map=self._vocabulary, **fields)
+
+    def preparation(self, session: ReplicaSession) -> Callable[[], object] | None:
+        """Return what another thread must do before a session begins; None: nothing."""
+        assert isinstance(session, DraftSession), "a drafter opens sessions of this class"
+        compiling = super().preparation(session)
+        if self._vocabulary is None:
+            return compiling
+
+        def prepare() -> None:
+            session.translate_prompt()
+            self.check_context(session.engine_length(session.tokens), 0)
+            if compiling is not None:
+                compiling()
+
+        return prepare
 
     def begin(self, session: ReplicaSession, message: Propose) -> Sequence[ForwardRequest]:
         """Return the forward requests that lead to a block, unless it was sent already.
@@ -94,8 +159,9 @@ class Drafter(Replica[Propose]):
             raise InvalidRequest(
                 f"a proposal of {message.count} tokens was asked for; ask for at least 1"
             )
-        self.check_context(session.num_tokens, 1)
-        room = self.describe().context_length - session.num_tokens
+        held = session.engine_length(session.tokens)
+        self.check_context(held, 1)
+        room = self.describe().context_length - held
         message = replace(message, count=min(message.count, room))
         spare, tree = self.engine.spare, session.tree
         if tree is None or not tree.follow(message):
@@ -141,7 +207,18 @@ class Drafter(Replica[Propose]):
 
     def draft(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Sequence[DraftToken]:
         """Return the token drafted for each task, from logits in the same order."""
-        return draft_step(logits_NV, tasks)
+        if self._vocabulary is None:
+            return draft_step(logits_NV, tasks)
+        logits_NV, lost_N = self._vocabulary.restrict(logits_NV)
+        drafts = draft_step(logits_NV, tasks)
+        return list(map(with_lost_mass, drafts, to_list(lost_N)))
+
+    def draw(self, logits_NV: Tensor, tasks: Sequence[DraftTask]) -> Tensor:
+        """Return the tokens that `draft` returns, for the model, on the device and unread."""
+        if self._vocabulary is None:
+            return draw(logits_NV, tasks)
+        logits_NV, _ = self._vocabulary.restrict(logits_NV)
+        return self._vocabulary.drafter_ids(draw(logits_NV, tasks))
 
     def _draft(
         self, branches: Sequence[DraftBranch], logits_NV: Tensor, *, spare: float
@@ -206,8 +283,8 @@ class Drafter(Replica[Propose]):
         try:
             logits, fed = self.engine.decode_ahead(
                 [one.engine_id or one.session.engine_id for one in branches],
-                draw(logits_NV, planned[0]),
-                lambda drawn_from, number: draw(drawn_from, planned[number + 1]),
+                self.draw(logits_NV, planned[0]),
+                lambda drawn_from, number: self.draw(drawn_from, planned[number + 1]),
                 passes=len(planned) - 1,
             )
             if not fed:

@@ -1,23 +1,29 @@
 """Check that two models can form a cascade, by their configurations and tokenizers alone.
 
-Both must share a vocabulary. The API also takes the tokenizer and the limits of the pair from here.
+`vocabulary` says how their tokens correspond. The API also takes the tokenizer and the limits of
+the pair from here.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cascade.engine import tokenizer
 from cascade.engine.model_loader import context_length, read_config, read_json
-from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.engine.settings import VocabularyWay
+from cascade.engine.vocabulary import map_vocabularies
+from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from cascade.engine.settings import ExpertVocabulary
     from cascade.engine.tokenizer import Tokenizer
+    from cascade.engine.vocabulary import VocabularyMap
 
-_MAX_DIFFERENCES = 5  # in a message
+log = logging.getLogger(__name__)
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -49,81 +55,33 @@ _NEUTRAL = {
     "watermarking_config": (),
 }
 
-# Normalisers and pre-tokenisers differ in case, composed and decomposed accents, widths, spaces,
-# digits, scripts and joined emoji.
-_TEXTS = (
-    "The quick brown fox JUMPED over 1234567890 lazy dogs, didn't it?",
-    "  two  spaces,\ttab,\nline\r\nend   ",
-    "caf\u00e9 cafe\u0301 \uff21\uff22\uff23 \u2460 \ufb01 \u00bd \u212b",
-    "\u4f60\u597d \u3053\u3093\u306b\u3061\u306f \uc548\ub155",
-    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627",
-    "\U0001f642 \U0001f469\u200d\U0001f469\u200d\U0001f467 x_y = f(a[0]) != 3.14e-10; // <tag/>",
-)
 
-
-def check_pair(
-    drafter: Tokenizer, expert: Tokenizer, *, drafter_vocabulary: int, expert_vocabulary: int
-) -> int:
-    """Return the size of the vocabulary that both models share.
-
-    The models may have different numbers of logits, if embeddings were padded. Roles of tokens may
-    differ too: an instruct model ends its text with another token than its base model.
+def map_to_expert(expert: ExpertVocabulary, drafter: Tokenizer, drafter_size: int) -> VocabularyMap:
+    """Return how a drafter's tokens are said in its expert's.
 
     Args:
+        expert: Where the expert comes from.
         drafter: The drafter's tokenizer.
-        expert: The expert's tokenizer.
-        drafter_vocabulary: Logits per token of the drafter.
-        expert_vocabulary: Logits per token of the expert.
+        drafter_size: Logits per token of the drafter.
 
     Raises:
-        MismatchedPair: An id means different tokens to them, or a text has different ids.
+        MismatchedPair: They share too little.
+        UnsupportedModel: The expert's configuration or tokenizer cannot be read.
     """
-    different = {id_ for id_, _ in drafter.tokens.items() ^ expert.tokens.items()}
-    _check(
-        "ids mean different tokens",
-        [
-            f"id {id_} is {_name(drafter.tokens.get(id_))} to the drafter and "
-            f"{_name(expert.tokens.get(id_))} to the expert"
-            for id_ in sorted(different)
-        ],
+    source = ModelSource(
+        name=expert.model, revision=expert.revision, trust_remote_code=expert.trust_remote_code
     )
-    special, others = drafter.special_ids, expert.special_ids
-    _check(
-        "tokens are special to one model only",
-        [
-            f"{_name(expert.tokens.get(id_))} is special to the "
-            f"{'drafter' if id_ in special else 'expert'} only"
-            for id_ in sorted(special ^ others)
-        ],
+    return map_vocabularies(
+        drafter,
+        tokenizer.load(**asdict(source)),
+        drafter_size=drafter_size,
+        expert_size=_text_config(source).vocab_size,
+        way=expert.way,
     )
-    _check("texts have different tokens", list(_by_text(drafter, expert)))
-    return min(drafter_vocabulary, expert_vocabulary, expert.size)
 
 
-def _check(what: str, differences: list[str]) -> None:
-    if differences:
-        raise MismatchedPair(
-            f"Drafter and expert do not share a vocabulary, {what}: "
-            f"{'; '.join(differences[:_MAX_DIFFERENCES])}. Serve a drafter trained with the "
-            "expert's tokenizer"
-        )
-
-
-def _by_text(drafter: Tokenizer, expert: Tokenizer) -> Iterator[str]:
-    for text in _TEXTS:
-        ours = (*drafter.encode(text, add_special=False), -1)
-        theirs = (*expert.encode(text, add_special=False), -1)
-        for left, right in zip(ours, theirs, strict=False):
-            if left != right:
-                yield (
-                    f"in {text[:20]!r}... the drafter reads {_name(drafter.tokens.get(left))} "
-                    f"where the expert reads {_name(expert.tokens.get(right))}"
-                )
-                break
-
-
-def _name(token: str | None) -> str:
-    return "no token" if token is None else repr(token)
+def _text_config(source: ModelSource) -> Any:
+    return read_config(**asdict(source)).get_text_config(decoder=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +97,8 @@ class ModelSource:
 class ModelPair:
     """What the API knows of a pair."""
 
-    tokenizer: Tokenizer  # the expert's, limited to the shared vocabulary
+    tokenizer: Tokenizer  # the expert's, limited to the tokens that it has logits for
+    vocabulary: VocabularyMap  # how the drafter's tokens are said in the expert's
     context_tokens: int | None  # of the expert: prompt and completion together; None if unknown
     drafter_context_tokens: int | None
     stop_ids: tuple[int, ...]  # end-of-text ids
@@ -155,7 +114,11 @@ class GenerationDefaults:
 
 
 def load_pair(
-    drafter: ModelSource, expert: ModelSource, *, generation_config: bool = True
+    drafter: ModelSource,
+    expert: ModelSource,
+    *,
+    generation_config: bool = True,
+    way: VocabularyWay = VocabularyWay.AUTO,
 ) -> ModelPair:
     """Return what the two models share, by their configurations and tokenizers.
 
@@ -163,14 +126,13 @@ def load_pair(
         drafter: Where the drafter comes from.
         expert: Where the expert comes from.
         generation_config: Read defaults of requests from the expert's generation_config.json.
+        way: How the drafter's tokens are said in the expert's.
 
     Raises:
-        MismatchedPair: They do not share a vocabulary.
+        MismatchedPair: Their vocabularies share too little.
         UnsupportedModel: One of them cannot be read, or its configuration is not supported.
     """
-    configs: list[Any] = [
-        read_config(**asdict(source)).get_text_config(decoder=True) for source in (drafter, expert)
-    ]
+    configs = [_text_config(source) for source in (drafter, expert)]
     expert_tokenizer = tokenizer.load(**asdict(expert))
     config, generation = (
         read_json(expert.name, file, revision=expert.revision) or {}
@@ -178,14 +140,23 @@ def load_pair(
     )
     text: Any = config.get("text_config")
     files = (config, text if isinstance(text, dict) else {}, generation)
-    vocabulary = check_pair(
+    vocabulary = map_vocabularies(
         tokenizer.load(**asdict(drafter)),
         expert_tokenizer,
-        drafter_vocabulary=configs[0].vocab_size,
-        expert_vocabulary=configs[1].vocab_size,
+        drafter_size=configs[0].vocab_size,
+        expert_size=configs[1].vocab_size,
+        way=way,
     )
+    if not vocabulary.identical:
+        log.warning("%s", vocabulary.summary)
+    elif not vocabulary.reads_alike:
+        log.warning(
+            "the drafter's tokenizer reads texts as other tokens than the expert's, so the drafter "
+            "sees texts as it was not trained to; expect fewer accepted drafts"
+        )
     return ModelPair(
-        tokenizer=expert_tokenizer.narrowed(vocabulary),
+        tokenizer=expert_tokenizer.narrowed(vocabulary.size),
+        vocabulary=vocabulary,
         context_tokens=context_length(configs[1]),
         drafter_context_tokens=context_length(configs[0]),
         stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_end_ids(expert, files)))),

@@ -23,6 +23,25 @@ class Path(StrEnum):
     PADDED = "padded"  # a left-padded batch and the model's own attention over a gathered cache
 
 
+class VocabularyWay(StrEnum):
+    """How a drafter's tokens are said in the expert's (`engine.vocabulary`)."""
+
+    AUTO = "auto"  # the first of those below that does well enough
+    SHARED = "shared"  # ids mean the same to both models, but for a few that are not drafted
+    TLI = "tli"  # only tokens that both models have are drafted
+    SLEM = "slem"  # text is drafted, and said in the expert's tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertVocabulary:
+    """Whose tokens a drafter drafts in."""
+
+    model: str  # the expert: directory or repository id
+    revision: str | None = None
+    trust_remote_code: bool = False
+    way: VocabularyWay = VocabularyWay.AUTO
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """One model on its devices; the `engine` branch of a tier. A zero lets the engine choose."""

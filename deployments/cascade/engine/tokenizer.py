@@ -153,6 +153,17 @@ class Tokenizer:
         return () if end is None else (end,)
 
     @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Return the beginning-of-text id, if there is one."""
+        begin: Any = self._tokenizer.bos_token_id
+        return () if begin is None else (begin,)
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Return the token of text that the tokenizer does not know, if there is one."""
+        return self._tokenizer.unk_token_id
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return self._tokenizer.chat_template is not None

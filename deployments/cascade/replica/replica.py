@@ -34,7 +34,7 @@ from cascade.structured.grammar import GrammarCompiler, TokenTexts
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from torch import Tensor
 
@@ -72,7 +72,7 @@ class Replica(ABC, Generic[Message]):
     session_class: ClassVar[type[ReplicaSession]] = ReplicaSession
     clock = staticmethod(time.monotonic)  # also the engine's
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as in `start`
         self,
         model: LoadedModel,
         tokenizer: Tokenizer,
@@ -80,7 +80,19 @@ class Replica(ABC, Generic[Message]):
         *,
         token: str | None,
         credentials: Credentials | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        """Make a replica; it serves once its engine and server are started.
+
+        Args:
+            model: The model.
+            tokenizer: Of the token ids in messages.
+            options: What is served.
+            token: A lease token that is always accepted.
+            credentials: Of TLS; None: without.
+            vocab_size: Token ids in messages are below it; default: the model's own.
+        """
+        vocab_size = model.vocabulary if vocab_size is None else vocab_size
         self.address = ""
         self.leases = LeaseBook(
             connect_timeout_s=options.connect_timeout_s,
@@ -91,11 +103,11 @@ class Replica(ABC, Generic[Message]):
         self.engine = self.make_engine(model, options.engine)
         self._description = Description(
             model=options.model,
-            vocab_size=model.vocabulary,
+            vocab_size=vocab_size,
             context_length=self.engine.limit_tokens,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
-        self._grammars = GrammarCompiler(partial(TokenTexts.of, tokenizer, model.vocabulary))
+        self._grammars = GrammarCompiler(partial(TokenTexts.of, tokenizer, vocab_size))
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self.server = TierServer(TracedTier(self), self.kind, credentials=credentials)
         self._pass_timeout_s = options.pass_timeout_s
@@ -136,7 +148,8 @@ class Replica(ABC, Generic[Message]):
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
             shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
-            replica = cls(
+            make = await asyncio.to_thread(cls.maker, options, tokenizer, model.vocabulary)
+            replica = make(
                 replace(model, vocabulary=shared),
                 tokenizer,
                 options,
@@ -152,6 +165,23 @@ class Replica(ABC, Generic[Message]):
         port = bound.rpartition(":")[2]
         replica.address = bound if advertised_host is None else f"{advertised_host}:{port}"
         return replica
+
+    @classmethod
+    def maker(
+        cls, options: ReplicaOptions, tokenizer: Tokenizer, vocabulary: int
+    ) -> Callable[..., Self]:
+        """Return what makes the replica of a loaded model; not called on the event loop.
+
+        Args:
+            options: What is served.
+            tokenizer: The model's.
+            vocabulary: Logits of the model.
+
+        Raises:
+            StartupError: The model cannot be served so.
+        """
+        del options, tokenizer, vocabulary
+        return cls
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Accept no new streams, cut the open ones after `grace_s` seconds, stop the engine."""
@@ -271,10 +301,9 @@ class Replica(ABC, Generic[Message]):
         opened = message.session
         if not opened.prompt:
             raise InvalidRequest("the prompt is empty; a session needs at least one token")
-        self.check_context(len(opened.prompt) + opened.position, 0)
         if old := self._sessions.get((connection, opened.id)):
             self._close(old)
-        session = self.session_class(
+        session = self.new_session(
             connection=connection,
             opened=opened,
             epoch=message.epoch,
@@ -285,19 +314,32 @@ class Replica(ABC, Generic[Message]):
             vocabulary=self._description.vocab_size,
         )
         self._sessions[connection, opened.id] = session
-        grammar = opened.policy.grammar
-        if grammar is None or self._grammars.find(grammar) is not None:
+        work = self.preparation(session)
+        if work is None:
             self._begin(session)
             return
         session.busy = True
-        compiled = self._loop.run_in_executor(self._compiling, self._grammars.compile, grammar)
-        compiled.add_done_callback(partial(self._begin_compiled, session))
+        prepared = self._loop.run_in_executor(self._compiling, work)
+        prepared.add_done_callback(partial(self._begin_prepared, session))
 
-    def _begin_compiled(self, session: ReplicaSession, compiled: asyncio.Future[Any]) -> None:
-        """Begin a session whose grammar is compiled, or refuse it."""
-        if session.closed or compiled.cancelled():
+    def new_session(self, **fields: Any) -> ReplicaSession:
+        """Return a session that has been opened."""
+        session = self.session_class(**fields)
+        self.check_context(session.engine_length(session.tokens), 0)
+        return session
+
+    def preparation(self, session: ReplicaSession) -> Callable[[], object] | None:
+        """Return what another thread must do before a session begins; None: nothing."""
+        grammar = session.opened.policy.grammar
+        if grammar is None or self._grammars.find(grammar) is not None:
+            return None
+        return partial(self._grammars.compile, grammar)
+
+    def _begin_prepared(self, session: ReplicaSession, prepared: asyncio.Future[Any]) -> None:
+        """Begin a session that is prepared, or refuse it."""
+        if session.closed or prepared.cancelled():
             return
-        if (error := compiled.exception()) is not None:
+        if (error := prepared.exception()) is not None:
             self._refuse(session, as_cascade_error(error))
             return
         session.busy = False
@@ -311,7 +353,7 @@ class Replica(ABC, Generic[Message]):
         if policy.grammar is not None:
             mask = self._grammars.mask(policy.grammar, policy.stop_ids)
             session.masks = (*session.masks, mask)
-        if session.num_tokens > 1:
+        if session.engine_length(session.tokens) > 1:
             session.busy = True
             self.engine.submit(session.prefill())
 

@@ -54,6 +54,19 @@ class ReplicaSession:
         """Return the number of tokens of prompt and committed output."""
         return len(self.opened.prompt) + len(self.tokens)
 
+    @property
+    def engine_prompt(self) -> Sequence[int]:
+        """Return the prompt in the tokens of this replica's model."""
+        return self.opened.prompt
+
+    def to_engine(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return tokens of the answer in those of this replica's model."""
+        return tokens
+
+    def engine_length(self, tokens: Sequence[int]) -> int:
+        """Return how many tokens of the model the prompt and so much of the answer are."""
+        return len(self.engine_prompt) + len(self.to_engine(tokens))
+
     def repeats(self, message: Propose | Judge) -> bool:
         """Return whether the message resends the last one, which will be answered anyway."""
         last = self.queued[-1] if self.queued else self.serving
@@ -101,19 +114,21 @@ class ReplicaSession:
         self.prefilled = True
         new = (*tokens[max(keep, 0) :], *draft)
         held[max(keep, 0) :] = new
+        fed = tuple(self.to_engine(new))
         return ForwardRequest(
             session=self.engine_id,
-            base=len(self.opened.prompt) + keep,
-            tokens=new if keep >= 0 else (self.opened.prompt[-1], *new),
+            base=self.engine_length(tokens[:keep]) if keep >= 0 else len(self.engine_prompt) - 1,
+            tokens=fed if keep >= 0 else (self.engine_prompt[-1], *fed),
             num_logits=num_logits,
             task=task,
         )
 
     def prefill(self) -> ForwardRequest:
         """Return the request that feeds all but the last known token, without logits."""
-        known = (*self.opened.prompt, *self.tokens)[:-1]
         self.engine_tokens = list(self.tokens[:-1])
         self.prefilled = bool(self.tokens)
+        prompt = self.engine_prompt if self.tokens else self.engine_prompt[:-1]
+        known = (*prompt, *self.to_engine(self.engine_tokens))
         return ForwardRequest(session=self.engine_id, base=0, tokens=known, num_logits=0, task=self)
 
     def _digest(self) -> int:
