@@ -332,15 +332,16 @@ def _sample(
 
 def _choose(q: SoftmaxProbs, tasks: Sequence[DraftTask]) -> _Choice:
     """Return sampled tokens, still on the device."""
-    policy, q_BV = tasks[0].policy, q.dense()
-    rows = sparsify(q_BV, draft_cut(policy))
-    ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BV.dtype))
+    policy, cut = tasks[0].policy, draft_cut(tasks[0].policy)
+    ids_BK, q_BK = q.likeliest(cut.entries)
+    rows = sparsify(q_BK, cut, ids_NK=ids_BK, vocab=q.logits_NV.shape[1])
+    ids_BK, weights = rows.ids_NK, Weights(weights_NK=rows.weights_NK.to(q_BK.dtype))
     weights_BK = weights.weights_NK
     scores_BK: Tensor | None = None
     if is_gumbel(policy):
         seeds_B, positions_B = [t.policy.seed for t in tasks], [t.position for t in tasks]
         if ids_BK is None:
-            noise_BK = rng.gumbel_noise(seeds_B, positions_B, q_BV.shape[1], q_BV.device)
+            noise_BK = rng.gumbel_noise(seeds_B, positions_B, q_BK.shape[1], q_BK.device)
         else:
             noise_BK = rng.gumbel_noise_at(seeds_B, positions_B, ids_BK)
         scores_BK = weights_BK.log() + noise_BK
