@@ -77,7 +77,8 @@ def cluster_files() -> Json:
     """Return the name of each file, and what the YAMLs say."""
     found: Json = {}
     for path in (ROOT / "cluster").rglob("*"):
-        told = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else None
+        documents = yaml.safe_load_all(path.read_text()) if path.suffix == ".yaml" else [None]
+        told = next(iter(documents))
         found |= {} if path.is_dir() else {path.relative_to(ROOT).as_posix(): told}
     return found
 

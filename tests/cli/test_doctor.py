@@ -14,13 +14,10 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from cascade.cli import app
+from cascade.cli.check_serve import ServeConfig, check_config
 from cascade.cli.doctor import (
-    Check,
-    ServeConfig,
-    Status,
     available_bytes,
     check_cluster,
-    check_config,
     check_drafts,
     check_memory,
     check_ports,
@@ -31,6 +28,7 @@ from cascade.cli.doctor import (
     check_versions,
     resources_of,
 )
+from cascade.cli.findings import Check, Status
 
 Serving = Callable[..., Any]
 NOWHERE = "http://127.0.0.1:9"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
@@ -16,15 +18,25 @@ from cascade.settings import Application
 FOLDER = Path(__file__).parents[2] / "cluster"
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
 def serve_configs() -> dict[str, dict[str, Any]]:
     """Return each configuration of Serve by its file's name; KubeRay wraps one."""
-    documents = {path.name: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*.yaml")}
+    documents = {path.name: read(path.name)[0] for path in FOLDER.glob("*.yaml")}
     wrapped = yaml.safe_load(documents["kuberay.yaml"]["spec"]["serveConfigV2"])
     documents["kuberay.yaml"] = wrapped
     return {name: one for name, one in sorted(documents.items()) if "applications" in one}
 
 
 CONFIGS = serve_configs()
+MANIFESTS = {one["kind"]: one for one in read("kuberay.yaml")}
+CLUSTER = MANIFESTS["RayService"]["spec"]["rayClusterConfig"]
+GROUPS = {"head": CLUSTER["headGroupSpec"]} | {
+    one["groupName"]: one for one in CLUSTER["workerGroupSpecs"]
+}
+PODS = {name: group["template"]["spec"] for name, group in GROUPS.items()}
 each = pytest.mark.parametrize("document", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -49,7 +61,9 @@ def test_its_arguments_are_settings(document: dict[str, Any]) -> None:
 @each
 def test_what_it_imports_is_there(document: dict[str, Any]) -> None:
     names = [one["import_path"].replace(":", ".") for one in document["applications"]]
-    for name in (*names, *document["grpc_options"]["grpc_servicer_functions"]):
+    services = document.get("grpc_options", {}).get("grpc_servicer_functions", [])
+    assert bool(services) is (document["http_options"]["host"] == "0.0.0.0")  # noqa: S104 - compared
+    for name in (*names, *services):
         module, _, attribute = name.rpartition(".")
         assert callable(getattr(import_module(module), attribute))
 
@@ -65,21 +79,112 @@ def test_the_drafters_that_share_a_small_gpu_fit_into_it(name: str) -> None:
     assert sharing * (cache_bytes + weight_bytes + 2**29) < 22 * 2**30
 
 
-def test_kuberay_gives_every_node_the_token_and_the_api_keys_and_exposes_both_apis() -> None:
+SCHEMAS = yaml.safe_load((Path(__file__).parent / "kuberay.schema.yaml").read_text())
+
+
+def violations(manifest: dict[str, Any]) -> list[str]:
+    schema = SCHEMAS[manifest["kind"]] | {"$defs": SCHEMAS["$defs"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    return [f"{one.json_path} {one.message}" for one in validator.iter_errors(manifest)]
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_has_the_fields_that_kubernetes_and_kuberay_publish(kind: str) -> None:
+    assert violations(MANIFESTS[kind]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.rayClusterConfig.authOption", {"mode": "token"}),
+        ("spec.rayClusterConfig.authOptions.mode", "tokens"),
+        ("spec.rayClusterConfig.headGroupSpec.rayStartParams.num-cpus", 0),
+        ("spec.rayClusterConfig.headGroupSpec.template.spec.tolerations", [{"effects": "x"}]),
+        ("spec.rayClusterConfig.headGroupSpec.template.spec.containers", []),
+        ("spec.rayClusterConfig.autoscalerOptions.upscalingMode", "Fast"),
+        ("spec.serveConfig", "applications: []"),
+    ],
+)
+def test_the_schema_finds_a_mistake(path: str, value: object) -> None:
+    manifest = deepcopy(MANIFESTS["RayService"])
+    *outer, last = path.split(".")
+    inner = manifest
+    for part in outer:
+        inner = inner[part]
+    inner[last] = value
+    assert violations(manifest)
+
+
+def test_kuberay_gives_every_node_the_token_and_its_secrets_and_exposes_both_apis() -> None:
     """KubeRay puts ports into the service whose names are `serve` or begin with `serve-`."""
-    spec = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["spec"]["rayClusterConfig"]
-    assert spec["authOptions"] == {"mode": "token"}
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    containers = [one for group in groups for one in group["template"]["spec"]["containers"]]
-    keys = [{"secretRef": {"name": "cascade-api-keys", "optional": True}}]
-    assert [one["envFrom"] for one in containers] == [keys] * len(groups)
-    ports = {one["name"]: one["containerPort"] for one in containers[0]["ports"]}
-    served = {number for name, number in ports.items() if re.match(r"serve(-|$)", name)}
+    assert CLUSTER["authOptions"] == {"mode": "token"}
+    keys = CONFIGS["kuberay.yaml"]["applications"][0]["args"]["api_keys_file"]
+    for pod in PODS.values():
+        sources = {one["name"]: one for one in pod["volumes"]}
+        mounts = {one["mountPath"]: one["name"] for one in pod["containers"][0]["volumeMounts"]}
+        assert set(mounts.values()) <= set(sources)
+        secret = sources[mounts[str(Path(keys).parent)]]["secret"]
+        assert secret == {"secretName": "cascade-keys"}  # not optional: without keys no pod starts
+        assert sources[mounts["/etc/cascade/tls"]]["secret"]["secretName"] == "cascade-tls"
     options = CONFIGS["kuberay.yaml"]
-    assert served == {options["http_options"]["port"], options["grpc_options"]["port"]}
+    for pod in PODS.values():
+        ports = {one["name"]: one["containerPort"] for one in pod["containers"][0]["ports"]}
+        served = {number for name, number in ports.items() if re.match(r"serve(-|$)", name)}
+        assert served == {options["http_options"]["port"], options["grpc_options"]["port"]}
 
 
-@pytest.mark.parametrize("name", ["README.md", "cluster.yaml", "production.yaml"])
+def test_pods_run_without_root_and_are_watched_drained_and_spread() -> None:
+    longest_s = Application.model_validate(
+        CONFIGS["kuberay.yaml"]["applications"][0]["args"]
+    ).router.deployment.graceful_shutdown_timeout_s
+    for name, pod in PODS.items():
+        container = pod["containers"][0]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {"livenessProbe", "readinessProbe", "resources"} <= set(container)
+        assert pod["terminationGracePeriodSeconds"] > longest_s
+        if name != "head":
+            command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert command == "drain-node"
+            assert longest_s < int(seconds) < pod["terminationGracePeriodSeconds"]
+        gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert ("nvidia.com/gpu" in str(pod.get("tolerations"))) is gpus
+    assert {"routers", "large"} <= {
+        name for name, pod in PODS.items() if pod.get("topologySpreadConstraints")
+    }
+
+
+def test_the_head_runs_no_replica_and_is_remembered() -> None:
+    assert GROUPS["head"]["rayStartParams"]["num-cpus"] == "0"
+    redis = CLUSTER["gcsFaultToleranceOptions"]
+    assert redis["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "cascade-redis"
+
+
+def test_what_stands_beside_the_pods_selects_all_of_them() -> None:
+    for group in GROUPS.values():
+        assert group["template"]["metadata"]["labels"] == {"app": "cascade"}
+    for kind in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor"):
+        spec = MANIFESTS[kind]["spec"]
+        assert (spec.get("podSelector") or spec["selector"]) == {"matchLabels": {"app": "cascade"}}
+    claims = [
+        one["persistentVolumeClaim"]["claimName"]
+        for pod in PODS.values()
+        for one in pod["volumes"]
+        if "persistentVolumeClaim" in one
+    ]
+    assert set(claims) == {MANIFESTS["PersistentVolumeClaim"]["metadata"]["name"]}
+
+
+def test_from_outside_the_network_policy_opens_the_apis_dashboard_and_metrics_alone() -> None:
+    spec = MANIFESTS["NetworkPolicy"]["spec"]
+    inside, *outside = spec["ingress"]
+    assert inside == {"from": [{"podSelector": spec["podSelector"]}]}
+    opened = [(rule["from"], [one["port"] for one in rule["ports"]]) for rule in outside]
+    assert [ports for _, ports in opened] == [[8000, 9000], [8265, 8000], [8080]]
+    assert all("namespaceSelector" in peer for peers, _ in opened for peer in peers)
+
+
+@pytest.mark.parametrize("name", ["README.md", "cluster.yaml", "production.yaml", "launcher.yaml"])
 def test_every_recipe_asks_for_the_token_before_it_starts_ray(name: str) -> None:
     """A block of code, or the comment of a YAML, is a recipe."""
     text = (FOLDER / name).read_text()
@@ -93,12 +198,12 @@ def test_every_recipe_asks_for_the_token_before_it_starts_ray(name: str) -> None
 
 def test_the_nodes_of_kuberay_have_what_its_tiers_ask_for() -> None:
     """Each tier asks for a resource that exactly one kind of node brings."""
-    spec = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["spec"]["rayClusterConfig"]
     brought = [
         set(yaml.safe_load(yaml.safe_load(group["rayStartParams"]["resources"])))
-        for group in spec["workerGroupSpecs"]
+        for name, group in GROUPS.items()
+        if name != "head"
     ]
     settings = Application.model_validate(CONFIGS["kuberay.yaml"]["applications"][0]["args"])
-    for tier in (settings.drafter, settings.expert):
+    for tier in (settings.drafter, settings.expert, settings.router):
         wanted = set(tier.deployment.ray_actor_options["resources"])
         assert [wanted <= one for one in brought].count(True) == 1

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from cascade.cli.ask import ask
 from cascade.cli.bench import bench
 from cascade.cli.certs import certs
+from cascade.cli.check import check
 from cascade.cli.doctor import doctor
 from cascade.cli.evaluate import evaluate
 from cascade.cli.key import key
@@ -63,6 +64,6 @@ def cascade(
     del version  # its callback has printed it
 
 
-for command in (ask, certs, doctor, evaluate, key, plan, tier, router, tune):
+for command in (ask, certs, check, doctor, evaluate, key, plan, tier, router, tune):
     app.command(cls=_Command)(command)
 app.add_typer(bench, name="bench")

@@ -6,55 +6,28 @@ import os
 import platform
 import shutil
 import socket
-from collections import Counter
-from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import partial
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import psutil
 import typer
-import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from pydantic import ValidationError
-from rich.console import Console
-from rich.text import Text
 
 from cascade.cli.ask import server_url, unreachable
+from cascade.cli.check_serve import ServeConfig, check_config
 from cascade.cli.evaluate import failed
-from cascade.cli.serve import settings_errors
+from cascade.cli.findings import Check, Status, show
+from cascade.cli.findings import fail as _fail
+from cascade.cli.findings import ok as _ok
+from cascade.cli.findings import warn as _warn
 from cascade.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from cascade.settings import Deployment
-
-
-class Status(StrEnum):
-    """The outcome of a check."""
-
-    OK = "ok"
-    WARN = "warn"  # runs, but not at its best
-    FAIL = "fail"  # does not run
-
-
-class Check(NamedTuple):
-    """One line of the output, and how to fix it unless the status is OK."""
-
-    status: Status
-    message: str
-    fix: str = ""
-
-
-_ok = partial(Check, Status.OK)
-_warn = partial(Check, Status.WARN)
-_fail = partial(Check, Status.FAIL)
 
 
 def check_versions(distribution: str = "speculative-cascades") -> list[Check]:
@@ -87,67 +60,6 @@ def check_requirement(requirement: Requirement) -> Check | None:
     if requirement.specifier.contains(version, prereleases=True):
         return None
     return _fail(f"{requirement.name} is {version}, but {requirement.specifier} is needed", fix)
-
-
-_IMPORT_PATH = "cascade.app:build"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """The ports of a Serve YAML, and the sum of what all its replicas reserve, by resource."""
-
-    http_port: int = 8000
-    grpc_port: int = 9000
-    resources: Mapping[str, float] = field(default_factory=dict[str, float])
-
-
-def check_config(path: Path) -> tuple[list[Check], ServeConfig]:
-    """Read a Serve YAML; return what is wrong with it, and what it asks for."""
-    try:
-        return [_ok(f"{path} is valid")], _read_config(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        failures = [_fail(f"{path} cannot be read: {error.strerror}", "give a Serve YAML")]
-    except yaml.YAMLError as error:
-        failures = [_fail(f"{path} is not YAML: {' '.join(str(error).split())}", "correct it")]
-    except ValidationError as error:
-        failures = [_fail(line, "see docs/reference.md") for line in settings_errors(path, error)]
-    except (KeyError, TypeError, AttributeError) as error:
-        fix = f"it needs `applications:` with one of import_path {_IMPORT_PATH}"
-        failures = [_fail(f"{path} is not a Serve YAML ({error!r})", fix)]
-    return failures, ServeConfig()
-
-
-def _read_config(document: dict[str, Any]) -> ServeConfig:
-    from cascade.settings import Application  # noqa: PLC0415 - imports torch
-
-    resources: Counter[str] = Counter()
-    for application in document["applications"]:
-        if application["import_path"] == _IMPORT_PATH:
-            settings = Application.model_validate(application.get("args") or {})
-            tiers = (settings.drafter.placed, settings.expert.placed)
-            for deployment in (settings.router.deployment, *tiers):
-                resources.update(_reserved_resources(deployment))
-    ports = {
-        f"{protocol}_port": options["port"]
-        for protocol in ("http", "grpc")
-        if "port" in (options := document.get(f"{protocol}_options") or {})
-    }
-    return ServeConfig(resources=dict(resources), **ports)
-
-
-def _reserved_resources(deployment: Deployment) -> dict[str, float]:
-    """Return the resources that a deployment's initial replicas reserve together."""
-    count = deployment.num_replicas
-    if scaling := deployment.autoscaling_config:
-        count = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
-    options = deployment.ray_actor_options
-    one: Counter[str] = Counter()
-    for bundle in deployment.placement_group_bundles or [
-        {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)},
-        options.get("resources", {}),
-    ]:
-        one.update(bundle)
-    return {name: count * amount for name, amount in one.items() if amount}
 
 
 _GIB = 2**30
@@ -404,9 +316,6 @@ def _ray_token() -> str | None:
         return None
 
 
-_STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
-
-
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="A Serve YAML, such as cluster/local.yaml")
@@ -442,11 +351,5 @@ def doctor(
         server,
         *check_drafts(url or here),
     ]
-    console = Console(highlight=False)
-    for check in checks:
-        line = Text.assemble((f"{check.status.value:4}  ", _STYLES[check.status]), check.message)
-        console.print(line, soft_wrap=True)
-        if check.fix:
-            console.print(Text(f"      {check.fix}", "dim"), soft_wrap=True)
-    if any(check.status is Status.FAIL for check in checks):
+    if not show(checks):
         raise typer.Exit(1)
