@@ -412,6 +412,7 @@ class Statistics:
     predicted_accepted: int = 0  # tokens of the client's prediction
     predicted_rejected: int = 0
     branched_rounds: int = 0  # whose block was drafted in advance on a less likely verdict
+    lost_mass: float = 0.0  # of drafters, on tokens that the expert has not; over drafted tokens
     cached_prompt_tokens: int = 0
     drafter_s: float = 0.0  # seconds the router waited for each tier
     expert_s: float = 0.0

@@ -74,7 +74,7 @@ def greedy(pair: VocabularyPair) -> list[tuple[int, ...]]:
     return [greedy_answer(model, prompt, max_tokens=LONGEST) for prompt in pair.prompts()]
 
 
-def total(statistics: Sequence[Statistics], name: str) -> int:
+def total(statistics: Sequence[Statistics], name: str) -> float:
     return sum(getattr(one, name) for one in statistics)
 
 
@@ -98,6 +98,7 @@ async def test_greedy_text_is_the_experts_own_between_any_two_tokenizers(
             texts, statistics = await answers(server, pair.prompts(), GREEDY, draft_tokens=length)
             assert texts == expected
             assert total(statistics, "accepted") > 0
+            assert 0 < total(statistics, "lost_mass") < total(statistics, "drafted")
             assert total(statistics, "failovers") == 0
             assert not any(one.failover_causes for one in statistics)
 

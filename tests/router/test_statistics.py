@@ -43,7 +43,7 @@ def recorded(draft: Draft, *, limit: int = 9, trace: bool = False) -> Statistics
 
 
 def test_tokens_are_counted_by_origin() -> None:
-    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9)), passes=3, branched=True))
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9)), passes=3, branched=True, lost_mass=0.75))
     assert (statistics.drafter_tokens, statistics.kept_tokens, statistics.expert_tokens) == (
         1,
         1,
@@ -52,6 +52,7 @@ def test_tokens_are_counted_by_origin() -> None:
     assert (statistics.rounds, statistics.drafted, statistics.accepted) == (1, 3, 2)
     assert (statistics.judged, statistics.deferred) == (3, 1)
     assert (statistics.drafter_passes, statistics.branched_rounds) == (3, 1)
+    assert statistics.lost_mass == 0.75
     assert statistics.draft_length_reason == "requested"
     assert statistics.draft_length_reasons == {"requested": 1}
     assert statistics.undrafted_rounds == {}

@@ -245,6 +245,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         passes=COUNTS,
         timing=timings,
         branched=st.booleans(),
+        lost_mass=st.floats(0, 8),
     ),
     messages.Judgement: st.builds(
         messages.Judgement, **replies, digest=DIGESTS, verdict=verdicts(), timing=timings

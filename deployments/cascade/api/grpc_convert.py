@@ -411,6 +411,7 @@ def usage(cost: Usage) -> pb.Usage:
         draft_length_reason=statistics.draft_length_reason,
         expert_loss_count=statistics.expert_losses,
         branched_round_count=statistics.branched_rounds,
+        lost_mass=statistics.lost_mass,
         undrafted_rounds=statistics.undrafted_rounds,
         drafter_duration=_duration(statistics.drafter_s),
         expert_duration=_duration(statistics.expert_s),

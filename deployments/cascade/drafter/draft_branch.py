@@ -373,6 +373,7 @@ class DraftBranch:
             deferred=block.deferred,
             passes=block.passes,
             branched=block.branched,
+            lost_mass=sum(draft.lost_mass for draft in block.drafts[:length]),
         )
 
 

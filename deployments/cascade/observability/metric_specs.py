@@ -94,6 +94,12 @@ ACCEPTED_AT = _counter(
 )
 JUDGED = _counter("cascade_judged_tokens", "Drafted tokens that a rule decided on", "rule")
 DEFERRED = _counter("cascade_deferred_tokens", "Tokens that a rule deferred to the expert", "rule")
+LOST_MASS = _counter(
+    "cascade_lost_mass",
+    "Probability of drafters on tokens that the expert has not, over drafted tokens; divided by"
+    " them, the mean",
+    "rule",
+)
 PREDICTED = _counter(
     "cascade_predicted_tokens", "Tokens of clients' predictions, accepted or rejected", "outcome"
 )
@@ -148,6 +154,7 @@ ROUTER = (
     ACCEPTED_AT,
     JUDGED,
     DEFERRED,
+    LOST_MASS,
     PREDICTED,
     PASSES,
     WAITED_S,

@@ -95,6 +95,7 @@ class RequestMetrics(Observer):
         yield (metric_specs.ACCEPTED, (rule,)), costs.accepted
         yield (metric_specs.JUDGED, (rule,)), costs.judged
         yield (metric_specs.DEFERRED, (rule,)), costs.deferred
+        yield (metric_specs.LOST_MASS, (rule,)), costs.lost_mass
         yield (metric_specs.PREDICTED, ("accepted",)), costs.predicted_accepted
         yield (metric_specs.PREDICTED, ("rejected",)), costs.predicted_rejected
         yield (metric_specs.PASSES, ("drafter",)), costs.drafter_passes

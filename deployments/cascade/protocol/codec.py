@@ -241,6 +241,7 @@ def _encode_proposal(message: messages.Proposal, proto: drafter_pb2.Proposal) ->
     proto.pass_count = message.passes
     _encode_cost(message, proto)
     proto.branched = message.branched
+    proto.lost_mass = message.lost_mass
 
 
 def _decode_proposal(proto: drafter_pb2.Proposal) -> messages.Proposal:
@@ -251,6 +252,7 @@ def _decode_proposal(proto: drafter_pb2.Proposal) -> messages.Proposal:
         passes=bounded(proto.pass_count, "pass_count"),
         **_decode_cost(proto),
         branched=proto.branched,
+        lost_mass=proto.lost_mass,
     )
 
 

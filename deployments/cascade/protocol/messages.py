@@ -89,7 +89,8 @@ class Proposal:
     """The block drafted after the prefix with this position and digest.
 
     `deferred`: the block ends where the drafter's own rule defers the next token. `branched`: it
-    was drafted for another verdict than the likeliest one.
+    was drafted for another verdict than the likeliest one. `lost_mass`: the probability of tokens
+    that the expert has not, summed over the block.
     """
 
     session_id: SessionId
@@ -102,6 +103,7 @@ class Proposal:
     cached_prompt_tokens: int = 0
     timing: Timing = field(default_factory=Timing)
     branched: bool = False
+    lost_mass: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class Draft:
     timing: Timing = field(default_factory=Timing)
     predicted: bool = False  # taken from the client's prediction
     branched: bool = False  # drafted in advance on a verdict other than the likeliest
+    lost_mass: float = 0.0  # of tokens that the expert has not, summed over the block
     undrafted: str = ""  # why there is no draft, though one was wanted
 
 
@@ -127,6 +128,7 @@ class RemoteDrafter:
             passes=proposal.passes,
             timing=proposal.timing,
             branched=proposal.branched,
+            lost_mass=proposal.lost_mass,
         )
 
     def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:

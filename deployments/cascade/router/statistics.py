@@ -97,6 +97,7 @@ class RoundRecorder:
         statistics.judged += verdict.judged
         statistics.deferred += verdict.deferred
         statistics.branched_rounds += draft.branched
+        statistics.lost_mass += draft.lost_mass
         statistics.drafter_passes += draft.passes
         statistics.drafter_tokens += origins.count(Origin.DRAFTER)
         statistics.kept_tokens += origins.count(Origin.KEPT)
