@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
-from cascade.api import build_request, middleware, responses, tokenization
+from cascade.api import build_request, middleware, playground, responses, tokenization
 from cascade.api.body import Body, parse
 from cascade.api.completion import Completions
 from cascade.api.prompts import check_model
@@ -60,7 +60,11 @@ _ERROR = {
 
 
 def create_app(
-    service: ServingContext | None = None, *, add_request_id: bool = True, cors: Cors | None = None
+    service: ServingContext | None = None,
+    *,
+    add_request_id: bool = True,
+    cors: Cors | None = None,
+    has_playground: bool = True,
 ) -> FastAPI:
     """Return the HTTP API.
 
@@ -69,6 +73,7 @@ def create_app(
         add_request_id: Whether responses get an `x-request-id` here. Under Ray Serve they must not:
             its own layer adds one, and clients would read two as `a, a`.
         cors: Which web pages may call; by default what the service says.
+        has_playground: Whether `/` is a page to try the server out.
     """
     # FastAPI's documentation pages load their scripts from the internet: blank where there is none.
     app = FastAPI(title="Speculative Cascades", version="1", docs_url=None, redoc_url=None)
@@ -99,6 +104,8 @@ def create_app(
         content = {"application/json": {"schema": {"$ref": _REF.format(model=body_type.__name__)}}}
         extra = {"requestBody": {"required": True, "content": content}}
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
+    if has_playground:
+        playground.install(app)
     middleware.install(app, add_request_id=add_request_id, cors=cors or (service and service.cors))
     app.openapi = partial(_openapi, app)
     return app
