@@ -233,7 +233,9 @@ class RouterDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP API."""
-        self._app = create_app(self._context, add_request_id=False)
+        self._app = create_app(
+            self._context, add_request_id=False, has_playground=self._settings.playground
+        )
         return self._app
 
     async def Generate(  # noqa: N802 - Serve calls the RPC's name

@@ -337,6 +337,7 @@ class Application(Settings):
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     cors: context.Cors = context.Cors()
+    playground: bool = True  # `/` is a page to try the server out
     tls: Tls | None = None  # None: as Ray's own (RAY_USE_TLS), which is off by default
     log_answers: bool = True  # one line per answer in the router's log
     api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`

@@ -242,6 +242,6 @@ def _http_app(
         await drafter.clients.close()
         await expert.clients.close()
 
-    app = create_app(cors=settings.cors)
+    app = create_app(cors=settings.cors, has_playground=settings.playground)
     app.router.lifespan_context = lifespan
     return app
