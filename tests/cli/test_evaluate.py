@@ -160,7 +160,7 @@ def test_tuning_without_results_says_what_to_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [["--target", "good"], ["--target", "quality >= 1", "--goal=x"]])
 def test_an_invalid_target_or_goal_is_refused(tmp_path: Path, option: list[str]) -> None:
     (tmp_path / "results.json").write_text(
-        '{"format": 1, "about": {}, "families": [], "cells": []}'
+        '{"format": 2, "about": {}, "families": [], "cells": []}'
     )
     result = run("tune", str(tmp_path), *option)
     assert result.exit_code == 2

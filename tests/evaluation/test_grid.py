@@ -78,7 +78,12 @@ def test_a_file_may_have_several_blocks(tmp_path: Path) -> None:
         ("temperatures: [3]", "temperatures.0.*less than or equal to 2"),
         ("temperatures: []", "temperatures.*at least 1 item"),
         ("draft_tokens: [0]", "draft_tokens.0.*greater than or equal to 1"),
-        ("alphas: [1]", "alphas.*a block has temperatures, draft_tokens, curves, bonus"),
+        ("alphas: [1]", "alphas.*a block has temperatures, draft_tokens, curves, bonus, phases"),
+        ("phases: {tool: chaw 0.1}", "no rule `chaw 0.1` for `tool`.*did you mean `chow`"),
+        ("phases: {tool: chow 2}", "`chow` has no dial 2"),
+        ("phases: {tool: chow}", "`chow` has no dial None"),
+        ("phases: {tool: chow high}", "`chow` has no dial high; wanted a number"),
+        ("phases: {tools: lossless}", "phases.tools"),
         ("- 1", "valid dictionary"),
         ("{", "cannot be read"),
     ],
@@ -88,6 +93,21 @@ def test_an_invalid_grid_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(InvalidMeasurement, match=message):
         read(tmp_path, text)
+
+
+def test_a_block_may_have_other_rules_for_phases(tmp_path: Path) -> None:
+    settings = read(
+        tmp_path,
+        "{curves: {token_v3: [0.9], lossy: [0.2]}, phases: {tool: lossless, answer: chow 0.3}}",
+    )
+    assert len(settings) == len(BASELINES) + 2
+    (cascade,) = [one for one in settings if one.phases]
+    assert cascade.name == "token_v3 0.9, tool lossless, answer chow 0.3"
+    assert cascade.key == "token_v3_0.9_t0_d5_tool-lossless_answer-chow-0.3"
+    assert Options.model_validate(cascade.options()).phases is not None
+    assert cascade.options()["phases"] == {
+        "tool": {"kind": "lossless"}, "answer": {"kind": "chow", "alpha": 0.3},
+    }  # fmt: skip
 
 
 def test_a_missing_grid_file_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from cascade.evaluation.run import (
     pass_kind,
     run_settings,
 )
+from cascade.evaluation.scoring import Score
+from cascade.evaluation.structured import ToolCall
 from cascade.evaluation.workloads import Workload, load
 from cascade.types import Mode
 
@@ -57,19 +59,19 @@ def setting(mode: Mode) -> Setting:
 def test_each_mode_has_its_own_count_of_offered_and_rejected(
     mode: Mode, offered: int, rejected: int
 ) -> None:
-    found = count(ANSWER, setting(mode), quality=1)
+    found = count(ANSWER, setting(mode), Score(quality=1))
     assert (found.offered, found.rejected) == (offered, rejected)
     assert (found.bytes, found.tokens, found.expert_passes) == (150, 10, 3)
 
 
 def test_a_sequence_cascade_that_keeps_its_draft_rejects_no_token() -> None:
     kept = replace(ANSWER, statistics=ANSWER.statistics | {"expert_tokens": 0})
-    assert count(kept, setting(Mode.SEQUENCE_CASCADE), quality=1).rejected == 0
+    assert count(kept, setting(Mode.SEQUENCE_CASCADE), Score(quality=1)).rejected == 0
 
 
 def test_without_statistics_all_counts_are_zero() -> None:
     silent = replace(ANSWER, statistics={})
-    assert count(silent, setting(Mode.CASCADE), quality=0).offered == 0
+    assert count(silent, setting(Mode.CASCADE), Score(quality=0)).offered == 0
 
 
 def test_families_take_turns() -> None:
@@ -136,7 +138,15 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
 
 def test_records_are_the_same_after_storing_and_reading(tmp_path: Path) -> None:
     store = Store(tmp_path, manifest={})
-    records = [Record(item="a/1", text="né", counts=count(ANSWER, SETTINGS[0], quality=0.5))]
+    calls = (ToolCall("add", "{}"),)
+    records = [
+        Record(
+            item="a/1",
+            text="né",
+            calls=calls,
+            counts=count(ANSWER, SETTINGS[0], Score(quality=0.5)),
+        )
+    ]
     store.write(SETTINGS[0], records)
     assert store.read(SETTINGS[0]) == records
 

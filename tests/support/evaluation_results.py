@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cascade.evaluation.grid import Setting
-from cascade.evaluation.records import COLUMNS
+from cascade.evaluation.records import COLUMNS, OPTIONAL
 from cascade.evaluation.results import Cell, Results
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def with_all_columns(one: Cell, *, count: int) -> Cell:
         "expert_passes": float(passes),
         "modelled_s": float(passes),
     }
-    del defaults["bleu"]
+    for name in OPTIONAL:
+        del defaults[name]
     columns = {name: np.full(count, value) for name, value in defaults.items()}
     return Cell(setting=one.setting, columns=columns | dict(one.columns), corpus_bleu={})
 

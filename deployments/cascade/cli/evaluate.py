@@ -33,7 +33,10 @@ _FILE_COLUMNS = 160  # of a table that is written to a file or a pipe
 
 def evaluate(  # noqa: PLR0913 - one parameter an option
     workload: Annotated[
-        str, typer.Argument(help="A JSONL file, `families`, or names of some, with commas")
+        str,
+        typer.Argument(
+            help="A JSONL file, `families`, `structured`, or names of some, with commas"
+        ),
     ],
     *,
     url: Annotated[
@@ -65,6 +68,10 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
         int | None,
         typer.Option(min=1, help="Items of each family; 100, or a whole file, if absent"),
     ] = None,
+    free: Annotated[
+        bool,
+        typer.Option("--free", help="Ask items with a schema or tools once more without a grammar"),
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of items and answers")] = 0,
     margin: Annotated[
@@ -84,7 +91,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
             from cascade.evaluation.run import Run  # noqa: PLC0415 - as above
 
             settings = _settings(grid, rule, alpha, temperature, draft_tokens)
-            items = workloads.load(workload, count=count, seed=seed)
+            items = workloads.load(workload, count=count, seed=seed, free=free)
             client = _client(url, config, api_key, model)
             run = Run(folder=out, seed=seed, concurrency=concurrency)
             show(f"connecting to {url}" if url else "loading the pair", 0, 0)

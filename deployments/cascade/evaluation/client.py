@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import time
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ from cascade.api.completion import Completions
 from cascade.api.schema import ChatBody, CompletionBody
 from cascade.errors import CascadeError, Internal, InvalidMeasurement, Overloaded, Unavailable
 from cascade.evaluation.scoring import import_extra
+from cascade.evaluation.structured import ToolCall
 from cascade.local import local_server
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ _EXTENSIONS = ("cascade", "top_k", "min_p")  # request fields that OpenAI's clie
 class CompletionResult:
     """A whole answer, with times in seconds from the request."""
 
-    text: str
+    text: str  # without thoughts and tool calls, where the server reads them
     finish_reason: str | None
     statistics: Json  # `usage.cascade`; empty from a server that has none
     prompt_tokens: int
@@ -50,6 +52,7 @@ class CompletionResult:
     ttft_s: float  # to the first text; the latency if there was none
     chunk_times_s: tuple[float, ...] = field(default=(), repr=False)  # of each chunk with text
     draft_lengths: tuple[int, ...] = ()  # tokens drafted in each round, where rounds were traced
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Client(Protocol):
@@ -73,12 +76,35 @@ def request_body(item: Item, *, seed: int | None = None, **fields: Any) -> Json:
         seed: Makes the answer repeatable.
         fields: More fields of the request, such as `temperature` and `cascade`.
     """
-    body: Json = {"max_tokens": item.max_tokens, **fields}
+    body: Json = {"max_tokens": item.max_tokens, **structure(item), **fields}
     if seed is not None:
         body["seed"] = seed
     if item.completion:
         return {"prompt": item.messages[0].content, **body}
     return {"messages": [asdict(message) for message in item.messages], **body}
+
+
+def structure(item: Item) -> Json:
+    """Return the fields of a request that say what its answer must be, if anything does.
+
+    Without a grammar a model is shown its tools, but calls what it likes as it likes.
+    """
+    if item.tools:
+        tools = item.tools if item.has_grammar else map(_without_strict, item.tools)
+        return {
+            "tools": list(tools),
+            "tool_choice": item.tool_choice if item.has_grammar else "auto",
+            "parallel_tool_calls": any(len(json.loads(right)) > 1 for right in item.references),
+        }
+    if item.schema is None or not item.has_grammar:
+        return {}
+    schema = {"name": "answer", "schema": item.schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _without_strict(tool: Json) -> Json:
+    function = {name: value for name, value in tool["function"].items() if name != "strict"}
+    return {**tool, "function": function}
 
 
 class HttpClient:
@@ -111,6 +137,7 @@ class HttpClient:
         extensions = {name: body.pop(name) for name in _EXTENSIONS if name in body}
         api = self._client.chat if "messages" in body else self._client
         texts: list[str] = []
+        calls: dict[int, ToolCall] = {}
         times_s: list[float] = []
         usage = finish_reason = None
         async with await api.completions.create(
@@ -125,8 +152,11 @@ class HttpClient:
                 for choice in chunk.choices:
                     text = choice.text if hasattr(choice, "text") else choice.delta.content
                     finish_reason = choice.finish_reason or finish_reason
-                    if text:
-                        texts.append(text)
+                    parts = getattr(choice, "delta", None) and choice.delta.tool_calls
+                    for part in parts or ():
+                        calls[part.index] = _joined(calls.get(part.index), part.function)
+                    if text or parts:
+                        texts.append(text or "")
                         times_s.append(time.perf_counter() - start_s)
         if finish_reason is None or usage is None:
             raise Unavailable("the server's stream ended before its answer")
@@ -140,7 +170,16 @@ class HttpClient:
             latency_s=latency_s,
             ttft_s=times_s[0] if times_s else latency_s,
             chunk_times_s=tuple(times_s),
+            calls=tuple(calls.values()),
         )
+
+
+def _joined(call: ToolCall | None, part: Any) -> ToolCall:
+    """Return a call with what a chunk adds to it."""
+    name, arguments = part.name or "", part.arguments or ""
+    if call is None:
+        return ToolCall(name, arguments)
+    return ToolCall(call.name + name, call.arguments + arguments)
 
 
 class InProcessClient:
@@ -185,7 +224,7 @@ class InProcessClient:
         if whole.finish is None:
             raise Internal("An answer ended without a reason")
         return CompletionResult(
-            text=whole.text,
+            text=whole.text if whole.message is None else whole.message.content,
             finish_reason=whole.finish.value,
             statistics=usage["cascade"],
             prompt_tokens=usage["prompt_tokens"],
@@ -194,6 +233,10 @@ class InProcessClient:
             ttft_s=times_s[0] if times_s else latency_s,
             chunk_times_s=tuple(times_s),
             draft_lengths=tuple(one.drafted for one in completions.usage.statistics.trace),
+            calls=tuple(
+                ToolCall(call.name or "", call.arguments)
+                for call in (whole.message.calls if whole.message else ())
+            ),
         )
 
 

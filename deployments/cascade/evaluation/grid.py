@@ -7,6 +7,9 @@
 | `token_cascade` | `alpha` of chow | mode token_cascade |
 | `sequence_cascade` | least mean log-probability of an accepted draft | mode sequence_cascade |
 | `lossless`, `expert_only`, `drafter_only` | none | in every grid |
+
+In mode cascade a block of the grid may have other rules for some phases of an answer: `phases`
+maps `thinking`, `answer` or `tool` to a rule with its dial, such as `lossless` or `token_v3 0.9`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cascade.errors import InvalidMeasurement, wanted
 from cascade.rules import Rule
-from cascade.types import Bonus, Mode
+from cascade.types import Bonus, Mode, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +50,8 @@ _KINDS = [
 RULES = tuple(kind for kind in _KINDS if kind not in (LOSSLESS, LOSSY))
 
 CURVES = (*RULES, LOSSY, LOSSY_SOLVED, TOKEN_CASCADE, SEQUENCE_CASCADE)
+
+_OF_PHASES = (*RULES, *_SPECULATIVE)
 
 _DIAL_FIELDS = {"ensemble": "weight", "typical": "epsilon"}
 
@@ -79,11 +84,13 @@ class Setting:
     dial: float | None = None  # None for baselines
     draft_tokens: int | None = None  # None in modes without blocks
     bonus: Bonus | None = None  # None: the server's
+    phases: tuple[tuple[Phase, str], ...] = ()  # the rules of phases that have others
 
     @property
     def name(self) -> str:
         """Return the curve with its dial, as tables show it."""
-        return self.curve if self.dial is None else f"{self.curve} {self.dial:g}"
+        name = self.curve if self.dial is None else f"{self.curve} {self.dial:g}"
+        return ", ".join([name, *(f"{phase} {rule}" for phase, rule in self.phases)])
 
     @property
     def key(self) -> str:
@@ -94,6 +101,7 @@ class Setting:
             f"t{self.temperature:g}",
             None if self.draft_tokens is None else f"d{self.draft_tokens}",
             None if self.bonus is None else self.bonus.value,
+            *(f"{phase}-{rule.replace(' ', '-')}" for phase, rule in self.phases),
         )
         return "_".join(part for part in parts if part is not None)
 
@@ -126,6 +134,7 @@ class Setting:
             "mode": self.mode.value,
             "coupling": "maximal",
             "rule": self.rule,
+            "phases": {phase: _rule_named(rule) for phase, rule in self.phases} or None,
             "draft_tokens": self.draft_tokens,
             "bonus": self.bonus,
             "patience": {"confidence": "mean", "threshold": self.dial}
@@ -133,6 +142,12 @@ class Setting:
             else None,
         }
         return {name: value for name, value in options.items() if value is not None}
+
+
+def _rule_named(name: str) -> dict[str, Any] | None:
+    """Return the rule of a curve with its dial, as tables show it."""
+    curve, _, dial = name.partition(" ")
+    return Setting(curve=curve, dial=float(dial) if dial else None, temperature=0).rule
 
 
 class GridBlock(BaseModel):
@@ -148,6 +163,7 @@ class GridBlock(BaseModel):
     )
     curves: dict[str, list[float]] = DEFAULT_CURVES
     bonus: Bonus | None = None
+    phases: dict[Phase, str] = Field(default={})
 
     def settings(self) -> list[Setting]:
         """Return the settings, baselines first.
@@ -163,7 +179,7 @@ class GridBlock(BaseModel):
         settings = [
             Setting(
                 curve=curve, dial=dial, temperature=temperature, draft_tokens=length,
-                bonus=self.bonus,
+                bonus=self.bonus, phases=tuple(self.phases.items()),
             )
             for temperature, length in itertools.product(self.temperatures, self.draft_tokens)
             for curve, dial in points
@@ -181,17 +197,34 @@ def validated(setting: Setting) -> Setting:
         raise InvalidMeasurement(
             f"there is no curve `{setting.curve}`; {wanted(setting.curve, CURVES)}"
         )
-    if setting.rule is not None:
-        try:
-            _RULE_ADAPTER.validate_python(setting.rule)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].replace("Input should", "it must")
+    _check_rule(setting.rule, setting.curve, setting.dial)
+    for phase, name in setting.phases:
+        curve, _, dial = name.partition(" ")
+        if curve not in _OF_PHASES:
             raise InvalidMeasurement(
-                f"`{setting.curve}` has no dial {setting.dial}: {reason}"
-            ) from error
-    if setting.mode in (Mode.CASCADE, Mode.SPECULATIVE):
+                f"`phases` has no rule `{name}` for `{phase}`; {wanted(curve, _OF_PHASES)}, with"
+                " its dial after a space"
+            )
+        try:
+            rule = _rule_named(name)
+        except ValueError as error:
+            raise InvalidMeasurement(f"`{curve}` has no dial {dial}; wanted a number") from error
+        _check_rule(rule, curve, dial or None)
+    if setting.mode is Mode.CASCADE:
         return setting
-    return dataclasses.replace(setting, draft_tokens=None, bonus=None)
+    if setting.mode is Mode.SPECULATIVE:
+        return dataclasses.replace(setting, phases=())
+    return dataclasses.replace(setting, draft_tokens=None, bonus=None, phases=())
+
+
+def _check_rule(rule: dict[str, Any] | None, curve: str, dial: float | str | None) -> None:
+    if rule is None:
+        return
+    try:
+        _RULE_ADAPTER.validate_python(rule)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should", "it must")
+        raise InvalidMeasurement(f"`{curve}` has no dial {dial}: {reason}") from error
 
 
 def read_grid(path: Path) -> list[Setting]:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from cascade.errors import InvalidMeasurement
+from cascade.evaluation.structured import ToolCall
 from cascade.types import Mode
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from cascade.evaluation.client import CompletionResult
     from cascade.evaluation.grid import Setting
+    from cascade.evaluation.scoring import Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,10 @@ class Counts:
     """The numbers of one answer; the columns of `results.json`."""
 
     quality: float
-    bleu: float | None = None  # of the sentence, where BLEU is reported beside the quality
+    bleu: float | None = None  # this and what follows as `Score` has it
+    valid: float | None = None
+    fields: float | None = None
+    tool: float | None = None
     tokens: int = 0
     offered: int = 0
     rejected: int = 0
@@ -59,6 +64,9 @@ class Counts:
 
 COLUMNS = tuple(field.name for field in fields(Counts))
 
+OPTIONAL = ("bleu", "valid", "fields", "tool")
+"""Columns that some items have."""
+
 _FROM_STATISTICS = ("judged", "deferred", "rounds", "drafted", "accepted", "kept_tokens",
                     "expert_tokens", "drafter_passes", "expert_passes")  # fmt: skip
 
@@ -69,25 +77,22 @@ class Record:
 
     item: str
     text: str
+    calls: tuple[ToolCall, ...] = ()
     counts: Counts
 
 
-def count(
-    answer: CompletionResult, setting: Setting, *, quality: float, bleu: float | None = None
-) -> Counts:
+def count(answer: CompletionResult, setting: Setting, score: Score) -> Counts:
     """Return the numbers of an answer; zeros where the server sent no statistics.
 
     Args:
         answer: What the client returned.
         setting: How it was asked; its mode says what counts as offered.
-        quality: Of the answer, 0 to 1.
-        bleu: Of the answer, 0 to 1, where it is reported too.
+        score: Of the answer.
     """
     statistics = answer.statistics
     offered, rejected = _offered_and_rejected(answer, setting.mode)
     return Counts(
-        quality=quality,
-        bleu=bleu,
+        **asdict(score),
         tokens=answer.completion_tokens,
         offered=offered,
         rejected=rejected,
@@ -145,7 +150,15 @@ class Store:
     def read(self, setting: Setting) -> list[Record]:
         """Return a finished setting's records."""
         rows = json.loads(self._path(setting).read_text(encoding="utf-8"))
-        return [Record(**row | {"counts": Counts(**row["counts"])}) for row in rows]
+        return [
+            Record(
+                item=row["item"],
+                text=row["text"],
+                calls=tuple(ToolCall(*call) for call in row["calls"]),
+                counts=Counts(**row["counts"]),
+            )
+            for row in rows
+        ]
 
     def read_costs(self) -> dict[str, Any] | None:
         """Return the costs that an earlier run measured."""

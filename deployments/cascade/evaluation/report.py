@@ -24,6 +24,7 @@ from cascade.evaluation.grid import (
     SEQUENCE_CASCADE,
     TOKEN_CASCADE,
 )
+from cascade.evaluation.records import OPTIONAL
 from cascade.evaluation.results import ALL
 from cascade.evaluation.scoring import import_extra
 from cascade.types import Mode
@@ -155,6 +156,9 @@ def _plot_baseline(panel: Any, metrics: GroupMetrics, cell: Cell, *, axis: str) 
 # Of each metric: heading, decimals, and whether tables show its interval.
 _METRICS = {
     "quality": ("quality", 1, True),
+    "valid": ("valid", 1, True),
+    "fields": ("fields right", 1, False),
+    "tool": ("tool right", 1, False),
     "rejection_rate": ("rejected", 3, True),
     "deferral_rate": ("deferred", 3, False),
     "tokens_per_expert_pass": ("tokens / expert pass", 2, False),
@@ -167,7 +171,8 @@ _METRICS = {
 }
 
 _BRIEF = (
-    "quality", "rejection_rate", "deferral_rate", "tokens_per_expert_pass", "latency", "bytes"
+    "quality", "valid", "fields", "tool", "rejection_rate", "deferral_rate",
+    "tokens_per_expert_pass", "latency", "bytes",
 )  # fmt: skip
 
 _BETTER_SHOWN = 3
@@ -193,7 +198,9 @@ def estimates(results: Results) -> list[dict[str, Any]]:
     """Return every metric of every setting in every group, with its interval, as JSON values."""
     found: list[dict[str, Any]] = []
     for group, cell in product(results.groups, results.cells):
-        names = (*_METRICS, "bleu") if "bleu" in cell.columns else _METRICS
+        names = [
+            name for name in (*_METRICS, "bleu") if name not in OPTIONAL or name in cell.columns
+        ]
         entry: dict[str, Any] = {"setting": cell.setting.key, "group": group}
         for name in names:
             interval = asdict(results.metrics[group].estimate(cell, name))
@@ -218,9 +225,9 @@ def settings_table(
         temperature: Of sampling.
         brief: Whether to leave out the less important metrics.
     """
-    names = _BRIEF if brief else tuple(_METRICS)
     metrics = results.metrics[group]
     cells = [cell for cell in results.cells if cell.setting.temperature == temperature]
+    names = [name for name in (_BRIEF if brief else _METRICS) if metrics.has(cells, name)]
     # Each column: its heading and a text for each cell.
     columns = [("setting", [cell.setting.name for cell in cells])]
     if len(results.lengths) > 1:

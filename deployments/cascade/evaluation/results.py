@@ -9,7 +9,7 @@ Shapes: `N` items, `M` items of a group, `R` resamples; the first is always the 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.grid import EXPERT, Setting
+from cascade.evaluation.records import OPTIONAL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-FORMAT = 1
+FORMAT = 2
 
 RESAMPLES = 2000
 
@@ -42,8 +43,11 @@ _RATIOS = {
 
 _PER_ANSWER = ("tokens", "expert_passes", "drafter_passes", "bytes")
 
-_MEANS = {"quality": ("quality", 100), "bleu": ("bleu", 100), "wall_s": ("latency_s", 1)} | {
-    name: (name, 1) for name in _PER_ANSWER
+_POINTS = ("quality", *OPTIONAL)
+
+_MEANS = {"wall_s": ("latency_s", 1)} | {
+    **{name: (name, 100) for name in _POINTS},
+    **{name: (name, 1) for name in _PER_ANSWER},
 }
 
 
@@ -165,7 +169,8 @@ class GroupMetrics:
 
         Args:
             cell: Of a setting.
-            name: `quality` and `bleu` in points; `rejection_rate` and `deferral_rate`, shares;
+            name: `quality`, `bleu`, `valid`, `fields` and `tool` in points; `rejection_rate` and
+                `deferral_rate`, shares;
                 `tokens_per_expert_pass`; `latency`, modelled and relative to the expert alone;
                 `wall_s`; and `tokens`, `expert_passes`, `drafter_passes`, `bytes` per answer.
         """
@@ -182,9 +187,17 @@ class GroupMetrics:
             above, below = (self._sum(one, "modelled_s") for one in (cell, expert))
         else:
             column, scale = _MEANS[name]
-            return scale * self._sum(cell, column) / self._sizes_R
+            return scale * self._mean(cell, column)
         with np.errstate(divide="ignore", invalid="ignore"):
             return above / below
+
+    def has(self, cells: Sequence[Cell], name: str) -> bool:
+        """Return whether any item of the group has a value of a metric under any of the cells."""
+        return name not in OPTIONAL or any(
+            np.isfinite(cell.columns[name][self._members_M]).any()
+            for cell in cells
+            if name in cell.columns
+        )
 
     def estimate(self, cell: Cell, name: str) -> Estimate:
         """Return a metric's value and interval."""
@@ -193,6 +206,20 @@ class GroupMetrics:
     def difference(self, cell: Cell, other: Cell) -> Estimate:
         """Return how much higher the quality of `cell` is than that of `other`."""
         return estimate(self.resampled(cell, "quality") - self.resampled(other, "quality"))
+
+    def _mean(self, cell: Cell, column: str) -> Floats:
+        """Return the mean over the items that have a value, NaN if none has."""
+        if column not in cell.columns:
+            raise InvalidMeasurement(
+                f"the results have no `{column}`, which items with a schema or tools have"
+            )
+        values_M = cell.columns[column][self._members_M]
+        known_M = np.isfinite(values_M)
+        if known_M.all():
+            return self._weights_RM @ values_M / self._sizes_R
+        weights_RM = self._weights_RM[:, known_M]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return weights_RM @ values_M[known_M] / weights_RM.sum(axis=1)
 
     def _sum(self, cell: Cell, column: str) -> Floats:
         return self._weights_RM @ cell.columns[column][self._members_M]
@@ -268,8 +295,9 @@ def load(path: Path) -> Results:
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:
+    setting = Setting(**{field.name: entry[field.name] for field in fields(Setting)})
     return Cell(
-        setting=Setting(**{field.name: entry[field.name] for field in fields(Setting)}),
+        setting=replace(setting, phases=tuple((phase, rule) for phase, rule in setting.phases)),
         columns={name: np.array(values, dtype=float) for name, values in entry["columns"].items()},
         corpus_bleu=entry["corpus_bleu"],
     )

@@ -11,7 +11,7 @@ import itertools
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,10 +20,12 @@ from cascade.evaluation.client import request_body
 from cascade.evaluation.compare import MARGIN
 from cascade.evaluation.environment import provenance
 from cascade.evaluation.grid import DRAFTER, EXPERT, LOSSLESS, TOKEN_CASCADE, Setting
-from cascade.evaluation.records import COLUMNS, Record, Store, count
+from cascade.evaluation.records import COLUMNS, OPTIONAL, Record, Store, count
 from cascade.evaluation.results import Cell, Results, save
-from cascade.evaluation.scoring import corpus_bleu, score, sentence_bleu
+from cascade.evaluation.scoring import Score, corpus_bleu, score, sentence_bleu
+from cascade.evaluation.structured import score_calls, score_json
 from cascade.evaluation.tasks import Scorer, TaskFamily
+from cascade.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from cascade.evaluation.client import Client
+    from cascade.evaluation.client import Client, CompletionResult
     from cascade.evaluation.workloads import Item, Workload
 
 _CONCURRENT_SCORERS = 2
@@ -156,9 +158,10 @@ async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to
                 cascade=setting.options(),
             )
             answer = await client.complete(body)
-            quality, bleu = await scores.of(item, answer.text)
-            counts = count(answer, setting, quality=quality, bleu=bleu)
-            records[number] = Record(item=item.name, text=answer.text, counts=counts)
+            counts = count(answer, setting, await scores.of(item, answer))
+            records[number] = Record(
+                item=item.name, text=answer.text, calls=answer.calls, counts=counts
+            )
             if len(records) == len(workload.items):
                 store.write(setting, [records[number] for number in range(len(records))])
             on_progress(ANSWERS, next(done), total)
@@ -194,29 +197,35 @@ def interleave_families(items: Sequence[Item]) -> list[int]:
 
 
 class _Scores:
-    """Quality and BLEU of answers. Slow scorers run in threads, and no answer is scored twice."""
+    """Scores of answers. Slow scorers run in threads, and no answer is scored twice."""
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(_CONCURRENT_SCORERS)
-        self._known: dict[tuple[str, str], tuple[float, float | None]] = {}
+        self._known: dict[Any, Score] = {}
 
-    async def of(self, item: Item, text: str) -> tuple[float, float | None]:
-        key = item.name, text
+    async def of(self, item: Item, answer: CompletionResult) -> Score:
+        key = item.name, answer.text, answer.calls, answer.finish_reason
         if key not in self._known:
             if item.scorer in _SLOW:
                 async with self._slots:
-                    self._known[key] = await asyncio.to_thread(_quality_and_bleu, item, text)
+                    self._known[key] = await asyncio.to_thread(_score, item, answer)
             else:
-                self._known[key] = _quality_and_bleu(item, text)
+                self._known[key] = _score(item, answer)
         return self._known[key]
 
 
-def _quality_and_bleu(item: Item, text: str) -> tuple[float, float | None]:
-    """Return an answer's quality, and for translations its BLEU too."""
-    quality = score(item.scorer, text, item.references)
+def _score(item: Item, answer: CompletionResult) -> Score:
+    """Return the score of an answer, for translations with its BLEU too."""
+    ended = answer.finish_reason != FinishReason.LENGTH
+    if item.schema is not None:
+        return score_json(answer.text, item.references, schema=item.schema, ended=ended)
+    if item.tools:
+        return score_calls(answer.calls, item.references, tools=item.tools, ended=ended)
+    quality = score(item.scorer, answer.text, item.references)
     if item.scorer is Scorer.BLEU:
-        return quality, quality
-    return quality, sentence_bleu(text, item.references) if _has_bleu(item) else None
+        return Score(quality=quality, bleu=quality)
+    bleu = sentence_bleu(answer.text, item.references) if _has_bleu(item) else None
+    return Score(quality=quality, bleu=bleu)
 
 
 def _has_bleu(item: Item) -> bool:
@@ -310,8 +319,9 @@ def _cell(workload: Workload, setting: Setting, records: Sequence[Record], *, co
         drafter_passes=columns["drafter_passes"],
         expert_passes=columns["expert_passes"],
     )
-    if np.isnan(columns["bleu"]).all():
-        del columns["bleu"]
+    for name in OPTIONAL:
+        if np.isnan(columns[name]).all():
+            del columns[name]
     pairs: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
     for record, item in zip(records, workload.items, strict=True):
         if _has_bleu(item):

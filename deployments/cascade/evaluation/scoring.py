@@ -9,12 +9,15 @@
 | `bigrams` | the same word pairs as the nearest reference: ROUGE-2, F1 | XSum |
 | `bleu` | the same n-grams as the references: sentence BLEU by sacrebleu | WMT |
 | `program` | the answer is Python, and all the references, assertions, hold | MBPP |
+
+`json` and `calls` score answers that must fit a schema, and tool calls: `evaluation.structured`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ARTICLES = frozenset({"a", "an", "the"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What an answer is worth, from 0 to 1; None where something is not measured."""
+
+    quality: float
+    bleu: float | None = None  # of the sentence, where BLEU is reported beside the quality
+    valid: float | None = None  # whether it ended and fits its schema, or calls tools as they are
+    fields: float | None = None  # share of the right value's fields that it has
+    tool: float | None = None  # whether it called the right tools
 
 
 def score(  # noqa: PLR0911 - one return per scorer
@@ -58,6 +72,8 @@ def score(  # noqa: PLR0911 - one return per scorer
             return sentence_bleu(answer, references)
         case Scorer.PROGRAM:
             return float(passes(answer.lstrip(), references))  # answers may begin with a space
+        case Scorer.JSON | Scorer.CALLS:
+            raise InvalidMeasurement(f"`{scorer}` needs more than the text of an answer")
 
 
 def words(text: str) -> list[str]:

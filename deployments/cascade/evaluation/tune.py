@@ -4,7 +4,7 @@ A target is `METRIC >= BOUND` or `METRIC <= BOUND`:
 
 | metric | unit |
 |---|---|
-| `quality` | points, 0 to 100 |
+| `quality`, `valid`, `fields`, `tool` | points, 0 to 100 |
 | `rejections`, `deferrals` | rates, in % |
 | `expert_passes`, `drafter_passes`, `tokens`, `bytes` | per answer |
 | `latency` | modelled; the expert alone is 1 |
@@ -19,6 +19,7 @@ How sure: the share of bootstrap resamples of the items in which every target is
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 METRICS = {
     "quality": ("quality", 1.0),
+    "valid": ("valid", 1.0),
+    "fields": ("fields", 1.0),
+    "tool": ("tool", 1.0),
     "rejections": ("rejection_rate", 100.0),
     "deferrals": ("deferral_rate", 100.0),
     "expert_passes": ("expert_passes", 1.0),
@@ -285,6 +289,7 @@ def defaults(setting: Setting) -> dict[str, Any]:
 
 def yaml_fragment(choice: Choice, results: Results) -> str:
     """Return YAML for `args:` of an application, with comments that say how sure it is."""
+    phases = choice.setting.options().get("phases")
     found = f"{choice.setting.name}: {choice.goal.value} {choice.reached}"
     items = f"{count_items(choice.items)} of {choice.group} in {results.about['workload']}"
     comments = [
@@ -292,6 +297,7 @@ def yaml_fragment(choice: Choice, results: Results) -> str:
         *map(str, choice.margins),
         f"all met with probability {choice.probability:.2f}",
         *choice.warnings,
+        *([f"send `cascade.phases` with each request: {json.dumps(phases)}"] if phases else []),
     ]
     body = yaml.safe_dump(
         {"defaults": defaults(choice.setting)}, sort_keys=False, default_flow_style=None

@@ -7,6 +7,9 @@ A line of a file is one JSON object:
 | `prompt` | text, sent as a chat's user message, or a list of `{"role": ..., "content": ...}` |
 | `reference` or `references` | a right answer, or a list of them; assertions for `program` |
 | `scorer` | one of `cascade.evaluation.scoring` |
+| `schema` | with scorer `json`: the JSON schema of the answer; references are JSON values |
+| `tools` | with scorer `calls`: in OpenAI's form; a reference is a call or a list of calls |
+| `tool_choice` | `required` (if absent) or `auto` |
 | `id` | the line's number if absent |
 | `family` | results are reported for each family; the file's name if absent |
 | `system` | a system message before the prompt |
@@ -19,30 +22,50 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
+from cascade.api.schema import Tool
 from cascade.errors import InvalidMeasurement, wanted
-from cascade.evaluation.tasks import Scorer, TaskFamily, held_out
+from cascade.evaluation.structured import check_fits, check_schema, parameters_of
+from cascade.evaluation.tasks import (
+    Scorer,
+    StructuredFamily,
+    TaskFamily,
+    held_out,
+    held_out_structured,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic_core import ErrorDetails
 
-FAMILIES = "families"
+    from cascade.evaluation.tasks import StructuredItem
+
+Json: TypeAlias = dict[str, Any]
+
+FAMILIES, STRUCTURED = "families", "structured"
+
+_SHIPPED = (*TaskFamily, *StructuredFamily)
 
 _FAMILY_TOKENS = 96
+
+_STRUCTURED_TOKENS = 160
 
 _MAX_PROBLEMS = 10  # shown of a broken file
 
@@ -72,6 +95,10 @@ class Item:
     scorer: Scorer
     max_tokens: int = 256
     completion: bool = False  # whether the only message is text to continue
+    schema: Json | None = None  # of the answer
+    tools: tuple[Json, ...] = ()  # that the answer may call
+    tool_choice: str = "required"
+    has_grammar: bool = True  # False: the request does not hold the answer to schema or tools
 
     @property
     def name(self) -> str:
@@ -98,26 +125,45 @@ class Workload:
         return tuple(dict.fromkeys(item.family for item in self.items))
 
 
-def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
+def load(name: str, *, count: int | None = None, seed: int = 0, free: bool = False) -> Workload:
     """Return a workload.
 
     Args:
-        name: `families` for all that ship, names of some, separated by commas, or the path of a
-            JSONL file.
+        name: `families` for the six of texts that ship, `structured` for the two of JSON and tool
+            calls, names of some, separated by commas, or the path of a JSONL file.
         count: Items of each family; 100, or the whole file, if absent.
         seed: Of the draw of held-out items.
+        free: Whether items with a schema or tools come once more without a grammar, in families of
+            their own.
 
     Raises:
         InvalidMeasurement: There is no such workload, the file has invalid lines, or a family has
             fewer items.
     """
-    names = name.split(",")
-    if name == FAMILIES or set(names) <= set(TaskFamily):
-        families = tuple(TaskFamily) if name == FAMILIES else [TaskFamily(one) for one in names]
+    workload = _load(name, count=count, seed=seed)
+    if not free:
+        return workload
+    again = tuple(
+        replace(item, has_grammar=False, family=f"{item.family} free")
+        for item in workload.items
+        if item.schema is not None or item.tools
+    )
+    if not again:
+        raise InvalidMeasurement(
+            f"no item of {name} has a `schema` or `tools` to leave out; evaluate it without --free"
+        )
+    return Workload(name=name, items=(*workload.items, *again))
+
+
+def _load(name: str, *, count: int | None, seed: int) -> Workload:
+    names = {FAMILIES: list(TaskFamily), STRUCTURED: list(StructuredFamily)}.get(
+        name, name.split(",")
+    )
+    if set(names) <= set(_SHIPPED):
         size = 100 if count is None else count
         items = [
             item
-            for family in dict.fromkeys(families)
+            for family in dict.fromkeys(names)
             for item in _held_out(family, count=size, seed=seed)
         ]
         return Workload(name=name, items=tuple(items))
@@ -132,15 +178,18 @@ def load(name: str, *, count: int | None = None, seed: int = 0) -> Workload:
     return Workload(name=workload.name, items=tuple(kept))
 
 
-def _held_out(family: TaskFamily, *, count: int, seed: int) -> list[Item]:
+def _held_out(family: str, *, count: int, seed: int) -> list[Item]:
     try:
-        items = held_out(family, count=count, seed=seed)
+        if family in set(StructuredFamily):
+            drawn = held_out_structured(StructuredFamily(family), count=count, seed=seed)
+            return [_structured(str(number), family, one) for number, one in enumerate(drawn, 1)]
+        items = held_out(TaskFamily(family), count=count, seed=seed)
     except ValueError as error:
         raise InvalidMeasurement(f"--count is {count}: {error}") from error
     return [
         Item(
             id=str(number),
-            family=family.value,
+            family=family,
             messages=(Message(role="user", content=item.prompt),),
             references=item.references,
             scorer=item.scorer,
@@ -148,6 +197,24 @@ def _held_out(family: TaskFamily, *, count: int, seed: int) -> list[Item]:
         )
         for number, item in enumerate(items, start=1)
     ]
+
+
+def _structured(number: str, family: str, item: StructuredItem) -> Item:
+    system = () if item.system is None else (Message(role="system", content=item.system),)
+    return Item(
+        id=number,
+        family=family,
+        messages=(*system, Message(role="user", content=item.prompt)),
+        references=(_to_json([item.right] if item.tools else item.right),),
+        scorer=Scorer.CALLS if item.tools else Scorer.JSON,
+        max_tokens=_STRUCTURED_TOKENS,
+        schema=item.schema,
+        tools=item.tools,
+    )
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read(path: Path) -> Workload:
@@ -188,7 +255,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        known = ", ".join((FAMILIES, *TaskFamily))
+        known = ", ".join((FAMILIES, STRUCTURED, *_SHIPPED))
         raise InvalidMeasurement(
             f"{path} cannot be read ({error.strerror}); give the path of a JSONL file, or one of"
             f" {known}"
@@ -217,13 +284,26 @@ _Prompt = Annotated[
 ]
 
 
+class _RightCall(_Strict):
+    """A right call of a tool."""
+
+    name: _Text
+    arguments: dict[str, JsonValue] = {}
+
+
+_CALLS = TypeAdapter(list[_RightCall])
+
+
 class _WorkloadLine(_Strict):
     """A line of a file."""
 
     prompt: _Prompt
     scorer: Scorer
-    reference: str | None = None
-    references: Annotated[list[str], Field(min_length=1)] | None = None
+    reference: JsonValue = None
+    references: Annotated[list[JsonValue], Field(min_length=1)] | None = None
+    schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
+    tools: Annotated[list[dict[str, JsonValue]], Field(min_length=1)] | None = None
+    tool_choice: Literal["required", "auto"] = "required"
     id: _Text | None = None
     family: _Text | None = None
     system: str | None = None
@@ -232,12 +312,49 @@ class _WorkloadLine(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> _WorkloadLine:
-        if (self.reference is None) == (self.references is None):
-            given = "none of them" if self.reference is None else "both"
-            raise ValueError(f"wanted `reference` or `references`, got {given}")
+        given = {"reference", "references"} & self.model_fields_set
+        if len(given) != 1:
+            raise ValueError(
+                f"wanted `reference` or `references`, got {'both' if given else 'none of them'}"
+            )
+        for scorer, field, value in (
+            (Scorer.JSON, "schema", self.schema_),
+            (Scorer.CALLS, "tools", self.tools),
+        ):
+            if (value is not None) != (self.scorer is scorer):
+                raise ValueError(f"scorer `{scorer}` and `{field}` go together, got one of them")
         if self.completion and (not isinstance(self.prompt, str) or self.system is not None):
             raise ValueError("`completion` wants a `prompt` that is text, and no `system`")
+        if self.completion and (self.schema_ is not None or self.tools is not None):
+            raise ValueError("`completion` wants no `schema` and no `tools`; ask as a chat")
+        if self.schema_ is not None:
+            _check(check_schema, self.schema_, what="`schema` is no JSON schema")
+        for tool in self.tools or ():
+            _check(_check_tool, tool, what="`tools` has an invalid one")
+        for right in self.rights:
+            _check(self._check_reference, right, what=f"reference {_shorten(right)}")
         return self
+
+    @property
+    def rights(self) -> list[Any]:
+        """Return the right answers."""
+        return [self.reference] if self.references is None else self.references
+
+    def _check_reference(self, right: Any) -> None:
+        if self.schema_ is not None:
+            check_fits(right, self.schema_)
+        elif self.tools is not None:
+            known = {tool["function"]["name"]: parameters_of(tool) for tool in self._tools}
+            for call in _CALLS.validate_python(_calls(right)):
+                if call.name not in known:
+                    raise ValueError(f"no tool `{call.name}`; {wanted(call.name, known)}")
+                check_fits(call.arguments, known[call.name])
+        elif not isinstance(right, str):
+            raise ValueError(f"scorer `{self.scorer}` compares text; put it in quotes")
+
+    @property
+    def _tools(self) -> list[dict[str, Any]]:
+        return self.tools or []
 
     def item(self, number: str, *, family: str) -> Item:
         messages = [] if self.system is None else [Message(role="system", content=self.system)]
@@ -249,11 +366,42 @@ class _WorkloadLine(_Strict):
             id=self.id or number,
             family=self.family or family,
             messages=tuple(messages),
-            references=tuple(self.references or [self.reference or ""]),
+            references=tuple(map(self._text_of, self.rights)),
             scorer=self.scorer,
             max_tokens=self.max_tokens,
             completion=self.completion,
+            schema=self.schema_,
+            tools=tuple(self._tools),
+            tool_choice=self.tool_choice,
         )
+
+    def _text_of(self, right: Any) -> str:
+        """Return a right answer as scorers read it."""
+        if self.tools is not None:
+            calls = [call.model_dump() for call in _CALLS.validate_python(_calls(right))]
+            return _to_json(calls)
+        return right if self.schema_ is None else _to_json(right)
+
+
+def _calls(right: Any) -> list[Any]:
+    return right if isinstance(right, list) else [right]
+
+
+def _check_tool(tool: dict[str, Any]) -> None:
+    Tool.model_validate(tool)
+    check_schema(parameters_of(tool))
+
+
+def _check(check: Callable[[Any], None], value: Any, *, what: str) -> None:
+    """Check a value; what is wrong with it comes after `what` in the error."""
+    try:
+        check(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{what}: `{field}`: {problem['msg']}") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _describe(error: ErrorDetails) -> str:

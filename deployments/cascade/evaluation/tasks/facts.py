@@ -68,7 +68,17 @@ _KINDS: Mapping[Level, Sequence[tuple[str, Rows]]] = {
 def draw(random: Random, level: Level) -> TaskQuestion:
     """Return a question; a higher level asks about rarer things."""
     kind, rows = random.choice(_KINDS[level])
-    row, template = random.choice(rows), _DATA["templates"][kind]
+    row = random.choice(rows)
+    return TaskQuestion(_question(random, kind, row), fill(_DATA["templates"][kind]["answer"], row))
+
+
+def ask(random: Random, kind: str) -> tuple[Mapping[str, str], str]:
+    """Return a country or an element, and a question of some kind about it."""
+    row = random.choice(_ELEMENTS if kind == "atomic_number" else _TABLES["countries"])
+    return row, _question(random, kind, row)
+
+
+def _question(random: Random, kind: str, row: Mapping[str, str]) -> str:
     wrapper = random.choice(_DATA["wrappers"])
-    question = random.choice(template["questions"]).format(**row)
-    return TaskQuestion(wrapper.format(question=question), fill(template["answer"], row))
+    question = random.choice(_DATA["templates"][kind]["questions"]).format(**row)
+    return wrapper.format(question=question)

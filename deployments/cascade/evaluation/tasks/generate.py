@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from random import Random
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cascade.evaluation.tasks import facts, functions, passages, problems, reports, translation
 from cascade.evaluation.tasks.item import (
@@ -20,6 +20,14 @@ from cascade.evaluation.tasks.item import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+
+class _HasPrompt(Protocol):
+    @property
+    def prompt(self) -> str: ...
+
+
+Q = TypeVar("Q", bound=_HasPrompt)
 
 _FAMILIES: Mapping[TaskFamily, tuple[Callable[[Random, Level], TaskQuestion], Scorer]] = {
     TaskFamily.PROBLEMS: (problems.draw, Scorer.NUMBER),
@@ -104,13 +112,28 @@ def held_out(
     Raises:
         ValueError: The family has fewer than `count` test prompts.
     """
-    items: dict[str, Item] = {}
+    items = stream(f"{family}/{seed}", split=Split.TEST, shares={family: 1}, levels=levels)
+    return distinct(items, count=count, name=family)
+
+
+def distinct(items: Iterator[Q], *, count: int, name: str) -> list[Q]:
+    """Return the first items with different prompts.
+
+    Args:
+        items: Drawn without end.
+        count: How many to return.
+        name: Of the family.
+
+    Raises:
+        ValueError: It has fewer prompts.
+    """
+    found: dict[str, Q] = {}
     repeats = 0
-    for item in stream(f"{family}/{seed}", split=Split.TEST, shares={family: 1}, levels=levels):
-        repeats = repeats + 1 if item.prompt in items else 0
-        items.setdefault(item.prompt, item)
-        if len(items) == count:
-            return list(items.values())
+    for item in items:
+        repeats = repeats + 1 if item.prompt in found else 0
+        found.setdefault(item.prompt, item)
+        if len(found) == count:
+            return list(found.values())
         if repeats == _MAX_REPEATS:
             break
-    raise ValueError(f"{family} has {len(items)} test prompts, not {count}; ask for fewer")
+    raise ValueError(f"{name} has {len(found)} test prompts, not {count}; ask for fewer")

@@ -34,6 +34,8 @@ class Scorer(StrEnum):
     BIGRAMS = "bigrams"
     BLEU = "bleu"
     PROGRAM = "program"
+    JSON = "json"
+    CALLS = "calls"
 
 
 class Split(StrEnum):
