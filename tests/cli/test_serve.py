@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.conftest import Pair
 
 COMMAND = str(Path(sys.executable).with_name("cascade"))
+ROUTER = ["router", "--drafter", "a:1", "--expert", "b:2"]
 ENVIRONMENT = {TOKEN_VARIABLE: "between us", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 
@@ -134,9 +135,31 @@ async def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:
 def test_a_router_prints_why_it_refuses_a_model(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text("applications: [{args: {expert: {model: /no/such/folder}}}]")
-    arguments = ["router", "--drafter", "a:1", "--expert", "b:2", "--token", "x"]
+    token = tmp_path / "token"
+    token.write_text("between us\n")
+    arguments = [*ROUTER, "--token-file", str(token), "--config", str(config)]
 
-    ended = CliRunner().invoke(app, [*arguments, "--config", str(config)])
+    ended = CliRunner().invoke(app, arguments)
 
     assert ended.exit_code == 2
     assert ended.stderr.startswith("error No model at '/no/such/folder'")
+
+
+def test_without_a_token_both_commands_say_where_to_put_one(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    for command in (ROUTER, ["tier", "expert", "--address", "127.0.0.1:0"]):
+        for more, message in (
+            ([], f"put a secret, the same for router and tiers, into {TOKEN_VARIABLE}"),
+            (["--token-file", str(empty)], "there is no token"),
+            (["--token-file", str(tmp_path / "none")], "`--token-file` cannot be read"),
+        ):
+            ended = CliRunner().invoke(app, [*command, *more], env={TOKEN_VARIABLE: None})
+            assert ended.exit_code == 2
+            assert message in ended.stderr
+
+
+def test_a_token_is_no_option_since_all_users_of_a_machine_see_those() -> None:
+    ended = CliRunner().invoke(app, [*ROUTER, "--token", "between us"])
+    assert ended.exit_code == 2
+    assert "No such option" in ended.stderr

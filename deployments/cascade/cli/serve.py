@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from cascade.settings import Application
 
 TOKEN_VARIABLE = "CASCADE_LEASE_TOKEN"  # noqa: S105 - the variable's name
-Token = Annotated[
-    str, typer.Option(envvar=TOKEN_VARIABLE, help="Secret that callers of a tier send")
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"File with the secret that callers of a tier send; or in {TOKEN_VARIABLE}. Not an"
+        " option itself, since all users of the machine see those"
+    ),
 ]
 Config = Annotated[
     Path | None, typer.Option(help="A cluster/*.yaml whose args to use; defaults if absent")
@@ -67,6 +71,24 @@ def read_settings(config: Path | None) -> Application:
         ) from error
 
 
+def _lease_token(path: Path | None) -> str:
+    """Return the secret of router and tiers, from a file or the environment.
+
+    Raises:
+        StartupError: There is none.
+    """
+    try:
+        token = path.read_text().strip() if path else os.environ.get(TOKEN_VARIABLE, "").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"`--token-file` cannot be read: {error}") from error
+    if not token:
+        raise StartupError(
+            f"there is no token; put a secret, the same for router and tiers, into {TOKEN_VARIABLE}"
+            " or into a file for `--token-file`"
+        )
+    return token
+
+
 def settings_errors(config: Path, error: ValidationError) -> list[str]:
     """Return what is wrong with the settings of a YAML, a line for each."""
     return [
@@ -87,7 +109,7 @@ def tier(  # noqa: PLR0913 - one parameter an option
     name: Annotated[TierName, typer.Argument(help="Which tier")],
     *,
     address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
-    token: Token,
+    token_file: TokenFile = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
     expert: Annotated[
         str | None, typer.Option(help="The expert of a drafter whose vocabulary differs")
@@ -105,7 +127,7 @@ def tier(  # noqa: PLR0913 - one parameter an option
             _tier_options(application, name, model=model, expert=expert, known=config is not None),
             tls=application.tls_files,
             address=address,
-            token=token,
+            token=_lease_token(token_file),
             metrics_port=metrics_port,
         )
         asyncio.run(serving)
@@ -183,7 +205,7 @@ def router(  # noqa: PLR0913 - one parameter an option
     *,
     drafter: Annotated[list[str], typer.Option(help="Address of a drafter; repeat for more")],
     expert: Annotated[list[str], typer.Option(help="Address of an expert; repeat for more")],
-    token: Token,
+    token_file: TokenFile = None,
     host: Annotated[str, typer.Option(help="HTTP address to bind")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port to bind")] = 8000,
     config: Config = None,
@@ -192,6 +214,7 @@ def router(  # noqa: PLR0913 - one parameter an option
     import uvicorn  # noqa: PLC0415 - `cascade ask` does not need a server's libraries
 
     try:
+        token = _lease_token(token_file)
         app = _http_app(read_settings(config), drafters=drafter, experts=expert, token=token)
     except StartupError as error:
         raise failed(error) from error
