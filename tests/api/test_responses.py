@@ -298,7 +298,7 @@ async def test_what_cannot_change_the_text_is_taken_and_ignored(client: AsyncOpe
         ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"n": 2}, "n", "must be 1"),
         ({"messages": []}, "messages", "unknown"),
-        ({"temprature": 1}, "temprature", "`temperature`"),
+        ({"top_pp": 1}, "top_pp", "`top_p`"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
         ({"max_output_tokens": 9999}, "max_output_tokens", "context"),
         ({"input": "Buzz " * 600}, "input", "Reduce the length of the `input`"),
@@ -314,7 +314,7 @@ async def test_what_cannot_change_the_text_is_taken_and_ignored(client: AsyncOpe
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input[0].content[0].type",
-            "wanted one of input_text",
+            "'input_image' is no text, and this server gives models text alone",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
         ({"tools": [TOOL]}, "tools", "shows no tools"),

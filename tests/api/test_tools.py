@@ -300,19 +300,80 @@ async def test_a_model_may_think_before_it_answers_in_a_form(
     client = caller("x")
     variables = {"chat_template_kwargs": {"enable_thinking": True}} if begun else {}
     await chat(client, extra_body=asked | variables)
+    matches = matcher_of(client)
+    begin = "" if begun else "<think>"
+    assert matches(f"{begin}hm, [] why?</think>\n\n{text}")
+    assert not matches(f"{begin}hm</think> so {text}")
+    assert matches(text) is not begun
+
+
+def matcher_of(client: Any) -> Callable[[str], bool]:
+    """Return what says whether an answer matches the grammar of the client's one request."""
     service = client._client._transport.app.state.service
     (request,) = service.generator.requests
     tokens = TokenTexts.of(service.tokenizer, service.tokenizer.size)
     compiled = GrammarCompiler(tokens).compile(request.policy.grammar)
-    begin = "" if begun else "<think>"
 
     def matches(answer: str) -> bool:
         matcher = xgr.GrammarMatcher(compiled, terminate_without_stop_token=True)
         return matcher.accept_string(answer) and matcher.is_completed()
 
-    assert matches(f"{begin}hm, [] why?</think>\n\n{text}")
-    assert not matches(f"{begin}hm</think> so {text}")
-    assert matches(text) is not begun
+    return matches
+
+
+JSON_OR_CALL = {
+    '{"sunny": true}': True,
+    '{"sunny": 1}': False,
+    CALL: True,
+    f"{CALL}\n{CALL}": True,
+    CALL.replace('"city"', '"town"'): False,
+    f'{CALL}{{"sunny": true}}': False,
+    "It is sunny.": False,
+}
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("strict", [None, True])
+async def test_an_answer_in_a_format_may_be_calls_instead(
+    caller: Any, *, strict: bool | None, thinks: bool
+) -> None:
+    """Frameworks send tools, and the schema of the last answer, in every turn of an agent."""
+    template = TEMPLATE if thinks else TEMPLATE.replace("</think>", "").replace("<think>", "")
+    client = caller(CALL, template=template)
+    schema = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"]}
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": strict}}
+    response = await chat(
+        client,
+        tools=[tool],
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    )
+    assert response.choices[0].finish_reason == "tool_calls"
+    matches = matcher_of(client)
+    for thoughts in ("", "<think>hm</think>\n\n") if thinks else ("",):
+        assert {text: matches(thoughts + text) for text in JSON_OR_CALL} == JSON_OR_CALL
+
+
+async def test_a_format_means_nothing_where_a_tool_must_be_called(caller: Any) -> None:
+    """Instructor sends both; OpenAI's models call the tool."""
+    client = caller(CALL)
+    response = await chat(
+        client, tools=[WEATHER], tool_choice="required", response_format={"type": "json_object"}
+    )
+    assert response.choices[0].message.tool_calls
+    matches = matcher_of(client)
+    assert matches(CALL)
+    assert not matches("{}")
+
+
+async def test_a_grammar_and_a_tool_that_must_be_called_exclude_each_other(caller: Any) -> None:
+    with pytest.raises(BadRequestError, match="cannot hold at once") as caught:
+        await chat(
+            caller(CALL),
+            tools=[WEATHER],
+            tool_choice="required",
+            extra_body={"structured_outputs": {"regex": "a"}},
+        )
+    assert caught.value.param == "structured_outputs.regex"
 
 
 async def test_thoughts_that_the_template_ends_are_not_awaited(caller: Any) -> None:

@@ -184,15 +184,29 @@ async def test_a_schema_that_no_call_can_match_is_refused(
     assert caught.value.param == "tools"
 
 
-async def test_tools_that_must_be_called_exclude_another_grammar(client: AsyncOpenAI) -> None:
-    with pytest.raises(BadRequestError, match="cannot hold at once"):
-        await client.chat.completions.create(
-            model="pair",
-            messages=ASK,
-            tools=TOOLS,
-            tool_choice="required",
-            response_format={"type": "json_object"},
-        )
+async def test_an_answer_in_a_format_may_be_calls_instead(client: AsyncOpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sunny": {"type": "boolean"}},
+        "required": ["sunny"],
+        "additionalProperties": False,
+    }
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    response = await client.chat.completions.create(
+        model="pair",
+        messages=ASK,
+        tools=TOOLS,
+        parallel_tool_calls=False,
+        response_format=format_,
+        n=4,
+        max_tokens=300,
+    )
+    for choice in response.choices:
+        if choice.message.tool_calls:
+            assert choice.finish_reason == "tool_calls"
+            assert_valid(choice.message.tool_calls)
+        else:
+            jsonschema.validate(json.loads(choice.message.content or ""), schema)
 
 
 async def test_strict_tools_leave_the_model_free_to_answer(client: AsyncOpenAI) -> None:

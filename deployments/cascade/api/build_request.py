@@ -21,7 +21,7 @@ from cascade.api.prompts import (
     too_long,
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
-from cascade.api.structured import after_thoughts, given_grammar
+from cascade.api.structured import after_thoughts, element_of, given_grammar
 from cascade.api.tool_grammar import tool_grammar
 from cascade.api.tools import ChatReading, chat_reading, tool_choice
 from cascade.errors import ContextTooLong, InvalidRequest
@@ -120,19 +120,22 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
     call = _with_policy(call, phases=phase_rules(body, service, call.requests[0], start=start))
     if reading is None:
         return call
-    given = call.requests[0].policy.grammar
-    if given is not None:
-        call = _with_policy(call, grammar=after_thoughts(given, reading.form, start=start))
-    if (grammar := tool_grammar(choice, reading.form, start=start)) is not None:
-        if given is not None:
+    given, param = call.requests[0].policy.grammar, call.grammar_param
+    grammar = tool_grammar(choice, reading.form, start=start, given=given)
+    if grammar is not None:
+        # A `response_format` is that of an answer without calls.
+        may_call = given is not None and not choice.must_call and element_of(given) is not None
+        if given is not None and not may_call and not param.startswith("response_format"):
             raise InvalidRequest(
-                "`tools` that must be called or are strict, and another field that says what the"
-                " answer must match, cannot hold at once; leave out one",
-                param="tools",
+                f"`{param}` and `tools` that must be called cannot hold at once; leave out one",
+                param=param,
             )
         most = service.limits.grammar_characters
         check_at_most(len(grammar.text), most, "tools", "characters of grammar")
-        call = replace(_with_policy(call, grammar=grammar), grammar_param="tools")
+        param = param if may_call else "tools"
+        call = replace(_with_policy(call, grammar=grammar), grammar_param=param)
+    elif given is not None:
+        call = _with_policy(call, grammar=after_thoughts(given, reading.form, start=start))
     return replace(call, reading=reading, text=replace(call.text, visible=reading.form.visible))
 
 

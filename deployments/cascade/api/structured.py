@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cascade.api.chat_format import THOUGHTS
 from cascade.api.prompts import check_at_most
 from cascade.api.schema import JsonObjectFormat, JsonSchemaFormat, StructuralTagFormat
 from cascade.errors import InvalidRequest
+from cascade.structured.grammar import MAX_WHITESPACE
 from cascade.types import Grammar, GrammarKind
 
 if TYPE_CHECKING:
@@ -64,22 +66,39 @@ def after_thoughts(grammar: Grammar, form: ChatFormat, *, start: str | None) -> 
         form: How the model writes thoughts.
         start: The field of the response template that the prompt ends in.
     """
-    if form.think is None:
+    element = None if form.think is None else element_of(grammar)
+    if form.think is None or element is None:
         return grammar
-    element: dict[str, Any]
+    return structural_tag(thoughts_first(element, form.think, start=start))
+
+
+def element_of(grammar: Grammar) -> dict[str, Any] | None:
+    """Return a grammar as a format of xgrammar's structural tags.
+
+    None: it is a tag itself, which says where thoughts and calls are, or its schema is no JSON, and
+    `check_grammar` says so.
+    """
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA | GrammarKind.OPEN_JSON_SCHEMA:
-            try:
-                element = {"type": "json_schema", "json_schema": json.loads(grammar.text)}
-            except ValueError:
-                return grammar  # `check_grammar` says why it cannot be used
+            with suppress(ValueError):
+                schema = json.loads(grammar.text)
+                return {
+                    "type": "json_schema",
+                    "json_schema": schema,
+                    "max_whitespace_cnt": MAX_WHITESPACE,
+                }
+            return None
         case GrammarKind.REGEX:
-            element = {"type": "regex", "pattern": grammar.text}
+            return {"type": "regex", "pattern": grammar.text}
         case GrammarKind.EBNF:
-            element = {"type": "grammar", "grammar": grammar.text}
+            return {"type": "grammar", "grammar": grammar.text}
         case GrammarKind.STRUCTURAL_TAG:
-            return grammar  # it says itself where thoughts are
-    tag = {"type": "structural_tag", "format": thoughts_first(element, form.think, start=start)}
+            return None
+
+
+def structural_tag(element: Any) -> Grammar:
+    """Return the grammar of a format of xgrammar's structural tags."""
+    tag = {"type": "structural_tag", "format": element}
     return Grammar(kind=GrammarKind.STRUCTURAL_TAG, text=json.dumps(tag, ensure_ascii=False))
 
 

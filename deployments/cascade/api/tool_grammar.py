@@ -3,58 +3,72 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import xgrammar as xgr
 
 from cascade.api.chat_format import THOUGHTS
-from cascade.api.structured import thoughts_first
+from cascade.api.structured import element_of, structural_tag, thoughts_first
 from cascade.errors import InvalidRequest, UnsupportedParameter
-from cascade.types import Grammar, GrammarKind
 
 if TYPE_CHECKING:
     from cascade.api.chat_format import ChatFormat
     from cascade.api.schema import Tool
     from cascade.api.tools import ToolChoice
-
+    from cascade.types import Grammar
 _MAX_WHITESPACE = 8  # in a row, between parts of arguments
 
 
-def tool_grammar(choice: ToolChoice, form: ChatFormat, *, start: str | None) -> Grammar | None:
+def tool_grammar(
+    choice: ToolChoice, form: ChatFormat, *, start: str | None, given: Grammar | None = None
+) -> Grammar | None:
     """Return what an answer must match; None if it may call what it likes as it likes.
 
     Args:
         choice: What the request says of tools.
         form: How the model writes calls.
         start: The field of the response template that the prompt ends in.
+        given: What an answer that calls nothing must match.
 
     Raises:
         UnsupportedParameter: The form has no grammar.
         InvalidRequest: A schema cannot be used.
     """
-    if not (choice.must_call or any(tool.function.strict for tool in choice.tools)):
-        return None
+    if choice.must_call:
+        return structural_tag(_calls(choice, form, start=start))
+    element = element_of(given) if given is not None and choice.tools else None
+    if element is not None:
+        calls = _calls(replace(choice, must_call=True), replace(form, think=None), start=None)
+        either = {"type": "or", "elements": [calls, element]}
+        return structural_tag(
+            either if form.think is None else thoughts_first(either, form.think, start=start)
+        )
+    if any(tool.function.strict for tool in choice.tools):
+        return structural_tag(_calls(choice, form, start=start))
+    return None
+
+
+def _calls(choice: ToolChoice, form: ChatFormat, *, start: str | None) -> Any:
+    """Return the format of xgrammar's structural tags that calls have, with thoughts before."""
     tools: list[Any] = [_described(tool) for tool in choice.tools]
     if choice.name is not None:
         tools = [tool for tool in tools if tool["function"]["name"] == choice.name]
-    thinks = "disabled" if form.think is None else "enabled" if start == THOUGHTS else "auto"
     if form.family is None:
-        tag = _own_tag(choice, form, tools, start=start)
-    else:
-        try:
-            found = xgr.get_model_structural_tag(
-                form.family,
-                tools=tools,
-                tool_choice="required" if choice.must_call else "auto",
-                reasoning=thinks,
-                max_whitespace_cnt=_MAX_WHITESPACE,
-                parallel_tool_calls=choice.parallel,
-            )
-        except ValueError as error:
-            raise InvalidRequest(f"`tools` cannot be used: {error}", param="tools") from error
-        tag = found.model_dump(mode="json", exclude_none=True)
-    text = json.dumps(_without_text_around(tag), ensure_ascii=False)
-    return Grammar(kind=GrammarKind.STRUCTURAL_TAG, text=text)
+        return _without_text_around(_own_calls(choice, form, tools, start=start))
+    thinks = "disabled" if form.think is None else "enabled" if start == THOUGHTS else "auto"
+    try:
+        found = xgr.get_model_structural_tag(
+            form.family,
+            tools=tools,
+            tool_choice="required" if choice.must_call else "auto",
+            reasoning=thinks,
+            max_whitespace_cnt=_MAX_WHITESPACE,
+            parallel_tool_calls=choice.parallel,
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"`tools` cannot be used: {error}", param="tools") from error
+    return _without_text_around(found.model_dump(mode="json", exclude_none=True)["format"])
 
 
 def _described(tool: Tool) -> dict[str, Any]:
@@ -65,15 +79,15 @@ def _described(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": described}
 
 
-def _own_tag(
+def _own_calls(
     choice: ToolChoice, form: ChatFormat, tools: list[dict[str, Any]], *, start: str | None
 ) -> dict[str, Any]:
-    """Return the tag of a model that writes a call as JSON between two fixed texts."""
+    """Return the format of a model that writes a call as JSON between two fixed texts."""
     if form.call is None or not form.writes_json:
         raise UnsupportedParameter(
             "Calls cannot be made to fit here: the grammar of this model's calls is not known; send"
-            ' `tool_choice: "auto"` and no tool with `strict: true`',
-            param="tool_choice" if choice.must_call else "tools",
+            ' `tool_choice: "auto"`, no tool with `strict: true`, and no `response_format`',
+            param="tools",
         )
     begin, end = form.call
     tags = [
@@ -98,7 +112,7 @@ def _own_tag(
     }
     if form.think is not None:
         calls = thoughts_first(calls, form.think, start=start)
-    return {"type": "structural_tag", "format": calls}
+    return calls
 
 
 def _without_text_around(tag: Any) -> Any:

@@ -33,7 +33,7 @@ CACHE_BYTES = 64 * 2**20  # of compiled grammars; xgrammar's masks of common rul
 
 # Spaces and line breaks between two parts of JSON: enough to indent, and a model that writes
 # nothing else comes to an end.
-_MAX_WHITESPACE = 32
+MAX_WHITESPACE = 32
 
 _CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # all but the ends of lines
 
@@ -157,7 +157,7 @@ class GrammarCompiler:
             case GrammarKind.JSON_SCHEMA | GrammarKind.OPEN_JSON_SCHEMA:
                 strict = grammar.kind is GrammarKind.JSON_SCHEMA
                 return self._json_compiler.compile_json_schema(
-                    text, strict_mode=strict, max_whitespace_cnt=_MAX_WHITESPACE
+                    text, strict_mode=strict, max_whitespace_cnt=MAX_WHITESPACE
                 )
             case GrammarKind.REGEX:
                 return self._compiler.compile_regex(text)
