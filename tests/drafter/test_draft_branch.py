@@ -9,14 +9,19 @@ import pytest
 from tests.support.draft_branches import digest, drafted, new_branch, propose
 from tests.support.fake_engine import GREEDY
 
-from cascade.rules import Chow, Opt
+from cascade.engine.request import ForwardRequest
+from cascade.protocol.services import DRAFT_LIMIT
+from cascade.rules import Chow, Ensemble, Opt
 from cascade.sampling.rng import Purpose
 from cascade.speculation.confidence import Calibration
-from cascade.types import Bonus, DraftStats, SessionId
+from cascade.speculation.draft import forced_draft
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
+from cascade.types import Bonus, DraftStats, Grammar, GrammarKind, RowFormat, SessionId
 
 if TYPE_CHECKING:
     from cascade.drafter.draft_branch import DraftBranch
-    from cascade.protocol.messages import Proposal
+    from cascade.protocol.messages import Proposal, Propose
+    from cascade.types import DecodingParams
 
 
 def complete(branch: DraftBranch, *tokens: int, prob: float | None = None) -> Proposal:
@@ -273,3 +278,79 @@ def test_confidence_is_computed_only_where_something_reads_it() -> None:
     assert not plain.task(spare_capacity=True).with_confidence
     assert forking.task(spare_capacity=True).with_confidence
     assert not forking.task(spare_capacity=False).with_confidence
+
+
+LETTERS = "_ABCDE"  # the first token ends the answer
+
+
+def begun(
+    pattern: str, message: Propose, *, policy: DecodingParams = GREEDY, limit: int = 200
+) -> DraftBranch:
+    """Return a branch whose answer must match a pattern, and that has begun its first block."""
+    policy = replace(policy, stop_ids=(0,))
+    branch = new_branch(message=message, policy=policy, limit=limit)
+    texts = (b"", *(letter.encode() for letter in LETTERS[1:]))
+    tokens = TokenTexts(texts=texts, special_ids=frozenset({0}), stop_ids=(0,))
+    grammar = Grammar(kind=GrammarKind.REGEX, text=pattern)
+    branch.session.masks = (GrammarCompiler(tokens).mask(grammar, (0,)),)
+    branch.session.vocabulary = len(LETTERS)
+    branch.begin(ForwardRequest(session=SessionId("s/0"), base=1, tokens=(2,), num_logits=1))
+    return branch
+
+
+def written(*tokens: int) -> str:
+    return "".join(LETTERS[token] for token in tokens)
+
+
+def test_forced_tokens_are_drafted_without_a_pass_and_do_not_count() -> None:
+    branch = begun("AB[CD]E{7}[AC]BBBD?", propose(count=2, ahead=1))
+    proposal, request = branch.add(drafted(3))
+    assert proposal is None
+    assert request is not None
+    assert written(*request.tokens) == "CEEEEEEE"
+    proposal, _ = branch.add(drafted(1))
+    assert proposal is not None
+    assert written(*proposal.block.tokens) == "ABCEEEEEEEABBB"
+    free = [at for at, forced in enumerate(proposal.block.forced) if not forced]
+    assert free == [2, 10]
+    assert proposal.passes == 2
+    assert branch.guessing, "D, or the end"
+
+
+def test_a_forced_end_belongs_to_the_block() -> None:
+    branch = begun("A[BC]DD", propose(count=4))
+    proposal, request = branch.add(drafted(2))
+    assert proposal is not None
+    assert written(*proposal.block.tokens) == "ABDD_"
+    assert request is None
+    assert branch.ended
+
+
+@pytest.mark.parametrize(("limit", "length"), [(200, DRAFT_LIMIT), (20, 16)])
+def test_a_run_of_forced_tokens_goes_on_in_the_next_block_where_one_may_be_no_longer(
+    limit: int, length: int
+) -> None:
+    """Not longer than verifiers take, nor than the context holds."""
+    branch = begun("[AB]C{100}[DE]", propose(count=1, ahead=1), limit=limit)
+    proposal, _ = branch.add(drafted(1))
+    assert proposal is not None
+    assert written(*proposal.block.tokens) == "A" + "C" * (length - 1)
+    assert branch.paused == (limit == 20)
+    if not branch.paused:
+        ahead, _ = branch.add(drafted(4))
+        assert ahead is not None
+        assert written(*ahead.block.tokens) == "C" * (100 - length) + "D_"
+
+
+def test_what_follows_a_block_is_described_after_its_forced_tokens() -> None:
+    policy = replace(GREEDY, rule=Ensemble(weight=0.5), bonus=Bonus.TARGET, rows=RowFormat.FULL)
+    branch = begun("A[BC]DD[AB]E", propose(count=1), policy=policy)
+    probs = replace(forced_draft(policy, 2), forced=False)
+    proposal, request = branch.add(probs)
+    assert proposal is None
+    assert request is not None
+    assert written(*request.tokens) == "BDD"
+    proposal, _ = branch.add(probs)
+    assert proposal is not None
+    assert written(*proposal.block.tokens) == "ABDD"
+    assert len(proposal.block.draft_probs) == 5

@@ -143,3 +143,15 @@ async def test_tokens_without_an_alternative_are_forced_and_cost_no_pass(
     if mode is Mode.SPECULATIVE:
         assert statistics.drafter_passes <= 6
         assert statistics.drafted > 2 * statistics.drafter_passes
+
+
+async def test_a_run_of_forced_tokens_takes_one_round_however_short_blocks_are(
+    toy_stack: LocalServer,
+) -> None:
+    asked = request(PROMPTS[0], GRAMMARS["runs"], mode=Mode.SPECULATIVE, draft_tokens=1)
+    chunks = await served(toy_stack, asked)
+    statistics = chunks[-1].statistics
+    assert statistics is not None
+    assert len(tokens(chunks)) >= 14
+    assert statistics.rounds <= 3
+    assert statistics.accepted >= 12

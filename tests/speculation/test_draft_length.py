@@ -28,7 +28,7 @@ from cascade.speculation.draft_length import (
     Fixed,
     expert_slots,
 )
-from cascade.types import Bonus, DecodingParams
+from cascade.types import Block, Bonus, DecodingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -309,3 +309,17 @@ def test_branches_hide_the_time_of_drafting_after_a_rejection() -> None:
         costs.judge_s(4) + (1 - costs.ready_after_reject.value) * costs.draft_s(4)
     )
     assert costs.round_s(rejected) < plain
+
+
+def test_forced_tokens_of_a_block_are_in_the_plan_up_to_the_budget() -> None:
+    block = Block(tokens=(1, 2, 3, 4, 5, 6), forced=(True, False, True, True, False, True))
+    lengths = {tokens: DraftPlan(tokens=tokens, reason="").within(block) for tokens in range(4)}
+    assert lengths == {0: 0, 1: 1, 2: 2, 3: 3}
+    plans = {tokens: DraftPlan(tokens=tokens, reason="", budget=5) for tokens in range(4)}
+    assert {tokens: plan.within(block) for tokens, plan in plans.items()} == {
+        0: 1,
+        1: 4,
+        2: 5,
+        3: 5,
+    }
+    assert DraftPlan(tokens=2, reason="", budget=9).within(replace(block, forced=())) == 2

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cascade.engine.request import ForwardRequest
 from cascade.protocol.messages import Proposal, Propose, extend_digest
+from cascade.protocol.services import DRAFT_LIMIT
 from cascade.sampling.rng import Purpose
 from cascade.speculation.draft import (
     DraftTask,
@@ -48,7 +49,8 @@ class PendingBlock:
 
     position: int
     digest: int
-    count: int  # most tokens
+    count: int  # most tokens that the masks leave a choice of
+    most: int = 0  # most tokens, with those that they leave no choice of
     branched: bool = False  # the prefix is not the likeliest one
     drafts: list[DraftToken] = field(default_factory=list[DraftToken])
     guess: DraftToken | None = None  # of the token that the expert adds
@@ -60,6 +62,22 @@ class PendingBlock:
     def prefix(self) -> tuple[int, int]:
         """Return what identifies the tokens before the block."""
         return self.position, self.digest
+
+    @property
+    def length(self) -> int:
+        """Return how many of the drafts are in the block; one more may describe what follows it."""
+        chosen = 0
+        for length, draft in enumerate(self.drafts):
+            if length == self.most or (chosen == self.count and not draft.forced):
+                return length
+            chosen += not draft.forced
+        return len(self.drafts)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many tokens as are wanted of those that the masks leave a choice of."""
+        chosen = sum(not draft.forced for draft in self.drafts)
+        return chosen >= self.count or len(self.drafts) >= self.most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +114,7 @@ class DraftBranch:
     def __post_init__(self) -> None:
         self._blocks = deque([self.block])
         self._fed = self.session.engine_length(self.tokens)
+        self.block.most = self._most_tokens(self.block.position)
 
     def task(self, *, spare_capacity: bool, ahead: int = 0) -> DraftTask:
         """Return the task of drafting a token from the next logits, or from later ones.
@@ -128,7 +147,7 @@ class DraftBranch:
         if self.guessing:  # then the block begins
             tokens_left = 1 + self.message.count + more
         else:
-            tokens_left = self.block.count - len(self.block.drafts) + more
+            tokens_left = self.block.count - self.block.length + more
         may_end = self.may_stop_early or self.message.until_deferral
         return min(tokens_left - 1, _MAX_IN_VAIN if may_end else _MAX_AHEAD)
 
@@ -159,7 +178,7 @@ class DraftBranch:
     def _learn(self, block: PendingBlock, *, accepted: int) -> None:
         if self.message.until_deferral:
             return  # the verifier never saw the block
-        for i, draft in enumerate(block.drafts[: min(accepted + 1, block.count)]):
+        for i, draft in enumerate(block.drafts[: min(accepted + 1, block.length)]):
             if draft.confidence is not None and not draft.forced:
                 self.calibration.learn(draft.confidence.probability, accepted=i < accepted)
 
@@ -177,7 +196,12 @@ class DraftBranch:
         self.block.passes += 1
         if self.guessing:
             return None, self._add_guess(draft)
-        if not self._completes(draft) and not self._completes_forced():
+        ended = self._append(draft)
+        while not ended and len(self.block.drafts) == self.block.length < self.block.most:
+            if (forced := self._forced()) is None:
+                break
+            ended = self._append(forced)
+        if not ended and self._wants_more:
             return None, self._feed()
         return self._proposal(), self.resume()
 
@@ -191,7 +215,8 @@ class DraftBranch:
         wanted = self.engine_id is None and len(self._blocks) <= self.message.ahead
         # A block that is unlikely to be accepted is not worth drafting ahead of.
         wanted = wanted and self.block.acceptance_prob >= self.message.floor
-        self.paused = self.ended or not wanted or not self._fits(len(self.tokens))
+        fits = self._fits(len(self.tokens) + len(self._unfed) - 1)
+        self.paused = self.ended or not wanted or not fits
         if self.paused:
             return None
         policy = self.session.opened.policy
@@ -263,8 +288,8 @@ class DraftBranch:
         room = self.limit - self._fed + len(self.tokens) - position
         return room > self.message.count + 2
 
-    def _completes(self, draft: DraftToken) -> bool:
-        """Add a token to the block; return whether that completes it."""
+    def _append(self, draft: DraftToken) -> bool:
+        """Add a token to the block; return whether that ends it, so that none may follow in it."""
         block, policy = self.block, self.session.opened.policy
         ends_phase = self._ends_phase(draft.token)
         self._unfed.append(draft.token)
@@ -273,37 +298,40 @@ class DraftBranch:
             return True
         block.drafts.append(draft)
         self.ended = draft.token in policy.stop_ids
-        if self.ended or len(block.drafts) >= block.count + needs_probs_after_block(policy):
+        if self.ended or ends_phase:
             return True
-        if ends_phase:
-            return True
-        if draft.confidence is None or not self.may_stop_early:
-            return False
-        block.acceptance_prob *= self.calibration.acceptance_prob(draft.confidence.probability)
-        return block.acceptance_prob < self.message.floor
-
-    def _completes_forced(self) -> bool:
-        """Add the tokens that the masks leave no choice of; return whether they complete the block.
-
-        They need no pass of the drafter.
-        """
-        while (draft := self._forced()) is not None:
-            if self._completes(draft):
-                return True
+        if draft.confidence is not None and not draft.forced and not block.is_full:
+            block.acceptance_prob *= self.calibration.acceptance_prob(draft.confidence.probability)
         return False
 
-    def _add_forced(self) -> None:
-        """Add such tokens to a block that begins, all but one that completes it: a pass drafts it.
+    @property
+    def _wants_more(self) -> bool:
+        """Whether the drafter drafts on in this block, with a pass."""
+        block = self.block
+        if needs_probs_after_block(self.session.opened.policy):
+            return block.length == len(block.drafts)
+        likely = not self.may_stop_early or block.acceptance_prob >= self.message.floor
+        return likely and not block.is_full
 
-        So a block that is asked for has a pass, which the engine needs for the tokens before it.
+    def _add_forced(self) -> None:
+        """Add the tokens that the masks leave no choice of to a block that begins.
+
+        None that ends it: a pass drafts that. So a block that is asked for has a pass, which the
+        engine needs for the tokens before it.
         """
         policy = self.session.opened.policy
-        last = self.block.count + needs_probs_after_block(policy) - 1
-        while len(self.block.drafts) < last and (draft := self._forced()) is not None:
+        while len(self.block.drafts) < self.block.most - 1:
+            if (draft := self._forced()) is None:
+                return
             defers = self.message.until_deferral and drafter_defers(policy, draft)
             if defers or draft.token in policy.stop_ids or self._ends_phase(draft.token):
                 return
-            self._completes(draft)
+            self._append(draft)
+
+    def _most_tokens(self, position: int) -> int:
+        """Return how many tokens a block may have there."""
+        room = self.limit - self._fed + len(self.tokens) - position
+        return max(self.message.count, min(DRAFT_LIMIT, room - 2))
 
     def _forced(self) -> DraftToken | None:
         """Return the draft of the next token if the masks leave no choice of it.
@@ -343,7 +371,8 @@ class DraftBranch:
         known = [*self.tokens, *self._unfed]
         digest = extend_digest(self.block.digest, known[self.block.position :])
         count = self.message.count
-        self.block = PendingBlock(position=len(known), digest=digest, count=count)
+        most = self._most_tokens(len(known))
+        self.block = PendingBlock(position=len(known), digest=digest, count=count, most=most)
         self._blocks.append(self.block)
         self._add_forced()
         return self._feed()
@@ -362,8 +391,7 @@ class DraftBranch:
         return fed
 
     def _proposal(self) -> Proposal:
-        block = self.block
-        length = min(len(block.drafts), block.count)
+        block, length = self.block, self.block.length
         return Proposal(
             session_id=self.message.session_id,
             epoch=self.message.epoch,

@@ -37,7 +37,8 @@ class Propose:
     asked, each assuming that the ones before it are accepted and which token the expert adds. A
     block that was sent already is not sent again: this message then confirms its assumption. Draft
     up to `branches` more blocks for other likely verdicts, as far as the drafter is idle. End a
-    block early where the drafter gives the whole of it a probability below `floor`.
+    block early where the drafter gives the whole of it a probability below `floor`. Tokens that the
+    session's masks leave no choice of do not count: they lengthen a block up to `DRAFT_LIMIT`.
     """
 
     session_id: SessionId

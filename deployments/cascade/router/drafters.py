@@ -121,7 +121,7 @@ class RemoteDrafter:
         if proposal is None:
             return NO_DRAFT
         assert isinstance(proposal, Proposal), "a drafter replies to Propose with Proposal"
-        block = proposal.block.prefix(plan.tokens)
+        block = proposal.block.prefix(plan.within(proposal.block))
         return Draft(
             block=block,
             deferred=proposal.deferred and block is proposal.block,

@@ -57,6 +57,7 @@ from cascade.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from cascade.speculation.draft_length import DraftPlan
     from cascade.speculation.modes import Plan
     from cascade.types import Caller, TokenLogprob
 
@@ -207,7 +208,7 @@ class Router:
         session, finish = replace(session, policy=plan.params), None
         async with self._open_roles(request, plan, session, statistics, deadline_s) as roles:
             drafter, verifier = roles
-            draft_plan = length.next(budget=_draft_budget(request, session))
+            draft_plan = _next_plan(length, request, session)
             while finish is None:
                 alone = ALONE_TOKENS if draft_plan.tokens else draft_plan.expert_tokens
                 room = request.max_tokens - session.position
@@ -223,7 +224,7 @@ class Router:
                 drafter.observe(before, draft, verdict)
                 finish = _finish(session, request)
                 if finish is None:
-                    draft_plan = length.next(budget=_draft_budget(request, session))
+                    draft_plan = _next_plan(length, request, session)
                     drafter.hint(session, draft_plan)
                 yield OutputChunk(
                     tokens=session.tokens[before.position :],
@@ -384,9 +385,10 @@ def _verifier(plan: Plan, experts: TierSession) -> Verifier:
             return AcceptAll()
 
 
-def _draft_budget(request: Request, session: Session) -> int:
-    """Return how many tokens it is useful to draft."""
-    return request.max_tokens - session.position - expert_slots(session.policy)
+def _next_plan(length: DraftLength, request: Request, session: Session) -> DraftPlan:
+    """Return how many tokens to draft next, within those that it is useful to draft."""
+    budget = request.max_tokens - session.position - expert_slots(session.policy)
+    return replace(length.next(budget=budget), budget=budget)
 
 
 def _finish(session: Session, request: Request) -> FinishReason | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cascade.speculation.cost_model import Yield
-    from cascade.types import DecodingParams
+    from cascade.types import Block, DecodingParams
 
 # Tokens that each session's expert writes without drafts between trials.
 FIRST_PAUSE, USUAL_PAUSE, MAX_PAUSE = 32, 256, 1024
@@ -40,11 +40,21 @@ MAX_POLICIES = 1024  # whose measurements are kept: callers choose the parameter
 class DraftPlan:
     """A number of tokens to draft, and the reason, which statistics report."""
 
-    tokens: int  # 0: the expert decodes without drafts
+    tokens: int  # that the masks leave a choice of; 0: the expert decodes without drafts
     reason: str
     expert_tokens: int = 1  # how many tokens it decodes so
     survival_floor: float = 0.0  # stop where the block is less likely to be accepted as a whole
     survival: float = 1.0  # probability that the block is accepted as a whole, as far as known
+    budget: int | None = None  # most tokens of the block, with those that are forced
+
+    def within(self, block: Block) -> int:
+        """Return how many tokens of a block are in the plan; forced ones do not count."""
+        most, chosen = self.tokens if self.budget is None else self.budget, 0
+        for length, forced in enumerate(block.forced or (False,) * block.length):
+            if length == most or (chosen == self.tokens and not forced):
+                return length
+            chosen += not forced
+        return block.length
 
 
 def expert_slots(policy: DecodingParams) -> int:
