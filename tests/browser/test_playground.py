@@ -95,6 +95,21 @@ async def test_four_ways_of_answering_fit_beside_each_other(opened: Opened) -> N
         await keep(page, "four")
 
 
+async def test_the_tour_shows_four_ways_of_answering(opened: Opened) -> None:
+    """A cascade keeps or throws away whole answers; a speculative cascade keeps words."""
+    async with opened() as page:
+        await page.get_by_role("button", name="Four ways of answering").click()
+        await ask(page)
+        await done(page, 0, 1, 2, 3)
+        said = [await answer(page, column) for column in range(4)]
+        assert [text.partition(" ")[0] for text in said] == ["Buzz", "Edwin", "Edwin", "Buzz"]
+        figures = page.locator("[data-figure='expert passes']")
+        passes = [int(text) for text in await figures.all_inner_texts()]
+        assert passes[0] == 0
+        assert passes[1] > passes[2] > passes[3] > 0
+        await keep(page, "tour")
+
+
 async def test_an_answer_can_be_explored_with_the_keyboard_alone(opened: Opened) -> None:
     async with opened() as page:
         await page.locator("#question").focus()

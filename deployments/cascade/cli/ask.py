@@ -252,7 +252,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
         path = "/v1/chat/completions"
         question = {"messages": [{"role": "user", "content": text}]}
     try:
-        with _client(url, api_key) as client:
+        with connect(url, api_key) as client:
             report = _print_answer(complete(client, path, question | _without_none(body)))
     except AskError as error:
         line = Text.assemble(("error ", "bold red"), str(error))
@@ -295,7 +295,8 @@ def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _client(url: str, api_key: str | None) -> httpx.Client:
+def connect(url: str, api_key: str | None) -> httpx.Client:
+    """Return a client of the server at a URL; raises AskError if it is none."""
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:

@@ -18,6 +18,7 @@ from cascade.cli.evaluate import evaluate
 from cascade.cli.key import key
 from cascade.cli.plan import plan
 from cascade.cli.serve import router, tier
+from cascade.cli.tour import tour
 from cascade.cli.tune import tune
 from cascade.errors import wanted
 
@@ -64,6 +65,6 @@ def cascade(
     del version  # its callback has printed it
 
 
-for command in (ask, certs, check, doctor, evaluate, key, plan, tier, router, tune):
+for command in (ask, certs, check, doctor, evaluate, key, plan, tier, router, tour, tune):
     app.command(cls=_Command)(command)
 app.add_typer(bench, name="bench")

@@ -31,6 +31,7 @@ export function body({ model, kind, question, schema, tools }, column, stream = 
   const cascade = { mode: column.mode, trace: true };
   if (["cascade", "speculative", "token_cascade"].includes(column.mode)) cascade.rule = rule(column);
   if (column.draft_tokens !== "") cascade.draft_tokens = Number(column.draft_tokens);
+  if (column.threshold !== undefined) cascade.patience = { threshold: column.threshold };
   if (column.coupling) cascade.coupling = column.coupling;
   request.cascade = cascade;
   if (stream) Object.assign(request, { stream: true, stream_options: { include_usage: true } });

@@ -13,6 +13,16 @@ const PRESETS = [
   { mode: "cascade", rule: "token_v3", alpha: 0.9 },
   { mode: "drafter_only" },
 ].map((one) => ({ ...BASE, ...one }));
+const TOUR = [
+  { mode: "sequence_cascade", threshold: -100, title: "1. A cascade that trusts the small model",
+    about: "The small model is sure enough, so its whole answer stays. Cheap, and never better than the small model." },
+  { mode: "sequence_cascade", threshold: 0, title: "2. A cascade that defers",
+    about: "It is not sure enough: its whole answer is thrown away, and the large model starts from scratch." },
+  { mode: "speculative", draft_tokens: 5, title: "3. Speculative decoding",
+    about: "The large model checks drafted words in one pass, and refuses good ones because they are not its own." },
+  { mode: "cascade", rule: "token_v3", draft_tokens: 5, title: "4. A speculative cascade",
+    about: "The same pass, and a rule that keeps words which are good enough." },
+].map((one) => ({ ...BASE, ...one }));
 const IDLE = { tokens: [], trace: [], usage: null, state: "idle", error: "", began: 0, ended: 0 };
 
 const NAMES = {
@@ -22,7 +32,8 @@ const NAMES = {
   sequence_cascade: "Sequence cascade",
 };
 
-function title({ mode, rule, alpha }) {
+function title({ mode, rule, alpha, title }) {
+  if (title) return title;
   if (NAMES[mode]) return NAMES[mode];
   if (rule === "lossless") return "Speculative decoding, lossless";
   return `Speculative cascade, ${rule} ${rule === "typical" ? "" : alpha}`;
@@ -75,13 +86,20 @@ function App() {
   }
 
   function change(i, field, value) {
-    setColumns((all) => all.map((one, j) => (i === j ? { ...one, [field]: value } : one)));
+    const own = field === "mode" || field === "rule" ? { title: undefined, about: undefined, threshold: undefined } : {};
+    setColumns((all) => all.map((one, j) => (i === j ? { ...one, ...own, [field]: value } : one)));
   }
 
   function add() {
     const next = PRESETS.find((one) => !columns.some((other) => other.mode === one.mode)) ?? PRESETS[2];
     setColumns((all) => [...all, next]);
     setAnswers((all) => [...all, IDLE]);
+  }
+
+  function tour() {
+    setShared((one) => ({ ...one, kind: "chat", question: "Who is Buzz Aldrin?" }));
+    setColumns(TOUR);
+    setAnswers(TOUR.map(() => IDLE));
   }
 
   function remove(i) {
@@ -107,6 +125,7 @@ function App() {
           <button class="main" type="submit" disabled=${running || !known.names.length}>Ask</button>
           <button type="button" data-action="stop" disabled=${!running} onClick=${() => stopping.current.abort()}>Stop</button>
           <button type="button" data-action="add" disabled=${running || columns.length >= 4} onClick=${add}>Compare with another</button>
+          <button type="button" data-action="tour" disabled=${running} onClick=${tour}>Four ways of answering</button>
         </div>
         <details>
           <summary>Schema and tools</summary>
@@ -151,6 +170,7 @@ function Column({ index, column, answer, running, change, remove, code }) {
     <section class="column" data-column=${index} data-state=${answer.state} aria-label=${name}>
       <header><h2>${name}</h2>
         ${remove && html`<button type="button" aria-label=${`Remove ${name}`} disabled=${running} onClick=${remove}>×</button>`}</header>
+      ${column.about && html`<p class="quiet">${column.about}</p>`}
       <${Settings} index=${index} column=${column} change=${change} />
       <${Answer} answer=${answer} chosen=${chosen} choose=${choose} name=${name} />
       ${answer.error && html`<p class="error" role="alert">${answer.error}</p>`}
