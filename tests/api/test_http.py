@@ -34,7 +34,7 @@ async def test_an_unknown_model_is_a_404(client: AsyncOpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping"])
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/ping", "/health/ready"])
 async def test_health_is_readiness(raw: Callable[..., httpx2.AsyncClient], path: str) -> None:
     assert (await raw().get(path)).json() == {"status": "ok"}
     starting = await raw(ready=lambda: False).get(path)
@@ -43,7 +43,8 @@ async def test_health_is_readiness(raw: Callable[..., httpx2.AsyncClient], path:
 
 async def test_a_router_without_models_is_alive(raw: Callable[..., httpx2.AsyncClient]) -> None:
     """A restart would not help it, so the check that restarts must not fail."""
-    assert (await raw(ready=lambda: False).get("/livez")).json() == {"status": "ok"}
+    for path in ("/livez", "/health/live"):
+        assert (await raw(ready=lambda: False).get(path)).json() == {"status": "ok"}
 
 
 async def test_every_route_that_answers_get_answers_head(
@@ -68,8 +69,8 @@ async def test_head_is_refused_where_get_is(http: httpx2.AsyncClient) -> None:
 
 
 async def test_no_page_needs_the_internet(http: httpx2.AsyncClient) -> None:
-    """There are no pages: the description of the API is for any viewer."""
-    for path in ("/docs", "/redoc", "/"):
+    """The description of the API is for any viewer; `tests/browser` watches what `/` asks for."""
+    for path in ("/docs", "/redoc"):
         refused = await http.get(path)
         assert refused.status_code == 404
         assert "/openapi.json" in refused.json()["error"]["message"]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 OPERATIONS = [
     ("/health", "GET"),
     ("/healthz", "GET"),
+    ("/health/ready", "GET"),
+    ("/health/live", "GET"),
     ("/livez", "GET"),
     ("/ping", "GET"),
     ("/v1/models", "GET"),

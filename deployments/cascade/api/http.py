@@ -83,6 +83,8 @@ def create_app(
         ("/health", health, []),
         ("/healthz", health, []),
         ("/ping", health, []),
+        ("/health/ready", health, []),
+        ("/health/live", liveness, []),
         ("/livez", liveness, []),
         ("/version", version, guarded),
         ("/metrics", metrics, guarded),
