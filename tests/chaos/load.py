@@ -185,9 +185,9 @@ class Clients:
 
 
 @asynccontextmanager
-async def open_clients(url: str) -> AsyncGenerator[Clients]:
+async def open_clients(url: str, *, key: str | None = None) -> AsyncGenerator[Clients]:
     """Open a connection pool, and close it at the end."""
-    made = Clients(url)
+    made = Clients(url, key=key)
     try:
         yield made
     finally:

@@ -11,12 +11,18 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
+import trustme
 import yaml
 from tests.chaos.checks import assert_exact, assert_no_leaks, process_resources
-from tests.chaos.cluster import TIERS, config
+from tests.chaos.cluster import TIERS, config, wait_until
 from tests.chaos.faults import lower_priority
-from tests.chaos.load import references, request_bodies, streams
+from tests.chaos.load import open_clients, references, request_bodies, streams
+from tests.support.certificates import write_certificate
+
+from cascade.api.keys import ApiKey, as_yaml, hash_of
+from cascade.protocol.tls import ROLES, role_name
 
 if TYPE_CHECKING:
     from tests.chaos.cluster import ChaosCluster, Config
@@ -111,6 +117,75 @@ async def test_a_rolling_update_breaks_no_stream(
     assert not any(now[name] & old[name] for name in TIERS), "every replica is new"
     check(answers, texts, report, "rolling update")
     await assert_no_leaks(cluster, before)
+
+
+async def test_certificates_keys_and_settings_change_without_a_restart(
+    cluster: ChaosCluster, report: Report, tmp_path: Path
+) -> None:
+    """Connections made after the change use the new certificates: those to a second expert."""
+    ca, successor = trustme.CA(), trustme.CA()
+    names = [role_name(role) for role in ROLES]
+    files = write_certificate(tmp_path / "tls", ca, *names)
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(entries("mine", "goes"))
+    args = {
+        "tls": {"ca": files.ca, "certificate": files.certificate, "key": files.key},
+        "api_keys_file": str(keys),
+    }
+    counts = dict.fromkeys(TIERS, 1)
+    await cluster.deploy(config(http=cluster.http, counts=counts, args=args))
+    bodies = request_bodies(tokens=96)
+    async with open_clients(cluster.url, key="mine") as clients:
+        texts = await references(clients, bodies)
+        old = await pids(cluster)
+        lower_priority(await cluster.replicas())
+        async with streams(clients, bodies, count=STREAMS) as answers:
+            await asyncio.sleep(PAUSE_S)
+            # Both authorities are trusted while certificates of both are in use.
+            both = ca.cert_pem.bytes() + successor.cert_pem.bytes()
+            write_certificate(tmp_path / "tls", successor, *names)
+            (tmp_path / "tls" / "ca.pem").write_bytes(both)
+            await serve_deploy(cluster, with_count(cluster.deployed, "Expert", 2), tmp_path)
+            keys.write_text(entries("mine", "comes"))
+            assert await status(cluster, "goes") == 401
+            assert await status(cluster, "comes") == 200
+            assert await status(cluster, "comes", choices=16) == 200
+            await serve_deploy(cluster, with_limits(cluster.deployed, {"choices": 2}), tmp_path)
+            await wait_until(lambda: refused(cluster, choices=3), "the new limit")
+            await serve_deploy(cluster, with_limits(cluster.deployed, {}), tmp_path)
+            await wait_until(lambda: allowed(cluster, choices=3), "the old limit")
+            await asyncio.sleep(PAUSE_S)
+        now = await pids(cluster)
+        assert all(old[name] <= now[name] for name in TIERS), "no replica started anew"
+        check(answers, texts, report, "certificates, keys and settings")
+
+
+def entries(*names: str) -> str:
+    """Return a file of keys, each named like itself."""
+    return "".join(as_yaml(ApiKey(name=name, sha256=hash_of(name))) for name in names)
+
+
+def with_limits(new: Config, limits: Config) -> Config:
+    changed = deepcopy(new)
+    for one in changed["applications"][0]["deployments"]:
+        if one["name"] == "Router":
+            one["user_config"] = {"limits": limits}
+    return changed
+
+
+async def status(cluster: ChaosCluster, key: str, *, choices: int = 1) -> int:
+    body = {"prompt": "x", "max_tokens": 1, "n": choices}
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as client:
+        headers = {"authorization": f"Bearer {key}"}
+        return (await client.post("/v1/completions", json=body, headers=headers)).status_code
+
+
+async def refused(cluster: ChaosCluster, *, choices: int) -> bool:
+    return await status(cluster, "mine", choices=choices) == 400
+
+
+async def allowed(cluster: ChaosCluster, *, choices: int) -> bool:
+    return await status(cluster, "mine", choices=choices) == 200
 
 
 def check(answers: list[Answer], texts: dict[str, str], report: Report, scenario: str) -> None:
