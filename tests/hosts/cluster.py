@@ -53,6 +53,11 @@ class HostCluster:
     def url(self) -> str:
         return f"https://{self.head.address}:{HTTPS}"
 
+    @property
+    def private_key(self) -> str:
+        """A line of the key that all roles have."""
+        return Path(self.roles.key).read_text().splitlines()[1]
+
     def trusted(self) -> ssl.SSLContext:
         """Return what a client needs to trust the door."""
         context = ssl.create_default_context()

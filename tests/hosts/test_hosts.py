@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 import pytest
 import trustme
 from tests.chaos.load import Answer, Clients, key, references, request_bodies, streams
@@ -127,6 +128,32 @@ def test_a_host_without_token_or_certificate_does_not_join(
     tried = cluster.run(cluster.experts, "ray", "status", address, **more)
     assert tried.returncode != 0
     assert "Active:" not in tried.stdout
+
+
+async def test_no_secret_is_written_down_or_shown(
+    cluster: HostCluster, http: httpx.AsyncClient
+) -> None:
+    """Neither in a log, nor in a process list, nor by `serve config` and the dashboard."""
+    for key_ in (API_KEY, "sk-of-nobody"):
+        headers = {"authorization": f"Bearer {key_}"}
+        await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+    places = {
+        str(path): path.read_text(errors="replace")
+        for path in (cluster.folder / "ray").rglob("*")
+        if path.is_file() and "logs" in path.parts
+    }
+    assert len(places) > 20
+    dashboard = "http://127.0.0.1:8265"
+    shown = cluster.run(cluster.head, "serve", "config", "-a", dashboard)
+    assert "api_keys_file" in shown.stdout
+    places["serve config"] = shown.stdout
+    places["serve status"] = cluster.run(cluster.head, "serve", "status", "-a", dashboard).stdout
+    places["processes"] = "\n".join(
+        " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])
+    )
+    private_key = cluster.private_key
+    for secret in (API_KEY, "sk-of-nobody", cluster.token, private_key):
+        assert [where for where, text in places.items() if secret in text] == []
 
 
 @pytest.fixture
