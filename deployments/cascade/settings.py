@@ -29,7 +29,7 @@ from cascade.api.body import in_plain_words
 from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.keys import Keys
-from cascade.engine import model_loader, model_pair, threads, tp_plan
+from cascade.engine import encoder_decoder, model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings, ExpertVocabulary, VocabularyWay
 from cascade.errors import StartupError
 from cascade.observability.metrics import MetricBackend
@@ -393,6 +393,8 @@ class Application(Settings):
             way=self.drafter.vocabulary,
         )
         self.defaults.completed(pair.generation.sampling)  # refused before anything is served
+        if pair.start_ids:
+            pair = self._with_lengths(pair)
         for tier in (self.drafter, self.expert):
             if tier.engine.tensor_parallel > 1:
                 config = model_loader.read_config(**asdict(tier.source()))
@@ -403,6 +405,21 @@ class Application(Settings):
     def tls_files(self) -> TlsFiles | None:
         """Return the files of TLS between router and tiers, if they are set."""
         return None if self.tls is None else TlsFiles(**dict(self.tls))
+
+    def _with_lengths(self, pair: model_pair.ModelPair) -> model_pair.ModelPair:
+        """Return a pair of encoder-decoders with the lengths that the engines give them."""
+        found: list[encoder_decoder.Lengths] = []
+        for tier in (self.drafter, self.expert):
+            encoder_decoder.check_settings(tier.engine)
+            config = model_loader.read_config(**asdict(tier.source()))
+            found.append(encoder_decoder.lengths(config, tier.engine))
+        drafter, expert = found
+        return replace(
+            pair,
+            context_tokens=expert.answer,
+            drafter_context_tokens=drafter.answer,
+            source_tokens=expert.source,
+        )
 
     def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:
         """Return the generator with its answers measured in `backend`, logged and traced."""
@@ -443,6 +460,8 @@ class Application(Settings):
             models=(self.name,),
             **self.of_requests(pair),
             stop_ids=pair.stop_ids,
+            start_ids=pair.start_ids,
+            source_tokens=pair.source_tokens or 0,
             bad_words=pair.generation.bad_words,
             grammars=GrammarChecker(pair.tokenizer),
             completion_tokens=min(longest, context.COMPLETION_TOKENS),

@@ -379,6 +379,11 @@ class Request:
     name: str = ""  # the request id, for logs
     caller: Caller = field(default_factory=Caller)
 
+    @property
+    def client_prompt(self) -> tuple[int, ...]:
+        """Return the tokens of the prompt that the client sent."""
+        return self.source or self.prompt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:

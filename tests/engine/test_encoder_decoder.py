@@ -8,15 +8,18 @@ import pytest
 from tests.engine.architectures import build as build_decoder
 from tests.engine.encoder_decoders import MODELS, build
 from tests.engine.harness import EngineHarness, ragged_scenario
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cascade.engine.backends.encoder_decoder import EncoderDecoderRunner
 from cascade.engine.encoder_decoder import Lengths, lengths, start_ids
+from cascade.engine.model_loader import read_config
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import ContextTooLong, InvalidRequest, UnsupportedModel
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path as Folder
 
 TOLERANCE = 1e-4
 
@@ -192,3 +195,32 @@ def test_answers_begin_with_the_start_token_and_what_is_forced_after_it() -> Non
         start_ids("m", [{}])
     with pytest.raises(UnsupportedModel, match="decoder_start_token_id of 'm' is"):
         start_ids("m", [{"decoder_start_token_id": [1, 2]}])
+
+
+def saved(folder: Folder, kind: str, config: dict[str, Any], *, architecture: str | None) -> str:
+    """Return a checkpoint that has only a configuration."""
+    architectures = None if architecture is None else [architecture]
+    CONFIG_MAPPING[kind](**config, architectures=architectures).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "T5Model", None])
+def test_checkpoints_of_whole_models_are_read(tmp_path: Folder, architecture: str | None) -> None:
+    name = saved(tmp_path, "t5", MODELS["t5"][1], architecture=architecture)
+    assert read_config(name).is_encoder_decoder
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "reason"),
+    [
+        ("t5", "T5EncoderModel", "no language model head .it is a T5EncoderModel"),
+        ("bart", "BartForSequenceClassification", "a checkpoint of BartForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration", "whose encoder reads images, sound"),
+        ("pix2struct", "Pix2StructForConditionalGeneration", "whose encoder reads images, sound"),
+    ],
+)
+def test_a_refusal_says_why(tmp_path: Folder, kind: str, architecture: str, reason: str) -> None:
+    config = MODELS[kind][1] if kind in MODELS else {"is_encoder_decoder": True}
+    name = saved(tmp_path, kind, config, architecture=architecture)
+    with pytest.raises(UnsupportedModel, match=reason):
+        read_config(name)

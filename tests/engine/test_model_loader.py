@@ -132,14 +132,6 @@ def test_an_inconsistent_configuration_is_refused(checkpoint: Path, tmp_path: Pa
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_an_encoder_decoder_is_refused(tmp_path: Path, kind: str) -> None:
-    CONFIG_MAPPING[kind](is_encoder_decoder=True).save_pretrained(tmp_path)
-
-    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
-        load(str(tmp_path))
-
-
 def test_a_model_without_a_language_model_head_is_refused(tmp_path: Path) -> None:
     LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path)
 

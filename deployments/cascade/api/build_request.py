@@ -67,7 +67,7 @@ class CompletionCall:
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
         """Return each prompt once."""
-        return tuple(request.prompt for request in self.requests[:: self.n])
+        return tuple(request.client_prompt for request in self.requests[:: self.n])
 
 
 def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
@@ -169,9 +169,23 @@ def _check(body: Generated, service: ServingContext) -> None:
             "`prompt_logprobs` come with the whole completion; leave out `stream: true`",
             param="prompt_logprobs",
         )
+    if service.start_ids:
+        _check_no_continuation(body)
     biased = tuple(body.logit_bias or ())
     check_ids(biased, "logit_bias", service)
     check_at_most(len(biased), limits.biased_tokens, "logit_bias", "tokens")
+
+
+def _check_no_continuation(body: Generated) -> None:
+    """Check that nothing is wanted of the prompt that only a model that continues it has."""
+    echo = isinstance(body, CompletionBody) and body.echo
+    wanted = {"echo": echo, "prompt_logprobs": body.prompt_logprobs is not None}
+    if param := next((name for name, value in wanted.items() if value), None):
+        raise InvalidRequest(
+            f"`{param}` is not possible here: the model is an encoder-decoder, which reads a prompt"
+            " and does not continue it; leave it out",
+            param=param,
+        )
 
 
 def _bounded(body: Generated, service: ServingContext) -> ServingContext:
@@ -199,7 +213,8 @@ def _kept_tokens(body: Generated, service: ServingContext, requested: int | None
         )
     most = max_prompt_tokens(service)
     if count < 0:
-        return max(1, min(most, service.limits.context_tokens - (requested or 1)))
+        left = most if service.start_ids else service.limits.context_tokens - (requested or 1)
+        return max(1, min(most, left))
     check_at_most(count, most, "truncate_prompt_tokens")
     return count
 
@@ -214,14 +229,16 @@ def _max_tokens(
 ) -> int:
     """Return how long the completion may be; prompt and completion share the context.
 
-    `default` applies if no length is requested; None: what the context leaves. `params` are the
-    fields of prompt and length.
+    The prompt of an encoder-decoder takes nothing of it. `default` applies if no length is
+    requested; None: what the context leaves. `params` are the fields of prompt and length.
     """
     prompt_param, param = params
     limits, context = service.limits, service.limits.context_tokens
-    left = context - len(prompt)
+    begun = service.start_ids or prompt
+    left = context - len(begun)
     if len(prompt) > max_prompt_tokens(service) or (left < 1 and requested != 0):
-        what = f"the `{prompt_param}` has {len(prompt)}, and the completion needs one at least"
+        what = f"the `{prompt_param}` has {len(prompt)}"
+        what += "" if service.start_ids else ", and the completion needs one at least"
         raise too_long(what, service, param=prompt_param)
     if requested is None:
         return min(default or left, limits.max_tokens or left, left)
@@ -233,7 +250,10 @@ def _max_tokens(
         raise ContextTooLong(
             f"This model's maximum context length is {context} tokens. However, you requested"
             f" {len(prompt) + requested} tokens ({len(prompt)} in the `{prompt_param}`, {requested}"
-            f" in the completion). Reduce the length of the `{prompt_param}` or `{param}`",
+            f" in the completion). Reduce the length of the `{prompt_param}` or `{param}`"
+            if not service.start_ids
+            else f"This model writes at most {left} tokens. However, you requested {requested}"
+            f" tokens. Reduce `{param}`",
             param=param,
         )
     return requested
@@ -272,7 +292,13 @@ def _call(
     return CompletionCall(
         model=body.model or service.models[0],
         requests=tuple(
-            replace(common, prompt=prompt, max_tokens=max_tokens, policy=policy)
+            replace(
+                common,
+                prompt=service.start_ids or prompt,
+                source=prompt if service.start_ids else (),
+                max_tokens=max_tokens,
+                policy=policy,
+            )
             for prompt, max_tokens in lengths
             for policy in policies
         ),

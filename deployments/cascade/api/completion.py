@@ -242,7 +242,7 @@ class Completions:
         Raises:
             CascadeError: As the generator does, or the caller's quotas do not allow the call.
         """
-        longest = max(len(one.prompt) + one.max_tokens for one in self.call.requests)
+        longest = max(len(one.client_prompt) + one.max_tokens for one in self.call.requests)
         quotas = self._service.quotas
         with quotas.admit(self._key, answers=len(self.all), context_tokens=longest) as spend:
             spend(sum(map(len, self.call.prompts)))

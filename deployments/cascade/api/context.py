@@ -166,6 +166,8 @@ class ServingContext:
     # Tokens that the tiers hold of prompt and completion; None: they have not said yet.
     tier_context: Callable[[Mode, DrafterLoss], int | None] = unknown_context
     stop_ids: tuple[int, ...] = ()  # end a completion, besides the tokenizer's own
+    start_ids: tuple[int, ...] = ()  # begin every completion of an encoder-decoder
+    source_tokens: int = 0  # most tokens of a prompt that its encoder reads
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
     grammars: GrammarChecker | None = None  # None: only the tiers find what is wrong with one
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say

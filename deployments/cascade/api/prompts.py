@@ -86,7 +86,8 @@ def template_arguments(messages: Sequence[Message], template: Template) -> dict[
 def max_prompt_tokens(service: ServingContext) -> int:
     """Return how many tokens a prompt may have."""
     limits = service.limits
-    return min(limits.prompt_tokens or limits.context_tokens, limits.context_tokens)
+    most = service.source_tokens if service.start_ids else limits.context_tokens
+    return min(limits.prompt_tokens or most, most)
 
 
 def too_long(what: str, service: ServingContext, *, param: str) -> ContextTooLong:
@@ -99,6 +100,8 @@ def too_long(what: str, service: ServingContext, *, param: str) -> ContextTooLon
     """
     context, prompt = service.limits.context_tokens, max_prompt_tokens(service)
     of_it = "" if prompt == context else f", and that of a prompt {prompt}"
+    if service.start_ids:
+        context, of_it = prompt, " of prompt, which its encoder reads"
     return ContextTooLong(
         f"This model's maximum context length is {context} tokens{of_it}. However, {what}."
         f" Reduce the length of the `{param}`",

@@ -267,7 +267,7 @@ def _prompt_ids(completion: Completion) -> Json:
     """Return vLLM's field with the prompt's ids, if the request wants it."""
     if not completion.call.token_ids:
         return {}
-    return {"prompt_token_ids": list(completion.request.prompt)}
+    return {"prompt_token_ids": list(completion.request.client_prompt)}
 
 
 def _prompt_logprobs(completion: Completion, tokenizer: Tokenizer) -> Json:

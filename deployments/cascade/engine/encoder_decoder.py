@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.engine.kv_pool import capacity_tokens, free_bytes
 from cascade.engine.settings import Path
-from cascade.errors import UnsupportedModel
+from cascade.errors import MismatchedPair, UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,3 +139,28 @@ def start_ids(name: str, files: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
             "so it is unknown how its answers begin; add it"
         )
     return tuple(found)
+
+
+def check_pair(drafter: tuple[int, ...] | None, expert: tuple[int, ...] | None) -> None:
+    """Check that two models can write the same answers.
+
+    Args:
+        drafter: What begins the drafter's answers; None: it is decoder-only.
+        expert: The same of the expert.
+
+    Raises:
+        MismatchedPair: They cannot.
+    """
+    kinds = ["decoder-only" if one is None else "an encoder-decoder" for one in (drafter, expert)]
+    if kinds[0] != kinds[1]:
+        raise MismatchedPair(
+            f"The drafter is {kinds[0]} and the expert {kinds[1]}: one continues a prompt, the "
+            "other reads it apart from its answer; serve two models of one kind"
+        )
+    if drafter != expert:
+        raise MismatchedPair(
+            f"The drafter's answers begin with the token ids {list(drafter or ())} and the "
+            f"expert's with {list(expert or ())} (decoder_start_token_id and forced_bos_token_id "
+            "of config.json and generation_config.json); serve a drafter that begins as the "
+            "expert does"
+        )

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
@@ -153,8 +153,9 @@ def read_config(
             f"The configuration of {name!r} is not one transformers can read: {first_line(error)}"
         ) from error
     _check_kind(name, config)
-    model_class: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    check_state(model_class)
+    if not config.is_encoder_decoder:
+        model_class: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        check_state(model_class)
     return config
 
 
@@ -219,10 +220,8 @@ def _no_model(name: str, reason: str) -> str:
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{name!r} is an encoder-decoder ({config.model_type}); this server runs decoder-only "
-            "models"
-        )
+        _check_encoder_decoder(name, config)
+        return
     heads = _language_models(config)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())
@@ -240,6 +239,27 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
         f"{name!r} has no causal language model head (it is a {kind}); serve a checkpoint of "
         f"{', '.join(sorted(heads)) or 'a decoder-only language model'}"
     )
+
+
+def _check_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
+    names: Any = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    head: str | None = names.get(config.model_type)
+    if "AutoModelForSeq2SeqLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if head is None:
+        raise UnsupportedModel(
+            f"{name!r} is an encoder-decoder ({config.model_type}) whose encoder reads images, "
+            "sound or numbers, or that has no language model head; serve one that turns text into "
+            "text, such as T5 or BART"
+        )
+    # Some checkpoints of whole models name the class without a head, which shares its embeddings.
+    known = {head, head.replace("ForConditionalGeneration", "Model")}
+    stated = set(config.architectures or ())
+    if stated and not stated & known:
+        raise UnsupportedModel(
+            f"{name!r} has no language model head (it is a {', '.join(sorted(stated))}); serve a "
+            f"checkpoint of {head}"
+        )
 
 
 def _language_models(config: PreTrainedConfig) -> set[str]:
@@ -301,6 +321,11 @@ def required_attention(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that builds a model of text."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def _weights(  # noqa: PLR0913 - what transformers is told
     name: str,
     *,
@@ -319,7 +344,7 @@ def _weights(  # noqa: PLR0913 - what transformers is told
         sharding["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     try:
         with progress.reading(name):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,

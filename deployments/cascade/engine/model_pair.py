@@ -10,11 +10,11 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cascade.engine import tokenizer
+from cascade.engine import encoder_decoder, tokenizer
 from cascade.engine.model_loader import context_length, read_config, read_json
 from cascade.engine.settings import VocabularyWay
 from cascade.engine.vocabulary import map_vocabularies
-from cascade.errors import UnsupportedModel
+from cascade.errors import MismatchedPair, UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +103,8 @@ class ModelPair:
     drafter_context_tokens: int | None
     stop_ids: tuple[int, ...]  # end-of-text ids
     generation: GenerationDefaults
+    start_ids: tuple[int, ...] = ()  # begin every answer of encoder-decoders; none: decoder-only
+    source_tokens: int | None = None  # most tokens of a prompt that the expert's encoder reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,8 @@ def load_pair(
         UnsupportedModel: One of them cannot be read, or its configuration is not supported.
     """
     configs = [_text_config(source) for source in (drafter, expert)]
+    starts = _start_ids(drafter), _start_ids(expert)
+    encoder_decoder.check_pair(*starts)
     expert_tokenizer = tokenizer.load(**asdict(expert))
     config, generation = (
         read_json(expert.name, file, revision=expert.revision) or {}
@@ -154,14 +158,32 @@ def load_pair(
             "the drafter's tokenizer reads texts as other tokens than the expert's, so the drafter "
             "sees texts as it was not trained to; expect fewer accepted drafts"
         )
+    stated = dict(generation) if generation_config else {}
+    if starts[1] is not None:
+        if vocabulary.way is not VocabularyWay.SHARED:
+            raise MismatchedPair(
+                f"Drafter and expert are encoder-decoders with different vocabularies "
+                f"({vocabulary.summary}); serve a drafter that has the expert's tokens"
+            )
+        stated.pop("forced_bos_token_id", None)  # answers begin with it
     return ModelPair(
         tokenizer=expert_tokenizer.narrowed(vocabulary.size),
         vocabulary=vocabulary,
         context_tokens=context_length(configs[1]),
         drafter_context_tokens=context_length(configs[0]),
         stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_end_ids(expert, files)))),
-        generation=generation_defaults(expert.name, generation if generation_config else {}),
+        generation=generation_defaults(expert.name, stated),
+        start_ids=starts[1] or (),
     )
+
+
+def _start_ids(source: ModelSource) -> tuple[int, ...] | None:
+    """Return the tokens that begin every answer, None for a decoder-only model."""
+    config = read_config(**asdict(source))
+    if not config.is_encoder_decoder:
+        return None
+    generation = read_json(source.name, "generation_config.json", revision=source.revision)
+    return encoder_decoder.start_ids(source.name, [config.to_dict(), generation or {}])
 
 
 def _end_ids(source: ModelSource, files: Sequence[Mapping[str, Any]]) -> Iterator[int]:

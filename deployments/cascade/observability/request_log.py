@@ -89,7 +89,7 @@ def _fields(record: RequestRecord, *, now_s: float) -> dict[str, Any]:
         "rule": record.rule,
         "finish": record.finish,
         "error": None if record.error is None else type(record.error).__name__,
-        "prompt_tokens": len(request.prompt),
+        "prompt_tokens": len(request.client_prompt),
         "tokens": record.tokens,
         **{name: getattr(statistics, name) for name in COUNTS},
         "seconds": round(now_s - record.began_s, 6),

@@ -57,7 +57,7 @@ class RequestMetrics(Observer):
         backend.set(metric_specs.RUNNING, len(self._reports))
         backend.add(metric_specs.ANSWERS, 1, mode, record.rule, record.finish)
         if (caller := record.request.caller).has_key:
-            name, prompt = self._caller(caller.name), len(record.request.prompt)
+            name, prompt = self._caller(caller.name), len(record.request.client_prompt)
             backend.add(metric_specs.CALLER_ANSWERS, 1, name, record.finish)
             backend.add(metric_specs.CALLER_TOKENS, prompt, name, "prompt")
             backend.add(metric_specs.CALLER_TOKENS, record.tokens, name, "completion")
@@ -85,7 +85,7 @@ class RequestMetrics(Observer):
         """Yield what the answer has added to each counter so far."""
         costs, rule, model = record.statistics, record.rule, self._model
         if record.first_s is not None:
-            yield (metric_specs.PROMPT_TOKENS, ()), len(record.request.prompt)
+            yield (metric_specs.PROMPT_TOKENS, ()), len(record.request.client_prompt)
         yield (metric_specs.CACHED_PROMPT_TOKENS, ()), costs.cached_prompt_tokens
         yield (metric_specs.TOKENS, (rule, "drafter")), costs.drafter_tokens
         yield (metric_specs.TOKENS, (rule, "kept")), costs.kept_tokens

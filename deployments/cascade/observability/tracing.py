@@ -58,7 +58,7 @@ class RequestSpan:
                 "cascade.request": request.name,
                 "cascade.mode": request.mode.value,
                 "cascade.rule": request.policy.rule.kind,
-                "cascade.prompt_tokens": len(request.prompt),
+                "cascade.prompt_tokens": len(request.client_prompt),
             }
         )
 

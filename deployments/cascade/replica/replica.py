@@ -105,6 +105,7 @@ class Replica(ABC, Generic[Message]):
             model=options.model,
             vocab_size=vocab_size,
             context_length=self.engine.limit_tokens,
+            source_length=self.engine.limit_source,
             tokenizer_fingerprint=fingerprint(tokenizer),
         )
         self._grammars = GrammarCompiler(partial(TokenTexts.of, tokenizer, vocab_size))
@@ -353,7 +354,7 @@ class Replica(ABC, Generic[Message]):
         if policy.grammar is not None:
             mask = self._grammars.mask(policy.grammar, policy.stop_ids)
             session.masks = (*session.masks, mask)
-        if session.engine_length(session.tokens) > 1:
+        if session.engine_length(session.tokens) > 1 or session.opened.source:
             session.busy = True
             self.engine.submit(session.prefill())
 

@@ -124,12 +124,22 @@ class ReplicaSession:
         )
 
     def prefill(self) -> ForwardRequest:
-        """Return the request that feeds all but the last known token, without logits."""
+        """Return the request that feeds all but the last known token, without logits.
+
+        Of an encoder-decoder it names the source, and feeds one token at least.
+        """
         self.engine_tokens = list(self.tokens[:-1])
         self.prefilled = bool(self.tokens)
         prompt = self.engine_prompt if self.tokens else self.engine_prompt[:-1]
-        known = (*prompt, *self.to_engine(self.engine_tokens))
-        return ForwardRequest(session=self.engine_id, base=0, tokens=known, num_logits=0, task=self)
+        known = (*prompt, *self.to_engine(self.engine_tokens)) or self.engine_prompt
+        return ForwardRequest(
+            session=self.engine_id,
+            base=0,
+            tokens=known,
+            num_logits=0,
+            task=self,
+            source=self.opened.source,
+        )
 
     def _digest(self) -> int:
         return extend_digest(extend_digest(0, self.opened.prompt), self.tokens)

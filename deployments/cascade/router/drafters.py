@@ -200,7 +200,7 @@ class BestEffortDrafter:
         if draft.block.length == 0:
             return
         if self._prompt_hash is None:
-            self._prompt_hash = hash(session.prompt)
+            self._prompt_hash = hash((session.source, session.prompt))
         address = self._tier_session.address
         self._breaker.record(address, session, verdict, prompt=self._prompt_hash)
 

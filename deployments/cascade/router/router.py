@@ -405,6 +405,7 @@ def _session(request: Request, written: Sequence[OutputChunk]) -> Session:
     return Session(
         id=_session_id(),
         prompt=request.prompt,
+        source=request.source,
         policy=request.policy,
         tokens=tuple(token for chunk in written for token in chunk.tokens),
         origins=tuple(origin for chunk in written for origin in chunk.origins),
