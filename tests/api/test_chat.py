@@ -48,9 +48,11 @@ async def test_every_role_and_text_parts_reach_the_prompt(
 
 async def test_a_content_part_other_than_text_is_a_400(client: AsyncOpenAI) -> None:
     """Conformance 8."""
-    image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    param = await refused_param(client, messages=[{"role": "user", "content": image}])
-    assert param == "messages[0].content[0].type"
+    for kind in ("image_url", "input_audio", "file", "video_url"):
+        messages: list[Any] = [{"role": "user", "content": [{"type": kind, kind: {"url": "x"}}]}]
+        with pytest.raises(openai.BadRequestError, match=f"'{kind}' is no text") as caught:
+            await complete(client, messages=messages)
+        assert caught.value.param == "messages[0].content[0].type"
 
 
 async def test_max_tokens_and_max_completion_tokens_mean_the_same(client: AsyncOpenAI) -> None:

@@ -142,7 +142,7 @@ def test_a_model_without_a_language_model_head_is_refused(tmp_path: Path) -> Non
 def test_a_model_type_without_a_language_model_head_is_refused(tmp_path: Path) -> None:
     CONFIG_MAPPING["vit"]().save_pretrained(tmp_path)
 
-    with pytest.raises(UnsupportedModel, match="no causal language model head"):
+    with pytest.raises(UnsupportedModel, match="no causal language model of type 'vit'"):
         load(str(tmp_path))
 
 
@@ -344,17 +344,17 @@ NOT_CONFIGURED: dict[str, tuple[Damage, str]] = {
         without("config.json", then=written("params.json", b"{}")),
         "in Mistral's own format",
     ),
-    "llava": (
-        multimodal("llava", "LlavaForConditionalGeneration"),
-        "reads images or sound besides text.* Serve a checkpoint of LlamaForCausalLM",
+    "a model that only compares texts and images": (
+        multimodal("clip", "CLIPModel"),
+        r"is a CLIPModel, and .* no causal language model of type 'clip'",
     ),
-    "qwen2-vl": (
-        multimodal("qwen2_vl", "Qwen2VLForConditionalGeneration"),
-        "reads images or sound",
+    "a part of a model that reads images": (
+        multimodal("llava", "LlavaModel"),
+        r"it is a LlavaModel\); serve a checkpoint of LlavaForConditionalGeneration",
     ),
-    "qwen2-audio": (
-        multimodal("qwen2_audio", "Qwen2AudioForConditionalGeneration"),
-        "of Qwen2ForCausalLM",
+    "a hybrid that reads images": (
+        multimodal("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+        "Qwen3_5ForConditionalGeneration keeps a recurrent state",
     ),
 }
 

@@ -25,6 +25,8 @@ _UNKNOWN = {"extra_forbidden", "none_required", "unexpected_keyword_argument"}
 
 _QUOTED = re.compile(r"'([^']*)'")
 
+_NO_TEXT = re.compile(r"(input_)?(image|audio|video|file)")
+
 _MAX_VALUE_LENGTH = 80  # characters of a wrong value in an error
 
 _MAX_REASONS = 4  # of one error
@@ -42,6 +44,20 @@ class Body(BaseModel):
     """Fields that are known, and not implemented."""
     expected: ClassVar[dict[str, str]] = {}
     """What values of some fields must be, where the union of their types says it badly."""
+
+
+def text_alone(kind: object) -> object:
+    """Return the type of a part of a message.
+
+    Raises:
+        ValueError: It is an image, sound, a video or a file, which no model here is given.
+    """
+    if isinstance(kind, str) and _NO_TEXT.match(kind):
+        raise ValueError(
+            f"{kind!r} is no text, and this server gives models text alone, also those that read "
+            "images or sound; leave it out"
+        )
+    return kind
 
 
 def parse(data: bytes, kind: type[B]) -> B:

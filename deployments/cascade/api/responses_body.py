@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError
 
 from cascade.api import build_request
-from cascade.api.body import Body, invalid_request, renamed
+from cascade.api.body import Body, invalid_request, renamed, text_alone
 from cascade.api.schema import (
     ChatBody,
     Effort,
@@ -56,7 +56,10 @@ _NEEDED = {
 class Part(Body, extra="ignore"):
     """A part of an item that is text."""
 
-    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"]
+    type: Annotated[
+        Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"],
+        BeforeValidator(text_alone),
+    ]
     text: str = ""
     refusal: str = ""
 

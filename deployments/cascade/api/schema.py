@@ -11,9 +11,16 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Len, Lt
-from pydantic import Field, JsonValue, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
-from cascade.api.body import Body
+from cascade.api.body import Body, text_alone
 from cascade.rules import Rule  # noqa: TC001 - pydantic reads the annotations
 from cascade.types import (
     Bonus,
@@ -100,14 +107,14 @@ class StreamOptions(Body):
 class TextPart(Body, extra="ignore"):
     """A part of a message that is text."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(text_alone)]
     text: str
 
 
 class RefusalPart(Body, extra="ignore"):
     """A part of an earlier answer in which the model refused."""
 
-    type: Literal["refusal"]
+    type: Annotated[Literal["refusal"], BeforeValidator(text_alone)]
     refusal: str
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from cascade.engine import quantisation
 from cascade.engine.kv_pool import accelerator_budget, size_class
-from cascade.engine.model_loader import context_length, first_line, read_config
+from cascade.engine.model_loader import auto_class, context_length, first_line, read_config
 from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plan_memory(
     try:
         # In bfloat16: kernels of experts take no other type on the meta device.
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16)
         states = _states_per_token(model)
     # As in the check at load: model code may fail in any way.
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
@@ -154,8 +160,8 @@ def read_config(
         ) from error
     _check_kind(name, config)
     if not config.is_encoder_decoder:
-        model_class: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        check_state(model_class)
+        model_classes: Any = auto_class(config)._model_mapping  # noqa: SLF001 - transformers has no public reader
+        check_state(model_classes.get(type(config), None))
     return config
 
 
@@ -222,22 +228,23 @@ def _check_kind(name: str, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         _check_encoder_decoder(name, config)
         return
-    heads = _language_models(config)
+    heads = _language_models(config) | _wrappers(config)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     stated = set(config.architectures or ())
     if remote or (heads and (not stated or stated & heads)):
         return
     kind = ", ".join(sorted(stated)) or config.model_type
     text: Any = config.get_text_config(decoder=True)
-    if text is not config or any(one.endswith("ForConditionalGeneration") for one in stated):
+    if not heads and text is not config:
+        heads = _language_models(text)
+    if not heads:
         raise UnsupportedModel(
-            f"{name!r} is a {kind}, which reads images or sound besides text; this server runs "
-            f"models of text alone. Serve a checkpoint of "
-            f"{', '.join(sorted(heads | _language_models(text))) or 'its language model'}"
+            f"{name!r} is a {kind}, and transformers {version('transformers')} has no causal "
+            f"language model of type {config.model_type!r}; serve a decoder-only language model"
         )
     raise UnsupportedModel(
         f"{name!r} has no causal language model head (it is a {kind}); serve a checkpoint of "
-        f"{', '.join(sorted(heads)) or 'a decoder-only language model'}"
+        f"{', '.join(sorted(heads))}"
     )
 
 
@@ -266,6 +273,13 @@ def _language_models(config: PreTrainedConfig) -> set[str]:
     """Return the names of the causal language models of a configuration's type."""
     known: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     return {known} if isinstance(known, str) else set(known or ())
+
+
+def _wrappers(config: PreTrainedConfig) -> set[str]:
+    """Return the names of the language models of a type that read images or sound besides text."""
+    names: Any = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    known: str | None = names.get(config.model_type)
+    return {known} if known else set()
 
 
 def check_state(model_class: type[PreTrainedModel] | None) -> None:
@@ -322,8 +336,12 @@ def required_attention(config: PreTrainedConfig) -> str | None:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers that builds a model of text."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    """Return the class of transformers that builds a model of text, or one that reads more."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    models, wrappers = _language_models(config), _wrappers(config)
+    is_wrapper = wrappers - models and (not models or wrappers & set(config.architectures or ()))
+    return AutoModelForMultimodalLM if is_wrapper else AutoModelForCausalLM
 
 
 def _weights(  # noqa: PLR0913 - what transformers is told

@@ -118,8 +118,8 @@ class SelfCheck:
         # As in `passed`: any failure means that the model needs more than tokens.
         except Exception as error:
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot run on token ids alone ({type(error).__name__}: "
-                f"{str(error)[:200]}); serve a language model that reads text alone"
+                f"{type(model).__name__} cannot run on token ids alone ({_in_a_line(error)}); "
+                "serve a language model that reads text alone"
             ) from error
 
     def passed(
@@ -157,9 +157,7 @@ class SelfCheck:
             raise
         # Unknown model code may fail in any way, and each means that this path cannot serve it.
         except Exception as error:
-            raise PathUnsupported(
-                f"it fails with {type(error).__name__}: {str(error)[:200]}"
-            ) from error
+            raise PathUnsupported(f"it fails with {_in_a_line(error)}") from error
         return runner
 
     @property
@@ -353,6 +351,10 @@ class _Replay:
                 past = end
             known, known_rope = block.text[: run.stop], rope_length
         self._cached[block.session] = known, known_rope
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _play(runner: Runner[Any], story: _Story) -> None:
