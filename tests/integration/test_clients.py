@@ -1,0 +1,142 @@
+"""Every recipe of docs/clients.md runs as it stands, against the shipped pair over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / "tests" / "clients"
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+SERVER = "http://127.0.0.1:8000"  # as the page has it
+INSTALL_S, RUN_S = 400, 240
+
+INSTRUCTOR = "instructor: JSON"
+WEATHER = r"city='(Paris|Rome)' degrees=-?\d+"
+WEATHER_OBJECT = r"Weather\(city='(Paris|Rome)', degrees=-?\d+\)"
+WEATHER_JSON = r'\{"city":"(Paris|Rome)","degrees":-?\d+\}'
+CALLED = r"12 degrees in (Paris|Rome)"
+ANSWER = r"answer: [^\n]+(\n.*)?"
+
+PRINTED = {
+    "openai for Python: JSON": f"{WEATHER}\n{WEATHER}",
+    "openai for Python: tools": f"({CALLED}\n)+{ANSWER}",
+    "openai for Python: its tool runner": ANSWER,
+    "openai for Node: JSON": WEATHER_JSON,
+    "openai for Node: its tool runner": CALLED,
+    "LangChain: JSON": f"{WEATHER_OBJECT}\n{WEATHER_OBJECT}",
+    "LangGraph: an agent": rf"human: [^\n]+\nai: \n(tool: {CALLED}\n)+ai: [^\n]+(\n.*)?",
+    INSTRUCTOR: "\n".join([WEATHER_OBJECT] * 4),
+    "pydantic-ai: JSON and tools": f"{WEATHER_OBJECT}\n{WEATHER_OBJECT}",
+    "Vercel's AI SDK: JSON and tools": f"{WEATHER_JSON}\n{CALLED}\n{ANSWER}",
+}
+
+
+class Recipe(NamedTuple):
+    language: str
+    code: str
+
+
+def recipes() -> dict[str, Recipe]:
+    """Return the recipes of the page by their headings."""
+    sections = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    found = {name: re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL) for name, text in sections}
+    return {name: Recipe(*block) for name, (block,) in found.items()}
+
+
+RECIPES = recipes()
+
+
+async def execute(*command: str, cwd: Path, timeout_s: float) -> tuple[int, str, str]:
+    """Return how a command ended, and what it printed; it is killed if it takes too long."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        out, error = await asyncio.wait_for(process.communicate(), timeout_s)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode or 0, out.decode(), error.decode()
+
+
+async def install(*command: str, cwd: Path) -> None:
+    """Run an installation; skip the test where it is not possible."""
+    try:
+        code, _, error = await execute(*command, cwd=cwd, timeout_s=INSTALL_S)
+    except TimeoutError:
+        pytest.skip(f"{command[0]} did not install the clients within {INSTALL_S} s")
+    if code:
+        pytest.skip(f"{' '.join(command)} failed: {error.strip()[-300:]}")
+
+
+@pytest.fixture(scope="module")
+async def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the clients for Node."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("needs node and npm")
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(CLIENTS / name, folder)
+    await install("npm", "ci", "--omit=optional", "--no-audit", "--no-fund", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+async def instructors_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with instructor, whose client must be an older one."""
+    folder = tmp_path_factory.mktemp("instructor")
+    await install(sys.executable, "-m", "venv", "venv", cwd=folder)
+    python = str(folder / "venv" / "bin" / "python")
+    await install(
+        python, "-m", "pip", "install", "-q", "-r", str(CLIENTS / "instructor.txt"), cwd=folder
+    )
+    return python
+
+
+async def check(name: str, url: str, program: str, folder: Path) -> None:
+    """Run a recipe in a folder, and check what it prints."""
+    recipe = RECIPES[name]
+    assert SERVER in recipe.code
+    file = folder / f"recipe.{'js' if recipe.language == 'js' else 'py'}"
+    file.write_text(recipe.code.replace(SERVER, url))
+    code, printed, error = await execute(program, file.name, cwd=folder, timeout_s=RUN_S)
+    assert code == 0, error
+    assert re.fullmatch(PRINTED[name], printed.strip(), re.DOTALL), printed
+
+
+def test_every_recipe_has_an_expectation() -> None:
+    assert RECIPES.keys() == PRINTED.keys()
+
+
+OTHERS = {name: one for name, one in RECIPES.items() if name != INSTRUCTOR}
+
+
+@pytest.mark.parametrize("name", [name for name, one in OTHERS.items() if one.language != "js"])
+async def test_a_recipe_in_python_runs(name: str, shipped_url: str, tmp_path: Path) -> None:
+    for module in re.findall(r"^(?:from|import) (\w+)", RECIPES[name].code, re.MULTILINE):
+        if find_spec(module) is None:
+            pytest.skip(f"needs {module}: pip install -e '.[clients]'")
+    await check(name, shipped_url, sys.executable, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, one in OTHERS.items() if one.language == "js"])
+async def test_a_recipe_in_javascript_runs(name: str, shipped_url: str, node: Path) -> None:
+    await check(name, shipped_url, "node", node)
+
+
+async def test_instructors_recipe_runs(
+    shipped_url: str, instructors_python: str, tmp_path: Path
+) -> None:
+    await check(INSTRUCTOR, shipped_url, instructors_python, tmp_path)
