@@ -29,9 +29,10 @@ from cascade.api.body import in_plain_words
 from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.keys import Keys
+from cascade.api.text_drafts import check_text_drafts
 from cascade.engine import encoder_decoder, model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings, ExpertVocabulary, VocabularyWay
-from cascade.errors import StartupError
+from cascade.errors import InvalidRequest, StartupError
 from cascade.observability.metrics import MetricBackend
 from cascade.observability.observer import ObservedGenerator, Observer
 from cascade.observability.request_log import RequestLog
@@ -43,7 +44,16 @@ from cascade.router import router
 from cascade.router.tier_session import TierClient
 from cascade.speculation.draft_length import DraftLengthTuner
 from cascade.structured.checker import GrammarChecker
-from cascade.types import DrafterLoss, Generator, Mode, Natural, Positive, Seconds
+from cascade.types import (
+    DecodingParams,
+    DrafterLoss,
+    Generator,
+    Mode,
+    Natural,
+    Positive,
+    Request,
+    Seconds,
+)
 
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -392,7 +402,9 @@ class Application(Settings):
             generation_config=self.defaults.generation_config == "auto",
             way=self.drafter.vocabulary,
         )
-        self.defaults.completed(pair.generation.sampling)  # refused before anything is served
+        defaults = self.defaults.completed(pair.generation.sampling)  # refused before all else
+        if pair.vocabulary.way is VocabularyWay.SLEM:
+            _check_text_drafts(defaults)
         if pair.start_ids:
             pair = self._with_lengths(pair)
         for tier in (self.drafter, self.expert):
@@ -460,6 +472,7 @@ class Application(Settings):
             models=(self.name,),
             **self.of_requests(pair),
             stop_ids=pair.stop_ids,
+            text_drafts=pair.vocabulary.way is VocabularyWay.SLEM,
             start_ids=pair.start_ids,
             source_tokens=pair.source_tokens or 0,
             bad_words=pair.generation.bad_words,
@@ -518,3 +531,20 @@ class Application(Settings):
         if not plain and variable != Application.model_fields["api_key_variable"].default:
             raise StartupError(f"`api_key_variable` is {variable}, which has no keys here")
         return Keys(plain, path=path) if plain or path is not None else None
+
+
+def _check_text_drafts(defaults: Defaults) -> None:
+    """Raise StartupError if a request that says nothing could not be served."""
+    policy = DecodingParams(rule=defaults.rule, bonus=defaults.bonus)
+    try:
+        check_text_drafts(
+            Request(
+                prompt=(),
+                policy=policy,
+                mode=defaults.mode,
+                on_expert_loss=defaults.on_expert_loss,
+            )
+        )
+    except InvalidRequest as error:
+        message = error.message.replace("`cascade.", "`defaults.")
+        raise StartupError(message) from error

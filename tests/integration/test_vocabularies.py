@@ -18,9 +18,12 @@ from tests.support.vocabulary_pairs import (
     qwen_like,
 )
 
+from cascade.api import build_request
+from cascade.api.schema import CompletionBody
 from cascade.engine.settings import VocabularyWay
+from cascade.errors import InvalidRequest, StartupError
 from cascade.local import LocalServer, local_server
-from cascade.rules import Chow, Opt
+from cascade.rules import Chow, Lossless, Opt, TokenV3
 from cascade.types import (
     Coupling,
     DecodingParams,
@@ -32,6 +35,7 @@ from cascade.types import (
     Request,
     SamplingParams,
     Statistics,
+    Verification,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +82,9 @@ def total(statistics: Sequence[Statistics], name: str) -> float:
     return sum(getattr(one, name) for one in statistics)
 
 
-FAST = {("qwen_like", "llama_2_like"), ("unigram_like", "llama_like")}
+RULE = {"kind": "opt", "alpha": 0.1}
+
+FAST = {("unigram_like", "llama_like")}
 
 
 @pytest.mark.parametrize(
@@ -91,16 +97,20 @@ FAST = {("qwen_like", "llama_2_like"), ("unigram_like", "llama_like")}
 async def test_greedy_text_is_the_experts_own_between_any_two_tokenizers(
     drafter: str, expert: str, tmp_path: Path
 ) -> None:
+    """By token-level intersection and by text."""
     pair = make_pair(tmp_path, TOKENIZERS[drafter](), TOKENIZERS[expert]())
     expected = greedy(pair)
-    async with local_server(settings(pair, "tli"), direct=True) as server:
-        for length in (1, 4, 9, None):
-            texts, statistics = await answers(server, pair.prompts(), GREEDY, draft_tokens=length)
-            assert texts == expected
-            assert total(statistics, "accepted") > 0
-            assert 0 < total(statistics, "lost_mass") < total(statistics, "drafted")
-            assert total(statistics, "failovers") == 0
-            assert not any(one.failover_causes for one in statistics)
+    for way in ("tli", "slem"):
+        async with local_server(settings(pair, way), direct=True) as server:
+            for length in (1, 5, None):
+                texts, statistics = await answers(
+                    server, pair.prompts(), GREEDY, draft_tokens=length
+                )
+                assert texts == expected
+                assert total(statistics, "accepted") > 0
+                lost = total(statistics, "lost_mass")
+                assert 0 < lost < total(statistics, "drafted") if way == "tli" else lost == 0
+                assert not any(one.failover_causes for one in statistics)
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +239,66 @@ async def test_another_drafter_goes_on_in_the_middle_of_an_answer(
         tokens += chunk.tokens
         statistics = chunk.statistics or statistics
         if statistics.rounds == 3:
-            for session in list(server.drafter._sessions.values()):
-                server.drafter._end_lease(session.lease)
+            sessions = list(server.drafter._sessions.values())  # pyright: ignore[reportPrivateUsage] - a replica's sessions die with its process only
+            for session in sessions:
+                server.drafter._end_lease(session.lease)  # pyright: ignore[reportPrivateUsage] - as above
 
     assert tuple(tokens) == undisturbed == greedy(pair)[0]
     assert statistics.failover_causes == {"drafter lost": 1}
     assert statistics.accepted > before.accepted / 2
+
+
+@pytest.fixture(scope="module")
+async def by_text(pair: VocabularyPair) -> AsyncIterator[LocalServer]:
+    async with local_server(settings(pair, "slem")) as running:
+        yield running
+
+
+async def test_sampled_text_is_the_experts_own_whatever_text_is_drafted(
+    by_text: LocalServer, pair: VocabularyPair
+) -> None:
+    """Also with another rule's verification, penalties, and a grammar."""
+    grammar = Grammar(kind=GrammarKind.REGEX, text="(committee|mean) [a-z]{4}[0-9]{2}")
+    penalised = replace(SEEDED.sampling, presence_penalty=0.5, logit_bias=((3, 2.0),))
+    for policy in (
+        replace(SEEDED, sampling=penalised),
+        replace(GREEDY, verification=Verification.BLOCK),
+        replace(GREEDY, grammar=grammar, stop_ids=pair.tokenizer.stop_ids),
+    ):
+        alone, _ = await answers(by_text, pair.prompts(), policy, mode=Mode.EXPERT_ONLY)
+        texts, statistics = await answers(by_text, pair.prompts(), policy, draft_tokens=4)
+
+        assert texts == alone
+        assert total(statistics, "drafted") > 0
+
+
+async def test_text_that_the_expert_finds_likely_enough_is_kept(
+    by_text: LocalServer, pair: VocabularyPair
+) -> None:
+    sampling = SamplingParams(temperature=0.7)
+    policy = DecodingParams(sampling=sampling, rule=TokenV3(alpha=0.9), seed=3)
+    _, strict = await answers(by_text, pair.prompts(), replace(policy, rule=Lossless()))
+    texts, lenient = await answers(
+        by_text, pair.prompts(), policy, mode=Mode.CASCADE, draft_tokens=4
+    )
+
+    assert all(len(text) == LONGEST for text in texts)
+    assert total(lenient, "kept_tokens") > total(strict, "kept_tokens") == 0
+
+
+async def test_a_rule_that_reads_the_drafter_is_refused_at_both_tiers(
+    by_text: LocalServer, pair: VocabularyPair
+) -> None:
+    policy = replace(GREEDY, rule=Opt(alpha=0.1))
+    with pytest.raises(InvalidRequest, match="use lossless or token_v3"):
+        await answers(by_text, pair.prompts()[:1], policy, mode=Mode.CASCADE, draft_tokens=2)
+    body = CompletionBody.model_validate({"prompt": "The", "cascade": {"rule": RULE}})
+    with pytest.raises(InvalidRequest, match="few tokens in common"):
+        build_request.completion(body, by_text.service)
+
+
+def test_defaults_that_text_cannot_serve_stop_the_server(pair: VocabularyPair) -> None:
+    whole = settings(pair, "slem")
+    defaults = replace(whole.defaults, rule=Chow(alpha=0.5))
+    with pytest.raises(StartupError, match=r"`defaults.rule` is `chow`, but drafter and expert"):
+        whole.model_copy(update={"defaults": defaults}).pair()

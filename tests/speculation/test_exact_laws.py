@@ -21,11 +21,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cascade.demo import DRAFTER, EXPERT
+from cascade.drafter.text_draft import text_draft_of
 from cascade.engine.settings import VocabularyWay
 from cascade.engine.tokenizer import Tokenizer
 from cascade.engine.vocabulary import VocabularyMap, map_vocabularies
 from cascade.protocol.convert import decode_block, encode_block
-from cascade.rules import Bild, Chow, ChowLog, Diff, Lossy, Rule
+from cascade.rules import Bild, Chow, ChowLog, Diff, Lossless, Lossy, Rule, TokenV3
 from cascade.sampling.probs import process
 from cascade.sampling.sparse_probs import sparsify
 from cascade.speculation import acceptance
@@ -44,7 +45,7 @@ from cascade.speculation.payload import (
     payload_spec,
     sends_ids_only,
 )
-from cascade.speculation.verify import VerifyTask, rows_needed
+from cascade.speculation.verify import VerifyTask, rows_needed, verify
 from cascade.speculation.verify_batch import build_batch
 from cascade.types import Block, Bonus, Coupling, DecodingParams, Mode, SamplingParams, Verification
 from cascade.v1 import tokens_pb2
@@ -197,7 +198,13 @@ def tasks_of_one_token(at: Position, policy: DecodingParams) -> tuple[list[Verif
 
 def law_of_one_token(at: Position, policy: DecodingParams) -> Row:
     """Return the distribution of the token that is committed for a block of one token."""
-    tasks, chances = tasks_of_one_token(at, policy)
+    return law_of_blocks(at, policy, *tasks_of_one_token(at, policy))
+
+
+def law_of_blocks(
+    at: Position, policy: DecodingParams, tasks: Sequence[VerifyTask], chances: Row
+) -> Row:
+    """Return the distribution of the first token that is committed for one of some blocks."""
     found = np.zeros_like(at.drafter)
     for first in range(0, len(tasks), CHUNK):
         some = tasks[first : first + CHUNK]
@@ -284,7 +291,7 @@ def different_vocabularies(*, seed: int) -> VocabularyMap:
     return map_vocabularies(*tables, **sizes, way=VocabularyWay.TLI)
 
 
-def letters(codes: Row) -> Tokenizer:
+def letters(codes: np.ndarray[Any, np.dtype[np.int64]]) -> Tokenizer:
     """Return a tokenizer with one letter for each code."""
     vocabulary = {chr(0x4E00 + int(code)): id_ for id_, code in enumerate(codes)}
     backend = Backend(models.WordLevel(vocabulary, unk_token=min(vocabulary)))
@@ -318,6 +325,36 @@ def test_a_token_follows_its_rule_where_vocabularies_differ(rule: Rule, temperat
         policy = policy_of(rule, temperature, verification=verification)
         assert distance(law_of_one_token(at, policy), at.law(rule)) < BOUND
     assert_shared_noise_follows(at, rule)
+
+
+@pytest.mark.parametrize("verification", Verification)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("rule", [Lossless(), TokenV3(alpha=0.7)], ids=lambda rule: rule.kind)
+def test_a_draft_of_text_follows_its_rule_whatever_it_is(
+    rule: Rule, temperature: float, verification: Verification
+) -> None:
+    """It is drafted for certain: under token_v3 it is kept if it is acceptable, else p follows."""
+    at = toy([5], temperature)
+    p0 = softmax(at.expert)
+    policy = policy_of(rule, temperature, verification=verification)
+    for token in (int(p0.argmax()), int(p0.argmin()), 7, 31, 90):
+        block = sent([text_draft_of(policy, token)], 1)
+        task = VerifyTask(policy=policy, position=0, block=block)
+        keeps = rule.kind == "token_v3" and p0[token] >= (1 - 0.7) * p0.max()
+        expected = np.eye(120)[token] if keeps else at.p
+        assert distance(law_of_blocks(at, policy, [task], np.ones(1)), expected) < 1e-6
+
+
+def test_a_draft_of_text_does_not_change_what_shared_noise_chooses() -> None:
+    at = toy([5], 1.2)
+    policy = policy_of(Lossless(), 1.2, coupling=Coupling.GUMBEL)
+    logits = torch.from_numpy(at.expert).float()[None]
+    alone = verify(logits, [VerifyTask(policy=policy, position=0)])[0].tokens
+    for token in range(120):
+        block = sent([text_draft_of(policy, token)], 1)
+        verdict = verify(logits, [VerifyTask(policy=policy, position=0, block=block)])[0]
+        assert verdict.tokens == alone
+        assert verdict.accepted == (alone == (token,))
 
 
 def test_modes_without_a_verifier_follow_a_restricted_drafter() -> None:

@@ -151,8 +151,9 @@ def make_pair(
     sizes = {"drafter_size": ours, "expert_size": theirs}
     vocabulary = map_vocabularies(*tokenizers, **sizes, way=VocabularyWay.TLI)
     large = random_model(folder / "expert", vocabulary=theirs, width=32, layers=2, seed=seed)
-    for layer in large.model.model.layers:
-        layer.self_attn.o_proj.weight.data *= 0.2
+    for name, weight in large.model.named_parameters():
+        if name.endswith("self_attn.o_proj.weight"):
+            weight.data *= 0.2
     large.model.save_pretrained(large.path)
     expert.saved.save_pretrained(large.path)
     small = random_model(folder / "drafter", vocabulary=ours, width=32, layers=2, seed=seed)

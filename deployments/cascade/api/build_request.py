@@ -22,6 +22,7 @@ from cascade.api.prompts import (
 )
 from cascade.api.schema import ChatBody, CompletionBody, Generated, Options, plain
 from cascade.api.structured import after_thoughts, element_of, given_grammar
+from cascade.api.text_drafts import check_text_drafts
 from cascade.api.tool_grammar import tool_grammar
 from cascade.api.tools import ChatReading, chat_reading, tool_choice
 from cascade.errors import ContextTooLong, InvalidRequest
@@ -88,7 +89,9 @@ def completion(body: CompletionBody, service: ServingContext) -> CompletionCall:
         whole = map(service.tokenizer.pieces, given)
         echo = tuple(texts[-len(kept) :] for texts, kept in zip(whole, tokens, strict=True))
     call = _call(body, service, lengths, logprobs=body.logprobs, echo=echo)
-    return _with_policy(call, phases=phase_rules(body, service, call.requests[0]))
+    call = _with_policy(call, phases=phase_rules(body, service, call.requests[0]))
+    _check_drafts(call, service)
+    return call
 
 
 def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
@@ -118,6 +121,7 @@ def chat(body: ChatBody, service: ServingContext) -> CompletionCall:
     reading = chat_reading(choice, prompt, service)
     start = None if reading is None else reading.reader().region
     call = _with_policy(call, phases=phase_rules(body, service, call.requests[0], start=start))
+    _check_drafts(call, service)
     if reading is None:
         return call
     given, param = call.requests[0].policy.grammar, call.grammar_param
@@ -257,6 +261,11 @@ def _max_tokens(
             param=param,
         )
     return requested
+
+
+def _check_drafts(call: CompletionCall, service: ServingContext) -> None:
+    if service.text_drafts:
+        check_text_drafts(call.requests[0])
 
 
 def _call(

@@ -169,6 +169,7 @@ class ServingContext:
     start_ids: tuple[int, ...] = ()  # begin every completion of an encoder-decoder
     source_tokens: int = 0  # most tokens of a prompt that its encoder reads
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that no text has
+    text_drafts: bool = False  # drafts are text, which only some rules can judge
     grammars: GrammarChecker | None = None  # None: only the tiers find what is wrong with one
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
     keys: Keys | None = None  # None: anyone may call

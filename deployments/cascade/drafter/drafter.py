@@ -18,7 +18,9 @@ import torch
 
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
 from cascade.drafter.draft_tree import DraftSession, DraftTree
+from cascade.drafter.text_draft import TextDraft
 from cascade.engine.model_pair import map_to_expert
+from cascade.engine.settings import VocabularyWay
 from cascade.errors import InvalidRequest
 from cascade.protocol.messages import Propose
 from cascade.protocol.services import DRAFTER
@@ -104,6 +106,8 @@ class Drafter(Replica[Propose]):
             tokenizer, more["vocab_size"] = vocabulary.expert.tokenizer, vocabulary.size
         super().__init__(model, tokenizer, options, **more)
         self._vocabulary = vocabulary
+        by_text = vocabulary is not None and vocabulary.way is VocabularyWay.SLEM
+        self._by_text = vocabulary if by_text else None
         self._calibrations: dict[Rule, Calibration] = {}
         self._step_time = StepTime()  # of passes of a token or two per session
 
@@ -161,6 +165,12 @@ class Drafter(Replica[Propose]):
             )
         held = session.engine_length(session.tokens)
         self.check_context(held, 1)
+        if self._by_text is not None:
+            limit = self.describe().context_length
+            text = TextDraft(
+                session=session, message=message, vocabulary=self._by_text, limit=limit
+            )
+            return [text.begin()]
         room = self.describe().context_length - held
         message = replace(message, count=min(message.count, room))
         spare, tree = self.engine.spare, session.tree
@@ -173,6 +183,8 @@ class Drafter(Replica[Propose]):
     ) -> Sequence[ForwardRequest]:
         """Draft one token of every branch."""
         spare = self.engine.spare
+        if self._by_text is not None:
+            return self._finish_texts(outputs, logits_NV)
         tasks: list[DraftBranch | DraftSession] = [output.request.task for output in outputs]
         branches = [task for task in tasks if isinstance(task, DraftBranch)]
         results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
@@ -197,10 +209,39 @@ class Drafter(Replica[Propose]):
         self.publish(results)
         return requests
 
+    def _finish_texts(
+        self, outputs: Sequence[LogitsOutput], logits_NV: Tensor
+    ) -> Sequence[ForwardRequest]:
+        """Draft one token of every text."""
+        tasks: list[TextDraft | DraftSession] = [output.request.task for output in outputs]
+        texts = [task for task in tasks if isinstance(task, TextDraft)]
+        results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
+        drawn = to_list(draw(logits_NV, [text.task() for text in texts])) if texts else []
+        requests: list[ForwardRequest] = []
+        for text, token in zip(texts, drawn, strict=True):
+            session, following = text.session, text.add(int(token))
+            if session.closed or session.queued:  # another block is wanted by now
+                results.append(Result(session=session))
+            elif following is not None:
+                requests.append(following)
+            else:
+                results.append(self._text_result(text))
+        self.publish(results)
+        return requests
+
+    def _text_result(self, text: TextDraft) -> Result:
+        session, now_s = text.session, self.clock()
+        message = replace(
+            text.proposal(),
+            timing=self.timing(now_s - session.received_s, now_s=now_s),
+            cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
+        )
+        return Result(session=session, message=message)
+
     def fail(self, request: ForwardRequest, error: Exception) -> None:
         """Refuse the session whose request failed; of a side branch, drop only that branch."""
-        branch: DraftBranch | DraftSession = request.task
-        if isinstance(branch, DraftSession) or branch.engine_id is None:
+        branch: DraftBranch | TextDraft | DraftSession = request.task
+        if not isinstance(branch, DraftBranch) or branch.engine_id is None:
             super().fail(request, error)
         elif (tree := _draft_session(branch).tree) and tree.drop_failed(branch):
             self.publish([Result(session=branch.session)])
