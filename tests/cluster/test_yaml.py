@@ -41,7 +41,9 @@ each = pytest.mark.parametrize("document", CONFIGS.values(), ids=CONFIGS)
 
 
 def test_all_are_here() -> None:
-    assert set(CONFIGS) == {"cluster.yaml", "kuberay.yaml", "local.yaml", "production.yaml"}
+    assert set(CONFIGS) == {
+        "cluster.yaml", "kuberay.yaml", "local.yaml", "local_t5.yaml", "production.yaml",
+    }  # fmt: skip
 
 
 @each
