@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from cascade.cli.ask import server_url, unreachable
+from cascade.cli.check_pair import check_pair
 from cascade.cli.check_serve import ServeConfig, check_config
 from cascade.cli.evaluate import failed
 from cascade.cli.findings import Check, Status, show
@@ -328,8 +329,17 @@ def doctor(
     dashboard: Annotated[
         str, typer.Option(envvar="RAY_DASHBOARD_ADDRESS", help="The dashboard of the Ray cluster")
     ] = "http://127.0.0.1:8265",
+    pair: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="A drafter and an expert: only say what their vocabularies share"),
+    ] = None,
 ) -> None:
     """Find what is wrong with this machine or cluster; exit 1 if the server cannot run on it."""
+    if pair is not None:
+        drafter, expert = pair
+        if not show(check_pair(drafter, expert, free_bytes=available_bytes())):
+            raise typer.Exit(1)
+        return
     try:
         url, dashboard = url and server_url(url), server_url(dashboard)
     except StartupError as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -223,6 +224,16 @@ class VocabularyMap:
         ids = ids or list(self.expert.tokenizer.tokens)
         return sum(id_ in self.pairs for id_ in ids) / max(1, len(ids))
 
+    @cached_property
+    def agreement(self) -> float:
+        """Return the share of the expert's tokens of `SAMPLE` that the drafter reads as one too."""
+        data = SAMPLE.encode()
+        spans = [
+            _spans([table.tokenizer.bytes_of(id_) for id_ in table.encode(data)])
+            for table in (self.drafter, self.expert)
+        ]
+        return len(spans[0] & spans[1]) / max(1, len(spans[1]))
+
     def restrict(self, logits_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits of the shared tokens, and the probability of all others.
 
@@ -420,6 +431,11 @@ def _with_roles(
                 found[expert_id] = drafter_id
                 taken.add(drafter_id)
     return found
+
+
+def _spans(pieces: Sequence[bytes]) -> set[tuple[int, int]]:
+    """Return where each piece of a text begins and ends."""
+    return set(pairwise(accumulate(map(len, pieces), initial=0)))
 
 
 def _name(token: str | None) -> str:
