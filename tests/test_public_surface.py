@@ -55,6 +55,7 @@ FILE_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+")
 ASKED: Json = {"return_token_ids": True, "stop": "eleven", "cascade": {"trace": True}}
 CHAT: Json = {"messages": [{"role": "user", "content": "Who?"}], "logprobs": True}
 TEXT: Json = {"prompt": "Who?", "logprobs": 1}
+RESPONSE: Json = {"input": "Who?", "return_token_ids": False}
 STREAM: Json = {"stream": True, "stream_options": {"include_usage": True}}
 JSON_NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
 
@@ -225,7 +226,11 @@ def usage_cascade() -> Json:
     client, found = door(), dict[str, Any]()
     for path in ("/health", "/v1/models", "/v1/models/cascade", "/v1/models/absent"):
         found |= dict(fields(client.get(path).json(), f"GET {path}"))
-    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+    for path, body in (
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", TEXT),
+        ("/v1/responses", RESPONSE),
+    ):
         whole, stream = (client.post(path, json=ASKED | body | more) for more in ({}, STREAM))
         found |= dict(fields(whole.json(), f"POST {path}"))
         for event in re.findall(r"^data: ({.*})$", stream.text, re.MULTILINE):
