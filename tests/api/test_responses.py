@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 from openai import BadRequestError
+from openai.lib.responses_tool_runner import AsyncRegisteredFunction, AsyncResponsesToolRunner
 from openai.types.responses import (
     Response,
     ResponseFunctionToolCall,
@@ -182,6 +183,30 @@ async def test_a_response_can_be_sent_back(writer: Any) -> None:
     await client.chat.completions.create(model="pair", messages=chat, tools=[tool])
     by_response, by_chat = generator.requests[-2:]
     assert by_response.prompt == by_chat.prompt
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_openais_tool_runner_calls_and_ends_with_the_answer(
+    writer: Any, *, streams: bool
+) -> None:
+    """With a model that calls until it sees a result."""
+    client, generator, tokenizer = writer(CALL)
+    asked = tokenizer.encode(CALL)
+
+    def script(request: Request) -> list[int]:
+        shown = tokenizer.decode(request.prompt, skip_special=False)
+        text = tokenizer.encode("Mild.") if "12 degrees" in shown else asked
+        return [*text, *tokenizer.stop_ids]
+
+    async def execute(arguments: dict[str, object]) -> str:
+        assert arguments == ARGUMENTS
+        return "12 degrees"
+
+    generator.script = script
+    runner = AsyncResponsesToolRunner(functions=[AsyncRegisteredFunction(TOOL, execute)])
+    response = await runner.run(client, {"model": "pair", "input": "?"}, stream=streams)
+    assert response.output_text == "Mild."
+    assert len(generator.requests) == 2
 
 
 async def test_two_turns_of_an_assistant_are_two_messages(writer: Any) -> None:
