@@ -138,6 +138,23 @@ async def test_sampled_text_is_the_experts_own_whatever_is_drafted(
     assert total(statistics, "accepted") > 0
 
 
+async def test_tokens_that_run_before_they_are_read_are_those_that_are_drafted(
+    server: LocalServer, pair: VocabularyPair
+) -> None:
+    """As on a GPU: the drafter's own ids stay on the device."""
+    found: list[Any] = []
+    engine = server.drafter.engine
+    for decodes_ahead in (False, True):
+        engine.decodes_ahead = decodes_ahead
+        for policy in (GREEDY, SEEDED):
+            texts, statistics = await answers(server, pair.prompts()[:1], policy, draft_tokens=4)
+            found.append((texts, [one.accepted_lengths for one in statistics]))
+    assert engine.decodes_ahead, "a pass that fails turns it off"
+    engine.decodes_ahead = False
+
+    assert found[:2] == found[2:]
+
+
 async def test_ahead_and_on_branches_the_drafter_drafts_what_it_would_on_request(
     pair: VocabularyPair,
 ) -> None:

@@ -36,19 +36,34 @@ class DraftSession(ReplicaSession):
     tree: DraftTree | None = None  # since the first Propose
     vocabulary_map: VocabularyMap | None = None  # None: the drafter has the expert's tokens
     own_prompt: Sequence[int] = ()  # in the drafter's tokens, if there is a map
+    own_source: Sequence[int] = ()  # the same of an encoder-decoder
 
     @property
     def engine_prompt(self) -> Sequence[int]:
         """Return the prompt in the drafter's tokens."""
         return self.opened.prompt if self.vocabulary_map is None else self.own_prompt
 
+    @property
+    def engine_source(self) -> Sequence[int]:
+        """Return what an encoder reads in the drafter's tokens."""
+        return self.opened.source if self.vocabulary_map is None else self.own_source
+
     def to_engine(self, tokens: Sequence[int]) -> Sequence[int]:
         """Return tokens of the answer in the drafter's."""
         return tokens if self.vocabulary_map is None else self.vocabulary_map.to_drafter(tokens)
 
     def translate_prompt(self) -> None:
-        """Say the prompt in the drafter's tokens."""
-        if self.vocabulary_map is not None:
+        """Say the prompt in the drafter's tokens.
+
+        The prompt of an encoder-decoder is its source; what begins its answers has the same ids in
+        both models.
+        """
+        if self.vocabulary_map is None:
+            return
+        if self.opened.source:
+            self.own_source = self.vocabulary_map.prompt_to_drafter(self.opened.source)
+            self.own_prompt = self.opened.prompt
+        else:
             self.own_prompt = self.vocabulary_map.prompt_to_drafter(self.opened.prompt)
 
 

@@ -59,6 +59,11 @@ class ReplicaSession:
         """Return the prompt in the tokens of this replica's model."""
         return self.opened.prompt
 
+    @property
+    def engine_source(self) -> Sequence[int]:
+        """Return what an encoder reads in the tokens of this replica's model."""
+        return self.opened.source
+
     def to_engine(self, tokens: Sequence[int]) -> Sequence[int]:
         """Return tokens of the answer in those of this replica's model."""
         return tokens
@@ -138,7 +143,7 @@ class ReplicaSession:
             tokens=known,
             num_logits=0,
             task=self,
-            source=self.opened.source,
+            source=self.engine_source,
         )
 
     def _digest(self) -> int:
