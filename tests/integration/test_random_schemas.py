@@ -1,25 +1,44 @@
-"""Random JSON schemas: every finished answer is JSON that its schema describes, and all end."""
+"""Random JSON schemas: every finished answer is JSON that its schema describes, and all end.
+
+Two random models answer at temperature 1, through router and both tiers.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
-import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
 from cascade import demo
 from cascade.engine.tokenizer import load
-from cascade.errors import InvalidRequest
-from cascade.structured.grammar import GrammarCompiler, TokenTexts
-from cascade.types import Grammar, GrammarKind
+from cascade.local import local_server
+from cascade.rules import Chow, Diff, Lossless, TokenV3
+from cascade.settings import Application
+from cascade.types import (
+    Coupling,
+    DecodingParams,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Mode,
+    Request,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
-SCHEMAS, TOKENS = 2000, 400
+    from cascade.local import LocalServer
+
+SCHEMAS, TOKENS, AT_ONCE, TIMEOUT_S = 2000, 400, 16, 300
+RULES = (Lossless(), TokenV3(alpha=0.5), Diff(alpha=0.1), Chow(alpha=0.3))
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
@@ -51,50 +70,80 @@ def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
             }
 
 
-def sampled(compiler: GrammarCompiler, schema: dict[str, Any], seed: int) -> list[int] | None:
-    """Return an answer of random tokens that the mask allows; None if it is cut off."""
-    grammar = Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema))
-    mask, rng, answer = compiler.mask(grammar, (1,)), np.random.default_rng(seed), list[int]()
-    while len(answer) < TOKENS:
-        bits_1W = np.full((1, -(-compiler.vocabulary // 32)), 2**32 - 1, np.uint32)
-        mask.restrict(bits_1W, answer, ())
-        flags = np.unpackbits(bits_1W.view(np.uint8), bitorder="little")[: compiler.vocabulary]
-        allowed = np.flatnonzero(flags)
-        assert len(allowed)
-        token = int(rng.choice(allowed))
-        if token == 1:
-            return answer
-        answer.append(token)
-    return None
+def random_model(folder: Path, *, width: int, seed: int) -> str:
+    """Write a random model with the tokenizer that ships."""
+    shutil.copytree(demo.EXPERT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(folder)
+    config.update({"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1})
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": width // 2})
+    torch.manual_seed(seed)
+    model: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=1 / width**0.5)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
-def check(schemas: int) -> tuple[int, int]:
-    """Check answers to so many schemas; return how many were finished and refused."""
-    tokenizer = load(str(demo.EXPERT))
-    compiler = GrammarCompiler(TokenTexts.of(tokenizer, tokenizer.size))
-    finished, refused = 0, 0
-    for seed in range(schemas):
+def request(schema: dict[str, Any], seed: int, stop_ids: tuple[int, ...]) -> Request:
+    """Return a request for an answer; the seed also chooses how it is decoded."""
+    rng = random.Random(seed)  # noqa: S311 - no secret
+    policy = DecodingParams(
+        rule=rng.choice(RULES),
+        coupling=rng.choice([*Coupling]),
+        seed=seed,
+        stop_ids=stop_ids,
+        grammar=Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema)),
+    )
+    draft_tokens = rng.choice([None, 1, 4, 8])
+    return Request(
+        prompt=(5, 6, 7),
+        policy=policy,
+        mode=Mode.CASCADE,
+        max_tokens=TOKENS,
+        draft_tokens=draft_tokens,
+    )
+
+
+async def check(server: LocalServer, schemas: int) -> int:
+    """Check answers to so many schemas; return how many were finished."""
+    tokenizer, slots = load(str(demo.EXPERT)), asyncio.Semaphore(AT_ONCE)
+
+    async def is_finished(seed: int) -> bool:
         schema = random_schema(random.Random(seed))  # noqa: S311 - no secret
-        try:
-            answer = sampled(compiler, schema, seed)
-        except InvalidRequest:
-            refused += 1
-            continue
-        if answer is not None:
-            finished += 1
-            text = b"".join(map(tokenizer.bytes_of, answer)).decode()
-            jsonschema.validate(json.loads(text), schema)
-    return finished, refused
+        asked = request(schema, seed, tokenizer.stop_ids)
+        async with slots, asyncio.timeout(TIMEOUT_S):
+            chunks = [chunk async for chunk in server.router.generate(asked)]
+        if chunks[-1].finish is FinishReason.LENGTH:
+            return False
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        assert tokens.pop() in tokenizer.stop_ids
+        text = b"".join(map(tokenizer.bytes_of, tokens)).decode()
+        jsonschema.validate(json.loads(text), schema)
+        return True
+
+    return sum(await asyncio.gather(*map(is_finished, range(schemas))))
 
 
-def test_finished_answers_to_random_schemas_validate() -> None:
-    finished, refused = check(100)
-    assert finished > 60
-    assert refused == 0
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[LocalServer]:
+    engine = {"threads": 1}
+    models = {"drafter": (16, 1), "expert": (32, 2)}
+    tiers = {
+        tier: {"model": random_model(tmp_path / tier, width=width, seed=seed), "engine": engine}
+        for tier, (width, seed) in models.items()
+    }
+    settings = Application.model_validate({**tiers, "router": {"draft_deadline_s": 120}})
+    async with local_server(settings) as running:
+        yield running
+
+
+async def test_finished_answers_to_random_schemas_validate(server: LocalServer) -> None:
+    assert await check(server, 12) > 6
 
 
 @pytest.mark.slow
-def test_finished_answers_to_two_thousand_random_schemas_validate() -> None:
-    finished, refused = check(SCHEMAS)
-    assert finished > 0.6 * SCHEMAS
-    assert refused == 0
+@pytest.mark.timeout(3600)
+async def test_finished_answers_to_two_thousand_random_schemas_validate(
+    server: LocalServer,
+) -> None:
+    assert await check(server, SCHEMAS) > 0.6 * SCHEMAS

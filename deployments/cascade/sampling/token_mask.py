@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade.sampling.phases import ThinkingBudget
-from cascade.sampling.tensor_ops import row_chunks, upload
+from cascade.sampling.tensor_ops import upload
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Bits: TypeAlias = NDArray[np.uint32]
 
 _WORD = 32
+_FEW = 64  # rows where at most one token in so many may follow are written anew
+_CHUNK_SIZE = 2**18  # logits that stay in a core's cache
 
 
 class TokenMask(Protocol):
@@ -59,14 +61,14 @@ class ConstraintMask:
     def __init__(self, policy: DecodingParams, vocabulary: int) -> None:
         constraints = policy.constraints
         self._min_tokens = constraints.min_tokens
-        self._stop_W = ~_bits_of(policy.stop_ids, vocabulary)
+        self._stop_W = ~bits_of(policy.stop_ids, vocabulary)
         self._always_W: Bits | None = None
         if constraints.allowed_ids:
-            self._always_W = _bits_of(constraints.allowed_ids, vocabulary)
+            self._always_W = bits_of(constraints.allowed_ids, vocabulary)
         single = [word[0] for word in constraints.bad_words if len(word) == 1]
         if single:
             always_W = _every_bit(vocabulary) if self._always_W is None else self._always_W
-            self._always_W = always_W & ~_bits_of(single, vocabulary)
+            self._always_W = always_W & ~bits_of(single, vocabulary)
         # By their last but one token: the tokens before that one, and the last one.
         self._words: defaultdict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
         for word in constraints.bad_words:
@@ -138,7 +140,7 @@ def allowed_bits(
         return None
     dead_R = ~bits_RW.any(axis=1)
     if dead_R.any():
-        ends_W = _bits_of(stop_ids, vocabulary)
+        ends_W = bits_of(stop_ids, vocabulary)
         bits_RW[dead_R] = ends_W if ends_W.any() else _every_bit(vocabulary)
     return bits_RW
 
@@ -174,17 +176,39 @@ def apply_masks(logits_NV: Tensor, masked: Iterable[tuple[int, Bits | None]]) ->
     found = [(first, bits_RW) for first, bits_RW in masked if bits_RW is not None]
     if not found:
         return
-    if logits_NV.device.type == "cpu":
-        for first, bits_RW in found:
-            rows_RV = logits_NV[first : first + len(bits_RW)]
-            for rows in row_chunks(rows_RV):
-                _mask_rows(rows_RV[rows], bits_RW[rows])
-        return
-    rows_E = [first + i for first, bits_RW in found for i in range(len(bits_RW))]
-    index_E = upload(rows_E, logits_NV.device)
-    some_EV = logits_NV[index_E]
-    _mask_rows(some_EV, np.concatenate([bits_RW for _, bits_RW in found]))
-    logits_NV.index_copy_(0, index_E, some_EV)
+    rows_E = np.concatenate([first + np.arange(len(bits_RW)) for first, bits_RW in found])
+    bits_EW = np.concatenate([bits_RW for _, bits_RW in found])
+    few_E = np.bitwise_count(bits_EW).sum(axis=1) <= logits_NV.shape[1] // _FEW
+    if few_E.any():
+        _keep_few(logits_NV, rows_E[few_E], bits_EW[few_E])
+    rows_E, bits_EW = rows_E[~few_E], bits_EW[~few_E]
+    on_cpu = logits_NV.device.type == "cpu"
+    step = max(1, _CHUNK_SIZE // logits_NV.shape[1]) if on_cpu else len(rows_E) + 1
+    for first in range(0, len(rows_E), step):
+        rows = rows_E[first : first + step]
+        if rows[-1] - rows[0] < len(rows):
+            _mask_rows(logits_NV[rows[0] : rows[-1] + 1], bits_EW[first : first + step])
+            continue
+        index = upload(rows, logits_NV.device)
+        some_EV = logits_NV[index]
+        _mask_rows(some_EV, bits_EW[first : first + step])
+        logits_NV.index_copy_(0, index, some_EV)
+
+
+def _keep_few(logits_NV: Tensor, rows_E: NDArray[np.int64], bits_EW: Bits) -> None:
+    """Mask rows where few tokens may follow: only their logits are read."""
+    words = np.flatnonzero(bits_EW != 0)
+    row, word = np.divmod(words, bits_EW.shape[1])
+    octets = bits_EW.ravel()[words].astype("<u4", copy=False).view(np.uint8)
+    at, bit = np.divmod(np.flatnonzero(np.unpackbits(octets, bitorder="little")), _WORD)
+    device = logits_NV.device
+    row_K, id_K = upload(row[at], device), upload(_WORD * word[at] + bit, device)
+    index_E = upload(rows_E, device)
+    kept_K = logits_NV[index_E[row_K], id_K]
+    peak_E = torch.full((len(rows_E),), -math.inf, dtype=kept_K.dtype, device=device)
+    peak_E.scatter_reduce_(0, row_K, kept_K, "amax")
+    logits_NV.index_fill_(0, index_E, -math.inf)
+    logits_NV[index_E[row_K], id_K] = torch.where(peak_E[row_K] == -math.inf, 0.0, kept_K)
 
 
 def _mask_rows(logits_EV: Tensor, bits_EW: Bits) -> None:
@@ -217,7 +241,7 @@ def _every_bit(vocabulary: int) -> Bits:
     return bits_W
 
 
-def _bits_of(ids: Iterable[int], vocabulary: int) -> Bits:
+def bits_of(ids: Iterable[int], vocabulary: int) -> Bits:
     """Return a bitmask with these tokens; ids beyond the vocabulary are ignored."""
     flags = np.zeros(-(-vocabulary // _WORD) * _WORD, np.uint8)
     flags[[id_ for id_ in ids if id_ < vocabulary]] = 1

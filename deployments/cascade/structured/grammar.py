@@ -19,6 +19,7 @@ import numpy as np
 import xgrammar as xgr
 
 from cascade.errors import InvalidRequest
+from cascade.sampling.token_mask import bits_of
 from cascade.structured.endless import is_endless
 from cascade.types import GrammarKind
 
@@ -36,6 +37,10 @@ CACHE_BYTES = 64 * 2**20  # of compiled grammars; xgrammar's masks of common rul
 MAX_WHITESPACE = 32
 
 _CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # all but the ends of lines
+
+# A code point of half a character: its bytes are no UTF-8, but xgrammar takes them for such.
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+_SURROGATE_END = re.compile(rb"[\xa0-\xbf]")
 
 _SOURCE = re.compile(r"^\[[\d:]+\] \S+\.cc:\d+: (?:Check failed: \(.*?\) is false: )?")
 
@@ -128,7 +133,7 @@ class GrammarCompiler:
                 are text.
         """
         special = [id_ for id_ in stop_ids if id_ in self._tokens.special_ids]
-        return GrammarMask(self.compile(grammar), special or stop_ids)
+        return GrammarMask(self.compile(grammar), special or stop_ids, utf8_rule=self._utf8_rule)
 
     def check_ends(self, grammar: Grammar) -> None:
         """Check that a finite answer can match a grammar; raises as `compile` does.
@@ -167,6 +172,15 @@ class GrammarCompiler:
                 return self._tag_compiler.compile_structural_tag(text)
 
     @cached_property
+    def _utf8_rule(self) -> Utf8Rule:
+        texts = self._tokens.texts
+        ends = (id_ for id_, text in enumerate(texts) if _SURROGATE_END.match(text))
+        return Utf8Rule(
+            first_ids=frozenset(id_ for id_, text in enumerate(texts) if text.endswith(b"\xed")),
+            next_W=~bits_of(ends, len(texts)),
+        )
+
+    @cached_property
     def _compiler(self) -> xgr.GrammarCompiler:
         return self._compiler_of(special=False)
 
@@ -186,7 +200,9 @@ class GrammarCompiler:
         tokens = self._tokens
         without_text = frozenset[int]() if special else tokens.special_ids
         texts = [
-            b"" if id_ in without_text or (without and without.search(text)) else text
+            b""
+            if id_ in without_text or _SURROGATE.search(text) or (without and without.search(text))
+            else text
             for id_, text in enumerate(tokens.texts)
         ]
         return xgr.GrammarCompiler(
@@ -202,10 +218,21 @@ class GrammarCompiler:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utf8Rule:
+    """Which tokens may follow those that end in the first byte of a surrogate."""
+
+    first_ids: frozenset[int]
+    next_W: Bits
+
+
 class GrammarMask:
     """The mask of a session's grammar: a matcher that goes along with the session's tokens."""
 
-    def __init__(self, compiled: xgr.CompiledGrammar, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, compiled: xgr.CompiledGrammar, stop_ids: Sequence[int], *, utf8_rule: Utf8Rule
+    ) -> None:
+        self._utf8_rule = utf8_rule
         self._matcher = xgr.GrammarMatcher(compiled, override_stop_tokens=list(stop_ids) or None)
         self._tokens: list[int] = []  # where the matcher stands
 
@@ -225,6 +252,9 @@ class GrammarMask:
                 break
             if self._matcher.fill_next_token_bitmask(words_1W):
                 bits_RW[row] &= words_1W[0].view(np.uint32)
+                restricted = True
+            if self._tokens and self._tokens[-1] in self._utf8_rule.first_ids:
+                bits_RW[row] &= self._utf8_rule.next_W
                 restricted = True
         return restricted
 
