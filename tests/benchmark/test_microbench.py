@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from cascade import demo
-from cascade.benchmark.microbench import StepBenchmark, draft_bytes
+from cascade.benchmark.microbench import GrammarText, StepBenchmark, draft_bytes
 from cascade.engine.model_loader import load
 from cascade.engine.settings import EngineSettings
+from cascade.engine.tokenizer import load as load_tokenizer
 from cascade.rules import Diff, TokenV3
-from cascade.types import DecodingParams, RowFormat, SamplingParams
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
+from cascade.types import DecodingParams, Grammar, GrammarKind, RowFormat, SamplingParams
 
 
 @pytest.mark.parametrize(("block_tokens", "step_tokens"), [(None, 1), (3, 4)])
@@ -32,6 +35,21 @@ def test_steps_of_one_and_of_several_sessions_are_timed(
         assert 0 < found.handler_ms < found.step_ms
         assert found.mean_ms > 0
         assert 0 < found.handler_share < 1
+
+
+def test_the_masks_of_a_grammar_are_timed_within_verification() -> None:
+    tokenizer = load_tokenizer(str(demo.DRAFTER))
+    compiler = GrammarCompiler(TokenTexts.of(tokenizer, tokenizer.size))
+    grammar = Grammar(kind=GrammarKind.REGEX, text="(yes|no|maybe, ){20}")
+    text = GrammarText.random(compiler, grammar, length=20)
+    spoken = b"".join(map(tokenizer.bytes_of, text.tokens)).decode()
+    assert re.match("(yes|no|maybe, )+", spoken)
+    bench = StepBenchmark(
+        str(demo.DRAFTER), settings=EngineSettings(threads=1, cache_tokens=2048), text=text
+    )
+    found = bench.time(sessions=3, block_tokens=3, context_tokens=20, passes=2)
+    assert 0 < found.mask_ms < found.handler_ms
+    assert 0 < found.mask_share < found.handler_share
 
 
 def test_a_draft_is_as_large_as_what_its_rule_reads() -> None:

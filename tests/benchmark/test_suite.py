@@ -84,10 +84,20 @@ def test_a_suite_without_cases_has_no_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("deferrals", marks=pytest.mark.slow), "wire", "router", "drafter_steps"]
+    "name",
+    [
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("deferrals", "grammars", "masks")
+        ),
+        *("wire", "router", "drafter_steps"),
+    ],
 )
-async def test_a_case_measures_its_claims(name: str) -> None:
+async def test_a_case_measures_its_claims(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether the claims hold depends on the machine; that they are measured does not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lines: list[str] = []
     result = await CASES[name](OPTIONS, lines.append)
     assert lines

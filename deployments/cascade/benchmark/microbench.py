@@ -13,7 +13,7 @@ import os
 import time
 import timeit
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,12 @@ from cascade.protocol.services import DRAFTER, EXPERT, Description
 from cascade.router.leases import FixedLeases
 from cascade.router.router import Router, RouterOptions
 from cascade.router.tier_session import TierClient
+from cascade.sampling.token_mask import allowed_bits
 from cascade.speculation.draft import DraftTask, block_of, draft_step
 from cascade.speculation.draft_length import DraftLengthTuner
 from cascade.speculation.payload import payload_spec
 from cascade.speculation.verify import VerifyTask, rows_needed, verify
+from cascade.speculation.verify_batch import mask_blocks
 from cascade.types import (
     Block,
     Bonus,
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from cascade.protocol.codec import ClientMessage
     from cascade.protocol.server import Connection
     from cascade.protocol.services import TierKind
+    from cascade.structured.grammar import GrammarCompiler
+    from cascade.types import Grammar
 
 DESCRIPTION = Description(
     model="instant",
@@ -236,11 +240,43 @@ class StepTime:
     step_ms: float  # median: scheduling, forward pass and logits handler
     mean_ms: float
     handler_ms: float  # median of drawing or verifying alone
+    mask_ms: float = 0.0  # median of finding and applying the masks of a grammar, a part of it
 
     @property
     def handler_share(self) -> float:
         """Return the share of a step that is spent on drawing or verifying."""
         return self.handler_ms / self.step_ms if self.step_ms else 0.0
+
+    @property
+    def mask_share(self) -> float:
+        """Return the share of a step that is spent on masks."""
+        return self.mask_ms / self.step_ms if self.step_ms else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarText:
+    """A text that matches a grammar, of which sessions judge different blocks."""
+
+    compiler: GrammarCompiler
+    grammar: Grammar
+    tokens: Sequence[int]
+
+    @classmethod
+    def random(cls, compiler: GrammarCompiler, grammar: Grammar, *, length: int) -> GrammarText:
+        """Return a text of random tokens that may follow.
+
+        Args:
+            compiler: Of the vocabulary.
+            grammar: What the text matches; nothing that ends before `length`.
+            length: Tokens of the text.
+        """
+        mask, rng, tokens = compiler.mask(grammar, ()), np.random.default_rng(0), list[int]()
+        while len(tokens) < length:
+            bits_1W = allowed_bits([mask], tokens, stop_ids=(), vocabulary=compiler.vocabulary)
+            assert bits_1W is not None, "the grammar has not ended"
+            flags = np.unpackbits(bits_1W.view(np.uint8), bitorder="little")
+            tokens.append(int(rng.choice(np.flatnonzero(flags))))
+        return cls(compiler=compiler, grammar=grammar, tokens=tokens)
 
 
 class StepBenchmark:
@@ -250,6 +286,7 @@ class StepBenchmark:
         model: A folder, a repository id or a model in memory.
         policy: Of every session; by default sampling at temperature 1, lossless.
         settings: Of the engine.
+        text: If given, blocks to verify are parts of it, and have its grammar's masks.
 
     Raises:
         UnsupportedModel: There is no such model, or it cannot be served.
@@ -261,8 +298,10 @@ class StepBenchmark:
         *,
         policy: DecodingParams | None = None,
         settings: EngineSettings | None = None,
+        text: GrammarText | None = None,
     ) -> None:
         self._settings = settings or EngineSettings()
+        self._text = text
         if isinstance(model, str):
             model = load(model, device=self._settings.device, dtype=self._settings.dtype)
         self._policy = policy or DecodingParams()
@@ -270,6 +309,7 @@ class StepBenchmark:
         self._verifying = False
         self._repeat = False  # whether the same step follows
         self._handler_s: list[float] = []
+        self._mask_s: list[float] = []
         self._engine = Engine(model, handler=self, settings=self._settings)
 
     def time(
@@ -290,9 +330,12 @@ class StepBenchmark:
         """
         threads.apply(threads=self._settings.threads)
         self._verifying = block_tokens is not None
-        block = self._block(block_tokens or 0)
         steps = [
-            self._step(number, context_tokens=context_tokens, block=block)
+            self._step(
+                number,
+                context_tokens=context_tokens,
+                task=self._task(number, context_tokens, block_tokens, sessions=sessions),
+            )
             for number in range(sessions)
         ]
         for number, step in enumerate(steps):
@@ -309,8 +352,9 @@ class StepBenchmark:
         for _ in range(_WARM_UP_STEPS):
             self._engine.step()
         self._handler_s.clear()
+        self._mask_s.clear()
         step_s = timeit.repeat(self._engine.step, number=1, repeat=passes)
-        handler_s = list(self._handler_s)
+        handler_s, mask_s = list(self._handler_s), list(self._mask_s)
         self._repeat = False
         self._engine.step()
         for step in steps:
@@ -320,6 +364,7 @@ class StepBenchmark:
             step_ms=1e3 * median(step_s),
             mean_ms=1e3 * fmean(step_s),
             handler_ms=1e3 * median(handler_s),
+            mask_ms=1e3 * median(mask_s or [0.0]),
         )
 
     def finish(
@@ -329,14 +374,16 @@ class StepBenchmark:
         steps = [one.request for one in outputs if one.request.task is not None]
         if not steps:
             return []
+        tasks = [step.task for step in steps]
         began_s = time.perf_counter()
-        policy = self._policy
         if self._verifying:
-            tasks = [VerifyTask(policy=policy, position=s.base, block=s.task) for s in steps]
+            if self._text is not None:
+                _, tasks = mask_blocks(logits_NV, tasks)
+                self._mask_s.append(time.perf_counter() - began_s)
+                tasks = [replace(task, masks=()) for task in tasks]
             verify(logits_NV, tasks)
         else:
-            starts = [DraftTask(policy=policy, position=s.base, block_start=s.base) for s in steps]
-            draft_step(logits_NV, starts)
+            draft_step(logits_NV, tasks)
         self._handler_s.append(time.perf_counter() - began_s)
         return steps if self._repeat else []
 
@@ -345,27 +392,52 @@ class StepBenchmark:
         del request
         raise error
 
-    def _step(self, number: int, *, context_tokens: int, block: Block) -> ForwardRequest:
+    def _step(
+        self, number: int, *, context_tokens: int, task: VerifyTask | DraftTask
+    ) -> ForwardRequest:
         """Return the step of one session: always the same, so that contexts keep their length."""
-        num_logits = rows_needed(self._policy, block.tokens) if self._verifying else 1
+        drafted = task.block.tokens if isinstance(task, VerifyTask) else ()
+        num_logits = rows_needed(self._policy, drafted) if drafted else 1
         return ForwardRequest(
             session=SessionId(str(number)),
             base=context_tokens - 1,
-            tokens=(number % _TOKENS, *block.tokens[: num_logits - 1]),
+            tokens=(number % _TOKENS, *drafted[: num_logits - 1]),
             num_logits=num_logits,
-            task=block,
+            task=task,
         )
 
-    def _block(self, length: int) -> Block:
+    def _task(
+        self, number: int, context_tokens: int, block_tokens: int | None, *, sessions: int
+    ) -> VerifyTask | DraftTask:
+        """Return the task of one session: a block to verify, or a token to draft."""
+        policy, position = self._policy, context_tokens - 1
+        if block_tokens is None:
+            return DraftTask(policy=policy, position=position, block_start=position)
+        if self._text is None:
+            tokens = [7 * index % _TOKENS for index in range(block_tokens)]
+            return VerifyTask(policy=policy, position=position, block=self._block(tokens))
+        text = self._text.tokens
+        start = number * (len(text) - block_tokens) // sessions
+        return VerifyTask(
+            policy=policy,
+            position=position,
+            block=self._block(text[start : start + block_tokens]),
+            answer=text[:start],
+            masks=(self._text.compiler.mask(self._text.grammar, ()),),
+        )
+
+    def _block(self, tokens: Sequence[int]) -> Block:
         """Return a drafted block, with as many probabilities as a drafter sends."""
-        probs: tuple[SparseProbs, ...] = ()
+        probs = list[SparseProbs]()
         if payload_spec(self._policy).probs:
             ids = np.arange(max(self._policy.row_entries, _TOKENS + 1), dtype=np.uint32)
             weights = np.full(len(ids), self._likelihood, np.float16)
             weights[-1] = 1
-            probs = (SparseProbs(ids=ids, weights=weights),) * length
+            for token in tokens:
+                own = ids if token < len(ids) else np.array([token, *ids[1:]], np.uint32)
+                probs.append(SparseProbs(ids=own, weights=weights))
         return Block(
-            tokens=tuple(7 * position % _TOKENS for position in range(length)),
-            likelihoods=(self._likelihood,) * length,
-            draft_probs=probs,
+            tokens=tuple(tokens),
+            likelihoods=(self._likelihood,) * len(tokens),
+            draft_probs=tuple(probs),
         )

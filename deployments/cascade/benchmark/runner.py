@@ -150,8 +150,9 @@ async def compare(  # noqa: PLR0913 - each is one part of a comparison
 
 
 def _requests(system: System, bodies: Sequence[Json]) -> list[Json]:
+    bodies = [{**body, **system.fields} for body in bodies]
     if not system.options:
-        return list(bodies)
+        return bodies
     return [{**body, "cascade": body.get("cascade", {}) | system.options} for body in bodies]
 
 

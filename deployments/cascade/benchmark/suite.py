@@ -8,6 +8,7 @@ cost of a larger model. Answers are greedy, to held-out items.
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,22 +22,28 @@ from cascade.benchmark import microbench, synthetic_model, systems
 from cascade.benchmark.load import ClosedLoop
 from cascade.benchmark.metrics import share_of_ideal
 from cascade.benchmark.plan import (
+    ANSWER_TOKENS,
     Plan,
     held_out_requests,
+    parse_variant,
     run_plan,
     with_engine,
 )
+from cascade.benchmark.runner import compare
 from cascade.benchmark.systems import Role
 from cascade.engine.model_loader import adopt, load
 from cascade.evaluation.tasks import Level
 from cascade.rules import Diff, Lossless
-from cascade.types import DecodingParams, SamplingParams
+from cascade.structured.grammar import GrammarCompiler, TokenTexts
+from cascade.types import DecodingParams, Grammar, GrammarKind, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from cascade.benchmark.metrics import RunMetrics
     from cascade.benchmark.runner import Comparison, RoundProbe
+    from cascade.engine.model_loader import LoadedModel
+    from cascade.engine.tokenizer import Tokenizer
     from cascade.settings import Application
 
 Json: TypeAlias = dict[str, Any]
@@ -46,6 +53,20 @@ EASY, HARD = (Level.EASY,), (Level.HARD, Level.HARDEST)
 _ALL_LEVELS = (*EASY, Level.MIDDLE, *HARD)
 _GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 _CONTEXT_TOKENS = 64  # about the length of the sequence in the middle of an answer
+_ORDER_VALUES: Json = {
+    "customer_account_type": {"enum": ["private", "company"]},
+    "delivery_address_confirmed": {"type": "boolean"},
+    "preferred_payment_method": {"enum": ["invoice", "credit card", "cash"]},
+    "number_of_ordered_articles": {"type": "integer", "minimum": 0, "maximum": 99},
+    "newsletter_subscription_active": {"type": "boolean"},
+    "shipping_priority_level": {"enum": ["standard", "express"]},
+}
+_ORDER: Json = {
+    "type": "object",
+    "properties": _ORDER_VALUES,
+    "required": list(_ORDER_VALUES),
+    "additionalProperties": False,
+}
 _PASSES = 4  # of the expert alone over blocks of each length, after each round
 # By temperature, of a rule that does not read q and of one that does; two bytes for each of the
 # 3,193 tokens of the pair that ships are the most.
@@ -314,6 +335,33 @@ async def wire(options: SuiteOptions, progress: Progress) -> CaseResult:
     return CaseResult(claims=(claim, *sizes), comparisons={claim.case: (comparison, "")})
 
 
+async def grammars(options: SuiteOptions, progress: Progress) -> CaseResult:
+    """Answers to a schema of long names and short values, compared with as many tokens of text."""
+    case, form = "grammars, 120M", {"name": "order", "schema": _ORDER, "strict": True}
+    settings = synthetic_model.with_synthetic_expert(options.settings, parameters="120M")
+    fields = {
+        "text": {"min_tokens": ANSWER_TOKENS},
+        "schema": {"response_format": {"type": "json_schema", "json_schema": form}},
+    }
+    async with systems.separate_processes(settings, (0.0,)) as [base]:
+        comparison = await compare(
+            [
+                replace(base, name=name, options=parse_variant("lossless"), fields=own)
+                for name, own in fields.items()
+            ],
+            held_out_requests(count=options.questions, levels=_ALL_LEVELS),
+            ClosedLoop(),
+            rounds=options.rounds,
+            progress=progress,
+        )
+    speedup = comparison.ratio("schema", "text").median
+    claim = Claim(case=case, says="a schema over text", measured=speedup, least=1.3)
+    return CaseResult(
+        claims=(claim,),
+        comparisons={case: (comparison, synthetic_model.provenance_note("120M"))},
+    )
+
+
 async def router(options: SuiteOptions, progress: Progress) -> CaseResult:
     """The router's loop and gRPC alone, over tiers that answer at once."""
     found = await microbench.measure_router(streams=16, rounds=options.router_rounds)
@@ -346,20 +394,51 @@ async def drafter_steps(options: SuiteOptions, progress: Progress) -> CaseResult
     )
 
 
+async def masks(options: SuiteOptions, progress: Progress) -> CaseResult:
+    """The masks of 16 blocks of answers to a schema, over 128,000 tokens, compared with a pass.
+
+    The tokens are those of the pair that ships and pairs of them.
+    """
+    tokens = _many_tokens(options.settings.pair().tokenizer, count=128_000)
+    schema = {"type": "array", "items": _ORDER, "minItems": 16}
+    text = microbench.GrammarText.random(
+        GrammarCompiler(tokens),
+        Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema)),
+        length=512,
+    )
+    found = microbench.StepBenchmark(
+        _untrained_120m(options, vocabulary=len(tokens.texts)),
+        settings=options.settings.expert.options().engine,
+        text=text,
+    ).time(sessions=16, block_tokens=4)
+    progress(f"expert: masks take {found.mask_ms:.2f} of {found.step_ms:.2f} ms")
+    claim = Claim(
+        case="masks, 16 sessions, vocabulary 128k",
+        says="share of the expert's step",
+        measured=found.mask_share,
+        most=0.05,
+    )
+    return CaseResult(claims=(claim,))
+
+
+def _many_tokens(tokenizer: Tokenizer, *, count: int) -> TokenTexts:
+    """Return a vocabulary: the tokens of a tokenizer, and pairs of those."""
+    own = TokenTexts.of(tokenizer, tokenizer.size)
+    words = [text for text in own.texts if text]
+    pairs = (one + other for one, other in itertools.product(words, repeat=2))
+    texts = dict.fromkeys(itertools.islice(pairs, 2 * count))
+    for text in own.texts:
+        texts.pop(text, None)
+    return replace(own, texts=(*own.texts, *itertools.islice(texts, count - len(own.texts))))
+
+
 async def verification(options: SuiteOptions, progress: Progress) -> CaseResult:
     """Verifying 16 sampled blocks over 32,000 tokens, compared with a forward pass of 120M.
 
     The other sampling parameters are only reported: the distributions of a random model are so flat
     that hardly any token can be skipped.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
-        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
-    )  # fmt: skip
-    dtype = getattr(torch, options.settings.expert.engine.dtype, torch.float32)
-    untrained: Any = LlamaForCausalLM(config)
-    model = adopt(untrained.to(dtype))
+    model = _untrained_120m(options, vocabulary=32_000)
     shares: list[float] = []
     for name, sampling in _VERIFIED_SAMPLINGS.items():
         found = microbench.StepBenchmark(
@@ -378,6 +457,18 @@ async def verification(options: SuiteOptions, progress: Progress) -> CaseResult:
     return CaseResult(claims=(claim,))
 
 
+def _untrained_120m(options: SuiteOptions, *, vocabulary: int) -> LoadedModel:
+    """Return a model of 120M parameters if it has 32,000 tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    dtype = getattr(torch, options.settings.expert.engine.dtype, torch.float32)
+    untrained: Any = LlamaForCausalLM(config)
+    return adopt(untrained.to(dtype))
+
+
 CASES: Mapping[str, Callable[[SuiteOptions, Progress], Coroutine[Any, Any, CaseResult]]] = {
     "one_stream": partial(measure_speedups, cases=(_ONE_STREAM,)),
     "one_stream_float32": partial(measure_speedups, cases=(_FLOAT32,)),
@@ -386,10 +477,12 @@ CASES: Mapping[str, Callable[[SuiteOptions, Progress], Coroutine[Any, Any, CaseR
     "apart": partial(measure_speedups, cases=(_THREE_PROCESSES,)),
     "draft_lengths": partial(measure_speedups, cases=_DRAFT_LENGTHS),
     "deferrals": deferrals,
+    "grammars": grammars,
     "wire": wire,
     "router": router,
     "drafter_steps": drafter_steps,
     "verification": verification,
+    "masks": masks,
 }
 
 

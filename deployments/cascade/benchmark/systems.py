@@ -64,6 +64,7 @@ class System:
     name: str
     client: Client
     options: Json = field(default_factory=dict[str, Any])  # the `cascade` object of each request
+    fields: Json = field(default_factory=dict[str, Any])  # other fields of each request
     busy_s: BusySeconds = dict  # seconds for which each tier has been busy so far
     role: Role = Role.OTHER
     note: str = ""  # what a reader must know of it
@@ -97,6 +98,8 @@ class Tiers:
                     tiers.append(TierClient(leases=leases, clients=clients))
                 router = self.settings.router.loop(drafters=tiers[0], experts=tiers[1])
                 context = self.settings.serving_context(router, self.settings.pair())
+                if context.grammars is not None:
+                    cleanup.push_async_callback(context.grammars.close)
                 full_name = joined(name, f"{rtt_ms:g} ms" if rtt_ms else "")
                 client = InProcessClient(context, name=full_name)
                 systems.append(System(name=full_name, client=client, busy_s=self.busy_s))
