@@ -157,6 +157,7 @@ OVERRIDES: list[tuple[list[dict[str, Any]], str]] = [
     ),
     ([{"name": "Expert", "num_replicas": 2}], "num_replicas has no effect: Expert scales by"),
     ([{"name": "Expert", "max_ongoing_requests": 300}], "an engine of this tier holds 256 session"),
+    ([{"name": "Router", "user_config": {"limit": {}}}], "deployments[0].user_config: "),
     ([{"name": "Router", "graceful_shutdown_timeout_s": 9}], "deployments[0]: graceful_shutdown_t"),
 ]
 

@@ -23,7 +23,7 @@ LABELS = {
     f"ray_{name_at_ray(family)}{ending}": SERVES | {"le"} | set(family.labels)
     for family in (*ROUTER, *ENGINE)
     for ending in ENDINGS[family.kind]
-} | {"ray_serve_deployment_replica_healthy": SERVES}  # Ray's own
+} | {"ray_serve_deployment_replica_healthy": SERVES, "ray_node_cpu_count": {"ip"}}  # Ray's own
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "grafana" / "cascade.json").read_text())
 RULES: list[dict[str, Any]] = yaml.safe_load((FOLDER / "prometheus-rules.yaml").read_text())[
     "groups"
@@ -79,3 +79,10 @@ def test_an_alert_says_how_bad_it_is_and_what_it_means(rule: dict[str, Any]) -> 
     grouped = re.findall(r"sum by \(([^)]+)\)", rule["expr"])
     kept = {label.strip() for group in grouped for label in group.split(",")}
     assert used <= kept
+
+
+def test_each_alert_has_its_section_in_the_runbook_and_each_section_an_alert() -> None:
+    text = (FOLDER.parent / "docs" / "operations.md").read_text().partition("## Alerts")[2]
+    sections = dict(re.findall(r"^### (\w+)\n\n(.+?)(?=\n#|\Z)", text, re.DOTALL | re.MULTILINE))
+    assert set(sections) == {rule["alert"] for rule in RULES}
+    assert all(len(section.split()) > 10 for section in sections.values())

@@ -127,7 +127,7 @@ def test_kuberay_gives_every_node_the_token_and_its_secrets_and_exposes_both_api
         assert set(mounts.values()) <= set(sources)
         secret = sources[mounts[str(Path(keys).parent)]]["secret"]
         assert secret == {"secretName": "cascade-keys"}  # not optional: without keys no pod starts
-        assert sources[mounts["/etc/cascade/tls"]]["secret"]["secretName"] == "cascade-tls"
+        assert sources[mounts["/etc/cascade/tls"]]["secret"] == {"secretName": "cascade-tls"}
     options = CONFIGS["kuberay.yaml"]
     for pod in PODS.values():
         ports = {one["name"]: one["containerPort"] for one in pod["containers"][0]["ports"]}

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cascade.cli.findings import Check, fail, ok, warn
-from cascade.errors import wanted
+from cascade.errors import StartupError, wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -281,6 +281,8 @@ def _overrides(
             yield fail(f"{where} is the second for {name}, which replaces the first", "remove one")
         seen.add(name)
         source, before = deployments[name]
+        if name == "Router":
+            yield from _user_config(where, one.get("user_config"), settings)
         if isinstance(one.get("num_replicas"), int) and before.get("autoscaling_config"):
             yield fail(
                 f"{where}.num_replicas has no effect: {name} scales by itself",
@@ -310,6 +312,14 @@ def _overrides(
             yield from refused
         else:
             deployments[name] = where, after
+
+
+def _user_config(place: str, user_config: Any, settings: Application) -> Iterator[Check]:
+    """Check what changes running routers, which ignore one that is wrong."""
+    try:
+        settings.changed(user_config or {})
+    except StartupError as error:
+        yield fail(f"{place}.user_config: {error}", "routers keep the settings before it")
 
 
 def _devices(place: str, options: dict[str, Any], tier: TierSettings) -> Iterator[Check]:
