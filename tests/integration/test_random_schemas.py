@@ -73,7 +73,7 @@ def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
 def random_model(folder: Path, *, width: int, seed: int) -> str:
     """Write a random model with the tokenizer that ships."""
     shutil.copytree(demo.EXPERT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     config.update({"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1})
     config.update({"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": width // 2})
     torch.manual_seed(seed)
