@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
+from tests.cluster.test_yaml import FOLDER
 from typer.testing import CliRunner
 
 from cascade.cli import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 BIN = os.path.dirname(sys.executable)  # noqa: PTH120 - not resolved, which would leave the venv
@@ -139,3 +142,59 @@ def test_a_node_that_was_cut_off_ends_and_its_supervisor_brings_it_back() -> Non
         made.start("--address", made.address)
         again = until(lambda: made.nodes("ALIVE") - first, "it is back")
         assert again.isdisjoint(joined)
+
+
+REPLICA = """
+import asyncio
+from pathlib import Path
+import ray
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1, "resources": {"worker": 1}})
+class Replica:
+    async def __call__(self):
+        Path("FOLDER/begun").touch()
+        while not Path("FOLDER/end").exists():
+            await asyncio.sleep(0.1)
+        return ray.get_runtime_context().get_node_id()
+
+app = Replica.options(graceful_shutdown_timeout_s=90).bind()
+"""
+
+
+def test_the_replicas_of_a_node_that_stops_move_and_finish_their_requests(tmp_path: Path) -> None:
+    (tmp_path / "draining.py").write_text(REPLICA.replace("FOLDER", str(tmp_path)))
+    token, http = secrets.token_hex(32), free_port()
+    deployed = {
+        "http_options": {"host": "127.0.0.1", "port": http},
+        "applications": [{"name": "x", "route_prefix": "/", "import_path": "draining:app"}],
+    }
+    with head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, PYTHONPATH=str(tmp_path)) as made:
+        first = made.nodes("ALIVE")
+        worker = ["--address", made.address, "--resources", '{"worker": 1}']
+        made.start(*worker)
+        old = until(lambda: made.nodes("ALIVE") - first, "the node is there")
+        serve = made.dashboard + "/api/serve/applications/"
+        headers = {"authorization": f"Bearer {token}"}
+        httpx.put(serve, json=deployed, headers=headers, timeout=60).raise_for_status()
+
+        def running() -> set[str]:
+            found = (made.get("/api/serve/applications/") or {}).get("applications", {}).get("x")
+            replicas = found["deployments"].get("Replica", {}).get("replicas", []) if found else []
+            return {one["node_id"] for one in replicas if one["state"] == "RUNNING"}
+
+        until(lambda: running() == old, "the replica runs")
+        with ThreadPoolExecutor() as pool:
+            url = f"http://127.0.0.1:{http}/"
+            answer = pool.submit(httpx.get, url, timeout=LIMIT_S)
+            until((tmp_path / "begun").exists, "its request has begun")
+            made.start(*worker)
+            command = [str(FOLDER / "drain-node.sh"), "90", *old]
+            drain = subprocess.Popen(  # noqa: S603 - our own command
+                command, env=made.environment | {"RAY_ADDRESS": made.address}
+            )
+            until(lambda: running() - old, "another replica runs on the other node")
+            assert drain.poll() is None
+            (tmp_path / "end").touch()
+            assert {answer.result().text} == old
+            assert drain.wait(LIMIT_S) == 0
