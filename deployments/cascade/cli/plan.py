@@ -200,7 +200,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
         return
     try:
         drafter, expert = plan_tiers(
-            *planned,
+            planned[0],
+            planned[1],
             Load(
                 answers=answers,
                 session_tokens=session_tokens,
