@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.engine import architectures
+from tests.engine import architectures, encoder_decoders
 
 from cascade.engine.backends.base import PathUnsupported
+from cascade.engine.backends.encoder_decoder import EncoderDecoderRunner
 from cascade.engine.backends.padded import PaddedRunner
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.memory_plan import MemoryPlan, plan_memory
@@ -40,6 +41,20 @@ def test_the_plan_is_what_an_engine_then_takes(
         runner.warm_up()
     assert plan.token_bytes == runner.pool.bytes_per_token
     assert plan.context_tokens == 512
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_token_of_an_encoder_decoder_takes_as_much_in_the_prompt_as_in_the_answer(
+    name: str, tmp_path: Path
+) -> None:
+    model = encoder_decoders.build(name)
+    model.save_pretrained(tmp_path)
+    plan = plan_memory(str(tmp_path))
+    runner = EncoderDecoderRunner(model)
+    runner.resize(num_slots=128, source_slots=128)
+    runner.warm_up()
+
+    assert plan.token_bytes == runner.pool.bytes_per_token == runner.source_pool.bytes_per_token
 
 
 def test_the_type_of_the_checkpoint_is_the_default(tmp_path: Path) -> None:

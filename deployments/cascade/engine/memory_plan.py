@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from cascade.engine import quantisation
 from cascade.engine.kv_pool import accelerator_budget, size_class
@@ -106,6 +107,15 @@ def _stored_bytes(name: str, config: PreTrainedConfig) -> int | None:
 
 def _states_per_token(model: PreTrainedModel) -> int:
     """Return how many numbers the KV cache holds for a token, in all layers."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device="meta")
+    if model.config.is_encoder_decoder:
+        model.set_attn_implementation("eager")  # masks of others read the device
+        # A token of the prompt takes as much as one of the answer: both have keys and values.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with torch.inference_mode():
+            model(input_ids=ids, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+        layers: Any = cache.self_attention_cache.layers
+        return sum(one.shape[1] * one.shape[-1] for own in layers for one in (own.keys, own.values))
     found: dict[int, int] = {}
 
     def attention(
@@ -117,7 +127,6 @@ def _states_per_token(model: PreTrainedModel) -> int:
 
     AttentionInterface.register(_SHAPES, attention)
     model.set_attn_implementation(_SHAPES)
-    ids = torch.zeros((1, 1), dtype=torch.int64, device="meta")
     with torch.inference_mode():
         out: Any = model(input_ids=ids, use_cache=True)
     # Some models have attention of their own, which is not replaced; they have a cache of theirs.

@@ -14,7 +14,7 @@ from cascade.engine import encoder_decoder, tokenizer
 from cascade.engine.model_loader import context_length, read_config, read_json
 from cascade.engine.settings import VocabularyWay
 from cascade.engine.vocabulary import map_vocabularies
-from cascade.errors import MismatchedPair, UnsupportedModel
+from cascade.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -160,11 +160,6 @@ def load_pair(
         )
     stated = dict(generation) if generation_config else {}
     if starts[1] is not None:
-        if vocabulary.way is not VocabularyWay.SHARED:
-            raise MismatchedPair(
-                f"Drafter and expert are encoder-decoders with different vocabularies "
-                f"({vocabulary.summary}); serve a drafter that has the expert's tokens"
-            )
         stated.pop("forced_bos_token_id", None)  # answers begin with it
     return ModelPair(
         tokenizer=expert_tokenizer.narrowed(vocabulary.size),
