@@ -21,21 +21,23 @@ PAGE = (ROOT / "docs" / "clients.md").read_text()
 SERVER = "http://127.0.0.1:8000"  # as the page has it
 INSTALL_S, RUN_S = 400, 240
 
-INSTRUCTOR = "instructor: JSON"
+AGENTS, INSTRUCTOR = "OpenAI Agents SDK: an agent", "instructor: JSON"
+OWN = {AGENTS: "agents.txt", INSTRUCTOR: "instructor.txt"}  # have environments of their own
 WEATHER = r"city='(Paris|Rome)' degrees=-?\d+"
 WEATHER_OBJECT = r"Weather\(city='(Paris|Rome)', degrees=-?\d+\)"
 WEATHER_JSON = r'\{"city":"(Paris|Rome)","degrees":-?\d+\}'
 CALLED = r"12 degrees in (Paris|Rome)"
-ANSWER = r"answer: [^\n]+(\n.*)?"
+ANSWER = r"answer:.*"
 
 PRINTED = {
     "openai for Python: JSON": f"{WEATHER}\n{WEATHER}",
     "openai for Python: tools": f"({CALLED}\n)+{ANSWER}",
     "openai for Python: its tool runner": ANSWER,
+    AGENTS: rf"({CALLED}\n)+{ANSWER}\n{WEATHER_OBJECT}",
     "openai for Node: JSON": WEATHER_JSON,
     "openai for Node: its tool runner": CALLED,
     "LangChain: JSON": f"{WEATHER_OBJECT}\n{WEATHER_OBJECT}",
-    "LangGraph: an agent": rf"human: [^\n]+\nai: \n(tool: {CALLED}\n)+ai: [^\n]+(\n.*)?",
+    "LangGraph: an agent": rf"human: [^\n]+\nai: \n(tool: {CALLED}\n)+ai:.*",
     INSTRUCTOR: "\n".join([WEATHER_OBJECT] * 4),
     "pydantic-ai: JSON and tools": f"{WEATHER_OBJECT}\n{WEATHER_OBJECT}",
     "Vercel's AI SDK: JSON and tools": f"{WEATHER_JSON}\n{CALLED}\n{ANSWER}",
@@ -93,18 +95,6 @@ async def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-async def instructors_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an environment with instructor, whose client must be an older one."""
-    folder = tmp_path_factory.mktemp("instructor")
-    await install(sys.executable, "-m", "venv", "venv", cwd=folder)
-    python = str(folder / "venv" / "bin" / "python")
-    await install(
-        python, "-m", "pip", "install", "-q", "-r", str(CLIENTS / "instructor.txt"), cwd=folder
-    )
-    return python
-
-
 async def check(name: str, url: str, program: str, folder: Path) -> None:
     """Run a recipe in a folder, and check what it prints."""
     recipe = RECIPES[name]
@@ -120,7 +110,7 @@ def test_every_recipe_has_an_expectation() -> None:
     assert RECIPES.keys() == PRINTED.keys()
 
 
-OTHERS = {name: one for name, one in RECIPES.items() if name != INSTRUCTOR}
+OTHERS = {name: one for name, one in RECIPES.items() if name not in OWN}
 
 
 @pytest.mark.parametrize("name", [name for name, one in OTHERS.items() if one.language != "js"])
@@ -136,7 +126,12 @@ async def test_a_recipe_in_javascript_runs(name: str, shipped_url: str, node: Pa
     await check(name, shipped_url, "node", node)
 
 
-async def test_instructors_recipe_runs(
-    shipped_url: str, instructors_python: str, tmp_path: Path
+@pytest.mark.parametrize("name", OWN)
+async def test_a_recipe_in_an_environment_of_its_own_runs(
+    name: str, shipped_url: str, tmp_path: Path
 ) -> None:
-    await check(INSTRUCTOR, shipped_url, instructors_python, tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    wanted = str(CLIENTS / OWN[name])
+    await install(sys.executable, "-m", "venv", "venv", cwd=tmp_path)
+    await install(python, "-m", "pip", "install", "-q", "-r", wanted, cwd=tmp_path)
+    await check(name, shipped_url, python, tmp_path)
