@@ -160,7 +160,7 @@ def test_small_passes_and_a_full_cache_change_nothing(name: str) -> None:
     [
         ("mamba", "recurrent state, which cannot be rolled back"),
         ("jamba", "recurrent state, which cannot be rolled back"),
-        ("minimax", "cannot be served exactly"),
+        ("minimax", "layers of kind linear_attention, whose recurrent state cannot be rolled back"),
         ("bert", "cannot be served exactly"),
     ],
 )

@@ -277,9 +277,12 @@ def _language_models(config: PreTrainedConfig) -> set[str]:
 
 def _wrappers(config: PreTrainedConfig) -> set[str]:
     """Return the names of the language models of a type that read images or sound besides text."""
-    names: Any = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    known: str | None = names.get(config.model_type)
-    return {known} if known else set()
+    kinds: tuple[Any, ...] = (
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        # Some whose encoder reads sound are decoder-only to a text.
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    return {names[config.model_type] for names in kinds if config.model_type in names}
 
 
 def check_state(model_class: type[PreTrainedModel] | None) -> None:
@@ -341,7 +344,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
         return AutoModelForSeq2SeqLM
     models, wrappers = _language_models(config), _wrappers(config)
     is_wrapper = wrappers - models and (not models or wrappers & set(config.architectures or ()))
-    return AutoModelForMultimodalLM if is_wrapper else AutoModelForCausalLM
+    if not is_wrapper:
+        return AutoModelForCausalLM
+    known = config.model_type in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return AutoModelForMultimodalLM if known else AutoModelForSeq2SeqLM
 
 
 def _weights(  # noqa: PLR0913 - what transformers is told
@@ -468,7 +474,12 @@ def _vocabulary(model: PreTrainedModel) -> int:
     if weight is not None:
         return int(weight.shape[0])
     config: Any = model.config.get_text_config(decoder=True)
-    return int(config.vocab_size)
+    size: int | None = getattr(config, "vocab_size", None)
+    if size is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no outputs for tokens; serve a language model"
+        )
+    return size
 
 
 def first_line(error: Exception) -> str:

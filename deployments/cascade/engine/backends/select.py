@@ -7,6 +7,7 @@ path has to pass the self-check before it is taken.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from cascade.engine.model_loader import LoadedModel
 
 log = logging.getLogger(__name__)
+
+_RECURRENT = re.compile(r"conv|linear|mamba|recurrent|lightning|ssm")
 
 
 def prepare(model: LoadedModel, *, settings: EngineSettings) -> tuple[Runner[Any], int]:
@@ -114,11 +117,25 @@ def select_runner(
         reasons[path] = reason
         log.info("%s is not served by the %s path: %s", type(model).__name__, path, reason)
     model.set_attn_implementation(original)
+    kinds = _recurrent_layers(model)
+    if kinds:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has layers of kind {', '.join(kinds)}, whose recurrent state "
+            "cannot be rolled back when drafted tokens are rejected; serve a model whose layers "
+            "all use attention"
+        )
     why = "; ".join(f"{path} path: {reason}" for path, reason in reasons.items())
     raise UnsupportedModel(
-        f"{type(model).__name__} cannot be served exactly ({why}); serve a "
-        "language model whose cache is keys and values"
+        f"{type(model).__name__} cannot be served exactly ({why}); serve a model in which a token "
+        "sees those before it alone, and whose cache is keys and values"
     )
+
+
+def _recurrent_layers(model: PreTrainedModel) -> list[str]:
+    """Return the kinds of a model's layers that say they keep a recurrent state."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    return sorted({kind for kind in kinds if _RECURRENT.search(kind)})
 
 
 def paths(
