@@ -292,6 +292,25 @@ def test_alerts_ask_for_metrics_that_exist(tmp_path: Path) -> None:
     assert "alert Gone asks for ray_cascade_nothing, which no part exports" in line
 
 
+@pytest.mark.parametrize(
+    ("document", "changes"),
+    [
+        (SERVE, {"applications.0": None}),
+        (SERVE, {f"{ARGS}.expert.{ACTOR}.num_gpus": "one"}),
+        (RAY_SERVICE, {f"{POD}.containers.0.ports": None}),
+        (RAY_SERVICE, {f"{POD}.terminationGracePeriodSeconds": "long"}),
+        (RAY_SERVICE, {"spec.serveConfigV2": "text"}),
+        (LAUNCHER, {"available_node_types": "many"}),
+        ({"groups": [None]}, {}),
+    ],
+)
+def test_values_of_another_type_fail_and_break_nothing(
+    document: dict[str, Any], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = found_in(tmp_path / "file.yaml", changed(document, changes))
+    assert any(line.startswith("fail ") for line in lines), lines
+
+
 def test_secrets_and_files_of_no_known_kind_fail(tmp_path: Path) -> None:
     path = tmp_path / "other.yaml"
     [line] = found_in(path, {"apiVersion": "v1", "kind": "Secret", "data": {"keys": "eA=="}})

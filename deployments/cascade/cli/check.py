@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cascade.cli.check_cluster import check_fit, check_launcher, check_ray_service, node_types
-from cascade.cli.check_serve import check_serve, read
+from cascade.cli.check_cluster import (
+    NodeType,
+    check_fit,
+    check_launcher,
+    check_ray_service,
+    node_types,
+)
+from cascade.cli.check_serve import WRONG_SHAPE, check_serve, misshapen, read
 from cascade.cli.findings import Check, fail, ok, show
 
 if TYPE_CHECKING:
@@ -48,25 +54,34 @@ def check_file(path: Path, *, nodes: Path | None = None) -> list[Check]:
     if launchers and not types:
         checks.append(fail(f"{nodes} has no available_node_types", "give a YAML of `ray up`"))
     for document in documents:
-        match document:
-            case {"applications": _}:
-                found, config = check_serve(document)
-                checks += [*found, *(check_fit(config, types) if types else ())]
-            case {"kind": "RayService"}:
-                checks += check_ray_service(document)
-            case {"kind": "Secret"}:
-                checks.append(fail("it holds a Secret", "create it with kubectl, not from a file"))
-            case {"apiVersion": _, "kind": _}:
-                pass  # another resource of Kubernetes, which its API server checks
-            case {"cluster_name": _, "provider": _}:
-                checks += check_launcher(document)
-            case {"groups": list(groups)}:
-                checks += [check for group in groups for check in _check_alerts(group)]
-            case _:
-                kinds = "`applications`, `kind: RayService`, `cluster_name` or `groups`"
-                checks.append(fail(f"it has none of {kinds}", "give a file like those in cluster/"))
+        try:
+            checks += _check_document(document, types)
+        except WRONG_SHAPE as error:
+            checks.append(misshapen(error))
     named = [one._replace(message=f"{path}: {one.message}") for one in checks]
     return named or [ok(f"{path} is valid")]
+
+
+def _check_document(document: Any, types: list[NodeType]) -> Iterator[Check]:
+    match document:
+        case {"applications": _}:
+            found, config = check_serve(document)
+            yield from found
+            yield from check_fit(config, types) if types else ()
+        case {"kind": "RayService"}:
+            yield from check_ray_service(document)
+        case {"kind": "Secret"}:
+            yield fail("it holds a Secret", "create it with kubectl, not from a file")
+        case {"apiVersion": _, "kind": _}:
+            pass  # another resource of Kubernetes, which its API server checks
+        case {"cluster_name": _, "provider": _}:
+            yield from check_launcher(document)
+        case {"groups": groups}:
+            for group in groups:
+                yield from _check_alerts(group)
+        case _:
+            kinds = "`applications`, `kind: RayService`, `cluster_name` or `groups`"
+            yield fail(f"it has none of {kinds}", "give a file like those in cluster/")
 
 
 def _check_alerts(group: dict[str, Any]) -> Iterator[Check]:

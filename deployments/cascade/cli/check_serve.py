@@ -28,6 +28,10 @@ _LAST_PORT = 65535
 SECRETS = ("KEY", "PASSWORD", "SECRET", "TOKEN")  # at the end of a variable's name
 
 
+# What reading a document raises where a value is a text instead of a mapping, say.
+WRONG_SHAPE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
 class YamlLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML takes the last."""
 
@@ -391,11 +395,20 @@ def summed(parts: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, floa
     return {name: amount for name, amount in total.items() if amount}
 
 
+def misshapen(error: Exception) -> Check:
+    """Return the failure of a document that is read on after a value of an unexpected type."""
+    fix = "compare it with the file of its kind in cluster/"
+    return fail(f"some value in it is not of the type that belongs there ({error!r})", fix)
+
+
 def check_config(path: Path) -> tuple[list[Check], ServeConfig]:
     """Read a Serve YAML; return what is wrong with it, and what it asks for."""
     documents, failures = read(path)
     if failures:
         return failures, ServeConfig()
-    checks, config = check_serve(documents[0] if documents else None)
+    try:
+        checks, config = check_serve(documents[0] if documents else None)
+    except WRONG_SHAPE as error:
+        checks, config = [misshapen(error)], ServeConfig()
     named = [one._replace(message=f"{path}: {one.message}") for one in checks]
     return named or [ok(f"{path} is valid")], config
