@@ -24,6 +24,7 @@ from cascade.engine.settings import VocabularyWay
 from cascade.errors import InvalidRequest, StartupError
 from cascade.local import LocalServer, local_server
 from cascade.rules import Chow, Lossless, Opt, TokenV3
+from cascade.settings import Application
 from cascade.types import (
     Coupling,
     DecodingParams,
@@ -263,6 +264,16 @@ async def test_another_drafter_goes_on_in_the_middle_of_an_answer(
     assert tuple(tokens) == undisturbed == greedy(pair)[0]
     assert statistics.failover_causes == {"drafter lost": 1}
     assert statistics.accepted > before.accepted / 2
+
+
+async def test_a_drafter_that_does_not_know_its_expert_is_warned_of(
+    server: LocalServer, pair: VocabularyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was started by hand for another expert."""
+    monkeypatch.setattr(Application, "drafter_options", lambda self: self.drafter.options())
+    async with local_server(settings(pair), direct=True) as running:
+        assert any("the same token ids" in one for one in running.router.warnings())
+    assert not any("the same token ids" in one for one in server.router.warnings())
 
 
 @pytest.fixture(scope="module")

@@ -194,10 +194,16 @@ class Router:
 
     def warnings(self) -> list[str]:
         """Return what is wrong though answers can begin, a sentence each."""
-        return [
+        found = [
             f"all drafts of a drafter are rejected under rule {kind}, so it is hardly asked there"
             for kind in self._breaker.rules()
         ]
+        if len(self._drafters.tokenizers | self._experts.tokenizers) > 1:
+            found.append(
+                "drafters and experts do not have the same token ids; start drafters with the"
+                " settings that name the expert, or with `cascade tier drafter --expert`"
+            )
+        return found
 
     async def _loop(
         self, request: Request, session: Session, statistics: Statistics, *, deadline_s: float

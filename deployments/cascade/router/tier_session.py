@@ -111,6 +111,12 @@ class TierClient:
         self._context_tokens = min(lengths, default=self._context_tokens)
         return self._context_tokens
 
+    @property
+    def tokenizers(self) -> set[str]:
+        """Return the digests of what token ids mean to the connected replicas that have said so."""
+        described = [client.description for client in self.clients.connected]
+        return {one.tokenizer_fingerprint for one in described if one is not None}
+
     async def watch(self) -> None:
         """Keep up `reachable` and `context_tokens` until cancelled."""
         while True:
