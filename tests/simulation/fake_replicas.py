@@ -90,6 +90,7 @@ class SimEngine:
     step_s: float  # mean
     full_prob: float  # that a new session or branch finds no cache space
     limit_tokens: int = CONTEXT
+    limit_source: int = 0
     cache: dict[str, bytearray] = field(default_factory=dict[str, bytearray])
     parents: dict[str, str] = field(default_factory=dict[str, str])  # of branches
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict[str, asyncio.TimerHandle])

@@ -47,6 +47,7 @@ class FakeEngine:
     handler: LogitsHandler
     model: Model = successor
     limit_tokens: int = 64
+    limit_source: int = 0
     spare: float = 1.0
     decodes_ahead: bool = False
     alive: bool = True

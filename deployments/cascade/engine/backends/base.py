@@ -136,7 +136,6 @@ class Runner(ABC, Generic[Pool]):
     """
 
     isolate_long: ClassVar[bool] = False  # see `partition`
-    encodes: ClassVar[bool] = False  # sources, for an encoder-decoder
     pool: Pool
 
     def __init__(self, model: PreTrainedModel) -> None:

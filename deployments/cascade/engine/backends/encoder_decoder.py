@@ -45,7 +45,6 @@ class EncoderDecoderRunner(Runner[LayeredKVPool]):
     """
 
     isolate_long: ClassVar[bool] = True
-    encodes: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel, *, alone: bool = False) -> None:
         super().__init__(model)
