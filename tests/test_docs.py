@@ -240,24 +240,38 @@ def test_a_default_in_the_reference_is_that_of_the_code(key: str, value: str) ->
             return
 
 
-def test_the_page_of_the_pair_describes_its_models() -> None:
-    text = (ROOT / "docs" / "pair.md").read_text()
+SHAPES = {  # of a model by its type: the fields of the page's first row, and the context
+    "llama": (
+        ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+        "max_position_embeddings",
+    ),
+    "t5": (("num_layers", "d_model", "num_heads", "d_ff"), "n_positions"),
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "folders"),
+    [
+        ("pair", (demo.DRAFTER, demo.EXPERT)),
+        ("pair-t5", (demo.T5_DRAFTER, demo.T5_EXPERT)),
+    ],
+)
+def test_the_page_of_a_pair_describes_its_models(page: str, folders: tuple[Path, Path]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     cells = {
         name: row
         for name, *row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE)
     }
-    for column, folder in enumerate((demo.DRAFTER, demo.EXPERT)):
+    for column, folder in enumerate(folders):
         config = json.loads((folder / "config.json").read_text())
         size = sum(one.stat().st_size for one in folder.glob("*.safetensors"))
-        shape = (
-            f"{config['num_hidden_layers']} x {config['hidden_size']},"
-            f" {config['num_attention_heads']}, {config['intermediate_size']}"
-        )
-        assert cells["layers x width, heads, MLP"][column] == shape
+        fields, context = SHAPES[config["model_type"]]
+        layers, width, heads, mlp = (config[field] for field in fields)
+        assert cells["layers x width, heads, MLP"][column] == f"{layers} x {width}, {heads}, {mlp}"
         assert cells["file, bfloat16"][column] == f"{size / 1e6:.1f} MB"
         assert cells["parameters"][column] == f"{size / 2e6:.1f} M"
         assert f"{config['vocab_size']:,} tokens" in text
-        assert f"context of {config['max_position_embeddings']:,} tokens" in text
+        assert f"context of {config[context]:,} tokens" in text
 
 
 def test_the_speeds_of_the_performance_page_are_those_of_the_suite_report() -> None:

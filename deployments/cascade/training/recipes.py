@@ -66,12 +66,12 @@ PAIRS: Mapping[Architecture, Mapping[str, Recipe]] = MappingProxyType(
         },
         Architecture.SEQ2SEQ: {
             "expert": Recipe(
-                hidden=192, layers=3, heads=6, intermediate=512, steps=1200, formal=0.85,
-                learning_rate=8e-3, architecture=Architecture.SEQ2SEQ,
+                hidden=128, layers=4, heads=4, intermediate=384, steps=950, formal=0.85,
+                learning_rate=5e-3, architecture=Architecture.SEQ2SEQ,
             ),
             "drafter": Recipe(
-                hidden=96, layers=2, heads=3, intermediate=256, steps=500, formal=0.3,
-                learning_rate=8e-3, distilled=0.5, architecture=Architecture.SEQ2SEQ,
+                hidden=64, layers=1, heads=2, intermediate=192, steps=750, formal=0.3,
+                learning_rate=5e-3, distilled=0.5, architecture=Architecture.SEQ2SEQ,
             ),
         },
     }
