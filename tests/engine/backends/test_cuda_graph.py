@@ -46,6 +46,13 @@ RANGE = 192  # slots of each session
 
 CAPTURED = EngineSettings(cache_tokens=1024, path=Path.CAPTURED)
 
+# One of each kind of attention; the others are in the slow suite.
+_KINDS = {"llama", "qwen2 sliding", "gemma2", "gemma3", "gpt2", "mixtral", "gpt-oss", "deepseek-v3"}
+
+FAMILIES = [
+    name if name in _KINDS else pytest.param(name, marks=pytest.mark.slow) for name in VARLEN
+]
+
 
 def numbers(count: int, *, seed: int = 7) -> tuple[int, ...]:
     return tuple(default_rng(seed).integers(3, VOCABULARY, size=count).tolist())
@@ -130,7 +137,7 @@ def agree(graph_NV: Tensor, want_NV: Tensor) -> bool:
     return bool(((graph_NV - want_NV).abs().max() < TOLERANCE).item())
 
 
-@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_replayed_logits_are_exact(name: str) -> None:
     """One to five sessions, across the limits of session (4, 5) and key (127 to 129) buckets."""
     runners = RunnerPair(build(name))
@@ -164,7 +171,7 @@ def test_a_graph_is_reused_after_rollbacks_and_other_passes(name: str) -> None:
     assert runners.graphs.captured_buckets == buckets((4, 128))
 
 
-@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_captured_path_is_exact(name: str) -> None:
     harness = EngineHarness(build(name), CAPTURED)
 
@@ -440,7 +447,7 @@ def run_on_meta(name: str) -> DeviceReads:
     return reads
 
 
-@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_captured_pass_never_reads_the_device(name: str) -> None:
     reads = run_on_meta(name)
 
@@ -455,7 +462,9 @@ def same_size(
     return not params.unfused and query_THD.shape[-1] == values_JRD.shape[-1]
 
 
-@pytest.mark.parametrize("name", sorted(set(VARLEN) - {"gemma2", "gpt-oss", "deepseek-v3"}))
+@pytest.mark.parametrize(
+    "name", [one for one in FAMILIES if one not in ("gemma2", "gpt-oss", "deepseek-v3")]
+)
 def test_torchs_attention_in_a_captured_pass_never_reads_the_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
