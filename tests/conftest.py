@@ -6,6 +6,8 @@ import os
 
 # Read when torch and grpc are imported: two spinning teams of threads would fight over the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has its core
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from contextlib import AsyncExitStack
