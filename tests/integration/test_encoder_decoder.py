@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import httpx2
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.support.encoder_decoder_pairs import (
 )
 from transformers import AutoTokenizer
 
+from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
 from cascade.drafter.drafter import Drafter
 from cascade.errors import MismatchedPair, UnsupportedModel
@@ -43,6 +45,7 @@ from cascade.types import (
     TokenConstraints,
     Verification,
 )
+from cascade.v1 import cascade_pb2, cascade_pb2_grpc, tokens_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -341,6 +344,30 @@ async def test_the_prompt_of_a_completion_is_the_source(
         assert choice["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert tuple(found["choices"][0]["prompt_token_ids"]) == source
     assert found["usage"]["prompt_tokens"] == len(source)
+
+
+async def test_a_prompt_over_grpc_is_the_source_too(t5: Case, server: LocalServer) -> None:
+    rpc = grpc.aio.server()
+    servicer = GenerationServicer(lambda: server.service)
+    cascade_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
+    port = rpc.add_insecure_port("127.0.0.1:0")
+    await rpc.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = cascade_pb2_grpc.GenerationServiceStub(channel)
+        generation = cascade_pb2.Generation(
+            tokens=cascade_pb2.TokenIds(token_ids=t5.sources[0]),
+            sampling=tokens_pb2.Sampling(temperature=0, repetition_penalty=PENALTY),
+            max_tokens=LONGEST,
+        )
+        response = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
+        generation.echo = True
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
+    await rpc.stop(None)
+    assert tuple(response.choices[0].token_ids) == t5.expected[0]
+    assert response.usage.prompt_token_count == len(t5.sources[0])
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "encoder-decoder" in (refused.value.details() or "")
 
 
 async def test_answers_match_a_grammar(client: httpx2.AsyncClient) -> None:
