@@ -56,17 +56,19 @@ def _mrope(*section: int) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": rope}}
 
 
-_DERIVED = {"transformers_version", "architectures", "dtype", "torch_dtype"}
+_DERIVED = {"transformers_version", "architectures", "dtype", "torch_dtype", "attention_layers"}
 
 # What the default configuration does not say, or says of a model that is no real one.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _mrope(2, 3, 3)),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"), _mrope(2, 3, 3)),
+    **dict.fromkeys(("glm4v", "glm46v", "paddleocr_vl"), _mrope(2, 3, 3)),
+    **dict.fromkeys(("glm4v_moe", "glmga", "glm_ocr"), _mrope(2, 1, 1)),
     "hunyuan_v1_dense": {"head_dim": _HEAD_SIZE},
     "hunyuan_v1_moe": {"head_dim": _HEAD_SIZE},
     "hunyuan_vl": {"text_config": {"head_dim": _HEAD_SIZE}},
     "ministral": {"head_dim": _HEAD_SIZE},
     "nemotron": {"num_key_value_heads": _KEY_HEADS},
+    "blenderbot": {"max_position_embeddings": POSITIONS},
     "dots1": {"n_routed_experts": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -75,17 +77,25 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "xlnet": {"d_head": _HEAD_SIZE},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "bamba": {"mamba_n_heads": 8},
-    "falcon_h1": {"mamba_n_heads": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "step3p7": {"text_config": {"sliding_window": WINDOW}},
 }
 
 
-def tiny_config(kind: str) -> Any:
-    """Return a small configuration of a model type, as in `config.json`."""
+def tiny_config(kind: str, **settings: Any) -> Any:
+    """Return a small configuration of a model type.
+
+    Args:
+        kind: As in `config.json`.
+        settings: Replace those found by name.
+    """
     config_class = CONFIG_MAPPING[kind]
     smaller = _smaller(config_class().to_dict())
-    return config_class(**_merged(smaller, _OVERRIDES.get(kind, {})))
+    return config_class(**_merged(smaller, _OVERRIDES.get(kind, {}) | settings))
 
 
 def _merged(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
