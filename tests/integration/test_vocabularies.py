@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
+    from cascade.replica.options import ReplicaOptions
+
 GREEDY = DecodingParams(sampling=SamplingParams(temperature=0.0))
 
 SEEDED = DecodingParams(
@@ -270,7 +272,11 @@ async def test_a_drafter_that_does_not_know_its_expert_is_warned_of(
     server: LocalServer, pair: VocabularyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that was started by hand for another expert."""
-    monkeypatch.setattr(Application, "drafter_options", lambda self: self.drafter.options())
+
+    def of_the_tier_alone(self: Application) -> ReplicaOptions:
+        return self.drafter.options()
+
+    monkeypatch.setattr(Application, "drafter_options", of_the_tier_alone)
     async with local_server(settings(pair), direct=True) as running:
         assert any("the same token ids" in one for one in running.router.warnings())
     assert not any("the same token ids" in one for one in server.router.warnings())

@@ -161,7 +161,8 @@ class Tokenizer:
     @property
     def unknown_id(self) -> int | None:
         """Return the token of text that the tokenizer does not know, if there is one."""
-        return self._tokenizer.unk_token_id
+        unknown: Any = self._tokenizer.unk_token_id
+        return unknown
 
     @property
     def has_chat_template(self) -> bool:
