@@ -47,6 +47,19 @@ def test_logits_are_those_of_the_plain_forward_pass(name: str) -> None:
     assert harness.worst < TOLERANCE * harness.largest
 
 
+@pytest.mark.parametrize("name", ["bart", "marian", "m2m100"])
+def test_blocks_of_other_lengths_after_as_many_tokens_have_their_own_positions(name: str) -> None:
+    harness = engine(name)
+    for session in ("a", "b"):
+        harness.run(session, [2, 5, 6])
+
+    blocks = {"a": [7, 8, 9, 10], "b": [7]}
+    received = [harness.submit(one, block, num_logits=1) for one, block in blocks.items()]
+    harness.run_until_done(*received)
+
+    assert harness.worst < TOLERANCE * harness.largest
+
+
 def encoded(harness: EngineHarness) -> list[int]:
     """Return a list that gets the length of each source as it is encoded."""
     runner, lengths = harness.engine.runner, list[int]()

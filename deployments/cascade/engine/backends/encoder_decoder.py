@@ -197,7 +197,7 @@ class EncoderDecoderRunner(Runner[LayeredKVPool]):
             return (given[0][:, -kept:],)
 
         hooks: list[Any] = [self._head.register_forward_pre_hook(last_columns)]
-        if any(s.past != batch.past for s in batch.segments):
+        if any((s.past, s.count) != (batch.past, batch.queries) for s in batch.segments):
             positions = partial(_own_positions, batch)
             hooks += [
                 module.register_forward_hook(positions, with_kwargs=True)
