@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import product
 from string import ascii_letters, digits
 from typing import TYPE_CHECKING, Any
@@ -29,37 +27,6 @@ SAMPLED = DecodingParams(
     sampling=SamplingParams(temperature=0.8, top_p=0.9), coupling=Coupling.GUMBEL, seed=7
 )
 PROMPT = tuple(3 + 7919 * i % 250_000 for i in range(70))  # beyond the windows of 16 tokens
-GIB = 2**30
-
-# What the router's process holds, and its child that checks grammars.
-ROUTER = """
-import asyncio, sys
-from pathlib import Path
-
-import cascade.app
-from cascade.settings import Application
-from cascade.types import Grammar, GrammarKind
-
-settings = Application.model_validate_json(sys.argv[1])
-
-
-def peak_bytes(process):
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-async def main():
-    grammars = settings.serving_context(None, settings.pair()).grammars
-    await grammars.start()
-    await grammars.check(Grammar(kind=GrammarKind.REGEX, text="(aa|b)+"))
-    children = Path("/proc/self/task").glob("*/children")
-    processes = ["self", *(one for file in children for one in file.read_text().split())]
-    print(sum(map(peak_bytes, processes)))
-    await grammars.close()
-
-
-asyncio.run(main())
-"""
 
 
 def tokenizer(count: int) -> PreTrainedTokenizerFast:
@@ -129,13 +96,3 @@ async def test_a_pair_with_all_tokens_of_gemma_is_lossless(pair: tuple[Applicati
         alone = await answer(SAMPLED, Mode.EXPERT_ONLY)
         assert await answer(SAMPLED, Mode.SPECULATIVE) == alone
         assert len(set(alone)) > 3
-
-
-@pytest.mark.slow
-def test_a_router_of_a_pair_with_all_tokens_of_gemma_needs_less_than_a_gibibyte(
-    pair: tuple[Application, Any],
-) -> None:
-    settings, _ = pair
-    command = [sys.executable, "-c", ROUTER, settings.model_dump_json()]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own command
-    assert int(found.stdout) < GIB
