@@ -110,7 +110,7 @@ def tier(  # noqa: PLR0913 - one parameter an option
     *,
     address: Annotated[str, typer.Option(help="host:port to bind; port 0 picks a free one")],
     token_file: TokenFile = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or demo")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, demo or demo-t5")] = None,
     expert: Annotated[
         str | None, typer.Option(help="The expert of a drafter whose vocabulary differs")
     ] = None,
