@@ -43,7 +43,9 @@ def recorded(draft: Draft, *, limit: int = 9, trace: bool = False) -> Statistics
 
 
 def test_tokens_are_counted_by_origin() -> None:
-    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9)), passes=3, branched=True, lost_mass=0.75))
+    statistics = recorded(
+        Draft(block=Block(tokens=(4, 5, 9)), passes=3, branched=True, lost_mass=0.75)
+    )
     assert (statistics.drafter_tokens, statistics.kept_tokens, statistics.expert_tokens) == (
         1,
         1,
