@@ -48,7 +48,7 @@ def case_result(measured: float) -> CaseResult:
 
 
 def test_claims_are_written_with_their_comparisons(tmp_path: Path) -> None:
-    where = provenance()
+    where = replace(provenance(), command="cascade bench suite --only first")
     written = write_suite("first", case_result(2.0), folder=tmp_path, provenance=where)
     case = json.loads(written[0].read_text())["cases"]["first"]
     assert case["claims"][0]["held"] is True

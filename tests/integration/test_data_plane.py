@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascade.errors import ExpertUnavailable
 from cascade.protocol import services
 from cascade.protocol.client import ReplicaClient
 from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame
@@ -149,11 +150,20 @@ async def test_a_session_that_was_never_opened_is_refused(
 
 
 async def test_a_session_needs_a_lease(toy_stack: LocalServer, expert: ReplicaClient) -> None:
-    wrong = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
-    assert (await refusal(opened(wrong, expert))).code == "UNAUTHENTICATED"
+    stream = expert.open_stream(SESSION, 1, lease=toy_stack.token)
+    session = Session(id=SESSION, prompt=PROMPT, policy=GREEDY)
+    stream.send(Open(session=session, epoch=1, lease="guess"))
+    assert (await refusal(stream)).code == "UNAUTHENTICATED"
     stream = expert.open_stream(SessionId("score"), 1, lease=toy_stack.token)
     stream.send(Score(session_id=SessionId("score"), epoch=1, lease="", tokens=PROMPT, top=1))
     assert (await refusal(stream)).code == "UNAUTHENTICATED"
+
+
+async def test_a_stream_needs_a_lease(toy_stack: LocalServer, expert: ReplicaClient) -> None:
+    wrong = replace(toy_stack, token="guess")  # noqa: S106 - a wrong one
+    with pytest.raises(ExpertUnavailable, match="UNAUTHENTICATED"):
+        await refusal(opened(wrong, expert))
+    assert toy_stack.expert.num_sessions == 0
 
 
 async def test_tokens_outside_the_vocabulary_are_refused(

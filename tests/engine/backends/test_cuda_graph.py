@@ -396,7 +396,8 @@ def test_the_captured_path_is_not_deterministic() -> None:
     ],
 )
 def test_paths_are_tried_fastest_first(device: str, path: Path, tried: list[Path]) -> None:
-    model: Any = SimpleNamespace(device=torch.device(device))
+    config = SimpleNamespace(is_encoder_decoder=False)
+    model: Any = SimpleNamespace(device=torch.device(device), config=config)
     settings = EngineSettings(path=path, packed=False)
 
     assert [path for path, _ in select.paths(model, settings)] == tried
