@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
     from cascade.observability.metric_specs import MetricSpec
 
-# Seen only when things go wrong, or where a client sends a prediction or a rule defers.
+# Seen only when things go wrong, or where a client has a key or sends a prediction, a rule defers,
+# or the vocabularies differ.
 RARE = {
+    "cascade_caller_answers",
+    "cascade_caller_tokens",
+    "cascade_lost_mass",
     "cascade_failovers",
     "cascade_predicted_tokens",
     "cascade_deferred_tokens",
