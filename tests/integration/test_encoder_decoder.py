@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import httpx2
 import pytest
 import torch
 from scipy import stats
+from tests.support.answers import generate, generate_all
 from tests.support.encoder_decoder_pairs import (
     PENALTY,
     EncoderDecoderPair,
@@ -109,25 +109,6 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Case:
 async def server(t5: Case) -> AsyncIterator[LocalServer]:
     async with local_server(t5.pair.settings()) as running:
         yield running
-
-
-async def generate(server: LocalServer, request: Request) -> tuple[int, ...]:
-    """Return the tokens of one answer."""
-    chunks = [chunk async for chunk in server.router.generate(request)]
-    return tuple(token for chunk in chunks for token in chunk.tokens)
-
-
-async def generate_all(
-    server: LocalServer, requests: Sequence[Request], *, concurrency: int = 16
-) -> list[tuple[int, ...]]:
-    """Return answers that are generated concurrently."""
-    semaphore = asyncio.Semaphore(concurrency)
-
-    async def one(request: Request) -> tuple[int, ...]:
-        async with semaphore:
-            return await generate(server, request)
-
-    return list(await asyncio.gather(*map(one, requests)))
 
 
 @pytest.mark.parametrize("shift", [0, 3])

@@ -5,7 +5,6 @@ The reference is plain `transformers` on the pair that ships, computed once per 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.support.answers import generate, generate_all
 from tests.support.generation import greedy_answer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -117,25 +117,6 @@ def shipped(**engine: Any) -> Application:
 async def server() -> AsyncIterator[LocalServer]:
     async with local_server(shipped()) as running:
         yield running
-
-
-async def generate(server: LocalServer, request: Request) -> tuple[int, ...]:
-    """Return the tokens of one answer."""
-    chunks = [chunk async for chunk in server.router.generate(request)]
-    return tuple(token for chunk in chunks for token in chunk.tokens)
-
-
-async def generate_all(
-    server: LocalServer, requests: Sequence[Request], *, concurrency: int = 16
-) -> list[tuple[int, ...]]:
-    """Return answers that are generated concurrently."""
-    semaphore = asyncio.Semaphore(concurrency)
-
-    async def one(request: Request) -> tuple[int, ...]:
-        async with semaphore:
-            return await generate(server, request)
-
-    return list(await asyncio.gather(*map(one, requests)))
 
 
 @pytest.mark.parametrize("shift", range(0, 16, 4))
