@@ -4,7 +4,7 @@ export const ORIGINS = {
   d: ["drafted", "The drafter wrote it and the expert would have chosen it too."],
   k: ["kept", "The drafter wrote it; the rule kept it although the expert might have chosen another."],
   e: ["expert", "The expert wrote it."],
-  f: ["forced", "The only token that the schema allowed; no model was asked."],
+  f: ["forced", "The only token that the schema allowed; the drafter was not asked."],
 };
 
 const sentences = {
