@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
+from cascade.changing_file import file_stamp
 from cascade.errors import ContextTooLong, QuotaExceeded, StartupError
 from cascade.types import Positive  # noqa: TC001 - pydantic reads it
 
@@ -76,7 +77,7 @@ class Keys:
             ApiKey(name=f"key-{found[:8]}", sha256=found) for found in map(hash_of, plain)
         )
         self._path = path
-        self._stamp = _stamp(path)
+        self._stamp = None if path is None else file_stamp(path)
         self._keys = self._plain
         if path is not None:
             try:
@@ -94,8 +95,7 @@ class Keys:
         return found
 
     def _refresh(self) -> None:
-        stamp = _stamp(self._path)
-        if self._path is None or stamp == self._stamp:
+        if self._path is None or (stamp := file_stamp(self._path)) == self._stamp:
             return
         self._stamp = stamp
         try:
@@ -131,16 +131,6 @@ def read_keys(path: str) -> tuple[ApiKey, ...]:
         if twice := next((value for value in values if values.count(value) > 1), None):
             raise ValueError(f"{path}: two keys have the {field} {twice}")
     return tuple(found)
-
-
-def _stamp(path: str | None) -> tuple[int, int] | None:
-    if path is None:
-        return None
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 
+from cascade.changing_file import file_stamp
 from cascade.errors import StartupError, Unauthenticated
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Credentials:
         return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
 
     def _stamps(self) -> tuple[tuple[int, int] | None, ...]:
-        return tuple(map(_stamp, (self.files.ca, self.files.certificate, self.files.key)))
+        return tuple(map(file_stamp, (self.files.ca, self.files.certificate, self.files.key)))
 
     def _read(self) -> Pem:
         files = self.files
@@ -168,11 +169,3 @@ def credentials_of(files: TlsFiles | None) -> Credentials | None:
 def _no_password() -> str:
     """Refuse an encrypted key, instead of asking the terminal."""
     raise ValueError("the key is encrypted; give one that is not, readable by this user alone")
-
-
-def _stamp(path: str) -> tuple[int, int] | None:
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino
