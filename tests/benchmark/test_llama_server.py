@@ -114,7 +114,7 @@ async def test_a_server_that_does_not_start_is_an_error_with_its_words(
     servers: Servers, tmp_path: Path
 ) -> None:
     (tmp_path / "expert.gguf").write_bytes(b"no model")
-    with pytest.raises(StartupError, match=r"ended before it served; .*failed to load"):
+    with pytest.raises(StartupError, match=r"(?s)ended before it served; .*failed to load"):
         async with replace(servers, folder=tmp_path).start():
             raise AssertionError
 

@@ -47,7 +47,7 @@ _CONTEXT_STEP = 256  # llama.cpp rounds a context up to it
 _MOST_SLOTS = 64  # more requests wait
 _TRIED = 3  # requests, at least, that the drafting schedules are compared on
 _START_TIMEOUT_S = 300.0
-_LOG_CHARACTERS = 1000
+_LOG_CHARACTERS = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
