@@ -446,6 +446,7 @@ class OutputChunk:
     tokens: tuple[int, ...]
     origins: tuple[Origin, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    drafts: tuple[TokenLogprob, ...] = ()  # what the drafter proposed for the first of them
     accepted: int | None = None  # how many were drafted; None: all that the expert did not write
     finish: FinishReason | None = None
     statistics: Statistics | None = None  # so far; updated in place by later rounds

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from cascade.api import grpc_convert
 from cascade.api.completion import Completions
 from cascade.api.grpc import GenerationServicer
 from cascade.local import LocalServer, local_server
+from cascade.rules import Chow, Lossless, TokenV3
 from cascade.settings import Application
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.api.context import ServingContext
+    from cascade.rules import Rule
 
 ALDRIN: Any = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 
@@ -188,6 +191,67 @@ async def test_logprobs_are_of_the_model_that_is_named(
         (one,) = completions.all
         over_grpc = grpc_convert.choice(one, one.output).logprobs
         assert "".join("d" if entry.drafter else "e" for entry in over_grpc) == named
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 5])
+@pytest.mark.parametrize("rule", [Lossless(), Chow(alpha=0.5), TokenV3(alpha=0.8)])
+async def test_the_trace_says_what_the_drafter_proposed_at_each_token(
+    client: AsyncOpenAI, service: ServingContext, rule: Rule, draft_tokens: int
+) -> None:
+    """With its own log-probabilities, of kept and of rejected tokens; over both APIs."""
+    options = {"rule": asdict(rule), "draft_tokens": draft_tokens, "trace": True}
+    response = await client.completions.create(
+        model="pair",
+        prompt="Buzz Aldrin",
+        seed=2,
+        max_tokens=12,
+        logprobs=2,
+        extra_body={"return_token_ids": True, "cascade": options},
+    )
+    found = extra(response.choices[0])
+    prompt, tokens, cascade = found["prompt_token_ids"], found["token_ids"], found["cascade"]
+    generation = pb.Generation(
+        text="Buzz Aldrin", seed=2, max_tokens=12, logprob_count=2, trace=True
+    )
+    generation.fixed_draft_length = draft_tokens
+    grpc_convert.convert.encode_rule(rule, generation.rule)
+    completions = Completions(grpc_convert.call(generation, service), service)
+    await completions.run()
+    (one,) = completions.all
+    over_grpc = grpc_convert.choice(one, one.output)
+    assert list(over_grpc.token_ids) == tokens
+
+    expected = logprobs_of(demo.DRAFTER, prompt + tokens)[len(prompt) - 1 :]
+    known = set[int]()
+    for at, draft in enumerate(cascade["drafts"]):
+        proposed = over_grpc.drafts[at]
+        assert math.isnan(proposed.logprob) == (draft is None)
+        if draft is None:
+            continue
+        known.add(at)
+        assert draft["logprob"] == proposed.logprob
+        assert draft["logprob"] == pytest.approx(expected[at, proposed.token_id].item(), abs=2e-3)
+        best = draft["top_logprobs"][0]["logprob"]
+        assert best == pytest.approx(expected[at].max().item(), abs=2e-3)
+        if cascade["origins"][at] in "dk":
+            assert proposed.token_id == tokens[at]
+    drafted = set[int]()
+    for entry in cascade["trace"]:  # a token that the drafter's own rule defers is not sent
+        sent = entry["drafted"] - (entry["deferred"] if isinstance(rule, Chow) else 0)
+        drafted |= set(range(entry["position"], entry["position"] + min(sent, entry["tokens"])))
+    assert known == drafted
+
+
+async def test_drafts_are_only_in_a_trace_with_logprobs(client: AsyncOpenAI) -> None:
+    for trace, logprobs in ((False, 1), (True, None)):
+        response = await client.completions.create(
+            model="pair",
+            prompt="The Moon",
+            max_tokens=2,
+            logprobs=logprobs,
+            extra_body={"cascade": {"trace": trace}},
+        )
+        assert "drafts" not in extra(response.choices[0])["cascade"]
 
 
 async def test_echo_logprobs_are_the_experts(lenient: AsyncOpenAI, service: ServingContext) -> None:

@@ -337,7 +337,7 @@ def _duration(seconds: float) -> Duration:
 
 def choice(completion: Completion, delta: Delta) -> pb.Choice:
     """Return what a delta adds to a completion, or the whole completion as one delta."""
-    own = [token.origin for token in delta.tokens if token.origin is not None]
+    own = [token for token in delta.tokens if token.origin is not None]
     said = delta.message or MessageDelta(content=delta.text)
     message = pb.Choice(
         index=completion.index,
@@ -350,10 +350,12 @@ def choice(completion: Completion, delta: Delta) -> pb.Choice:
             for one in said.calls
         ],
         token_ids=[token.token_id for token in delta.tokens],
-        origins=map(convert.ORIGIN.encode, own),
+        origins=[convert.ORIGIN.encode(token.origin) for token in own if token.origin],
     )
     if completion.request.policy.logprobs is not None:
         convert.encode_logprobs(map(_logprob, delta.tokens), message.logprobs)
+        if completion.request.trace:
+            convert.encode_logprobs(map(_draft, own), message.drafts)
     if delta.finish is not None:
         message.finish_reason = convert.FINISH_REASON.encode(delta.finish)
         statistics = completion.statistics
@@ -368,6 +370,11 @@ def choice(completion: Completion, delta: Delta) -> pb.Choice:
 def _logprob(token: TokenText) -> TokenLogprob:
     """Return a token's log-probability; the first token of a prompt has none, which is NaN."""
     return token.logprob or TokenLogprob(token=token.token_id, logprob=math.nan)
+
+
+def _draft(token: TokenText) -> TokenLogprob:
+    """Return what the drafter proposed at a token's position; NaN if nothing is known of it."""
+    return token.draft or TokenLogprob(token=token.token_id, logprob=math.nan)
 
 
 def _round(entry: Round) -> pb.Round:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from cascade.types import FinishReason
@@ -84,6 +85,7 @@ class TokenText:
     text: str
     origin: Origin | None = None  # None: a token of the prompt
     logprob: TokenLogprob | None = None
+    draft: TokenLogprob | None = None  # what the drafter proposed here, if it says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +155,14 @@ class OutputProcessor:
 
     def push(self, chunk: OutputChunk) -> Delta:
         """Return the tokens that are final after this chunk."""
-        logprobs = chunk.logprobs or (None,) * len(chunk.tokens)
-        for token_id, origin, logprob in zip(chunk.tokens, chunk.origins, logprobs, strict=True):
+        tokens = zip(chunk.tokens, chunk.origins, strict=True)
+        for (token_id, origin), logprob, draft in zip_longest(tokens, chunk.logprobs, chunk.drafts):
             ends = token_id in self._stop_ids
             hidden = ends and not self._include_stop
             text = "" if hidden else self._detokenizer.push([token_id])
             self._early -= 1
             self._pending.append(
-                TokenText(token_id=token_id, text=text, origin=origin, logprob=logprob)
+                TokenText(token_id=token_id, text=text, origin=origin, logprob=logprob, draft=draft)
             )
             if (stop := self._find_stop(text)) is not None:
                 return self._release_all(FinishReason.STOP, stop)

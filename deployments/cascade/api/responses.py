@@ -163,7 +163,7 @@ class TextCompletionFormat(ChoicesFormat):
             "text": delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish,
-            **extensions(completion, delta),
+            **extensions(completion, delta, self._tokenizer),
         }
 
 
@@ -225,7 +225,7 @@ class ChatCompletionFormat(ChoicesFormat):
             "index": completion.index,
             "logprobs": logprobs,
             "finish_reason": _finish_reason(completion, delta),
-            **extensions(completion, delta),
+            **extensions(completion, delta, self._tokenizer),
         }
 
 
@@ -291,8 +291,14 @@ def _by_id(one: TokenLogprob, tokenizer: Tokenizer) -> Json:
     }
 
 
-def extensions(completion: Completion, delta: Delta) -> Json:
-    """Return the fields of a choice that OpenAI does not have: token origins and vLLM's fields."""
+def extensions(completion: Completion, delta: Delta, tokenizer: Tokenizer) -> Json:
+    """Return the fields of a choice that OpenAI does not have: token origins and vLLM's fields.
+
+    Args:
+        completion: Whose choice it is.
+        delta: The part of it that is sent.
+        tokenizer: Has the text of tokens that were drafted and rejected.
+    """
     own = [token for token in delta.tokens if token.origin is not None]
     cascade: Json = {
         "origins": "".join(token.origin or "" for token in own),
@@ -301,6 +307,8 @@ def extensions(completion: Completion, delta: Delta) -> Json:
     if completion.request.policy.logprobs is not None:
         known = [token.logprob for token in own if token.logprob is not None]
         cascade["logprob_origins"] = "".join("d" if one.drafter else "e" for one in known)
+        if completion.request.trace:
+            cascade["drafts"] = [_draft(token, tokenizer) for token in own]
     if delta.finish:
         statistics = completion.statistics
         cascade["undrafted_rounds"] = statistics.undrafted_rounds
@@ -358,9 +366,25 @@ def _top(token: TokenText, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
     if token.logprob is None:
         return []
     return [
-        (token.text.encode() if id_ == token.token_id else tokenizer.bytes_of(id_), _finite(value))
-        for id_, value in token.logprob.top
+        (_bytes_beside(token, id_, tokenizer), _finite(value)) for id_, value in token.logprob.top
     ]
+
+
+def _draft(token: TokenText, tokenizer: Tokenizer) -> Json | None:
+    """Return what the drafter proposed at a token's position, as `logprobs` have it."""
+    draft = token.draft
+    if draft is None:
+        return None
+    (own, *top) = [
+        _chat_token(_bytes_beside(token, id_, tokenizer), _finite(value))
+        for id_, value in ((draft.token, draft.logprob), *draft.top)
+    ]
+    return {**own, "top_logprobs": top}
+
+
+def _bytes_beside(token: TokenText, id_: int, tokenizer: Tokenizer) -> bytes:
+    """Return the bytes of a token that could stand at another's place, or is the same."""
+    return token.text.encode() if id_ == token.token_id else tokenizer.bytes_of(id_)
 
 
 def _text_or_bytes(data: bytes) -> str:

@@ -170,7 +170,7 @@ class ResponsesFormat(ResponseFormat):
             "status": status,
             "incomplete_details": reason,
             "usage": _usage(figures["usage"]),
-            **responses.extensions(completion, completion.output),
+            **responses.extensions(completion, completion.output, self._tokenizer),
         }
 
     def _object(self, completions: Completions) -> Json:

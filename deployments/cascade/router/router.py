@@ -236,6 +236,7 @@ class Router:
                     tokens=session.tokens[before.position :],
                     origins=session.origins[before.position :],
                     logprobs=verdict.logprobs[: session.position - before.position],
+                    drafts=draft.block.logprobs[: session.position - before.position],
                     accepted=min(verdict.accepted, session.position - before.position),
                     finish=finish,
                     statistics=statistics,
@@ -283,8 +284,9 @@ class Router:
         chunks = [chunk async for chunk in answer]
         statistics.judged = statistics.drafted
         if _confidence(chunks, params) >= params.threshold:
+            wanted = request.policy.logprobs is not None
             for chunk in chunks:
-                yield chunk if request.policy.logprobs is not None else replace(chunk, logprobs=())
+                yield chunk if wanted else replace(chunk, logprobs=(), drafts=())
             return
         discard_drafts(statistics)
         request = replace(request, mode=Mode.EXPERT_ONLY)
