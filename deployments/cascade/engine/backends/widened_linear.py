@@ -1,9 +1,10 @@
 """Linear layers of bfloat16 weights on a CPU that has no instructions for that type.
 
 torch's kernels then convert numbers in their innermost loop, so a block of nine tokens takes four
-times as long as one. Here a part of the matrix that fits the caches is converted to float32 and
-multiplied with all tokens, then the next part: a prompt takes a third of the time, a block of nine
-two thirds, and the weights are held once. For a single vector torch is as fast as the memory.
+times as long as one. A block of a few tokens is left to `compiled_linear`. For more, a part of the
+matrix that fits the caches is converted to float32 and multiplied with all tokens, then the next
+part: a prompt takes a third of the time. The weights are held once. For a single vector torch is as
+fast as the memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from cascade.engine.backends import compiled_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,19 +40,31 @@ def _in_hardware() -> bool:
 def widened(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """Return the linear layer of a `[out, in]` weight, which it keeps, for inputs `[N, in]`."""
     matrix = weight.contiguous()
-    parts = matrix.split(max(1, _PART // matrix.shape[1]))
+    compiled = matrix.numel() >= compiled_linear.MIN_WEIGHTS and _compiled_pays()
 
     def apply(inputs: Tensor) -> Tensor:
         if len(inputs) == 1:
             product = torch.mv(matrix, inputs[0])[None]
             return product if bias is None else product + bias
-        wide = inputs.float()
-        wide_part = torch.empty(parts[0].shape)
-        products = [
-            wide @ wide_part[: len(part)].copy_(part).t()  # copied: one piece of memory for all
-            for part in parts
-        ]
-        product = torch.cat(products, dim=1)
+        few = compiled and len(inputs) <= compiled_linear.MAX_ROWS
+        product = (compiled_linear.multiply if few else _in_parts)(inputs, matrix)
         return (product if bias is None else product.add_(bias)).to(inputs.dtype)
 
     return apply
+
+
+@cache
+def _compiled_pays() -> bool:
+    return compiled_linear.pays(_in_parts)
+
+
+def _in_parts(inputs: Tensor, matrix: Tensor) -> Tensor:
+    """Return the product in float32, part by part of the matrix."""
+    wide = inputs.float()
+    parts = matrix.split(max(1, _PART // matrix.shape[1]))
+    wide_part = torch.empty(parts[0].shape)
+    products = [
+        wide @ wide_part[: len(part)].copy_(part).t()  # copied: one piece of memory for all
+        for part in parts
+    ]
+    return torch.cat(products, dim=1)

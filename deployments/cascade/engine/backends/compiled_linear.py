@@ -1,0 +1,100 @@
+"""Products of a bfloat16 matrix with a few vectors, compiled for the CPU that runs them.
+
+Where a CPU has no instructions for bfloat16, torch's operators convert each number of the matrix
+once for every vector, or write a converted copy. The loop that `torch.compile` makes of `_product`
+converts a number once, in a register, while it waits for the memory anyway: a block of eight
+vectors then takes little longer than one. It needs a C++ compiler, and a few seconds for each of a
+few kernels, which torch keeps on disk for the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import cache
+from types import FunctionType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cascade.engine.progress import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 12  # with more, the sums of one row of the matrix leave the registers
+MIN_WEIGHTS = 2**19  # a smaller matrix stays in the caches
+_STEP = 2  # kernels for 2, 4, ... vectors
+_TRIED = (1024, 1024 + 32)  # not square, or one variable would stand for both sides
+_TRIES = 5
+
+
+def multiply(inputs_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return the product `[M, N]` of up to `MAX_ROWS` vectors, in float32.
+
+    Args:
+        inputs_MK: The vectors, of any type.
+        weight_NK: The matrix.
+    """
+    count = len(inputs_MK)
+    wide_MK = pad(inputs_MK.float(), (0, 0, 0, count % _STEP))
+    return _kernels()[len(wide_MK)](wide_MK.unbind(), weight_NK)[:count]
+
+
+def pays(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Return whether kernels can be compiled here, and are faster than `plain` at the same product.
+
+    Args:
+        plain: Multiplies `[M, K]` by a matrix `[N, K]`.
+    """
+    weight_NK = torch.rand(_TRIED).bfloat16()
+    try:
+        for rows in counted(_kernels(), "Kernels compiled"):
+            multiply(torch.rand(rows, _TRIED[1]), weight_NK)
+    # Whatever torch finds wrong with the compiler or its cache: nothing depends on it.
+    except Exception as error:  # noqa: BLE001 - as above
+        reason = str(error).strip().partition("\n")[0]
+        log.warning(
+            "Blocks of a few tokens are slower than need be: no kernel compiles: %s", reason
+        )
+        return False
+    inputs_MK = torch.rand(4, _TRIED[1]).bfloat16()
+    compiled_s = min(_seconds(multiply, inputs_MK, weight_NK) for _ in range(_TRIES))
+    return compiled_s < min(_seconds(plain, inputs_MK, weight_NK) for _ in range(_TRIES))
+
+
+def _product(rows_K: tuple[Tensor, ...], weight_NK: Tensor) -> Tensor:
+    wide_NK = weight_NK.float()
+    return torch.stack([(wide_NK * row_K).sum(-1) for row_K in rows_K])
+
+
+@cache
+def _kernels() -> Mapping[int, Callable[..., Tensor]]:
+    """Return the kernel for each number of vectors; it is compiled at its first call."""
+    return {rows: _kernel(rows) for rows in range(_STEP, MAX_ROWS + 1, _STEP)}
+
+
+def _kernel(rows: int) -> Callable[..., Tensor]:
+    # torch compiles one code object for a limited number of signatures only.
+    code = _product.__code__.replace(co_name=f"product_of_{rows}")
+    return torch.compile(
+        FunctionType(code, globals()),
+        dynamic=True,
+        options={
+            "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum at once
+            "cpp.dynamic_threads": True,
+            "compile_threads": 1,  # no processes of its own
+        },
+    )
+
+
+def _seconds(
+    product: Callable[[Tensor, Tensor], Tensor], inputs_MK: Tensor, weight_NK: Tensor
+) -> float:
+    started_s = time.perf_counter()
+    product(inputs_MK, weight_NK)
+    return time.perf_counter() - started_s
