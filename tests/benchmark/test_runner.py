@@ -9,7 +9,7 @@ import pytest
 from tests.support.benchmarks import answer, system_result
 
 from cascade.benchmark.load import ClosedLoop
-from cascade.benchmark.report import document, table, write
+from cascade.benchmark.report import conclusion, document, table, write
 from cascade.benchmark.runner import Comparison, compare
 from cascade.benchmark.systems import Role, System
 from cascade.errors import InvalidMeasurement
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cascade.benchmark.metrics import RunMetrics
+    from cascade.benchmark.runner import SystemResult
     from cascade.evaluation.client import CompletionResult
+    from cascade.evaluation.page import Finding
 
 BODIES = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -114,7 +116,7 @@ def test_a_report_names_machine_command_and_commit(tmp_path: Path) -> None:
     )
     written = document(comparison, notes=["It is cost-padded."], provenance=provenance())
     paths = write(written, folder=tmp_path / "new", name="bench")
-    assert [path.suffix for path in paths] == [".json", ".md", ".png"]
+    assert [path.suffix for path in paths] == [".json", ".md", ".png", ".html"]
     text = table(written)
     assert paths[1].read_text() == text
     assert "It is cost-padded." in text
@@ -122,6 +124,10 @@ def test_a_report_names_machine_command_and_commit(tmp_path: Path) -> None:
     assert "| two | 4.1 | 0.50 (0.50 to 0.50) |" in text
     assert text.splitlines()[-1].endswith("| 1 of 1 |"), "one text is another"
     assert "llama.cpp" not in text
+    page = paths[3].read_text()
+    order = ("<h1", "Nothing is faster than the first system (one)", "<img", "<h2>Provenance")
+    assert [page.index(part) for part in order] == sorted(page.index(part) for part in order)
+    assert "It is cost-padded." in page
 
 
 def test_ratios_are_over_the_fastest_that_runs_the_expert_alone() -> None:
@@ -145,6 +151,35 @@ def test_ratios_are_over_the_fastest_that_runs_the_expert_alone() -> None:
     text = table(written)
     assert '"another alone"; "to llama.cpp" over "llama.cpp, drafts of 4".' in text
     assert "| ours | 11.0 | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) |" in text
+
+
+def compared(**systems: SystemResult) -> Finding:
+    comparison = Comparison(systems=systems)
+    return conclusion(document(comparison, notes=[], provenance=provenance()))
+
+
+def test_a_conclusion_names_the_fastest_and_what_it_is_faster_than() -> None:
+    alone = system_result(2, 4, role=Role.EXPERT_ALONE)
+    found = compared(alone=alone, ours=system_result(1, 2))
+    assert found.headline == (
+        "ours: 2.00 times the tokens/s of the expert alone (alone), 2 rounds of 1 requests."
+    )
+    assert "8.2 tokens/s against 4.1; the ratio is 2.00 to 2.00" in found.detail
+    assert not found.warning
+
+
+def test_a_conclusion_says_where_texts_differ_where_it_may_be_noise_and_where_requests_fail() -> (
+    None
+):
+    alone = system_result(1, 2, 4, role=Role.EXPERT_ALONE)
+    noisy = system_result(1.5, 1, 2, texts=("b",))
+    found = compared(alone=alone, noisy=noisy)
+    assert "1 of 1 texts are not those of alone" in found.warning
+    assert "may be noise" in found.warning
+    rounds = tuple(replace(one, failed=3) for one in alone.rounds)
+    failing = compared(alone=replace(alone, rounds=rounds), slower=system_result(9, 9, 9))
+    assert failing.headline.startswith("Nothing is faster than the expert alone (alone): ")
+    assert failing.warning == "Requests failed: 3 of alone."
 
 
 def test_the_commit_outside_a_checkout_is_empty(tmp_path: Path) -> None:

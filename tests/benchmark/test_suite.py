@@ -57,6 +57,9 @@ def test_claims_are_written_with_their_comparisons(tmp_path: Path) -> None:
     assert "### speed" in text
     assert "It is cost-padded." in text
     assert text.count(where.command) == 1
+    page = written[2].read_text()
+    order = ("1 of 1 targets are met.", "Wanted and measured", "<img", where.command)
+    assert [page.index(part) for part in order] == sorted(page.index(part) for part in order)
 
 
 def test_a_case_measured_again_replaces_only_itself(tmp_path: Path) -> None:
@@ -64,10 +67,11 @@ def test_a_case_measured_again_replaces_only_itself(tmp_path: Path) -> None:
     first, second = replace(provenance(), commit="aaa"), replace(provenance(), commit="bbb")
     write_suite("first", case_result(3.0), folder=tmp_path, provenance=first)
     write_suite("second", case_result(1.0), folder=tmp_path, provenance=first)
-    (path, _) = write_suite("first", case_result(2.0), folder=tmp_path, provenance=second)
+    path, _, page_path = write_suite("first", case_result(2.0), folder=tmp_path, provenance=second)
     lines = suite_claims(read_suite(path)).splitlines()[2:]
     assert "| one | speed | at least 1.5 | 2 | yes | bbb, " in lines[0]
     assert "| 1 | **no** | aaa, " in lines[1]
+    assert "Missed: one: speed." in page_path.read_text()
     page = suite_claims(read_suite(path), with_headings=True)
     assert "**first**" in page
     assert page.startswith("| case |")

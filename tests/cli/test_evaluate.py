@@ -72,6 +72,7 @@ def test_a_workload_is_evaluated_resumed_and_tuned(
     tuned = run("tune", str(out), "--target", "quality >= 0", "--out", str(tmp_path / "t.yaml"))
     assert tuned.exit_code == 0, tuned.output
     Application.model_validate(yaml.safe_load((tmp_path / "t.yaml").read_text()))
+    assert "met with probability 1.00" in (out / "tune.html").read_text()
     shown = run("tune", str(out), "--target", "quality >= 0", "--goal", "rejections")
     assert "all met with probability 1.00" in shown.output
     assert "2 items prove nothing about quality" in shown.stderr
@@ -81,9 +82,14 @@ def test_a_workload_is_evaluated_resumed_and_tuned(
     changed = run("evaluate", str(other), "--out", str(out), *GRID)
     assert changed.exit_code == 2
     assert "holds another evaluation" in changed.stderr
-    missed = run("tune", str(out), "--target", "quality >= 101")
+    page = tmp_path / "missed.html"
+    missed = run("tune", str(out), "--target", "quality >= 101", "--report", str(page))
     assert missed.exit_code == 2
     assert "the nearest is" in missed.stderr
+    assert "No setting meets" in page.read_text()
+    nowhere = run("tune", str(out), "--target", "quality >= 0", "--report", str(out / "no" / "t"))
+    assert nowhere.exit_code == 2
+    assert "cannot be written" in nowhere.stderr
 
 
 @pytest.mark.parametrize(

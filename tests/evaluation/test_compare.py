@@ -112,11 +112,29 @@ def test_conclusions_state_the_number_of_items_and_warn_of_few(count: int, *, is
     cheap = cell("chow", dial=0.5, modelled_s=[1.0] * count)
     bad = cell("drafter_only", quality=[0.0] * count)
     results = make_results(cells=[bad, cheap], families="a" * count)
-    (sentence,) = conclusions(results)
-    assert f"{count} items" in sentence
-    assert ("prove nothing about quality" in sentence) is is_few
-    assert ("use chow 0.5" in sentence) is not is_few
-    assert ("use lossless" in sentence) is is_few
+    (found,) = conclusions(results)
+    setting = "lossless: the expert's own distribution" if is_few else "chow 0.5: same quality"
+    assert found.headline.startswith(f"Use {setting}")
+    assert found.headline.endswith(f"{count} items.")
+    assert ("prove nothing about quality" in found.warning) is is_few
+
+
+def test_a_conclusion_states_quality_passes_and_latency_of_what_it_recommends() -> None:
+    cheap = cell("chow", dial=0.5, modelled_s=[1.0] * COUNT, expert_passes=[4.0] * COUNT)
+    bad = cell("drafter_only", quality=[0.0] * COUNT)
+    (found,) = conclusions(make_results(cells=[cheap, bad], families="a" * COUNT), margin=1)
+    assert found.headline == (
+        "Use chow 0.5: same quality within 1 point, 0.40 of the expert's passes, 40 items."
+    )
+    assert "quality 100.0 points (the expert alone: 100.0), 0.10 of the expert's" in found.detail
+    assert not found.warning
+
+
+def test_where_nothing_is_faster_the_conclusion_is_the_expert_alone() -> None:
+    slow = cell("lossless", modelled_s=[99.0] * COUNT)
+    drafter = cell("drafter_only", quality=[0.0] * COUNT, modelled_s=[1.0] * COUNT)
+    (found,) = conclusions(make_results(cells=[slow, drafter], families="a" * COUNT))
+    assert found.headline.startswith("Use expert_only: nothing faster keeps its quality, 40 items")
 
 
 def test_curves_are_compared_at_the_rejection_rates_that_both_reach() -> None:

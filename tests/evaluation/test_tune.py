@@ -9,7 +9,8 @@ from tests.support.evaluation_results import cell, make_results
 
 from cascade.errors import InvalidMeasurement
 from cascade.evaluation.grid import BASELINES, CURVES, Setting, validated
-from cascade.evaluation.tune import Goal, Target, defaults, parse, tune, yaml_fragment
+from cascade.evaluation.tune import Goal, Target, defaults, judged, parse, tune, yaml_fragment
+from cascade.evaluation.tune_report import page
 from cascade.settings import Application
 from cascade.types import Mode
 
@@ -159,3 +160,25 @@ def test_the_probability_is_of_all_targets_together() -> None:
     alone = tune(RESULTS, [parse("quality >= expert - 3")], group="a")
     assert choice.probability == pytest.approx(alone.probability)
     assert np.isfinite(choice.reached.low)
+
+
+def test_the_page_begins_with_the_choice_and_holds_its_yaml() -> None:
+    choices = judged(RESULTS, [parse("quality >= expert - 0.5")], group="a")
+    written = page(RESULTS, choices, confidence=0.5)
+    (found,) = written.findings
+    assert found.headline.startswith("Use chow 0.1: quality >= expert - 0.5 met with probability 1")
+    assert "40 items of a" in found.headline
+    yaml_section = next(one for one in written.sections if one.code)
+    assert "kind: chow, alpha: 0.1" in yaml_section.code
+    table = written.sections[-1].tables[0]
+    assert len(table.rows) == len(RESULTS.cells) - 1, "all but the expert alone"
+    assert table.marked == {"chow 0.1"}
+    assert [row[1] for row in table.rows] == sorted((row[1] for row in table.rows), reverse=True)
+
+
+def test_the_page_says_so_if_no_setting_meets_the_targets() -> None:
+    choices = judged(RESULTS, [parse("quality >= 101")], group="a")
+    written = page(RESULTS, choices, confidence=0.5)
+    assert written.findings[0].headline.startswith("No setting meets quality >= 101; the nearest")
+    assert "short by" in written.findings[0].detail
+    assert not any(one.code for one in written.sections)

@@ -199,12 +199,17 @@ def _print(results: Results, paths: list[Path], margin: float) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_COLUMNS
-    for sentence in report.conclusions(results, margin=margin):
-        console.print(sentence, style="bold", markup=False)
+    for found in report.conclusions(results, margin=margin):
+        console.print(found.headline, style="bold", markup=False)
+        console.print(found.detail, markup=False)
+        if found.warning:
+            console.print(found.warning, style="yellow", markup=False)
     for table in (*overall, *report.finding_tables(results, margin=margin)):
         drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for number, heading in enumerate(table.headings):
-            drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        for number, (heading, right) in enumerate(
+            zip(table.headings, table.is_numeric, strict=True)
+        ):
+            drawn.add_column(heading, justify="right" if right else "left", no_wrap=not number)
         for row in table.rows:
             drawn.add_row(*row)
         console.print(f"\n{table.title}", style="bold")

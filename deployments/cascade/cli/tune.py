@@ -33,6 +33,10 @@ def tune(  # noqa: PLR0913 - one parameter an option
     out: Annotated[
         Path | None, typer.Option(help="YAML file to write; standard output if absent")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Page to write; tune.html in the folder of results if absent"),
+    ] = None,
 ) -> None:
     """Choose the rule and its dial that meet the targets, and say how sure the choice is.
 
@@ -40,34 +44,47 @@ def tune(  # noqa: PLR0913 - one parameter an option
     """
     # Imported late: `cascade ask` does not need torch.
     from cascade.evaluation.results import load  # noqa: PLC0415 - as above
-    from cascade.evaluation.tune import Goal, parse, yaml_fragment  # noqa: PLC0415 - as above
-    from cascade.evaluation.tune import tune as choose  # noqa: PLC0415 - as above
+    from cascade.evaluation.tune import (  # noqa: PLC0415 - as above
+        Goal,
+        chosen,
+        judged,
+        parse,
+        yaml_fragment,
+    )
+    from cascade.evaluation.tune_report import page  # noqa: PLC0415 - as above
 
     try:
         measured = load(results)
         if goal is not None and goal not in set(Goal):
             raise InvalidMeasurement(f"--goal is {goal!r}; {wanted(goal, Goal)}")
-        choice = choose(
+        choices = judged(
             measured,
             [parse(text) for text in target],
             group=family or measured.groups[0],
             temperature=temperature,
             goal=Goal(goal) if goal else None,
-            confidence=confidence,
         )
+        report = report or results / "tune.html"
+        _write(report, page(measured, choices, confidence=confidence).html())
+        Console(stderr=True, soft_wrap=True).print(f"written: {report}", markup=False)
+        choice = chosen(choices, confidence=confidence)
         for warning in choice.warnings:
             Console(stderr=True, soft_wrap=True).print(warning, style="yellow", markup=False)
         fragment = yaml_fragment(choice, measured)
         if out is None:
             typer.echo(fragment, nl=False)
             return
-        try:
-            out.write_text(fragment, encoding="utf-8")
-        except OSError as error:
-            raise InvalidMeasurement(f"{out} cannot be written: {error.strerror}") from error
+        _write(out, fragment)
     except CascadeError as error:
         raise failed(error) from error
     Console(highlight=False).print(
         f"{choice.setting.name}, with probability {choice.probability:.2f}; written to {out}",
         markup=False,
     )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidMeasurement(f"{path} cannot be written: {error.strerror}") from error

@@ -1,157 +1,24 @@
-"""Plots, Markdown tables and one HTML page of an evaluation's results."""
+"""Findings, Markdown tables and one HTML page of an evaluation's results."""
 
 from __future__ import annotations
 
-import base64
 import math
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from cascade.evaluation import compare
-from cascade.evaluation.compare import FROM_LOSSLESS, MARGIN, View
-from cascade.evaluation.grid import (
-    BASELINES,
-    CURVES,
-    DRAFTER,
-    EXPERT,
-    LOSSLESS,
-    LOSSY,
-    LOSSY_SOLVED,
-    SEQUENCE_CASCADE,
-    TOKEN_CASCADE,
-)
+from cascade.evaluation import compare, plots
+from cascade.evaluation.compare import MARGIN, View
+from cascade.evaluation.grid import LOSSY, LOSSY_SOLVED
+from cascade.evaluation.page import Figure, Finding, Page, Section, Table, provenance_table
 from cascade.evaluation.records import OPTIONAL
 from cascade.evaluation.results import ALL
-from cascade.evaluation.scoring import import_extra
-from cascade.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from cascade.evaluation.results import Cell, Estimate, GroupMetrics, Results
-
-_AXES = {
-    "rejection_rate": "rejection rate",
-    "latency": "modelled latency, relative to the expert alone",
-}
-
-_MARKERS = {DRAFTER: "v", EXPERT: "*", LOSSLESS: "D"}
-
-_DASHED = (TOKEN_CASCADE, SEQUENCE_CASCADE, LOSSY, LOSSY_SOLVED)
-
-_MAX_COLUMNS = 3
-
-_DOTS_PER_INCH = 110
-
-
-def plot(results: Results, folder: Path) -> list[Path]:
-    """Write a plot for each axis, temperature and draft length; return the files.
-
-    Raises:
-        InvalidMeasurement: matplotlib is not installed.
-    """
-    figures = import_extra("matplotlib.figure")
-    groups = [group for group in results.groups if group != ALL]
-    columns = min(len(groups), _MAX_COLUMNS)
-    rows = math.ceil(len(groups) / columns)
-    paths: list[Path] = []
-    for axis, temperature, length in product(_AXES, results.temperatures, results.lengths):
-        cells = results.select(temperature=temperature, draft_tokens=length)
-        figure = figures.Figure(
-            figsize=(4.6 * columns + 1.6, 3.6 * rows + 0.6), layout="constrained"
-        )
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for panel, group in zip(panels, groups, strict=False):
-            _plot_group(panel, results.metrics[group], cells, axis=axis)
-            panel.set_title(group, fontsize=10)
-        for panel in panels[len(groups) :]:
-            panel.set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-        figure.supxlabel(_AXES[axis], fontsize=10)
-        figure.supylabel("quality, points", fontsize=10)
-        figure.suptitle(
-            f"temperature {temperature:g}, {length} drafted tokens a block", fontsize=11
-        )
-        name = f"quality-{axis.split('_', maxsplit=1)[0]}-t{temperature:g}-d{length}.png"
-        figure.savefig(folder / name, dpi=_DOTS_PER_INCH)
-        paths.append(folder / name)
-    return paths
-
-
-def _plot_group(panel: Any, metrics: GroupMetrics, cells: list[Cell], *, axis: str) -> None:
-    """Plot the curves of one family, then the baselines as points over them."""
-    curves = {
-        curve: [cell for cell in cells if cell.setting.curve == curve]
-        for curve in (*CURVES, *BASELINES)
-    }
-    present = [curve for curve in CURVES if curves[curve]]
-    for number, curve in enumerate(present):
-        ends = curves[LOSSLESS] if curve in FROM_LOSSLESS else []
-        xs, ys = _coordinates(metrics, [*ends, *curves[curve]], axis=axis)
-        _, _, bars = panel.errorbar(
-            [x.value for x in xs],
-            [y.value for y in ys],
-            xerr=_arms(xs),
-            yerr=_arms(ys),
-            label=curve,
-            color=f"C{number % 10}",
-            linestyle="--" if curve in _DASHED else "-",
-            marker="o",
-            markersize=3,
-            linewidth=1.2,
-            elinewidth=0.6,
-        )
-        for bar in bars:
-            bar.set_alpha(0.25)
-    for cell in cells:
-        if cell.setting.curve in BASELINES:
-            _plot_baseline(panel, metrics, cell, axis=axis)
-    if axis == "rejection_rate":
-        # Modes without blocks reject far more than all others; they may lie outside the plot.
-        rates = [
-            metrics.estimate(cell, "rejection_rate").high
-            for cell in cells
-            if cell.setting.mode in (Mode.CASCADE, Mode.SPECULATIVE)
-        ]
-        panel.set_xlim(-0.01, max(0.05, 1.15 * max(rates)))
-    panel.grid(visible=True, alpha=0.25)
-    panel.tick_params(labelsize=8)
-
-
-def _coordinates(
-    metrics: GroupMetrics, cells: Iterable[Cell], *, axis: str
-) -> tuple[list[Estimate], list[Estimate]]:
-    """Return the cells' positions on the axis, ascending, and their qualities."""
-    points = [(metrics.estimate(cell, axis), metrics.estimate(cell, "quality")) for cell in cells]
-    points.sort(key=lambda point: point[0].value)
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _arms(estimates: Iterable[Estimate]) -> list[list[float]]:
-    """Return how far the intervals reach below and above, at least 0."""
-    arms = [(max(0.0, e.value - e.low), max(0.0, e.high - e.value)) for e in estimates]
-    return [[below for below, _ in arms], [above for _, above in arms]]
-
-
-def _plot_baseline(panel: Any, metrics: GroupMetrics, cell: Cell, *, axis: str) -> None:
-    """Plot a point. The expert rejects everything by definition: its quality is a line instead."""
-    x, y = metrics.estimate(cell, axis), metrics.estimate(cell, "quality")
-    curve = cell.setting.curve
-    if curve == EXPERT and axis == "rejection_rate":
-        panel.axhline(y.value, color="black", linestyle=":", linewidth=1, label=curve)
-        panel.axhspan(y.low, y.high, color="black", alpha=0.05, linewidth=0)
-        return
-    panel.errorbar(
-        [x.value], [y.value], yerr=_arms([y]), label=curve, color="black",
-        marker=_MARKERS[curve], markersize=7, linestyle="none", elinewidth=0.5, zorder=5,
-    )  # fmt: skip
-
+    from cascade.evaluation.results import Estimate, Results
 
 # Of each metric: heading, decimals, and whether tables show its interval.
 _METRICS = {
@@ -178,22 +45,6 @@ _BRIEF = (
 _BETTER_SHOWN = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Rows of text under headings."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def markdown(self) -> str:
-        """Return the table as Markdown."""
-        lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return "\n\n".join(part for part in (f"## {self.title}", self.note, table) if part)
-
-
 def estimates(results: Results) -> list[dict[str, Any]]:
     """Return every metric of every setting in every group, with its interval, as JSON values."""
     found: list[dict[str, Any]] = []
@@ -215,15 +66,21 @@ def estimates(results: Results) -> list[dict[str, Any]]:
 
 
 def settings_table(
-    results: Results, group: str, *, temperature: float, brief: bool = False
+    results: Results,
+    group: str,
+    *,
+    temperature: float,
+    brief: bool = False,
+    margin: float = MARGIN,
 ) -> Table:
-    """Return what every setting scored and cost.
+    """Return what every setting scored and cost; the recommended ones are marked.
 
     Args:
         results: Of an evaluation.
         group: Of items.
         temperature: Of sampling.
         brief: Whether to leave out the less important metrics.
+        margin: The equivalence margin, in points.
     """
     metrics = results.metrics[group]
     cells = [cell for cell in results.cells if cell.setting.temperature == temperature]
@@ -242,6 +99,12 @@ def settings_table(
         title=f"{group}, temperature {temperature:g}, {compare.count_items(metrics.items)}",
         headings=headings,
         rows=tuple(zip(*texts, strict=True)),
+        marked=frozenset(
+            compare.recommended(view).setting.name
+            for of_groups in views(results, margin=margin)
+            for view in of_groups
+            if (view.group, view.temperature) == (group, temperature)
+        ),
     )
 
 
@@ -275,8 +138,8 @@ def views(results: Results, *, margin: float = MARGIN) -> list[list[View]]:
     ]
 
 
-def conclusions(results: Results, *, margin: float = MARGIN) -> list[str]:
-    """Return a sentence for each temperature and draft length: what to use, and why.
+def conclusions(results: Results, *, margin: float = MARGIN) -> list[Finding]:
+    """Return a finding for each temperature and draft length: what to use, and why.
 
     Args:
         results: Of an evaluation.
@@ -285,29 +148,35 @@ def conclusions(results: Results, *, margin: float = MARGIN) -> list[str]:
     return [_conclusion(of_groups[0]) for of_groups in views(results, margin=margin)]
 
 
-def _conclusion(view: View) -> str:
+def _conclusion(view: View) -> Finding:
     metrics, cell = view.metrics, compare.recommended(view)
     quality, latency = metrics.estimate(cell, "quality"), metrics.estimate(cell, "latency")
     expert = metrics.estimate(view.expert, "quality")
     passes = [float(metrics.resampled(one, "expert_passes")[0]) for one in (cell, view.expert)]
-    items = compare.count_items(metrics.items)
-    text = (
-        f"Temperature {view.temperature:g}, {view.draft_tokens} drafted tokens a block: use"
-        f" {cell.setting.name}: quality {quality.value:.1f} points (the expert alone:"
-        f" {expert.value:.1f}), cost {latency.value:.2f} of the expert's modelled latency and"
-        f" {passes[0] / passes[1]:.2f} of its passes, measured on {items}."
-    )
-    if metrics.items < compare.MIN_ITEMS:
-        return f"{text} {compare.few_items(metrics.items)}"
+    share = f"{passes[0] / passes[1]:.2f} of the expert's passes"
+    items, few = compare.count_items(metrics.items), metrics.items < compare.MIN_ITEMS
+    points = f"{view.margin:g} point{'' if view.margin == 1 else 's'}"
     if cell not in (view.lossless, view.expert):
         difference = _with_interval(metrics.difference(cell, view.expert))
-        return (
-            f"{text} Its quality is proven to be at most {view.margin:g} points below the expert's"
-            f" (difference {difference})."
+        found = f"same quality within {points}, {share}"
+        why = f"Proven by the interval of the paired difference to the expert, {difference}."
+    elif cell is view.lossless:
+        found = f"the expert's own distribution, {share}"
+        why = f"No faster setting is proven to be at most {points} below the expert."
+    else:
+        found = "nothing faster keeps its quality"
+        why = (
+            "Lossless speculation takes longer by the model of latency, and no other setting is"
+            f" proven to be at most {points} below."
         )
-    return (
-        f"{text} It has the expert's distribution by construction; no cheaper setting is proven to"
-        f" be at most {view.margin:g} points below the expert."
+    return Finding(
+        headline=f"Use {cell.setting.name}: {found}, {items}.",
+        detail=(
+            f"Temperature {view.temperature:g}, {view.draft_tokens} drafted tokens a block:"
+            f" quality {quality.value:.1f} points (the expert alone: {expert.value:.1f}),"
+            f" {latency.value:.2f} of the expert's modelled latency. {why}"
+        ),
+        warning=compare.few_items(metrics.items) if few else "",
     )
 
 
@@ -430,49 +299,59 @@ def _better_table(views: Sequence[View]) -> Table:
     )  # fmt: skip
 
 
-def write(
-    results: Results, folder: Path, *, plots: Sequence[Path], margin: float = MARGIN
-) -> list[Path]:
+_CURVES = """A curve joins the settings of one rule; bars are 95 % bootstrap intervals over items.
+The expert rejects all drafts by definition, so its quality is a line where the axis is rejections.
+Latency is modelled: the passes of each model times the cost of a pass on this machine, one request
+at a time, relative to the expert alone."""
+
+_SETTINGS = """Quality in points with its 95 % interval. Rejected: the share of judged drafted
+tokens that the expert rejected; for a token cascade the tokens it deferred, for a sequence cascade
+the drafts it discarded. Deferred: the share of judged positions that the rule gave to the expert.
+Passes, tokens and bytes between the tiers are means per answer. Seconds are measured while other
+requests were running: compare them only within this run."""
+
+
+def write(results: Results, folder: Path, *, margin: float = MARGIN) -> list[Path]:
     """Write `tables.md` and `report.html`; return both.
 
     Args:
         results: Of an evaluation.
         folder: Where to.
-        plots: PNG files, embedded in the page.
         margin: The equivalence margin, in points.
     """
-    sentences = conclusions(results, margin=margin)
-    findings = finding_tables(results, margin=margin)
+    found = conclusions(results, margin=margin)
+    comparisons = finding_tables(results, margin=margin)
     settings = [
-        settings_table(results, group, temperature=temperature)
+        settings_table(results, group, temperature=temperature, margin=margin)
         for group, temperature in product(results.groups, results.temperatures)
     ]
     tables, page = folder / "tables.md", folder / "report.html"
-    markdown = "\n\n".join((*sentences, *(table.markdown() for table in (*findings, *settings))))
-    tables.write_text(markdown + "\n", encoding="utf-8")
-    source = files("cascade.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    html = environment.from_string(source).render(
-        workload=results.about["workload"],
-        conclusions=sentences,
-        about=_flattened(results.about),
-        findings=findings,
-        settings=settings,
-        images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in plots},
+    parts = (*map(str, found), *(table.markdown() for table in (*comparisons, *settings)))
+    tables.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    together, *families = zip(*views(results, margin=margin), strict=True)
+    about = {name: value for name, value in results.about.items() if name != "provenance"}
+    written = Page(
+        title=f"Evaluation of {results.about['workload']}",
+        findings=tuple(found),
+        sections=(
+            Section(title="The curve", text=_CURVES, figures=_panels(together)),
+            *(
+                Section(title=f"The curve of {one[0].group}", figures=_panels(one))
+                for one in families
+            ),
+            Section(title="Findings", tables=tuple(comparisons)),
+            Section(title="Settings", text=_SETTINGS, tables=tuple(settings)),
+        ),
+        provenance=provenance_table(results.about.get("provenance", {}) | about),
     )
-    page.write_text(html, encoding="utf-8")
+    page.write_text(written.html(), encoding="utf-8")
     return [tables, page]
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested values as text by the path of their names, without those that are empty."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key.replace('_', ' ')}"
-        if isinstance(value, dict):
-            found |= _flattened(value, f"{name}: ")
-        elif isinstance(value, list | tuple):
-            found[name] = ", ".join(map(str, value))
-        else:
-            found[name] = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return {name: text for name, text in found.items() if text}
+def _panels(views: Sequence[View]) -> tuple[Figure, ...]:
+    """Return the curves of a group over both axes, with what is recommended circled."""
+    return tuple(
+        plots.panel(view, axis=axis, chosen=compare.recommended(view))
+        for view in views
+        for axis in ("latency", "rejection_rate")
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from cascade.evaluation import report
+from cascade.evaluation import plots, report
 from cascade.evaluation.client import request_body
 from cascade.evaluation.compare import MARGIN
 from cascade.evaluation.environment import provenance
@@ -117,8 +117,11 @@ def write(results: Results, folder: Path, *, margin: float = MARGIN) -> list[Pat
     """Write `results.json`, the plots, `tables.md` and `report.html`; return the files."""
     path = folder / "results.json"
     save(results, path, figures=report.estimates(results))
-    plots = report.plot(results, folder)
-    return [path, *plots, *report.write(results, folder, plots=plots, margin=margin)]
+    return [
+        path,
+        *plots.plot(results, folder),
+        *report.write(results, folder, margin=margin),
+    ]
 
 
 async def run_settings(  # noqa: PLR0913 - what, how, by whom, where to

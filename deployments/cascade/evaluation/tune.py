@@ -109,13 +109,23 @@ class Margin:
 class Choice:
     """A setting, and how surely it meets all targets together."""
 
-    setting: Setting
+    cell: Cell
     group: str
     items: int
     margins: tuple[Margin, ...]
     probability: float
     goal: Goal
     reached: Estimate  # of the goal's metric
+
+    @property
+    def setting(self) -> Setting:
+        """Return the setting."""
+        return self.cell.setting
+
+    @property
+    def is_inside(self) -> bool:
+        """Return whether all targets are met as measured."""
+        return all(one.inside.value >= 0 for one in self.margins)
 
     @property
     def warnings(self) -> list[str]:
@@ -182,6 +192,30 @@ def tune(  # noqa: PLR0913 - a question and where to look for its answer
         InvalidMeasurement: No setting meets the targets (the message names the nearest), or the
             results lack the group or temperature.
     """
+    choices = judged(results, targets, group=group, temperature=temperature, goal=goal)
+    return chosen(choices, confidence=confidence)
+
+
+def judged(
+    results: Results,
+    targets: Sequence[Target],
+    *,
+    group: str,
+    temperature: float | None = None,
+    goal: Goal | None = None,
+) -> list[Choice]:
+    """Return every setting but the expert alone, by how surely it meets the targets.
+
+    Args:
+        results: Of an evaluation.
+        targets: All must be met.
+        group: A family, or `all`.
+        temperature: Of sampling; the results' only one if absent.
+        goal: What to optimize: rejections if a target bounds quality, otherwise quality.
+
+    Raises:
+        InvalidMeasurement: The results lack the group or temperature.
+    """
     if group not in results.groups:
         raise InvalidMeasurement(
             f"the results have no family `{group}`; {wanted(group, results.groups)}"
@@ -190,19 +224,27 @@ def tune(  # noqa: PLR0913 - a question and where to look for its answer
     if goal is None:
         bounds_quality = any(target.metric == "quality" for target in targets)
         goal = Goal.REJECTIONS if bounds_quality else Goal.QUALITY
-    choices = [
+    return [
         _choice(results, cell, targets, group=group, goal=goal)
         for cell in results.cells
         if cell.setting.temperature == temperature and cell.setting.mode is not Mode.EXPERT_ONLY
     ]
-    meeting = [
-        choice
-        for choice in choices
-        if choice.probability >= confidence and all(m.inside.value >= 0 for m in choice.margins)
-    ]
+
+
+def chosen(choices: Sequence[Choice], *, confidence: float) -> Choice:
+    """Return the best of the choices that meet every target.
+
+    Args:
+        choices: What `judged` returned.
+        confidence: The least probability that the targets are met.
+
+    Raises:
+        InvalidMeasurement: None does; the message names the nearest.
+    """
+    meeting = [one for one in choices if one.probability >= confidence and one.is_inside]
     if not meeting:
-        raise InvalidMeasurement(_describe_nearest(choices, group, confidence))
-    sign = -1 if goal is Goal.QUALITY else 1
+        raise InvalidMeasurement(_describe_nearest(choices, confidence))
+    sign = -1 if meeting[0].goal is Goal.QUALITY else 1
     return min(meeting, key=lambda c: (sign * c.reached.value, -c.probability))
 
 
@@ -242,7 +284,7 @@ def _choice(
         is_met_R &= inside_R[1:] >= 0
         margins.append(Margin(target=target, value=estimate(value_R), inside=estimate(inside_R)))
     return Choice(
-        setting=cell.setting,
+        cell=cell,
         group=group,
         items=metrics.items,
         margins=tuple(margins),
@@ -258,16 +300,22 @@ def _scaled(metrics: GroupMetrics, cell: Cell, metric: str) -> Floats:
     return scale * np.nan_to_num(metrics.resampled(cell, name))
 
 
-def _describe_nearest(choices: Sequence[Choice], group: str, confidence: float) -> str:
+def nearest(choices: Sequence[Choice]) -> Choice:
+    """Return the choice that is nearest to meeting every target."""
+
     def worst_margin(choice: Choice) -> float:
         """Return the margin furthest outside, as a share of the metric's value."""
         return min(m.inside.value / max(abs(m.value.value), 1e-9) for m in choice.margins)
 
-    nearest = max(choices, key=lambda choice: (choice.probability, worst_margin(choice)))
-    margins = "; ".join(map(str, nearest.margins))
+    return max(choices, key=lambda choice: (choice.probability, worst_margin(choice)))
+
+
+def _describe_nearest(choices: Sequence[Choice], confidence: float) -> str:
+    best = nearest(choices)
+    margins = "; ".join(map(str, best.margins))
     return (
-        f"no setting meets the targets on {group} with probability {confidence:g} or more; the"
-        f" nearest is {nearest.setting.name} with {nearest.probability:.2f} ({margins})."
+        f"no setting meets the targets on {best.group} with probability {confidence:g} or more; the"
+        f" nearest is {best.setting.name} with {best.probability:.2f} ({margins})."
         " Loosen a target, or evaluate more settings"
     )
 
