@@ -1,7 +1,7 @@
 """Products of a bfloat16 matrix with a few vectors, compiled for the CPU that runs them.
 
 Where a CPU has no instructions for bfloat16, torch's operators convert each number of the matrix
-once for every vector, or write a converted copy. The loop that `torch.compile` makes of `_product`
+once for every vector, or write a converted copy. The loop that `torch.compile` makes of `_product_of`
 converts a number once, in a register, while it waits for the memory anyway: a block of eight
 vectors then takes little longer than one. It needs a C++ compiler, and a few seconds for each of a
 few kernels, which torch keeps on disk for the next start.
@@ -42,7 +42,7 @@ def multiply(inputs_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """
     count = len(inputs_MK)
     wide_MK = pad(inputs_MK.float(), (0, 0, 0, count % _STEP))
-    return _kernels()[len(wide_MK)](wide_MK.unbind(), weight_NK)[:count]
+    return _kernels()[len(wide_MK)](wide_MK, weight_NK)[:count]
 
 
 def pays(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
@@ -67,9 +67,14 @@ def pays(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
     return compiled_s < min(_seconds(plain, inputs_MK, weight_NK) for _ in range(_TRIES))
 
 
-def _product(rows_K: tuple[Tensor, ...], weight_NK: Tensor) -> Tensor:
-    wide_NK = weight_NK.float()
-    return torch.stack([(wide_NK * row_K).sum(-1) for row_K in rows_K])
+def _product_of(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def product(wide_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        wide_NK = weight_NK.float()
+        return torch.stack([(wide_NK * wide_MK[row]).sum(-1) for row in range(rows)])
+
+    # torch compiles one code object for a limited number of signatures only.
+    code = product.__code__.replace(co_name=f"product_of_{rows}")
+    return FunctionType(code, globals(), closure=product.__closure__)
 
 
 @cache
@@ -79,10 +84,8 @@ def _kernels() -> Mapping[int, Callable[..., Tensor]]:
 
 
 def _kernel(rows: int) -> Callable[..., Tensor]:
-    # torch compiles one code object for a limited number of signatures only.
-    code = _product.__code__.replace(co_name=f"product_of_{rows}")
     return torch.compile(
-        FunctionType(code, globals()),
+        _product_of(rows),
         dynamic=True,
         options={
             "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum at once
