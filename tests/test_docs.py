@@ -5,22 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shlex
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 from pydantic import TypeAdapter
-from ray.serve.schema import ServeDeploySchema
-from typer.main import get_command
 
 from cascade import demo
 from cascade.api.schema import Options
-from cascade.cli import app as command_line
-from cascade.evaluation.grid import GridBlock
 from cascade.observability.metric_specs import ENGINE, ROUTER
 from cascade.settings import Application
 from cascade.types import Statistics
@@ -41,7 +34,6 @@ QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", ARCHITECTURE)))
 FILES = [text for text in QUOTED if re.fullmatch(r"[\w./]+(\.\w+|/)", text) and " " not in text]
 PATHS = [text for text in FILES if "/" in text or text.endswith(".py")]
 NAMES = [text for text in QUOTED if re.fullmatch(r"[a-z_]+(\.\w+)+", text) and text not in PATHS]
-TASKS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["poe"]["tasks"]
 KEYS = set(re.findall(r"`([^`\n]+)`", REFERENCE))
 
 
@@ -134,58 +126,6 @@ def test_the_reference_describes_every_setting_field_and_metric() -> None:
     wanted = settings_keys() | set(Options.model_fields)
     wanted |= set(Statistics.__dataclass_fields__) | {metric.name for metric in (*ROUTER, *ENGINE)}
     assert wanted <= described, wanted - described
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-COMMANDS = sorted(
-    {
-        line.removeprefix("$ ")
-        for page in PAGES
-        for block in blocks(page, "console")
-        for line in re.sub(r"\\\n|  +#.*|export \w+=\S+|.* && ", " ", block).splitlines()
-        if re.match(r"(\$ )?(cascade|poe|pytest|python -m) ", line)
-    }
-)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_a_page_is_accepted(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its options and choices are known; what it runs is there."""
-    monkeypatch.setenv("CASCADE_LEASE_TOKEN", "secret")
-    program, *words = shlex.split(line)
-    for word in words:
-        if re.match(r"(cluster|docs|tests|deployments|protos)/", word):
-            assert (ROOT / word).exists(), word
-    match program:
-        case "cascade":
-            command: Any = get_command(command_line)
-            while inner := getattr(command, "commands", None):
-                command = inner[words.pop(0)]
-            command.make_context(command.name, words)
-        case "poe":
-            assert words[0] in TASKS
-        case "python":
-            assert (PACKAGE.parent / words[1].replace(".", "/")).with_suffix(".py").exists()
-        case _:
-            assert "chaos" in words or "gpu" in words
-
-
-def test_the_yaml_of_a_page_is_accepted() -> None:
-    found = [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml")]
-    assert len(found) > 1
-    for document in found:
-        if "curves" in document:
-            assert GridBlock.model_validate(document).settings()
-        else:
-            deployments = document.pop("deployments", [])
-            application = {"import_path": "cascade.app:build", "deployments": deployments}
-            ServeDeploySchema.model_validate({"applications": [application]})
-            settings = Application.model_validate(document)
-            for one in deployments:
-                settings.changed(one.get("user_config", {}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

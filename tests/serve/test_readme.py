@@ -1,4 +1,4 @@
-"""What the READMEs show works as it stands, but for the ports."""
+"""What the READMEs and the pages of docs/ show works as it stands, but for the ports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from tests.serve.conftest import Server
 
 TEXT = (ROOT / "README.md").read_text()
-PROTOS = (ROOT / "protos" / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT + PROTOS, re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "protos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = {
+    f"{page.relative_to(ROOT)} {number}": code
+    for page in PAGES
+    if page.name != "clients.md"  # tests/integration/test_clients.py runs those
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
 CURL = re.findall(r"```console\n(curl .*?)```", TEXT, re.DOTALL)
 
 
@@ -23,9 +28,9 @@ def here(text: str, server: Server) -> str:
     return text.replace("http://127.0.0.1:8000", server.http).replace("127.0.0.1:9000", server.grpc)
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize("code", PYTHON.values(), ids=PYTHON)
 def test_a_python_example_prints_an_answer(server: Server, code: str) -> None:
-    run = subprocess.run(  # noqa: S603 - the README's own words
+    run = subprocess.run(  # noqa: S603 - the page's own words
         [sys.executable, "-c", here(code, server)],
         capture_output=True,
         text=True,
