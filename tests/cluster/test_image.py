@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tests.cluster.test_yaml import FOLDER
 
 if TYPE_CHECKING:
@@ -42,6 +45,26 @@ def test_the_image_runs_without_root_and_its_base_can_be_pinned() -> None:
     assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) == {"${BASE}"}
     [ray] = re.findall(r"^ray==(.+)$", (FOLDER / "constraints.txt").read_text(), re.MULTILINE)
     assert f"ARG BASE=rayproject/ray:{ray}-" in DOCKERFILE
+
+
+def test_the_lock_file_has_the_tested_versions_of_all_that_is_needed_with_hashes() -> None:
+    """It names no index; `pip install --require-hashes` refuses whatever lacks a hash."""
+    text = (FOLDER / "requirements.lock").read_text()
+    assert "://" not in text
+    locked: dict[str, str] = {}
+    for entry in re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]:
+        found = re.fullmatch(r"(\S+)==(\S+)(( \\\n)? +--hash=sha256:[0-9a-f]{64})+\n", entry)
+        assert found is not None, entry
+        locked[canonicalize_name(found[1])] = found[2]
+    lines = (FOLDER / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for name, version in tested.items():
+        assert locked.get(canonicalize_name(name), version) == version, name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["tensor-parallel"]
+    for needed in map(Requirement, (*project["dependencies"], *extra)):
+        assert needed.specifier.contains(locked[canonicalize_name(needed.name)]), needed
+    assert "--require-hashes -r requirements.lock" in DOCKERFILE
 
 
 @pytest.mark.slow
