@@ -210,6 +210,11 @@ async def test_a_lease_that_is_not_granted_yet_is_the_cause_of_a_missing_draft()
     assert (await drafter.propose(session(9, 9), PLAN)).block.tokens == (7,)
 
 
+async def test_a_drafter_whose_text_gives_no_token_is_the_cause_of_a_missing_draft() -> None:
+    drafter = best_effort(FakeTier(drafting()))
+    assert (await drafter.propose(session(), PLAN)).undrafted == "empty"
+
+
 async def test_a_drafter_that_holds_no_more_of_an_answer_is_not_asked_again() -> None:
     tier = FakeTier(failing(ContextTooLong("600 tokens do not fit")))
     drafter = best_effort(tier)

@@ -78,7 +78,8 @@ ROUNDS = _counter("cascade_rounds", "Draft blocks by what decided their length",
 UNDRAFTED = _counter(
     "cascade_undrafted_rounds",
     "Rounds in which the expert wrote alone although a draft was wanted: lease (none granted yet), "
-    "late, lost, full, broken, collapsed (its drafts are rejected) or context (too short)",
+    "late, lost, full, broken, collapsed (its drafts are rejected), context (too short) or empty "
+    "(its text gave no token to draft)",
     "rule cause",
 )
 DRAFTED = _counter(

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 MIN_AHEAD_CHANCE = 0.2  # of a whole block's acceptance, below which drafting ahead is wasted
 ALIGNMENT_TOKENS = 3  # committed tokens that must recur in a prediction to resume it there
 LEASE_WAIT_SHARE = 0.1  # of the draft deadline, that a new session waits for its first lease
-NO_LEASE = "lease"  # the cause of a missing draft where no tier has failed
+# The causes of a missing draft where no tier has failed.
+NO_LEASE = "lease"
+NO_TOKENS = "empty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +162,8 @@ class BestEffortDrafter:
     The answer waits for a block until the deadline, once. A late drafter keeps the session, since
     it may only have a long prompt to prefill. From then on the answer does not wait for it, until
     one of its blocks comes in time. The answer waits for a lease only when it begins, and briefly.
-    A draft that is missing says why: how the tier failed, or `lease` while no lease is granted yet.
+    A draft that is missing says why: how the tier failed, `lease` while no lease is granted yet, or
+    `empty` if the drafter's text gives no token to draft.
     """
 
     def __init__(
@@ -193,7 +196,8 @@ class BestEffortDrafter:
         draft = await self._remote.propose(session, plan) if ready else NO_DRAFT
         if draft.block.length or draft.deferred:
             return draft
-        return replace(draft, undrafted=str(self._tier_session.retry_state.last or NO_LEASE))
+        failure = self._tier_session.retry_state.last
+        return replace(draft, undrafted=str(failure or (NO_TOKENS if ready else NO_LEASE)))
 
     def observe(self, session: Session, draft: Draft, verdict: Verdict) -> None:
         """Record how much of a draft was accepted."""
