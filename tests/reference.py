@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import regex
@@ -66,6 +66,7 @@ class PositionProbs:
     p: Tensor
     q0: Tensor
     p0: Tensor
+    follows: bool = True  # the rule; else p, because the divergence budget is spent
 
 
 def processed(
@@ -164,6 +165,7 @@ def inverse_cdf(weights: Tensor, uniform: float) -> int:
 def target_distribution(rule: Rule, at: PositionProbs) -> tuple[Tensor, Tensor]:
     """Return pi = T(q, p) and which tokens are deferred, both [V]."""
     q, p, q0, p0 = at.q, at.p, at.q0, at.p0
+    rule = rule if at.follows else Lossless()
     match rule:
         case Lossless():
             return p, q > p
@@ -252,6 +254,8 @@ class ModelPair:
     drafter: Model
     expert: Model
     policy: DecodingParams
+    divergences: list[float] = field(default_factory=list[float])  # of the tokens so far
+    spent: set[str] = field(default_factory=set[str])  # "budget" once it is
 
     def probs_after(self, answer: Sequence[int]) -> PositionProbs:
         """Return the distributions of the token after an answer."""
@@ -367,6 +371,47 @@ def verified_round(pair: ModelPair, answer: Sequence[int], *, length: int) -> li
         last = positions[-1]
         tokens.append(pair.draw(last.q, Purpose.DRAFT, position=last.position, start=start))
     positions.append(pair.probs_after([*answer, *tokens]))
+    positions = _within_budget(pair, positions)
+    text = _verified(pair, tokens, positions)
+    _record_divergence(pair, tokens, positions[: len(text)])
+    return text
+
+
+def _within_budget(pair: ModelPair, positions: Sequence[PositionProbs]) -> list[PositionProbs]:
+    """Return the positions of a block with what is left of the divergence budget at each."""
+    budget = pair.policy.divergence_budget
+    if budget is None:
+        return list(positions)
+    spent, found = math.fsum(pair.divergences), list[PositionProbs]()
+    for at in positions:
+        spent += divergence(pair.policy.rule, at)
+        found.append(replace(at, follows=not pair.spent and spent <= budget + 1e-7))
+    return found
+
+
+def divergence(rule: Rule, at: PositionProbs) -> float:
+    """Return the total variation between what is followed and the expert's distribution."""
+    return float((target_distribution(rule, at)[0] - at.p).clamp_min(0).sum())
+
+
+def _record_divergence(
+    pair: ModelPair, drafted: Sequence[int], committed: Sequence[PositionProbs]
+) -> None:
+    """Record the divergence of the tokens that a round commits; one after its block may have 0."""
+    judged = len(drafted) + (pair.policy.bonus is Bonus.TARGET and bool(drafted))
+    pair.divergences.extend(
+        divergence(pair.policy.rule, at) if index < judged else 0.0
+        for index, at in enumerate(committed)
+    )
+    if not all(at.follows for at in committed[:judged]):
+        pair.spent.add("budget")
+
+
+def _verified(
+    pair: ModelPair, tokens: Sequence[int], positions: Sequence[PositionProbs]
+) -> list[Token]:
+    """Return the accepted tokens of a block, and one of the expert's."""
+    start = positions[0].position
     if is_gumbel(pair.policy):
         return verify_gumbel(pair, tokens, positions)
     accepted, weights = (verify_block if is_blockwise(pair.policy) else verify_tokens)(

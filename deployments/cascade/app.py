@@ -198,7 +198,7 @@ class RouterDeployment:
         # Serve's own checks do not ask whether a router is ready: one without experts must not die.
         self._watch = asyncio.create_task(router.watch())
         self._pair = pair
-        observed = settings.observe(router, ServeMetrics(ROUTER))
+        observed = settings.observe(router, ServeMetrics(ROUTER), suspects=router.suspects)
         self._context = settings.serving_context(
             observed,
             pair,

@@ -51,6 +51,7 @@ from cascade.types import (
     Mode,
     Natural,
     Positive,
+    Prices,
     Request,
     Seconds,
 )
@@ -200,6 +201,7 @@ class TierSettings(Settings):
     connect_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 120.0
     pass_timeout_s: Seconds = 120.0  # of a forward pass, after which the replica counts as hung
+    price_per_s: NonNegative | None = None  # of a replica, in any unit that both tiers share
 
     @model_validator(mode="after")
     def _one_way_to_count(self) -> "TierSettings":
@@ -414,6 +416,11 @@ class Application(Settings):
         return pair
 
     @property
+    def prices(self) -> Prices:
+        """Return what a second of a replica costs."""
+        return Prices(drafter=self.drafter.price_per_s, expert=self.expert.price_per_s)
+
+    @property
     def tls_files(self) -> TlsFiles | None:
         """Return the files of TLS between router and tiers, if they are set."""
         return None if self.tls is None else TlsFiles(**dict(self.tls))
@@ -433,9 +440,23 @@ class Application(Settings):
             source_tokens=expert.source,
         )
 
-    def observe(self, generator: Generator, backend: MetricBackend) -> ObservedGenerator:
-        """Return the generator with its answers measured in `backend`, logged and traced."""
-        observers: list[Observer] = [RequestMetrics(backend, model=self.name)]
+    def observe(
+        self,
+        generator: Generator,
+        backend: MetricBackend,
+        *,
+        suspects: Callable[[], Mapping[str, int]] = dict,
+    ) -> ObservedGenerator:
+        """Return the generator with its answers measured in `backend`, logged and traced.
+
+        Args:
+            generator: Generates answers.
+            backend: Takes their metrics.
+            suspects: Returns how many drafters are under suspicion, by the kind of the rule.
+        """
+        observers: list[Observer] = [
+            RequestMetrics(backend, model=self.name, prices=self.prices, suspects=suspects)
+        ]
         if self.log_answers:
             observers.append(RequestLog())
         return ObservedGenerator(generator, observers=observers)
@@ -483,6 +504,7 @@ class Application(Settings):
             warnings=warnings,
             cors=self.cors,
             metrics=metrics,
+            prices=self.prices,
             keys=self._keys(),
         )
 

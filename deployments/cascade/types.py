@@ -21,6 +21,7 @@ SessionId = NewType("SessionId", str)
 Positive: TypeAlias = Annotated[int, Gt(0)]
 Natural: TypeAlias = Annotated[int, Ge(0)]
 Seconds: TypeAlias = Annotated[float, Gt(0)]
+Divergence: TypeAlias = Annotated[float, Ge(0), Le(1e6)]  # of an answer; of a token at most 1
 RepetitionPenalty: TypeAlias = Annotated[float, Ge(1e-6), Le(10)]  # below, logits may overflow
 
 
@@ -179,6 +180,8 @@ class DecodingParams:
     seed: int = 0  # 0 .. 2**63 - 1
     stop_ids: tuple[int, ...] = ()  # committed, and nothing is generated after one of them
     logprobs: int | None = None  # alternatives reported per token; None reports nothing
+    # Most divergence of the answer, see `Verdict`; then it follows the expert. None: any.
+    divergence_budget: float | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -269,7 +272,9 @@ class Verdict:
     """The result of judging a block: the tokens to commit and who wrote each.
 
     `tokens` are the first `accepted` of the block, then one recovered or bonus token, unless the
-    block ends the answer or there is no bonus.
+    block ends the answer or there is no bonus. The divergence of a token is the total variation
+    between the distribution that it follows and the expert's; None where the expert does not know
+    the drafter's distribution, or never saw the token.
     """
 
     accepted: int
@@ -278,6 +283,13 @@ class Verdict:
     judged: int = 0  # drafted positions that the rule decided on
     deferred: int = 0  # of those, how many it deferred to the expert
     logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float | None, ...] = ()  # of each of `tokens`, or of none
+    divergence_left: float | None = None  # of the budget after these tokens, if there is one
+
+    def divergence(self, count: int) -> tuple[float, int]:
+        """Return that of the first tokens: the sum of what is known, and how many are not."""
+        known = [one for one in self.divergences[:count] if one is not None]
+        return sum(known), min(count, len(self.tokens)) - len(known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,11 +302,17 @@ class Session:
     tokens: tuple[int, ...] = ()
     origins: tuple[Origin, ...] = ()
     source: tuple[int, ...] = ()  # what an encoder reads; the prompt then begins the answer
+    divergence_left: float | None = None  # of the policy's budget, if it has one
 
     @property
     def position(self) -> int:
         """Return the number of committed tokens."""
         return len(self.tokens)
+
+    @property
+    def rule(self) -> Rule:
+        """Return the policy's rule, or lossless once the divergence budget is spent."""
+        return Lossless() if self.divergence_left == 0 else self.policy.rule
 
     @property
     def finished(self) -> bool:
@@ -309,6 +327,7 @@ def advance(session: Session, verdict: Verdict, *, limit: int) -> Session:
         session,
         tokens=session.tokens + verdict.tokens[:budget],
         origins=session.origins + verdict.origins[:budget],
+        divergence_left=verdict.divergence_left,
     )
 
 
@@ -397,6 +416,7 @@ class Round:
     draft_ms: float
     judge_ms: float
     undrafted: str = ""  # why the expert wrote alone, though a draft was wanted
+    divergence: float | None = None  # of its tokens; None if it is not known of all
 
 
 @dataclass(slots=True, kw_only=True)
@@ -418,9 +438,14 @@ class Statistics:
     predicted_rejected: int = 0
     branched_rounds: int = 0  # whose block was drafted in advance on a less likely verdict
     lost_mass: float = 0.0  # of drafters, on tokens that the expert has not; over drafted tokens
+    divergence: float = 0.0  # from the expert's distributions, over tokens of which it is known
+    unmeasured_tokens: int = 0  # committed ones of which it is not
+    spent_budgets: int = 0  # 1: the divergence budget was used up, and the expert followed
     cached_prompt_tokens: int = 0
     drafter_s: float = 0.0  # seconds the router waited for each tier
     expert_s: float = 0.0
+    drafter_pass_s: float = 0.0  # seconds of passes of each tier, shared by the tokens in them
+    expert_pass_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
     failovers: int = 0
@@ -437,6 +462,28 @@ class Statistics:
         """Return the number of committed tokens."""
         drafted = self.drafter_tokens + self.kept_tokens
         return drafted + self.expert_tokens + self.forced_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """What a second of a replica of each tier costs, in one unit; None where it is not known."""
+
+    drafter: float | None = None
+    expert: float | None = None
+
+    def of(self, statistics: Statistics) -> Prices:
+        """Return what answers cost of each tier."""
+        drafter, expert = self.drafter, self.expert
+        return Prices(
+            drafter=None if drafter is None else drafter * statistics.drafter_pass_s,
+            expert=None if expert is None else expert * statistics.expert_pass_s,
+        )
+
+    @property
+    def total(self) -> float | None:
+        """The sum of what is known; None if nothing is."""
+        known = [one for one in (self.drafter, self.expert) if one is not None]
+        return sum(known) if known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

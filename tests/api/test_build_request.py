@@ -205,6 +205,53 @@ def test_a_rule_alone_means_a_cascade(service: ServingContext) -> None:
     assert request(alone, cascade={"rule": {"kind": "lossless"}}).mode is Mode.CASCADE
 
 
+def budget(service: ServingContext, **options: Any) -> float | None:
+    return request(service, cascade=options).policy.divergence_budget
+
+
+def test_a_divergence_budget_is_that_of_the_request_or_the_default(service: ServingContext) -> None:
+    assert budget(service) is None
+    assert budget(service, divergence_budget=0.25) == 0.25
+    bounded = replace(service, defaults=Defaults(divergence_budget=0.5))
+    assert budget(bounded) == 0.5
+    assert budget(bounded, divergence_budget=7) == 7
+    assert budget(bounded, mode="drafter_only") is None, "no expert could hold it to that"
+
+
+def test_a_limit_of_divergence_bounds_every_answer(service: ServingContext) -> None:
+    limited = replace(service, limits=Limits(divergence_budget=0.5))
+    assert budget(limited) == 0.5
+    assert budget(limited, divergence_budget=0) == 0
+    assert budget(replace(limited, defaults=Defaults(divergence_budget=0.1))) == 0.1
+    with pytest.raises(InvalidRequest, match=r"is 0\.6; this server allows at most 0\.5") as found:
+        budget(limited, divergence_budget=0.6)
+    assert found.value.param == "cascade.divergence_budget"
+    with pytest.raises(InvalidRequest, match="this server has a divergence budget"):
+        budget(limited, mode="token_cascade")
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"mode": "drafter_only"}, "cascade.mode"),
+        ({"mode": "sequence_cascade"}, "cascade.mode"),
+        ({"mode": "token_cascade"}, "cascade.mode"),
+        ({"on_expert_loss": "drafter"}, "cascade.on_expert_loss"),
+    ],
+)
+def test_a_divergence_budget_that_cannot_hold_is_refused(
+    service: ServingContext, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="the request has a divergence budget") as found:
+        budget(service, divergence_budget=0.5, **options)
+    assert found.value.param == param
+
+
+def test_defaults_that_cannot_hold_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="on_expert_loss: fail"):
+        TypeAdapter(Defaults).validate_python({"divergence_budget": 1, "on_expert_loss": "drafter"})
+
+
 def test_draft_tokens_has_a_limit_and_auto_means_none(service: ServingContext) -> None:
     fixed = replace(service, defaults=Defaults(draft_tokens=5))
     assert request(fixed).draft_tokens == 5

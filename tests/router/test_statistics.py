@@ -24,6 +24,8 @@ VERDICT = Verdict(
     origins=(Origin.DRAFTER, Origin.KEPT, Origin.EXPERT),
     judged=3,
     deferred=1,
+    divergences=(0.25, None, 0.5),
+    divergence_left=0.0,
 )
 
 
@@ -58,6 +60,17 @@ def test_tokens_are_counted_by_origin() -> None:
     assert statistics.draft_length_reason == "requested"
     assert statistics.draft_length_reasons == {"requested": 1}
     assert statistics.undrafted_rounds == {}
+
+
+def test_divergences_add_up_where_they_are_known() -> None:
+    statistics = recorded(Draft(block=Block(tokens=(4, 5, 9))), trace=True)
+    assert (statistics.divergence, statistics.unmeasured_tokens) == (0.75, 1)
+    assert statistics.trace[0].divergence is None
+    assert statistics.spent_budgets == 1
+    cut = recorded(Draft(block=Block(tokens=(4, 5, 9))), limit=1, trace=True)
+    assert (cut.divergence, cut.unmeasured_tokens, cut.trace[0].divergence) == (0.25, 0, 0.25)
+    discard_drafts(statistics)
+    assert (statistics.divergence, statistics.unmeasured_tokens) == (0.0, 0)
 
 
 def test_tokens_beyond_the_answer_are_not_counted() -> None:

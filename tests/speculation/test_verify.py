@@ -65,6 +65,8 @@ CONSTRAINTS = [
     TokenConstraints(min_tokens=3, allowed_ids=(0, 1, 2, 4, 5, 8), bad_words=((1, 1), (8, 0))),
 ]
 
+BUDGETS = [None, 0.3, 1.7, 0.0, None, 0.8, 2.0]
+
 GRID = list(
     itertools.product(ALL_RULES, Coupling, Bonus, Verification, RowFormat, range(len(SAMPLINGS)))
 )
@@ -84,13 +86,14 @@ def policy_at(index: int) -> DecodingParams:
         seed=index * 7919 + 2**33,
         stop_ids=(5,) if index % 3 == 0 else (),
         constraints=CONSTRAINTS[index // len(SAMPLINGS) % len(CONSTRAINTS)],
+        divergence_budget=BUDGETS[index % len(BUDGETS)],
     )
 
 
 def reference_answer(
     prompt: Sequence[int], policy: DecodingParams, *, draft_tokens: int, max_tokens: int
-) -> list[reference.Token]:
-    """Return what the slow reference writes if every block is judged, whatever the rule."""
+) -> tuple[list[reference.Token], list[float]]:
+    """Return what the slow reference writes if every block is judged, and its divergences."""
     pair = reference.ModelPair(
         prompt=tuple(prompt), drafter=PAIR.drafter, expert=PAIR.expert, policy=policy
     )
@@ -98,7 +101,7 @@ def reference_answer(
     while len(text) < max_tokens and not pair.has_ended(answer := [token for token, _ in text]):
         budget = max_tokens - len(text) - expert_slots(policy)
         text += reference.verified_round(pair, answer, length=min(draft_tokens, budget))
-    return text[:max_tokens]
+    return text[:max_tokens], pair.divergences
 
 
 def assert_fast_equals_slow(indices: Sequence[int]) -> None:
@@ -106,10 +109,15 @@ def assert_fast_equals_slow(indices: Sequence[int]) -> None:
     policies = [policy_at(i) for i in indices]
     prompts = [(i % VOCAB, (i // 7) % VOCAB) for i in indices]
     lengths = [i % 6 for i in indices]
-    fast = PAIR.decode(policies, prompts, draft_tokens=lengths, max_tokens=14)
-    for policy, prompt, length, text in zip(policies, prompts, lengths, fast, strict=True):
-        slow = reference_answer(prompt, policy, draft_tokens=length, max_tokens=14)
-        assert text == slow, policy
+    fast = PAIR.answers(policies, prompts, draft_tokens=lengths, max_tokens=14)
+    for policy, prompt, length, answer in zip(policies, prompts, lengths, fast, strict=True):
+        slow, divergences = reference_answer(prompt, policy, draft_tokens=length, max_tokens=14)
+        assert answer.text[:14] == slow, policy
+        known = zip(answer.divergences, divergences, strict=True)
+        assert all(one is None or one == pytest.approx(two, abs=1e-5) for one, two in known), policy
+        if policy.divergence_budget is not None:
+            assert None not in answer.divergences
+            assert sum(divergences) <= policy.divergence_budget + 1e-5
 
 
 def test_the_fast_path_equals_the_slow_reference() -> None:

@@ -150,6 +150,31 @@ class ModelPair:
         return target_distribution(self.rule, q, p, q, p)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetedPair(ModelPair):
+    """The rule as long as its divergences are within a budget; from then on the expert."""
+
+    budget: Fraction
+
+    def left(self, text: tuple[int, ...]) -> Fraction:
+        """Return what is left of the budget after a text."""
+        left = self.budget
+        for length in range(len(text)):
+            spent = self.divergence(text[:length])
+            left = left - spent if spent <= left else Fraction(0)
+        return left
+
+    def divergence(self, text: tuple[int, ...]) -> Fraction:
+        """Return the total variation between the rule's distribution and the expert's."""
+        q, p = self.q(text), self.p(text)
+        return distance(target_distribution(self.rule, q, p, q, p), p)
+
+    def pi(self, text: tuple[int, ...]) -> Probs:
+        q, p = self.q(text), self.p(text)
+        within = self.divergence(text) <= self.left(text)
+        return target_distribution(self.rule, q, p, q, p) if within else p
+
+
 def product(pair: ModelPair, length: int) -> Texts:
     """Return the distribution of answers: the product of pi."""
     texts: Texts = {(): Fraction(1)}

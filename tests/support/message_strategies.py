@@ -44,6 +44,8 @@ BIASES = st.floats(-1e30, 1e30)
 
 PROBABILITIES = st.floats(0, 1)
 
+BUDGETS = st.none() | st.floats(0, 1e6)
+
 LOGPROBS = st.floats(max_value=0)
 
 # Protobuf text is UTF-8, which has no lone surrogates.
@@ -117,6 +119,8 @@ def verdicts(draw: st.DrawFn) -> Verdict:
         judged=draw(COUNTS),
         deferred=draw(COUNTS),
         logprobs=draw(exactly(logprobs, reported)),
+        divergences=draw(exactly(st.none() | PROBABILITIES, draw(st.sampled_from((0, count))))),
+        divergence_left=draw(BUDGETS),
     )
 
 
@@ -187,6 +191,7 @@ policies = st.builds(
     seed=LONGS,
     stop_ids=several(TOKENS),
     logprobs=st.none() | COUNTS,
+    divergence_budget=BUDGETS,
 )
 
 ids: dict[str, st.SearchStrategy[Any]] = {"session_id": IDS, "epoch": LONGS}
@@ -197,7 +202,12 @@ DIGESTS = st.integers(0, 2**64 - 1)
 DURATIONS = st.integers(0, 10**12).map(lambda microseconds: microseconds / 1e6)
 
 timings = st.builds(
-    messages.Timing, service_s=DURATIONS, step_s=DURATIONS, tokens=COUNTS, sessions=COUNTS
+    messages.Timing,
+    service_s=DURATIONS,
+    step_s=DURATIONS,
+    tokens=COUNTS,
+    sessions=COUNTS,
+    taken_s=DURATIONS,
 )
 
 prefixes = ids | {"position": st.integers(8, 2**63 - 1), "digest": DIGESTS}
@@ -230,7 +240,12 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         branches=COUNTS,
     ),
     messages.Judge: st.builds(
-        messages.Judge, **prefixes, block=blocks(), tokens=several(TOKENS), ahead=COUNTS
+        messages.Judge,
+        **prefixes,
+        block=blocks(),
+        tokens=several(TOKENS),
+        ahead=COUNTS,
+        divergence_left=BUDGETS,
     ),
     messages.Score: st.builds(
         messages.Score, **ids, lease=TEXTS, tokens=several(TOKENS, 1), top=COUNTS

@@ -30,6 +30,7 @@ from cascade.speculation.modes import RULES
 from cascade.types import (
     Coupling,
     DecodingParams,
+    ExpertLoss,
     Mode,
     Request,
     SamplingParams,
@@ -358,6 +359,7 @@ def _request(body: Generated, service: ServingContext, *, logprobs: int | None) 
         row_entries=min(defaults.row_entries, service.tokenizer.vocabulary),
         stop_ids=stop_ids,
         logprobs=logprobs,
+        divergence_budget=_divergence_budget(options, service, mode),
     )
     return Request(
         prompt=(),
@@ -377,6 +379,36 @@ def _mode(options: Options, defaults: Defaults) -> Mode:
     """Return the mode; a request that has its own rules and names no mode means a cascade."""
     has_rule = options.rule is not None or options.phases is not None
     return options.mode or (Mode.CASCADE if has_rule else defaults.mode)
+
+
+def _divergence_budget(options: Options, service: ServingContext, mode: Mode) -> float | None:
+    """Return the most divergence of an answer; None: any.
+
+    Raises:
+        InvalidRequest: It is more than allowed, or the request has parts that it cannot hold for.
+    """
+    given, most = options.divergence_budget, service.limits.divergence_budget
+    if most is not None:
+        check_at_most(given or 0.0, most, "cascade.divergence_budget")
+    verified = mode in {Mode.CASCADE, Mode.SPECULATIVE, Mode.EXPERT_ONLY}
+    default = service.defaults.divergence_budget if verified else None
+    budget = next((one for one in (given, default, most) if one is not None), None)
+    if budget is None:
+        return None
+    whose = "this server has" if given is None else "the request has"
+    if not verified:
+        raise InvalidRequest(
+            f"{whose} a divergence budget, which needs an expert that verifies every token; mode"
+            f" {mode} has none: use cascade or speculative",
+            param="cascade.mode",
+        )
+    if (options.on_expert_loss or service.defaults.on_expert_loss) is ExpertLoss.DRAFTER:
+        raise InvalidRequest(
+            f"{whose} a divergence budget, which cannot hold if the drafter finishes the answer;"
+            " send `on_expert_loss`: `fail`",
+            param="cascade.on_expert_loss",
+        )
+    return budget if most is None else min(budget, most)
 
 
 def _sampling(body: Generated, service: ServingContext) -> SamplingParams:

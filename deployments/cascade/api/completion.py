@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import ServingContext
     from cascade.api.keys import ApiKey
-    from cascade.types import Request, TokenLogprob
+    from cascade.types import Prices, Request, TokenLogprob
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -197,6 +197,7 @@ class Usage:
     accepted: int  # of the client's prediction if there is one, else of the drafter's tokens
     rejected: int
     statistics: Statistics
+    price: Prices  # of both tiers, where the settings have prices
 
 
 class Completions:
@@ -278,6 +279,7 @@ class Completions:
             accepted=total.predicted_accepted if predicted else total.accepted,
             rejected=total.predicted_rejected if predicted else total.drafted - total.accepted,
             statistics=total,
+            price=self._service.prices.of(total),
         )
 
 

@@ -18,11 +18,13 @@ from cascade.types import (
     Bonus,
     Confidence,
     Coupling,
+    Divergence,
     DrafterLoss,
     ExpertLoss,
     Mode,
     Natural,
     Positive,
+    Prices,
     RepetitionPenalty,
     RowFormat,
     Seconds,
@@ -60,6 +62,7 @@ class Limits:
     grammar_characters: Positive = 131072  # of a schema, a regular expression or the like
     tools: Positive = 128
     draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
+    divergence_budget: Divergence | None = None  # every answer then has one; None: any or none
     body_bytes: Positive = 2_000_000
 
 
@@ -107,6 +110,15 @@ class Defaults:
     deadline_s: Seconds | None = None  # of a request; `router.max_generation_s` applies too
     on_expert_loss: ExpertLoss = ExpertLoss.FAIL
     on_drafter_loss: DrafterLoss = DrafterLoss.EXPERT
+    divergence_budget: Divergence | None = None  # None: any; in modes in which experts verify
+
+    def __post_init__(self) -> None:
+        """Check that the defaults can hold together."""
+        if self.divergence_budget is not None and self.on_expert_loss is ExpertLoss.DRAFTER:
+            raise ValueError(
+                "divergence_budget cannot hold if the drafter finishes answers; leave it out, or "
+                "set on_expert_loss: fail"
+            )
 
     def completed(self, checkpoint: Mapping[str, float]) -> Defaults:
         """Return the defaults with what a checkpoint says where these say nothing.
@@ -172,6 +184,7 @@ class ServingContext:
     text_drafts: bool = False  # drafts are text, which only some rules can judge
     grammars: GrammarChecker | None = None  # None: only the tiers find what is wrong with one
     completion_tokens: int = COMPLETION_TOKENS  # of a text completion that does not say
+    prices: Prices = field(default_factory=Prices)
     keys: Keys | None = None  # None: anyone may call
     quotas: Quotas = field(default_factory=Quotas)
     cors: Cors = field(default_factory=Cors)

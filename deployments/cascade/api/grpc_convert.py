@@ -15,7 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
-from cascade.api import build_request, tokenization
+from cascade.api import build_request, responses, tokenization
 from cascade.api.body import invalid_request, renamed
 from cascade.api.response_parser import MessageDelta
 from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -257,7 +257,11 @@ def _options(message: pb.Generation) -> dict[str, Any]:
         "on_expert_loss": _member(convert.EXPERT_LOSS, message.expert_loss),
         "on_drafter_loss": _member(convert.DRAFTER_LOSS, message.drafter_loss),
         "trace": message.trace,
-        **_present(message, draft_tokens="fixed_draft_length"),
+        **_present(
+            message,
+            draft_tokens="fixed_draft_length",
+            divergence_budget="divergence_budget",
+        ),
     }
     if message.HasField("automatic_draft_length"):
         options["draft_tokens"] = "auto"
@@ -361,6 +365,8 @@ def choice(completion: Completion, delta: Delta) -> pb.Choice:
         statistics = completion.statistics
         message.rounds.extend(map(_round, statistics.trace))
         message.undrafted_rounds.update(statistics.undrafted_rounds)
+        if (divergence := responses.divergence(statistics)) is not None:
+            message.divergence = divergence
     if completion.prompt_logprobs is not None:
         first = TokenLogprob(token=completion.request.prompt[0], logprob=math.nan)
         convert.encode_logprobs((first, *completion.prompt_logprobs), message.prompt_logprobs)
@@ -387,6 +393,7 @@ def _round(entry: Round) -> pb.Round:
         draft_duration=_duration(entry.draft_ms / 1000),
         judge_duration=_duration(entry.judge_ms / 1000),
         undrafted_cause=entry.undrafted,
+        divergence=entry.divergence,
     )
 
 
@@ -419,6 +426,15 @@ def usage(cost: Usage) -> pb.Usage:
         expert_loss_count=statistics.expert_losses,
         branched_round_count=statistics.branched_rounds,
         lost_mass=statistics.lost_mass,
+        divergence=responses.divergence(statistics),
+        unmeasured_token_count=statistics.unmeasured_tokens,
+        spent_budget_count=statistics.spent_budgets,
+        cost=pb.Cost(
+            drafter_pass_duration=_duration(statistics.drafter_pass_s),
+            expert_pass_duration=_duration(statistics.expert_pass_s),
+            drafter_price=cost.price.drafter,
+            expert_price=cost.price.expert,
+        ),
         undrafted_rounds=statistics.undrafted_rounds,
         drafter_duration=_duration(statistics.drafter_s),
         expert_duration=_duration(statistics.expert_s),

@@ -124,7 +124,7 @@ def check_ids(ids: Sequence[int], param: str, service: ServingContext) -> None:
         raise InvalidRequest(f"`{param}` has token id {bad}; ids are 0 to {size - 1}", param=param)
 
 
-def check_at_most(value: int, limit: int, param: str, unit: str = "") -> None:
+def check_at_most(value: float, limit: float, param: str, unit: str = "") -> None:
     """Check a number of the request against a limit of this server.
 
     Args:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cascade.api.output_processor import TokenText
     from cascade.engine.tokenizer import Tokenizer
     from cascade.errors import CascadeError
-    from cascade.types import TokenLogprob
+    from cascade.types import Statistics, TokenLogprob
 
 Json: TypeAlias = dict[str, Any]
 
@@ -312,6 +312,7 @@ def extensions(completion: Completion, delta: Delta, tokenizer: Tokenizer) -> Js
     if delta.finish:
         statistics = completion.statistics
         cascade["undrafted_rounds"] = statistics.undrafted_rounds
+        cascade["divergence"] = divergence(statistics)
         if completion.request.trace:
             cascade["trace"] = [asdict(entry) for entry in statistics.trace]
     extensions: Json = {"cascade": cascade}
@@ -403,11 +404,32 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _IMPOSSIBLE
 
 
+def divergence(statistics: Statistics) -> float | None:
+    """Return that of answers; None if it is not known of every token."""
+    return None if statistics.unmeasured_tokens else statistics.divergence
+
+
 def usage_object(usage: Usage) -> Json:
     """Return the usage; rejected draft tokens are not among the completion tokens."""
     statistics = usage.statistics
     cascade = asdict(statistics)
-    del cascade["trace"]
+    for name in ("trace", "drafter_pass_s", "expert_pass_s"):
+        del cascade[name]
+    cascade["divergence"] = divergence(statistics)
+    cascade["cost"] = {
+        "drafter": {
+            "seconds": statistics.drafter_pass_s,
+            "passes": statistics.drafter_passes,
+            "price": usage.price.drafter,
+        },
+        "expert": {
+            "seconds": statistics.expert_pass_s,
+            "passes": statistics.expert_passes,
+            "price": usage.price.expert,
+        },
+        "bytes": statistics.sent_bytes + statistics.received_bytes,
+        "price": usage.price.total,
+    }
     cascade["deferral_rate"] = _ratio(statistics.deferred, statistics.judged)
     cascade["mean_accepted_length"] = _ratio(statistics.accepted, statistics.rounds)
     return {

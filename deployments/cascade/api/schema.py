@@ -26,6 +26,7 @@ from cascade.types import (
     Bonus,
     Confidence,
     Coupling,
+    Divergence,
     DrafterLoss,
     ExpertLoss,
     Mode,
@@ -69,6 +70,8 @@ class Options(Body):
     """What happens if no expert is reachable: an error, or the drafter finishes the text."""
     on_drafter_loss: DrafterLoss | None = None
     """What happens while no drafter drafts: the expert writes alone, or the text waits for one."""
+    divergence_budget: Divergence | None = None
+    """Most divergence from the expert, over all tokens; once spent, the expert is followed."""
     trace: bool | None = False
     """Return every round of drafting and verification."""
 

@@ -225,6 +225,9 @@ def ask(  # noqa: PLR0913 - one parameter an option
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same text")] = None,
     chat: Chat = True,
+    divergence_budget: Annotated[
+        float | None, typer.Option(min=0, help="Most divergence from the expert")
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show every round")] = False,
     api_key: Key = None,
 ) -> None:
@@ -233,6 +236,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
         "mode": mode and mode.value,
         "rule": rule_object(rule, alpha),
         "draft_tokens": draft_length(draft_tokens),
+        "divergence_budget": divergence_budget,
         "trace": trace or None,
     }
     body: dict[str, Any] = {
@@ -368,6 +372,14 @@ def _statistics(statistics: dict[str, Any]) -> Table:
     table.add_row("bytes between the tiers", f"{number['sent_bytes'] + number['received_bytes']:,}")
     waits = f"{number['drafter_s']:.3f} s, {number['expert_s']:.3f} s"
     table.add_row("waited for drafter, expert", waits)
+    if cost := statistics.get("cost"):
+        taken = (f"{cost[tier]['seconds']:.3f} s" for tier in ("drafter", "expert"))
+        table.add_row("passes of drafter, expert took", ", ".join(taken))
+        if cost["price"] is not None:
+            table.add_row("price", f"{cost['price']:.6g}")
+        distance = statistics["divergence"]
+        shown = "not measured" if distance is None else f"{distance:.3f}"
+        table.add_row("divergence from the expert", shown)
     return table
 
 

@@ -250,7 +250,7 @@ def _http_app(
         loop = settings.router.loop(drafters=drafter, experts=expert)
         watch = asyncio.create_task(loop.watch())
         app.state.service = service = settings.serving_context(
-            settings.observe(loop, metrics),
+            settings.observe(loop, metrics, suspects=loop.suspects),
             pair,
             ready=loop.ready,
             warnings=loop.warnings,

@@ -233,7 +233,7 @@ class Drafter(Replica[Propose]):
         session, now_s = text.session, self.clock()
         message = replace(
             text.proposal(),
-            timing=self.timing(now_s - session.received_s, now_s=now_s),
+            timing=self.timing(session, now_s - session.received_s, now_s=now_s),
             cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
         )
         return Result(session=session, message=message)
@@ -418,7 +418,7 @@ class Drafter(Replica[Propose]):
         service_s = now_s - session.received_s if branch.is_requested(proposal) else 0.0
         message = replace(
             proposal,
-            timing=self.timing(service_s, now_s=now_s),
+            timing=self.timing(session, service_s, now_s=now_s),
             cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
         )
         return Result(session=session, message=message, done=False)

@@ -116,6 +116,8 @@ class Engine:
         self._meter = BusyMeter(clock=clock)
         self._idle_cores = IdleCores(clock=clock) if device.type == "cpu" else None
         self.current_pass = ForwardPass()  # whose logits the handler has; for the engine's thread
+        self._pass_began_s, self._pass_tokens = clock(), 0
+        self._sharing: list[CachedSequence] = []  # the sequences in the current pass
         # Tokens can be drawn from logits and run on the device, without a read between passes.
         self.decodes_ahead = device.type == "cuda" and self._ranks is None
         self._cycle_began_s: float | None = None  # None between cycles
@@ -186,6 +188,7 @@ class Engine:
             source_slots=self._source_slots,
         )
         run = len(logits) * len(sessions)
+        self._share(found, [len(logits)] * len(found))
         self._counters.passes += len(logits)
         self._counters.tokens += run
         self._counters.turns += run
@@ -225,6 +228,17 @@ class Engine:
         """Return how many tokens of `session`, source included, were cached when it opened."""
         sequence = self._cache.find(session)
         return sequence.reused + sequence.reused_source if sequence else 0
+
+    def taken_s(self, session: SessionId) -> float:
+        """Return the seconds that a session and its branches took of passes since it opened.
+
+        For the handler, on the engine's thread: the current pass counts up to now.
+        """
+        sequence = self._cache.find(session)
+        if sequence is None:
+            return 0.0
+        running_s = (self._clock() - self._pass_began_s) / max(1, self._pass_tokens)
+        return sequence.share.seconds + sequence.share.tokens * running_s
 
     def stats(self) -> EngineStats:
         """Return a snapshot of load and counters."""
@@ -406,7 +420,11 @@ class Engine:
                 self._counters.waited_s += now_s - request.submitted_s
                 request.submitted_s = None
         for one_pass in passes:
+            self._begin_pass()
+            counts = [chunk.count for chunk, _ in one_pass]
+            self._share([chunk.step.sequence for chunk, _ in one_pass], counts)
             self._forward(one_pass)
+            self._end_pass()
         self._meter.record(busy=True)
         self._cycle_began_s = None
 
@@ -450,6 +468,9 @@ class Engine:
             return failed
         for source in self._sources.waiting:
             self._counters.tokens += len(source.tokens)
+            self._begin_pass()
+            readers = [one.sequence for one in self._scheduler if one.sequence.source == source]
+            self._share(readers, [1] * len(readers))
             try:
                 assert isinstance(self.runner, EncoderDecoderRunner), "it has sources"
                 self.runner.encode(source.tokens, slots=self._sources.slots(source))
@@ -460,7 +481,25 @@ class Engine:
                 failed.add(source)
                 for step in [one for one in self._scheduler if one.sequence.source == source]:
                     self._abandon(step, error)
+            self._end_pass()
         return failed
+
+    def _begin_pass(self) -> None:
+        self._pass_began_s, self._pass_tokens, self._sharing = self._clock(), 0, []
+
+    def _share(self, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        """Count tokens of sequences in the current pass."""
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.share.tokens += count
+            self._pass_tokens += count
+            self._sharing.append(sequence)
+
+    def _end_pass(self) -> None:
+        """Divide the duration of the pass over the tokens in it."""
+        token_s = (self._clock() - self._pass_began_s) / max(1, self._pass_tokens)
+        for sequence in self._sharing:
+            sequence.share.seconds += sequence.share.tokens * token_s
+            sequence.share.tokens = 0
 
     def _unencoded(self, step: ScheduledStep) -> int:
         """Return how many tokens of a step's source are still to encode."""

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from cascade.engine.kv_pool import KVRangeAllocator
+from cascade.engine.stats import PassShare
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ class CachedSequence:
     reused: int = 0  # tokens found in the cache when the session opened
     reused_source: int = 0  # the source's, if it was encoded then
     last_used: int = 0  # tick
+    share: PassShare = field(default_factory=PassShare)  # a branch has its parent's
 
     def rewrite(self, *, base: int, tokens: Sequence[int], rope_length: int) -> None:
         """Keep `base` tokens and append `tokens`; tokens that do not change stay cached.
@@ -136,6 +138,7 @@ class KVCacheManager:
         sequence = self._reuse(tokens, rope_length=rope_length, source=source)
         sequence = sequence or CachedSequence(session=None)
         sequence.session, sequence.source, sequence.reused_source = session, source, 0
+        sequence.share = PassShare()
         sequence.tokens = list(tokens)
         sequence.rope_length = rope_length
         sequence.reused = sequence.cached
@@ -165,6 +168,7 @@ class KVCacheManager:
             return None
         sequence.session, sequence.parent = session, parent
         sequence.tokens, sequence.source = source.tokens[:base], source.source
+        sequence.share = source.share
         self._live[session] = sequence
         self.touch(sequence)
         return sequence

@@ -47,6 +47,17 @@ class EngineStats(EngineCounters):
     preemptions: int  # open sessions that lost their cache to others
 
 
+@dataclass(slots=True, eq=False)
+class PassShare:
+    """What a session and its branches have taken of forward passes.
+
+    Of each pass they take the part of its duration that their tokens are of all tokens in it.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0  # in the current pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
     """A forward pass: its start by the engine's clock, and its size."""

@@ -44,6 +44,7 @@ class _Verification:
     digest: int  # of prompt and committed tokens
     ahead: int  # tokens left to decode alone
     since_s: float  # when the message or the last verdict came
+    divergence_left: float | None  # of the policy's budget, if it has one
 
     @property
     def task(self) -> VerifyTask:
@@ -55,6 +56,7 @@ class _Verification:
             prompt=opened.prompt,
             answer=self.tokens,
             masks=self.session.masks,
+            divergence_left=self.divergence_left,
         )
 
     def commit(self, verdict: Verdict) -> ForwardRequest | None:
@@ -62,6 +64,7 @@ class _Verification:
         session = self.session
         kept = len(self.tokens) + verdict.accepted
         self.tokens.extend(verdict.tokens)
+        self.divergence_left = verdict.divergence_left
         self.digest = extend_digest(self.digest, verdict.tokens)
         ended = not verdict.tokens or verdict.tokens[-1] in session.opened.policy.stop_ids
         if ended or self.ahead == 0 or session.closed or session.queued:
@@ -135,6 +138,7 @@ class Expert(Replica[Judge]):
             digest=session.digest,
             ahead=max(0, min(message.ahead, room)),
             since_s=session.received_s,
+            divergence_left=message.divergence_left,
         )
         num_logits = rows_needed(policy, block.tokens)
         draft = block.tokens[: num_logits - 1]
@@ -212,7 +216,7 @@ class Expert(Replica[Judge]):
             digest=block.digest,
             verdict=verdict,
             cached_prompt_tokens=self.engine.cached_tokens(block.session.engine_id),
-            timing=self.timing(service_s, now_s=now_s),
+            timing=self.timing(block.session, service_s, now_s=now_s),
         )
 
     def _begin_scoring(self, connection: Connection, message: Score) -> None:

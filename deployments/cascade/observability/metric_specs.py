@@ -101,12 +101,40 @@ LOST_MASS = _counter(
     " them, the mean",
     "rule",
 )
+DIVERGENCE = _counter(
+    "cascade_divergence",
+    "Total variation between the distributions that were followed and the expert's, over tokens of"
+    " which it is known",
+    "rule",
+)
+UNMEASURED = _counter(
+    "cascade_unmeasured_tokens", "Committed tokens whose divergence is not known", "rule"
+)
+BUDGETS = _counter(
+    "cascade_divergence_budgets",
+    "Answers with a divergence budget that ended, by whether it was spent: spent or left",
+    "rule outcome",
+)
 PREDICTED = _counter(
     "cascade_predicted_tokens", "Tokens of clients' predictions, accepted or rejected", "outcome"
 )
 PASSES = _counter("cascade_passes", "Forward passes for answers", "tier")
+PASS_S = _counter(
+    "cascade_pass_seconds",
+    "Seconds of forward passes that answers took: of each pass the part that their tokens are of"
+    " all tokens in it",
+    "tier",
+)
+PRICE = _counter(
+    "cascade_price", "The same in the unit of price_per_s, of tiers that have a price", "tier"
+)
 WAITED_S = _counter("cascade_waited_seconds", "Seconds that answers waited for a tier", "tier")
 BYTES = _counter("cascade_wire_bytes", "Bytes between router and tiers", "direction")
+SUSPECTS = _gauge(
+    "cascade_suspected_drafters",
+    "Drafters all of whose drafts are rejected, so that a router hardly asks them under this rule",
+    "rule",
+)
 FAILOVERS = _counter(
     "cascade_failovers",
     "Times a session moved to another replica or went on without the tier: lost, full, late, "
@@ -156,10 +184,16 @@ ROUTER = (
     JUDGED,
     DEFERRED,
     LOST_MASS,
+    DIVERGENCE,
+    UNMEASURED,
+    BUDGETS,
     PREDICTED,
     PASSES,
+    PASS_S,
+    PRICE,
     WAITED_S,
     BYTES,
+    SUSPECTS,
     FAILOVERS,
     ANSWER_S,
     FIRST_TOKEN_S,

@@ -18,7 +18,7 @@ FIELD = "answer"  # of the log record; Serve's JSON encoding writes it out
 COUNTS = (
     *("cached_prompt_tokens", "drafter_tokens", "kept_tokens", "expert_tokens", "forced_tokens"),
     *("rounds", "drafted", "accepted", "judged", "deferred", "drafter_passes", "expert_passes"),
-    *("sent_bytes", "received_bytes"),
+    *("sent_bytes", "received_bytes", "divergence", "unmeasured_tokens", "spent_budgets"),
 )
 
 logger = logging.getLogger("cascade.answers")
@@ -96,6 +96,8 @@ def _fields(record: RequestRecord, *, now_s: float) -> dict[str, Any]:
         "first_token_s": first_s,
         "drafter_s": round(statistics.drafter_s, 6),
         "expert_s": round(statistics.expert_s, 6),
+        "drafter_pass_s": round(statistics.drafter_pass_s, 6),
+        "expert_pass_s": round(statistics.expert_pass_s, 6),
         "failovers": statistics.failover_causes,
         "undrafted_rounds": statistics.undrafted_rounds,
         "draft_lengths": statistics.draft_length_reasons,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from cascade.observability import metric_specs
 from cascade.observability.metrics import BoundedLabel
 from cascade.observability.observer import Observer
+from cascade.types import Prices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from cascade.observability.metric_specs import MetricSpec
     from cascade.observability.metrics import MetricBackend
@@ -29,9 +30,18 @@ class RequestMetrics(Observer):
     """Adds the costs of answers to a metric backend."""
 
     def __init__(
-        self, backend: MetricBackend, *, model: str, clock: Callable[[], float] = time.monotonic
+        self,
+        backend: MetricBackend,
+        *,
+        model: str,
+        prices: Prices | None = None,
+        suspects: Callable[[], Mapping[str, int]] = dict,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
+        self._prices = prices or Prices()
+        self._suspects = suspects
+        self._suspected: set[str] = set()  # kinds of rules that have been reported
         self._model = model
         self._clock = clock
         self._reason = BoundedLabel(MAX_REASONS)
@@ -55,7 +65,11 @@ class RequestMetrics(Observer):
         self._flush(record, self._reports.pop(record))
         backend, mode = self._backend, record.request.mode.value
         backend.set(metric_specs.RUNNING, len(self._reports))
+        self._report_suspects()
         backend.add(metric_specs.ANSWERS, 1, mode, record.rule, record.finish)
+        if record.request.policy.divergence_budget is not None:
+            outcome = "spent" if record.statistics.spent_budgets else "left"
+            backend.add(metric_specs.BUDGETS, 1, record.rule, outcome)
         if (caller := record.request.caller).has_key:
             name, prompt = self._caller(caller.name), len(record.request.client_prompt)
             backend.add(metric_specs.CALLER_ANSWERS, 1, name, record.finish)
@@ -73,6 +87,12 @@ class RequestMetrics(Observer):
         if costs.expert_passes:
             trip_s = costs.expert_s / costs.expert_passes
             backend.observe(metric_specs.ROUND_TRIP_S, trip_s, "expert")
+
+    def _report_suspects(self) -> None:
+        now = self._suspects()
+        self._suspected |= set(now)
+        for rule in self._suspected:
+            self._backend.set(metric_specs.SUSPECTS, now.get(rule, 0), rule)
 
     def _flush(self, record: RequestRecord, report: _Report) -> None:
         for (spec, labels), total in self._totals(record):
@@ -96,10 +116,17 @@ class RequestMetrics(Observer):
         yield (metric_specs.JUDGED, (rule,)), costs.judged
         yield (metric_specs.DEFERRED, (rule,)), costs.deferred
         yield (metric_specs.LOST_MASS, (rule,)), costs.lost_mass
+        yield (metric_specs.DIVERGENCE, (rule,)), costs.divergence
+        yield (metric_specs.UNMEASURED, (rule,)), costs.unmeasured_tokens
         yield (metric_specs.PREDICTED, ("accepted",)), costs.predicted_accepted
         yield (metric_specs.PREDICTED, ("rejected",)), costs.predicted_rejected
         yield (metric_specs.PASSES, ("drafter",)), costs.drafter_passes
         yield (metric_specs.PASSES, ("expert",)), costs.expert_passes
+        yield (metric_specs.PASS_S, ("drafter",)), costs.drafter_pass_s
+        yield (metric_specs.PASS_S, ("expert",)), costs.expert_pass_s
+        price = self._prices.of(costs)
+        yield (metric_specs.PRICE, ("drafter",)), price.drafter or 0.0
+        yield (metric_specs.PRICE, ("expert",)), price.expert or 0.0
         yield (metric_specs.WAITED_S, ("drafter",)), costs.drafter_s
         yield (metric_specs.WAITED_S, ("expert",)), costs.expert_s
         yield (metric_specs.BYTES, ("sent",)), costs.sent_bytes

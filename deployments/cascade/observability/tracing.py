@@ -189,6 +189,10 @@ def _counts(record: RequestRecord) -> dict[str, float]:
         "cascade.undrafted": sum(entry.undrafted_rounds.values()),
         "cascade.drafter_s": entry.drafter_s,
         "cascade.expert_s": entry.expert_s,
+        "cascade.drafter_pass_s": entry.drafter_pass_s,
+        "cascade.expert_pass_s": entry.expert_pass_s,
+        "cascade.divergence": entry.divergence,
+        "cascade.unmeasured_tokens": entry.unmeasured_tokens,
     }
 
 

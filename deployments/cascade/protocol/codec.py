@@ -16,6 +16,7 @@ from cascade.protocol import messages
 from cascade.protocol.convert import (
     bounded,
     decode_block,
+    decode_divergence,
     decode_logprobs,
     decode_session,
     decode_session_id,
@@ -177,6 +178,8 @@ def _encode_judge(message: messages.Judge, proto: expert_pb2.Judge) -> None:
     encode_block(message.block, proto.block)
     proto.token_ids.extend(message.tokens)
     proto.ahead_count = message.ahead
+    if message.divergence_left is not None:
+        proto.divergence_left = message.divergence_left
 
 
 def _decode_judge(proto: expert_pb2.Judge) -> messages.Judge:
@@ -185,6 +188,7 @@ def _decode_judge(proto: expert_pb2.Judge) -> messages.Judge:
         block=decode_block(proto.block),
         tokens=tuple(proto.token_ids),
         ahead=bounded(proto.ahead_count, "ahead_count"),
+        divergence_left=decode_divergence(proto, "divergence_left"),
     )
 
 
@@ -219,6 +223,7 @@ def _encode_cost(message: messages.Proposal | messages.Judgement, proto: Any) ->
     sent.token_count = timing.tokens
     sent.session_count = timing.sessions
     sent.open_count = timing.open
+    sent.taken_us = round(1e6 * timing.taken_s)
 
 
 def _decode_cost(proto: Any) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def _decode_cost(proto: Any) -> dict[str, Any]:
         tokens=bounded(received.token_count, "token_count"),
         sessions=bounded(received.session_count, "session_count"),
         open=bounded(received.open_count, "open_count"),
+        taken_s=bounded(received.taken_us, "taken_us") / 1e6,
     )
     return {"cached_prompt_tokens": cached, "timing": timing}
 

@@ -62,6 +62,7 @@ _MAX_LOGPROB = math.log(_MAX_PROBABILITY)
 _FLOAT16_INFINITY = 0x7C00
 
 _MAX_ID_LENGTH = 128
+_UNKNOWN = -1.0  # a divergence
 _MAX_BIAS = 1e30  # of a logit, which is a float32
 
 SAMPLING_FIELDS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
@@ -253,6 +254,8 @@ def _encode_policy(policy: DecodingParams, proto: tokens_pb2.Policy) -> None:
     proto.stop_token_ids.extend(policy.stop_ids)
     if policy.logprobs is not None:
         proto.logprob_count = policy.logprobs
+    if policy.divergence_budget is not None:
+        proto.divergence_budget = policy.divergence_budget
 
 
 def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
@@ -271,7 +274,13 @@ def _decode_policy(proto: tokens_pb2.Policy) -> DecodingParams:
         seed=bounded(proto.seed, "seed"),
         stop_ids=tuple(proto.stop_token_ids),
         logprobs=None if logprobs is None else bounded(logprobs, "logprob_count"),
+        divergence_budget=decode_divergence(proto, "divergence_budget"),
     )
+
+
+def decode_divergence(proto: Any, name: str) -> float | None:
+    """Return an optional field that is a divergence; raises InvalidRequest if it is none."""
+    return bounded(getattr(proto, name), name) if proto.HasField(name) else None
 
 
 def _encode_phases(phases: PhaseRules, proto: tokens_pb2.PhaseRules) -> None:
@@ -417,6 +426,9 @@ def encode_verdict(verdict: Verdict, proto: tokens_pb2.Verdict) -> None:
     proto.judged_count = verdict.judged
     proto.deferred_count = verdict.deferred
     encode_logprobs(verdict.logprobs, proto.logprobs)
+    proto.divergences.extend(_UNKNOWN if one is None else one for one in verdict.divergences)
+    if verdict.divergence_left is not None:
+        proto.divergence_left = verdict.divergence_left
 
 
 def decode_verdict(proto: tokens_pb2.Verdict) -> Verdict:
@@ -424,6 +436,7 @@ def decode_verdict(proto: tokens_pb2.Verdict) -> Verdict:
     count = len(proto.token_ids)
     _check_length(proto.origins, "origins", count)
     _check_length(proto.logprobs, "logprobs", 0, count)
+    _check_length(proto.divergences, "divergences", 0, count)
     return Verdict(
         accepted=bounded(proto.accepted_count, "accepted_count"),
         tokens=tuple(proto.token_ids),
@@ -431,6 +444,11 @@ def decode_verdict(proto: tokens_pb2.Verdict) -> Verdict:
         judged=bounded(proto.judged_count, "judged_count"),
         deferred=bounded(proto.deferred_count, "deferred_count"),
         logprobs=decode_logprobs(proto.logprobs),
+        divergences=tuple(
+            None if one == _UNKNOWN else bounded(one, "divergences", 0.0, _MAX_PROBABILITY)
+            for one in proto.divergences
+        ),
+        divergence_left=decode_divergence(proto, "divergence_left"),
     )
 
 

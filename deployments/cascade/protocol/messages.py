@@ -55,7 +55,10 @@ class Propose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """Judge a block at `position`; then generate `ahead` more tokens, one `Judgement` each."""
+    """Judge a block at `position`; then generate `ahead` more tokens, one `Judgement` each.
+
+    `divergence_left` is what the answer may still diverge, if its policy has a budget.
+    """
 
     session_id: SessionId
     epoch: int
@@ -64,6 +67,7 @@ class Judge:
     block: Block = field(default_factory=Block)
     tokens: tuple[int, ...] = ()
     ahead: int = 0
+    divergence_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,7 +286,7 @@ class Replica(ABC, Generic[Message]):
                 f"{num_held} tokens and {num_new} more do not fit the context of {limit}"
             )
 
-    def timing(self, service_s: float, *, now_s: float) -> Timing:
+    def timing(self, session: ReplicaSession, service_s: float, *, now_s: float) -> Timing:
         """Return the timing of a reply made from the current pass; on the engine's thread."""
         current = self.engine.current_pass
         return Timing(
@@ -295,6 +295,7 @@ class Replica(ABC, Generic[Message]):
             tokens=current.tokens,
             sessions=current.sessions,
             open=self.num_sessions,
+            taken_s=self.engine.taken_s(session.engine_id),
         )
 
     def _open(self, connection: Connection, message: Open) -> None:

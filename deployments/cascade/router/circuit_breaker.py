@@ -61,7 +61,7 @@ class CircuitBreaker:
             verdict: On the block.
             prompt: A hash of the session's prompt.
         """
-        rule, accepted = session.policy.rule, verdict.accepted
+        rule, accepted = session.rule, verdict.accepted
         breaker = self._breakers.setdefault((address, rule), _Breaker())
         self._breakers.move_to_end((address, rule))
         if len(self._breakers) > MAX_BREAKERS:
@@ -97,6 +97,6 @@ class CircuitBreaker:
         breaker.probe_s = self._clock() + PROBE_PERIOD_S
         return True
 
-    def rules(self) -> list[str]:
-        """Return the kinds of rules whose breaker is open for any drafter."""
-        return sorted({rule.kind for (_, rule), one in self._breakers.items() if one.open})
+    def suspects(self) -> Counter[str]:
+        """Return how many breakers are open, by the kind of their rule."""
+        return Counter(rule.kind for (_, rule), one in self._breakers.items() if one.open)

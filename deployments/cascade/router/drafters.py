@@ -218,7 +218,7 @@ class BestEffortDrafter:
         if not await tier.has_lease(within_s=wait_s):
             return False
         if self._allowed == 0:
-            if not self._breaker.allows(tier.address, session.policy.rule):
+            if not self._breaker.allows(tier.address, session.rule):
                 tier.fail(Failure.COLLAPSED)
                 return False
             self._allowed = ALLOWED_BLOCKS

@@ -55,7 +55,7 @@ from cascade.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from cascade.speculation.draft_length import DraftPlan
     from cascade.speculation.modes import Plan
@@ -196,7 +196,7 @@ class Router:
         """Return what is wrong though answers can begin, a sentence each."""
         found = [
             f"all drafts of a drafter are rejected under rule {kind}, so it is hardly asked there"
-            for kind in self._breaker.rules()
+            for kind in sorted(self.suspects())
         ]
         if len(self._drafters.tokenizers | self._experts.tokenizers) > 1:
             found.append(
@@ -204,6 +204,10 @@ class Router:
                 " settings that name the expert, or with `cascade tier drafter --expert`"
             )
         return found
+
+    def suspects(self) -> Mapping[str, int]:
+        """Return of how many drafters all drafts are rejected, by the kind of the rule."""
+        return self._breaker.suspects()
 
     async def _loop(
         self, request: Request, session: Session, statistics: Statistics, *, deadline_s: float
@@ -417,6 +421,7 @@ def _session(request: Request, written: Sequence[OutputChunk]) -> Session:
         policy=request.policy,
         tokens=tuple(token for chunk in written for token in chunk.tokens),
         origins=tuple(origin for chunk in written for origin in chunk.origins),
+        divergence_left=request.policy.divergence_budget,
     )
 
 

@@ -103,6 +103,10 @@ class RoundRecorder:
         statistics.kept_tokens += origins.count(Origin.KEPT)
         statistics.expert_tokens += origins.count(Origin.EXPERT)
         statistics.forced_tokens += origins.count(Origin.FORCED)
+        divergence, unmeasured = verdict.divergence(len(origins))
+        statistics.divergence += divergence
+        statistics.unmeasured_tokens += unmeasured
+        statistics.spent_budgets = int(after.divergence_left == 0)
         if draft.predicted:
             statistics.predicted_accepted += accepted
             statistics.predicted_rejected += length - accepted
@@ -121,6 +125,7 @@ class RoundRecorder:
                     draft_ms=1e3 * self.draft_s,
                     judge_ms=1e3 * self.verify_s,
                     undrafted=draft.undrafted,
+                    divergence=None if unmeasured else divergence,
                 )
             )
 
@@ -129,11 +134,13 @@ def discard_drafts(statistics: Statistics) -> None:
     """Count all drafts so far as deferred to the expert, which writes the answer anew."""
     statistics.deferred = statistics.drafted
     statistics.accepted = statistics.drafter_tokens = statistics.kept_tokens = 0
-    statistics.forced_tokens = 0
+    statistics.forced_tokens = statistics.unmeasured_tokens = 0
+    statistics.divergence = 0.0
     rounds, empty = sum(statistics.accepted_lengths), len(statistics.accepted_lengths) - 1
     statistics.accepted_lengths = [rounds, *[0] * empty]
     statistics.trace = [
-        replace(one, accepted=0, deferred=one.drafted, tokens=0) for one in statistics.trace
+        replace(one, accepted=0, deferred=one.drafted, tokens=0, divergence=0.0)
+        for one in statistics.trace
     ]
 
 

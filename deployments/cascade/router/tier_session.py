@@ -36,7 +36,7 @@ from cascade.protocol.messages import (
     Scores,
     extend_digest,
 )
-from cascade.protocol.services import PROTOCOL_VERSION
+from cascade.protocol.services import DRAFTER, PROTOCOL_VERSION
 from cascade.router.leases import LeaseQueue, release_when_granted
 from cascade.router.retry import SERVED, STAY_S, Failure, RetryPolicy, RetryState
 from cascade.types import Caller
@@ -192,6 +192,7 @@ class TierSession:
         self._hash = 0
         self._hashed = 0  # tokens of prompt and answer in the hash
         self._sent_early: Session | None = None  # whose message `hint` has sent already
+        self._taken_s = 0.0  # of passes, as the replica has said
 
     @property
     def address(self) -> str:
@@ -397,6 +398,7 @@ class TierSession:
         assert self._lease is not None
         self._epoch += 1
         self._opened_s = now_s()
+        self._taken_s = 0.0
         self._stream = self.tier.clients.open_stream(self._lease, session_id, self._epoch)
         return self._stream, self._lease.token
 
@@ -481,7 +483,17 @@ class TierSession:
         message = await self._stream.receive()
         if isinstance(message, Refusal):
             raise self.tier.error(message)
+        if isinstance(message, Proposal | Judgement):
+            self._record_taken(message.timing.taken_s)
         return message
+
+    def _record_taken(self, taken_s: float) -> None:
+        """Count the seconds of passes that the replica says to have spent on the session."""
+        more_s, self._taken_s = max(0.0, taken_s - self._taken_s), max(taken_s, self._taken_s)
+        if self.tier.clients.kind is DRAFTER:
+            self._statistics.drafter_pass_s += more_s
+        else:
+            self._statistics.expert_pass_s += more_s
 
     def _follows(self, reply: Reply, session: Session) -> bool:
         """Return whether the block was drafted, or verified, after exactly these tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from cascade.errors import ExpertUnavailable
 from cascade.protocol.messages import Judge, Judgement
 from cascade.router.drafters import NO_DRAFT
 from cascade.speculation.cost_model import Timing
@@ -79,10 +80,15 @@ class RemoteVerifier:
                 block=block,
                 tokens=missing,
                 ahead=ahead,
+                divergence_left=session.divergence_left,
             )
 
         judgement = await self._tier_session.ask(session, judge, pushed=pushed)
         assert isinstance(judgement, Judgement), "an expert replies to Judge with Judgement"
+        if session.divergence_left is not None and judgement.verdict.divergence_left is None:
+            raise ExpertUnavailable(
+                "the expert does not know divergence budgets; deploy it from the router's release"
+            )
         committed = len(judgement.verdict.tokens)
         self._tier_session.record_verdict(committed)
         self._next_position = judgement.position + committed
@@ -128,6 +134,7 @@ class VerifyOnDeferral:
             judged=kept.accepted + draft.deferred,
             deferred=int(draft.deferred),
             logprobs=kept.logprobs + result.verdict.logprobs,
+            divergences=kept.divergences + result.verdict.divergences,
         )
         return VerifyResult(verdict=verdict, timing=result.timing)
 
@@ -141,4 +148,7 @@ def _keep(block: Block) -> Verdict:
             for forced in block.forced or (False,) * block.length
         ),
         logprobs=tuple(replace(entry, drafter=True) for entry in block.logprobs),
+        divergences=tuple(
+            0.0 if forced else None for forced in block.forced or (False,) * block.length
+        ),
     )

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cascade.rules import Ensemble, Lossless
+from cascade.rules import Ensemble, Lossless, PositionRule
 from cascade.sampling import rng
 from cascade.sampling.probs import OneHotProbs, SoftmaxProbs
 from cascade.sampling.rng import Purpose
@@ -163,6 +163,8 @@ class _Flags:
 
     accepted: list[bool]
     shared: list[bool]  # lossless verification would accept the token too
+    divergences: list[float | None]  # None where q is not known and would matter
+    spent: list[bool]  # the divergence budget is
     deferred: list[bool] | None = None  # None: a rejection counts as a deferral
 
 
@@ -170,12 +172,27 @@ def _read_flags(batch: VerifyBatch, accepted_M: Tensor, shared: Callable[[], Ten
     """Return the flags, read from the device at once; in lossless mode every token is shared."""
     if isinstance(batch.policy.rule, Lossless):
         accepted = to_list(accepted_M)
-        return _Flags(accepted, accepted)
-    flags = [accepted_M, shared()]
+        return _Flags(accepted, accepted, [0.0] * len(accepted), [False] * len(accepted))
+    divergence_M = batch.divergence
+    spent_M = torch.zeros_like(accepted_M)
+    if batch.within_budget is not None:
+        spent_M = ~batch.within_budget
+        divergence_M = divergence_M.masked_fill(spent_M, 0.0)
+    flags = [divergence_M, accepted_M, shared(), spent_M]
     if batch.pi.deferred_NK is not None:
         deferred_MK = batch.pi.deferred_NK.expand(batch.support.ids_NK.shape)
         flags.append(batch.at_token(deferred_MK.double()) > 0)
-    return _Flags(*to_list(torch.stack(flags)))
+    divergences, *found = to_list(torch.stack([one.double() for one in flags]))
+    accepted, shared_, spent, *deferred = [[bool(one) for one in flag] for flag in found]
+    follows_p = deferred[0] if isinstance(batch.policy.rule, PositionRule) else spent
+    known = [a or b for a, b in zip(batch.knows_q(), follows_p, strict=True)]
+    return _Flags(
+        accepted,
+        shared_,
+        [one if is_known else None for one, is_known in zip(divergences, known, strict=True)],
+        spent,
+        *deferred,
+    )
 
 
 def _accepted_counts(batch: VerifyBatch, flags: _Flags) -> list[int]:
@@ -247,9 +264,25 @@ def _verdicts(
                 deferred=int(count < batch.lengths[i])
                 if deferred is None
                 else sum(deferred[start : start + judged]),
+                **_divergence(batch, i, flags, committed=count + len(last)),
             )
         )
     return verdicts
+
+
+def _divergence(batch: VerifyBatch, task: int, flags: _Flags, *, committed: int) -> dict[str, Any]:
+    """Return the divergence of a task's tokens, and what is left of its budget after them.
+
+    What follows a block is not judged where it follows p.
+    """
+    start, end = batch.judged_offsets[task : task + 2]
+    found = flags.divergences[start:end][:committed]
+    found += [0.0] * (committed - len(found))
+    left = batch.tasks[task].divergence_left
+    if left is not None:
+        spent = any(flags.spent[start:end][:committed])
+        left = 0.0 if spent else max(0.0, left - sum(one or 0.0 for one in found))
+    return {"divergences": tuple(found), "divergence_left": left}
 
 
 def _sample(batch: VerifyBatch, wanted: Sequence[NextToken], uniforms_N: Tensor) -> list[int]:

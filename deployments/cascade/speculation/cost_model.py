@@ -47,6 +47,7 @@ class Timing:
     tokens: int = 0  # of all sessions in that pass
     sessions: int = 0  # in that pass
     open: int = 0  # sessions on the replica
+    taken_s: float = 0.0  # of passes, by the session since it was opened there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,7 +119,8 @@ class DraftLengthTuner:
         rule the text would then depend on how fast the tiers are.
         """
         rules = policy.rules
-        key = rules, policy.coupling, policy.sampling.greedy
+        bounded = policy.divergence_budget is not None
+        key = rules, policy.coupling, policy.sampling.greedy, bounded
         stats = self._stats[key] = self._stats.pop(key, None) or PolicyStats()
         if len(self._stats) > MAX_POLICIES:
             del self._stats[next(iter(self._stats))]  # the one used longest ago

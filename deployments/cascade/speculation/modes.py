@@ -7,6 +7,7 @@
 | token_cascade | required | on deferral | a chunk |
 | speculative, cascade | best effort | always | requested or adaptive |
 | with a rule that reads q alone | best effort | on deferral | requested or a chunk |
+| the same with a divergence budget | best effort | always | requested or adaptive |
 
 Where no expert verifies, no distribution is sent, so such a mode runs with a rule that the drafter
 alone decides.
@@ -65,7 +66,8 @@ def plan_for(mode: Mode, params: DecodingParams) -> Plan:
     """
     match mode:
         case Mode.SPECULATIVE | Mode.CASCADE:
-            if params.has_phase_rules or not _reads_drafter_alone(params.rule):
+            decides_alone = _reads_drafter_alone(params.rule) and params.divergence_budget is None
+            if params.has_phase_rules or not decides_alone:
                 return Plan(
                     params=params, drafter=DraftSource.BEST_EFFORT, verify=VerifyWhen.ALWAYS
                 )

@@ -80,8 +80,10 @@ def sends_ids_only(policy: DecodingParams) -> bool:
     whose drafts no mode has verified.
     """
     by_token = isinstance(policy.rule, TokenV1 | TokenV2 | TokenV3 | Typical)
+    by_ids = isinstance(policy.rule, Chow | ChowLog) or (by_token and policy.rows is RowFormat.AUTO)
     return (
-        (isinstance(policy.rule, Chow | ChowLog) or (by_token and policy.rows is RowFormat.AUTO))
+        by_ids
+        and policy.divergence_budget is None
         and policy.bonus is not Bonus.TARGET
         and not is_gumbel(policy)
         and not is_blockwise(policy)
@@ -101,6 +103,8 @@ def _sends_probs(policy: DecodingParams) -> bool:
         return True
     if policy.sampling.greedy or sends_ids_only(policy):
         return False  # a greedy draft is a one-hot at its token
+    if policy.divergence_budget is not None and not isinstance(policy.rule, Lossless):
+        return True
     # Under shared noise a kept draft is argmax(log q + g) already, and a deferred token depends on
     # p alone.
     ids_do = isinstance(policy.rule, Lossless | Chow | ChowLog | Diff | DiffLog | Bild)

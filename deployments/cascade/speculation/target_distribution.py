@@ -88,6 +88,10 @@ class TargetDistribution:
     tail_N: Tensor  # pi / p off the support
     deferred_NK: Tensor | None = None  # [N, 1] for position rules; None: the rule does not defer
 
+    def distance(self, p_NK: Tensor) -> Tensor:
+        """Return D_TV(pi, p) = sum (pi - p)+, [N]; off the support no rule's pi exceeds p."""
+        return (self.on_NK - p_NK).clamp_min(0).sum(dim=1)
+
 
 def target_distribution(rule: Rule, inputs: RuleInputs) -> TargetDistribution:
     """Return the target distribution that the rule implies.

@@ -21,6 +21,7 @@ from cascade.speculation.payload import is_blockwise, is_gumbel, sends_ids_only
 from cascade.speculation.verify_batch import (
     VerifyBatch,
     VerifyTask,
+    budgeted,
     build_batch,
     live_length,
     mask_blocks,
@@ -52,6 +53,7 @@ def verify(
     logits_NV = logits_NV[:, :vocab_limit]
     firsts = [0, *accumulate(counts)]
     raw_NV, tasks = mask_blocks(logits_NV, tasks)
+    tasks = [budgeted(task) for task in tasks]
     counts = [rows_needed(task.policy, task.block.tokens) for task in tasks]
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):

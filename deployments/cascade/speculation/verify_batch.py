@@ -66,6 +66,7 @@ class VerifyTask:
     answer: Sequence[int] = ()  # committed tokens, read likewise and by masks
     masks: Sequence[TokenMask] = ()  # the session's
     forced: tuple[int | None, ...] = ()  # by row: the only token that they allow, if there is one
+    divergence_left: float | None = None  # of the policy's budget, if it has one
 
 
 def live_length(policy: DecodingParams, tokens: Sequence[int]) -> int:
@@ -187,8 +188,54 @@ class VerifyBatch:
 
     @cached_property
     def pi(self) -> TargetDistribution:
-        """The target distribution, M rows."""
+        """The target distribution, M rows: the rule's, or p once the divergence budget is spent."""
+        pi, p_NK = self._rule_pi, self.rule_inputs.p_NK
+        if self.within_budget is None:
+            return pi
+        keeps_N1, deferred_NK = self.within_budget[:, None], pi.deferred_NK
+        return TargetDistribution(
+            on_NK=torch.where(keeps_N1, pi.on_NK, p_NK),
+            tail_N=torch.where(self.within_budget, pi.tail_N, 1.0),
+            deferred_NK=None if deferred_NK is None else deferred_NK | ~keeps_N1,
+        )
+
+    @cached_property
+    def _rule_pi(self) -> TargetDistribution:
         return target_distribution(self.policy.rule, self.rule_inputs)
+
+    @cached_property
+    def divergence(self) -> Tensor:
+        """The total variation between the rule's distribution and p, float64 [M]."""
+        return self._rule_pi.distance(self.rule_inputs.p_NK).double()
+
+    @cached_property
+    def within_budget(self) -> Tensor | None:
+        """Whether the rule holds at each judged position, bool [M]; None if no task has a budget.
+
+        It holds as long as its divergences, from the first of the block on, are within what is left
+        of the budget. What it decides at a position is a function of the tokens before it.
+        """
+        if all(task.divergence_left is None for task in self.tasks) or not self.token_M:
+            return None
+        device, offsets = self.divergence.device, self.judged_offsets
+        lefts = [task.divergence_left for task in self.tasks]
+        left_B = torch.tensor([math.inf if one is None else one for one in lefts], device=device)
+        start_B = torch.tensor(offsets[:-1], device=device)
+        counts = [end - start for start, end in pairwise(offsets)]
+        spent_BL = self.divergence[
+            (start_B[:, None] + torch.arange(max(counts), device=device)).clamp_max(offsets[-1] - 1)
+        ].cumsum(dim=1)
+        within_BL = spent_BL <= left_B.double()[:, None]
+        count_B = torch.tensor(counts, device=device)
+        return within_BL[torch.arange(max(counts), device=device) < count_B[:, None]]
+
+    def knows_q(self) -> list[bool]:
+        """Return whether all of q is known at each judged position."""
+        return [
+            _knows_q(task.block, index)
+            for task, (start, end) in zip(self.tasks, pairwise(self.judged_offsets), strict=True)
+            for index in range(end - start)
+        ]
 
     def at_token(self, values_MK: Tensor) -> Tensor:
         """Return the value at each drafted token, 0 where the support lacks it, [M]."""
@@ -215,6 +262,25 @@ class VerifyBatch:
 def safe_divide(above_M: Tensor, below_M: Tensor) -> Tensor:
     """Return above / below, and 0 where below is 0."""
     return torch.where(below_M > 0, above_M / torch.where(below_M > 0, below_M, 1.0), 0.0)
+
+
+def _knows_q(block: Block, index: int) -> bool:
+    """Return whether all of q is known at a token of a block: as sent, or a draft is certain."""
+    if index < len(block.draft_probs) and len(block.draft_probs[index].weights):
+        return True
+    return index >= len(block.likelihoods) or block.likelihoods[index] >= 1
+
+
+def budgeted(task: VerifyTask) -> VerifyTask:
+    """Return a task whose divergences can be compared with its budget, if it has one.
+
+    Its block ends before a token of which the drafter has not said enough, as one that does not
+    know of budgets would not.
+    """
+    if task.divergence_left is None or isinstance(task.policy.rule, Lossless):
+        return task
+    unknown = (i for i in range(task.block.length) if not _knows_q(task.block, i))
+    return replace(task, block=task.block.prefix(next(unknown, task.block.length)))
 
 
 def _contexts(task: VerifyTask, count: int) -> list[Context]:
