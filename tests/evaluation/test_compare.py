@@ -19,7 +19,7 @@ from cascade.evaluation.compare import (
     matched,
     recommended,
 )
-from cascade.evaluation.report import conclusions
+from cascade.evaluation.report import conclusions, finding_tables
 
 if TYPE_CHECKING:
     from cascade.evaluation.results import Cell, Results
@@ -135,6 +135,14 @@ def test_where_nothing_is_faster_the_conclusion_is_the_expert_alone() -> None:
     drafter = cell("drafter_only", quality=[0.0] * COUNT, modelled_s=[1.0] * COUNT)
     (found,) = conclusions(make_results(cells=[slow, drafter], families="a" * COUNT))
     assert found.headline.startswith("Use expert_only: nothing faster keeps its quality, 40 items")
+
+
+def test_no_share_is_told_where_lossless_rejects_nothing() -> None:
+    cells = [cell("lossless", rejected=[0.0] * COUNT), cell("chow", dial=0.1, rejected=FEW)]
+    tables = finding_tables(make_results(cells=cells, families="a" * COUNT))
+    values = {value for table in tables for row in table.rows for value in row}
+    assert "chow 0.1" in values
+    assert not any("inf" in value or "nan" in value for value in values)
 
 
 def test_curves_are_compared_at_the_rejection_rates_that_both_reach() -> None:

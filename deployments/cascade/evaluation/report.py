@@ -236,8 +236,8 @@ def _matched_row(one: compare.Matched) -> tuple[str, ...]:
         _with_interval(one.difference),
         f"{one.rejection_rate.value:.3f}",
         lossless,
-        _with_interval(one.ratio, ".2f"),
-        "" if math.isnan(ratio) else f"{ratio:.2f}",
+        _with_interval(one.ratio, ".2f") if math.isfinite(one.ratio.value) else "",
+        f"{ratio:.2f}" if math.isfinite(ratio) else "",
         "" if math.isnan(difference) else f"{difference:+.1f}",
     )
 
@@ -246,9 +246,7 @@ def _share_table(views: Sequence[View]) -> Table:
     rows: list[tuple[str, ...]] = []
     for rule in compare.rules(views[0].results):
         found = [compare.matched(view, curve=rule) for view in views]
-        rows.append(
-            (rule, *("-" if one.cell is None else f"{one.ratio.value:.2f}" for one in found))
-        )
+        rows.append((rule, *(_share(one) for one in found)))
     return Table(
         title=_title(
             f"Share of lossless rejections at most {views[0].margin:g} points below the expert",
@@ -258,6 +256,12 @@ def _share_table(views: Sequence[View]) -> Table:
         headings=("rule", *(view.group for view in views)),
         rows=tuple(rows),
     )
+
+
+def _share(found: compare.Matched) -> str:
+    """Return the share; nothing if no setting is proven, or if lossless rejects nothing."""
+    known = found.cell is not None and math.isfinite(found.ratio.value)
+    return f"{found.ratio.value:.2f}" if known else "-"
 
 
 def _equal_table(views: Sequence[View], lossy: str) -> Table:
