@@ -66,11 +66,11 @@ PAIRS: Mapping[Architecture, Mapping[str, Recipe]] = MappingProxyType(
         },
         Architecture.SEQ2SEQ: {
             "expert": Recipe(
-                hidden=128, layers=4, heads=4, intermediate=384, steps=950, formal=0.85,
+                hidden=128, layers=4, heads=4, intermediate=384, steps=3000, formal=0.85,
                 learning_rate=5e-3, architecture=Architecture.SEQ2SEQ,
             ),
             "drafter": Recipe(
-                hidden=64, layers=1, heads=2, intermediate=192, steps=750, formal=0.3,
+                hidden=64, layers=1, heads=2, intermediate=192, steps=850, formal=0.3,
                 learning_rate=5e-3, distilled=0.5, architecture=Architecture.SEQ2SEQ,
             ),
         },
