@@ -31,9 +31,9 @@ QUESTION: list[Any] = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
 async def server() -> AsyncIterator[LocalServer]:
     """The shipped pair with blocks of a fixed length: `auto` depends on timing."""
     tier = {"engine": {"threads": 1}}
-    settings = Application.model_validate(
-        {"drafter": tier, "expert": tier, "defaults": {"draft_tokens": 5}}
-    )
+    prices: dict[str, Any] = {"drafter": {"price_per_s": 0.5}, "expert": {"price_per_s": 2.0}}
+    tiers = {name: tier | price for name, price in prices.items()}
+    settings = Application.model_validate(tiers | {"defaults": {"draft_tokens": 5}})
     async with local_server(settings) as running:
         yield running
 
@@ -58,6 +58,20 @@ async def complete(client: AsyncOpenAI, **body: Any) -> Any:
 
 def cost(response: Any) -> dict[str, Any]:
     return response.usage.model_extra["cascade"]
+
+
+async def generated(server: LocalServer, generation: Any) -> Any:
+    """Return the response of the gRPC API."""
+    rpc = grpc.aio.server()
+    servicer = GenerationServicer(lambda: server.service)
+    cascade_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
+    port = rpc.add_insecure_port("127.0.0.1:0")
+    await rpc.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = cascade_pb2_grpc.GenerationServiceStub(channel)
+        found = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
+    await rpc.stop(None)
+    return found
 
 
 async def test_greedy_chat_is_what_transformers_generates(client: AsyncOpenAI) -> None:
@@ -101,6 +115,46 @@ async def test_the_rule_decides_between_the_models(client: AsyncOpenAI) -> None:
     assert lenient.choices[0].message.content.startswith("Buzz Aldrin is")
     assert cost(strict)["kept_tokens"] == 0 < cost(lenient)["kept_tokens"]
     assert cost(lenient)["expert_passes"] < cost(strict)["expert_passes"]
+
+
+async def test_an_answer_says_what_it_took_and_how_far_it_is_from_the_expert(
+    client: AsyncOpenAI,
+) -> None:
+    """The sum over the choices, each of which has a budget of its own; in a stream too."""
+    options = {"rule": {"kind": "token_v3", "alpha": 0.9}, "divergence_budget": 1.5}
+    body: dict[str, Any] = {"n": 2, "temperature": 0, "extra_body": {"cascade": options}}
+    response = await complete(client, **body)
+    stream = await complete(client, **body, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+    own = [choice.model_extra["cascade"]["divergence"] for choice in response.choices]
+    assert own == [1.0, 1.0], "one word each that is not the expert's choice; a second would be 2"
+    for found in (cost(response), cost(chunks[-1])):
+        assert (found["divergence"], found["unmeasured_tokens"]) == (2.0, 0)
+        assert found["spent_budgets"] == 2
+        taken, drafter, expert = (found["cost"], *map(found["cost"].get, ("drafter", "expert")))
+        assert drafter["passes"] == found["drafter_passes"] > 0
+        assert expert["passes"] == found["expert_passes"] > 0
+        assert drafter["price"] == pytest.approx(0.5 * drafter["seconds"])
+        assert expert["price"] == pytest.approx(2.0 * expert["seconds"])
+        assert taken["price"] == pytest.approx(drafter["price"] + expert["price"])
+        assert taken["bytes"] == found["sent_bytes"] + found["received_bytes"] > 0
+
+
+async def test_grpc_says_the_same_of_an_answer(server: LocalServer) -> None:
+    generation = cascade_pb2.Generation(
+        chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(**QUESTION[0])]),
+        sampling=tokens_pb2.Sampling(temperature=0),
+        rule=tokens_pb2.Rule(token_v3=tokens_pb2.TokenV3(alpha=0.9)),
+        divergence_budget=1.5,
+        trace=True,
+    )
+    answer = await generated(server, generation)
+    (choice,), usage = answer.choices, answer.usage
+    assert choice.divergence == usage.divergence == 1.0
+    assert sum(one.divergence for one in choice.rounds) == 1.0
+    assert (usage.unmeasured_token_count, usage.spent_budget_count) == (0, 1)
+    taken = usage.cost.expert_pass_duration.ToNanoseconds() / 1e9
+    assert usage.cost.expert_price == pytest.approx(2.0 * taken, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -186,23 +240,15 @@ async def test_a_client_that_disconnects_frees_both_tiers(server: LocalServer) -
 async def test_http_and_grpc_give_the_same_tokens_and_usage(
     server: LocalServer, client: AsyncOpenAI
 ) -> None:
-    rpc = grpc.aio.server()
-    servicer = GenerationServicer(lambda: server.service)
-    cascade_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, rpc)  # pyright: ignore[reportArgumentType] - a servicer by its methods, as Serve takes it
-    port = rpc.add_insecure_port("127.0.0.1:0")
-    await rpc.start()
     body = {"return_token_ids": True, "cascade": {"draft_tokens": 4}}
     http = await complete(client, seed=5, temperature=0.8, extra_body=body)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = cascade_pb2_grpc.GenerationServiceStub(channel)
-        generation = cascade_pb2.Generation(
-            chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(**QUESTION[0])]),
-            sampling=tokens_pb2.Sampling(temperature=0.8),
-            seed=5,
-            fixed_draft_length=4,
-        )
-        response = await stub.Generate(cascade_pb2.GenerateRequest(generation=generation))
-    await rpc.stop(None)
+    generation = cascade_pb2.Generation(
+        chat=cascade_pb2.Chat(messages=[cascade_pb2.ChatMessage(**QUESTION[0])]),
+        sampling=tokens_pb2.Sampling(temperature=0.8),
+        seed=5,
+        fixed_draft_length=4,
+    )
+    response = await generated(server, generation)
     assert response.choices[0].text == http.choices[0].message.content
     assert list(response.choices[0].token_ids) == http.choices[0].model_extra["token_ids"]
     assert response.usage.completion_token_count == http.usage.completion_tokens
