@@ -29,6 +29,7 @@ from cascade.api.body import in_plain_words
 from cascade.api.chat_format import chat_format
 from cascade.api.context import Defaults, ServingContext
 from cascade.api.keys import Keys
+from cascade.api.playground import evaluation
 from cascade.api.text_drafts import check_text_drafts
 from cascade.engine import encoder_decoder, model_loader, model_pair, threads, tp_plan
 from cascade.engine.settings import EngineSettings, ExpertVocabulary, VocabularyWay
@@ -350,6 +351,7 @@ class Application(Settings):
     limits: Limits = Limits()
     cors: context.Cors = context.Cors()
     playground: bool = True  # `/` is a page to try the server out
+    evaluation: str | None = None  # folder of `cascade evaluate --out`, whose curve the page draws
     tls: Tls | None = None  # None: as Ray's own (RAY_USE_TLS), which is off by default
     log_answers: bool = True  # one line per answer in the router's log
     api_keys: tuple[SecretStr, ...] = ()  # refused: see `_no_written_keys`
@@ -482,8 +484,8 @@ class Application(Settings):
             metrics: Returns metrics in Prometheus' text format.
 
         Raises:
-            StartupError: The API keys cannot be read, or the tokenizer's `response_template` is
-                invalid.
+            StartupError: The API keys or the evaluation cannot be read, or the tokenizer's
+                `response_template` is invalid.
         """
         chat_format(pair.tokenizer)  # one that is wrong stops the server, not its requests
         longest = int(pair.generation.sampling.get("max_new_tokens", context.COMPLETION_TOKENS))
@@ -506,6 +508,7 @@ class Application(Settings):
             metrics=metrics,
             prices=self.prices,
             keys=self._keys(),
+            evaluation=None if self.evaluation is None else evaluation.read(self.evaluation),
         )
 
     def of_requests(self, pair: model_pair.ModelPair) -> dict[str, Any]:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args
 
 import httpx2
 import pytest
 from axe_playwright_python.async_playwright import Axe
+from pydantic import Field, TypeAdapter
 from tests.support.http_server import serve_http
+from tests.support.programs import execute, install_node_clients
 
 from cascade.api.http import create_app
 from cascade.api.keys import Keys
 from cascade.api.playground import FOLDER
 from cascade.errors import ExpertUnavailable
+from cascade.rules import Rule
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from playwright.async_api import Page
+    from playwright.async_api import Locator, Page
 
     from cascade.api.context import ServingContext
     from cascade.types import OutputChunk, Request
@@ -127,25 +133,115 @@ async def test_an_answer_can_be_explored_with_the_keyboard_alone(opened: Opened)
         assert await page.locator("[data-column='1'] .token.chosen").count() == 1
 
 
-async def test_a_word_shows_its_probability_and_the_alternatives(opened: Opened) -> None:
+async def test_a_word_shows_both_models_probabilities_the_decision_and_the_alternatives(
+    opened: Opened,
+) -> None:
+    """Of a kept word, of one that was drafted and rejected, and of one that nobody drafted."""
     async with opened() as page:
+        await page.locator("#mode-0").select_option("speculative")
         await ask(page)
         await done(page, 0, 1)
-        await page.locator("[data-column='1'] .token").first.hover()
-        details = page.locator("[data-column='1'] .details")
-        assert "%" in await details.locator("[data-figure='probability']").inner_text()
-        assert '"Edwin"' in await details.inner_text()
+        kept, rejected = [page.locator(f"[data-column='{column}']") for column in (1, 0)]
+        await kept.locator(".token").first.hover()
+        assert await figure(kept, "decision") == "kept"
+        assert await probabilities(kept, "Buzz") == (17, 92)
+        assert await probabilities(kept, "Edwin") == (82, 2)
+
+        await rejected.locator(".token").first.hover()
+        assert await figure(rejected, "decision") == "expert"
+        details = rejected.locator(".details")
+        assert 'The drafter proposed "Buzz"; the rule rejected' in await details.inner_text()
+        assert await probabilities(rejected, "Edwin") == (82, 2)
+        assert await probabilities(rejected, "Buzz") == (17, 92)
+
+        await page.locator("#mode-0").select_option("expert_only")
+        await ask(page)
+        await done(page, 0, 1)
+        await rejected.locator(".token").first.hover()
+        assert "nothing was drafted here" in await details.inner_text()
+        assert await probabilities(rejected, "Edwin") == (82, None)
 
 
-async def test_a_request_can_be_copied_as_code(opened: Opened) -> None:
-    async with opened() as page:
+async def figure(part: Locator, name: str) -> str:
+    return await part.locator(f"[data-figure='{name}']").inner_text()
+
+
+async def probabilities(column: Locator, token: str) -> tuple[int | None, int | None]:
+    """Return the whole per cents under the expert and the drafter; None: it was not asked."""
+    row = column.locator(f"tr[data-token='{token}']")
+    expert, drafter = [await figure(row, name) for name in ("expert", "drafter")]
+    return _percent(expert), _percent(drafter)
+
+
+def _percent(text: str) -> int | None:
+    return None if text == "not asked" else int(float(text.removesuffix(" %")))
+
+
+PROGRAMS = {"curl": "bash", "Python": sys.executable, "Node": "node"}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("language", PROGRAMS)
+async def test_code_that_is_copied_runs_and_says_what_the_page_says(
+    opened: Opened, service: ServingContext, tmp_path: Path, language: str, kind: str
+) -> None:
+    """On a server that wants a key, which the code has from the environment."""
+    if language == "Node":
+        await install_node_clients(tmp_path)
+    app = create_app(replace(service, keys=Keys(["sk-mine"])))
+    async with serve_http(app) as address, opened(address) as page:
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await page.locator("#key").fill("sk-mine")
+        await page.locator("#kind").select_option(kind)
+        await page.locator("#question").fill('Who is Buzz Aldrin\'s "friend"?')
+        await page.get_by_text("Schema and tools").click()
+        await page.locator("#schema").fill('{"type": "string", "maxLength": 12}')
+        await page.locator("button.main:not([disabled])").wait_for()
+        await ask(page)
+        await done(page, 0, 1)
+        expected = await answer(page, 1)
         column = page.locator("[data-column='1']")
-        parts = {"curl": "curl http", "Python": "extra_body", "Node": "import OpenAI"}
-        for language, part in parts.items():
-            await column.get_by_role("button", name=language).click()
-            text = await column.locator("pre").inner_text()
-            assert part in text
-            assert "token_v3" in text
+        await column.get_by_role("button", name=language).click()
+        await column.get_by_role("button", name="Copy").click()
+        await column.get_by_text("Copied").wait_for()
+        text: str = await page.evaluate("navigator.clipboard.readText()")
+        assert text == await column.locator("pre").inner_text()
+        assert "sk-mine" not in text
+        file = tmp_path / {"curl": "ask.sh", "Python": "ask.py", "Node": "ask.js"}[language]
+        file.write_text(text)
+        command = ["env", "CASCADE_API_KEY=sk-mine", PROGRAMS[language], file.name]
+        code, printed, error = await execute(*command, cwd=tmp_path, timeout_s=120)
+        assert code == 0, error
+        if language == "curl":
+            (choice,) = json.loads(printed)["choices"]
+            printed = choice["text"] if kind == "completion" else choice["message"]["content"]
+        assert printed.strip() == expected
+
+
+async def test_copying_without_a_clipboard_says_what_to_do(opened: Opened) -> None:
+    """Browsers give none to pages over plain HTTP from another machine."""
+    async with opened() as page:
+        await page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        column = page.locator("[data-column='1']")
+        await column.get_by_role("button", name="curl").click()
+        await column.get_by_role("button", name="Copy").click()
+        await column.get_by_text("select the text and copy it").wait_for()
+
+
+async def test_every_rule_and_the_ends_of_its_dial_are_what_the_server_takes(
+    opened: Opened,
+) -> None:
+    script = """async () => {
+        const { RULES, ruleOf } = await import("/playground/rules.js");
+        return Object.entries(RULES).map(([rule, dial]) =>
+            [dial?.min, dial?.max].map((alpha) => ruleOf({ rule, alpha })));
+    }"""
+    adapter: TypeAdapter[Rule] = TypeAdapter(Annotated[Rule, Field(discriminator="kind")])
+    async with opened() as page:
+        found = [
+            [adapter.validate_python(one) for one in ends] for ends in await page.evaluate(script)
+        ]
+    assert {type(one) for ends in found for one in ends} == set(get_args(Rule))
 
 
 async def test_a_schema_shapes_the_answer_and_marks_forced_tokens(opened: Opened) -> None:
@@ -211,6 +307,35 @@ async def test_a_dead_expert_is_a_sentence(opened: Opened, service: ServingConte
         alert = page.locator("[data-column='0'] [role='alert']")
         assert "No expert answers right now" in await alert.inner_text()
         await keep(page, "dead-expert")
+
+
+class Broken(Slow):
+    """Ends the connection after the first chunk of each answer, without a word."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
+        async for chunk in self._service.generator.generate(request):
+            yield chunk
+            raise asyncio.CancelledError
+
+
+async def test_an_answer_that_breaks_off_is_not_shown_as_whole(
+    opened: Opened, service: ServingContext
+) -> None:
+    app = create_app(replace(service, generator=Broken(service)))
+    async with serve_http(app) as address, opened(address) as page:
+        await ask(page)
+        alert = page.locator("[data-column='0'] [role='alert']")
+        await alert.wait_for()
+        assert re.search("broke off|does not answer", await alert.inner_text())
+        assert await page.locator("[data-column='0'][data-state='failed'] .token").count()
+
+
+async def test_a_server_that_has_gone_is_a_sentence(opened: Opened) -> None:
+    async with opened() as page:
+        await page.route("**/v1/chat/**", lambda route: route.abort())
+        await ask(page)
+        alert = page.locator("[data-column='0'] [role='alert']")
+        assert "does not answer" in await alert.inner_text()
 
 
 async def test_a_server_with_keys_asks_for_one(opened: Opened, service: ServingContext) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.support.programs import CLIENTS, execute, install, install_node_clients
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-CLIENTS = ROOT / "tests" / "clients"
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 SERVER = "http://127.0.0.1:8000"  # as the page has it
-INSTALL_S, RUN_S = 400, 240
+RUN_S = 240
 
 AGENTS, INSTRUCTOR = "OpenAI Agents SDK: an agent", "instructor: JSON"
 OWN = {AGENTS: "agents.txt", INSTRUCTOR: "instructor.txt"}  # have environments of their own
@@ -59,40 +56,10 @@ def recipes() -> dict[str, Recipe]:
 RECIPES = recipes()
 
 
-async def execute(*command: str, cwd: Path, timeout_s: float) -> tuple[int, str, str]:
-    """Return how a command ended, and what it printed; it is killed if it takes too long."""
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        out, error = await asyncio.wait_for(process.communicate(), timeout_s)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return process.returncode or 0, out.decode(), error.decode()
-
-
-async def install(*command: str, cwd: Path) -> None:
-    """Run an installation; skip the test where it is not possible."""
-    try:
-        code, _, error = await execute(*command, cwd=cwd, timeout_s=INSTALL_S)
-    except TimeoutError:
-        pytest.skip(f"{command[0]} did not install the clients within {INSTALL_S} s")
-    if code:
-        pytest.skip(f"{' '.join(command)} failed: {error.strip()[-300:]}")
-
-
 @pytest.fixture(scope="module")
 async def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the clients for Node."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("needs node and npm")
-    folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(CLIENTS / name, folder)
-    await install("npm", "ci", "--omit=optional", "--no-audit", "--no-fund", cwd=folder)
-    return folder
+    return await install_node_clients(tmp_path_factory.mktemp("node"))
 
 
 async def check(name: str, url: str, program: str, folder: Path) -> None:

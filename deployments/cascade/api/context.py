@@ -35,6 +35,7 @@ from cascade.types import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from cascade.api.playground.evaluation import Evaluation
     from cascade.engine.tokenizer import Tokenizer
     from cascade.structured.checker import GrammarChecker
     from cascade.types import Generator
@@ -189,6 +190,7 @@ class ServingContext:
     quotas: Quotas = field(default_factory=Quotas)
     cors: Cors = field(default_factory=Cors)
     metrics: Callable[[], Awaitable[bytes]] = no_metrics  # in Prometheus' text format
+    evaluation: Evaluation | None = None  # whose curve the playground draws
     keep_alive_s: float = 10.0  # a stream without an event for so long gets a comment
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds, of the models
     clock: Callable[[], float] = time.time

@@ -107,7 +107,9 @@ def create_app(
         extra = {"requestBody": {"required": True, "content": content}}
         app.post(path, dependencies=guarded, response_model=None, openapi_extra=extra)(endpoint)
     if has_playground:
-        playground.install(app)
+        playground.install(
+            app, evaluation=lambda: app.state.service.evaluation, dependencies=guarded
+        )
     middleware.install(app, add_request_id=add_request_id, cors=cors or (service and service.cors))
     app.openapi = partial(_openapi, app)
     return app

@@ -6,16 +6,20 @@ script or style is allowed.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from fastapi import FastAPI
-    from fastapi.responses import Response
     from starlette.types import Scope
+
+    from cascade.api.playground.evaluation import Evaluation
 
 FOLDER = Path(__file__).parent
 
@@ -44,11 +48,27 @@ class _Files(StaticFiles):
         return response
 
 
-def install(app: FastAPI) -> None:
-    """Serve the page at `/` and its files under `/playground`."""
+def install(
+    app: FastAPI, *, evaluation: Callable[[], Evaluation | None], dependencies: Sequence[Any]
+) -> None:
+    """Serve the page at `/` and its files under `/playground`.
+
+    Args:
+        app: The HTTP API.
+        evaluation: Returns the curve that the page draws, if there is one.
+        dependencies: Of the route of the curve: who may see it.
+    """
 
     async def page() -> Response:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
 
-    app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(page)
+    async def curve() -> Response:
+        found = evaluation()
+        if found is None:
+            return Response(status_code=204, headers=HEADERS)
+        return Response(found.model_dump_json(), media_type="application/json", headers=HEADERS)
+
+    route = partial(app.api_route, methods=["GET", "HEAD"], include_in_schema=False)
+    route("/")(page)
+    route("/playground/evaluation", dependencies=dependencies)(curve)
     app.mount("/playground", _Files(directory=FOLDER))

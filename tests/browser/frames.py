@@ -1,0 +1,93 @@
+"""Measures the page at 200 tokens a second in each of four columns.
+
+`python -m tests.browser.frames` serves the shipped pair's own answers, recorded and replayed at
+that rate, and prints what Chromium's trace and the page's own clock say. Stop other work first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from playwright.async_api import async_playwright
+from rich.console import Console
+from tests.browser.conftest import CHROMIUM, FLAGS
+from tests.browser.replay import Replay
+from tests.browser.test_frames import COLUMNS, WATCH
+from tests.support.http_server import serve_http
+
+from cascade.api.http import create_app
+from cascade.local import local_server
+from cascade.settings import Application
+
+FRAME_MS = 1000 / 60
+CATEGORIES = ["devtools.timeline", "disabled-by-default-devtools.timeline.frame", "toplevel"]
+
+
+async def measure(*, tokens: int, tokens_per_s: float, trace: Path | None) -> None:
+    """Print the figures of one run, and keep Chromium's trace if a path is given."""
+    async with local_server(Application()) as running, async_playwright() as started:
+        generator = Replay(running.service, tokens=tokens, tokens_per_s=tokens_per_s)
+        app = create_app(replace(running.service, generator=generator))
+        browser = await started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        async with serve_http(app) as address:
+            page = await browser.new_page(viewport={"width": 1440, "height": 900})
+            await page.add_init_script(WATCH)
+            await page.goto(address)
+            for _ in range(COLUMNS - 2):
+                await page.get_by_role("button", name="Compare with another").click()
+            await browser.start_tracing(page=page, path=trace, categories=CATEGORIES)
+            await page.get_by_role("button", name="Ask").click()
+            for column in range(COLUMNS):
+                await page.locator(f"[data-column='{column}'][data-state='done']").wait_for()
+            events = json.loads(await browser.stop_tracing())["traceEvents"]
+            report(await page.evaluate("watched"), events)
+        await browser.close()
+
+
+def report(watched: dict[str, list[Any]], events: list[dict[str, Any]]) -> None:
+    """Print medians and tails between the first and the last token."""
+    came, drawn = watched["events"], [one for one in watched["drawn"] if one["added"]]
+    first_ms, last_ms = drawn[0]["at"], drawn[-1]["at"]
+    inside = [at for at in watched["frames"] if first_ms <= at <= last_ms]
+    gaps = [later - sooner for sooner, later in pairwise(inside)]
+    waits = [_wait(one, drawn) for one in came]
+    tasks = watched["tasks"]
+    seconds, tokens = (last_ms - first_ms) / 1000, sum(one["added"] for one in drawn)
+    late = sum(round(gap / FRAME_MS) - 1 for gap in gaps if gap > 1.5 * FRAME_MS)
+    names = Counter(one["name"] for one in events)
+    Console(soft_wrap=True, highlight=False).print(
+        f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second",
+        f"first token drawn {first_ms - came[0]['at']:.1f} ms after its event",
+        f"events drawn after {median(waits):.1f} ms, 95 % within {_tail(waits):.1f} ms",
+        f"{len(gaps)} frames {median(gaps):.1f} ms apart, 95 % within {_tail(gaps):.1f} ms",
+        f"{late} frames late; in Chromium's trace {names['DroppedFrame']} dropped,"
+        f" {names['DrawFrame']} drawn",
+        f"{len(tasks)} tasks above 50 ms, the longest {max([0, *tasks]):.0f} ms",
+        sep="\n",
+    )
+
+
+def _wait(event: dict[str, Any], drawn: list[dict[str, Any]]) -> float:
+    """Return the milliseconds until the next drawing."""
+    return next((one["at"] - event["at"] for one in drawn if one["at"] >= event["at"]), 0.0)
+
+
+def _tail(values: list[float]) -> float:
+    return quantiles(values, n=20)[-1]
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--tokens", type=int, default=1000, help="of each answer")
+    options.add_argument("--rate", type=float, default=200, help="tokens a second of each answer")
+    options.add_argument("--trace", type=Path, help="a file for Chromium's trace")
+    chosen = options.parse_args()
+    asyncio.run(measure(tokens=chosen.tokens, tokens_per_s=chosen.rate, trace=chosen.trace))

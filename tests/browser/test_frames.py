@@ -1,0 +1,67 @@
+"""How much the page does for each event and each frame, counted rather than timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.browser.replay import Replay
+from tests.browser.test_playground import ask, done
+from tests.support.http_server import serve_http
+
+from cascade.api.http import create_app
+
+if TYPE_CHECKING:
+    from tests.browser.test_playground import Opened
+
+    from cascade.api.context import ServingContext
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+WATCH = Path(__file__).with_name("watch.js").read_text()
+TOKENS, COLUMNS = 400, 4
+
+
+@pytest.fixture
+async def watched(opened: Opened, service: ServingContext) -> dict[str, list[Any]]:
+    """What happened in the page while four answers came as fast as they could."""
+    app = create_app(replace(service, generator=Replay(service, tokens=TOKENS)))
+    async with serve_http(app) as address, opened(address, script=WATCH) as page:
+        for _ in range(COLUMNS - 2):
+            await page.get_by_role("button", name="Compare with another").click()
+        await page.evaluate("watched.drawn.length = 0")
+        await ask(page)
+        await done(page, *range(COLUMNS))
+        assert await page.locator(".answer .token").count() == COLUMNS * TOKENS
+        found: dict[str, list[Any]] = await page.evaluate("watched")
+        return found
+
+
+async def test_the_page_draws_once_a_frame_and_each_token_once(
+    watched: dict[str, list[Any]],
+) -> None:
+    """The work for a token does not grow with the text before it."""
+    drawn = [one for one in watched["drawn"] if one["added"]]
+    assert sum(one["added"] for one in drawn) == COLUMNS * TOKENS
+    assert max(Counter(one["frame"] for one in drawn).values()) == 1
+    assert sum(one["touched"] for one in drawn) == 0  # no token is changed once it is there
+    beside = [one["changes"] - one["added"] for one in drawn[1:]]  # counters, for each column
+    assert max(beside) <= 12 * COLUMNS
+
+
+async def test_a_token_is_drawn_in_the_first_frame_after_its_event(
+    watched: dict[str, list[Any]],
+) -> None:
+    came, shown = Counter[int](), Counter[int]()
+    for one in watched["events"]:
+        came[one["frame"]] += one["tokens"]
+    for one in watched["drawn"]:
+        shown[one["frame"]] += one["added"]
+    behind = 0
+    for frame in range(max(shown) + 1):
+        behind -= shown[frame]  # of what had come before this frame
+        assert behind == 0
+        behind += came[frame]
