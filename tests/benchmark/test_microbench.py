@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cascade import demo
-from cascade.benchmark.microbench import GrammarText, StepBenchmark, draft_bytes
+from cascade.benchmark.microbench import GrammarText, StepBenchmark, draft_bytes, greedy_logits
 from cascade.engine.model_loader import load
 from cascade.engine.settings import EngineSettings
 from cascade.engine.tokenizer import load as load_tokenizer
@@ -55,10 +55,11 @@ def test_the_masks_of_a_grammar_are_timed_within_verification() -> None:
 def test_a_draft_is_as_large_as_what_its_rule_reads() -> None:
     """Ids, a few tokens of q, or most of it; at temperature 0 an id is enough."""
     model = load(str(demo.DRAFTER), device="cpu", dtype="float32")
+    logits = greedy_logits(model, [(5, 6, 7)], tokens=4)
 
     def size(temperature: float, policy: DecodingParams) -> float:
         policy = replace(policy, sampling=SamplingParams(temperature=temperature))
-        return draft_bytes(model, [(5, 6, 7)], policy=policy, tokens=4)
+        return draft_bytes(logits, policy=policy)
 
     ids, few, most = DecodingParams(rule=TokenV3(alpha=0.9)), DecodingParams(), Diff(alpha=0.0)
     exact = DecodingParams(rule=most)

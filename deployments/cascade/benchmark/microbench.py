@@ -56,7 +56,7 @@ from cascade.types import (
 from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -201,28 +201,36 @@ def _resident_bytes() -> int:
 
 
 @torch.inference_mode()
-def draft_bytes(
-    model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    policy: DecodingParams,
-    tokens: int = 16,
-) -> float:
-    """Return the mean bytes of a drafted token in a message.
+def greedy_logits(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], *, tokens: int = 16
+) -> list[torch.Tensor]:
+    """Return the logits [B, V] of each greedy answer of a model.
 
     Args:
         model: The drafter.
-        prompts: Token ids. A token is drafted at each position of the model's own greedy answers.
-        policy: What decides how much of a distribution is sent.
+        prompts: Token ids.
         tokens: Of each answer, at most.
     """
     network: Any = model.model
-    sizes: list[int] = []
+    found: list[torch.Tensor] = []
     for prompt in prompts:
         text = network.generate(
             torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, use_cache=True
         )
-        logits_BV = network(text).logits[0, len(prompt) - 1 : -1, : model.vocabulary]
+        found.append(network(text).logits[0, len(prompt) - 1 : -1, : model.vocabulary])
+    return found
+
+
+@torch.inference_mode()
+def draft_bytes(logits: Iterable[torch.Tensor], *, policy: DecodingParams) -> float:
+    """Return the mean bytes of a drafted token in a message.
+
+    Args:
+        logits: What `greedy_logits` returned; a token is drafted at each position.
+        policy: What decides how much of a distribution is sent.
+    """
+    sizes: list[int] = []
+    for logits_BV in logits:
         positions = range(len(logits_BV))
         tasks = [DraftTask(policy=policy, position=i, block_start=i) for i in positions]
         for draft in draft_step(logits_BV, tasks):

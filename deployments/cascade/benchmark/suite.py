@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cascade.benchmark import microbench, synthetic_model, systems
+from cascade.benchmark import fairness, microbench, synthetic_model, systems
 from cascade.benchmark.load import ClosedLoop
 from cascade.benchmark.metrics import share_of_ideal
 from cascade.benchmark.plan import (
@@ -33,9 +33,9 @@ from cascade.benchmark.runner import compare
 from cascade.benchmark.systems import Role
 from cascade.engine.model_loader import adopt, load
 from cascade.evaluation.tasks import Level
-from cascade.rules import Diff, Lossless
+from cascade.rules import Diff, Lossless, Rule, TokenV3
 from cascade.structured.grammar import GrammarCompiler, TokenTexts
-from cascade.types import DecodingParams, Grammar, GrammarKind, SamplingParams
+from cascade.types import DecodingParams, Grammar, GrammarKind, RowFormat, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -67,10 +67,19 @@ _ORDER: Json = {
     "required": list(_ORDER_VALUES),
     "additionalProperties": False,
 }
+_SHORT_REQUESTS = 40  # of the small caller, in each half of a round
 _PASSES = 4  # of the expert alone over blocks of each length, after each round
-# By temperature, of a rule that does not read q and of one that does; two bytes for each of the
-# 3,193 tokens of the pair that ships are the most.
-_MOST_DRAFT_BYTES = {0.0: (20, 50), 0.7: (100, 1000), 1.0: (200, 5000), 1.5: (450, 6500)}
+_TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
+# Rule, sampling and rows, and the most bytes of a drafted token at each temperature; two bytes for
+# each of the 3,193 tokens of the pair that ships are the most that a distribution takes.
+_DRAFTS: dict[str, tuple[Rule, Json, RowFormat, tuple[int, ...]]] = {
+    "lossless": (Lossless(), {}, RowFormat.AUTO, (20, 100, 200, 450)),
+    "token_v3": (TokenV3(alpha=0.9), {}, RowFormat.AUTO, (20, 20, 20, 20)),
+    "diff": (Diff(alpha=0.0), {}, RowFormat.AUTO, (50, 1000, 5000, 6500)),
+    "diff, sparse": (Diff(alpha=0.0), {}, RowFormat.SPARSE, (50, 100, 150, 450)),
+    "diff, top_p 0.95": (Diff(alpha=0.0), {"top_p": 0.95}, RowFormat.AUTO, (50, 100, 150, 3000)),
+    "diff, full": (Diff(alpha=0.0), {}, RowFormat.FULL, (50, 6500, 6500, 6500)),
+}
 _VERIFIED_SAMPLINGS = {
     "sampled": SamplingParams(),
     "top-p 0.95": SamplingParams(top_p=0.95),
@@ -318,20 +327,21 @@ async def wire(options: SuiteOptions, progress: Progress) -> CaseResult:
         tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
         for body in plan.bodies
     ]
+    logits = microbench.greedy_logits(model, prompts)
     sizes: list[Claim] = []
-    for rule, (temperature, most) in itertools.product(
-        (Lossless(), Diff(alpha=0.0)), _MOST_DRAFT_BYTES.items()
-    ):
-        policy = DecodingParams(rule=rule, sampling=SamplingParams(temperature=temperature))
-        sizes.append(
-            Claim(
-                case="wire, bytes of a drafted token",
-                says=f"{rule.kind}, temperature {temperature:g}",
-                measured=microbench.draft_bytes(model, prompts, policy=policy),
-                most=most[isinstance(rule, Diff)],
+    for name, (rule, options_of, rows, most) in _DRAFTS.items():
+        for temperature, at_most in zip(_TEMPERATURES, most, strict=True):
+            sampling = SamplingParams(temperature=temperature, **options_of)
+            policy = DecodingParams(rule=rule, sampling=sampling, rows=rows)
+            sizes.append(
+                Claim(
+                    case="wire, bytes of a drafted token",
+                    says=f"{name}, temperature {temperature:g}",
+                    measured=microbench.draft_bytes(logits, policy=policy),
+                    most=at_most,
+                )
             )
-        )
-        progress(f"wire: {sizes[-1].measured:.0f} bytes, {sizes[-1].says}")
+            progress(f"wire: {sizes[-1].measured:.0f} bytes, {sizes[-1].says}")
     return CaseResult(claims=(claim, *sizes), comparisons={claim.case: (comparison, "")})
 
 
@@ -457,6 +467,22 @@ async def verification(options: SuiteOptions, progress: Progress) -> CaseResult:
     return CaseResult(claims=(claim,))
 
 
+async def callers(options: SuiteOptions, progress: Progress) -> CaseResult:
+    """A caller with short prompts, alone and beside one with many long ones, on shared tiers."""
+    found = await fairness.measure(
+        options.settings, rounds=options.rounds, requests=_SHORT_REQUESTS, progress=progress
+    )
+    ratios = sorted(one.ratio for one in found)
+    claim = Claim(
+        case=f"a caller beside one with n = {fairness.LONG_PROMPTS} long prompts",
+        says=f"p95 of its time to the first token, times that alone ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f} over {len(ratios)} rounds)",
+        measured=median(ratios),
+        most=2.0,
+    )
+    return CaseResult(claims=(claim,))
+
+
 def _untrained_120m(options: SuiteOptions, *, vocabulary: int) -> LoadedModel:
     """Return a model of 120M parameters if it has 32,000 tokens."""
     torch.manual_seed(0)
@@ -483,6 +509,7 @@ CASES: Mapping[str, Callable[[SuiteOptions, Progress], Coroutine[Any, Any, CaseR
     "drafter_steps": drafter_steps,
     "verification": verification,
     "masks": masks,
+    "fairness": callers,
 }
 
 
