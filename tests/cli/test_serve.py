@@ -7,9 +7,9 @@ import json
 import signal
 import socket
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 COMMAND = str(Path(sys.executable).with_name("cascade"))
 ROUTER = ["router", "--drafter", "a:1", "--expert", "b:2"]
+LONG: dict[str, Any] = {
+    "prompt": "The capital",
+    "max_tokens": 256,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 ENVIRONMENT = {TOKEN_VARIABLE: "between us", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 
@@ -38,7 +46,8 @@ async def running(*arguments: str) -> AsyncGenerator[asyncio.subprocess.Process]
     try:
         yield process
     finally:
-        process.terminate()
+        with suppress(ProcessLookupError):
+            process.terminate()
         await process.communicate()
 
 
@@ -90,6 +99,39 @@ async def test_three_processes_without_ray_answer() -> None:
     assert drafted > 0
     assert f'vllm:spec_decode_num_draft_tokens_total{{model_name="cascade"}} {drafted}.0' in loop
     assert 'cascade_engine_busy_ratio{tier="expert"}' in engine
+
+
+async def test_a_tier_that_is_told_to_stop_lets_its_sessions_end_first() -> None:
+    """Of two experts one ends after the stream; further answers come from the other."""
+    port, bind = free_port(), ("--address", "127.0.0.1:0")
+    async with (
+        running("tier", "drafter", *bind) as left,
+        running("tier", "expert", *bind) as stopped,
+        running("tier", "expert", *bind) as other,
+    ):
+        drafter, *experts = await asyncio.gather(*map(address, (left, stopped, other)))
+        tiers = ("--drafter", drafter, *(word for one in experts for word in ("--expert", one)))
+        async with running("router", *tiers, "--port", str(port)) as router:
+            await wait_ready(f"http://127.0.0.1:{port}", router)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
+                async with streams[0] as first, streams[1] as second:  # one at each expert
+                    lines = [first.aiter_lines(), second.aiter_lines()]
+                    begun = [await anext(one) for one in lines]
+                    stopped.terminate()
+                    short = {"prompt": "The capital", "max_tokens": 4}
+                    for _ in range(2):  # the router goes on to the next expert for each
+                        answer = (await client.post("/v1/completions", json=short)).json()
+                        assert answer["usage"]["completion_tokens"] == 4
+                    ends = [[line async for line in one if line][-2:] for one in lines]
+                await stopped.wait()
+    assert all(line.startswith("data: ") for line in begun)
+    assert stopped.returncode == 0
+    for usage, done in ends:
+        assert done == "data: [DONE]"
+        cost = json.loads(usage.removeprefix("data: "))["usage"]
+        assert cost["completion_tokens"] == LONG["max_tokens"]
+        assert not cost["cascade"]["failovers"]
 
 
 @pytest.mark.slow

@@ -117,7 +117,11 @@ def tier(  # noqa: PLR0913 - one parameter an option
     config: Config = None,
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus; 0: none")] = 0,
 ) -> None:
-    """Serve one replica of a tier on its gRPC address until interrupted."""
+    """Serve one replica of a tier on its gRPC address until interrupted.
+
+    SIGTERM lets open sessions end first, for `deployment.graceful_shutdown_timeout_s` at most. A
+    second signal, or Ctrl-C, ends it at once; sessions then go on at another replica.
+    """
     # Importing the settings imports torch, which reads these variables.
     os.environ.update(threads.environment())
     try:
@@ -129,6 +133,7 @@ def tier(  # noqa: PLR0913 - one parameter an option
             address=address,
             token=_lease_token(token_file),
             metrics_port=metrics_port,
+            drain_s=getattr(application, name.value).deployment.graceful_shutdown_timeout_s,
         )
         asyncio.run(serving)
     except StartupError as error:
@@ -166,6 +171,7 @@ async def _serve(  # noqa: PLR0913 - the command's options
     address: str,
     token: str,
     metrics_port: int,
+    drain_s: float,
 ) -> None:
     # Imported late: torch reads the environment when it is imported.
     from cascade.drafter.drafter import Drafter  # noqa: PLC0415 - as above
@@ -180,13 +186,30 @@ async def _serve(  # noqa: PLR0913 - the command's options
     )
     typer.echo(f"{name.value} serves {options.model} on {replica.address}")
     reports = asyncio.create_task(_report(replica, metrics_port)) if metrics_port else None
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await stopped.wait()
+    await _interrupted(replica, drain_s=drain_s)
     if reports is not None:
         reports.cancel()
     await replica.stop()
+
+
+async def _interrupted(replica: Replica[Any], *, drain_s: float) -> None:
+    """Return when the process is to end: after SIGTERM, when no session is open any more."""
+    loop, at_once, draining = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def terminate() -> None:
+        (at_once if draining.is_set() else draining).set()
+
+    loop.add_signal_handler(signal.SIGINT, at_once.set)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+
+    async def drained() -> None:
+        await draining.wait()
+        await asyncio.wait([asyncio.ensure_future(replica.drain())], timeout=drain_s)
+
+    ends = [asyncio.ensure_future(drained()), asyncio.ensure_future(at_once.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for one in ends:
+        one.cancel()
 
 
 async def _report(replica: Replica[Any], port: int) -> None:

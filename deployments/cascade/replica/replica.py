@@ -20,7 +20,14 @@ from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.tensor_parallel import load
 from cascade.engine.tokenizer import load as load_tokenizer
-from cascade.errors import CascadeError, ContextTooLong, Internal, InvalidRequest, Unauthenticated
+from cascade.errors import (
+    CascadeError,
+    ContextTooLong,
+    Internal,
+    InvalidRequest,
+    Unauthenticated,
+    Unavailable,
+)
 from cascade.observability.tracing import TracedTier
 from cascade.protocol.grpc_status import refusal
 from cascade.protocol.messages import Close, Judge, Need, Open, Propose, Score
@@ -114,6 +121,7 @@ class Replica(ABC, Generic[Message]):
         self._pass_timeout_s = options.pass_timeout_s
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[tuple[Connection, SessionId], ReplicaSession] = {}
+        self._drained: asyncio.Event | None = None  # while it drains; set once no session is open
         self._engine_ids = itertools.count()
 
     @classmethod
@@ -183,6 +191,13 @@ class Replica(ABC, Generic[Message]):
         """
         del options, tokenizer, vocabulary
         return cls
+
+    async def drain(self) -> None:
+        """Open no more sessions, and return when those that are open have ended."""
+        self._drained = asyncio.Event()
+        await self.server.set_serving(serving=False)
+        if self._sessions:
+            await self._drained.wait()
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Accept no new streams, cut the open ones after `grace_s` seconds, stop the engine."""
@@ -299,6 +314,8 @@ class Replica(ABC, Generic[Message]):
         )
 
     def _open(self, connection: Connection, message: Open) -> None:
+        if self._drained is not None:
+            raise Unavailable("this replica is about to stop; open the session at another one")
         self.leases.claim(message.lease)
         opened = message.session
         if not opened.prompt:
@@ -411,6 +428,8 @@ class Replica(ABC, Generic[Message]):
         del self._sessions[session.connection, session.opened.id]
         self.engine.release(session.engine_id)
         self.leases.end(session.lease)
+        if self._drained is not None and not self._sessions:
+            self._drained.set()
 
     def _end_lease(self, token: str) -> None:
         for session in list(self._sessions.values()):
