@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from cascade.engine import progress, quantisation, tp_plan
 from cascade.errors import UnsupportedModel
@@ -159,7 +161,7 @@ def read_config(
             f"The configuration of {name!r} is not one transformers can read: {first_line(error)}"
         ) from error
     _check_kind(name, config)
-    if not config.is_encoder_decoder:
+    if not config.is_encoder_decoder and _may_keep_state(config):
         model_classes: Any = auto_class(config)._model_mapping  # noqa: SLF001 - transformers has no public reader
         check_state(model_classes.get(type(config), None))
     return config
@@ -283,6 +285,17 @@ def _wrappers(config: PreTrainedConfig) -> set[str]:
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
     return {names[config.model_type] for names in kinds if config.model_type in names}
+
+
+def _may_keep_state(config: PreTrainedConfig) -> bool:
+    """Return whether the code of a model marks some model as one that keeps a recurrent state.
+
+    To import that code takes seconds and 200 MB, which processes without a model need not spend.
+    """
+    module = model_type_to_module_name(config.model_type)
+    folder = Path(str(transformers.__file__)).parent / "models" / module
+    code = folder / f"modeling_{module}.py"
+    return not code.exists() or "_is_stateful = True" in code.read_text("utf-8")
 
 
 def check_state(model_class: type[PreTrainedModel] | None) -> None:
