@@ -90,6 +90,10 @@ class FakeEngine:
         del session
         return 0
 
+    def taken_s(self, session: SessionId) -> float:
+        del session
+        return 0.25
+
     def run(self) -> None:
         """Serve all waiting requests in one forward pass; those that follow wait."""
         requests, self.waiting = self.waiting, []
