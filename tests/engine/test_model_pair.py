@@ -11,6 +11,7 @@ from tests.support.toy_tokenizers import byte_level, llama_3
 from tokenizers import normalizers
 from transformers import Gemma3Config, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from cascade.engine import tokenizer
 from cascade.engine.model_pair import (
     GenerationDefaults,
     ModelSource,
@@ -78,6 +79,26 @@ def says(folder: Path, file: str, **settings: Any) -> None:
     path = folder / file
     stated = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(stated | settings))
+
+
+def test_a_tokenizer_whose_files_are_the_same_is_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = list[str](), tokenizer.load
+
+    def counted(name: str, **how: Any) -> tokenizer.Tokenizer:
+        read.append(name)
+        return load(name, **how)
+
+    monkeypatch.setattr(tokenizer, "load", counted)
+    drafter, expert = copied(folder, byte_level()), ModelSource(name=str(folder))
+
+    assert load_pair(drafter, expert).vocabulary.identical
+    assert read == [expert.name]
+
+    says(Path(drafter.name), "tokenizer_config.json", chat_template="another")
+    assert load_pair(drafter, expert).vocabulary.identical
+    assert read == [expert.name, expert.name, drafter.name]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ the pair from here.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cascade.engine import encoder_decoder, tokenizer
-from cascade.engine.model_loader import context_length, read_config, read_json
+from cascade.engine.model_loader import context_length, find_file, read_config, read_json
 from cascade.engine.settings import VocabularyWay
 from cascade.engine.vocabulary import map_vocabularies
 from cascade.errors import UnsupportedModel
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 # Settings of `generate` that change a text and that no request can ask for, by their neutral value
@@ -144,8 +151,9 @@ def load_pair(
     )
     text: Any = config.get("text_config")
     files = (config, text if isinstance(text, dict) else {}, generation)
+    same = configs[0].model_type == configs[1].model_type and _same_tokenizer(drafter, expert)
     vocabulary = map_vocabularies(
-        tokenizer.load(**asdict(drafter)),
+        expert_tokenizer if same else tokenizer.load(**asdict(drafter)),
         expert_tokenizer,
         drafter_size=configs[0].vocab_size,
         expert_size=configs[1].vocab_size,
@@ -169,6 +177,24 @@ def load_pair(
         stop_ids=tuple(dict.fromkeys((*expert_tokenizer.stop_ids, *_end_ids(expert, files)))),
         generation=generation_defaults(expert.name, stated),
         start_ids=starts[1] or (),
+    )
+
+
+def _same_tokenizer(drafter: ModelSource, expert: ModelSource) -> bool:
+    """Return whether two models have the same files of a tokenizer, so that one is read for both.
+
+    One of 262,144 tokens takes a second or two to read, and 200 MB.
+    """
+    if drafter.trust_remote_code or expert.trust_remote_code:
+        return False
+    found = [
+        [find_file(source.name, file, revision=source.revision) for file in _TOKENIZER_FILES]
+        for source in (drafter, expert)
+    ]
+    pairs = zip(*found, strict=True)
+    return found[0][0] is not None and all(
+        one == other if one is None or other is None else filecmp.cmp(one, other, shallow=False)
+        for one, other in pairs
     )
 
 
