@@ -135,6 +135,7 @@ async def run_plan(plan: Plan, *, progress: Callable[[str], object] = lambda _: 
         settings = with_engine(settings, "drafter", prefix_reuse=False)
         settings = with_engine(settings, "expert", prefix_reuse=False)
     async with AsyncExitStack() as cleanup:
+        progress("starting the pair")
         systems = [
             replace(base, name=joined(variant, base.name), options=options, role=_role_of(options))
             for start in plan.deployments
@@ -142,6 +143,7 @@ async def run_plan(plan: Plan, *, progress: Callable[[str], object] = lambda _: 
             for variant, options in variants.items()
         ]
         if baselines:
+            progress(f"starting {', '.join(baselines)}")
             systems += await _baseline_systems(plan, baselines, cleanup, progress)
         comparison = await compare(
             systems,

@@ -119,8 +119,8 @@ async def compare(  # noqa: PLR0913 - each is one part of a comparison
         raise InvalidMeasurement("two systems have the same name; give each its own")
     warm_up = load if isinstance(load, ClosedLoop) else ClosedLoop()
     for system in systems:
+        progress(f"{system.name}: warming up")
         await run_load(system.client, _requests(system, bodies[: 2 * warm_up.concurrency]), warm_up)
-        progress(f"{system.name}: warm")
     metrics: dict[str, list[RunMetrics]] = {system.name: [] for system in systems}
     texts: dict[str, tuple[str | None, ...]] = {}
     probed: list[float] = []

@@ -50,6 +50,7 @@ RoundTrips = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Of the expert and baselines: bfloat16, ...")]
 
 
+_LOADING = "loading torch and transformers"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -104,6 +105,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     out: Out = Path("bench"),
 ) -> None:
     """Compare variants, deployments and baselines: all answer the same requests, in turns."""
+    _progress(_LOADING)
     from cascade.benchmark import load, metrics, plan, report  # noqa: PLC0415 - after `prepare`
     from cascade.evaluation import workloads  # noqa: PLC0415 - as above
     from cascade.evaluation.client import request_body  # noqa: PLC0415 - as above
@@ -149,6 +151,7 @@ def pad(
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32")] = "bfloat16",
 ) -> None:
     """Write a synthetic model: the text of its source at the cost of a larger model."""
+    _progress(_LOADING)
     import torch  # noqa: PLC0415 - after `prepare`
     from transformers import AutoConfig  # noqa: PLC0415 - as above
 
@@ -160,6 +163,7 @@ def pad(
         path = str(EXPERT) if source == "demo" else source
         size = synthetic_model.parse_parameters(parameters)
         shape = synthetic_model.shape_for(size, AutoConfig.from_pretrained(path))
+        _progress(f"writing {out}")
         written = synthetic_model.write(path, out=out, shape=shape, dtype=getattr(torch, dtype))
         Console().print(f"{out}: {written / 1e6:.0f}M parameters, cost-padded: {shape}")
 
@@ -172,6 +176,7 @@ def load_model(
     path: Annotated[str, typer.Option(help="Of the engine: auto, lean, flat or padded")] = "auto",
 ) -> None:
     """Measure the memory of loading a model on a CPU: its peak, and what stays."""
+    _progress(_LOADING)
     from cascade.benchmark.load_memory import measure  # noqa: PLC0415 - after `prepare`
     from cascade.engine.settings import EngineSettings  # noqa: PLC0415 - as above
     from cascade.engine.settings import Path as EnginePath  # noqa: PLC0415 - as above
@@ -182,6 +187,7 @@ def load_model(
         if path not in set(EnginePath):
             raise InvalidMeasurement(f"--path is {path!r}; {wanted(path, EnginePath)}")
         settings: Any = {"dtype": dtype or "auto", "path": EnginePath(path)}
+        _progress(f"loading {model}")
         memory = measure(model, settings=EngineSettings(**settings))
         weights, mib = memory.weights, 2**20
         Console(highlight=False, soft_wrap=True).print(
@@ -213,6 +219,7 @@ def suite(  # noqa: PLR0913 - one parameter an option
 
     What a report in the folder says of other cases is kept.
     """
+    _progress(_LOADING)
     from cascade.benchmark import report  # noqa: PLC0415 - after `prepare`
     from cascade.benchmark.suite import CASES, SuiteOptions  # noqa: PLC0415 - as above
     from cascade.evaluation.environment import provenance  # noqa: PLC0415 - as above
@@ -257,6 +264,7 @@ def timeline(  # noqa: PLR0913 - one parameter an option
     out: Out = Path("docs"),
 ) -> None:
     """Write performance.md and its picture: where the time of a round goes."""
+    _progress(_LOADING)
     from cascade.benchmark import report  # noqa: PLC0415 - after `prepare`
     from cascade.benchmark import timeline as timelines  # noqa: PLC0415 - as above
     from cascade.benchmark.plan import greedy, parse_variant  # noqa: PLC0415 - as above
@@ -269,6 +277,7 @@ def timeline(  # noqa: PLR0913 - one parameter an option
         if promises is not None:
             claims = report.suite_claims(report.read_suite(promises), with_headings=True)
         body = greedy(question) | {"cascade": parse_variant(ask)}
+        _progress("starting the pair, and asking it")
         found = asyncio.run(timelines.record(settings, body, rtt_ms=rtt_ms))
         notes = _notes(pad)
         if rtt_ms:

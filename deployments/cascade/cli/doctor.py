@@ -28,7 +28,7 @@ from cascade.cli.findings import warn as _warn
 from cascade.errors import StartupError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 def check_versions(distribution: str = "speculative-cascades") -> list[Check]:
@@ -344,22 +344,31 @@ def doctor(
         url, dashboard = url and server_url(url), server_url(dashboard)
     except StartupError as error:
         raise failed(error) from error
+    if not show(_checks(config, url, dashboard)):
+        raise typer.Exit(1)
+
+
+def _checks(config: Path | None, url: str | None, dashboard: str) -> Iterator[Check]:
+    """Yield what is found as it is found.
+
+    Args:
+        config: A Serve YAML.
+        url: Of the server; None: as the YAML says.
+        dashboard: Of the Ray cluster.
+    """
     checks, serve = check_config(config) if config else ([], ServeConfig())
+    yield from checks
+    yield from check_versions()
+    yield from check_devices()
+    yield from check_memory()
+    yield from check_threads()
+    yield from check_cluster(dashboard, config=serve)
     here = f"http://127.0.0.1:{serve.http_port}"
     server = on_port = check_server(here)
     if url is not None and url != here:
         server = check_server(url)
         if (server.status, on_port.status) == (Status.WARN, Status.OK):
             server = server._replace(fix=f"the server at {here} is healthy; leave out --url")
-    checks += [
-        *check_versions(),
-        *check_devices(),
-        *check_memory(),
-        *check_threads(),
-        *check_cluster(dashboard, config=serve),
-        *check_ports(serve, serving=on_port.status is not Status.WARN),
-        server,
-        *check_drafts(url or here),
-    ]
-    if not show(checks):
-        raise typer.Exit(1)
+    yield from check_ports(serve, serving=on_port.status is not Status.WARN)
+    yield server
+    yield from check_drafts(url or here)

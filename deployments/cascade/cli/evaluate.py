@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from cascade.cli.ask import Key, server_url
 from cascade.cli.serve import failed, read_settings
+from cascade.cli.stages import stages
 from cascade.errors import CascadeError, InvalidMeasurement
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from contextlib import AbstractAsyncContextManager
 
     from cascade.evaluation.client import Client
@@ -84,8 +82,8 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     Every finished setting is stored at once, so the same command resumes an interrupted run.
     """
     try:
-        with _stages() as show:
-            show("loading torch and transformers", 0, 0)
+        with stages() as show:
+            show("loading torch and transformers")
             # Imported late, as all of the evaluation: `cascade ask` does not need torch.
             from cascade.evaluation import workloads  # noqa: PLC0415 - as above
             from cascade.evaluation.run import Run  # noqa: PLC0415 - as above
@@ -94,9 +92,9 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
             items = workloads.load(workload, count=count, seed=seed, free=free)
             client = _client(url, config, api_key, model)
             run = Run(folder=out, seed=seed, concurrency=concurrency)
-            show(f"connecting to {url}" if url else "loading the pair", 0, 0)
+            show(f"connecting to {url}" if url else "loading the pair")
             results = asyncio.run(_evaluate(items, settings, client, run, show))
-            show("writing the report", 0, 0)
+            show("writing the report")
             paths = _write(results, out, margin)
         _print(results, paths, margin)
     except CascadeError as error:
@@ -148,25 +146,6 @@ def _client(
             raise InvalidMeasurement("--url uses a running server, --config starts one; give one")
         return connect_http(server_url(url), api_key=api_key, model=model)
     return start_in_process(read_settings(config))
-
-
-@contextmanager
-def _stages() -> Generator[OnProgress]:
-    """Show what the command is doing: a bar on a terminal, otherwise a line for each stage."""
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        current = ""
-
-        def show(stage: str, completed: int, total: int) -> None:
-            nonlocal current
-            if stage != current and not console.is_terminal:
-                console.print(stage, markup=False, highlight=False)
-            current = stage
-            progress.update(task, description=stage, completed=completed, total=total or None)
-
-        yield show
 
 
 async def _evaluate(

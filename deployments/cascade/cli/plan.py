@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.cli.evaluate import failed
+from cascade.cli.stages import stages
 from cascade.errors import CascadeError
 
 if TYPE_CHECKING:
@@ -163,37 +164,45 @@ def plan(  # noqa: PLR0913 - one parameter an option
     With --answers also how many drafters and experts that load needs. Reads configurations, and the
     file sizes of quantised weights; loads and downloads no weights.
     """
-    # Imported late: `cascade ask` does not need torch.
-    import torch  # noqa: PLC0415 - as above
+    with stages() as show:
+        show("loading torch and transformers")
+        # Imported late: `cascade ask` does not need torch.
+        import torch  # noqa: PLC0415 - as above
 
-    from cascade.engine.memory_plan import plan_memory  # noqa: PLC0415 - as above
-    from cascade.engine.settings import EngineSettings  # noqa: PLC0415 - as above
+        from cascade.engine.memory_plan import plan_memory  # noqa: PLC0415 - as above
+        from cascade.engine.settings import EngineSettings  # noqa: PLC0415 - as above
 
-    if gpu is None and not torch.cuda.is_available():
-        raise typer.BadParameter("this machine has no GPU; say how large it is", param_hint="--gpu")
-    if answers is not None and len(models) != len(("drafter", "expert")):
-        raise typer.BadParameter("give two models, the drafter's and the expert's")
-    here = torch.cuda.mem_get_info()[1] / GIB if gpu is None else 0
-    utilization = EngineSettings().gpu_memory_utilization
-    chosen = None if dtype is DType.AUTO else getattr(torch, dtype)
-    try:
-        planned = [
-            ModelOnGpu(
-                memory=plan_memory(model, dtype=chosen),
-                gpu_bytes=int(memory * GIB),
-                utilization=utilization * share,
-                bytes_per_s=speed * 1e9 * share if speed else None,
+        def memory_of(model: str) -> MemoryPlan:
+            show(f"reading the configuration of {model}")
+            return plan_memory(model, dtype=chosen)
+
+        if gpu is None and not torch.cuda.is_available():
+            raise typer.BadParameter(
+                "this machine has no GPU; say how large it is", param_hint="--gpu"
             )
-            for model, memory, share, speed in zip(
-                models,
-                _each(gpu or [here], models, "--gpu"),
-                _each(num_gpus or [1.0], models, "--num-gpus"),
-                _each(bandwidth or [0.0], models, "--bandwidth"),
-                strict=True,
-            )
-        ]
-    except CascadeError as error:
-        raise failed(error) from error
+        if answers is not None and len(models) != len(("drafter", "expert")):
+            raise typer.BadParameter("give two models, the drafter's and the expert's")
+        here = torch.cuda.mem_get_info()[1] / GIB if gpu is None else 0
+        utilization = EngineSettings().gpu_memory_utilization
+        chosen = None if dtype is DType.AUTO else getattr(torch, dtype)
+        try:
+            planned = [
+                ModelOnGpu(
+                    memory=memory_of(model),
+                    gpu_bytes=int(memory * GIB),
+                    utilization=utilization * share,
+                    bytes_per_s=speed * 1e9 * share if speed else None,
+                )
+                for model, memory, share, speed in zip(
+                    models,
+                    _each(gpu or [here], models, "--gpu"),
+                    _each(num_gpus or [1.0], models, "--num-gpus"),
+                    _each(bandwidth or [0.0], models, "--bandwidth"),
+                    strict=True,
+                )
+            ]
+        except CascadeError as error:
+            raise failed(error) from error
     console = Console(highlight=False)
     console.print(_memory_table(models, planned, session_tokens))
     if answers is None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from cascade.cli.evaluate import failed
+from cascade.cli.stages import stages
 from cascade.errors import CascadeError, InvalidMeasurement, wanted
 
 
@@ -42,30 +43,35 @@ def tune(  # noqa: PLR0913 - one parameter an option
 
     The YAML goes under `args:` of the application in a cluster/*.yaml.
     """
-    # Imported late: `cascade ask` does not need torch.
-    from cascade.evaluation.results import load  # noqa: PLC0415 - as above
-    from cascade.evaluation.tune import (  # noqa: PLC0415 - as above
-        Goal,
-        chosen,
-        judged,
-        parse,
-        yaml_fragment,
-    )
-    from cascade.evaluation.tune_report import page  # noqa: PLC0415 - as above
-
     try:
-        measured = load(results)
-        if goal is not None and goal not in set(Goal):
-            raise InvalidMeasurement(f"--goal is {goal!r}; {wanted(goal, Goal)}")
-        choices = judged(
-            measured,
-            [parse(text) for text in target],
-            group=family or measured.groups[0],
-            temperature=temperature,
-            goal=Goal(goal) if goal else None,
-        )
-        report = report or results / "tune.html"
-        _write(report, page(measured, choices, confidence=confidence).html())
+        with stages() as show:
+            show("loading the libraries")
+            # Imported late: `cascade ask` does not need torch.
+            from cascade.evaluation.results import load  # noqa: PLC0415 - as above
+            from cascade.evaluation.tune import (  # noqa: PLC0415 - as above
+                Goal,
+                chosen,
+                judged,
+                parse,
+                yaml_fragment,
+            )
+            from cascade.evaluation.tune_report import page  # noqa: PLC0415 - as above
+
+            if goal is not None and goal not in set(Goal):
+                raise InvalidMeasurement(f"--goal is {goal!r}; {wanted(goal, Goal)}")
+            show(f"reading {results}")
+            measured = load(results)
+            show(f"judging {len(measured.cells)} settings")
+            choices = judged(
+                measured,
+                [parse(text) for text in target],
+                group=family or measured.groups[0],
+                temperature=temperature,
+                goal=Goal(goal) if goal else None,
+            )
+            show("writing the report")
+            report = report or results / "tune.html"
+            _write(report, page(measured, choices, confidence=confidence).html())
         Console(stderr=True, soft_wrap=True).print(f"written: {report}", markup=False)
         choice = chosen(choices, confidence=confidence)
         for warning in choice.warnings:
