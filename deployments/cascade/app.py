@@ -61,6 +61,7 @@ class _TierDeployment(ABC):
         self, options: ReplicaOptions, bind_host: str, bind_ports: str, tls: TlsFiles | None
     ) -> None:
         to_serve()
+        logger.info("Loading torch, then %s", options.model)
         anywhere = bind_host in {"0.0.0.0", "[::]"}  # noqa: S104 - compared, not bound
         self._replica = await self.replica_class().start(
             options,

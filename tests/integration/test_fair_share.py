@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -162,11 +163,22 @@ async def until(router: Router, *, ready: bool) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_readiness_follows_the_experts_and_not_the_drafters(toy: Pair) -> None:
+async def test_readiness_follows_the_experts_and_not_the_drafters(
+    toy: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says when it begins, and what each tier does until it serves."""
     settings = toy.settings()
+    caplog.set_level(logging.INFO, logger="cascade")
     async with local_server(settings) as server:
         watch = asyncio.create_task(server.router.watch())
         await until(server.router, ready=True)
+        async with asyncio.timeout(60):
+            while "The router answers requests" not in caplog.messages:  # noqa: ASYNC110 - untold
+                await asyncio.sleep(0.01)
+        for tier, options in (("drafter", settings.drafter), ("expert", settings.expert)):
+            address = getattr(server, tier).address
+            begin = f"The {tier} serves {options.model} on {address}, "
+            assert sum(one.startswith(begin) for one in caplog.messages) == 1
         await server.drafter.stop()
         assert server.router.ready()
         await server.expert.stop()

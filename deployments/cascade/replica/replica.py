@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import logging
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from cascade.protocol.services import LeaseTicket, TierKind
     from cascade.protocol.tls import Credentials
     from cascade.replica.options import ReplicaOptions
+
+log = logging.getLogger(__name__)
 
 Message = TypeVar("Message", Propose, Judge)
 
@@ -148,12 +151,14 @@ class Replica(ABC, Generic[Message]):
         Raises:
             StartupError: The model cannot be served exactly, or the address not bound.
         """
+        began_s = cls.clock()
         source: dict[str, Any] = {
             "revision": options.revision,
             "trust_remote_code": options.trust_remote_code,
         }
         loading = partial(load, options.model, settings=options.engine, launch=launch, **source)
         model = await asyncio.to_thread(threads.run_in_own_thread, loading)
+        log.info("Reading the tokenizer of %s", options.model)
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, options.model, **source)
             shared = min(tokenizer.size, model.vocabulary)  # ids beyond the tokenizer are padding
@@ -173,6 +178,10 @@ class Replica(ABC, Generic[Message]):
             raise
         port = bound.rpartition(":")[2]
         replica.address = bound if advertised_host is None else f"{advertised_host}:{port}"
+        log.info(
+            "The %s serves %s on %s, %.1f s after it began to load",
+            *(cls.kind.name, options.model, replica.address, cls.clock() - began_s),
+        )
         return replica
 
     @classmethod

@@ -7,6 +7,7 @@ mode is a `Plan` over the one loop (`speculation.modes`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import uuid
 from contextlib import aclosing, asynccontextmanager
@@ -61,7 +62,10 @@ if TYPE_CHECKING:
     from cascade.speculation.modes import Plan
     from cascade.types import Caller, TokenLogprob
 
+log = logging.getLogger(__name__)
+
 DRAFTERS_DUE_S = 60.0  # after a router's start, by when drafters have loaded or never will
+READY_PERIOD_S = 0.25  # of a look whether answers can begin
 CHUNK_TOKENS = 16  # drafted at a time where no expert verifies
 ALONE_TOKENS = 8  # written in a row by the expert where it has no drafter
 
@@ -167,7 +171,13 @@ class Router:
     async def watch(self) -> None:
         """Keep up `ready` and `context_tokens` until cancelled."""
         self._drafters_due_s = now_s() + DRAFTERS_DUE_S
-        await asyncio.gather(self._experts.watch(), self._drafters.watch())
+        log.info("The router waits for an expert and a drafter")
+        await asyncio.gather(self._experts.watch(), self._drafters.watch(), self._say_when_ready())
+
+    async def _say_when_ready(self) -> None:
+        while not self.ready():  # noqa: ASYNC110 - it depends on the clock too
+            await asyncio.sleep(READY_PERIOD_S)
+        log.info("The router answers requests")
 
     def ready(self) -> bool:
         """Return whether answers can begin: an expert can be reached.
