@@ -2,6 +2,7 @@
 
     CascadeError
     ├── InvalidRequest            400  INVALID_ARGUMENT
+    │   ├── BodyTooLarge          413  INVALID_ARGUMENT
     │   ├── ContextTooLong        400  INVALID_ARGUMENT
     │   └── UnsupportedParameter  400  INVALID_ARGUMENT
     ├── Unauthenticated           401  UNAUTHENTICATED
@@ -9,6 +10,7 @@
     ├── Overloaded                429  RESOURCE_EXHAUSTED   (retry)
     │   └── QuotaExceeded         429  RESOURCE_EXHAUSTED   (retry)
     ├── DeadlineExceeded          504  DEADLINE_EXCEEDED
+    ├── BodyTooSlow               408  DEADLINE_EXCEEDED    (retry)
     ├── Unavailable               503  UNAVAILABLE          (retry)
     │   ├── DrafterUnavailable
     │   └── ExpertUnavailable
@@ -55,6 +57,12 @@ class InvalidRequest(CascadeError):
     grpc, http, type, code = "INVALID_ARGUMENT", 400, "invalid_request_error", None
 
 
+class BodyTooLarge(InvalidRequest):
+    """The body of the request has more bytes than this server reads."""
+
+    http, code = 413, "body_too_large"
+
+
 class ContextTooLong(InvalidRequest):
     """Prompt and completion together do not fit the context of the models."""
 
@@ -99,6 +107,12 @@ class DeadlineExceeded(CascadeError):
     """The request took longer than its deadline or the server's maximum generation time."""
 
     grpc, http, code = "DEADLINE_EXCEEDED", 504, "deadline_exceeded"
+
+
+class BodyTooSlow(CascadeError):
+    """The body of the request did not arrive in time."""
+
+    grpc, http, type, code = "DEADLINE_EXCEEDED", 408, "invalid_request_error", "body_too_slow"
 
 
 class Unavailable(CascadeError):

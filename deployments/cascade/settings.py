@@ -312,15 +312,24 @@ class Limits(context.Limits):
     context_tokens: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - frozen; None: the tiers' own
     answers: Positive | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - as above; None: half of a replica's
 
-    def resolve(self, *, expert_tokens: int, replica_sessions: int) -> context.Limits:
-        """Return the limits for an expert with this context, whose replicas hold so many sessions.
+    def resolve(
+        self, *, expert_tokens: int, replica_sessions: int, router_requests: int
+    ) -> context.Limits:
+        """Return the limits of a router.
 
-        By default one call takes at most half of a replica, so that it does not starve all others.
+        By default one call takes at most half of a replica, so that it does not starve all others;
+        and bodies on their way never take more than half of the router's places.
+
+        Args:
+            expert_tokens: The context of the expert.
+            replica_sessions: That a replica of it holds.
+            router_requests: That the router serves at the same time.
         """
         values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         tokens = min(expert_tokens, self.context_tokens or expert_tokens)
         answers = self.answers or max(1, replica_sessions // 2)
-        values |= {"context_tokens": tokens, "answers": answers}
+        bodies = min(self.bodies, max(1, router_requests // 2))
+        values |= {"context_tokens": tokens, "answers": answers, "bodies": bodies}
         return context.Limits(**values)
 
 
@@ -520,6 +529,7 @@ class Application(Settings):
         limits = self.limits.resolve(
             expert_tokens=pair.context_tokens or UNBOUNDED_CONTEXT,
             replica_sessions=self.expert.deployment.max_ongoing_requests,
+            router_requests=self.router.deployment.max_ongoing_requests,
         )
         return {"limits": limits, "defaults": self.defaults.completed(pair.generation.sampling)}
 

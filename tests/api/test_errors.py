@@ -55,6 +55,20 @@ CASES = [
         "unsupported_parameter",
     ),
     Case(
+        errors.BodyTooLarge("x"),
+        openai.APIStatusError,
+        413,
+        "invalid_request_error",
+        "body_too_large",
+    ),
+    Case(
+        errors.BodyTooSlow("x"),
+        openai.APIStatusError,
+        408,
+        "invalid_request_error",
+        "body_too_slow",
+    ),
+    Case(
         errors.Unauthenticated("x"),
         openai.AuthenticationError,
         401,
@@ -316,11 +330,11 @@ async def test_an_unknown_model_is_a_404(client: AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("size", [200_001, 10_000_000])
-async def test_a_too_large_body_is_a_400(listen: Callable[..., Awaitable[str]], size: int) -> None:
+async def test_a_too_large_body_is_a_413(listen: Callable[..., Awaitable[str]], size: int) -> None:
     """Over a real connection: the client can send it all and reads the error."""
     async with httpx2.AsyncClient(base_url=await listen()) as http:
         response = await http.post("/v1/completions", content=b"x" * size)
-        assert (response.status_code, response.json()["error"]["code"]) == (400, None)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
         assert "200000 bytes" in response.json()["error"]["message"]
         after = await http.post("/v1/completions", json={"prompt": "x"})
         assert after.status_code == 200

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Interval, Le
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from cascade.api.bodies import Bodies
 from cascade.api.keys import Keys, Quotas
 from cascade.errors import StartupError
 from cascade.protocol.services import DRAFT_LIMIT
@@ -64,7 +65,9 @@ class Limits:
     tools: Positive = 128
     draft_tokens: Annotated[Positive, Le(DRAFT_LIMIT)] = 32
     divergence_budget: Divergence | None = None  # every answer then has one; None: any or none
-    body_bytes: Positive = 2_000_000
+    body_bytes: Positive = 2_000_000  # also of a gRPC message
+    body_s: Seconds = 30.0  # until a body has arrived
+    bodies: Positive = 64  # that a router reads at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +191,7 @@ class ServingContext:
     prices: Prices = field(default_factory=Prices)
     keys: Keys | None = None  # None: anyone may call
     quotas: Quotas = field(default_factory=Quotas)
+    bodies: Bodies = field(default_factory=Bodies)
     cors: Cors = field(default_factory=Cors)
     metrics: Callable[[], Awaitable[bytes]] = no_metrics  # in Prometheus' text format
     evaluation: Evaluation | None = None  # whose curve the playground draws

@@ -13,15 +13,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cascade.api import grpc_convert
+from cascade.api.bodies import THREAD_BYTES
 from cascade.api.completion import Completions
+from cascade.api.grpc_door import Unreadable
 from cascade.api.middleware import REQUEST_ID, authenticate, caller, public_error
 from cascade.api.structured import check_grammar
-from cascade.errors import ModelNotFound, Unavailable
+from cascade.errors import BodyTooLarge, InvalidRequest, ModelNotFound, Unavailable
 from cascade.protocol import grpc_status
 from cascade.protocol.services import health_list
 from cascade.v1 import cascade_pb2 as pb
@@ -119,7 +122,7 @@ class GenerationServicer(
         request_id = _request_id(context)
         try:
             frame = pb.GenerateStreamResponse(request_id=request_id)
-            completions = await self._start(request.generation, context, frame)
+            completions = await self._start(request, context, frame)
             async with aclosing(completions.stream()) as deltas:
                 async for item in deltas:
                     if item is not None:
@@ -171,6 +174,7 @@ class GenerationServicer(
         response = health_pb2.HealthCheckResponse
         last: health_pb2.HealthCheckResponse.ServingStatus | None = None
         try:
+            _check_readable(request)
             for _ in range(self._polls):
                 try:
                     status = self._status(request.service)
@@ -188,19 +192,24 @@ class GenerationServicer(
         self, request: pb.GenerateRequest, context: Context, request_id: str
     ) -> pb.GenerateResponse:
         response = pb.GenerateResponse(request_id=request_id)
-        completions = await self._start(request.generation, context, response)
+        completions = await self._start(request, context, response)
         await completions.run()
         response.choices.extend(grpc_convert.choice(each, each.output) for each in completions.all)
         response.usage.CopyFrom(grpc_convert.usage(completions.usage))
         return response
 
     async def _start(
-        self, generation: pb.Generation, context: Context, response: _Response
+        self,
+        request: pb.GenerateRequest | pb.GenerateStreamRequest,
+        context: Context,
+        response: _Response,
     ) -> Completions:
         """Return the completions of a call, and fill in what every response has."""
         service, key = self._authenticated(context)
+        size = _check_size(request, service)
         stream = isinstance(response, pb.GenerateStreamResponse)
-        call = grpc_convert.call(generation, service, stream=stream)
+        build = partial(grpc_convert.call, request.generation, service, stream=stream)
+        call = await asyncio.to_thread(build) if size >= THREAD_BYTES else build()
         await check_grammar(
             call.requests[0], _GRAMMARS.get(call.grammar_param, "grammar.text"), service
         )
@@ -219,17 +228,20 @@ class GenerationServicer(
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         service = self._service(context)
+        _check_size(request, service)
         return await asyncio.to_thread(grpc_convert.tokenize, request, service)
 
     async def _detokenize(
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
         service = self._service(context)
+        _check_size(request, service)
         return await asyncio.to_thread(grpc_convert.detokenize, request, service)
 
     async def _check(
         self, request: health_pb2.HealthCheckRequest
     ) -> health_pb2.HealthCheckResponse:
+        _check_readable(request)
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def _list(self) -> Message:
@@ -254,6 +266,23 @@ class GenerationServicer(
         if service is None:
             raise Unavailable("The server is starting")
         return service, authenticate(service, _metadata(context).get("authorization"))
+
+
+def _check_readable(request: Message | Unreadable) -> None:
+    """Raise InvalidRequest if the proxy could not parse the message of a call."""
+    if isinstance(request, Unreadable):
+        raise InvalidRequest(request.reason)
+
+
+def _check_size(request: Message, service: ServingContext) -> int:
+    """Return the size of a message; raises BodyTooLarge, as the HTTP API does."""
+    _check_readable(request)
+    size = request.ByteSize()
+    if size > service.limits.body_bytes:
+        raise BodyTooLarge(
+            f"The message has {size} bytes; this server reads up to {service.limits.body_bytes}"
+        )
+    return size
 
 
 async def _guard(context: Context, call: Awaitable[T], failed: T, *, request_id: str = "") -> T:

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from cascade.api import build_request, middleware, playground, responses, tokenization
+from cascade.api.bodies import THREAD_BYTES
 from cascade.api.body import Body, parse
 from cascade.api.completion import Completions
 from cascade.api.prompts import check_model
@@ -23,7 +24,7 @@ from cascade.api.responses_events import ResponsesFormat
 from cascade.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cascade.api.sse import CompletionStream, EventResponse, while_connected
 from cascade.api.structured import check_grammar
-from cascade.errors import InvalidRequest, Unavailable
+from cascade.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +33,11 @@ if TYPE_CHECKING:
 
     from cascade.api.build_request import CompletionCall
     from cascade.api.context import Cors, ServingContext
+    from cascade.types import Caller
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
-_DRAINED_BODIES = 16  # a body larger than this many times the limit is not read to its end
-_THREAD_BYTES = 2**16  # tokenizing a body of this size would delay other streams
 
 _REF = "#/components/schemas/{model}"
 
@@ -191,12 +191,13 @@ async def _build(
 ) -> T:
     """Return what `build` makes of the body."""
     service = _service(request)
-    data = await _read_body(request, limit_bytes=service.limits.body_bytes)
+    caller = _caller(request).name
+    data = await service.bodies.read(request, caller=caller, limits=service.limits)
 
     def made() -> T:
         return build(parse(data, body_type), service)
 
-    return await asyncio.to_thread(made) if len(data) >= _THREAD_BYTES else made()
+    return await asyncio.to_thread(made) if len(data) >= THREAD_BYTES else made()
 
 
 async def _complete(
@@ -215,10 +216,9 @@ async def _answer(
 ) -> Response:
     service, request_id = _service(request), request.state.request_id
     await check_grammar(call.requests[0], call.grammar_param, service)
-    peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
-    key = request.state.key
-    caller = middleware.caller(key, peer)
-    completions = Completions(call, service, request_id=request_id, caller=caller, key=key)
+    completions = Completions(
+        call, service, request_id=request_id, caller=_caller(request), key=request.state.key
+    )
     if not call.stream:
         await while_connected(request.receive, completions.run())
         return responses.JsonResponse(response_format.response(completions))
@@ -227,18 +227,9 @@ async def _answer(
     return EventResponse(stream.events())
 
 
-async def _read_body(request: Request, *, limit_bytes: int) -> bytes:
-    """Return the body. Some of a too large one is read too, so that its sender gets the error."""
-    size, parts = 0, list[bytes]()
-    async for part in request.stream():
-        size += len(part)
-        if size <= limit_bytes:
-            parts.append(part)
-        elif size > _DRAINED_BODIES * limit_bytes:
-            break
-    if size > limit_bytes:
-        raise InvalidRequest(f"The body is larger than {limit_bytes} bytes, this server's limit")
-    return b"".join(parts)
+def _caller(request: Request) -> Caller:
+    peer = "" if request.client is None else f"{request.client.host}:{request.client.port}"
+    return middleware.caller(request.state.key, peer)
 
 
 def _service(request: Request) -> ServingContext:

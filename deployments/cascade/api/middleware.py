@@ -16,7 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
 from cascade.api import responses
-from cascade.errors import CascadeError, DeadlineExceeded, Internal, InvalidRequest, Unauthenticated
+from cascade.errors import (
+    BodyTooSlow,
+    CascadeError,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    Unauthenticated,
+)
 from cascade.types import Caller
 
 if TYPE_CHECKING:
@@ -145,6 +152,8 @@ def _retry_headers(error: CascadeError) -> dict[str, str]:
         }
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": "Bearer"}
+    if isinstance(error, BodyTooSlow):
+        return {"connection": "close"}  # the rest of the body is not waited for
     # Clients retry after any 5xx; these requests have used the models already.
     return {"x-should-retry": "false"} if isinstance(error, Internal | DeadlineExceeded) else {}
 

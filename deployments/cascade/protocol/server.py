@@ -13,13 +13,16 @@ import asyncio
 import logging
 from collections import Counter
 from itertools import chain
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2
 
 from cascade.errors import CascadeError, Internal, InvalidRequest, Overloaded, StartupError
 from cascade.protocol import grpc_status
+from cascade.protocol.arrivals import Arrivals
 from cascade.protocol.codec import decode_client_message, encode_frame, parse_frame, session_of
 from cascade.protocol.messages import Close, Judge, Open, Propose, Refusal, Score
 from cascade.protocol.services import (
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from cascade.types import Block, SessionId
 
     Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+    _Parsed: TypeAlias = tuple[FrameItem, ClientMessage | CascadeError]
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +56,17 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     # A router needs one, a health check another.
     ("grpc.max_concurrent_streams", 128),
+    # Of a connection that says nothing; two minutes by default.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # A second server on a port must fail, not share its connections.
     ("grpc.so_reuseport", 0),
 )
+
+
+_LARGE_BYTES = 2**20  # parsing a frame of this size would delay all others
+_PROBES = 64  # requests of health checks that are on their way
+_PROBE_S = 5.0  # until one has arrived
+_PROBE_BYTES = 1024
 
 
 class TierServicer(Protocol):
@@ -162,6 +174,8 @@ class TierServer:
         self.kind = kind
         self._credentials = credentials
         self._admitted: Counter[str] = Counter()  # leases that opened the streams of now
+        self._probes = Arrivals()
+        self._parsing = asyncio.Lock()  # of one large frame at a time
         self._health = _Health(("", kind.service))
         self._server: grpc.aio.Server | None = None
         self._limits: Description | None = None
@@ -178,8 +192,7 @@ class TierServer:
         """
         self._limits = self.tier.describe()
         self._server = server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((self._handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers((self._handlers(), self._health_handlers()))
         host, _, ports = address.rpartition(":")
         first, _, last = ports.partition("-")
         port = self._bind(server, host, range(int(first), int(last or first) + 1))
@@ -215,17 +228,55 @@ class TierServer:
         self._server = None
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        # Without deserializers: we, not gRPC, handle frames that cannot be parsed.
+        # Without deserializers: we, not gRPC, handle frames that cannot be parsed. All take
+        # streams, since gRPC reads the message of a unary call before we know the caller.
         return grpc.method_handlers_generic_handler(
             self.kind.service,
             {
                 self.kind.stream_method: grpc.stream_stream_rpc_method_handler(self._stream),
-                self.kind.describe_method: grpc.unary_unary_rpc_method_handler(self._describe),
+                self.kind.describe_method: grpc.stream_unary_rpc_method_handler(self._describe),
             },
         )
 
-    async def _describe(self, request: bytes, context: Context) -> bytes:
-        del request
+    def _health_handlers(self) -> grpc.GenericRpcHandler:
+        """Return the health check, whose callers have no lease: little of them is read."""
+        check, list_, watch = self._health.Check, self._health.List, self._health.Watch
+
+        async def checked(requests: AsyncIterator[bytes], context: Context) -> Message:
+            return await check(await self._probe(requests, context), context)
+
+        async def listed(requests: AsyncIterator[bytes], context: Context) -> Message:
+            return await list_(await self._probe(requests, context), context)
+
+        async def watched(requests: AsyncIterator[bytes], context: Context) -> None:
+            await watch(await self._probe(requests, context), context)
+
+        written: Any = {"response_serializer": methodcaller("SerializeToString")}
+        return grpc.method_handlers_generic_handler(
+            "grpc.health.v1.Health",
+            {
+                "Check": grpc.stream_unary_rpc_method_handler(checked, **written),
+                "List": grpc.stream_unary_rpc_method_handler(listed, **written),
+                "Watch": grpc.stream_stream_rpc_method_handler(watched, **written),
+            },
+        )
+
+    async def _probe(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> health_pb2.HealthCheckRequest:
+        """Return the request of a health check; ends the call if it is none, or does not arrive."""
+        sender = context.peer().rpartition(":")[0]
+        try:
+            async with self._probes.place(sender, most=_PROBES, within_s=_PROBE_S):
+                data = await anext(requests, b"")
+            return health_pb2.HealthCheckRequest.FromString(data[:_PROBE_BYTES])
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no request arrived in time")
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no request of a health check")
+
+    async def _describe(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
+        del requests
         await self._authenticate(context)
         try:
             return encode_description(self.tier.describe(), self.kind)
@@ -283,7 +334,8 @@ class TierServer:
         assert self._limits is not None, "start the server first"
         try:
             async for data in requests:
-                self._handle_frame(connection, data, self._limits)
+                for item, message in await self._parsed(data, self._limits):
+                    self._handle(connection, item, message, self._limits)
         except CascadeError as error:
             connection.fail(error)
         except Exception as error:  # noqa: BLE001 - `_hidden` logs it
@@ -291,19 +343,31 @@ class TierServer:
         finally:
             connection.close()
 
-    def _handle_frame(self, connection: Connection, data: bytes, limits: Description) -> None:
+    async def _parsed(self, data: bytes, limits: Description) -> list[_Parsed]:
+        if len(data) < _LARGE_BYTES:
+            return self._parse(data, limits)
+        async with self._parsing:
+            return await asyncio.to_thread(self._parse, data, limits)
+
+    def _parse(self, data: bytes, limits: Description) -> list[_Parsed]:
+        """Return the items of a frame, each with its message or what is wrong with it."""
         items = parse_frame(data, self.kind.request)
         if len(items) > limits.item_limit:
             raise InvalidRequest(
                 f"a frame has {len(items)} items; the limit is {limits.item_limit}"
             )
-        for item in items:
-            self._handle(connection, item, limits)
+        return [(item, _decode(item, limits)) for item in items]
 
-    def _handle(self, connection: Connection, item: FrameItem, limits: Description) -> None:
+    def _handle(
+        self,
+        connection: Connection,
+        item: FrameItem,
+        message: ClientMessage | CascadeError,
+        limits: Description,
+    ) -> None:
         try:
-            message = decode_client_message(item)
-            check_limits(message, limits)
+            if isinstance(message, CascadeError):
+                raise message
             if _admit(connection, message, limits):
                 self.tier.receive(connection, message)
         except CascadeError as error:
@@ -320,6 +384,15 @@ class TierServer:
             if self.tier.alive:
                 connection.send_heartbeat()
             await asyncio.sleep(HEARTBEAT_S)
+
+
+def _decode(item: FrameItem, limits: Description) -> ClientMessage | CascadeError:
+    try:
+        message = decode_client_message(item)
+        check_limits(message, limits)
+    except CascadeError as error:
+        return error
+    return message
 
 
 def _hidden(error: Exception, kind: TierKind) -> Internal:
