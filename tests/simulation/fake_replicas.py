@@ -166,6 +166,10 @@ class SimEngine:
         del session
         return 0
 
+    def taken_s(self, session: str) -> float:
+        del session
+        return 0.0
+
     def _run(self, request: ForwardRequest) -> None:
         del self.timers[request.session], self.waiting[request.session]
         text = self.cache.setdefault(request.session, bytearray())
