@@ -89,6 +89,22 @@ async def test_the_dial_changes_whose_wording_the_answer_has(opened: Opened) -> 
             assert (await answer(page, 1)).startswith(first)
 
 
+async def test_a_budget_bounds_how_far_an_answer_goes_from_the_expert(opened: Opened) -> None:
+    """Under each answer stands what it took of both models, and its divergence."""
+    async with opened() as page:
+        await page.locator("[data-column='1'] details summary").first.click()
+        for budget, first in (("0", "Edwin"), ("100", "Buzz")):
+            await page.locator("#divergence_budget-1").fill(budget)
+            await page.locator("#divergence_budget-1").press("Tab")
+            await ask(page)
+            await done(page, 0, 1)
+            assert (await answer(page, 1)).startswith(first)
+            column = page.locator("[data-column='1']")
+            assert float(await figure(column, "expert seconds")) > 0
+            spent = float(await figure(column, "divergence from the expert"))
+            assert spent == 0 if first == "Edwin" else 1 <= spent <= 100
+
+
 async def test_four_ways_of_answering_fit_beside_each_other(opened: Opened) -> None:
     async with opened() as page:
         for _ in range(2):

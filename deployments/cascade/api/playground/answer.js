@@ -94,6 +94,7 @@ export function Figures({ answer }) {
   if (state === "idle") return null;
   const seconds = ((answer.ended || performance.now()) - answer.began) / 1000;
   const cascade = usage?.cascade;
+  const cost = cascade?.cost;
   const rows = [
     ["tokens", count],
     ["tokens a second", seconds > 0 ? (count / seconds).toFixed(1) : ""],
@@ -101,6 +102,10 @@ export function Figures({ answer }) {
     ["expert passes", cascade?.expert_passes ?? ""],
     ["drafter passes", cascade?.drafter_passes ?? ""],
     ["drafted and accepted", cascade ? `${cascade.accepted} of ${cascade.drafted}` : ""],
+    ["expert seconds", cost ? cost.expert.seconds.toFixed(3) : ""],
+    ["drafter seconds", cost ? cost.drafter.seconds.toFixed(3) : ""],
+    ...(cost?.price != null ? [["price", cost.price.toPrecision(3)]] : []),
+    ["divergence from the expert", cascade ? (cascade.divergence?.toFixed(2) ?? "not known") : ""],
   ];
   return html`<table class="figures"><tbody>${rows.map(([name, value]) => html`<tr><th scope="row">${name}</th><td data-figure=${name}>${value}</td></tr>`)}</tbody></table>`;
 }

@@ -5,7 +5,7 @@ import { Answer, Figures, IDLE, memo, merged, Rounds, Token } from "./answer.js"
 import { ask, body, evaluation, models, ORIGINS } from "./api.js";
 import { Code, snippets } from "./code.js";
 import { Curve } from "./curve.js";
-import { changed, columnOf, dialOf, isRuled, MODES, PRESETS, RULES, titleOf, TOUR } from "./rules.js";
+import { changed, columnOf, dialOf, isBounded, isRuled, MODES, PRESETS, RULES, titleOf, TOUR } from "./rules.js";
 
 const MOST = 4; // columns
 const TYPED_MS = 300; // without a key press, after which an API key counts as typed
@@ -176,6 +176,7 @@ const Settings = memo(({ index, column, change }) => {
         ${number("max_tokens", "Most tokens", { min: 1 })}
         ${number("seed", "Seed", { placeholder: "none" })}
         ${chooser("coupling", "Coupling", ["", "maximal", "gumbel"])}
+        ${isBounded(column) && number("divergence_budget", "Divergence budget", { min: 0, step: "any", placeholder: "any" })}
       </div></details>`;
 });
 

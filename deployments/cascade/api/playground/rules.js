@@ -21,7 +21,7 @@ export const RULES = {
   typical: { min: 0.01, max: 1, field: "epsilon", expert: true },
 };
 
-const BASE = { rule: "lossless", alpha: 0.9, temperature: 0, draft_tokens: "", coupling: "", seed: "", max_tokens: 64 };
+const BASE = { rule: "lossless", alpha: 0.9, temperature: 0, draft_tokens: "", coupling: "", divergence_budget: "", seed: "", max_tokens: 64 };
 
 export const PRESETS = [
   { mode: "expert_only" },
@@ -49,6 +49,8 @@ const NAMES = {
 };
 
 export const isRuled = ({ mode }) => ["cascade", "speculative", "token_cascade"].includes(mode);
+// Whether an expert verifies every token, so that a divergence budget can hold.
+export const isBounded = ({ mode }) => ["cascade", "speculative"].includes(mode);
 export const dialOf = (column) => (isRuled(column) ? RULES[column.rule] : null);
 
 export function titleOf(column) {
@@ -93,5 +95,6 @@ export function cascadeOf(column) {
   if (column.threshold !== undefined) cascade.patience = { threshold: column.threshold };
   if (column.coupling) cascade.coupling = column.coupling;
   if (column.bonus) cascade.bonus = column.bonus;
+  if (column.divergence_budget !== "" && isBounded(column)) cascade.divergence_budget = Number(column.divergence_budget);
   return cascade;
 }
