@@ -96,6 +96,9 @@ class Deployment(Settings):
     graceful_shutdown_timeout_s: Seconds = 660.0
     graceful_shutdown_wait_loop_s: Seconds = 0.5
     health_check_period_s: Seconds = 5.0
+    # Replicas of a new version that may run before old ones stop. None: one if there may be just one
+    # old replica, whose stop would leave none, and otherwise none.
+    max_surge_percent: Annotated[int, Interval(ge=0, le=100)] | None = None
 
     @model_validator(mode="after")
     def _one_way_to_count(self) -> "Deployment":
@@ -104,9 +107,11 @@ class Deployment(Settings):
         return self
 
     @property
-    def always_there(self) -> bool:
-        """Whether at least one replica runs at all times."""
-        return self.autoscaling_config is None or self.autoscaling_config.get("min_replicas", 1) > 0
+    def fewest(self) -> int:
+        """The replicas that run at all times."""
+        if self.autoscaling_config is None:
+            return self.num_replicas
+        return self.autoscaling_config.get("min_replicas", 1)
 
     def sharded(self, size: int) -> "Deployment":
         """Return the deployment of replicas that take so many devices of one node.
@@ -135,11 +140,20 @@ class Deployment(Settings):
         chosen = self.model_dump(exclude_none=True)
         if self.autoscaling_config is not None:
             del chosen["num_replicas"]
+        chosen.setdefault("max_surge_percent", surge_percent(self.fewest))
         actor = chosen["ray_actor_options"]
         runtime = actor.get("runtime_env", {})
         variables = (environment or {}) | runtime.get("env_vars", {})
         chosen["ray_actor_options"] = actor | {"runtime_env": runtime | {"env_vars": variables}}
         return chosen
+
+
+def surge_percent(fewest: int) -> int:
+    """Return the default of `max_surge_percent` for a deployment of so many replicas at least.
+
+    Serve rounds up to whole replicas, so that 1 % is one.
+    """
+    return 1 if fewest <= 1 else 0
 
 
 class Scaling(Settings):
@@ -228,11 +242,14 @@ class TierSettings(Settings):
         return self.deployment.sharded(self.engine.tensor_parallel)
 
     @property
+    def fewest(self) -> int:
+        """The replicas that run at all times."""
+        return self.deployment.fewest if self.scaling is None else self.scaling.min_replicas
+
+    @property
     def always_there(self) -> bool:
         """Whether at least one replica runs at all times."""
-        if self.scaling is None:
-            return self.deployment.always_there
-        return self.scaling.min_replicas > 0
+        return self.fewest > 0
 
     @property
     def model_path(self) -> str:
@@ -265,6 +282,8 @@ class TierSettings(Settings):
         if self.scaling is None:
             return options
         del options["num_replicas"]
+        if self.deployment.max_surge_percent is None:
+            options["max_surge_percent"] = surge_percent(self.fewest)
         most = self.deployment.max_ongoing_requests
         return options | {"autoscaling_config": self.scaling.config(most_sessions=most)}
 

@@ -120,6 +120,11 @@ SILENT: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{ARGS}.router.{ACTOR}.num_gpus": 1}, "applications[0].args.router reserves a GPU"),
     (
+        {f"{ARGS}.expert.bind_ports": "8990-9005"},
+        "args.expert.bind_ports 8990-9005 has 9000, the port of grpc_options",
+    ),
+    ({f"{ARGS}.drafter.bind_ports": "8265"}, "8265 has 8265, the port of Ray's dashboard"),
+    (
         {f"{ARGS}.router.deployment.graceful_shutdown_timeout_s": 30},
         "args.router: graceful_shutdown_timeout_s is 30, so a replica that is replaced loses",
     ),
@@ -172,6 +177,29 @@ def test_overrides_beside_args_are_checked_as_serve_would_apply_them(
     assert any(line.startswith("fail ") and message in line for line in lines), lines
 
 
+def test_enough_ports_for_old_and_new_replicas_are_right() -> None:
+    ports = {f"{ARGS}.drafter.bind_ports": "7000-7031", f"{ARGS}.expert.bind_ports": "7100-7107"}
+    assert found(ports) == []
+
+
+def test_what_anybody_could_read_or_call_is_named_for_the_doctor() -> None:
+    _, config = check_serve(SERVE)
+    named = [one.message for one in config.open_doors]
+    assert [message.partition(" is ")[0] for message in named[:2]] == [
+        "HTTP at port 8000", "gRPC at port 9000",
+    ]  # fmt: skip
+    assert "anybody may call" in named[2]
+    assert "prompts cross in clear" in named[3]
+    closed = {
+        "http_options.ssl_certfile": "cert.pem",
+        "http_options.ssl_keyfile": "key.pem",
+        "grpc_options": DELETED,
+        f"{ARGS}.api_keys_file": "keys.yaml",
+        f"{ARGS}.tls": {"ca": "ca.pem", "certificate": "cert.pem", "key": "key.pem"},
+    }
+    assert check_serve(changed(SERVE, closed))[1].open_doors == []
+
+
 def test_a_change_of_counts_beside_args_is_right() -> None:
     changes: dict[str, Any] = {
         f"{ARGS}.drafter.scaling": DELETED,
@@ -188,6 +216,19 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"grpc_options.enable_reflection": DELETED}, "grpc_options.enable_reflection is true"),
     ({f"{ARGS}.expert.bind_host": "127.0.0.1"}, "args.expert.bind_host is 127.0.0.1, where no"),
     ({f"{ARGS}.expert.scaling.min_replicas": 0}, "applications[0].args.expert scales to zero"),
+    (
+        {f"{ARGS}.expert.deployment.max_surge_percent": 0},
+        "args.expert may have one replica, and max_surge_percent is 0: there is no Expert while",
+    ),
+    (
+        {f"{ARGS}.expert.bind_ports": "7100-7105"},
+        "args.expert share 6 of bind_ports, and need 8 where all replicas are on one node",
+    ),
+    (
+        {f"{ARGS}.drafter.bind_ports": "7000-7031", f"{ARGS}.expert.bind_ports": "7030-7037"},
+        "args.drafter and applications[0].args.expert share 38 of bind_ports, and need 40",
+    ),
+    ({f"{ARGS}.expert.bind_ports": "11000-11007"}, "is among the ports of Ray's workers, 10002"),
     ({"applications.0.import_path": "other:app"}, "no application has import_path cascade.app"),
 ]
 
@@ -275,6 +316,12 @@ def test_some_type_of_node_must_hold_each_replica(tmp_path: Path) -> None:
     ):
         path.write_text(yaml.safe_dump(changed(SERVE, wanted)))
         assert any(message in one.message for one in check_file(path, nodes=nodes)), wanted
+    full = changed(LAUNCHER, {"available_node_types.large.max_workers": 1})
+    (tmp_path / "launcher.yaml").write_text(yaml.safe_dump(full))
+    [spare] = check_file(CLUSTER / "production.yaml", nodes=tmp_path / "launcher.yaml")
+    assert spare.status is Status.WARN
+    assert "args.expert: a new version starts before the old one stops" in spare.message
+    assert "room for 1 of its replicas at most" in spare.message
     [check] = check_file(CLUSTER / "production.yaml", nodes=CLUSTER / "local.yaml")
     assert "has no available_node_types" in check.message
 

@@ -115,6 +115,33 @@ def test_serve_takes_a_tiers_own_way_to_scale() -> None:
     assert (kwargs["backlog"], kwargs["sessions"], kwargs["cache"]) == (3, 12, 0.8)
 
 
+@pytest.mark.parametrize(
+    ("expert", "surge"),
+    [
+        ({}, 1),
+        ({"deployment": {"num_replicas": 2}}, 0),
+        ({"deployment": {"max_surge_percent": 0}}, 0),
+        ({"deployment": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 3}}}, 1),
+        ({"scaling": {"min_replicas": 0, "max_replicas": 3}}, 1),
+        ({"scaling": {"min_replicas": 2, "max_replicas": 3}}, 0),
+        (
+            {
+                "scaling": {"min_replicas": 2, "max_replicas": 3},
+                "deployment": {"max_surge_percent": 1},
+            },
+            1,
+        ),
+    ],
+)
+def test_where_one_replica_may_be_alone_its_successor_starts_first(
+    expert: dict[str, Any], surge: int
+) -> None:
+    settings = Application.model_validate({"expert": expert})
+    deployed: Any = serve.deployment(name="Tier")(type("Tier", (), {}))
+    config = deployed.options(**settings.expert.serve_options(environment={}))._deployment_config
+    assert config.max_surge_percent == surge
+
+
 def test_serve_places_the_processes_of_a_sharded_model_on_one_node() -> None:
     """Each has a bundle of what the actor options say; the replica is the first of them."""
     actor = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"fast": 1}}

@@ -36,6 +36,13 @@ class NodeType:
             for name, amount in needed.items()
         )
 
+    def room(self, needed: Mapping[str, float]) -> int:
+        """Return how many times all such nodes have that much."""
+        if not self.holds(needed):
+            return 0
+        amounts = [(self.resources.get(name, 0), amount) for name, amount in needed.items()]
+        return self.most * min((int(has // amount) for has, amount in amounts if has), default=1)
+
     def __str__(self) -> str:
         return f"{self.name} has {_listed(self.resources)}"
 
@@ -62,6 +69,15 @@ def check_fit(config: ServeConfig, types: Sequence[NodeType]) -> Iterator[Check]
                 f"the replicas at the start need {amount:g} {name}, and all nodes together have"
                 f" {total.get(name, 0):g} at most",
                 "allow more nodes, or lower num_replicas or min_replicas",
+            )
+    for place, count in config.spared.items():
+        needed, *more = config.replicas[place]
+        room = sum(one.room(needed) for one in types)
+        if not more and count <= room < count + 1:
+            yield warn(
+                f"{place}: a new version starts before the old one stops, and the nodes have room"
+                f" for {room} of its replicas at most",
+                "allow one more node, or set max_surge_percent: 0 and run two replicas",
             )
 
 

@@ -15,7 +15,7 @@ from cascade.cli.findings import Check, fail, ok, warn
 from cascade.errors import StartupError, wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from cascade.settings import Application, TierSettings
@@ -24,6 +24,7 @@ IMPORT_PATH = "cascade.app:build"
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _PORTS_OF_RAY = {6379: "Ray's GCS", 8265: "Ray's dashboard", 52365: "Ray's agent on each node"}
+_WORKER_PORTS = range(10002, 20000)  # by default
 _LAST_PORT = 65535
 SECRETS = ("KEY", "PASSWORD", "SECRET", "TOKEN")  # at the end of a variable's name
 
@@ -66,7 +67,10 @@ class ServeConfig:
     resources: Mapping[str, float] = field(default_factory=dict[str, float])  # of all at the start
     # what one node must have for a replica, by the place of its deployment
     replicas: Mapping[str, list[dict[str, float]]] = field(default_factory=dict[str, Any])
+    # replicas at the start where a new version starts before the old one stops, by place
+    spared: Mapping[str, int] = field(default_factory=dict[str, int])
     drain_s: float = 0  # how long a replica may finish its sessions
+    open_doors: Sequence[Check] = ()  # what anybody could read or call
 
 
 def check_serve(document: Any) -> tuple[list[Check], ServeConfig]:
@@ -83,6 +87,7 @@ def check_serve(document: Any) -> tuple[list[Check], ServeConfig]:
         return [*checks, *_errors(error)], ServeConfig()
     checks += _doors(schema)
     parts: list[ServeConfig] = []
+    open_doors = list(_open_doors(schema))
     for number, application in enumerate(document["applications"]):
         if application["import_path"] == IMPORT_PATH:
             found, config = _check_application(f"applications[{number}]", application, schema)
@@ -95,6 +100,8 @@ def check_serve(document: Any) -> tuple[list[Check], ServeConfig]:
         grpc_port=schema.grpc_options.port,
         resources=summed((1, part.resources) for part in parts),
         replicas={place: one for part in parts for place, one in part.replicas.items()},
+        spared={place: count for part in parts for place, count in part.spared.items()},
+        open_doors=[*open_doors, *(one for part in parts for one in part.open_doors)],
         drain_s=max((part.drain_s for part in parts), default=0),
     )
 
@@ -152,6 +159,30 @@ def _doors(schema: Any) -> Iterator[Check]:
         yield _written_secret("http_options.ssl_keyfile_password")
     if grpc.grpc_servicer_functions:
         yield from _grpc_door(http.host, grpc)
+
+
+def _open_doors(schema: Any) -> Iterator[Check]:
+    """Say which ports of the APIs other machines reach without TLS."""
+    http, grpc = schema.http_options, schema.grpc_options
+    fix = (
+        "put a proxy with TLS before it, as cluster/nginx.conf, and let nobody else reach the port"
+    )
+    if http.host not in _LOOPBACK and not http.ssl_certfile:
+        yield warn(f"HTTP at port {http.port} is open to the network without TLS", fix)
+    if grpc.grpc_servicer_functions:
+        message = f"gRPC at port {grpc.port} is open to the network without TLS: Serve has none"
+        yield warn(message, fix)
+
+
+def _open_application(settings: Application, schema: Any) -> Iterator[Check]:
+    """Say what of an application anybody could call or read."""
+    if not settings.api_keys_file and schema.http_options.host not in _LOOPBACK:
+        message = f"there is no api_keys_file; without {settings.api_key_variable} anybody may call"
+        yield warn(message, "write one with `cascade key NAME >> keys.yaml`")
+    tiers = settings.drafter, settings.expert
+    if settings.tls is None and any(one.bind_host not in _LOOPBACK for one in tiers):
+        message = "without tls (or RAY_USE_TLS=1) prompts cross in clear between routers and tiers"
+        yield warn(message, "set tls, as docs/reference.md says")
 
 
 def _grpc_door(http_host: str, grpc: Any) -> Iterator[Check]:
@@ -228,6 +259,8 @@ def _check_application(
     if options["ray_actor_options"].get("num_gpus"):
         checks.append(fail(f"{where} reserves a GPU and runs no model", "leave num_gpus out"))
     checks += _times(deployments, settings, schema)
+    checks += _tier_ports(deployments, settings, schema)
+    checks += _upgrades(deployments, schema)
     drains = [options["graceful_shutdown_timeout_s"] for _, options in deployments.values()]
     replicas = {where: _bundles(options) for where, options in deployments.values()}
     resources = summed(
@@ -238,6 +271,12 @@ def _check_application(
     return checks, ServeConfig(
         resources=resources,
         replicas=replicas,
+        spared={
+            where: _count(options)
+            for where, options in deployments.values()
+            if options["max_surge_percent"]
+        },
+        open_doors=list(_open_application(settings, schema)),
         drain_s=max(drains),
     )
 
@@ -364,6 +403,66 @@ def _times(
                 f" replaced loses answers that take router.max_generation_s, {longest_s:g}",
                 "set it above that",
             )
+
+
+def _upgrades(deployments: dict[str, tuple[str, dict[str, Any]]], schema: Any) -> Iterator[Check]:
+    """Find deployments that have no replica while a new version replaces the only one."""
+    if schema.http_options.host in _LOOPBACK:
+        return  # one machine, which may have no room for two
+    for name, (place, options) in deployments.items():
+        scaling = options.get("autoscaling_config")
+        fewest = scaling.get("min_replicas", 1) if scaling else options["num_replicas"]
+        if fewest == 1 and not options["max_surge_percent"]:
+            yield warn(
+                f"{place} may have one replica, and max_surge_percent is 0: there is no {name}"
+                " while an upgrade replaces it",
+                "leave max_surge_percent out and keep room for one more, or run two",
+            )
+
+
+def _tier_ports(
+    deployments: dict[str, tuple[str, dict[str, Any]]], settings: Application, schema: Any
+) -> Iterator[Check]:
+    """Check the ports of tiers against those of others, and against the number of replicas."""
+    taken = _PORTS_OF_RAY | {schema.http_options.port: "http_options"}
+    if schema.grpc_options.grpc_servicer_functions:
+        taken[schema.grpc_options.port] = "grpc_options"
+    needed = dict[range, tuple[int, list[str]]]()
+    for name, tier in (("Drafter", settings.drafter), ("Expert", settings.expert)):
+        place, options = deployments[name]
+        ports = _port_range(tier.bind_ports)
+        if 0 in ports:
+            continue
+        for port, whose in taken.items():
+            if port in ports:
+                message = f"{place}.bind_ports {tier.bind_ports} has {port}, the port of {whose}"
+                yield fail(message, "choose others")
+        if any(port in _WORKER_PORTS for port in ports):
+            yield warn(
+                f"{place}.bind_ports {tier.bind_ports} is among the ports of Ray's workers,"
+                f" {_WORKER_PORTS[0]} to {_WORKER_PORTS[-1]}",
+                "choose others, or start Ray with --min-worker-port and --max-worker-port",
+            )
+        scaling = options.get("autoscaling_config")
+        most = scaling["max_replicas"] if scaling else options["num_replicas"]
+        count, places = 2 * most, [place]  # old replicas keep their ports until sessions end
+        for other in [one for one in needed if max(one[0], ports[0]) <= min(one[-1], ports[-1])]:
+            others, where = needed.pop(other)
+            count, places = count + others, where + places
+            ports = range(min(ports[0], other[0]), max(ports[-1], other[-1]) + 1)
+        needed[ports] = count, places
+    for ports, (count, places) in needed.items():
+        if len(ports) < count:
+            yield warn(
+                f"{' and '.join(places)} share {len(ports)} of bind_ports, and need {count} where"
+                " all replicas are on one node, old and new ones during an upgrade",
+                f"give {count}, such as {ports[0]}-{ports[0] + count - 1}, unless nodes have fewer",
+            )
+
+
+def _port_range(ports: str) -> range:
+    first, _, last = ports.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def _count(options: dict[str, Any]) -> int:

@@ -370,5 +370,6 @@ def _checks(config: Path | None, url: str | None, dashboard: str) -> Iterator[Ch
         if (server.status, on_port.status) == (Status.WARN, Status.OK):
             server = server._replace(fix=f"the server at {here} is healthy; leave out --url")
     yield from check_ports(serve, serving=on_port.status is not Status.WARN)
+    yield from serve.open_doors
     yield server
     yield from check_drafts(url or here)
