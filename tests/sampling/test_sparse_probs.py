@@ -42,15 +42,17 @@ def test_the_expert_reads_back_what_the_drafter_sampled_from(cut: Cut, seed: int
     sparse = sparsify(random_probs(3, VOCAB, seed), cut)
     probs_NK = normalised(sparse)
     rows = [sparse.row(i) for i in range(3)]
-    support = received(rows, [0, 0, 0], [1.0] * 3, [-math.inf] * 3, like=LIKE)
+    support = received(rows, [0, 0, 0], [1.0] * 3, None, vocab=VOCAB, like=LIKE)
     for i, row in enumerate(rows):
         count = int((probs_NK[i] > 0).sum())
         assert cut.entries is None or count <= cut.entries
         assert (np.diff(row.ids.astype(np.int64)) > 0).all()
         sent_bytes = row.ids.nbytes + row.weights.nbytes
         assert sent_bytes <= (6 * count if cut.entries else min(6 * count, 2 * VOCAB))
-        valid = support.valid_NK[i]
-        sent = dense(support.ids_NK[i][valid], support.q_NK[i][valid].double())
+        ids_NK, valid_NK = support.ids_NK, support.valid_NK
+        valid = slice(None) if valid_NK is None else valid_NK[i]
+        ids_K = None if ids_NK is None else ids_NK[i][valid]
+        sent = dense(ids_K, support.q_NK[i][valid].double())
         sampled = dense(None if sparse.ids_NK is None else sparse.ids_NK[i], probs_NK[i])
         torch.testing.assert_close(sent, sampled, rtol=1e-6, atol=0)
 
@@ -104,9 +106,20 @@ def test_a_row_of_most_tokens_has_a_weight_for_every_token_and_no_ids() -> None:
     assert (len(row.ids), row.weights.tolist()) == (0, [2**15, 0, 2**15])
     assert row.unscaled is not None
     np.testing.assert_allclose(row.unscaled, [0.4, 0.2, 0.4], rtol=1e-3)
-    support = received([row], [2], [0.3], [0.1], like=LIKE)
-    assert support.q_NK.tolist() == [[0.5, 0.0, 0.5]]
-    assert support.valid_NK.tolist() == [[True, False, True]]
+    support = received([row, row], [2, 1], [0.3] * 2, [0.1] * 2, vocab=3, like=LIKE)
+    assert support.q_NK.tolist() == [[0.5, 0.0, 0.5]] * 2
+    assert (support.ids_NK, support.valid_NK) == (None, None)
+    assert support.has_token_N.tolist() == [True, False], "q of token 1 is 0"
+
+
+def test_rows_of_some_tokens_beside_one_of_all_are_rows_of_all() -> None:
+    whole = sparsify(torch.tensor([[0.5, 0.25, 0.25]]), Cut()).row(0)
+    some = sparsify(torch.tensor([[0.0, 0.75, 0.25]]), Cut(entries=2)).row(0)
+    support = received([whole, some, None], [0, 2, 1], [1, 1, 0.5], None, vocab=3, like=LIKE)
+    assert support.ids_NK is None
+    wanted_NK = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.75, 0.25], [0.0, 0.5, 0.0]])
+    torch.testing.assert_close(support.q_NK, wanted_NK, rtol=1e-3, atol=0)
+    assert support.index_N1.squeeze(1).tolist() == [0, 2, 1]
 
 
 def test_sent_absent_and_missing_rows_share_a_batch() -> None:
@@ -114,7 +127,11 @@ def test_sent_absent_and_missing_rows_share_a_batch() -> None:
     absent = SparseProbs(ids=np.empty(0, np.uint32), weights=np.empty(0, np.float16))
     rows = [absent, sparsify(torch.tensor([[0.0, 0.8, 0.2]]), Cut(entries=2)).row(0), None]
     known = [0.25, 0.5, 1.0], [0.1, 0.2, -math.inf]
-    support = received(rows, [4, 5, -1], *known, like=LIKE)
+    support = received(rows, [4, 5, -1], *known, vocab=9, like=LIKE)
+    assert support.ids_NK is not None
+    assert support.valid_NK is not None
+    assert support.q0_NK is not None
+    assert support.has_token_N.tolist() == [True, False, False]
     assert support.ids_NK.tolist() == [[4, 0], [1, 2], [0, 0]]
     assert support.q_NK.tolist() == [
         [0.25, 0],

@@ -52,7 +52,8 @@ def test_argmax_is_the_lowest_index_of_the_largest_values(
 def test_chunks_are_all_rows_in_order(rows: int, vocab: int) -> None:
     numbers_NV = torch.arange(rows)[:, None].expand(rows, vocab)
 
-    parts = [numbers_NV[chunk] for chunk in tensor_ops.row_chunks(numbers_NV)]
+    chunks = tensor_ops.row_chunks(numbers_NV.shape, numbers_NV.device)
+    parts = [numbers_NV[chunk] for chunk in chunks]
 
     assert torch.equal(torch.cat(parts), numbers_NV)
     assert max(part.numel() for part in parts) <= max(tensor_ops.CHUNK_SIZE, vocab)

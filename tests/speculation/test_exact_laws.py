@@ -223,10 +223,13 @@ def law_of_blocks(
 
 def dense_pi(batch: VerifyBatch) -> Row:
     """Return the target distribution of the first judged position over the vocabulary."""
-    support, pi = batch.support, batch.pi
-    found = batch.p.dense()[0].double().numpy() * float(pi.tail_N[0])
-    valid = support.valid_NK[0].numpy()
-    found[support.ids_NK[0].numpy()[valid]] = pi.on_NK[0].numpy()[valid]
+    target = batch.target_at([0])
+    pi_K = target.pi_EK[0].double().numpy()
+    if target.ids_EK is None:
+        return pi_K
+    found = batch.p.dense()[0].double().numpy() * float(target.tail_E[0])
+    valid = slice(None) if target.valid_EK is None else target.valid_EK[0].numpy()
+    found[target.ids_EK[0].numpy()[valid]] = pi_K[valid]
     return found
 
 
@@ -241,9 +244,9 @@ def assert_shared_noise_follows(at: Position, rule: Rule) -> None:
         return
     assert isinstance(rule, Chow | ChowLog | Diff | Bild) or rule.kind == "diff_log"
     assert distance(drafted_from(at.drafter, policy), at.q) < BOUND
-    deferred = batch.pi.deferred_NK
+    deferred = batch.deferred
     assert deferred is not None
-    assert bool(deferred[0, 0]) == at.defers(rule)
+    assert bool(deferred[0]) == at.defers(rule)
 
 
 def assert_modes_follow(at: Position) -> None:

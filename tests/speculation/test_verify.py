@@ -20,7 +20,7 @@ from tests.support import enumeration
 from tests.support.bigram_models import Answer, Bigrams, draft_stats_of
 
 from cascade.rules import Bild, Chow, Diff, Ensemble, Lossless, Lossy, Opt, TokenV1, TokenV3
-from cascade.sampling import rng
+from cascade.sampling import rng, tensor_ops
 from cascade.sampling.token_mask import allowed_bits, allows, constraint_masks
 from cascade.speculation.draft_length import expert_slots
 from cascade.speculation.verify import VerifyTask, live_length, rows_needed, verify
@@ -120,8 +120,15 @@ def assert_fast_equals_slow(indices: Sequence[int]) -> None:
             assert sum(divergences) <= policy.divergence_budget + 1e-5
 
 
-def test_the_fast_path_equals_the_slow_reference() -> None:
-    """Token for token and origin for origin, with policies mixed in a batch."""
+@pytest.mark.parametrize("chunk", [tensor_ops.CHUNK_SIZE, 1])
+def test_the_fast_path_equals_the_slow_reference(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token for token and origin for origin, with policies mixed in a batch.
+
+    Also where positions are read one by one, as those of a large vocabulary are.
+    """
+    monkeypatch.setattr(tensor_ops, "CHUNK_SIZE", chunk)
     chosen = random.Random(7).sample(range(len(GRID)), 80)  # noqa: S311 - a fixed choice
     assert_fast_equals_slow(chosen)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +21,19 @@ from torch import Tensor
 
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import apply_penalties
+from cascade.sampling.row_threads import map_rows
 from cascade.sampling.tensor_ops import to_list, upload, widen
 from cascade.sampling.truncation import inverse_temperature, top_k, truncate, weights_of
 from cascade.types import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from cascade.sampling.penalties import Context
+
+_Value = TypeVar("_Value")
 
 _MIN_LOG = -1e30
 _UNSCALED = SamplingParams()
@@ -48,6 +51,7 @@ class SoftmaxProbs:
     inverse_N1: Tensor | None = None  # 1 / temperature; None: all are 1
     least_N1: Tensor | None = None  # least logit kept; None: nothing is truncated
     known_scale: tuple[Tensor, Tensor] | None = None  # see `_scale`; given where truncated
+    unscaled: SoftmaxProbs | None = None  # of the same logits, where its scale is known too
 
     def at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the probabilities of the tokens `ids_EK` of chosen rows, by default of all."""
@@ -56,7 +60,7 @@ class SoftmaxProbs:
     def log_at(self, ids_EK: Tensor, *, rows_E: Tensor | None = None) -> Tensor:
         """Return the log-probabilities of the tokens `ids_EK` of chosen rows."""
         if rows_E is None:
-            rows_E = torch.arange(len(ids_EK), device=ids_EK.device)
+            return self._log_probs(widen(self.logits_NV.gather(1, ids_EK)), slice(None))
         return self._log_probs(widen(self.logits_NV[rows_E[:, None], ids_EK]), rows_E)
 
     def log_dense(self) -> Tensor:
@@ -69,9 +73,16 @@ class SoftmaxProbs:
             return self.select(rows_E).dense()
         like = widen(self.logits_NV[:0])
         p_NV = torch.empty(self.logits_NV.shape, dtype=like.dtype, device=like.device)
-        for rows in tensor_ops.row_chunks(self.logits_NV):
+
+        def fill(rows: slice) -> None:
             weights_NV = self._weights(rows, out=p_NV[rows])
-            weights_NV.div_(weights_NV.sum(dim=1, keepdim=True))
+            scale = self.known_scale or self.__dict__.get("_scale")
+            if scale is None:
+                weights_NV.div_(weights_NV.sum(dim=1, keepdim=True))
+            else:
+                weights_NV.mul_((-scale[1][rows]).exp())
+
+        self._map(fill)
         return p_NV
 
     def likeliest(self, count: int | None) -> tuple[Tensor | None, Tensor]:
@@ -99,13 +110,16 @@ class SoftmaxProbs:
             ids_K[: len(own_K)] = own_K
         size_N1 = torch.tensor([len(own_K) for own_K in found])[:, None]
         ids = torch.from_numpy(ids_NK)
-        inverse = 1 if self.inverse_N1 is None else self.inverse_N1
-        weights_NK = weights_of(widen(self.logits_NV.gather(1, ids)), self._peaks, inverse)
+        every = slice(None)
+        weights_NK = weights_of(
+            widen(self.logits_NV.gather(1, ids)), self._peaks(every), self._inverse(every)
+        )
         return ids, weights_NK.mul_(torch.arange(size) < size_N1)
 
     def select(self, rows_E: Tensor | slice) -> SoftmaxProbs:
         """Return a selection of the rows."""
-        inverse_N1, least_N1, scale = self.inverse_N1, self.least_N1, self.known_scale
+        inverse_N1, least_N1 = self.inverse_N1, self.least_N1
+        scale = self.known_scale or self.__dict__.get("_scale")
         return SoftmaxProbs(
             logits_NV=self.logits_NV[rows_E],
             inverse_N1=None if inverse_N1 is None else inverse_N1[rows_E],
@@ -123,35 +137,28 @@ class SoftmaxProbs:
 
     def entropies(self) -> Tensor:
         """Return the entropy of each row in nats."""
-        found = list[Tensor]()
-        for rows in tensor_ops.row_chunks(self.logits_NV):
+
+        def entropies(rows: slice) -> Tensor:
             weights_NV = self._weights(rows)
             total_N = weights_NV.sum(dim=1)
             # log Z - sum of w s / Z, where w = exp(s) and the largest s is 0. An impossible token
             # adds nothing; a finite logarithm keeps its product from being NaN.
             logs_NV = self._scaled(rows).clamp_min_(_MIN_LOG)
-            found.append(total_N.log() - logs_NV.mul_(weights_NV).sum(dim=1).div_(total_N))
-        return torch.cat(found).clamp_min_(0)
+            return total_N.log() - logs_NV.mul_(weights_NV).sum(dim=1).div_(total_N)
+
+        return torch.cat(self._map(entropies)).clamp_min_(0)
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
         """The peak, each row's largest logit, and log sum exp((logit - peak) / temperature)."""
         if self.known_scale is not None:
             return self.known_scale
-        chunks = tensor_ops.row_chunks(self.logits_NV)
-        buffer_NV = torch.empty_like(widen(self.logits_NV[chunks[0]]))
-        norms = list[Tensor]()
-        for rows in chunks:
-            weights_NV = self._weights(rows, out=buffer_NV[: rows.stop - rows.start])
-            norms.append(weights_NV.sum(dim=1, keepdim=True).log_())
-        return self._peaks, torch.cat(norms)
 
-    @cached_property
-    def _peaks(self) -> Tensor:
-        """The largest logit of each row, [N, 1]."""
-        if self.known_scale is not None:
-            return self.known_scale[0]
-        return widen(self.logits_NV.amax(dim=1, keepdim=True))
+        def scale(rows: slice) -> tuple[Tensor, Tensor]:
+            return self._peaks(rows), self._weights(rows).sum(dim=1, keepdim=True).log_()
+
+        peaks, norms = zip(*self._map(scale), strict=True)
+        return torch.cat(peaks), torch.cat(norms)
 
     def _log_probs(self, logits: Tensor, rows: Tensor | slice) -> Tensor:
         """Return log-probabilities of logits of some rows."""
@@ -167,15 +174,27 @@ class SoftmaxProbs:
     def _weights(self, rows: slice, *, out: Tensor | None = None) -> Tensor:
         """Return exp((logit - largest) / temperature) of some rows, 0 where impossible."""
         logits_NV = widen(self.logits_NV[rows])
-        inverse = 1 if self.inverse_N1 is None else self.inverse_N1[rows]
-        weights_NV = weights_of(logits_NV, self._peaks[rows], inverse, out=out)
+        weights_NV = weights_of(logits_NV, self._peaks(rows), self._inverse(rows), out=out)
         if self.least_N1 is not None:
             tensor_ops.zero_where_less(weights_NV, logits_NV, self.least_N1[rows])
         return weights_NV
 
+    def _map(self, function: Callable[[slice], _Value]) -> list[_Value]:
+        return map_rows(function, self.logits_NV.shape, self.logits_NV.device)
+
+    def _peaks(self, rows: slice) -> Tensor:
+        """Return the largest logit of some rows."""
+        if self.known_scale is not None:
+            return self.known_scale[0][rows]
+        return widen(self.logits_NV[rows].amax(dim=1, keepdim=True))
+
+    def _inverse(self, rows: slice) -> Tensor | int:
+        """Return 1 / temperature of some rows."""
+        return 1 if self.inverse_N1 is None else self.inverse_N1[rows]
+
     def _scaled(self, rows: slice) -> Tensor:
         """Return (logit - largest) / temperature of some rows."""
-        scaled_NV = widen(self.logits_NV[rows]) - self._peaks[rows]
+        scaled_NV = widen(self.logits_NV[rows]) - self._peaks(rows)
         return scaled_NV if self.inverse_N1 is None else scaled_NV.mul_(self.inverse_N1[rows])
 
 
@@ -238,13 +257,19 @@ def process(
     inverse_N1 = upload(
         [inverse_temperature(s) for s in samplings_N], like.device, dtype=like.dtype
     )[:, None]
-    truncates = any(s.top_k or s.top_p < 1 or s.min_p for s in distinct)
-    found = truncate(logits_NV, samplings_N) if truncates else None
+    is_scaled = any(s.temperature != 1 for s in distinct)
+    if not any(s.top_k or s.top_p < 1 or s.min_p for s in distinct):
+        return SoftmaxProbs(logits_NV=logits_NV, inverse_N1=inverse_N1 if is_scaled else None)
+    found = truncate(logits_NV, samplings_N)
+    # Top-p alone weighs all tokens.
+    knows_all = all(s.top_p < 1 and not s.top_k for s in distinct) and not (is_scaled or adjusts)
+    whole = (found.peak_N1, found.whole_N1)
     return SoftmaxProbs(
         logits_NV=logits_NV,
-        inverse_N1=inverse_N1 if any(s.temperature != 1 for s in distinct) else None,
-        least_N1=found and found.least_N1,
-        known_scale=found and (found.peak_N1, found.norm_N1),
+        inverse_N1=inverse_N1 if is_scaled else None,
+        least_N1=found.least_N1,
+        known_scale=(found.peak_N1, found.norm_N1),
+        unscaled=SoftmaxProbs(logits_NV=logits_NV, known_scale=whole) if knows_all else None,
     )
 
 
@@ -263,4 +288,6 @@ def unscaled_probs(
     """
     if isinstance(processed, SoftmaxProbs) and all(s == _UNSCALED for s in samplings_N):
         return processed
+    if isinstance(processed, SoftmaxProbs) and processed.unscaled is not None:
+        return processed.unscaled
     return SoftmaxProbs(logits_NV=logits_NV)

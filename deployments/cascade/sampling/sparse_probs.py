@@ -8,7 +8,7 @@ Shapes: `N` rows, `K` entries of a row, `V` vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -125,20 +125,36 @@ def _sums_by_class(weights_NV: Tensor, class_NV: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """The drafter's probabilities as the expert reads them, on the tokens where they are known."""
+    """The drafter's probabilities as the expert reads them, on the tokens where they are known.
 
-    ids_NK: Tensor  # int64, padded with 0
-    valid_NK: Tensor  # bool, False on the padding
+    These are the vocabulary if all of it was sent for some row.
+    """
+
+    ids_NK: Tensor | None  # int64, padded with 0; None: the vocabulary
+    valid_NK: Tensor | None  # bool, False on the padding; None: there is none
     q_NK: Tensor  # probabilities, 0 on the padding
-    q0_NK: Tensor  # unscaled probabilities, -inf where unknown
+    q0_NK: Tensor | None  # unscaled probabilities, -inf where unknown; None: nobody reads them
+    index_N1: Tensor  # at which the drafted token is, 0 where it is not
+    has_token_N: Tensor  # bool: q of the drafted token is known and not 0
 
 
-def received(
+def support_size(rows_N: Sequence[SparseProbs | None], vocab: int) -> int:
+    """Return the number K of tokens on which the drafter's probabilities are known."""
+    sizes = [0 if row is None else len(row.weights) for row in rows_N]
+    return vocab if any(map(_is_whole, rows_N)) else max([1, *sizes])
+
+
+def _is_whole(row: SparseProbs | None) -> bool:
+    return row is not None and len(row.weights) > len(row.ids)
+
+
+def received(  # noqa: PLR0913 - one parameter a part of what was sent
     rows_N: Sequence[SparseProbs | None],
     tokens_N: Sequence[int],
     likelihoods_N: Sequence[float],
-    unscaled_N: Sequence[float],
+    unscaled_N: Sequence[float] | None,
     *,
+    vocab: int,
     like: Tensor,
 ) -> Support:
     """Return the drafter's probabilities as they were sent.
@@ -147,30 +163,51 @@ def received(
         rows_N: What was sent; q is known at the drafted token alone if that is None or empty.
         tokens_N: Drafted tokens; -1 stands for none.
         likelihoods_N: q of the drafted tokens, read where no row was sent.
-        unscaled_N: q0 of the drafted tokens, read likewise; -inf where unknown.
+        unscaled_N: q0 of the drafted tokens, read likewise; -inf where unknown. None: nobody reads
+            unscaled probabilities.
+        vocab: Number of tokens V.
         like: Gives device and float type.
     """
-    sizes_N = [0 if row is None else len(row.weights) for row in rows_N]
-    shape = (len(rows_N), max([1, *sizes_N]))
-    ids_NK, weights_NK = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    scale_N1, q0_NK = np.ones((len(rows_N), 1)), np.full(shape, -np.inf)
-    for i, (row, count) in enumerate(zip(rows_N, sizes_N, strict=True)):
-        if row is not None and count:
-            ids_NK[i, :count] = row.ids if len(row.ids) else np.arange(count)
-            weights_NK[i, :count] = row.weights
-            if row.unscaled is not None:
-                q0_NK[i, :count] = row.unscaled
+    count, size = len(rows_N), support_size(rows_N, vocab)
+    is_whole = any(map(_is_whole, rows_N))
+    ids_NK = np.zeros((count, 0 if is_whole else size), np.int64)
+    weights_NK = np.zeros((count, size), np.float16)
+    q0_NK = None if unscaled_N is None else np.full((count, size), -np.inf)
+    scale_N1, index_N = np.ones((count, 1)), np.full(count, -1)
+    for i, row in enumerate(rows_N):
+        token = tokens_N[i]
+        if row is None or not len(row.weights):
+            known = np.array([max(token, 0)])
+            weights, unscaled = np.array([token >= 0], np.float16), None
+            scale_N1[i] = likelihoods_N[i]
+            if unscaled_N is not None:
+                unscaled = np.array([unscaled_N[i]])
         else:
-            ids_NK[i, 0], weights_NK[i, 0] = max(tokens_N[i], 0), tokens_N[i] >= 0
-            scale_N1[i], q0_NK[i, 0] = likelihoods_N[i], unscaled_N[i]
+            known, weights, unscaled = row.ids, row.weights, row.unscaled
+        places = slice(len(weights)) if not is_whole or len(weights) > len(known) else known
+        weights_NK[i, places] = weights
+        if not is_whole:
+            ids_NK[i, places] = known
+        if q0_NK is not None and unscaled is not None:
+            q0_NK[i, places] = unscaled
+        found = np.flatnonzero(known == token) if not is_whole else np.array([token])
+        if len(found) and token >= 0 and weights_NK[i, found[0]] > 0:
+            index_N[i] = found[0]
 
-    def to_device(values: NDArray[np.float32] | NDArray[np.float64]) -> Tensor:
+    def to_device(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(like.device, like.dtype)
 
     q_NK = _normalised(to_device(weights_NK))
+    if (scale_N1 != 1).any():
+        q_NK.mul_(to_device(scale_N1))
+    # Half floats that are not negative are ordered as their bits are, which are faster to compare.
+    valid_NK = weights_NK.view(np.int16) > 0
+    index_N1 = torch.from_numpy(index_N)[:, None].to(like.device)
     return Support(
-        ids_NK=torch.from_numpy(ids_NK).to(like.device),
-        valid_NK=q_NK > 0,
-        q_NK=q_NK * to_device(scale_N1),
-        q0_NK=to_device(q0_NK),
+        ids_NK=None if is_whole else torch.from_numpy(ids_NK).to(like.device),
+        valid_NK=None if is_whole or valid_NK.all() else torch.from_numpy(valid_NK).to(like.device),
+        q_NK=q_NK,
+        q0_NK=None if q0_NK is None else to_device(q0_NK),
+        index_N1=index_N1.clamp_min(0),
+        has_token_N=(index_N1 >= 0).squeeze(1),
     )

@@ -5,8 +5,7 @@ top-k keeps. Min-p keeps those at least that share as likely as the likeliest. T
 the last one kept are kept too.
 
 On a device whole rows are sorted, because a decision that depends on values would wait for it. A
-CPU takes the rows one by one, reuses one buffer that stays in cache, and sorts only the few tokens
-among which the boundary lies.
+CPU takes the rows one by one, and sorts only the few tokens among which the boundary lies.
 
 A token's weight is exp((logit - largest) / temperature): its probability up to a factor, and 1 for
 the likeliest.
@@ -17,11 +16,13 @@ Shapes: `N` rows, `K` candidate tokens, `V` vocabulary.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from cascade.sampling.row_threads import map_rows
 from cascade.sampling.tensor_ops import row_sums, upload, widen
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ _SMALL_NUCLEUS = 64  # tokens that one comparison is sure to find
 _STEP = 16  # a lower bound that is too high is divided by this
 _FLAT = 32  # more than one in so many tokens may be above the bound: sample the rest instead
 _SAMPLE = 8192  # tokens of a sample, about
-_GUESSES = 5  # bounds from a sample, of which two should enclose the boundary
-_OVERSHOOT = 1.25  # of a guess's error, by which the next guess is moved
-_MARGIN = 5e-4  # and this share more
+_ERRORS = 4  # standard errors of what a sample says
 _COLUMNS = 512  # the largest logits of these bound the k-th largest of a row from below
 
 
@@ -54,6 +53,7 @@ class Truncation(NamedTuple):
     least_N1: Tensor  # logit kept, -inf where all are
     peak_N1: Tensor  # the largest logit
     norm_N1: Tensor  # logarithm of the sum of the weights that are kept
+    whole_N1: Tensor  # and of the sum of all, NaN where it was not needed
 
 
 def inverse_temperature(sampling: SamplingParams) -> float:
@@ -65,19 +65,20 @@ def truncate(logits_NV: Tensor, samplings_N: Sequence[SamplingParams]) -> Trunca
     """Return what the sampling parameters of each row keep of its logits, any float type."""
     if logits_NV.device.type != "cpu":
         return truncate_on_device(logits_NV, samplings_N)
-    like = widen(logits_NV[:0])
-    buffer_V = like.new_empty(logits_NV.shape[1])
-    found = [
-        _truncate_row(widen(logits_V), sampling, buffer_V)
-        for logits_V, sampling in zip(logits_NV, samplings_N, strict=True)
-    ]
-    return Truncation(*torch.tensor(found, dtype=like.dtype).reshape(-1, 3).split(1, dim=1))
+
+    def truncate_rows(rows: slice) -> list[tuple[float, float, float, float]]:
+        return [
+            _truncate_row(widen(logits_V), sampling)
+            for logits_V, sampling in zip(logits_NV[rows], samplings_N[rows], strict=True)
+        ]
+
+    found = list(chain.from_iterable(map_rows(truncate_rows, logits_NV.shape, logits_NV.device)))
+    dtype = widen(logits_NV[:0]).dtype
+    return Truncation(*torch.tensor(found, dtype=dtype).reshape(-1, 4).split(1, dim=1))
 
 
-def _truncate_row(
-    logits_V: Tensor, sampling: SamplingParams, buffer_V: Tensor
-) -> tuple[float, float, float]:
-    """Return the least logit kept, the largest, and the logarithm of the weights kept."""
+def _truncate_row(logits_V: Tensor, sampling: SamplingParams) -> tuple[float, float, float, float]:
+    """Return the fields of `Truncation`."""
     values_V = logits_V.numpy()
     peak, inverse = float(values_V.max()), inverse_temperature(sampling)
     ids_K = None  # what top-k keeps; None: all
@@ -85,11 +86,11 @@ def _truncate_row(
     if 0 < sampling.top_k < len(values_V):
         ids_K = top_k(values_V, sampling.top_k)
         least = float(values_V[ids_K].min())
-    kept = None
+    kept, total = None, math.nan
     if sampling.top_p < 1:
         before = 0.0
         if ids_K is None:
-            weights_V = weights_of(logits_V, peak, inverse, out=buffer_V)
+            weights_V = weights_of(logits_V, peak, inverse)
             total = float(row_sums(weights_V))
             mass = sampling.top_p * total
             ids_K, before = _boundary(weights_V, mass, total)
@@ -104,7 +105,7 @@ def _truncate_row(
     if kept is None or bound > least:
         least = max(least, bound)
         kept = _sum(_weigh(values_V[np.flatnonzero(values_V >= least)], peak, inverse))
-    return least, peak, math.log(kept)
+    return least, peak, math.log(kept), math.log(total)
 
 
 def _weigh(logits_K: Values, peak: float, inverse: float) -> Values:
@@ -167,7 +168,7 @@ def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]
     """Return tokens among which the likeliest reach a mass, and what those above them weigh.
 
     Bounds are lowered until they do. A flat row has too many tokens to sort above the next bound:
-    there bounds are read off a sample, and what is beyond each is summed over the whole row.
+    there a sample says between which weights the boundary is likely to be.
 
     Args:
         weights_V: Of every token.
@@ -184,24 +185,41 @@ def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]
         if above + found >= mass:
             return ids_K, above
         above, high, low = above + found, low, low / _STEP
-    rest = total - above
+    low, upper = _likely_bounds(values_V, mass - above, total - above, high)
+    if upper < high:
+        beyond = float(row_sums(torch.threshold(weights_V, upper, 0.0)))
+        above, high = (beyond, upper) if beyond < mass else (above, high)
+    ids_K = np.flatnonzero((values_V > low) & (values_V <= high))
+    if low >= 0 and above + _sum(values_V[ids_K]) < mass:
+        ids_K = np.flatnonzero(values_V <= high)
+    return ids_K, above
+
+
+def _likely_bounds(values_V: Values, mass: float, total: float, high: float) -> tuple[float, float]:
+    """Return weights, the first less than the second, between which a mass is likely reached.
+
+    Args:
+        values_V: Weights of every token.
+        mass: The weight to reach, of the tokens whose weights are at most `high`.
+        total: The weight of all these.
+        high: The largest weight.
+    """
     sample_S = values_V[:: max(1, len(values_V) // _SAMPLE)]
-    sample_S = np.sort(sample_S[sample_S <= high])[::-1]
-    reached_S = sample_S.cumsum(dtype=np.float64)
-    share, low, bound, lowered = (mass - above) / rest, -1.0, -1.0, False
-    for _ in range(_GUESSES if len(sample_S) else 0):
-        index = np.searchsorted(reached_S, share * reached_S[-1])
-        last, bound = bound, float(sample_S[min(int(index), len(sample_S) - 1)])
-        if bound == last or (lowered and low >= 0):
-            break
-        beyond = float(row_sums(torch.threshold(weights_V, bound, 0.0)))
-        if beyond < mass:
-            above, high, lowered = beyond, bound, True
-        else:
-            low = bound
-        error = (mass - beyond) / rest
-        share += _OVERSHOOT * error + math.copysign(_MARGIN, error)
-    return np.flatnonzero((values_V > low) & (values_V <= high)), above
+    falling_S = np.sort(sample_S[sample_S <= high])[::-1]
+    reached_S = falling_S.cumsum(dtype=np.float64)
+    if not len(falling_S) or not reached_S[-1]:
+        return -1.0, high
+    share = mass / total
+    index = int(np.searchsorted(reached_S, share * reached_S[-1]))
+    # The share of what is heavier than a weight is a ratio of sums, and this its standard error.
+    gaps_S = np.where(np.arange(len(falling_S)) < index, 1 - share, share) * falling_S
+    error = _ERRORS * math.sqrt(float(gaps_S.dot(gaps_S))) / float(reached_S[-1])
+    first, last = np.searchsorted(
+        reached_S, [(share - error) * reached_S[-1], (share + error) * reached_S[-1]]
+    )
+    low = float(falling_S[last]) if last < len(falling_S) else -1.0
+    upper = float(falling_S[first]) if share > error else high
+    return low, max(upper, math.nextafter(low, high))
 
 
 def _sum(values: Values) -> float:
@@ -226,7 +244,8 @@ def truncate_on_device(logits_NV: Tensor, samplings_N: Sequence[SamplingParams])
         drop = [math.log(s.min_p) * s.temperature if s.min_p else -math.inf for s in samplings_N]
         least_N1 = torch.maximum(least_N1, peak_N1 + _like(peak_N1, drop))
     kept_N1 = torch.where(logits_NV >= least_N1, weights_NV, 0.0).sum(dim=1, keepdim=True)
-    return Truncation(least_N1, peak_N1, kept_N1.log_())
+    whole_N1 = weights_NV.sum(dim=1, keepdim=True)
+    return Truncation(least_N1, peak_N1, kept_N1.log_(), whole_N1.log_())
 
 
 def _top_k_on_device(logits_NV: Tensor, counts_N: Sequence[int]) -> Tensor:

@@ -27,12 +27,12 @@ from cascade.sampling.rng import Purpose
 from cascade.sampling.sampler import Weights
 from cascade.sampling.tensor_ops import to_list
 from cascade.speculation.payload import is_blockwise
-from cascade.speculation.verify_batch import safe_divide
 from cascade.types import Origin, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from cascade.speculation.judged_positions import Target
     from cascade.speculation.verify_batch import VerifyBatch
 
 # Logits and noise of this many tokens at a time stay in cache.
@@ -88,7 +88,7 @@ def verify_gumbel(batch: VerifyBatch) -> list[Verdict]:
 
 def accept_probabilities(batch: VerifyBatch) -> Tensor:
     """Return the probability with which each drafted token is accepted on its own, float64 [M]."""
-    return _ratios(batch).clamp_max(1.0)
+    return batch.ratios().clamp_max(1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +101,19 @@ class PrefixAcceptance:
 
 def prefix_acceptance(batch: VerifyBatch) -> PrefixAcceptance:
     """Return h_i and p_i of arXiv 2403.10444, with pi in place of the target model."""
-    ratio_M, tail_M = _ratios(batch), batch.pi.tail_N.double()
-    q_MK, pi_MK = batch.rule_inputs.q_NK.double(), batch.pi.on_NK.double()
-    outside_M = batch.rule_inputs.p_off_support().double() * tail_M
-    start_B = torch.tensor(batch.judged_offsets[:-1], device=ratio_M.device)
+    ratio_M = batch.ratios()
     factor_B = torch.ones(len(batch.tasks), dtype=torch.float64, device=ratio_M.device)
     factors, prefixes = [factor_B], list[Tensor]()
     for j in range(max(batch.lengths)):
-        index_B = (start_B + j).clamp_max(len(ratio_M) - 1)
-        residual_BK = (factor_B[:, None] * pi_MK[index_B] - q_MK[index_B]).clamp_min(0)
-        gain_B = residual_BK.sum(dim=1) + factor_B * outside_M[index_B]
+        positions = [min(start + j, len(ratio_M) - 1) for start in batch.judged_offsets[:-1]]
+        target = batch.target_at(positions)
+        pi_BK, q_BK = target.pi_EK.double(), target.q_EK.double()
+        residual_BK = (factor_B[:, None] * pi_BK - q_BK).clamp_min(0)
+        outside_B = target.outside_E.double() * target.tail_E.double()
+        gain_B = residual_BK.sum(dim=1) + factor_B * outside_B
         # A certain prefix is accepted: 0 / 0 where nothing is gained by stopping at it.
         prefixes.append(torch.where(factor_B < 1, gain_B / (gain_B + 1 - factor_B), 1.0))
+        index_B = torch.tensor(positions, device=ratio_M.device)
         factor_B = (factor_B * ratio_M[index_B]).clamp_max(1)
         factors.append(factor_B)
     h, p = to_list(torch.stack([torch.stack([*prefixes, factor_B]).T, torch.stack(factors).T]))
@@ -120,12 +121,6 @@ def prefix_acceptance(batch: VerifyBatch) -> PrefixAcceptance:
         probabilities=[[*h[i][1:n], p[i][n]] if n else [] for i, n in enumerate(batch.lengths)],
         factors=[p[i][: n + 1] for i, n in enumerate(batch.lengths)],
     )
-
-
-def _ratios(batch: VerifyBatch) -> Tensor:
-    """Return pi / q at each drafted token, float64 [M]; 0 where the support lacks the token."""
-    pi_M, q_M = batch.at_token(batch.pi.on_NK), batch.at_token(batch.rule_inputs.q_NK)
-    return safe_divide(pi_M.double(), q_M.double())
 
 
 def _uniforms(batch: VerifyBatch) -> tuple[Tensor, Tensor]:
@@ -179,9 +174,8 @@ def _read_flags(batch: VerifyBatch, accepted_M: Tensor, shared: Callable[[], Ten
         spent_M = ~batch.within_budget
         divergence_M = divergence_M.masked_fill(spent_M, 0.0)
     flags = [divergence_M, accepted_M, shared(), spent_M]
-    if batch.pi.deferred_NK is not None:
-        deferred_MK = batch.pi.deferred_NK.expand(batch.support.ids_NK.shape)
-        flags.append(batch.at_token(deferred_MK.double()) > 0)
+    if batch.deferred is not None:
+        flags.append(batch.deferred)
     divergences, *found = to_list(torch.stack([one.double() for one in flags]))
     accepted, shared_, spent, *deferred = [[bool(one) for one in flag] for flag in found]
     follows_p = deferred[0] if isinstance(batch.policy.rule, PositionRule) else spent
@@ -301,11 +295,12 @@ def _argmax(batch: VerifyBatch, wanted: Sequence[NextToken], rows_E: Tensor) -> 
     device, token_E = rows_E.device, batch.p.best_N[rows_E]
     kept = [k for k, e in enumerate(wanted) if e.judged is not None and not e.residual]
     if kept:
-        judged_J = torch.tensor([wanted[k].judged for k in kept], device=device)
-        best_J1 = batch.pi.on_NK[judged_J].argmax(dim=1, keepdim=True)
-        drafted_J = batch.support.ids_NK[judged_J].gather(1, best_J1).squeeze(1)
+        target = batch.target_at([wanted[k].judged or 0 for k in kept])
+        drafted_J = best_J = target.pi_EK.argmax(dim=1)
+        if target.ids_EK is not None:
+            drafted_J = target.ids_EK.gather(1, best_J[:, None]).squeeze(1)
         kept_J = torch.tensor(kept, device=device)
-        keeps_J = batch.pi.tail_N[judged_J] < 1
+        keeps_J = target.tail_E < 1
         token_E[kept_J] = torch.where(keeps_J, drafted_J, token_E[kept_J])
     return token_E
 
@@ -329,26 +324,44 @@ def next_token_weights(batch: VerifyBatch, wanted: Sequence[NextToken]) -> Weigh
 
 def _dense_weights(batch: VerifyBatch, rows_E: Tensor, wanted: Sequence[NextToken]) -> Tensor:
     """Return (factor pi - q)+ for residuals, else pi at judged positions, else p."""
+    target, device = batch.target_at([e.judged or 0 for e in wanted]), rows_E.device
+    factor_E = target.q_EK.new_tensor([e.factor for e in wanted])
+    minus_E = target.q_EK.new_tensor([float(e.residual) for e in wanted])
+    on_EK = factor_E[:, None] * target.pi_EK - minus_E[:, None] * target.q_EK
+    on_EK.clamp_min_(0)
+    all_judged = all(e.judged is not None for e in wanted)
+    if target.ids_EK is None and all_judged:
+        return on_EK
     weights_EV = batch.p.dense(rows_E)
-    pi, support = batch.pi, batch.support
-    judged_E = torch.tensor([e.judged or 0 for e in wanted], device=weights_EV.device)
-    is_judged_E = torch.tensor([e.judged is not None for e in wanted], device=weights_EV.device)
-    factor_E = weights_EV.new_tensor([e.factor for e in wanted])
-    minus_E = weights_EV.new_tensor([float(e.residual) for e in wanted])
-    scaled_EK = factor_E[:, None] * pi.on_NK[judged_E]
-    on_EK = (scaled_EK - minus_E[:, None] * batch.rule_inputs.q_NK[judged_E]).clamp_min(0)
+    is_judged_E = torch.tensor([e.judged is not None for e in wanted], device=device)
     if not (isinstance(batch.policy.rule, Lossless) and all(e.factor == 1 for e in wanted)):
-        weights_EV.mul_(torch.where(is_judged_E, factor_E * pi.tail_N[judged_E], 1.0)[:, None])
-    valid_EK = support.valid_NK[judged_E] & is_judged_E[:, None]
-    return _overwrite(weights_EV, support.ids_NK[judged_E], valid_EK, on_EK)
+        weights_EV.mul_(torch.where(is_judged_E, factor_E * target.tail_E, 1.0)[:, None])
+    return _overwrite(weights_EV, target, on_EK, None if all_judged else is_judged_E)
 
 
-def _overwrite(weights_EV: Tensor, ids_EK: Tensor, valid_EK: Tensor, values_EK: Tensor) -> Tensor:
+def _overwrite(
+    weights_EV: Tensor, target: Target, values_EK: Tensor, rows_E: Tensor | None = None
+) -> Tensor:
     """Return the weights with the values of the support written over them.
 
     Padding repeats a valid entry of its row, or the weight that is there if none is valid, so that
     no device value need be read to find the valid ones.
+
+    Args:
+        weights_EV: Overwritten.
+        target: Whose support it is.
+        values_EK: Of its tokens.
+        rows_E: Which rows are overwritten, bool; None: all.
     """
+    ids_EK, valid_EK = target.ids_EK, target.valid_EK
+    if ids_EK is None:
+        return values_EK if rows_E is None else torch.where(rows_E[:, None], values_EK, weights_EV)
+    if rows_E is None and valid_EK is None:
+        return weights_EV.scatter_(1, ids_EK, values_EK)
+    if valid_EK is None:
+        valid_EK = torch.ones_like(ids_EK, dtype=torch.bool)
+    if rows_E is not None:
+        valid_EK = valid_EK & rows_E[:, None]
     some_E1 = valid_EK.to(torch.int8).argmax(dim=1, keepdim=True)
     ids_EK = torch.where(valid_EK, ids_EK, ids_EK.gather(1, some_E1))
     values_EK = torch.where(valid_EK, values_EK, values_EK.gather(1, some_E1))
@@ -387,14 +400,11 @@ def _gumbel_chunk(batch: VerifyBatch, first: int, end: int) -> tuple[Tensor, Ten
     judged = [(m, row) for m, row in enumerate(batch.row_M) if first <= row < end]
     if isinstance(batch.policy.rule, Lossless) or not judged:
         return expert_C, expert_C
-    judged_E = torch.tensor([m for m, _ in judged], device=device)
     row_E = torch.tensor([row for _, row in judged], device=device)
-    pi, support = batch.pi, batch.support
-    pi_EV = _overwrite(
-        batch.p.select(row_E).dense() * pi.tail_N[judged_E][:, None],
-        support.ids_NK[judged_E],
-        support.valid_NK[judged_E],
-        pi.on_NK[judged_E],
-    )
-    chosen_E = pi_EV.log_().add_(noise_CV[row_E - first]).argmax(dim=1)
+    target = batch.target_at([m for m, _ in judged])
+    pi_EV = target.pi_EK
+    if target.ids_EK is not None:
+        weights_EV = batch.p.select(row_E).dense() * target.tail_E[:, None]
+        pi_EV = _overwrite(weights_EV, target, pi_EV)
+    chosen_E = pi_EV.log().add_(noise_CV[row_E - first]).argmax(dim=1)
     return expert_C, expert_C.index_copy(0, row_E - first, chosen_E)

@@ -69,7 +69,7 @@ class RuleInputs:
 
     def tv_distance(self) -> Tensor:
         """Return D_TV(p, q) = sum (q - p)+, [N]; off the support q is 0."""
-        return (self.q_NK - self.p_NK).clamp_min(0).sum(dim=1)
+        return (self.q_NK - self.p_NK).clamp_min_(0).sum(dim=1)
 
     def q0_max(self) -> Tensor:
         """Return max q0, [N], -inf where unknown."""
@@ -90,7 +90,9 @@ class TargetDistribution:
 
     def distance(self, p_NK: Tensor) -> Tensor:
         """Return D_TV(pi, p) = sum (pi - p)+, [N]; off the support no rule's pi exceeds p."""
-        return (self.on_NK - p_NK).clamp_min(0).sum(dim=1)
+        if self.on_NK is p_NK:
+            return torch.zeros_like(self.tail_N)
+        return (self.on_NK - p_NK).clamp_min_(0).sum(dim=1)
 
 
 def target_distribution(rule: Rule, inputs: RuleInputs) -> TargetDistribution:
@@ -119,9 +121,16 @@ def target_distribution(rule: Rule, inputs: RuleInputs) -> TargetDistribution:
         case _:
             # pi = q where the position is kept, and p where it is deferred.
             deferred_N1 = position_defers(rule, inputs)[:, None]
-            on_NK = torch.where(deferred_N1, p_NK, q_NK)
+            on_NK = _choose(deferred_N1, p_NK, q_NK)
             tail_N = deferred_N1.squeeze(1).to(on_NK.dtype)
             return TargetDistribution(on_NK=on_NK, tail_N=tail_N, deferred_NK=deferred_N1)
+
+
+def _choose(chosen_N1: Tensor, first_NK: Tensor, second_NK: Tensor) -> Tensor:
+    """Return rows of the first where chosen, else of the second; a row of a CPU is not copied."""
+    if len(chosen_N1) == 1 and chosen_N1.device.type == "cpu":
+        return first_NK if chosen_N1[0, 0] else second_NK
+    return torch.where(chosen_N1, first_NK, second_NK)
 
 
 def token_defers(rule: TokenRule, inputs: RuleInputs) -> Tensor:

@@ -19,29 +19,21 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from cascade.rules import (
-    Bild,
-    Diff,
-    DiffLog,
-    Lossless,
-    Opt,
-    OptLog,
-    TokenV1,
-    TokenV2,
-    TokenV3,
-    Typical,
-)
+from cascade.rules import Lossless, PositionRule, TokenRule
 from cascade.sampling.penalties import Context
 from cascade.sampling.probs import Probs, SoftmaxProbs, process, unscaled_probs
-from cascade.sampling.sparse_probs import Support, received
-from cascade.sampling.tensor_ops import widen
+from cascade.sampling.row_threads import map_rows
+from cascade.sampling.sparse_probs import support_size
+from cascade.sampling.tensor_ops import row_chunks
 from cascade.sampling.token_mask import Bits, allowed_bits, allows, apply_masks, only_tokens
-from cascade.speculation.payload import needs_probs_after_block, sends_ids_only
-from cascade.speculation.target_distribution import (
-    RuleInputs,
-    TargetDistribution,
-    target_distribution,
+from cascade.speculation.judged_positions import (
+    AtTokens,
+    JudgedPositions,
+    Target,
+    reads_p0_entropy,
+    reads_p0_max,
 )
+from cascade.speculation.payload import needs_probs_after_block, sends_ids_only
 from cascade.types import Block, Bonus, DecodingParams, DraftStats, SamplingParams, SparseProbs
 
 if TYPE_CHECKING:
@@ -138,75 +130,85 @@ class VerifyBatch:
         return self.p0 if self.raw_NV is None else unscaled_probs(self.raw_NV)
 
     @cached_property
-    def support(self) -> Support:
-        """The drafter's probabilities, M rows; one-hots at the tokens where ids alone are sent."""
-        ids_only = sends_ids_only(self.policy)
+    def at_tokens(self) -> AtTokens:
+        """What is known of the drafted tokens under the rule, M each."""
+        judged = self._judged
+        if len(self._chunks) == 1:
+            return judged.at_tokens()
+        every = range(len(self.token_M))
+        found = map_rows(
+            lambda chunk: judged.part(every[chunk]).at_tokens(),
+            self._support_shape,
+            self.logits_NV.device,
+        )
+        return AtTokens(*(torch.cat(one) for one in zip(*found, strict=True)))
+
+    def target_at(self, positions: Sequence[int]) -> Target:
+        """Return the target distribution at some judged positions."""
+        if len(self._chunks) == 1:
+            return self._judged.target(self.within_budget).select(positions)
+        within_M = self.within_budget
+        return self._judged.part(positions).target(
+            None if within_M is None else within_M[torch.tensor(positions, device=within_M.device)]
+        )
+
+    @cached_property
+    def _judged(self) -> JudgedPositions:
+        rule, ids_only = self.policy.rule, sends_ids_only(self.policy)
         count, blocks = len(self.token_M), [task.block for task in self.tasks]
         probs: Sequence[Sequence[SparseProbs | None]] = [block.draft_probs for block in blocks]
-        return received(
-            [None] * count if ids_only else self._per_position(probs, missing=None),
-            self.token_M,
-            [1.0] * count if ids_only else self._likelihoods(),
-            self._per_position([block.unscaled for block in blocks], missing=-math.inf),
-            like=widen(self.logits_NV[:0]),
+        stats: Sequence[Sequence[DraftStats | None]] = [block.draft_stats for block in blocks]
+        return JudgedPositions(
+            rule=rule,
+            rows=self.row_M,
+            tokens=self.token_M,
+            payload=[None] * count if ids_only else self._per_position(probs, missing=None),
+            likelihoods=[1.0] * count if ids_only else self._likelihoods(),
+            unscaled=self._per_position([block.unscaled for block in blocks], missing=-math.inf),
+            stats=self._per_position(stats, missing=None),
+            p=self.p,
+            p0=self.p0,
+            p0_max_N=self.p0.max_probs() if reads_p0_max(rule) else None,
+            p0_entropy_N=self.p0.entropies() if reads_p0_entropy(rule) else None,
         )
+
+    @property
+    def _support_shape(self) -> tuple[int, int]:
+        return len(self.token_M), support_size(self._judged.payload, self.logits_NV.shape[1])
+
+    @cached_property
+    def _chunks(self) -> list[slice]:
+        """Slices of judged positions to read together."""
+        return row_chunks(self._support_shape, self.logits_NV.device)
 
     def lossless_ratios(self) -> Tensor:
         """Return p / q at each drafted token, float64 [M], where q is what it was drafted from."""
-        p_M = self.at_token(self.rule_inputs.p_NK).double()
+        p_M = self.at_tokens.p_M.double()
         if not sends_ids_only(self.policy):
-            return safe_divide(p_M, self.at_token(self.rule_inputs.q_NK).double())
+            return safe_divide(p_M, self.at_tokens.q_M.double())
         return p_M / torch.tensor(self._likelihoods(), dtype=torch.float64, device=p_M.device)
 
-    @cached_property
-    def rule_inputs(self) -> RuleInputs:
-        """What the rule reads of both models, M rows."""
-        rule, support = self.policy.rule, self.support
-        rows_M = torch.tensor(self.row_M, dtype=torch.int64, device=self.logits_NV.device)
-        by_token = isinstance(rule, TokenV1 | TokenV2 | TokenV3 | Typical)
-        reads_max = by_token or isinstance(rule, Diff | Opt)
-        reads_entropy = isinstance(rule, DiffLog | OptLog | Typical)
-        blocks: Sequence[Sequence[DraftStats | None]] = [t.block.draft_stats for t in self.tasks]
-        stats = self._per_position(blocks, missing=None)
-        return RuleInputs(
-            q_NK=support.q_NK,
-            p_NK=self.p.at(support.ids_NK, rows_E=rows_M) * support.valid_NK,
-            draft_stats_N=stats,
-            q0_NK=support.q0_NK,
-            p0_NK=self.p0.at(support.ids_NK, rows_E=rows_M) if by_token else None,
-            p0_max_N=self.p0.max_probs()[rows_M] if reads_max else None,
-            p0_entropy_N=self.p0.entropies()[rows_M] if reads_entropy else None,
-            p0_at_argmax_N=self._p0_at_argmax(stats, rows_M) if isinstance(rule, Bild) else None,
-        )
+    def ratios(self) -> Tensor:
+        """Return pi / q at each drafted token, float64 [M]; 0 where the support lacks the token."""
+        pi_M = self.at_tokens.pi_M
+        if self.within_budget is not None:
+            pi_M = torch.where(self.within_budget, pi_M, self.at_tokens.p_M)
+        return safe_divide(pi_M.double(), self.at_tokens.q_M.double())
 
-    def _p0_at_argmax(self, stats: Sequence[DraftStats | None], rows_M: Tensor) -> Tensor:
-        """Return p0 of argmax q0; without draft statistics the drafted token stands for it."""
-        pairs = zip(stats, self.token_M, strict=True)
-        ids = [one.argmax if one else max(token, 0) for one, token in pairs]
-        ids_M1 = torch.tensor(ids, dtype=torch.int64, device=rows_M.device)[:, None]
-        return self.p0.at(ids_M1, rows_E=rows_M).squeeze(1)
-
-    @cached_property
-    def pi(self) -> TargetDistribution:
-        """The target distribution, M rows: the rule's, or p once the divergence budget is spent."""
-        pi, p_NK = self._rule_pi, self.rule_inputs.p_NK
+    @property
+    def deferred(self) -> Tensor | None:
+        """Whether each drafted token is deferred, bool [M]; None: the rule does not defer."""
+        if not isinstance(self.policy.rule, PositionRule | TokenRule):
+            return None
+        at = self.at_tokens
         if self.within_budget is None:
-            return pi
-        keeps_N1, deferred_NK = self.within_budget[:, None], pi.deferred_NK
-        return TargetDistribution(
-            on_NK=torch.where(keeps_N1, pi.on_NK, p_NK),
-            tail_N=torch.where(self.within_budget, pi.tail_N, 1.0),
-            deferred_NK=None if deferred_NK is None else deferred_NK | ~keeps_N1,
-        )
+            return at.deferred_M
+        return at.deferred_M | (~self.within_budget & at.known_M)
 
-    @cached_property
-    def _rule_pi(self) -> TargetDistribution:
-        return target_distribution(self.policy.rule, self.rule_inputs)
-
-    @cached_property
+    @property
     def divergence(self) -> Tensor:
         """The total variation between the rule's distribution and p, float64 [M]."""
-        return self._rule_pi.distance(self.rule_inputs.p_NK).double()
+        return self.at_tokens.divergence_M
 
     @cached_property
     def within_budget(self) -> Tensor | None:
@@ -236,16 +238,6 @@ class VerifyBatch:
             for task, (start, end) in zip(self.tasks, pairwise(self.judged_offsets), strict=True)
             for index in range(end - start)
         ]
-
-    def at_token(self, values_MK: Tensor) -> Tensor:
-        """Return the value at each drafted token, 0 where the support lacks it, [M]."""
-        return torch.where(self._is_token, values_MK, 0).sum(dim=1)
-
-    @cached_property
-    def _is_token(self) -> Tensor:
-        support = self.support
-        token_M1 = torch.tensor(self.token_M, device=support.ids_NK.device)[:, None]
-        return (support.ids_NK == token_M1) & support.valid_NK
 
     def _likelihoods(self) -> list[float]:
         return self._per_position([task.block.likelihoods for task in self.tasks], missing=1.0)
