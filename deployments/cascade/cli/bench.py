@@ -198,6 +198,61 @@ def load_model(
 
 
 @bench.command()
+def judge(  # noqa: PLR0913 - one parameter an option
+    *,
+    vocabulary: Annotated[
+        list[int] | None, typer.Option(min=1000, help="Tokens; repeat for more; three if absent")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the logits: trained, or normal: sd 4, sd 2, sd 1; all if absent"),
+    ] = None,
+    sampling: Annotated[
+        list[str] | None, typer.Option(help="Such as 'top_p 0.9'; repeat for more; all if absent")
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="Such as opt; repeat for more; all if absent")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each")] = 20,
+    expert_threads: Threads = 0,
+    model_pass: Annotated[
+        bool, typer.Option(help="Also time the pass of a small model with as many tokens")
+    ] = False,
+) -> None:
+    """Measure how long an expert takes to judge a block of 5 tokens, in milliseconds."""
+    from cascade.benchmark import judging  # noqa: PLC0415 - after `prepare`
+
+    console = Console(highlight=False, soft_wrap=True)
+    with _exit_on_error():
+        names = {
+            "--shape": (shape, judging.SHAPES),
+            "--sampling": (sampling, judging.SAMPLINGS),
+            "--rule": (rule, judging.RULES),
+        }
+        for option, (asked, known) in names.items():
+            if unknown := set(asked or ()) - set(known):
+                name = min(unknown)
+                raise InvalidMeasurement(f"{option} is {name!r}; {wanted(name, known)}")
+        vocabularies = vocabulary or [262_144, 152_064, 128_256]
+        rules = rule or list(judging.RULES)
+        console.print(f"| vocabulary | logits | sampling | {' | '.join(rules)} |")
+        console.print("|---" * (3 + len(rules)) + "|")
+        for found in judging.measure(
+            vocabularies=vocabularies,
+            shapes=shape or list(judging.SHAPES),
+            samplings=sampling or list(judging.SAMPLINGS),
+            rules=rules,
+            repeats=repeats,
+            cores=expert_threads,
+        ):
+            times = " | ".join(f"{ms:.1f}" for ms in found.by_rule.values())
+            console.print(f"| {found.vocabulary} | {found.shape} | {found.sampling} | {times} |")
+        for size in vocabularies if model_pass else ():
+            passed = judging.pass_ms(size, cores=expert_threads, repeats=repeats)
+            console.print(f"a model's pass over the block, {size} tokens: {passed:.1f} ms")
+
+
+@bench.command()
 def suite(  # noqa: PLR0913 - one parameter an option
     *,
     only: Annotated[
