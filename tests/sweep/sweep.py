@@ -100,18 +100,33 @@ def sweep_type(kind: str, group: str) -> Outcome:
             with _time_limit():
                 model = _built(_CLASSES[group], tiny_config(kind))
                 name = type(model).__name__
-                _try(model)
                 model.save_pretrained(folder)
+                _try(model)
         except Exception as error:  # noqa: BLE001 - any type's code may fail in its own way
-            return Outcome(kind=kind, group=group, model=name, untried=_first_line(error))
+            found = _refused_unrun(folder) or {"untried": _first_line(error)}
+            return Outcome(kind=kind, group=group, model=name, **found)
         try:
             with _time_limit():
                 found = _served(model, folder)
         except UnsupportedModel as error:
-            found = {"refused": " ".join(error.message.replace(repr(folder), "it").split())}
+            found = {"refused": _message(error, folder)}
         except Exception as error:  # noqa: BLE001 - as above
             found = {"wrong": _first_line(error)}
     return Outcome(kind=kind, group=group, model=name, **found)
+
+
+def _refused_unrun(folder: str) -> dict[str, str]:
+    """Return why a model that does not run is refused before it would; empty if it is not."""
+    if Path(folder, "config.json").exists():
+        try:
+            load(folder, device="cpu")
+        except UnsupportedModel as error:
+            return {"refused": _message(error, folder)}
+    return {}
+
+
+def _message(error: UnsupportedModel, folder: str) -> str:
+    return " ".join(error.message.replace(repr(folder), "it").split())
 
 
 def _served(model: Any, folder: str) -> dict[str, str]:
