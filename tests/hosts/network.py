@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, whose links can be cut.
+"""Hosts on one machine: network namespaces on a bridge, whose links are long and can be cut.
 
 The machine itself is on the bridge too, as the host of clients. Nothing leads out of it.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ SWITCH = "cascade-switch"  # the namespace of the bridge
 BRIDGE = "bridge"
 CLIENT = "10.213.77.1"
 NETWORK = 24  # bits
+APART_MS = 5.0  # from host to host, one way
 
 
 def ip(*words: str) -> None:
@@ -31,7 +34,7 @@ class Host:
 
     name: str
     address: str
-    port: str  # its end of the cable at the switch
+    port: str  # where its cable is plugged into the switch
 
     def command(self, *words: str) -> list[str]:
         """Return a command that runs on the host."""
@@ -51,9 +54,10 @@ class Host:
 def hosts(*names: str) -> Generator[Sequence[Host]]:
     """Make a host for each name, in order of the addresses after the client's."""
     made = [
-        Host(name=f"cascade-{name}", address=f"10.213.77.{i}", port=f"c{i}")
+        Host(name=f"cascade-{name}", address=f"10.213.77.{i}", port=f"p{i}")
         for i, name in enumerate(names, start=2)
     ]
+    relay: subprocess.Popen[bytes] | None = None
     try:
         ip("netns", "add", SWITCH)
         ip("-n", SWITCH, "link", "add", BRIDGE, "type", "bridge")
@@ -65,17 +69,43 @@ def hosts(*names: str) -> Generator[Sequence[Host]]:
         for host in made:
             ip("netns", "add", host.name)
             ip("-n", host.name, "link", "set", "lo", "up")
-            ip(*("-n", host.name, "link", "add", "eth0", "type", "veth"), *_peer(host.port))
+            near, far = _ends(host)
+            ip(*("-n", host.name, "link", "add", "eth0", "type", "veth"), *_peer(near))
             ip("-n", host.name, "address", "add", f"{host.address}/{NETWORK}", "dev", "eth0")
             ip("-n", host.name, "link", "set", "eth0", "up")
+            ip("-n", SWITCH, "link", "add", far, "type", "veth", "peer", "name", host.port)
+            for end in (near, far):
+                ip("-n", SWITCH, "link", "set", end, "up")
             _plug(host.port)
+        if made:
+            relay = _relay([end for host in made for end in _ends(host)])
         yield made
     finally:
+        if relay is not None:
+            relay.kill()
+            relay.wait()
         for words in (
             ("link", "delete", "cascade0"),
             *(("netns", "delete", name) for name in (*(host.name for host in made), SWITCH)),
         ):
             subprocess.run(["ip", *words], check=False, capture_output=True)  # noqa: S603, S607 - as above
+
+
+def _ends(host: Host) -> tuple[str, str]:
+    """Return the two ends of a host's cable that the relay joins: at the host, at the switch."""
+    return host.port.replace("p", "n"), host.port.replace("p", "f")
+
+
+def _relay(ends: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Join the ends of cables; a packet between hosts passes two of them."""
+    script = str(Path(__file__).with_name("relay.py"))
+    relay = subprocess.Popen(  # noqa: S603 - our own words
+        ["ip", "netns", "exec", SWITCH, sys.executable, script, str(APART_MS / 2), *ends],  # noqa: S607 - by PATH
+        stdout=subprocess.PIPE,
+    )
+    assert relay.stdout is not None
+    assert relay.stdout.readline() == b"relaying\n"
+    return relay
 
 
 def _peer(port: str) -> tuple[str, ...]:

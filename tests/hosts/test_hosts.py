@@ -1,4 +1,4 @@
-"""Three hosts with tokens and TLS: who gets in, what can be read, and links that fail.
+"""Three hosts, 5 ms apart, with tokens and TLS: who gets in, what can be read, and links that fail.
 
 Needs root and network namespaces: `poe hosts`.
 """
@@ -16,11 +16,12 @@ import pytest
 import trustme
 from tests.chaos.load import Answer, Clients, key, references, request_bodies, streams
 from tests.hosts.cluster import API_KEY, HTTPS, TIER_PORTS, host_cluster
-from tests.hosts.network import unavailable
+from tests.hosts.network import APART_MS, unavailable
 from tests.support.certificates import write_certificate
 
 from cascade.protocol.services import DRAFTER, EXPERT, TierKind
 from cascade.protocol.tls import Credentials, TlsFiles, role_name
+from cascade.router.router import RouterOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -34,6 +35,12 @@ pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 
 STREAMS = 4
 TOKENS = 128
+# The deadlines that docs/resilience.md states, in seconds.
+DRAFTER_SILENCE_S = 5.0
+NOT_READY_S = 5.0
+REFUSED_S = 3.0
+RECONNECTED_S = 5.0  # after the link is back
+LOSS_S = RouterOptions().loss_deadline_s
 WORD = "Zanzibar"
 
 
@@ -56,6 +63,19 @@ async def clients(cluster: HostCluster) -> AsyncIterator[Clients]:
     made = Clients(cluster.url, verify=cluster.trusted(), key=API_KEY)
     yield made
     await made.close()
+
+
+async def test_the_hosts_are_5_ms_apart_each_way(cluster: HostCluster) -> None:
+    """As docs/resilience.md says; a client is half of it away."""
+    script = f"""
+import socket, time
+began_s = time.monotonic()
+socket.create_connection(("{cluster.head.address}", {HTTPS}), 30)
+print(time.monotonic() - began_s)
+"""
+    for host in (cluster.drafters, cluster.experts):
+        round_trip_s = float(cluster.run(host, "python", "-c", script).stdout)
+        assert round_trip_s >= 2 * APART_MS / 1000
 
 
 async def test_nothing_can_be_read_between_the_hosts(
@@ -169,6 +189,7 @@ async def test_a_drafter_host_that_is_cut_off_changes_no_answer(
     answers = await through_a_cut(clients, texts, cluster.drafters, for_s=20)
     assert all(answer.done for answer in answers), [(a.status, a.error, a.broken) for a in answers]
     assert exact(answers, texts)
+    assert max(answer.gap_s for answer in answers) <= DRAFTER_SILENCE_S
     report("drafter host cut for 20 s", answers)
 
 
@@ -194,7 +215,13 @@ async def test_answers_resume_or_end_cleanly_when_the_expert_host_is_cut_off(
             await asyncio.sleep(max(0.0, cut_s + for_s - time.monotonic()))
         linked_s = time.monotonic()
         back_s = await becomes(http, ready=True) - linked_s
+    assert red_s <= NOT_READY_S
+    assert refused_s <= REFUSED_S
     ended = [one for one in answers if one.status == 200]
+    for one in ended:
+        # Silent from the cut on, or a little before, until the link is back or it is given up.
+        longest_s = min(linked_s - cut_s, LOSS_S) + RECONNECTED_S
+        assert max(one.gap_s, one.gap_at(cut_s, for_s=1)) <= longest_s
     assert all(one.done or one.error == "expert_unavailable" for one in ended)
     assert exact([one for one in ended if one.done], texts)
     report(
