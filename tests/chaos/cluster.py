@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import time
@@ -50,9 +51,11 @@ class Replica:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that is free, and that no connection and no worker of Ray is given later."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20_000, 32_000)))  # noqa: S311 - any will do
+            return probe.getsockname()[1]
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> Config:
@@ -121,6 +124,7 @@ class ChaosCluster:
 
     cluster: Cluster
     http: int
+    grpc: int
     dashboard: str
     deployed: Config = field(default_factory=dict)
     nodes: list[Any] = field(default_factory=list)
@@ -156,12 +160,21 @@ class ChaosCluster:
         return sum(one["Alive"] for one in ray.nodes())
 
     async def deploy(self, new: Config) -> None:
-        """Do what `serve deploy` does, if anything changed, and wait until all of it runs."""
+        """Do what `serve deploy` does, if anything changed, and wait until all of it runs.
+
+        Serve takes ports with the first configuration only, so each has that of gRPC.
+        """
+        other = yaml.safe_load((ROOT / "cluster" / "cluster.yaml").read_text())
+        new = new | {"grpc_options": other["grpc_options"] | {"port": self.grpc}}
         if new != self.deployed:
             self.deployed = deepcopy(new)
-            response = await self._client.put(f"{self.dashboard}/api/serve/applications/", json=new)
-            assert response.is_success, response.text
+            await self.put(new)
         await self.settled()
+
+    async def put(self, new: Config) -> None:
+        """Do what `serve deploy` does."""
+        response = await self._client.put(f"{self.dashboard}/api/serve/applications/", json=new)
+        assert response.is_success, response.text
 
     async def scale(self, **counts: int) -> None:
         """Deploy other replica counts."""
@@ -257,7 +270,9 @@ async def wait_until(
 async def chaos_cluster(*, nodes: int) -> AsyncGenerator[ChaosCluster]:
     """Start a head and some nodes, with a folder and ports of their own; stop them at the end."""
     with TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        patient = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # the machine is busy
         variables = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        variables |= patient
         with mock.patch.dict(os.environ, variables):
             os.environ.pop("RAY_ADDRESS", None)
             dashboard = free_port()
@@ -274,7 +289,10 @@ async def chaos_cluster(*, nodes: int) -> AsyncGenerator[ChaosCluster]:
             try:
                 ray.init(address=cluster.address, log_to_driver=False)
                 made = ChaosCluster(
-                    cluster=cluster, http=free_port(), dashboard=f"http://127.0.0.1:{dashboard}"
+                    cluster=cluster,
+                    http=free_port(),
+                    grpc=free_port(),
+                    dashboard=f"http://127.0.0.1:{dashboard}",
                 )
                 for _ in range(nodes):
                     await made.add_node()

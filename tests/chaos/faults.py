@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.chaos.cluster import Replica
 
 _PIDFD_GETFD = 438  # the system call's number, the same on every architecture
-NICE = 15
+NICE = 19
 _LOOPBACK = "127.0.0.1"  # where the chaos cluster's tiers bind, and nothing of Ray's in a replica
 
 

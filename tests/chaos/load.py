@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from tests.chaos.grpc_load import GrpcClients
+
 HANG_S = 900.0  # a stream that takes longer hangs
 BLOCK = 4  # tokens; fixed, so that every answer uses a drafter
 REFUSED_PAUSE_S = 0.5
@@ -209,7 +211,7 @@ def key(body: Body) -> str:
 
 @asynccontextmanager
 async def streams(
-    clients: Clients, bodies: Sequence[Body], *, count: int
+    clients: Clients | GrpcClients, bodies: Sequence[Body], *, count: int
 ) -> AsyncGenerator[list[Answer]]:
     """Keep `count` streams open until the block ends, and then let each of them end.
 

@@ -16,7 +16,7 @@ import pytest
 import trustme
 import yaml
 from tests.chaos.checks import assert_exact, assert_no_leaks, process_resources
-from tests.chaos.cluster import TIERS, config, wait_until
+from tests.chaos.cluster import TIERS, Config, config, wait_until
 from tests.chaos.faults import lower_priority
 from tests.chaos.load import open_clients, references, request_bodies, streams
 from tests.support.certificates import write_certificate
@@ -25,13 +25,18 @@ from cascade.api.keys import ApiKey, as_yaml, hash_of
 from cascade.protocol.tls import ROLES, role_name
 
 if TYPE_CHECKING:
-    from tests.chaos.cluster import ChaosCluster, Config
+    from tests.chaos.cluster import ChaosCluster
     from tests.chaos.load import Answer, Clients
     from tests.chaos.report import Report
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(2400)]
 
-STREAMS = 12
+STREAMS = 16
+PROMPT = "Who is Buzz Aldrin?"
+LENIENT: Config = {
+    "kind": "token_v3",
+    "alpha": 0.99,
+}  # keeps drafts that the expert would not write
 PAUSE_S = 3.0  # between two changes
 
 
@@ -119,7 +124,7 @@ async def test_a_rolling_update_breaks_no_stream(
     await assert_no_leaks(cluster, before)
 
 
-async def test_certificates_keys_and_settings_change_without_a_restart(
+async def test_certificates_keys_rule_and_limits_change_without_a_restart(
     cluster: ChaosCluster, report: Report, tmp_path: Path
 ) -> None:
     """Connections made after the change use the new certificates: those to a second expert."""
@@ -137,6 +142,8 @@ async def test_certificates_keys_and_settings_change_without_a_restart(
     bodies = request_bodies(tokens=96)
     async with open_clients(cluster.url, key="mine") as clients:
         texts = await references(clients, bodies)
+        lossless, lenient = await asked(cluster, {}), await asked(cluster, {"rule": LENIENT})
+        assert lossless != lenient
         old = await pids(cluster)
         lower_priority(await cluster.replicas())
         async with streams(clients, bodies, count=STREAMS) as answers:
@@ -150,10 +157,13 @@ async def test_certificates_keys_and_settings_change_without_a_restart(
             assert await status(cluster, "goes") == 401
             assert await status(cluster, "comes") == 200
             assert await status(cluster, "comes", choices=16) == 200
-            await serve_deploy(cluster, with_limits(cluster.deployed, {"choices": 2}), tmp_path)
+            changed = {"limits": {"choices": 2}, "defaults": {"rule": LENIENT}}
+            await serve_deploy(cluster, with_user_config(cluster.deployed, changed), tmp_path)
             await wait_until(lambda: refused(cluster, choices=3), "the new limit")
-            await serve_deploy(cluster, with_limits(cluster.deployed, {}), tmp_path)
+            assert await asked(cluster, {}) == lenient
+            await serve_deploy(cluster, with_user_config(cluster.deployed, {}), tmp_path)
             await wait_until(lambda: allowed(cluster, choices=3), "the old limit")
+            assert await asked(cluster, {}) == lossless
             await asyncio.sleep(PAUSE_S)
         now = await pids(cluster)
         assert all(old[name] <= now[name] for name in TIERS), "no replica started anew"
@@ -165,12 +175,22 @@ def entries(*names: str) -> str:
     return "".join(as_yaml(ApiKey(name=name, sha256=hash_of(name))) for name in names)
 
 
-def with_limits(new: Config, limits: Config) -> Config:
+def with_user_config(new: Config, user_config: Config) -> Config:
     changed = deepcopy(new)
     for one in changed["applications"][0]["deployments"]:
         if one["name"] == "Router":
-            one["user_config"] = {"limits": limits}
+            one["user_config"] = user_config
     return changed
+
+
+async def asked(cluster: ChaosCluster, options: Config) -> str:
+    """Return an answer whose text shows its rule, however long drafts take."""
+    options = {"draft_tokens": 4, "on_drafter_loss": "wait", **options}
+    body = {"prompt": PROMPT, "max_tokens": 48, "temperature": 0, "cascade": options}
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=300) as client:
+        headers = {"authorization": "Bearer mine"}
+        response = await client.post("/v1/completions", json=body, headers=headers)
+        return response.raise_for_status().json()["choices"][0]["text"]
 
 
 async def status(cluster: ChaosCluster, key: str, *, choices: int = 1) -> int:
