@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.engine.kv_cache import CachedSequence
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest, Share
 from cascade.engine.scheduler import ScheduledStep, Scheduler, StepChunk
 from cascade.types import SessionId
 
@@ -24,11 +24,13 @@ shapes = st.integers(1, 700).flatmap(
 )
 
 
-def add(scheduler: Scheduler, name: str, shape: Shape) -> ScheduledStep:
+def add(scheduler: Scheduler, name: str, shape: Shape, *, share: Share = NOBODYS) -> ScheduledStep:
     session = SessionId(name)
     tokens = [1] * shape.tokens
     sequence = CachedSequence(session=session, tokens=tokens)
-    step = ForwardRequest(session=session, base=0, tokens=tokens, num_logits=shape.num_logits)
+    step = ForwardRequest(
+        session=session, base=0, tokens=tokens, num_logits=shape.num_logits, share=share
+    )
     return scheduler.add(step, sequence=sequence)
 
 
@@ -172,3 +174,44 @@ def test_a_step_without_cache_space_waits() -> None:
 
     assert [chunk.step for chunk in chunks] == [second]
     assert first.skipped_passes == 1
+
+
+LARGE, SMALL = Share("large"), Share("small")
+
+
+def tokens_of(chunks: list[StepChunk], share: Share) -> int:
+    return sum(chunk.count for chunk in chunks if chunk.step.caller == share.caller)
+
+
+def test_a_short_prompt_runs_at_once_beside_many_long_ones_of_another() -> None:
+    scheduler = Scheduler(budget=512)
+    for number in range(8):
+        add(scheduler, f"long {number}", Shape(1000, 0), share=LARGE)
+    run(scheduler)
+    add(scheduler, "short", Shape(100, 0), share=SMALL)
+    chunks = run(scheduler)
+    assert tokens_of(chunks, SMALL) == 100
+    assert tokens_of(chunks, LARGE) == 512 // 4, "the next request of the other waits for this pass"
+
+
+def test_a_caller_alone_has_whole_passes() -> None:
+    scheduler = Scheduler(budget=512)
+    for number in range(8):
+        add(scheduler, f"long {number}", Shape(1000, 0), share=LARGE)
+    assert tokens_of(run(scheduler), LARGE) == 512
+
+
+def test_callers_share_passes_by_their_weights() -> None:
+    """However many prompts each of them has."""
+    scheduler = Scheduler(budget=256)
+    heavy, light = Share("heavy", 3), Share("light")
+    for number in range(8):
+        add(scheduler, f"heavy {number}", Shape(2000, 0), share=heavy)
+    add(scheduler, "light", Shape(2000, 0), share=light)
+    totals = {heavy: 0, light: 0}
+    for _ in range(20):
+        chunks = run(scheduler)
+        for share in totals:
+            totals[share] += tokens_of(chunks, share)
+    assert totals[light] > 0
+    assert totals[heavy] >= totals[light]

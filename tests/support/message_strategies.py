@@ -228,6 +228,8 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
         epoch=LONGS,
         lease=TEXTS,
         traceparent=TEXTS,
+        caller=TEXTS,
+        weight=st.integers(1, 2**31 - 1),
     ),
     messages.Propose: st.builds(
         messages.Propose,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.types import SessionId
+
+
+class Share(NamedTuple):
+    """Whose a request is: the prompts of callers share a pass by their weights."""
+
+    caller: str = ""
+    weight: int = 1
+
+
+NOBODYS = Share()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +44,7 @@ class ForwardRequest:
     tokens: Sequence[int]
     num_logits: int  # return the logits of the last so many tokens; 0 only fills the cache
     task: Any = None  # for the logits handler
+    share: Share = NOBODYS
     parent: SessionId | None = None  # read in the first request of a branch
     source: Sequence[int] = ()  # read in the first request of a session
     submitted_s: float | None = None  # set by the engine, until the first pass of the request

@@ -1,12 +1,16 @@
 """Which waiting requests the next forward pass runs, and how many tokens of each.
 
 Blocks to decode or verify go first; long prefills share the rest of the token budget, so neither
-stalls the other. A prefill that got nothing for several passes goes before the blocks, one per
-pass. `Preemptor` decides which sequences lose their KV slots to the steps of a plan.
+stalls the other: callers by their weights, and the sessions of a caller its part. While there is
+more than one caller, the prompts of each take a part of a pass at most, since another's next
+request waits for the pass that runs. A prefill that got nothing for several passes goes before the
+blocks, one per pass. `Preemptor` decides which sequences lose their KV slots to the steps of a
+plan.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 _MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
 _MAX_SKIPPED = 4  # passes without a token after which a step goes first
 _MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
+_CROWDED = 4  # a caller's prompts take one in so many tokens of a pass while there are others
+_REMEMBERED = 64  # passes for which a caller counts as there
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -38,6 +44,11 @@ class ScheduledStep:
     delivered: int = 0  # logits that the handler has had
     alone: bool = False  # in its passes, because its logits were invalid beside others
     skipped_passes: int = 0
+
+    @property
+    def caller(self) -> str:
+        """Return whose it is."""
+        return self.request.share.caller
 
     @property
     def end(self) -> int:
@@ -90,6 +101,8 @@ class Scheduler:
         self._budget = budget
         self._steps: dict[SessionId, ScheduledStep] = {}
         self._number = 0
+        self._plans = 0
+        self._callers: dict[str, int] = {}  # with the number of the last plan that they were in
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -135,14 +148,14 @@ class Scheduler:
         chunks: list[StepChunk] = []
         budget = self._budget
         steps = self._order()
-        prefills = sum(step.is_prefill for step in steps)
+        shares = _Shares(steps, most=self._most_of_a_caller(steps))
         block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
         for step in steps:
-            share = max(_MIN_SHARE, budget // max(prefills, 1))
+            share = budget
             if step.is_prefill:
+                share = shares.next(step, budget=budget)
                 if budget - block_tokens >= _MIN_SHARE:
                     share = min(share, budget - block_tokens)
-                prefills -= 1
             else:
                 block_tokens -= step.remaining
             if not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
@@ -152,6 +165,7 @@ class Scheduler:
             if count:
                 chunks.append(StepChunk(step=step, count=count))
                 budget = max(0, budget - count)
+                shares.take(step, count)
         self._count_skipped(chunks)
         return chunks
 
@@ -163,9 +177,26 @@ class Scheduler:
         """
         starved = [step for step in self._steps.values() if step.is_prefill and step.starved]
         first = max(starved, key=lambda step: (step.skipped_passes, -step.number), default=None)
-        return sorted(
-            self._steps.values(), key=lambda step: (_priority(step, first=first), step.number)
-        )
+        prompts = Counter[str]()  # what waits of the prefills of each caller
+        for step in self._steps.values():
+            if step.is_prefill:
+                prompts[step.caller] += step.remaining
+
+        def key(step: ScheduledStep) -> tuple[int, int, int]:
+            # Who wants least leaves the others more than an equal share.
+            wants = prompts[step.caller] if step.is_prefill else 0
+            return _priority(step, first=first), wants, step.number
+
+        return sorted(self._steps.values(), key=key)
+
+    def _most_of_a_caller(self, steps: list[ScheduledStep]) -> int:
+        """Return the most tokens of a pass that the prompts of one caller take."""
+        self._plans += 1
+        self._callers |= dict.fromkeys((step.caller for step in steps), self._plans)
+        since = self._plans - _REMEMBERED
+        self._callers = {name: last for name, last in self._callers.items() if last > since}
+        alone = len(self._callers) == 1
+        return self._budget if alone else max(_MIN_SHARE, self._budget // _CROWDED)
 
     def _chunk_size(self, step: ScheduledStep, *, budget: int, share: int) -> int:
         """Return how many tokens of `step` run; logits that fit one pass are not split."""
@@ -186,6 +217,32 @@ class Scheduler:
         }
         for step in self._steps.values():
             step.skipped_passes = 0 if step.number in served else step.skipped_passes + 1
+
+
+class _Shares:
+    """The tokens of one pass that the prefills of each caller may take."""
+
+    def __init__(self, steps: list[ScheduledStep], *, most: int) -> None:
+        self._most = most
+        self._waiting = Counter(step.caller for step in steps if step.is_prefill)
+        self._weights = {step.caller: step.request.share.weight for step in steps}
+        self._left: dict[str, int] = {}  # of the callers whose turn has begun
+
+    def next(self, step: ScheduledStep, *, budget: int) -> int:
+        """Return the share of the next prefill, in the order of the plan."""
+        caller = step.caller
+        if caller not in self._left:
+            whole = sum(self._weights[one] for one in self._waiting if one not in self._left)
+            part = budget * self._weights[caller] // whole
+            self._left[caller] = min(self._most, max(_MIN_SHARE, part))
+        left, waiting = self._left[caller], self._waiting[caller]
+        self._waiting[caller] -= 1
+        return min(left, max(_MIN_SHARE, left // waiting))
+
+    def take(self, step: ScheduledStep, count: int) -> None:
+        """Count what a step runs; blocks count for nobody."""
+        if step.caller in self._left and step.is_prefill:
+            self._left[step.caller] = max(0, self._left[step.caller] - count)
 
 
 def _priority(step: ScheduledStep, *, first: ScheduledStep | None) -> int:

@@ -140,6 +140,8 @@ def _encode_open(message: messages.Open, proto: tokens_pb2.Open) -> None:
     proto.lease = message.lease
     proto.traceparent = message.traceparent
     proto.encoder_ids.extend(message.session.source)
+    proto.caller = message.caller
+    proto.caller_weight = message.weight
 
 
 def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
@@ -148,6 +150,8 @@ def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
         epoch=bounded(proto.epoch, "epoch"),
         lease=proto.lease,
         traceparent=proto.traceparent,
+        caller=proto.caller,
+        weight=bounded(proto.caller_weight, "caller_weight") or 1,
     )
 
 

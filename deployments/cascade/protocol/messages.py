@@ -27,6 +27,8 @@ class Open:
     epoch: int
     lease: str
     traceparent: str = ""  # W3C trace context; empty if the request is not traced
+    caller: str = ""  # whose prompts share a pass with those of others
+    weight: int = 1  # of the caller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from cascade.engine import threads
 from cascade.engine.engine import Engine
+from cascade.engine.request import Share
 from cascade.engine.tensor_parallel import load
 from cascade.engine.tokenizer import load as load_tokenizer
 from cascade.errors import (
@@ -336,6 +337,7 @@ class Replica(ABC, Generic[Message]):
             opened=opened,
             epoch=message.epoch,
             lease=message.lease,
+            share=Share(message.caller, message.weight),
             engine_id=SessionId(f"{opened.id}/{next(self._engine_ids)}"),
             tokens=list(opened.tokens),
             masks=constraint_masks(opened.policy, self._description.vocab_size),

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest, Share
 from cascade.protocol.messages import extend_digest
 from cascade.sampling.phases import SessionRules
 
@@ -32,6 +32,7 @@ class ReplicaSession:
     lease: str  # its token
     engine_id: SessionId  # the session's name in the engine, never reused
     tokens: list[int]  # committed, after the prompt
+    share: Share = NOBODYS  # of a pass
     masks: Sequence[TokenMask] = ()
     vocabulary: int = 0  # logits of a row
     rules: SessionRules = field(init=False)
@@ -126,6 +127,7 @@ class ReplicaSession:
             tokens=fed if keep >= 0 else (self.engine_prompt[-1], *fed),
             num_logits=num_logits,
             task=task,
+            share=self.share,
         )
 
     def prefill(self) -> ForwardRequest:
@@ -143,6 +145,7 @@ class ReplicaSession:
             tokens=known,
             num_logits=0,
             task=self,
+            share=self.share,
             source=self.engine_source,
         )
 

@@ -377,8 +377,16 @@ class TierSession:
 
     async def _open(self, session: Session) -> None:
         stream, token = await self._connect(session.id)
-        trace = traceparent()
-        stream.send(Open(session=session, epoch=self._epoch, lease=token, traceparent=trace))
+        stream.send(
+            Open(
+                session=session,
+                epoch=self._epoch,
+                lease=token,
+                traceparent=traceparent(),
+                caller=self._caller.name,
+                weight=self._caller.weight,
+            )
+        )
         self._known = session.position
 
     async def _score(
