@@ -98,7 +98,7 @@ class JudgedPositions:
     p0_max_N: Tensor | None
     p0_entropy_N: Tensor | None
 
-    def part(self, positions: Sequence[int]) -> JudgedPositions:
+    def subset(self, positions: Sequence[int]) -> JudgedPositions:
         """Return some of the positions, to be read anew."""
         return replace(
             self,

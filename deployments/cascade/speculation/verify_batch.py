@@ -137,7 +137,7 @@ class VerifyBatch:
             return judged.at_tokens()
         every = range(len(self.token_M))
         found = map_rows(
-            lambda chunk: judged.part(every[chunk]).at_tokens(),
+            lambda chunk: judged.subset(every[chunk]).at_tokens(),
             self._support_shape,
             self.logits_NV.device,
         )
@@ -148,7 +148,7 @@ class VerifyBatch:
         if len(self._chunks) == 1:
             return self._judged.target(self.within_budget).select(positions)
         within_M = self.within_budget
-        return self._judged.part(positions).target(
+        return self._judged.subset(positions).target(
             None if within_M is None else within_M[torch.tensor(positions, device=within_M.device)]
         )
 
