@@ -61,16 +61,28 @@ def test_a_setting_of_phases_and_one_without_a_value_are_no_points(folder: Path)
     ]
 
 
+def _is_old(document: Any) -> None:
+    document["format"] = 1
+
+
+def _has_no_families(document: Any) -> None:
+    del document["families"]
+
+
+def _has_a_cell_without_key(document: Any) -> None:
+    del document["cells"][0]["key"]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda document: document.update(format=1), "has format 1, not 2; evaluate again"),
-        (lambda document: document.pop("families"), "is no results.json of `cascade evaluate`"),
-        (lambda document: document["cells"][0].pop("key"), "cells.0.key"),
+        (_is_old, "has format 1, not 2; evaluate again"),
+        (_has_no_families, "is no results.json of `cascade evaluate`"),
+        (_has_a_cell_without_key, "cells.0.key"),
     ],
 )
 def test_a_wrong_file_is_refused_with_what_to_do(
-    folder: Path, change: Callable[[Any], object], problem: str
+    folder: Path, change: Callable[[Any], None], problem: str
 ) -> None:
     _rewrite(folder, change)
     with pytest.raises(StartupError, match=problem):
@@ -111,7 +123,7 @@ async def test_the_curve_needs_a_key_where_the_api_does(
             assert response.status_code == status
 
 
-def _rewrite(folder: Path, change: Callable[[Any], object]) -> None:
+def _rewrite(folder: Path, change: Callable[[Any], None]) -> None:
     path = folder / "results.json"
     document = json.loads(path.read_text())
     change(document)
