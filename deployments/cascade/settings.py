@@ -96,8 +96,8 @@ class Deployment(Settings):
     graceful_shutdown_timeout_s: Seconds = 660.0
     graceful_shutdown_wait_loop_s: Seconds = 0.5
     health_check_period_s: Seconds = 5.0
-    # Replicas of a new version that may run before old ones stop. None: one if there may be just one
-    # old replica, whose stop would leave none, and otherwise none.
+    # Replicas of a new version that may run before old ones stop. None: one if there may be just
+    # one old replica, whose stop would leave none, and otherwise none.
     max_surge_percent: Annotated[int, Interval(ge=0, le=100)] | None = None
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,9 +23,10 @@ from cascade.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from tests.conftest import Pair
+    from torch import Tensor
 
     from cascade.local import LocalServer
 
@@ -43,7 +46,7 @@ async def answer(
     """Return the tokens of one answer and what it says of itself."""
     request = Request(
         prompt=PROMPT,
-        policy=DecodingParams(**({"bonus": Bonus.NONE} | policy)),
+        policy=replace(DecodingParams(bonus=Bonus.NONE), **policy),
         mode=mode,
         max_tokens=12,
         draft_tokens=3,
@@ -56,12 +59,13 @@ async def answer(
     return [token for chunk in chunks for token in chunk.tokens], statistics
 
 
+def _logits(model: Any, ids: Sequence[int]) -> Tensor:
+    return model(torch.tensor([list(ids)])).logits[0, -1]
+
+
 def distances(toy: Pair, tokens: list[int], rule: Rule) -> list[float]:
     """Return the total variation between the rule's distributions and the expert's."""
-    models = [
-        lambda ids, model=folder.model: model(torch.tensor([list(ids)])).logits[0, -1]
-        for folder in (toy.drafter, toy.expert)
-    ]
+    models = [partial(_logits, folder.model) for folder in (toy.drafter, toy.expert)]
     policy = DecodingParams(rule=rule, divergence_budget=0.0)
     pair = reference.ModelPair(prompt=PROMPT, drafter=models[0], expert=models[1], policy=policy)
     with torch.inference_mode():
