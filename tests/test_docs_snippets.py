@@ -37,7 +37,7 @@ MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["markers
 RUNS_PYTHON = {"clients.md": "tests/integration/test_clients.py"}  # else tests/serve/test_readme.py
 CLICK = {"cascade": get_command(command_line), "serve": serve_cli, "ray": ray_cli}
 SHELLS = ("console", "bash", "sh", "shell")
-EXTERNAL = {"aiperf", "chmod", "kubectl", "mkdir", "scp", "uv"}  # not ours, and not installed here
+EXTERNAL = {"aiperf", "chmod", "kubectl", "nft", "mkdir", "scp", "uv"}  # not ours, and not installed here
 METRICS = {metric.name for metric in (*ROUTER, *ENGINE)}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -154,6 +154,10 @@ def check(program: str, words: list[str]) -> None:
                 assert option[2:].replace("-", "_") in source, option
         case "pip":
             check_install(words)
+        case "nginx":
+            files = [ROOT / word.removeprefix("$PWD/") for word in words if word.endswith(".conf")]
+            assert files
+            assert all(file.exists() for file in files)
         case _:
             pytest.fail(f"nothing checks {program}")
 

@@ -39,7 +39,8 @@ def test_a_run_writes_json_table_and_plot(tmp_path: Path, monkeypatch: pytest.Mo
     assert [one["name"] for one in report["contenders"]] == names
     assert all(one["other_texts"] == [] for one in report["contenders"])
     assert all(one["median"]["good_share"] == 1 for one in report["contenders"])
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {f"bench.{kind}" for kind in ("html", "json", "md", "png")}
     assert "| lossless@2 |" in ended.output
     assert report["baseline"] in {"expert_only", alone}, "the fastest that runs the expert alone"
     assert report["llama_drafted"] == drafted

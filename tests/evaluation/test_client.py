@@ -34,7 +34,7 @@ CASCADE = {"rule": {"kind": "token_v3", "alpha": 0.9}, "draft_tokens": 4, "coupl
 
 TIMING_DEPENDENT = (  # on when a draft arrived, or on earlier requests
     "drafter_s", "expert_s", "sent_bytes", "received_bytes", "cached_prompt_tokens",
-    "drafter_passes", "branched_rounds",
+    "drafter_passes", "branched_rounds", "cost",
 )  # fmt: skip
 
 

@@ -14,8 +14,6 @@ from cascade.protocol.arrivals import Arrivals
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from cascade.api.context import Limits
-
 THREAD_BYTES = 2**16  # tokenizing a body of this size would delay other streams
 _DRAINED_BODIES = 16  # a body larger than this many times the limit is not read to its end
 
@@ -29,13 +27,17 @@ class Bodies:
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    async def read(self, request: Request, *, caller: str, limits: Limits) -> bytes:
+    async def read(
+        self, request: Request, *, caller: str, most_bytes: int, most_bodies: int, within_s: float
+    ) -> bytes:
         """Return the body of a request.
 
         Args:
             request: Its headers are read.
             caller: Who sends it.
-            limits: How large a body may be, how long it may take, and how many there may be.
+            most_bytes: Of the body.
+            most_bodies: That are read at the same time.
+            within_s: How long the body may take.
 
         Raises:
             InvalidRequest: It is compressed.
@@ -49,30 +51,30 @@ class Bodies:
                 " `Content-Encoding`"
             )
         announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > _DRAINED_BODIES * limits.body_bytes:
-            raise _too_large(limits)
+        if announced.isdecimal() and int(announced) > _DRAINED_BODIES * most_bytes:
+            raise _too_large(most_bytes)
         try:
-            async with self._arrivals.place(caller, most=limits.bodies, within_s=limits.body_s):
-                return await _read(request, limits)
+            async with self._arrivals.place(caller, most=most_bodies, within_s=within_s):
+                return await _read(request, most_bytes)
         except TimeoutError as error:
             raise BodyTooSlow(
-                f"The body did not arrive within {limits.body_s:g} s, or too many were on their way"
-                f" ({limits.bodies}) and this one for longest; send it again"
+                f"The body did not arrive within {within_s:g} s, or too many were on their way"
+                f" ({most_bodies}) and this one for longest; send it again"
             ) from error
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
+async def _read(request: Request, most_bytes: int) -> bytes:
     size, parts = 0, list[bytes]()
     async for part in request.stream():
         size += len(part)
-        if size <= limits.body_bytes:
+        if size <= most_bytes:
             parts.append(part)
-        elif size > _DRAINED_BODIES * limits.body_bytes:
+        elif size > _DRAINED_BODIES * most_bytes:
             break
-    if size > limits.body_bytes:
-        raise _too_large(limits)
+    if size > most_bytes:
+        raise _too_large(most_bytes)
     return b"".join(parts)
 
 
-def _too_large(limits: Limits) -> BodyTooLarge:
-    return BodyTooLarge(f"The body is larger than {limits.body_bytes} bytes, this server's limit")
+def _too_large(most_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than {most_bytes} bytes, this server's limit")

@@ -32,7 +32,7 @@ _MAX_VALUE_LENGTH = 80  # characters of a wrong value in an error
 
 _MAX_REASONS = 4  # of one error
 
-_MAX_NAMES = 20  # that an error lists; a body has twice as many fields
+_MAX_NAMES = 24  # that an error lists; a body has twice as many fields
 
 _MAX_DETAILS = 64  # of pydantic's, that an error is made of
 

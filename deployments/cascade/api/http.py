@@ -192,7 +192,14 @@ async def _build(
     """Return what `build` makes of the body."""
     service = _service(request)
     caller = _caller(request).name
-    data = await service.bodies.read(request, caller=caller, limits=service.limits)
+    limits = service.limits
+    data = await service.bodies.read(
+        request,
+        caller=caller,
+        most_bytes=limits.body_bytes,
+        most_bodies=limits.bodies,
+        within_s=limits.body_s,
+    )
 
     def made() -> T:
         return build(parse(data, body_type), service)
