@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
     from cascade.observability.metric_specs import MetricSpec
 
-# Seen only when things go wrong, or where a client has a key or sends a prediction, a rule defers,
-# or the vocabularies differ.
+# Seen only when things go wrong, or where a client has a key or sends a prediction or a budget, a
+# rule defers or leaves the expert, tiers have prices, or the vocabularies differ.
 RARE = {
+    "cascade_divergence",
+    "cascade_divergence_budgets",
+    "cascade_price",
+    "cascade_suspected_drafters",
+    "cascade_unmeasured_tokens",
     "cascade_caller_answers",
     "cascade_caller_tokens",
     "cascade_lost_mass",
