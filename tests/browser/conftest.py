@@ -41,7 +41,9 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture(scope="session")
 async def service() -> AsyncIterator[ServingContext]:
-    async with local_server(Application()) as running:
+    # Every round has a draft, however busy the machine is.
+    settings = Application.model_validate({"router": {"draft_deadline_s": 120}})
+    async with local_server(settings) as running:
         yield running.service
 
 
