@@ -7,7 +7,7 @@ from cascade.engine.backends import widened_linear
 from cascade.engine.backends.widened_linear import widened
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 9, 40])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 9, 40])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(3, 8), (700, 1000), (33, 2**19 + 3)])
 def test_a_widened_layer_is_as_exact_as_bfloat16(

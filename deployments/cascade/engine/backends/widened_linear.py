@@ -46,7 +46,7 @@ def widened(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Te
         if len(inputs) == 1:
             product = torch.mv(matrix, inputs[0])[None]
             return product if bias is None else product + bias
-        few = compiled and len(inputs) <= compiled_linear.MAX_ROWS
+        few = compiled and 0 < len(inputs) <= compiled_linear.MAX_ROWS
         product = (compiled_linear.multiply if few else _in_parts)(inputs, matrix)
         return (product if bias is None else product.add_(bias)).to(inputs.dtype)
 
