@@ -37,7 +37,15 @@ MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["markers
 RUNS_PYTHON = {"clients.md": "tests/integration/test_clients.py"}  # else tests/serve/test_readme.py
 CLICK = {"cascade": get_command(command_line), "serve": serve_cli, "ray": ray_cli}
 SHELLS = ("console", "bash", "sh", "shell")
-EXTERNAL = {"aiperf", "chmod", "kubectl", "nft", "mkdir", "scp", "uv"}  # not ours, and not installed here
+EXTERNAL = {
+    "aiperf",
+    "chmod",
+    "kubectl",
+    "nft",
+    "mkdir",
+    "scp",
+    "uv",
+}  # not ours, and not installed here
 METRICS = {metric.name for metric in (*ROUTER, *ENGINE)}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
