@@ -1,7 +1,8 @@
 """Measures the page at 200 tokens a second in each of four columns.
 
 `python -m tests.browser.frames` serves the shipped pair's own answers, recorded and replayed at
-that rate, and prints what Chromium's trace and the page's own clock say. Stop other work first.
+that rate, and prints what Chromium's trace and the page's own clock say; and before it, how many
+frames are late where a page only adds words to four columns. Stop other work first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from statistics import median, quantiles
 from typing import Any
 
 from playwright.async_api import async_playwright
-from rich.console import Console
+from rich import print
 from tests.browser.conftest import CHROMIUM, FLAGS
-from tests.browser.replay import Replay
+from tests.browser.replay import Paced, Replay
 from tests.browser.test_frames import COLUMNS, WATCH
 from tests.support.http_server import serve_http
 
@@ -28,15 +29,41 @@ from cascade.local import local_server
 from cascade.settings import Application
 
 FRAME_MS = 1000 / 60
-CATEGORIES = ["devtools.timeline", "disabled-by-default-devtools.timeline.frame", "toplevel"]
+CATEGORIES = ["disabled-by-default-devtools.timeline.frame"]
+
+BARE_S = 5
+BARE = """<!doctype html>
+<style>body { display: flex; } div { width: 25%; white-space: pre-wrap; }</style>
+<div></div><div></div><div></div><div></div>
+<script>
+  const columns = [...document.querySelectorAll("div")];
+  window.add = ([seconds, rate]) => new Promise((end) => {
+    const frames = [], began = performance.now();
+    let added = 0;
+    const tick = (now) => {
+      frames.push(now);
+      const words = Math.max(0, Math.floor((now - began) / 1000 * rate) - added);
+      for (const column of columns) column.append(" word".repeat(words));
+      added += words;
+      now - began < seconds * 1000 ? requestAnimationFrame(tick) : end(frames);
+    };
+    requestAnimationFrame(tick);
+  });
+</script>"""
 
 
 async def measure(*, tokens: int, tokens_per_s: float, trace: Path | None) -> None:
     """Print the figures of one run, and keep Chromium's trace if a path is given."""
     async with local_server(Application()) as running, async_playwright() as started:
-        generator = Replay(running.service, tokens=tokens, tokens_per_s=tokens_per_s)
-        app = create_app(replace(running.service, generator=generator))
+        generator = Replay(running.service, tokens=tokens)
+        answering = create_app(replace(running.service, generator=generator))
+        app = Paced(answering, streams=COLUMNS, events_per_s=tokens_per_s)
         browser = await started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        bare = await browser.new_page(viewport={"width": 1440, "height": 900})
+        await bare.set_content(BARE)
+        frames = await bare.evaluate("add", [BARE_S, tokens_per_s])
+        print(f"a bare page: {len(frames)} frames, {_late(frames)} more were late")
+        await bare.close()
         async with serve_http(app) as address:
             page = await browser.new_page(viewport={"width": 1440, "height": 900})
             await page.add_init_script(WATCH)
@@ -61,14 +88,13 @@ def report(watched: dict[str, list[Any]], events: list[dict[str, Any]]) -> None:
     waits = [_wait(one, drawn) for one in came]
     tasks = watched["tasks"]
     seconds, tokens = (last_ms - first_ms) / 1000, sum(one["added"] for one in drawn)
-    late = sum(round(gap / FRAME_MS) - 1 for gap in gaps if gap > 1.5 * FRAME_MS)
     names = Counter(one["name"] for one in events)
-    Console(soft_wrap=True, highlight=False).print(
+    print(
         f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second",
         f"first token drawn {first_ms - came[0]['at']:.1f} ms after its event",
         f"events drawn after {median(waits):.1f} ms, 95 % within {_tail(waits):.1f} ms",
         f"{len(gaps)} frames {median(gaps):.1f} ms apart, 95 % within {_tail(gaps):.1f} ms",
-        f"{late} frames late; in Chromium's trace {names['DroppedFrame']} dropped,"
+        f"{_late(inside)} more were late; in Chromium's trace {names['DroppedFrame']} dropped,"
         f" {names['DrawFrame']} drawn",
         f"{len(tasks)} tasks above 50 ms, the longest {max([0, *tasks]):.0f} ms",
         sep="\n",
@@ -78,6 +104,12 @@ def report(watched: dict[str, list[Any]], events: list[dict[str, Any]]) -> None:
 def _wait(event: dict[str, Any], drawn: list[dict[str, Any]]) -> float:
     """Return the milliseconds until the next drawing."""
     return next((one["at"] - event["at"] for one in drawn if one["at"] >= event["at"]), 0.0)
+
+
+def _late(frames: list[float]) -> int:
+    """Return how many frames are missing."""
+    gaps = [later - sooner for sooner, later in pairwise(frames)]
+    return sum(round(gap / FRAME_MS) - 1 for gap in gaps if gap > 1.5 * FRAME_MS)
 
 
 def _tail(values: list[float]) -> float:

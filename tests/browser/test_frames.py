@@ -25,6 +25,44 @@ WATCH = Path(__file__).with_name("watch.js").read_text()
 TOKENS, COLUMNS = 400, 4
 
 
+# Where each token's lines begin and end, in the blocks of the page or in one run of text.
+PLACES = """(together) => {
+  const shown = document.querySelector(".answer");
+  const answer = together ? shown.cloneNode(true) : shown;
+  const tokens = [...answer.querySelectorAll(".token")];
+  if (together) {
+    answer.firstElementChild.append(...tokens);
+    shown.after(answer);
+  }
+  const from = answer.getBoundingClientRect();
+  return tokens.map((token) => [...token.getClientRects()].filter((one) => one.width > 0)
+    .map((one) => [one.left - from.left, one.top - from.top, one.right - from.left].map(Math.round)));
+}"""
+COPIED = """() => {
+  const answer = document.querySelector(".answer");
+  getSelection().selectAllChildren(answer);
+  const event = new ClipboardEvent("copy", { clipboardData: new DataTransfer(), bubbles: true, cancelable: true });
+  answer.dispatchEvent(event);
+  return event.clipboardData.getData("text/plain");
+}"""
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+async def test_blocks_change_neither_lines_nor_what_is_copied(
+    opened: Opened, service: ServingContext, width: int
+) -> None:
+    app = create_app(replace(service, generator=Replay(service, tokens=TOKENS)))
+    async with serve_http(app) as address, opened(address, width=width) as page:
+        await ask(page)
+        await done(page, 0)
+        assert await page.locator(".answer").first.locator("> div").count() > 4
+        assert await page.evaluate(COPIED) == await page.locator(".answer").first.text_content()
+        await page.set_viewport_size({"width": width - 40, "height": 900})
+        await page.evaluate("new Promise((next) => requestAnimationFrame(() => setTimeout(next)))")
+        in_blocks = await page.evaluate(PLACES, False)
+        assert in_blocks == await page.evaluate(PLACES, True)
+
+
 @pytest.fixture
 async def watched(opened: Opened, service: ServingContext) -> dict[str, list[Any]]:
     """What happened in the page while four answers came as fast as they could."""

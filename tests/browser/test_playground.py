@@ -326,20 +326,29 @@ async def test_a_dead_expert_is_a_sentence(opened: Opened, service: ServingConte
 
 
 class Broken(Slow):
-    """Ends the connection after the first chunk of each answer, without a word."""
+    """Ends the connection after the first chunk of each answer was seen, without a word."""
+
+    def __init__(self, service: ServingContext) -> None:
+        super().__init__(service)
+        self.seen = asyncio.Event()
 
     async def generate(self, request: Request) -> AsyncGenerator[OutputChunk]:
         async for chunk in self._service.generator.generate(request):
             yield chunk
+            await self.seen.wait()
             raise asyncio.CancelledError
 
 
 async def test_an_answer_that_breaks_off_is_not_shown_as_whole(
     opened: Opened, service: ServingContext
 ) -> None:
-    app = create_app(replace(service, generator=Broken(service)))
+    broken = Broken(service)
+    app = create_app(replace(service, generator=broken))
     async with serve_http(app) as address, opened(address) as page:
         await ask(page)
+        for column in range(2):
+            await page.locator(f"[data-column='{column}'] .token").first.wait_for()
+        broken.seen.set()
         alert = page.locator("[data-column='0'] [role='alert']")
         await alert.wait_for()
         assert re.search("broke off|does not answer", await alert.inner_text())

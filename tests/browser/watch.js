@@ -24,7 +24,7 @@ window.watched = { frames: [], tasks: [], events: [], drawn: [] };
   const isToken = (node) => node.classList?.contains("token");
   new MutationObserver((records) => {
     const answers = records.filter((one) => one.target.closest?.(".answer"));
-    const added = answers.flatMap((one) => [...one.addedNodes]).filter(isToken).length;
+    const added = answers.flatMap((one) => [...one.addedNodes]).reduce((all, one) => all + (isToken(one) ? 1 : one.querySelectorAll(".token").length), 0);
     const removed = answers.flatMap((one) => [...one.removedNodes]).length;
     const touched = answers.filter((one) => isToken(one.target)).length;
     if (answers.length) watched.drawn.push({ frame, at: performance.now(), added, removed, touched, changes: records.length });

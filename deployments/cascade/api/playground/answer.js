@@ -1,12 +1,14 @@
 // One answer: its tokens, what it cost, its rounds, and one token looked at closely.
 
-import { Component, html } from "./vendor/htm-preact.js";
+import { Component, html, useLayoutEffect, useRef } from "./vendor/htm-preact.js";
 import { ORIGINS } from "./api.js";
 
-const CHUNK = 32; // tokens that are drawn together, and not again once the answer is beyond them
+const BLOCK = 48; // about so many tokens are laid out and painted together
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufefc]/;
+const FIGURES_MS = 100; // between two drawings of the figures while an answer comes
 const DRAWN_ROUNDS = 400; // the last ones, if there are more
 
-export const IDLE = { tokens: [], count: 0, trace: [], usage: null, state: "idle", error: "", began: 0, ended: 0 };
+export const IDLE = { tokens: [], starts: [0], count: 0, trace: [], usage: null, state: "idle", error: "", began: 0, ended: 0 };
 
 // Draws again only if one of the properties is another than before.
 export const memo = (Drawn) =>
@@ -19,18 +21,53 @@ export const memo = (Drawn) =>
     }
   };
 
-// The list of tokens grows in place: `count` says how far an answer goes.
+// The lists of tokens and of blocks' starts grow in place: `count` says how far an answer goes.
 export function merged(answer, { tokens = [], trace, usage }) {
-  answer.tokens.push(...tokens);
+  for (const token of tokens) {
+    if (opensBlock(answer, token)) answer.starts.push(answer.tokens.length);
+    answer.tokens.push(token);
+  }
   return { ...answer, count: answer.tokens.length, trace: trace ?? answer.trace, usage: usage ?? answer.usage };
 }
 
-const Chunk = memo(({ tokens, from, to, chosen }) =>
-  tokens.slice(from, to).map((token, i) => html`<span class=${`token ${token.origin}${from + i === chosen ? " chosen" : ""}`}
-    data-origin=${token.origin} data-token=${from + i}>${token.text}</span>`));
+// Blocks change no line: one opens after a newline, or before a word, which then goes on in the line before.
+function opensBlock({ tokens, starts }, { text }) {
+  if (tokens.length - starts.at(-1) < BLOCK) return false;
+  const before = tokens.at(-1).text;
+  return before.endsWith("\n") || (before !== "" && /^\s/.test(text) && !RIGHT_TO_LEFT.test(before + text));
+}
+
+// Moves each block's first line to where the block before it ends.
+function join(blocks, from) {
+  for (let i = from; i < blocks.length; i++) {
+    const last = blocks[i - 1].lastElementChild;
+    const goesOn = !last.textContent.endsWith("\n");
+    const indent = goesOn ? [...last.getClientRects()].at(-1).right - blocks[i].getBoundingClientRect().left : 0;
+    blocks[i].classList.toggle("joined", goesOn);
+    blocks[i].style.textIndent = `${indent}px`;
+  }
+}
+
+// Copies text as it is, without a line break between blocks.
+function copy(event) {
+  event.clipboardData.setData("text/plain", getSelection().getRangeAt(0).cloneContents().textContent);
+  event.preventDefault();
+}
+
+const Block = memo(({ tokens, from, to, chosen }) =>
+  html`<div>${tokens.slice(from, to).map((token, i) => html`<span class=${`token ${token.origin}${from + i === chosen ? " chosen" : ""}`}
+    data-origin=${token.origin} data-token=${from + i}>${token.text}</span>`)}</div>`);
 
 export function Answer({ answer, chosen, choose, name }) {
-  const { tokens, count, state } = answer;
+  const { tokens, starts, count, state } = answer;
+  const node = useRef(null);
+  const opened = starts.filter((from) => from < count || !from);
+  useLayoutEffect(() => join(node.current.children, Math.max(1, opened.length - 1)), [answer.began, opened.length]);
+  useLayoutEffect(() => {
+    const watcher = new ResizeObserver(() => join(node.current.children, 1));
+    watcher.observe(node.current);
+    return () => watcher.disconnect();
+  }, []);
   function move(event) {
     const to = { ArrowRight: (chosen ?? -1) + 1, ArrowLeft: (chosen ?? 1) - 1, Home: 0, End: count - 1 }[event.key];
     if (to === undefined || !count) return;
@@ -38,13 +75,12 @@ export function Answer({ answer, chosen, choose, name }) {
     choose(Math.min(Math.max(to, 0), count - 1));
   }
   const point = (event) => event.target.dataset.token && choose(Number(event.target.dataset.token));
-  const chunks = [];
-  for (let from = 0; from < count; from += CHUNK) {
-    const to = Math.min(from + CHUNK, count);
-    chunks.push(html`<${Chunk} key=${from} tokens=${tokens} from=${from} to=${to} chosen=${chosen >= from && chosen < to ? chosen : null} />`);
-  }
-  return html`<div class="answer" tabindex="0" role="group" aria-label=${`Answer of ${name}`} aria-busy=${state === "running"}
-    onKeyDown=${move} onMouseOver=${point} onClick=${point}>${chunks}</div>`;
+  const blocks = opened.map((from, i) => {
+    const to = opened[i + 1] ?? count;
+    return html`<${Block} key=${from} tokens=${tokens} from=${from} to=${to} chosen=${chosen >= from && chosen < to ? chosen : null} />`;
+  });
+  return html`<div class="answer" ref=${node} onCopy=${copy} tabindex="0" role="group" aria-label=${`Answer of ${name}`} aria-busy=${state === "running"}
+    onKeyDown=${move} onMouseOver=${point} onClick=${point}>${blocks}</div>`;
 }
 
 // Both models' probabilities by token; null if a model said nothing here.
@@ -89,7 +125,18 @@ export function Token({ token }) {
       </tbody></table>`;
 }
 
-export function Figures({ answer }) {
+// What an answer has cost so far.
+export class Figures extends Component {
+  shouldComponentUpdate({ answer }) {
+    return answer.state !== "running" || performance.now() - this.drawn >= FIGURES_MS;
+  }
+  render({ answer }) {
+    this.drawn = performance.now();
+    return figures(answer);
+  }
+}
+
+function figures(answer) {
   const { usage, count, state } = answer;
   if (state === "idle") return null;
   const seconds = ((answer.ended || performance.now()) - answer.began) / 1000;

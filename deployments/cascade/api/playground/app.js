@@ -65,7 +65,7 @@ function App() {
     event.preventDefault();
     stopping.current = new AbortController();
     const began = performance.now();
-    setAnswers(columns.map(() => ({ ...IDLE, tokens: [], state: "running", began })));
+    setAnswers(columns.map(() => ({ ...IDLE, tokens: [], starts: [0], state: "running", began })));
     columns.forEach(run);
   }
 
@@ -147,10 +147,10 @@ const Column = memo(({ index, column, answer, running, change, drop, make }) => 
         ${drop && html`<button type="button" aria-label=${`Remove ${name}`} disabled=${running} onClick=${() => drop(index)}>×</button>`}</header>
       ${column.about && html`<p class="quiet">${column.about}</p>`}
       <${Settings} index=${index} column=${column} change=${change} />
+      <${Figures} answer=${answer} />
       <${Answer} answer=${answer} chosen=${chosen} choose=${choose} name=${name} />
       ${answer.error && html`<p class="error" role="alert">${answer.error}</p>`}
       <div class="details" aria-live="polite">${token ? html`<${Token} token=${token} />` : html`<span class="quiet">No word is chosen</span>`}</div>
-      <${Figures} answer=${answer} />
       <${Rounds} trace=${answer.trace} />
       <${Code} make=${() => make.current(column)} />
     </section>`;
