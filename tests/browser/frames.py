@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import rich
 from playwright.async_api import async_playwright
-from rich import print
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.browser.replay import Paced, Replay
 from tests.browser.test_frames import COLUMNS, WATCH
@@ -62,7 +62,7 @@ async def measure(*, tokens: int, tokens_per_s: float, trace: Path | None) -> No
         bare = await browser.new_page(viewport={"width": 1440, "height": 900})
         await bare.set_content(BARE)
         frames = await bare.evaluate("add", [BARE_S, tokens_per_s])
-        print(f"a bare page: {len(frames)} frames, {_late(frames)} more were late")
+        rich.print(f"a bare page: {len(frames)} frames, {_late(frames)} more were late")
         await bare.close()
         async with serve_http(app) as address:
             page = await browser.new_page(viewport={"width": 1440, "height": 900})
@@ -89,7 +89,7 @@ def report(watched: dict[str, list[Any]], events: list[dict[str, Any]]) -> None:
     tasks = watched["tasks"]
     seconds, tokens = (last_ms - first_ms) / 1000, sum(one["added"] for one in drawn)
     names = Counter(one["name"] for one in events)
-    print(
+    rich.print(
         f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second",
         f"first token drawn {first_ms - came[0]['at']:.1f} ms after its event",
         f"events drawn after {median(waits):.1f} ms, 95 % within {_tail(waits):.1f} ms",

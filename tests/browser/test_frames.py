@@ -26,7 +26,7 @@ TOKENS, COLUMNS = 400, 4
 
 
 # Where each token's lines begin and end, in the blocks of the page or in one run of text.
-PLACES = """(together) => {
+PLACES = """({ together }) => {
   const shown = document.querySelector(".answer");
   const answer = together ? shown.cloneNode(true) : shown;
   const tokens = [...answer.querySelectorAll(".token")];
@@ -34,14 +34,15 @@ PLACES = """(together) => {
     answer.firstElementChild.append(...tokens);
     shown.after(answer);
   }
-  const from = answer.getBoundingClientRect();
-  return tokens.map((token) => [...token.getClientRects()].filter((one) => one.width > 0)
-    .map((one) => [one.left - from.left, one.top - from.top, one.right - from.left].map(Math.round)));
+  const { left, top } = answer.getBoundingClientRect();
+  const place = (one) => [one.left - left, one.top - top, one.right - left].map(Math.round);
+  return tokens.map((token) => [...token.getClientRects()].filter((one) => one.width).map(place));
 }"""
 COPIED = """() => {
   const answer = document.querySelector(".answer");
   getSelection().selectAllChildren(answer);
-  const event = new ClipboardEvent("copy", { clipboardData: new DataTransfer(), bubbles: true, cancelable: true });
+  const asked = { clipboardData: new DataTransfer(), bubbles: true, cancelable: true };
+  const event = new ClipboardEvent("copy", asked);
   answer.dispatchEvent(event);
   return event.clipboardData.getData("text/plain");
 }"""
@@ -59,8 +60,8 @@ async def test_blocks_change_neither_lines_nor_what_is_copied(
         assert await page.evaluate(COPIED) == await page.locator(".answer").first.text_content()
         await page.set_viewport_size({"width": width - 40, "height": 900})
         await page.evaluate("new Promise((next) => requestAnimationFrame(() => setTimeout(next)))")
-        in_blocks = await page.evaluate(PLACES, False)
-        assert in_blocks == await page.evaluate(PLACES, True)
+        in_blocks = await page.evaluate(PLACES, {"together": False})
+        assert in_blocks == await page.evaluate(PLACES, {"together": True})
 
 
 @pytest.fixture
