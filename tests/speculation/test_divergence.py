@@ -20,11 +20,22 @@ from tests.speculation.test_masks import BOUND, LENGTH, PAIR, STOP, VOCAB, Maske
 from tests.support import enumeration
 from tests.support.bigram_models import round_endings
 
-from cascade.rules import Chow, Diff, Ensemble, Lossless, Lossy, TokenV2, TokenV3, Typical
+from cascade.rules import (
+    Chow,
+    Diff,
+    Ensemble,
+    Lossless,
+    Lossy,
+    TokenV1,
+    TokenV2,
+    TokenV3,
+    Typical,
+)
 from cascade.sampling.phases import SessionRules
 from cascade.speculation.draft import block_of
 from cascade.speculation.modes import VerifyWhen, plan_for
 from cascade.speculation.payload import needs_probs_after_block, payload_spec
+from cascade.speculation.target_distribution import RuleInputs, target_distribution
 from cascade.speculation.verify import VerifyTask, verify
 from cascade.speculation.verify_batch import build_batch, mask_blocks
 from cascade.types import (
@@ -361,7 +372,7 @@ def test_the_lossless_rule_has_no_divergence_at_all() -> None:
 
 def test_a_divergence_is_unknown_where_the_expert_has_only_token_ids() -> None:
     """Except where that does not matter: a deferred position, a certain draft, temperature 0."""
-    for rule in (TokenV2(alpha=0.1517), TokenV3(alpha=0.5119), Typical()):
+    for rule in (TokenV1(alpha=0.1), TokenV2(alpha=0.1517), TokenV3(alpha=0.5119), Typical()):
         sampled = DecodingParams(rule=rule, bonus=Bonus.EXPERT)
         for verdict in judged(drafts_of(sampled, SEEDS)):
             assert verdict.divergences[:2] == (None,) * len(verdict.tokens[:2])
@@ -375,6 +386,18 @@ def test_a_divergence_is_unknown_where_the_expert_has_only_token_ids() -> None:
     assert all(set(one.divergences) == {0.0} for one in judged(drafts_of(deferring, SEEDS)))
     keeping = DecodingParams(rule=Chow(alpha=1), bonus=Bonus.NONE)
     assert all(set(one.divergences) == {None} for one in judged(drafts_of(keeping, SEEDS)))
+
+
+def test_the_divergence_of_a_token_rule_depends_on_q_of_all_tokens() -> None:
+    """Both q agree on the drafted token, the first one."""
+    found = [
+        target_distribution(
+            TokenV3(alpha=0.6), RuleInputs(q_NK=q, p_NK=p, p0_NK=p, p0_max_N=p.amax(dim=1))
+        ).distance(p)
+        for p in [torch.tensor([[0.2, 0.45, 0.3, 0.05]])]
+        for q in (p, torch.tensor([[0.2, 0.8, 0.0, 0.0]]))
+    ]
+    assert [float(one) for one in found] == pytest.approx([0.0475, 0.35])
 
 
 def test_a_prediction_is_drafted_for_certain_so_its_divergence_is_known() -> None:
