@@ -343,7 +343,6 @@ def _tier(
     replica: ReplicaOptions,
     tls: TlsFiles | None,
 ) -> serve.Application:
-    # Only what the tier itself needs: a tier starts again where one of its arguments changes.
     options = settings.serve_options(environment={"GRPC_VERBOSITY": "NONE"})
     deployment = serve.deployment(name=name, backpressure_config=FULL)(kind)
     where = settings.bind_host, settings.bind_ports

@@ -88,10 +88,10 @@ async def test_an_upgrade_and_its_rollback_lose_no_stream(
     await assert_no_leaks(cluster, before)
 
 
-async def test_a_version_that_cannot_start_stops_nothing_and_is_rolled_back(
+async def test_a_version_whose_expert_cannot_start_keeps_the_old_one_and_is_rolled_back(
     cluster: ChaosCluster, clients: Clients, report: Report, tmp_path: Path
 ) -> None:
-    """Its expert wants a GPU. The old one serves on, and answers are the same throughout."""
+    """It wants a GPU. Other parts are replaced twice meanwhile; answers stay the same."""
     await cluster.deploy(config(http=cluster.http, counts=dict.fromkeys(TIERS, 1)))
     old = cluster.deployed
     bodies = request_bodies(tokens=64)
@@ -111,6 +111,5 @@ async def test_a_version_that_cannot_start_stops_nothing_and_is_rolled_back(
         assert seen["Expert"] == (await pids(cluster))["Expert"]
         await serve_deploy(cluster, old, tmp_path)
         assert seen["Expert"] == (await pids(cluster))["Expert"]
-        assert seen["Drafter"] == (await pids(cluster))["Drafter"]
     assert_exact(answers, texts)
     report.add("a version that cannot start", "streams that ended with their text", len(answers))
