@@ -475,6 +475,7 @@ class FakeContext:
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = metadata
         self.code: grpc.StatusCode | None = None
+        self.details = ""
         self.trailing: tuple[tuple[str, Any], ...] = ()
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
@@ -487,7 +488,7 @@ class FakeContext:
         self.code = code
 
     def set_details(self, details: str) -> None:
-        del details
+        self.details = details
 
     def trailing_metadata(self) -> tuple[tuple[str, Any], ...]:
         return self.trailing

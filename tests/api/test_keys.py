@@ -175,9 +175,30 @@ async def test_over_http_the_second_call_gets_429_and_when_to_come_back(
     assert 0 < int(caught.value.response.headers["retry-after"]) <= 60
 
 
-async def test_over_grpc_the_second_call_is_refused(service: ServingContext, keys: Keys) -> None:
+@pytest.mark.parametrize(
+    ("quota", "named"),
+    [
+        ({"requests_per_minute": 1}, "1 requests a minute"),
+        ({"tokens_per_minute": 1}, "1 tokens a minute"),
+        ({"answers": 1}, "1 answers at the same time"),
+    ],
+)
+async def test_a_429_names_its_quota(
+    connect: Callable[..., AsyncOpenAI], tmp_path: Path, quota: dict[str, int], named: str
+) -> None:
+    keys = Keys(path=key_file(tmp_path / "keys.yaml", api_key("one", **quota)))
+    client = connect(keys=keys, quotas=Quotas()).with_options(api_key="one", max_retries=0)
+    await client.completions.create(model="org/pair", prompt="x", max_tokens=4)
+    with pytest.raises(openai.RateLimitError, match=named):
+        await client.completions.create(model="org/pair", prompt="x", max_tokens=4, n=2)
+
+
+async def test_over_grpc_the_second_call_is_refused_by_a_quota_that_is_named(
+    service: ServingContext, keys: Keys
+) -> None:
     servicer = GenerationServicer(lambda: replace(service, keys=keys, quotas=quotas))
     quotas, contexts = Quotas(), [FakeContext(("authorization", "Bearer one")) for _ in range(2)]
     for context in contexts:
         await servicer.Generate(whole(), context)
     assert [one.code for one in contexts] == [None, grpc.StatusCode.RESOURCE_EXHAUSTED]
+    assert "1 requests a minute" in contexts[1].details

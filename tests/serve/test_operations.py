@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.test_serve import replica
@@ -41,6 +43,15 @@ RARE = {
     "cascade_cached_prompt_tokens",
     "cascade_undrafted_rounds",
 }
+
+DASHBOARD_PATHS = (  # that show settings, command lines or environments
+    "/api/serve/applications/",
+    "/api/jobs/",
+    "/api/v0/actors?detail=1",
+    "/api/v0/workers?detail=1",
+    "/logical/actors",
+    "/nodes?view=summary",
+)
 
 
 def exported(family: MetricSpec) -> str:
@@ -131,6 +142,38 @@ async def test_an_answer_is_one_line_in_serves_log_and_has_no_text(server: Serve
     assert f": {said['usage']['completion_tokens']} tokens in " in lines[0]
     assert "Buzz" not in lines[0]
     assert said["choices"][0]["text"] not in lines[0]
+
+
+async def test_no_secret_is_written_down_or_shown(server: Server) -> None:
+    """Neither in a log, nor in a process list, nor by `serve config` and the dashboard."""
+    files = server.config["applications"][0]["args"]["tls"]
+    async with httpx.AsyncClient(base_url=server.http, timeout=120) as client:
+        headers = {"authorization": "Bearer sk-of-nobody"}
+        body = {"prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=body, headers=headers)).is_success
+    paths = [Path(one.path) for one in replica(server, "Router").open_files()]
+    (logs,) = {path.parents[1] for path in paths if path.parent.name == "serve"}
+    written = [Path(files["key"]).parents[2] / "serve.log", *logs.rglob("*")]
+    places = {str(path): path.read_text(errors="replace") for path in written if path.is_file()}
+    assert len(places) > 20
+    for path in DASHBOARD_PATHS:
+        places[path] = json.dumps(await server.ask_dashboard(path))
+    shown = server.command("serve", "config", "-a", server.dashboard).stdout
+    assert files["key"] in shown
+    places |= {"serve config": shown, "processes": command_lines()}
+    for secret in ("sk-of-nobody", server.token, a_line_of(files["key"])):
+        assert [where for where, text in places.items() if secret in text] == []
+
+
+def a_line_of(key: str) -> str:
+    """Return a line of a private key that no other key has."""
+    return Path(key).read_text().splitlines()[2]
+
+
+def command_lines() -> str:
+    """Return how each process of this machine was started."""
+    found = psutil.process_iter(["cmdline"])
+    return "\n".join(" ".join(one.info["cmdline"] or ()) for one in found)
 
 
 async def test_the_dashboard_shows_the_three_deployments(server: Server) -> None:
