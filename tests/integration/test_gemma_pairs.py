@@ -61,20 +61,23 @@ def written(folder: Path, kind: str, *, noise: float) -> Any:
     return model.eval()
 
 
+def save_pair(root: Path, kind: str) -> tuple[dict[str, dict[str, Any]], Any]:
+    """Write a pair; return settings of its tiers, and the expert."""
+    written(root / "drafter", kind, noise=0.02)
+    expert = written(root / "expert", kind, noise=0)
+    for tier in ("drafter", "expert"):
+        tokenizer(VOCABULARY[kind]).save_pretrained(root / tier)
+    engine = {"threads": 1, "cache_tokens": 1024}
+    tiers = {tier: {"model": str(root / tier), "engine": engine} for tier in ("drafter", "expert")}
+    return tiers, expert
+
+
 @pytest.fixture(scope="module", params=VOCABULARY)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Application, Any]:
     """Settings that serve a pair, and the expert."""
-    root = tmp_path_factory.mktemp(request.param)
-    written(root / "drafter", request.param, noise=0.02)
-    expert = written(root / "expert", request.param, noise=0)
-    for tier in ("drafter", "expert"):
-        tokenizer(VOCABULARY[request.param]).save_pretrained(root / tier)
-    tiers = {
-        tier: {"model": str(root / tier), "engine": {"threads": 1, "cache_tokens": 1024}}
-        for tier in ("drafter", "expert")
-    }
+    tiers, expert = save_pair(tmp_path_factory.mktemp(request.param), request.param)
     return Application.model_validate(tiers | {"router": {"draft_deadline_s": 120}}), expert
 
 

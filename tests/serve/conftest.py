@@ -12,11 +12,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
+import ray
 import yaml
+from ray import serve
 
 from cascade.cli.certs import certs
 
@@ -140,3 +144,42 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def serve_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster of one test, in its process, and where Serve will listen."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # sockets want it short
+    monkeypatch.setenv("RAY_TMPDIR", folder.name)
+    port = free_port()
+    try:
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}/v1"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        folder.cleanup()
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """Return the processes of a deployment's replicas, of the cluster in this process."""
+    found = psutil.Process().children(recursive=True)
+    title = f"ray::ServeReplica:cascade:{deployment}"
+    return [one for one in found if " ".join(one.cmdline()).startswith(title)]
+
+
+def wait_answered(url: str) -> None:
+    """Return when a request is answered."""
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        body = {"prompt": "hello there", "max_tokens": 2}
+        try:
+            if httpx.post(f"{url}/completions", json=body, timeout=60).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"not ready within {READY_S} s")
