@@ -44,6 +44,7 @@ _STEP = 16  # a lower bound that is too high is divided by this
 _FLAT = 32  # more than one in so many tokens may be above the bound: sample the rest instead
 _SAMPLE = 8192  # tokens of a sample, about
 _ERRORS = 4  # standard errors of what a sample says
+_MANY = 128  # tokens of a sample between two bounds: look closer
 _COLUMNS = 512  # the largest logits of these bound the k-th largest of a row from below
 
 
@@ -94,10 +95,10 @@ def _truncate_row(logits_V: Tensor, sampling: SamplingParams) -> tuple[float, fl
             total = float(row_sums(weights_V))
             mass = sampling.top_p * total
             ids_K, before = _boundary(weights_V, mass, total)
-            falling_K = -np.sort(-values_V[ids_K])
+            falling_K = np.sort(values_V[ids_K])[::-1].copy()
             weights_K = _weigh(falling_K, peak, inverse)
         else:
-            falling_K = -np.sort(-values_V[ids_K])
+            falling_K = np.sort(values_V[ids_K])[::-1].copy()
             weights_K = _weigh(falling_K, peak, inverse)
             mass = sampling.top_p * _sum(weights_K)
         least, kept = _nucleus(falling_K, weights_K, mass, before)
@@ -185,41 +186,61 @@ def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]
         if above + found >= mass:
             return ids_K, above
         above, high, low = above + found, low, low / _STEP
-    low, upper = _likely_bounds(values_V, mass - above, total - above, high)
-    if upper < high:
+    sample = _Sample.of(values_V)
+    while True:
+        low, upper, count = sample.bounds(mass - above, total - above, high)
+        if count < _MANY or upper == high:
+            break
         beyond = float(row_sums(torch.threshold(weights_V, upper, 0.0)))
-        above, high = (beyond, upper) if beyond < mass else (above, high)
+        if beyond >= mass:
+            break
+        above, high = beyond, upper
     ids_K = np.flatnonzero((values_V > low) & (values_V <= high))
     if low >= 0 and above + _sum(values_V[ids_K]) < mass:
         ids_K = np.flatnonzero(values_V <= high)
     return ids_K, above
 
 
-def _likely_bounds(values_V: Values, mass: float, total: float, high: float) -> tuple[float, float]:
-    """Return weights, the first less than the second, between which a mass is likely reached.
+class _Sample(NamedTuple):
+    """Some of a row's weights, and what is known by them of the others."""
 
-    Args:
-        values_V: Weights of every token.
-        mass: The weight to reach, of the tokens whose weights are at most `high`.
-        total: The weight of all these.
-        high: The largest weight.
-    """
-    sample_S = values_V[:: max(1, len(values_V) // _SAMPLE)]
-    falling_S = np.sort(sample_S[sample_S <= high])[::-1]
-    reached_S = falling_S.cumsum(dtype=np.float64)
-    if not len(falling_S) or not reached_S[-1]:
-        return -1.0, high
-    share = mass / total
-    index = int(np.searchsorted(reached_S, share * reached_S[-1]))
-    # The share of what is heavier than a weight is a ratio of sums, and this its standard error.
-    gaps_S = np.where(np.arange(len(falling_S)) < index, 1 - share, share) * falling_S
-    error = _ERRORS * math.sqrt(float(gaps_S.dot(gaps_S))) / float(reached_S[-1])
-    first, last = np.searchsorted(
-        reached_S, [(share - error) * reached_S[-1], (share + error) * reached_S[-1]]
-    )
-    low = float(falling_S[last]) if last < len(falling_S) else -1.0
-    upper = float(falling_S[first]) if share > error else high
-    return low, max(upper, math.nextafter(low, high))
+    rising_S: Values
+    sums_S: Values  # of each and all that are less, float64
+    squares_S: Values  # sums of squares
+
+    @staticmethod
+    def of(values_V: Values) -> _Sample:
+        """Return a sample of weights."""
+        rising_S = np.sort(values_V[:: max(1, len(values_V) // _SAMPLE)])
+        sums_S = rising_S.cumsum(dtype=np.float64)
+        return _Sample(rising_S, sums_S, np.square(rising_S).cumsum(dtype=np.float64))
+
+    def bounds(self, mass: float, total: float, high: float) -> tuple[float, float, int]:
+        """Return weights, the first less than the second, between which a mass is likely reached.
+
+        And how many tokens of the sample are between the first and the largest.
+
+        Args:
+            mass: The weight to reach, of the tokens whose weights are at most `high`.
+            total: The weight of all these.
+            high: The largest weight.
+        """
+        rising_S, sums_S, squares_S = self
+        end = int(np.searchsorted(rising_S, high, side="right"))
+        if not end or not sums_S[end - 1]:
+            return -1.0, high, end
+        # What is lighter than a weight is a share of the sum; this is its standard error.
+        share = 1 - mass / total
+        index = int(np.searchsorted(sums_S[:end], share * sums_S[end - 1]))
+        lighter, all_ = float(squares_S[index]), float(squares_S[end - 1])
+        error = _ERRORS * math.sqrt((1 - share) ** 2 * lighter + share**2 * (all_ - lighter))
+        error /= float(sums_S[end - 1])
+        first, last = np.searchsorted(
+            sums_S[:end], [(share - error) * sums_S[end - 1], (share + error) * sums_S[end - 1]]
+        )
+        low = float(rising_S[first]) if share > error else -1.0
+        upper = float(rising_S[last]) if last < end else high
+        return low, max(upper, math.nextafter(low, high)), int(end - first)
 
 
 def _sum(values: Values) -> float:
