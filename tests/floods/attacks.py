@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncGenerator, Iterable, Iterator
 
 CONNECT_S = 60.0
 STALL_S = 20.0  # in which a server that is flooded has to take something
 AT_ONCE = 200  # connections that are being made
+AT_A_TIME = 50  # frames
+LINGER_S = 5.0  # after the last frame
 SOURCES = 16  # addresses of the attacker: 127.0.1.1 and those after it
 
 Connection: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -23,10 +27,13 @@ ACK = END_STREAM = 1
 END_HEADERS = 4
 
 
-async def connect(port: int, *, source: int = 0) -> Connection:
+async def connect(port: int, *, source: int = 0, tls: ssl.SSLContext | None = None) -> Connection:
     """Open a connection from one of the attacker's addresses."""
     address = f"127.0.1.{1 + source % SOURCES}"
-    opening = asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
+    name = None if tls is None else "localhost"
+    opening = asyncio.open_connection(
+        "127.0.0.1", port, local_addr=(address, 0), ssl=tls, server_hostname=name
+    )
     return await asyncio.wait_for(opening, CONNECT_S)
 
 
@@ -146,9 +153,14 @@ def pings(path: str, count: int) -> Iterator[bytes]:
     yield from (frame(PING, 0, 0, b"12345678") for _ in range(count))
 
 
-async def send_all(port: int, parts: Iterable[bytes], *, source: int) -> None:
-    """Send frames on one connection as fast as they are taken, until the other side closes it."""
-    reader, writer = await connect(port, source=source)
+async def send_all(
+    port: int, parts: Iterable[bytes], *, source: int, tls: ssl.SSLContext | None = None
+) -> None:
+    """Send frames on one connection as fast as they are taken, until the other side closes it.
+
+    At the end the connection stays open for a while, so that all of them are looked at.
+    """
+    reader, writer = await connect(port, source=source, tls=tls)
 
     async def read() -> None:
         with suppress(OSError):
@@ -159,13 +171,11 @@ async def send_all(port: int, parts: Iterable[bytes], *, source: int) -> None:
     try:
         with suppress(OSError, TimeoutError):
             writer.write(opening())
-            for number, part in enumerate(parts):
-                writer.write(part)
-                if number % 50 == 0:
-                    await asyncio.wait_for(writer.drain(), STALL_S)
-                if reading.done():
-                    break
-            await asyncio.wait_for(writer.drain(), STALL_S)
+            left = iter(parts)
+            while not reading.done() and (data := b"".join(itertools.islice(left, AT_A_TIME))):
+                writer.write(data)
+                await asyncio.wait_for(writer.drain(), STALL_S)
+            await asyncio.wait_for(reading, LINGER_S)
     finally:
         writer.transport.abort()
         reading.cancel()

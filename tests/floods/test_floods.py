@@ -1,8 +1,9 @@
 """Doors and tiers under attack: memory bounded, honest callers served, nothing crashes.
 
 Each attack comes from sixteen addresses of this machine while honest callers ask through both
-doors. Serve's HTTP proxy answers 429 while requests arrive faster than a router takes them, so
-honest callers repeat a refused request, as OpenAI's clients do.
+doors. Serve's HTTP proxy answers 429 while requests arrive faster than a router takes them, and
+gRPC ends calls with CANCELLED while a thousand others wait to be looked at, so honest callers
+repeat a refused request, as OpenAI's clients do. Through `cluster/nginx.conf` none is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 from tests.chaos.cluster import wait_until
 from tests.floods import attacks, bad_requests
 from tests.floods.server import MESSAGE_BYTES, Server, serve_run
+from tests.serve.test_proxy import NGINX, Proxy, proxy, wait_for
 
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc
@@ -35,6 +37,7 @@ HALF_OPEN = 10_000
 SLOW_BODIES = 2_000
 BAD_REQUESTS = int(os.environ.get("FLOODS_REQUESTS", "20000"))
 FRAMES = 20_000  # on each of four connections
+CONNECTIONS = 100  # through a proxy, 32 at a time
 UPLOAD_S = 20.0
 AT_ONCE = 32
 
@@ -42,6 +45,7 @@ PROMPT, TOKENS = "The capital of", 24
 BODY = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 HONEST_S = 120.0  # in which a caller must have its answer, whatever else goes on
 REPEATED = {408, 429, 503}
+REPEATED_CODES = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
 GROWTH_MIB = 400.0  # of a process, of what is left after an attack too: allocators keep memory
 SPARE_FILES = 16
 
@@ -65,18 +69,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def http_answer(http: httpx.AsyncClient) -> str:
+async def http_answer(http: httpx.AsyncClient, *, repeats: bool = True) -> str:
     """Return the answer of an honest caller, which repeats what was refused for now."""
     async with asyncio.timeout(HONEST_S):
         while True:
             response = await http.post("/v1/completions", json=BODY)
-            if response.status_code not in REPEATED:
+            if not repeats or response.status_code not in REPEATED:
                 assert response.status_code == 200, response.text
                 return response.json()["choices"][0]["text"]
             await asyncio.sleep(float(response.headers.get("retry-after", 1)))
 
 
-async def grpc_answer(stub: cascade_pb2_grpc.GenerationServiceAsyncStub) -> str:
+async def grpc_answer(
+    stub: cascade_pb2_grpc.GenerationServiceAsyncStub, *, repeats: bool = True
+) -> str:
     generation = pb.Generation(text=PROMPT, max_tokens=TOKENS, ignore_eos=True)
     generation.sampling.temperature = 0
     async with asyncio.timeout(HONEST_S):
@@ -85,14 +91,21 @@ async def grpc_answer(stub: cascade_pb2_grpc.GenerationServiceAsyncStub) -> str:
                 response = await stub.Generate(pb.GenerateRequest(generation=generation))
                 return response.choices[0].text
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                if not repeats or error.code() not in REPEATED_CODES:
                     raise
                 await asyncio.sleep(1)
 
 
 @asynccontextmanager
-async def attacked(server: Server) -> AsyncGenerator[Callable[[], Any]]:
-    """Check what must hold during and after an attack; yields what asks once through both doors."""
+async def attacked(
+    server: Server, *, behind: Proxy | None = None
+) -> AsyncGenerator[Callable[[], Any]]:
+    """Check what must hold during and after an attack; yields what asks once through both doors.
+
+    Args:
+        server: What is attacked.
+        behind: The proxy that honest callers ask; it lets no attack refuse them anything.
+    """
     before, most = server.held(), dict[str, float]()
 
     async def watch() -> None:
@@ -101,13 +114,20 @@ async def attacked(server: Server) -> AsyncGenerator[Callable[[], Any]]:
                 most[part] = max(most.get(part, 0.0), held.memory_mib)
             await asyncio.sleep(0.5)
 
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc}")
-    async with httpx.AsyncClient(base_url=server.url, timeout=HONEST_S) as http, channel:
+    if behind is None:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc}")
+        client = httpx.AsyncClient(base_url=server.url, timeout=HONEST_S)
+    else:
+        channel, client = behind.channel(), behind.http()
+    repeats = behind is None
+    async with client as http, channel:
         stub: Any = cascade_pb2_grpc.GenerationServiceStub(channel)
         expected = await http_answer(http)
 
         async def ask() -> None:
-            answers = await asyncio.gather(http_answer(http), grpc_answer(stub))
+            answers = await asyncio.gather(
+                http_answer(http, repeats=repeats), grpc_answer(stub, repeats=repeats)
+            )
             assert answers == [expected, expected]
 
         async def keep_asking() -> None:
@@ -244,8 +264,7 @@ async def in_turn(send: Callable[[int], Any], count: int) -> None:
             group.create_task(worker())
 
 
-@pytest.mark.parametrize("place", ["door", "tier"])
-@pytest.mark.parametrize(
+each_flood = pytest.mark.parametrize(
     ("attack", "count"),
     [
         (attacks.rapid_resets, FRAMES),
@@ -257,6 +276,10 @@ async def in_turn(send: Callable[[int], Any], count: int) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
+
+
+@pytest.mark.parametrize("place", ["door", "tier"])
+@each_flood
 async def test_floods_of_http2_frames(
     server: Server, place: str, attack: Callable[[str, int], Iterator[bytes]], count: int
 ) -> None:
@@ -265,6 +288,32 @@ async def test_floods_of_http2_frames(
         await asyncio.gather(
             *(attacks.send_all(port, attack(path, count), source=number) for number in range(4))
         )
+
+
+@pytest.fixture(scope="module")
+def nginx(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    if NGINX is None:
+        pytest.skip("nginx is not installed")
+    folder = tmp_path_factory.mktemp("nginx")
+    doors = f"127.0.0.1:{server.http}", f"127.0.0.1:{server.grpc}"
+    with proxy(folder, *doors) as made:
+        wait_for(made)
+        yield made
+
+
+@each_flood
+async def test_behind_a_proxy_a_flood_of_frames_refuses_no_honest_caller(
+    server: Server, nginx: Proxy, attack: Callable[[str, int], Iterator[bytes]], count: int
+) -> None:
+    """It ends a connection after a thousand calls, so attackers come again and again."""
+    tls = nginx.trust
+    tls.set_alpn_protocols(["h2"])
+
+    async def send(number: int) -> None:
+        await attacks.send_all(nginx.port, attack(DOOR, count), source=number, tls=tls)
+
+    async with attacked(server, behind=nginx):
+        await in_turn(send, CONNECTIONS)
 
 
 async def test_messages_without_a_key_that_are_too_large(server: Server) -> None:
