@@ -191,7 +191,28 @@ def test_a_short_prompt_runs_at_once_beside_many_long_ones_of_another() -> None:
     add(scheduler, "short", Shape(100, 0), share=SMALL)
     chunks = run(scheduler)
     assert tokens_of(chunks, SMALL) == 100
+    assert tokens_of(chunks, LARGE) == 0
+    chunks = run(scheduler)
     assert tokens_of(chunks, LARGE) == 512 // 4, "the next request of the other waits for this pass"
+
+
+def test_long_prompts_go_on_beside_short_ones_that_never_cease() -> None:
+    scheduler = Scheduler(budget=512)
+    add(scheduler, "long", Shape(1000, 0), share=LARGE)
+    run(scheduler)
+    passes = 0
+    while scheduler.find(SessionId("long")):
+        add(scheduler, f"short {passes}", Shape(100, 0), share=SMALL)
+        assert tokens_of(run(scheduler), SMALL) == 100
+        passes += 1
+    assert passes < 32
+
+
+def test_short_prompts_of_many_callers_share_a_pass() -> None:
+    scheduler = Scheduler(budget=512)
+    for number in range(4):
+        add(scheduler, f"{number}", Shape(100, 0), share=Share(f"{number}"))
+    assert len(run(scheduler)) == 4
 
 
 def test_a_caller_alone_has_whole_passes() -> None:

@@ -3,7 +3,8 @@
 Blocks to decode or verify go first; long prefills share the rest of the token budget, so neither
 stalls the other: callers by their weights, and the sessions of a caller its part. While there is
 more than one caller, the prompts of each take a part of a pass at most, since another's next
-request waits for the pass that runs. A prefill that got nothing for several passes goes before the
+request waits for the pass that runs; and a pass that ends one's prompt takes no piece of another's
+longer ones. A prefill that got nothing for several passes goes before the
 blocks, one per pass. `Preemptor` decides which sequences lose their KV slots to the steps of a
 plan.
 """
@@ -146,7 +147,7 @@ class Scheduler:
             reserve: Reserves KV slots for a step; a step for which it returns False waits.
         """
         chunks: list[StepChunk] = []
-        budget = self._budget
+        budget, ended = self._budget, set[str]()  # callers of whom this pass ends a prompt
         steps = self._order()
         shares = _Shares(steps, most=self._most_of_a_caller(steps))
         block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
@@ -158,11 +159,15 @@ class Scheduler:
                     share = min(share, budget - block_tokens)
             else:
                 block_tokens -= step.remaining
-            if not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
+            wanted = self._chunk_size(step, budget=budget, share=share)
+            is_piece = step.is_prefill and wanted < step.remaining and not step.starved
+            if not wanted or (is_piece and ended - {step.caller}) or not reserve(step):
                 continue
             # Reserving may have dropped the step's own cached tokens.
             count = self._chunk_size(step, budget=budget, share=share)
             if count:
+                if step.is_prefill and count == step.remaining:
+                    ended.add(step.caller)
                 chunks.append(StepChunk(step=step, count=count))
                 budget = max(0, budget - count)
                 shares.take(step, count)
