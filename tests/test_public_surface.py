@@ -5,7 +5,7 @@ be there. So new options, settings, metrics, fields and routes pass, and new req
 Commands of the READMEs and YAMLs of `cluster/` are not compared but tried: those that once stood
 there must still be accepted.
 
-`python tests/test_public_surface.py` writes the record anew: after an addition, so that it is
+`python -m tests.test_public_surface` writes the record anew: after an addition, so that it is
 guarded too, or when something is taken away on purpose.
 """
 
