@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -47,11 +47,16 @@ class Folder:
 
     path: Path
     model: LlamaForCausalLM
+    _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict[tuple[int, ...], "Tensor"])
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits of the next token, without cache or batch."""
-        with torch.inference_mode():
-            return self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0, -1]
+        """Return the logits of the next token, without a cache of keys or a batch."""
+        text = tuple(tokens)
+        if text not in self._known:
+            with torch.inference_mode():
+                logits = self.model(input_ids=torch.tensor([text]), use_cache=False).logits
+            self._known[text] = logits[0, -1].clone()
+        return self._known[text]
 
 
 @dataclass(frozen=True, kw_only=True)

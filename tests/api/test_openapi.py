@@ -55,7 +55,7 @@ OPERATIONS = [
 ]
 
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=15,
     derandomize=True,
     deadline=None,
     suppress_health_check=[

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cascade.engine.model_loader import required_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 VOCABULARY = 211
 _WINDOW = 16
@@ -332,6 +336,12 @@ _OWN_KEYS = {
     "xglm",
     "mamba",
 }
+
+
+def with_slow(names: Iterable[str], *, fast: Iterable[str]) -> list[Any]:
+    """Return names as parameters of a test, of which all but the fast run in the slow suite."""
+    fast = set(fast)
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def build(name: str, **settings: Any) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.architectures import ROPE, VOCABULARY, build
+from tests.engine.architectures import ROPE, VOCABULARY, build, with_slow
 from tests.engine.harness import EngineHarness
 
 from cascade.engine.backends.padded import PaddedRunner
@@ -77,7 +77,9 @@ def cross(harness: EngineHarness, boundary: int) -> None:
     )
 
 
-@pytest.mark.parametrize("name", architectures(1))
+@pytest.mark.parametrize(
+    "name", with_slow(architectures(1), fast=("llama4", "gemma3", "gpt-oss", "longrope", "dynamic"))
+)
 def test_blocks_across_a_boundary_have_the_plain_logits(name: str) -> None:
     model = build(name, **architectures(90)[name])
     harness = EngineHarness(model, EngineSettings(cache_tokens=1024, max_step_tokens=64))

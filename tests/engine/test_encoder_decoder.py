@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engine.architectures import build as build_decoder
+from tests.engine.architectures import with_slow
 from tests.engine.encoder_decoders import MODELS, build
 from tests.engine.harness import EngineHarness, ragged_scenario
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -36,7 +37,7 @@ def engine(name: str, **settings: Any) -> EngineHarness:
     return EngineHarness(build(name), EngineSettings(**chosen), sources=SOURCES)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", with_slow(MODELS, fast=("t5", "longt5", "bart", "m2m100", "led")))
 def test_logits_are_those_of_the_plain_forward_pass(name: str) -> None:
     harness = engine(name)
 

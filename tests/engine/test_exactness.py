@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.architectures import LLAMA_LIKE, MORE, PADDED, ROPE, VARLEN, build
+from tests.engine.architectures import (
+    LLAMA_LIKE,
+    MORE,
+    PADDED,
+    ROPE,
+    VARLEN,
+    build,
+    with_slow,
+)
 from tests.engine.harness import EngineHarness, ragged_scenario
 from torch import nn
 
@@ -21,9 +29,15 @@ from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 
 TOLERANCE = 1e-4
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize(
+    "name",
+    with_slow(
+        VARLEN, fast=("llama", "gemma3", "mistral sliding", "gpt2", "gpt-oss", "deepseek-v3")
+    ),
+)
 def test_the_flat_path_is_exact(name: str) -> None:
     harness = EngineHarness(build(name), EngineSettings(cache_tokens=1024, path=Path.FLAT))
 
@@ -34,7 +48,7 @@ def test_the_flat_path_is_exact(name: str) -> None:
     assert harness.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("name", LLAMA_LIKE)
+@pytest.mark.parametrize("name", with_slow(LLAMA_LIKE, fast=("llama", "qwen2 sliding", "yarn")))
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_lean_path_is_exact(name: str, *, packed: bool) -> None:
     harness = EngineHarness(build(name), EngineSettings(cache_tokens=1024, packed=packed))
@@ -45,7 +59,7 @@ def test_the_lean_path_is_exact(name: str, *, packed: bool) -> None:
     assert harness.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("name", LLAMA_LIKE)
+@pytest.mark.parametrize("name", with_slow(LLAMA_LIKE, fast=("qwen2 sliding", "qwen3")))
 def test_the_lean_path_in_bfloat16_is_exact_within_rounding(name: str) -> None:
     model = build(name)
     nn.Module.to(model, torch.bfloat16)
@@ -66,7 +80,7 @@ def test_the_lean_path_grows_its_table_of_rotations(monkeypatch: pytest.MonkeyPa
     assert harness.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", with_slow(PADDED, fast=("bloom", "falcon alibi", "llama4")))
 def test_the_padded_path_is_exact(name: str) -> None:
     harness = EngineHarness(build(name), EngineSettings(cache_tokens=1024, path=Path.PADDED))
 
@@ -105,7 +119,12 @@ def test_the_padded_path_finds_the_cache_under_both_of_its_names(name: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [*((name, Path.FLAT) for name in ROPE), ("longrope", Path.PADDED), ("dynamic", Path.PADDED)],
+    [
+        ("longrope", Path.FLAT),
+        ("dynamic", Path.PADDED),
+        *(pytest.param(name, Path.FLAT, marks=SLOW) for name in ROPE if name != "longrope"),
+        pytest.param("longrope", Path.PADDED, marks=SLOW),
+    ],
 )
 def test_a_long_session_does_not_change_the_rope_of_a_short_one(name: str, path: Path) -> None:
     model = build(name)
@@ -122,8 +141,17 @@ def test_a_long_session_does_not_change_the_rope_of_a_short_one(name: str, path:
     assert harness.worst < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral sliding", "qwen3"])
-@pytest.mark.parametrize("path", [Path.AUTO, Path.FLAT])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("qwen3", Path.AUTO),
+        ("gemma2", Path.FLAT),
+        pytest.param("gemma2", Path.AUTO, marks=SLOW),
+        pytest.param("mistral sliding", Path.AUTO, marks=SLOW),
+        pytest.param("mistral sliding", Path.FLAT, marks=SLOW),
+        pytest.param("qwen3", Path.FLAT, marks=SLOW),
+    ],
+)
 def test_deterministic_engines_are_exact(name: str, path: Path) -> None:
     harness = EngineHarness(
         build(name), EngineSettings(cache_tokens=1024, deterministic=True, path=path)

@@ -54,7 +54,8 @@ def loaded(path: pathlib.Path, settings: EngineSettings) -> Generator[LoadedMode
 @pytest.mark.parametrize(
     ("name", "path", "runner"),
     [
-        ("llama", Path.AUTO, VarlenRunner),
+        # The next test runs it with fewer key heads, and tests/integration with a server.
+        pytest.param("llama", Path.AUTO, VarlenRunner, marks=SLOW),
         pytest.param("qwen3", Path.AUTO, VarlenRunner, marks=SLOW),
         pytest.param("gemma3", Path.AUTO, VarlenRunner, marks=SLOW),
         pytest.param("gemma3", Path.PADDED, PaddedRunner, marks=SLOW),

@@ -259,7 +259,7 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 @given(policies(), blocks())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_block_that_decodes_breaks_the_batch_of_others(
     policy: DecodingParams, block: Block
 ) -> None:

@@ -135,8 +135,8 @@ RULES = {
     ("rule", "bonus"),
     [
         ("lossless", Bonus.NONE),
-        ("opt", Bonus.TARGET),
         ("chow", Bonus.NONE),  # its bonus is ignored: the expert is asked at deferrals only
+        pytest.param("opt", Bonus.TARGET, marks=pytest.mark.slow),  # as block verification sends
         pytest.param("token_v3", Bonus.NONE, marks=pytest.mark.slow),
         pytest.param("lossless", Bonus.TARGET, marks=pytest.mark.slow),
         pytest.param("opt", Bonus.NONE, marks=pytest.mark.slow),
@@ -161,7 +161,7 @@ async def test_the_samples_of_one_rule_refute_every_other_rule(experiment: Exper
             assert p_value(seen, experiment.expected(other)) < UNLIKELY
 
 
-@pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
+@pytest.mark.parametrize("bonus", [Bonus.NONE, pytest.param(Bonus.TARGET, marks=pytest.mark.slow)])
 async def test_the_last_token_follows_pi_too(experiment: Experiment, bonus: Bonus) -> None:
     """With a budget of one token, a draft is judged and no bonus follows."""
     rule = RULES["token_v3"]

@@ -119,7 +119,7 @@ async def server() -> AsyncIterator[LocalServer]:
         yield running
 
 
-@pytest.mark.parametrize("shift", range(0, 16, 4))
+@pytest.mark.parametrize("shift", [0, 8])  # 12 prompts: each length is there
 async def test_greedy_text_is_the_experts_own_at_every_draft_length(
     few: Prompts, server: LocalServer, shift: int
 ) -> None:
@@ -150,7 +150,7 @@ async def test_seeded_gumbel_text_depends_on_the_expert_alone(
 ) -> None:
     """Draft length, batch and drafting change nothing."""
     expected = await generate_all(server, few.requests(SEEDED, mode=Mode.EXPERT_ONLY))
-    for length in (1, 3, 8, 16):
+    for length in (1, 5, 16):
         requests = few.requests(SEEDED, draft_tokens=length)
         assert await generate_all(server, requests) == expected
     assert await generate(server, few.request(3, SEEDED)) == expected[3]

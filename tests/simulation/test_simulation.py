@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cascade.types import Session
 
-SCENARIOS, FAST, CHUNK = 5_000, 1_000, 500
+SCENARIOS, FAST, CHUNK = 5_000, 500, 500
 
 
 CHUNKS = [

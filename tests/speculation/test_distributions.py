@@ -138,8 +138,15 @@ def test_a_round_is_gen_spec_sample(rule: Rule, bonus: Bonus, models: Models) ->
 
 
 @pytest.mark.parametrize("rule", enumeration.RULES, ids=lambda rule: rule.kind)
-@pytest.mark.parametrize("verification", Verification)
-@pytest.mark.parametrize("bonus", [Bonus.NONE, Bonus.TARGET])
+@pytest.mark.parametrize(
+    ("verification", "bonus"),
+    [
+        (Verification.TOKEN, Bonus.TARGET),
+        (Verification.BLOCK, Bonus.NONE),
+        pytest.param(Verification.TOKEN, Bonus.NONE, marks=pytest.mark.slow),
+        pytest.param(Verification.BLOCK, Bonus.TARGET, marks=pytest.mark.slow),
+    ],
+)
 @settings(parent=PROOF, max_examples=2)
 @given(models=model_pairs)
 def test_an_answer_follows_the_product_of_pi(

@@ -138,7 +138,7 @@ def test_the_drafter_has_one_distribution_in_every_mode_and_under_every_rule(
         coupling=coupling,
         sampling=SamplingParams(temperature=temperature),
     )
-    logits_BV = logits(1).expand(200, -1)
+    logits_BV = logits(1).expand(50, -1)
     q_V = (logits_BV[0].double() / temperature).softmax(0)
     if rows is RowFormat.SPARSE:
         q_V = q_V * (q_V >= q_V.sort(descending=True).values[5])
@@ -152,7 +152,7 @@ def test_the_drafter_has_one_distribution_in_every_mode_and_under_every_rule(
     for policy in policies:
         if rows is RowFormat.AUTO and policy.rule == Lossless():
             continue
-        for draft in draft_step(logits_BV, [task(replace(policy, seed=i)) for i in range(200)]):
+        for draft in draft_step(logits_BV, [task(replace(policy, seed=i)) for i in range(50)]):
             assert draft.likelihood == pytest.approx(float(q_V[draft.token]), rel=1e-3), policy
 
 

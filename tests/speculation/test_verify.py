@@ -129,7 +129,7 @@ def test_the_fast_path_equals_the_slow_reference(
     Also where positions are read one by one, as those of a large vocabulary are.
     """
     monkeypatch.setattr(tensor_ops, "CHUNK_SIZE", chunk)
-    chosen = random.Random(7).sample(range(len(GRID)), 80)  # noqa: S311 - a fixed choice
+    chosen = random.Random(7).sample(range(len(GRID)), 40)  # noqa: S311 - a fixed choice
     assert_fast_equals_slow(chosen)
 
 
@@ -242,9 +242,9 @@ def test_batches_of_empty_blocks_are_judged_under_every_policy(rule: Rule) -> No
 @pytest.mark.parametrize(
     "rule",
     [
-        Lossless(),
         TokenV3(alpha=0.6),
         # The reuse of random numbers does not depend on the rule.
+        pytest.param(Lossless(), marks=pytest.mark.slow),
         pytest.param(Opt(alpha=0.3), marks=pytest.mark.slow),
         pytest.param(Chow(alpha=0.55), marks=pytest.mark.slow),
     ],
@@ -534,7 +534,7 @@ def test_where_the_only_possible_token_is_banned_any_allowed_one_follows() -> No
         check_possible(drafter=ONE_TOKEN, expert=ONE_TOKEN, index=index, seed=0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     drafter=hard_rows,
     expert=hard_rows,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from numpy.random import default_rng
-from tests.engine.architectures import ROPE, VARLEN, VOCABULARY, build
+from tests.engine.architectures import ROPE, VARLEN, VOCABULARY, build, with_slow
 from tests.engine.harness import EngineHarness, GreedyHandler, ragged_scenario
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,9 +49,7 @@ CAPTURED = EngineSettings(cache_tokens=1024, path=Path.CAPTURED)
 # One of each kind of attention; the others are in the slow suite.
 _KINDS = {"llama", "qwen2 sliding", "gemma2", "gemma3", "gpt2", "mixtral", "gpt-oss", "deepseek-v3"}
 
-FAMILIES = [
-    name if name in _KINDS else pytest.param(name, marks=pytest.mark.slow) for name in VARLEN
-]
+FAMILIES = with_slow(VARLEN, fast=_KINDS)
 
 
 def numbers(count: int, *, seed: int = 7) -> tuple[int, ...]:
@@ -171,7 +169,7 @@ def test_a_graph_is_reused_after_rollbacks_and_other_passes(name: str) -> None:
     assert runners.graphs.captured_buckets == buckets((4, 128))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_slow(VARLEN, fast=("llama", "gemma3", "deepseek-v3")))
 def test_the_captured_path_is_exact(name: str) -> None:
     harness = EngineHarness(build(name), CAPTURED)
 

@@ -6,6 +6,8 @@ import torch
 from cascade.engine.backends import widened_linear
 from cascade.engine.backends.widened_linear import widened
 
+pytestmark = pytest.mark.usefixtures("most_rows")
+
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 9, 40])
 @pytest.mark.parametrize("bias", [False, True])
