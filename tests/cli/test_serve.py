@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,24 +77,40 @@ async def wait_ready(url: str, process: asyncio.subprocess.Process) -> None:
     raise AssertionError(f"the router ended with {process.returncode}")
 
 
-async def test_three_processes_without_ray_answer() -> None:
-    port, metrics = free_port(), free_port()
-    bind = ("--address", "127.0.0.1:0")
-    with_metrics = (*bind, "--metrics-port", str(metrics))
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """A server of four processes."""
+
+    url: str
+    metrics: str  # of the second expert
+    first_expert: asyncio.subprocess.Process
+
+
+@pytest.fixture(scope="module")
+async def processes() -> AsyncGenerator[Processes]:
+    """A router over a drafter and two experts; all load at once."""
+    port, metrics, bind = free_port(), free_port(), ("--address", "127.0.0.1:0")
     async with (
         running("tier", "drafter", *bind) as left,
-        running("tier", "expert", *with_metrics) as right,
+        running("tier", "expert", *bind) as first,
+        running("tier", "expert", *bind, "--metrics-port", str(metrics)) as second,
     ):
-        drafter, expert = await asyncio.gather(address(left), address(right))
-        arguments = ("router", "--drafter", drafter, "--expert", expert, "--port", str(port))
-        async with running(*arguments) as router:
+        drafter, *experts = await asyncio.gather(*map(address, (left, first, second)))
+        tiers = ("--drafter", drafter, *(word for one in experts for word in ("--expert", one)))
+        async with running("router", *tiers, "--port", str(port)) as router:
             url = f"http://127.0.0.1:{port}"
             await wait_ready(url, router)
-            body = {"prompt": "The capital", "max_tokens": 12, "temperature": 0}
-            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-                answer = (await client.post("/v1/completions", json=body)).json()
-                loop = (await client.get("/metrics")).text
-                engine = (await client.get(f"http://127.0.0.1:{metrics}/metrics")).text
+            yield Processes(
+                url=url, metrics=f"http://127.0.0.1:{metrics}/metrics", first_expert=first
+            )
+
+
+async def test_processes_without_ray_answer(processes: Processes) -> None:
+    body = {"prompt": "The capital", "max_tokens": 12, "temperature": 0}
+    async with httpx.AsyncClient(base_url=processes.url, timeout=60) as client:
+        answer = (await client.post("/v1/completions", json=body)).json()
+        loop = (await client.get("/metrics")).text
+        engine = (await client.get(processes.metrics)).text
     assert answer["usage"]["completion_tokens"] == 12
     drafted = answer["usage"]["cascade"]["drafted"]
     assert drafted > 0
@@ -101,30 +118,23 @@ async def test_three_processes_without_ray_answer() -> None:
     assert 'cascade_engine_busy_ratio{tier="expert"}' in engine
 
 
-async def test_a_tier_that_is_told_to_stop_lets_its_sessions_end_first() -> None:
+async def test_a_tier_that_is_told_to_stop_lets_its_sessions_end_first(
+    processes: Processes,
+) -> None:
     """Of two experts one ends after the stream; further answers come from the other."""
-    port, bind = free_port(), ("--address", "127.0.0.1:0")
-    async with (
-        running("tier", "drafter", *bind) as left,
-        running("tier", "expert", *bind) as stopped,
-        running("tier", "expert", *bind) as other,
-    ):
-        drafter, *experts = await asyncio.gather(*map(address, (left, stopped, other)))
-        tiers = ("--drafter", drafter, *(word for one in experts for word in ("--expert", one)))
-        async with running("router", *tiers, "--port", str(port)) as router:
-            await wait_ready(f"http://127.0.0.1:{port}", router)
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
-                async with streams[0] as first, streams[1] as second:  # one at each expert
-                    lines = [first.aiter_lines(), second.aiter_lines()]
-                    begun = [await anext(one) for one in lines]
-                    stopped.terminate()
-                    short = {"prompt": "The capital", "max_tokens": 4}
-                    for _ in range(2):  # the router goes on to the next expert for each
-                        answer = (await client.post("/v1/completions", json=short)).json()
-                        assert answer["usage"]["completion_tokens"] == 4
-                    ends = [[line async for line in one if line][-2:] for one in lines]
-                await stopped.wait()
+    stopped = processes.first_expert
+    async with httpx.AsyncClient(base_url=processes.url, timeout=60) as client:
+        streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
+        async with streams[0] as first, streams[1] as second:  # one at each expert
+            lines = [first.aiter_lines(), second.aiter_lines()]
+            begun = [await anext(one) for one in lines]
+            stopped.terminate()
+            short = {"prompt": "The capital", "max_tokens": 4}
+            for _ in range(2):  # the router goes on to the next expert for each
+                answer = (await client.post("/v1/completions", json=short)).json()
+                assert answer["usage"]["completion_tokens"] == 4
+            ends = [[line async for line in one if line][-2:] for one in lines]
+        await stopped.wait()
     assert all(line.startswith("data: ") for line in begun)
     assert stopped.returncode == 0
     for usage, done in ends:
@@ -158,20 +168,15 @@ async def test_all_processes_of_a_sharded_tier_end_with_it(
     assert ended == (-number if number is signal.SIGKILL else 0)
 
 
-async def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:
+def test_a_tier_prints_why_it_refuses_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    arguments = ("tier", "expert", "--address", "127.0.0.1:0", "--model", str(tmp_path))
+    arguments = ["tier", "expert", "--address", "127.0.0.1:0", "--model", str(tmp_path)]
 
-    process = await asyncio.create_subprocess_exec(
-        COMMAND, *arguments, stderr=asyncio.subprocess.PIPE, env=ENVIRONMENT
-    )
-    _, printed = await process.communicate()
+    ended = CliRunner().invoke(app, arguments, env={TOKEN_VARIABLE: "between us"})
 
-    assert process.returncode == 2
-    *before, last = printed.decode().splitlines()  # libraries may have warned of what they miss
-    assert last.startswith("error ")
-    assert "holds an adapter" in last
-    assert not any("Traceback" in line for line in before)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error ")
+    assert "holds an adapter" in ended.stderr
 
 
 def test_a_router_prints_why_it_refuses_a_model(tmp_path: Path) -> None:
