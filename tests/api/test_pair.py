@@ -18,21 +18,20 @@ from cascade import demo
 from cascade.api import grpc_convert
 from cascade.api.completion import Completions
 from cascade.api.grpc import GenerationServicer
-from cascade.local import LocalServer, local_server
 from cascade.rules import Chow, Lossless, TokenV3
-from cascade.settings import Application
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
 from cascade.v1 import tokens_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from openai import AsyncOpenAI
     from torch import Tensor
 
     from cascade.api.context import ServingContext
+    from cascade.local import LocalServer
     from cascade.rules import Rule
 
 ALDRIN: Any = [{"role": "user", "content": "Who is Buzz Aldrin?"}]
@@ -74,13 +73,9 @@ MODES: dict[Any, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-async def pair() -> AsyncIterator[LocalServer]:
-    """The shipped pair, both tiers and the loop in this process."""
-    engine = {"engine": {"threads": 1}}
-    settings = Application.model_validate({"drafter": engine, "expert": engine})
-    async with local_server(settings) as running:
-        yield running
+@pytest.fixture
+def pair(shipped_server: LocalServer) -> LocalServer:
+    return shipped_server
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tests.conftest import words
-from tests.engine.architectures import build
+from tests.engine.architectures import build, with_slow
 
 from cascade.local import local_server
 from cascade.settings import Application
@@ -62,7 +62,13 @@ async def texts(folders: Sequence[Path], lengths: Sequence[int]) -> list[tuple[i
     return found
 
 
-@pytest.mark.parametrize("name", ["longrope", "longrope llama", "dynamic", "two original lengths"])
+@pytest.mark.parametrize(
+    "name",
+    with_slow(
+        ("longrope", "longrope llama", "dynamic", "two original lengths"),
+        fast=("longrope", "dynamic"),
+    ),
+)
 async def test_greedy_text_does_not_depend_on_the_drafts(name: str, tmp_path: Path) -> None:
     expert: Any = build(name, vocab_size=VOCABULARY)
     drafter: Any = copy.deepcopy(expert)

@@ -82,7 +82,7 @@ async def test_greedy_text_is_that_of_generate_at_every_block_length(
     policy = DecodingParams(sampling=GREEDY, constraints=constraints, stop_ids=(STOP,))
     expected = [generated(toy, prompt, **settings) for prompt in PROMPTS]
     assert expected != [generated(toy, prompt) for prompt in PROMPTS]
-    hows: list[dict[str, Any]] = [{"draft_tokens": count} for count in range(1, 9)]
+    hows: list[dict[str, Any]] = [{"draft_tokens": count} for count in (1, 2, 3, 5, 8)]
     for how in (*hows, {"mode": Mode.EXPERT_ONLY}):
         more: dict[str, Any] = {"mode": Mode.SPECULATIVE, "max_tokens": LENGTH} | how
         requests = [Request(prompt=prompt, policy=policy, **more) for prompt in PROMPTS]

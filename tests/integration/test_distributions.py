@@ -43,7 +43,9 @@ PROMPT = (3, 1, 4, 1, 5)
 
 DRAFTED, LENGTH = 2, 3  # an answer is longer than a block, so a second round is judged too
 
-SAMPLES, CONCURRENCY = 1000, 50  # fewer samples could not tell all four rules apart
+CONCURRENCY = 50
+
+SAMPLES, MORE = 500, 1000  # fewer than more could not tell all four rules apart
 
 SAMPLING = SamplingParams(temperature=1.5)  # q differs from q0, which rules must read
 
@@ -76,7 +78,9 @@ class Experiment:
             answers = longer
         return answers
 
-    async def sample(self, policy: DecodingParams, *, length: int = LENGTH) -> Counter[Answer]:
+    async def sample(
+        self, policy: DecodingParams, *, length: int = LENGTH, count: int = SAMPLES
+    ) -> Counter[Answer]:
         """Return how often each answer was generated, over many seeds."""
         if (policy, length) not in self._samples:
             semaphore = asyncio.Semaphore(CONCURRENCY)
@@ -94,7 +98,7 @@ class Experiment:
                     chunks = [chunk async for chunk in self.server.router.generate(request)]
                 return tuple(token for chunk in chunks for token in chunk.tokens)
 
-            answers = await asyncio.gather(*map(one, range(SAMPLES)))
+            answers = await asyncio.gather(*map(one, range(count)))
             self._samples[policy, length] = Counter(answers)
         return self._samples[policy, length]
 
@@ -155,7 +159,7 @@ async def test_answers_follow_the_product_of_pi(
 async def test_the_samples_of_one_rule_refute_every_other_rule(experiment: Experiment) -> None:
     """So these tests can tell the distributions apart."""
     policy = DecodingParams(rule=RULES["token_v3"], bonus=Bonus.NONE, sampling=SAMPLING)
-    seen = await experiment.sample(policy)
+    seen = await experiment.sample(policy, count=MORE)
     for name, other in RULES.items():
         if name != "token_v3":
             assert p_value(seen, experiment.expected(other)) < UNLIKELY

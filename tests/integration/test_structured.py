@@ -15,8 +15,6 @@ from tests.support.rpc_errors import error_info
 
 from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
-from cascade.local import local_server
-from cascade.settings import Application
 from cascade.v1 import cascade_pb2 as pb
 from cascade.v1 import cascade_pb2_grpc as rpc
 from cascade.v1 import tokens_pb2
@@ -57,16 +55,11 @@ SPELLINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-async def server() -> AsyncIterator[LocalServer]:
+async def server(shipped_server: LocalServer) -> LocalServer:
     """The pair that ships."""
-    engine = {"threads": 1}
-    settings = Application.model_validate(
-        {"drafter": {"engine": engine}, "expert": {"engine": engine}}
-    )
-    async with local_server(settings) as running:
-        assert running.service.grammars is not None
-        await running.service.grammars.start()
-        yield running
+    assert shipped_server.service.grammars is not None
+    await shipped_server.service.grammars.start()
+    return shipped_server
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from cascade import demo
 from cascade.api.chat_format import chat_format
 from cascade.api.http import create_app
 from cascade.engine.tokenizer import Tokenizer
-from cascade.local import LocalServer, local_server
-from cascade.settings import Application
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from cascade.local import LocalServer
 
 ASK: Any = [{"role": "user", "content": "How is the weather in Paris?"}]
 
@@ -44,12 +44,9 @@ TOOLS = [
 SCHEMAS = {one["function"]["name"]: one["function"]["parameters"] for one in TOOLS}
 
 
-@pytest.fixture(scope="module")
-async def pair() -> AsyncIterator[LocalServer]:
-    engine = {"engine": {"threads": 1}}
-    settings = Application.model_validate({"drafter": engine, "expert": engine})
-    async with local_server(settings) as running:
-        yield running
+@pytest.fixture
+def pair(shipped_server: LocalServer) -> LocalServer:
+    return shipped_server
 
 
 @pytest.fixture

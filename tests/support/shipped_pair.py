@@ -9,6 +9,7 @@ from tests.support.http_server import serve_http
 
 from cascade.api.http import create_app
 from cascade.evaluation.client import InProcessClient, start_in_process
+from cascade.local import LocalServer, local_server
 from cascade.settings import Application
 
 if TYPE_CHECKING:
@@ -23,6 +24,13 @@ async def shipped() -> AsyncIterator[InProcessClient]:
     """A client of the shipped pair in this process."""
     async with start_in_process(SETTINGS) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+async def shipped_server() -> AsyncIterator[LocalServer]:
+    """Both tiers and the router of the shipped pair in this process."""
+    async with local_server(SETTINGS) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
