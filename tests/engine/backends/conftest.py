@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 )
 def most_rows(request: pytest.FixtureRequest) -> Iterator[int]:
     """The most vectors that a kernel is compiled for; each of the six kernels takes seconds."""
-    caches = (compiled_linear._kernels, widened_linear._compiled_pays)
+    kernels = compiled_linear._kernels  # pyright: ignore[reportPrivateUsage] - its cache
+    pays = widened_linear._compiled_pays  # pyright: ignore[reportPrivateUsage] - likewise
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled_linear, "MAX_ROWS", request.param)
-        for one in caches:
+        for one in (kernels, pays):
             one.cache_clear()
         yield request.param
-    for one in caches:
+    for one in (kernels, pays):
         one.cache_clear()
