@@ -41,7 +41,7 @@ def test_a_model_is_loaded_into_its_final_layout(
     path: str, runner: str, dtype: str, tmp_path: Path
 ) -> None:
     """Libraries and passes take up to 200 MiB whatever the model is."""
-    shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=12, heads=12, groups=6)
+    shape = synthetic_model.ModelShape(hidden=768, intermediate=3072, layers=8, heads=12, groups=6)
     synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
     chosen, weights, peak, after = figures(str(tmp_path), "--dtype", dtype, "--path", path)
     assert chosen == runner

@@ -86,7 +86,7 @@ async def test_greedy_text_is_that_of_generate_at_every_block_length(
 ) -> None:
     """In shared batches, under both couplings; without a drafter too."""
     expected = [generated(toy.expert, prompt, grammar) for prompt in PROMPTS]
-    hows: list[dict[str, Any]] = [{"draft_tokens": count} for count in range(1, 9)]
+    hows: list[dict[str, Any]] = [{"draft_tokens": count} for count in (1, 2, 5, 8)]
     hows += [{"draft_tokens": 3, "policy": {"coupling": Coupling.GUMBEL}}]
     for how in (*hows, {"mode": Mode.EXPERT_ONLY}):
         asked = [request(prompt, grammar, **how) for prompt in PROMPTS]

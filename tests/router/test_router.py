@@ -123,8 +123,20 @@ def origins(pieces: list[OutputChunk]) -> list[tuple[int, Origin]]:
     return [pair for piece in pieces for pair in zip(piece.tokens, piece.origins, strict=True)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("how", MODES.values(), ids=MODES)
+TWINS = [
+    # Every mode as it is, and each variant of every other one; all in the slow suite.
+    pytest.param(
+        MODES[mode],
+        VARIANTS[variant],
+        id=f"{mode}-{variant}",
+        marks=[pytest.mark.slow] if j and (i + j) % 2 else [],
+    )
+    for i, mode in enumerate(MODES)
+    for j, variant in enumerate(VARIANTS)
+]
+
+
+@pytest.mark.parametrize(("how", "variant"), TWINS)
 async def test_every_mode_writes_what_its_slow_twin_writes(
     toy: Pair, toy_stack: LocalServer, how: dict[str, Any], variant: dict[str, Any]
 ) -> None:
