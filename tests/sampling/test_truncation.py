@@ -115,6 +115,10 @@ SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "two levels": lambda z_V: (z_V > 1.5).to(z_V.dtype) * 3,
     "sorted": lambda z_V: (2 * z_V).sort().values,
     "equal": torch.zeros_like,
+    # Every 32nd token is in the sample.
+    "a sample too light": lambda z_V: z_V / 2 - 6 * (torch.arange(len(z_V)) % 32 == 0),
+    "a sample too heavy": lambda z_V: z_V / 2 + 3 * (torch.arange(len(z_V)) % 32 == 0),
+    "a sample too even": lambda z_V: torch.where(torch.arange(len(z_V)) % 32 == 0, 0.1, z_V),
     "mostly impossible": lambda z_V: torch.where(z_V > 2, z_V, -math.inf),
 }
 

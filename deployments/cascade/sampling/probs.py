@@ -21,8 +21,7 @@ from torch import Tensor
 
 from cascade.sampling import tensor_ops
 from cascade.sampling.penalties import apply_penalties
-from cascade.sampling.row_threads import map_rows
-from cascade.sampling.tensor_ops import to_list, upload, widen
+from cascade.sampling.tensor_ops import map_rows, to_list, upload, widen
 from cascade.sampling.truncation import inverse_temperature, top_k, truncate, weights_of
 from cascade.types import SamplingParams
 

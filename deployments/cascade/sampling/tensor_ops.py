@@ -9,15 +9,17 @@ Shapes: `N` rows, `V` vocabulary.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+ResultT = TypeVar("ResultT")
 
 CHUNK_SIZE = 2**17  # elements: with copies of them they stay in a core's cache
 _BLOCK = 128  # elements that are summed before the sum in float64
@@ -33,6 +35,13 @@ def row_chunks(shape: Sequence[int], device: torch.device) -> list[slice]:
     count, vocab = shape
     step = max(1, count if device.type != "cpu" else CHUNK_SIZE // max(vocab, 1))
     return [slice(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
+
+
+def map_rows(
+    function: Callable[[slice], ResultT], shape: Sequence[int], device: torch.device
+) -> list[ResultT]:
+    """Return what a function returns for slices of rows `[N, V]`, all rows in order."""
+    return [function(rows) for rows in row_chunks(shape, device)]
 
 
 def row_sums(values: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from cascade.sampling.row_threads import map_rows
-from cascade.sampling.tensor_ops import row_sums, upload, widen
+from cascade.sampling.tensor_ops import map_rows, row_sums, upload, widen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +43,8 @@ _STEP = 16  # a lower bound that is too high is divided by this
 _FLAT = 32  # more than one in so many tokens may be above the bound: sample the rest instead
 _SAMPLE = 8192  # tokens of a sample, about
 _ERRORS = 4  # standard errors of what a sample says
-_MANY = 128  # tokens of a sample between two bounds: look closer
+_NEAR = 1024  # of these, within which the boundary is nearly always
+_MANY = 64  # of these that are not all sorted
 _COLUMNS = 512  # the largest logits of these bound the k-th largest of a row from below
 
 
@@ -168,8 +168,7 @@ def _nucleus(
 def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]:
     """Return tokens among which the likeliest reach a mass, and what those above them weigh.
 
-    Bounds are lowered until they do. A flat row has too many tokens to sort above the next bound:
-    there a sample says between which weights the boundary is likely to be.
+    Bounds are lowered until they do, or until too many tokens to sort are above the next bound.
 
     Args:
         weights_V: Of every token.
@@ -186,61 +185,61 @@ def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]
         if above + found >= mass:
             return ids_K, above
         above, high, low = above + found, low, low / _STEP
-    sample = _Sample.of(values_V)
-    while True:
-        low, upper, count = sample.bounds(mass - above, total - above, high)
-        if count < _MANY or upper == high:
-            break
-        beyond = float(row_sums(torch.threshold(weights_V, upper, 0.0)))
-        if beyond >= mass:
-            break
-        above, high = beyond, upper
-    ids_K = np.flatnonzero((values_V > low) & (values_V <= high))
-    if low >= 0 and above + _sum(values_V[ids_K]) < mass:
-        ids_K = np.flatnonzero(values_V <= high)
+    return _boundary_by_sample(weights_V, mass, total, above=above, high=high)
+
+
+def _boundary_by_sample(
+    weights_V: Tensor, mass: float, total: float, *, above: float, high: float
+) -> tuple[Ids, float]:
+    """Return what `_boundary` does, of a flat row.
+
+    A sample says about where the boundary is. What is heavier is summed, and the sample says how
+    far from there the boundary is at most.
+
+    Args:
+        weights_V: Of every token.
+        mass: The weight to reach.
+        total: The weight of all.
+        above: The weight of those heavier than `high`, less than the mass.
+        high: The largest weight at which the boundary may be.
+    """
+    values_V = weights_V.numpy()
+    step = max(1, len(values_V) // _SAMPLE)
+    rising_S = np.sort(values_V[::step])
+    rising_S = rising_S[: np.searchsorted(rising_S, high, side="right")]
+    sums_S = rising_S.cumsum(dtype=np.float64)
+    if not len(sums_S) or not sums_S[-1]:
+        return np.flatnonzero(values_V <= high), above
+    share = (total - mass) / (total - above)
+    index = np.searchsorted(sums_S, share * sums_S[-1])
+    middle, beyond = high, above
+    if len(sums_S) - index > _MANY:
+        middle = float(rising_S[index])
+        beyond = float(row_sums(torch.threshold(weights_V, middle, 0.0)))
+    if beyond < mass:
+        lighter_S = rising_S[: np.searchsorted(rising_S, middle, side="right")][::-1]
+        low = _likely_reached(lighter_S, (mass - beyond) / step, otherwise=-1.0)
+        ids_K = np.flatnonzero((values_V > low) & (values_V <= middle))
+        if low >= 0 and beyond + _sum(values_V[ids_K]) < mass:
+            ids_K = np.flatnonzero(values_V <= middle)
+        return ids_K, beyond
+    heavier_S = rising_S[np.searchsorted(rising_S, middle, side="right") :]
+    upper = _likely_reached(heavier_S, (beyond - mass) / step, otherwise=high)
+    ids_K = np.flatnonzero((values_V > middle) & (values_V <= upper))
+    left = beyond - _sum(values_V[ids_K])
+    if left < mass:
+        return ids_K, left
+    ids_K = np.flatnonzero((values_V > middle) & (values_V <= high))
     return ids_K, above
 
 
-class _Sample(NamedTuple):
-    """Some of a row's weights, and what is known by them of the others."""
-
-    rising_S: Values
-    sums_S: Values  # of each and all that are less, float64
-    squares_S: Values  # sums of squares
-
-    @staticmethod
-    def of(values_V: Values) -> _Sample:
-        """Return a sample of weights."""
-        rising_S = np.sort(values_V[:: max(1, len(values_V) // _SAMPLE)])
-        sums_S = rising_S.cumsum(dtype=np.float64)
-        return _Sample(rising_S, sums_S, np.square(rising_S).cumsum(dtype=np.float64))
-
-    def bounds(self, mass: float, total: float, high: float) -> tuple[float, float, int]:
-        """Return weights, the first less than the second, between which a mass is likely reached.
-
-        And how many tokens of the sample are between the first and the largest.
-
-        Args:
-            mass: The weight to reach, of the tokens whose weights are at most `high`.
-            total: The weight of all these.
-            high: The largest weight.
-        """
-        rising_S, sums_S, squares_S = self
-        end = int(np.searchsorted(rising_S, high, side="right"))
-        if not end or not sums_S[end - 1]:
-            return -1.0, high, end
-        # What is lighter than a weight is a share of the sum; this is its standard error.
-        share = 1 - mass / total
-        index = int(np.searchsorted(sums_S[:end], share * sums_S[end - 1]))
-        lighter, all_ = float(squares_S[index]), float(squares_S[end - 1])
-        error = _ERRORS * math.sqrt((1 - share) ** 2 * lighter + share**2 * (all_ - lighter))
-        error /= float(sums_S[end - 1])
-        first, last = np.searchsorted(
-            sums_S[:end], [(share - error) * sums_S[end - 1], (share + error) * sums_S[end - 1]]
-        )
-        low = float(rising_S[first]) if share > error else -1.0
-        upper = float(rising_S[last]) if last < end else high
-        return low, max(upper, math.nextafter(low, high)), int(end - first)
+def _likely_reached(weights_S: Values, mass: float, *, otherwise: float) -> float:
+    """Return the weight of a sample, in its order, at which a mass is all but surely reached."""
+    weights_S = weights_S[:_NEAR]
+    sums_S = weights_S.cumsum(dtype=np.float64)
+    sums_S -= _ERRORS * np.sqrt(np.square(weights_S).cumsum(dtype=np.float64))
+    index = int(np.argmax(sums_S >= mass)) if len(sums_S) else 0
+    return float(weights_S[index]) if len(sums_S) and sums_S[index] >= mass else otherwise
 
 
 def _sum(values: Values) -> float:

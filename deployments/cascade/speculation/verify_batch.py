@@ -22,9 +22,8 @@ from torch import Tensor
 from cascade.rules import Lossless, PositionRule, TokenRule
 from cascade.sampling.penalties import Context
 from cascade.sampling.probs import Probs, SoftmaxProbs, process, unscaled_probs
-from cascade.sampling.row_threads import map_rows
 from cascade.sampling.sparse_probs import support_size
-from cascade.sampling.tensor_ops import row_chunks
+from cascade.sampling.tensor_ops import map_rows, row_chunks
 from cascade.sampling.token_mask import Bits, allowed_bits, allows, apply_masks, only_tokens
 from cascade.speculation.judged_positions import (
     AtTokens,
