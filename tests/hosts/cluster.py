@@ -34,6 +34,31 @@ STORE_BYTES = 80 * 2**20
 HTTPS = 8443
 TIER_PORTS = "7100-7109"
 API_KEY = "sk-of-the-tests"
+DASHBOARD = "http://127.0.0.1:8265"  # on the head
+# Takes a lease as a router does, prints it, and holds it until its input ends.
+TAKE_LEASE = """
+import asyncio, sys
+import ray
+from ray import serve
+from cascade.protocol.services import {kind}
+from cascade.router.leases import ServeLeases
+
+async def main():
+    handle = serve.get_deployment_handle("{name}", "cascade")
+    lease = await ServeLeases(handle, kind={kind}, timeout_s=60).take()
+    print("lease", lease.address, lease.token, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    lease.close()
+
+ray.init(address="{address}:6379", log_to_driver=False)
+asyncio.run(main())
+"""
+ASK = """
+import os, sys, urllib.request
+headers = {"authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]}
+request = urllib.request.Request(sys.argv[1], headers=headers)
+print(urllib.request.urlopen(request, timeout=60).read().decode())
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +79,10 @@ class HostCluster:
         return f"https://{self.head.address}:{HTTPS}"
 
     @property
-    def private_key(self) -> str:
-        """A line of the key that all roles have."""
-        return Path(self.roles.key).read_text().splitlines()[1]
+    def private_keys(self) -> list[str]:
+        """A line of each private key: of all roles, and of each host, whose head has the door's."""
+        files = [self.roles.key, *(one["RAY_TLS_SERVER_KEY"] for one in self.variables.values())]
+        return [Path(file).read_text().splitlines()[2] for file in files]
 
     def trusted(self) -> ssl.SSLContext:
         """Return what a client needs to trust the door."""
@@ -82,6 +108,33 @@ class HostCluster:
             check=False,
             timeout=180,
         )
+
+    def ask_dashboard(self, path: str) -> str:
+        """Return what Ray's dashboard on the head answers to a caller with the token."""
+        asked = self.run(self.head, "python", "-c", ASK, f"{DASHBOARD}{path}")
+        assert asked.returncode == 0, asked.stderr
+        return asked.stdout
+
+    @contextmanager
+    def holding_lease(self, name: str) -> Generator[tuple[str, str]]:
+        """Hold a lease of a tier, taken on the head; yield its address and its token."""
+        script = TAKE_LEASE.format(name=name, kind=name.upper(), address=self.head.address)
+        process = subprocess.Popen(  # noqa: S603 - our own words
+            self.head.command(str(PROGRAMS / "python"), "-c", script),
+            env=self.variables[self.head.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                taken = next((line for line in process.stdout if line.startswith("lease ")), "")
+                _, address, token = taken.split()
+                yield address, token
+            finally:
+                process.stdin.close()
 
     @contextmanager
     def captured(self) -> Generator[bytearray]:
@@ -148,6 +201,7 @@ def host_cluster(folder: Path) -> Generator[HostCluster]:
     keys.write_text(as_yaml(ApiKey(name="tests", sha256=hash_of(API_KEY))))
     with hosts("head", "drafters", "experts") as (head, drafters, experts):
         variables: dict[str, dict[str, str]] = {}
+        supervisors: list[subprocess.Popen[bytes]] = []
         for host in (head, drafters, experts):
             own = write_certificate(folder / host.name, ca, host.address, "127.0.0.1", "localhost")
             variables[host.name] = {
@@ -176,29 +230,49 @@ def host_cluster(folder: Path) -> Generator[HostCluster]:
             token=token,
         )
         try:
-            _start(made, head, "--head", "--port=6379", f"--temp-dir={folder / 'ray'}", of="router")
-            _start(made, drafters, f"--address={head.address}:6379", of="drafter")
-            _start(made, experts, f"--address={head.address}:6379", of="expert")
+            _start_head(made)
+            supervisors.append(_keep_started(made, drafters, of="drafter"))
+            supervisors.append(_keep_started(made, experts, of="expert"))
             path = folder / "hosts.yaml"
             path.write_text(yaml.safe_dump(configuration(roles, door, str(keys))))
-            dashboard = "http://127.0.0.1:8265"
-            deployed = made.run(head, "serve", "deploy", str(path), "-a", dashboard)
+            deployed = made.run(head, "serve", "deploy", str(path), "-a", DASHBOARD)
             assert deployed.returncode == 0, deployed.stderr[-4000:]
             _wait_ready(made)
             yield made
         finally:
             for host in (experts, drafters, head):
                 _stop(host)
+            for supervisor in supervisors:
+                supervisor.wait()
 
 
-def _start(cluster: HostCluster, host: Host, *words: str, of: str) -> None:
-    started = cluster.run(
-        host,
+def _ray_start(host: Host, *words: str, of: str) -> tuple[str, ...]:
+    """Return the command that starts Ray on a host, which has room for a replica of one part."""
+    return (
         *("ray", "start", *words, f"--node-ip-address={host.address}", "--num-cpus=1"),
         *("--disable-usage-stats", f"--object-store-memory={STORE_BYTES}"),
         f'--resources={{"{of}": 1}}',
     )
+
+
+def _start_head(cluster: HostCluster) -> None:
+    words = "--head", "--port=6379", f"--temp-dir={cluster.folder / 'ray'}"
+    started = cluster.run(cluster.head, *_ray_start(cluster.head, *words, of="router"))
     assert started.returncode == 0, started.stdout[-2000:] + started.stderr[-2000:]
+
+
+def _keep_started(cluster: HostCluster, host: Host, *, of: str) -> subprocess.Popen[bytes]:
+    """Start Ray on a host again whenever it ends, as `cluster/systemd/ray-node.service` does."""
+    words = "--block", f"--address={cluster.head.address}:6379"
+    program, *arguments = _ray_start(host, *words, of=of)
+    again = 'while true; do "$@"; sleep 5; done'
+    with (cluster.folder / f"{host.name}.log").open("wb") as log:
+        return subprocess.Popen(  # noqa: S603 - our own words
+            host.command("bash", "-c", again, "bash", str(PROGRAMS / program), *arguments),
+            env=cluster.variables[host.name],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _stop(host: Host) -> None:
@@ -226,5 +300,5 @@ def _wait_ready(cluster: HostCluster) -> None:
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
-    status = cluster.run(cluster.head, "serve", "status", "-a", "http://127.0.0.1:8265")
+    status = cluster.run(cluster.head, "serve", "status", "-a", DASHBOARD)
     raise TimeoutError(f"not ready within {READY_S} s:\n{status.stdout}\n{status.stderr}"[-6000:])

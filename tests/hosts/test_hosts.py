@@ -15,11 +15,18 @@ import psutil
 import pytest
 import trustme
 from tests.chaos.load import Answer, Clients, key, references, request_bodies, streams
-from tests.hosts.cluster import API_KEY, HTTPS, TIER_PORTS, host_cluster
+from tests.hosts.cluster import API_KEY, DASHBOARD, HTTPS, TIER_PORTS, host_cluster
 from tests.hosts.network import APART_MS, unavailable
+from tests.serve.test_operations import DASHBOARD_PATHS
 from tests.support.certificates import write_certificate
 
-from cascade.protocol.services import DRAFTER, EXPERT, TierKind
+from cascade.protocol.services import (
+    DRAFTER,
+    EXPERT,
+    LEASE_KEY,
+    TierKind,
+    decode_description,
+)
 from cascade.protocol.tls import Credentials, TlsFiles, role_name
 from cascade.router.router import RouterOptions
 
@@ -90,6 +97,20 @@ async def test_nothing_can_be_read_between_the_hosts(
     assert len(packets) > 10_000
     for secret in (WORD, API_KEY, cluster.token):
         assert secret.encode() not in packets
+
+
+async def test_a_lease_opens_a_tier_and_cannot_be_read_between_the_hosts(
+    cluster: HostCluster,
+) -> None:
+    """The head takes a lease, as a router does, and a client uses it."""
+    with cluster.captured() as packets, cluster.holding_lease("Expert") as ticket:
+        address, token = ticket
+        async with secure(address, cluster.roles, EXPERT) as channel:
+            call: Any = channel.unary_unary(EXPERT.path(EXPERT.describe_method))
+            said = await call(b"", timeout=30, metadata=((LEASE_KEY, token),))
+    assert decode_description(said, EXPERT).vocab_size > 0
+    assert len(packets) > 10_000
+    assert token.encode() not in packets
 
 
 async def test_the_capture_sees_what_is_not_encrypted(cluster: HostCluster) -> None:
@@ -163,16 +184,16 @@ async def test_no_secret_is_written_down_or_shown(
         if path.is_file() and "logs" in path.parts
     }
     assert len(places) > 20
-    dashboard = "http://127.0.0.1:8265"
-    shown = cluster.run(cluster.head, "serve", "config", "-a", dashboard)
-    assert "api_keys_file" in shown.stdout
-    places["serve config"] = shown.stdout
-    places["serve status"] = cluster.run(cluster.head, "serve", "status", "-a", dashboard).stdout
+    for what in ("config", "status"):
+        places[what] = cluster.run(cluster.head, "serve", what, "-a", DASHBOARD).stdout
+    for path in DASHBOARD_PATHS:
+        places[path] = cluster.ask_dashboard(path)
+    assert "api_keys_file" in places["config"]
+    assert "api_keys_file" in places["/api/serve/applications/"]
     places["processes"] = "\n".join(
         " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])
     )
-    private_key = cluster.private_key
-    for secret in (API_KEY, "sk-of-nobody", cluster.token, private_key):
+    for secret in (API_KEY, "sk-of-nobody", cluster.token, *cluster.private_keys):
         assert [where for where, text in places.items() if secret in text] == []
 
 
