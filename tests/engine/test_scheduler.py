@@ -188,12 +188,12 @@ def test_a_short_prompt_runs_at_once_beside_many_long_ones_of_another() -> None:
     for number in range(8):
         add(scheduler, f"long {number}", Shape(1000, 0), share=LARGE)
     run(scheduler)
-    add(scheduler, "short", Shape(100, 0), share=SMALL)
+    add(scheduler, "short", Shape(50, 0), share=SMALL)
     chunks = run(scheduler)
-    assert tokens_of(chunks, SMALL) == 100
+    assert tokens_of(chunks, SMALL) == 50
     assert tokens_of(chunks, LARGE) == 0
     chunks = run(scheduler)
-    assert tokens_of(chunks, LARGE) == 512 // 4, "the next request of the other waits for this pass"
+    assert tokens_of(chunks, LARGE) == 512 // 8, "the next request of the other waits for this pass"
 
 
 def test_long_prompts_go_on_beside_short_ones_that_never_cease() -> None:
@@ -202,10 +202,28 @@ def test_long_prompts_go_on_beside_short_ones_that_never_cease() -> None:
     run(scheduler)
     passes = 0
     while scheduler.find(SessionId("long")):
-        add(scheduler, f"short {passes}", Shape(100, 0), share=SMALL)
-        assert tokens_of(run(scheduler), SMALL) == 100
+        add(scheduler, f"short {passes}", Shape(50, 0), share=SMALL)
+        assert tokens_of(run(scheduler), SMALL) == 50
         passes += 1
-    assert passes < 32
+        assert passes < 64
+
+
+def test_blocks_yield_to_short_prompts_of_others_but_not_twice_in_a_row() -> None:
+    scheduler = Scheduler(budget=512, yields_blocks=True)
+    ran = list[int]()
+    for number in range(6):
+        if not scheduler.find(SessionId("block")):
+            sequence = CachedSequence(session=SessionId("block"), tokens=[1] * 906, cached=900)
+            request = ForwardRequest(
+                session=sequence.session, base=900, tokens=[1] * 6, num_logits=6, share=LARGE
+            )
+            scheduler.add(request, sequence=sequence)
+        if number:
+            add(scheduler, f"short {number}", Shape(50, 0), share=SMALL)
+        chunks = run(scheduler)
+        assert tokens_of(chunks, SMALL) == (50 if number else 0)
+        ran.append(tokens_of(chunks, LARGE))
+    assert ran == [6, 0, 6, 0, 6, 0]
 
 
 def test_short_prompts_of_many_callers_share_a_pass() -> None:

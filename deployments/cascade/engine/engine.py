@@ -110,7 +110,7 @@ class Engine:
             prefix_reuse=settings.prefix_reuse,
             max_idle=settings.session_limit,
         )
-        self._scheduler = Scheduler(budget=self._budget)
+        self._scheduler = Scheduler(budget=self._budget, yields_blocks=device.type == "cpu")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
         self._meter = BusyMeter(clock=clock)
@@ -160,9 +160,9 @@ class Engine:
     ) -> tuple[list[Tensor], list[list[int]]]:
         """Run passes of one token per session; what they yield is read once, after the last.
 
-        Called by the handler in `finish`, for sessions whose logits it is given. Where something
-        else waits to run, or a cache range ends, the passes do. A model whose RoPE frequencies
-        depend on lengths runs none.
+        Called by the handler in `finish`, for sessions whose logits it is given. Where another
+        block waits to run, or a cache range ends, the passes do; prefills wait for all of them. A
+        model whose RoPE frequencies depend on lengths runs none.
 
         Args:
             sessions: The sessions.
@@ -175,7 +175,7 @@ class Engine:
         """
         sequences = [self._cache.find(session) for session in sessions]
         found = [one for one in sequences if one is not None]
-        if len(self._scheduler) or len(found) < len(sequences):
+        if self._scheduler.has_blocks or len(found) < len(sequences):
             return [], []
         logits, tokens = forward.decode_ahead(
             self.runner,

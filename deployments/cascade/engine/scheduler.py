@@ -4,9 +4,8 @@ Blocks to decode or verify go first; long prefills share the rest of the token b
 stalls the other: callers by their weights, and the sessions of a caller its part. While there is
 more than one caller, the prompts of each take a part of a pass at most, since another's next
 request waits for the pass that runs; and a pass that ends one's prompt takes no piece of another's
-longer ones. A prefill that got nothing for several passes goes before the
-blocks, one per pass. `Preemptor` decides which sequences lose their KV slots to the steps of a
-plan.
+longer ones. A prefill that got nothing for several passes goes before the blocks, one per pass.
+`Preemptor` decides which sequences lose their KV slots to the steps of a plan.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 _MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
 _MAX_SKIPPED = 4  # passes without a token after which a step goes first
 _MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
-_CROWDED = 4  # a caller's prompts take one in so many tokens of a pass while there are others
+_CROWDED = 8  # a caller's prompts take one in so many tokens of a pass while there are others
 _REMEMBERED = 64  # passes for which a caller counts as there
 
 
@@ -82,6 +81,11 @@ class ScheduledStep:
         return self.began_long or self.remaining > _MAX_BLOCK
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether it begins a session, or is a prefill of one."""
+        return self.is_prefill or self.request.base == 0
+
+    @property
     def starved(self) -> bool:
         """Whether it was skipped for too many passes."""
         return self.skipped_passes >= _MAX_SKIPPED
@@ -96,20 +100,34 @@ class StepChunk:
 
 
 class Scheduler:
-    """The waiting steps, at most one per session; a pass has a `budget` of tokens."""
+    """The waiting steps, at most one per session; a pass has a `budget` of tokens.
 
-    def __init__(self, *, budget: int) -> None:
+    Args:
+        budget: Tokens of a pass.
+        yields_blocks: Blocks, too, wait for a pass that ends prompts of other callers, but not
+            twice in a row. That costs nothing where a pass takes as long as its tokens.
+    """
+
+    def __init__(self, *, budget: int, yields_blocks: bool = False) -> None:
         self._budget = budget
+        self._yields_blocks = yields_blocks
         self._steps: dict[SessionId, ScheduledStep] = {}
         self._number = 0
         self._plans = 0
         self._callers: dict[str, int] = {}  # with the number of the last plan that they were in
+        # The last plan that ran any prefill of a caller (True), or any block (False).
+        self._ran: dict[tuple[str, bool], int] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[ScheduledStep]:
         return iter(self._steps.values())
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a step waits that is no prefill."""
+        return any(not step.is_prefill for step in self)
 
     def find(self, session: SessionId | None) -> ScheduledStep | None:
         """Return the waiting step of `session`."""
@@ -147,9 +165,11 @@ class Scheduler:
             reserve: Reserves KV slots for a step; a step for which it returns False waits.
         """
         chunks: list[StepChunk] = []
-        budget, ended = self._budget, set[str]()  # callers of whom this pass ends a prompt
+        budget = self._budget
         steps = self._order()
-        shares = _Shares(steps, most=self._most_of_a_caller(steps))
+        most = self._most_of_a_caller(steps)
+        shares = _Shares(steps, most=most)
+        ending = {step.caller for step in steps if step.is_prompt and step.remaining <= most}
         block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
         for step in steps:
             share = budget
@@ -159,15 +179,14 @@ class Scheduler:
                     share = min(share, budget - block_tokens)
             else:
                 block_tokens -= step.remaining
-            wanted = self._chunk_size(step, budget=budget, share=share)
-            is_piece = step.is_prefill and wanted < step.remaining and not step.starved
-            if not wanted or (is_piece and ended - {step.caller}) or not reserve(step):
+            is_short = step.is_prompt and step.remaining <= most
+            waits = not is_short and self._yields(step, to=ending)
+            if waits or not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
                 continue
             # Reserving may have dropped the step's own cached tokens.
             count = self._chunk_size(step, budget=budget, share=share)
             if count:
-                if step.is_prefill and count == step.remaining:
-                    ended.add(step.caller)
+                self._ran[step.caller, step.is_prefill] = self._plans
                 chunks.append(StepChunk(step=step, count=count))
                 budget = max(0, budget - count)
                 shares.take(step, count)
@@ -194,12 +213,20 @@ class Scheduler:
 
         return sorted(self._steps.values(), key=key)
 
+    def _yields(self, step: ScheduledStep, *, to: set[str]) -> bool:
+        """Whether a step waits for prompts of other callers that end in this pass."""
+        if not to - {step.caller} or not (step.is_prefill or self._yields_blocks):
+            return False
+        since = self._plans - self._ran.get((step.caller, step.is_prefill), 0)
+        return since <= (_MAX_SKIPPED if step.is_prefill else 1)
+
     def _most_of_a_caller(self, steps: list[ScheduledStep]) -> int:
         """Return the most tokens of a pass that the prompts of one caller take."""
         self._plans += 1
         self._callers |= dict.fromkeys((step.caller for step in steps), self._plans)
         since = self._plans - _REMEMBERED
         self._callers = {name: last for name, last in self._callers.items() if last > since}
+        self._ran = {which: last for which, last in self._ran.items() if last > since}
         alone = len(self._callers) == 1
         return self._budget if alone else max(_MIN_SHARE, self._budget // _CROWDED)
 
