@@ -137,7 +137,7 @@ def test_temperature_0_is_a_one_hot_at_the_argmax() -> None:
     assert probs.best_N.tolist() == [1, 2]
     assert probs.dense().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
     assert probs.at(torch.tensor([[0, 1], [2, 2]])).tolist() == [[0, 1], [1, 1]]
-    assert probs.dense(torch.tensor([1])).tolist() == [[0, 0, 1, 0]]
+    assert probs.dense([1]).tolist() == [[0, 0, 1, 0]]
 
 
 def test_top_k_and_top_p_keep_tokens_that_tie_with_the_last_one_kept() -> None:

@@ -66,10 +66,14 @@ class SoftmaxProbs:
         """Return the log-probabilities of every token, [N, V], -inf where impossible."""
         return self._log_probs(widen(self.logits_NV), slice(None))
 
-    def dense(self, rows_E: Tensor | None = None) -> Tensor:
+    def dense(self, rows: Sequence[int] | None = None) -> Tensor:
         """Return the probabilities of every token of chosen rows, by default of all; a copy."""
-        if rows_E is not None:
-            return self.select(rows_E).dense()
+        if rows is not None:
+            one = len(rows) == 1  # a view
+            device = self.logits_NV.device
+            return self.select(
+                slice(rows[0], rows[0] + 1) if one else torch.tensor(rows, device=device)
+            ).dense()
         like = widen(self.logits_NV[:0])
         p_NV = torch.empty(self.logits_NV.shape, dtype=like.dtype, device=like.device)
 
@@ -220,9 +224,11 @@ class OneHotProbs:
         best_E = self.best_N if rows_E is None else self.best_N[rows_E]
         return (ids_EK == best_E[:, None]).to(self.dtype)
 
-    def dense(self, rows_E: Tensor | None = None) -> Tensor:
+    def dense(self, rows: Sequence[int] | None = None) -> Tensor:
         """Return the probabilities of every token of chosen rows, by default of all."""
-        best_E = self.best_N if rows_E is None else self.best_N[rows_E]
+        best_E = self.best_N
+        if rows is not None:
+            best_E = best_E[torch.tensor(rows, device=best_E.device)]
         shape = (len(best_E), self.vocab)
         zeros_EV = torch.zeros(shape, dtype=self.dtype, device=best_E.device)
         return zeros_EV.scatter_(1, best_E[:, None], 1.0)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _MIN_TEMPERATURE = 1e-30
 
 _SMALL_NUCLEUS = 64  # tokens that one comparison is sure to find
+_HEAVY = 1 / 16  # of the largest weight; a bound above is one of a flat row
 _STEP = 16  # a lower bound that is too high is divided by this
 _FLAT = 32  # more than one in so many tokens may be above the bound: sample the rest instead
 _SAMPLE = 8192  # tokens of a sample, about
@@ -178,7 +179,7 @@ def _boundary(weights_V: Tensor, mass: float, total: float) -> tuple[Ids, float]
     values_V, above, high = weights_V.numpy(), 0.0, 1.0
     low = (total - mass) / _SMALL_NUCLEUS
     # At most (total - above) / low tokens are between the bounds.
-    while low < 1 and 0 < (total - above) * _FLAT < low * len(values_V):
+    while low < _HEAVY and 0 < (total - above) * _FLAT < low * len(values_V):
         ids_K = np.flatnonzero(values_V > low)
         ids_K = ids_K[values_V[ids_K] <= high]
         found = _sum(values_V[ids_K])

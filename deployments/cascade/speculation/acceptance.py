@@ -310,21 +310,21 @@ def next_token_weights(batch: VerifyBatch, wanted: Sequence[NextToken]) -> Weigh
 
     A residual that rounding left empty is replaced by pi.
     """
-    rows_E = torch.tensor([e.row for e in wanted], device=batch.logits_NV.device)
     if all(e.judged is None for e in wanted):
-        return Weights(weights_NK=batch.p.dense(rows_E))
-    found = Weights(weights_NK=_dense_weights(batch, rows_E, wanted))
+        return Weights(weights_NK=batch.p.dense([e.row for e in wanted]))
+    found = Weights(weights_NK=_dense_weights(batch, wanted))
     empty_E = found.totals <= 0
     if not to_list(empty_E.any()):
         return found
     whole = [replace(e, factor=1.0, residual=False) for e in wanted]
-    whole_EV = _dense_weights(batch, rows_E, whole)
+    whole_EV = _dense_weights(batch, whole)
     return Weights(weights_NK=torch.where(empty_E[:, None], whole_EV, found.weights_NK))
 
 
-def _dense_weights(batch: VerifyBatch, rows_E: Tensor, wanted: Sequence[NextToken]) -> Tensor:
+def _dense_weights(batch: VerifyBatch, wanted: Sequence[NextToken]) -> Tensor:
     """Return (factor pi - q)+ for residuals, else pi at judged positions, else p."""
-    target, device = batch.target_at([e.judged or 0 for e in wanted]), rows_E.device
+    target = batch.target_at([e.judged or 0 for e in wanted])
+    device = batch.logits_NV.device
     factor_E = target.q_EK.new_tensor([e.factor for e in wanted])
     minus_E = target.q_EK.new_tensor([float(e.residual) for e in wanted])
     on_EK = factor_E[:, None] * target.pi_EK - minus_E[:, None] * target.q_EK
@@ -332,7 +332,7 @@ def _dense_weights(batch: VerifyBatch, rows_E: Tensor, wanted: Sequence[NextToke
     all_judged = all(e.judged is not None for e in wanted)
     if target.ids_EK is None and all_judged:
         return on_EK
-    weights_EV = batch.p.dense(rows_E)
+    weights_EV = batch.p.dense([e.row for e in wanted])
     is_judged_E = torch.tensor([e.judged is not None for e in wanted], device=device)
     if not (isinstance(batch.policy.rule, Lossless) and all(e.factor == 1 for e in wanted)):
         weights_EV.mul_(torch.where(is_judged_E, factor_E * target.tail_E, 1.0)[:, None])

@@ -186,11 +186,12 @@ class JudgedPositions:
 
     def _on_support(self, probs: Probs) -> Tensor:
         """Return the probabilities of the support's tokens, [M, K]."""
-        ids_NK, rows_M = self._support.ids_NK, self._row_index
+        ids_NK = self._support.ids_NK
+        if ids_NK is None:
+            return probs.dense(self.rows)
         if len(self.rows) == 1 and not isinstance(probs, OneHotProbs):
-            row = probs.select(slice(self.rows[0], self.rows[0] + 1))
-            return row.dense() if ids_NK is None else row.at(ids_NK)
-        return probs.dense(rows_M) if ids_NK is None else probs.at(ids_NK, rows_E=rows_M)
+            return probs.select(slice(self.rows[0], self.rows[0] + 1)).at(ids_NK)
+        return probs.at(ids_NK, rows_E=self._row_index)
 
     def _at_token(self, values_MK: Tensor) -> Tensor:
         """Return the value at each drafted token, 0 where the support lacks it, [M]."""
