@@ -213,9 +213,10 @@ def test_blocks_yield_to_short_prompts_of_others_but_not_twice_in_a_row() -> Non
     ran = list[int]()
     for number in range(6):
         if not scheduler.find(SessionId("block")):
-            sequence = CachedSequence(session=SessionId("block"), tokens=[1] * 906, cached=900)
+            session = SessionId("block")
+            sequence = CachedSequence(session=session, tokens=[1] * 906, cached=900)
             request = ForwardRequest(
-                session=sequence.session, base=900, tokens=[1] * 6, num_logits=6, share=LARGE
+                session=session, base=900, tokens=[1] * 6, num_logits=6, share=LARGE
             )
             scheduler.add(request, sequence=sequence)
         if number:
