@@ -38,6 +38,13 @@ def grant(_: ScheduledStep) -> bool:
     return True
 
 
+def add_block(scheduler: Scheduler, name: str, *, share: Share) -> None:
+    session = SessionId(name)
+    sequence = CachedSequence(session=session, tokens=[1] * 906, cached=900)
+    request = ForwardRequest(session=session, base=900, tokens=[1] * 6, num_logits=6, share=share)
+    scheduler.add(request, sequence=sequence)
+
+
 def run(scheduler: Scheduler) -> list[StepChunk]:
     chunks = scheduler.plan(reserve=grant)
     for chunk in chunks:
@@ -209,22 +216,34 @@ def test_long_prompts_go_on_beside_short_ones_that_never_cease() -> None:
 
 
 def test_blocks_yield_to_short_prompts_of_others_but_not_twice_in_a_row() -> None:
-    scheduler = Scheduler(budget=512, yields_blocks=True)
+    scheduler = Scheduler(budget=512, linear=True)
     ran = list[int]()
     for number in range(6):
         if not scheduler.find(SessionId("block")):
-            session = SessionId("block")
-            sequence = CachedSequence(session=session, tokens=[1] * 906, cached=900)
-            request = ForwardRequest(
-                session=session, base=900, tokens=[1] * 6, num_logits=6, share=LARGE
-            )
-            scheduler.add(request, sequence=sequence)
+            add_block(scheduler, "block", share=LARGE)
         if number:
             add(scheduler, f"short {number}", Shape(50, 0), share=SMALL)
         chunks = run(scheduler)
         assert tokens_of(chunks, SMALL) == (50 if number else 0)
         ran.append(tokens_of(chunks, LARGE))
     assert ran == [6, 0, 6, 0, 6, 0]
+
+
+def test_where_passes_are_linear_a_caller_beside_others_runs_few_blocks_or_a_piece() -> None:
+    scheduler = Scheduler(budget=512, linear=True)
+    add(scheduler, "short", Shape(200, 0), share=SMALL)
+    assert tokens_of(run(scheduler), SMALL) == 200, "all of a prompt that leaves room"
+    for number in range(8):
+        add_block(scheduler, f"block {number}", share=LARGE)
+    add(scheduler, "long", Shape(1000, 0), share=LARGE)
+    passes = [run(scheduler) for _ in range(5)]
+    assert [tokens_of(chunks, LARGE) for chunks in passes] == [24, 24 + 32, 32, 32, 32]
+    for number in range(8):
+        add_block(scheduler, f"block {number}", share=LARGE)
+    for _ in range(80):
+        run(scheduler)
+    add(scheduler, "longer", Shape(2000, 0), share=LARGE)
+    assert tokens_of(run(scheduler), LARGE) == 512, "the other has gone"
 
 
 def test_short_prompts_of_many_callers_share_a_pass() -> None:

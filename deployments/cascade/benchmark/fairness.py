@@ -33,6 +33,7 @@ LONG_PROMPTS = 8  # of the large caller, at the same time
 LONG_TOKENS = 900  # of each; the pair that ships has a context of 1,024
 _WARM_UP = 5
 _BEFORE_S = 2.0  # from the first long prompt to the first short one
+_AFTER_S = 1.0  # in which what was cancelled leaves the tiers
 _TOKENS = range(100, 3000)  # that the pair that ships has, and that end nothing
 _OPTIONS: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "stream": True}
 
@@ -104,6 +105,7 @@ async def _beside(service: ServingContext, draw: Random) -> AsyncGenerator[None]
     finally:
         task.cancel()
         await asyncio.wait([task])
+        await asyncio.sleep(_AFTER_S)
 
 
 async def _ask(call: CompletionCall, service: ServingContext, *, caller: Caller = SMALL) -> float:

@@ -110,7 +110,7 @@ class Engine:
             prefix_reuse=settings.prefix_reuse,
             max_idle=settings.session_limit,
         )
-        self._scheduler = Scheduler(budget=self._budget, yields_blocks=device.type == "cpu")
+        self._scheduler = Scheduler(budget=self._budget, linear=device.type == "cpu")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._clock = clock
         self._meter = BusyMeter(clock=clock)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -27,6 +27,10 @@ _MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
 _MAX_SKIPPED = 4  # passes without a token after which a step goes first
 _MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
 _CROWDED = 8  # a caller's prompts take one in so many tokens of a pass while there are others
+_CROWDED_STEPS = (
+    4  # and so many of its blocks run in one, where passes take as long as their tokens
+)
+_ALTERNATE = 2  # passes in which prompts wait for blocks of their caller there
 _REMEMBERED = 64  # passes for which a caller counts as there
 
 
@@ -104,13 +108,15 @@ class Scheduler:
 
     Args:
         budget: Tokens of a pass.
-        yields_blocks: Blocks, too, wait for a pass that ends prompts of other callers, but not
-            twice in a row. That costs nothing where a pass takes as long as its tokens.
+        linear: A pass takes as long as its tokens, so short ones cost little. While there are
+            several callers, a pass then takes few blocks of each or a smaller piece of its prompts,
+            seldom both, and blocks, too, wait for a pass that ends prompts of others, but not twice
+            in a row.
     """
 
-    def __init__(self, *, budget: int, yields_blocks: bool = False) -> None:
+    def __init__(self, *, budget: int, linear: bool = False) -> None:
         self._budget = budget
-        self._yields_blocks = yields_blocks
+        self._linear = linear
         self._steps: dict[SessionId, ScheduledStep] = {}
         self._number = 0
         self._plans = 0
@@ -167,9 +173,10 @@ class Scheduler:
         chunks: list[StepChunk] = []
         budget = self._budget
         steps = self._order()
-        most = self._most_of_a_caller(steps)
+        most = self._most_of_callers(steps)
         shares = _Shares(steps, most=most)
-        ending = {step.caller for step in steps if step.is_prompt and step.remaining <= most}
+        blocks = Counter[str]()  # in this pass, by caller
+        ending = {step.caller for step in steps if _ends_prompt(step, most=most)}
         block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
         for step in steps:
             share = budget
@@ -179,18 +186,19 @@ class Scheduler:
                     share = min(share, budget - block_tokens)
             else:
                 block_tokens -= step.remaining
-            is_short = step.is_prompt and step.remaining <= most
-            waits = not is_short and self._yields(step, to=ending)
+            ends = _ends_prompt(step, most=most)
+            waits = not ends and self._yields(step, to=ending, blocks=blocks[step.caller])
             if waits or not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
                 continue
             # Reserving may have dropped the step's own cached tokens.
             count = self._chunk_size(step, budget=budget, share=share)
             if count:
                 self._ran[step.caller, step.is_prefill] = self._plans
+                blocks[step.caller] += not step.is_prefill
                 chunks.append(StepChunk(step=step, count=count))
                 budget = max(0, budget - count)
                 shares.take(step, count)
-        self._count_skipped(chunks)
+        self._count_skipped(chunks, least=min([_MIN_SHARE, *most.values()]))
         return chunks
 
     def _order(self) -> list[ScheduledStep]:
@@ -213,22 +221,37 @@ class Scheduler:
 
         return sorted(self._steps.values(), key=key)
 
-    def _yields(self, step: ScheduledStep, *, to: set[str]) -> bool:
-        """Whether a step waits for prompts of other callers that end in this pass."""
-        if not to - {step.caller} or not (step.is_prefill or self._yields_blocks):
-            return False
-        since = self._plans - self._ran.get((step.caller, step.is_prefill), 0)
-        return since <= (_MAX_SKIPPED if step.is_prefill else 1)
+    def _yields(self, step: ScheduledStep, *, to: set[str], blocks: int) -> bool:
+        """Whether a step waits for other callers, who are there or whose prompts end in this pass.
 
-    def _most_of_a_caller(self, steps: list[ScheduledStep]) -> int:
-        """Return the most tokens of a pass that the prompts of one caller take."""
+        Args:
+            step: No prompt that ends in this pass.
+            to: Callers whose prompts do.
+            blocks: Of the step's caller, in this pass.
+        """
+        since = self._plans - self._ran.get((step.caller, step.is_prefill), 0)
+        if to - {step.caller} and (step.is_prefill or self._linear):
+            return since <= (_MAX_SKIPPED if step.is_prefill else 1)
+        if not self._linear or len(self._callers) == 1:
+            return False
+        return since <= _ALTERNATE and blocks > 0 if step.is_prefill else blocks >= _CROWDED_STEPS
+
+    def _most_of_callers(self, steps: list[ScheduledStep]) -> dict[str, int]:
+        """Return the most tokens of a pass that the prompts of each caller take."""
         self._plans += 1
-        self._callers |= dict.fromkeys((step.caller for step in steps), self._plans)
+        waiting = Counter[str]()
+        for step in steps:
+            waiting[step.caller] += step.remaining if step.is_prompt else 0
+        self._callers |= dict.fromkeys(waiting, self._plans)
         since = self._plans - _REMEMBERED
         self._callers = {name: last for name, last in self._callers.items() if last > since}
         self._ran = {which: last for which, last in self._ran.items() if last > since}
-        alone = len(self._callers) == 1
-        return self._budget if alone else max(_MIN_SHARE, self._budget // _CROWDED)
+        piece = max(_MIN_SHARE, self._budget // _CROWDED) // (1 + self._linear)
+        is_whole = len(self._callers) == 1
+        return {
+            name: self._budget if is_whole or wanted <= self._budget // 2 else piece
+            for name, wanted in waiting.items()
+        }
 
     def _chunk_size(self, step: ScheduledStep, *, budget: int, share: int) -> int:
         """Return how many tokens of `step` run; logits that fit one pass are not split."""
@@ -241,9 +264,8 @@ class Scheduler:
             return min(step.remaining, most)
         return step.remaining if step.remaining <= budget else 0
 
-    def _count_skipped(self, chunks: list[StepChunk]) -> None:
+    def _count_skipped(self, chunks: list[StepChunk], *, least: int) -> None:
         # A few leftover tokens count as nothing: under load a prefill would get no more than those.
-        least = min(_MIN_SHARE, self._budget)
         served = {
             chunk.step.number for chunk in chunks if chunk.count >= min(least, chunk.step.remaining)
         }
@@ -254,7 +276,7 @@ class Scheduler:
 class _Shares:
     """The tokens of one pass that the prefills of each caller may take."""
 
-    def __init__(self, steps: list[ScheduledStep], *, most: int) -> None:
+    def __init__(self, steps: list[ScheduledStep], *, most: Mapping[str, int]) -> None:
         self._most = most
         self._waiting = Counter(step.caller for step in steps if step.is_prefill)
         self._weights = {step.caller: step.request.share.weight for step in steps}
@@ -266,7 +288,7 @@ class _Shares:
         if caller not in self._left:
             whole = sum(self._weights[one] for one in self._waiting if one not in self._left)
             part = budget * self._weights[caller] // whole
-            self._left[caller] = min(self._most, max(_MIN_SHARE, part))
+            self._left[caller] = min(self._most[caller], max(_MIN_SHARE, part))
         left, waiting = self._left[caller], self._waiting[caller]
         self._waiting[caller] -= 1
         return min(left, max(_MIN_SHARE, left // waiting))
@@ -275,6 +297,11 @@ class _Shares:
         """Count what a step runs; blocks count for nobody."""
         if step.caller in self._left and step.is_prefill:
             self._left[step.caller] = max(0, self._left[step.caller] - count)
+
+
+def _ends_prompt(step: ScheduledStep, *, most: Mapping[str, int]) -> bool:
+    """Whether a prompt ends in the next pass, if there is room."""
+    return step.is_prompt and step.remaining <= max(most[step.caller], _MAX_BLOCK)
 
 
 def _priority(step: ScheduledStep, *, first: ScheduledStep | None) -> int:
