@@ -13,12 +13,14 @@ import pytest
 from cascade.api.grpc import GenerationServicer
 from cascade.api.http import create_app
 from cascade.api.keys import Keys
+from cascade.engine.scheduler import Scheduler
 from cascade.expert.expert import Expert
 from cascade.local import local_server
 from cascade.protocol import services
 from cascade.protocol.client import ReplicaClients
 from cascade.router.leases import FixedLease, FixedLeases
 from cascade.router.tier_session import TierClient
+from cascade.types import Caller, DecodingParams, Mode, Request, SamplingParams
 from cascade.v1 import cascade_pb2 as pb
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from tests.conftest import Pair
 
     from cascade.api.context import ServingContext
+    from cascade.engine.request import ForwardRequest
+    from cascade.local import LocalServer
     from cascade.router.router import Router
 
 ANSWERS = 12
@@ -188,3 +192,26 @@ async def test_readiness_follows_the_experts_and_not_the_drafters(
         await until(server.router, ready=True)
         watch.cancel()
         await reborn.stop()
+
+
+@pytest.mark.parametrize("mode", [Mode.SPECULATIVE, Mode.EXPERT_ONLY, Mode.DRAFTER_ONLY])
+async def test_every_forward_request_of_an_answer_says_whose_it_is(
+    shipped_server: LocalServer, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    """Blocks that are drafted or decoded ahead, too: or one caller would count as two."""
+    seen: list[ForwardRequest] = []
+    add = Scheduler.add
+
+    def added(scheduler: Scheduler, request: ForwardRequest, **more: Any) -> Any:
+        seen.append(request)
+        return add(scheduler, request, **more)
+
+    monkeypatch.setattr(Scheduler, "add", added)
+    service = shipped_server.service
+    prompt = tuple(service.tokenizer.encode("Question: Who is Buzz Aldrin?"))
+    caller = Caller(name="somebody", has_key=True)
+    policy = DecodingParams(sampling=SamplingParams(temperature=0))
+    request = Request(prompt=prompt, policy=policy, mode=mode, max_tokens=24, caller=caller)
+    assert [chunk async for chunk in service.generator.generate(request)]
+    assert len(seen) > 2
+    assert {one.share.caller for one in seen} == {"somebody"}

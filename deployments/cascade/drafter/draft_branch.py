@@ -380,8 +380,14 @@ class DraftBranch:
     def _feed(self) -> ForwardRequest:
         """Return the request that feeds the engine what it lacks."""
         base, tokens = self._fed, self._take_unfed()
-        engine_id = self.engine_id or self.session.engine_id
-        return ForwardRequest(session=engine_id, base=base, tokens=tokens, num_logits=1, task=self)
+        return ForwardRequest(
+            session=self.engine_id or self.session.engine_id,
+            base=base,
+            tokens=tokens,
+            num_logits=1,
+            task=self,
+            share=self.session.share,
+        )
 
     def _take_unfed(self) -> tuple[int, ...]:
         """Return what the engine lacks, in the tokens of its model."""

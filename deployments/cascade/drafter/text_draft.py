@@ -97,6 +97,7 @@ class TextDraft:
             tokens=(token,),
             num_logits=1,
             task=self,
+            share=self.session.share,
         )
 
     def proposal(self) -> Proposal:

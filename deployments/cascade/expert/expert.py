@@ -78,6 +78,7 @@ class _Verification:
             tokens=tuple(self.tokens[kept:]),
             num_logits=1,
             task=self,
+            share=session.share,
         )
 
 
