@@ -51,6 +51,8 @@ def written(folder: Path, kind: str, *, noise: float) -> Any:
     """Write a random model; the same one but for some noise in its weights."""
     torch.manual_seed(0)
     config = tiny_config(kind, vocab_size=VOCABULARY[kind], hidden_size=32)
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = VOCABULARY[kind]
     model: Any = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
