@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SMALL, LARGE = Caller(name="small", has_key=True), Caller(name="large", has_key=True)
 LONG_PROMPTS = 8  # of the large caller, at the same time
 LONG_TOKENS = 900  # of each; the pair that ships has a context of 1,024
-_WARM_UP = 5
+_WARM_UP = 20
 _BEFORE_S = 2.0  # from the first long prompt to the first short one
 _AFTER_S = 1.0  # in which what was cancelled leaves the tiers
 _TOKENS = range(100, 3000)  # that the pair that ships has, and that end nothing
@@ -79,8 +79,9 @@ async def measure(
     async with systems.separate_processes(settings, (0.0,)) as [system]:
         assert isinstance(system.client, InProcessClient), "it starts a router here"
         service = system.client.service
-        for _ in range(_WARM_UP):
-            await _ask(_short(service, draw), service)
+        async with _beside(service, draw):
+            for _ in range(_WARM_UP):
+                await _ask(_short(service, draw), service)
         for _ in range(rounds):
             alone_s = [await _ask(_short(service, draw), service) for _ in range(requests)]
             async with _beside(service, draw):

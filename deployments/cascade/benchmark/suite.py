@@ -67,7 +67,7 @@ _ORDER: Json = {
     "required": list(_ORDER_VALUES),
     "additionalProperties": False,
 }
-_SHORT_REQUESTS = 40  # of the small caller, in each half of a round
+_SHORT_REQUESTS = 100  # of the small caller, in each half of a round
 _PASSES = 4  # of the expert alone over blocks of each length, after each round
 _TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
 # Rule, sampling and rows, and the most bytes of a drafted token at each temperature; two bytes for
