@@ -27,10 +27,9 @@ _MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
 _MAX_SKIPPED = 4  # passes without a token after which a step goes first
 _MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
 _CROWDED = 8  # a caller's prompts take one in so many tokens of a pass while there are others
-_CROWDED_STEPS = (
-    4  # and so many of its blocks run in one, where passes take as long as their tokens
-)
-_ALTERNATE = 2  # passes in which prompts wait for blocks of their caller there
+# Where a pass takes as long as its tokens, and there are several callers:
+_CROWDED_STEPS = 4  # blocks of each in a pass
+_ALTERNATE = 2  # passes in a row in which its blocks keep its prompts out
 _REMEMBERED = 64  # passes for which a caller counts as there
 
 
@@ -222,12 +221,12 @@ class Scheduler:
         return sorted(self._steps.values(), key=key)
 
     def _yields(self, step: ScheduledStep, *, to: set[str], blocks: int) -> bool:
-        """Whether a step waits for other callers, who are there or whose prompts end in this pass.
+        """Whether a step is left out of this pass in favour of other callers.
 
         Args:
-            step: No prompt that ends in this pass.
-            to: Callers whose prompts do.
-            blocks: Of the step's caller, in this pass.
+            step: Any but a prompt that ends in this pass.
+            to: Callers with a prompt that ends in this pass.
+            blocks: How many blocks of the step's caller are in this pass already.
         """
         since = self._plans - self._ran.get((step.caller, step.is_prefill), 0)
         if to - {step.caller} and (step.is_prefill or self._linear):
