@@ -9,7 +9,7 @@ import pytest
 from tests.support.draft_branches import digest, drafted, new_branch, propose
 from tests.support.fake_engine import GREEDY
 
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.protocol.services import DRAFT_LIMIT
 from cascade.rules import Chow, Ensemble, Opt
 from cascade.sampling.rng import Purpose
@@ -294,7 +294,9 @@ def begun(
     grammar = Grammar(kind=GrammarKind.REGEX, text=pattern)
     branch.session.masks = (GrammarCompiler(tokens).mask(grammar, (0,)),)
     branch.session.vocabulary = len(LETTERS)
-    branch.begin(ForwardRequest(session=SessionId("s/0"), base=1, tokens=(2,), num_logits=1))
+    branch.begin(
+        ForwardRequest(share=NOBODYS, session=SessionId("s/0"), base=1, tokens=(2,), num_logits=1)
+    )
     return branch
 
 

@@ -14,7 +14,7 @@ from tests.engine.architectures import VOCABULARY
 from cascade.engine.backends.base import RopeLengths, find_rope_lengths
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest, LogitsOutput
+from cascade.engine.request import NOBODYS, ForwardRequest, LogitsOutput
 from cascade.types import SessionId
 
 if TYPE_CHECKING:
@@ -100,7 +100,13 @@ class GreedyHandler:
                 continue
             base = request.base + len(request.tokens)
             following.append(
-                ForwardRequest(session=request.session, base=base, tokens=tokens[-1:], num_logits=1)
+                ForwardRequest(
+                    share=NOBODYS,
+                    session=request.session,
+                    base=base,
+                    tokens=tokens[-1:],
+                    num_logits=1,
+                )
             )
         return following
 
@@ -158,6 +164,7 @@ class EngineHarness:
     ) -> Received:
         self.tokens[session] = [*kept, *tokens]
         request = ForwardRequest(
+            share=NOBODYS,
             session=SessionId(session),
             base=len(kept),
             tokens=list(tokens),

@@ -13,7 +13,7 @@ from torch import nn
 from cascade import demo
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt, load
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.speculation.verify import VerifyTask, verify
 from cascade.types import Block, DecodingParams, SamplingParams, SessionId
@@ -53,7 +53,11 @@ class Harness:
     ) -> Callable[[], Tensor]:
         """Queue a request; return what runs it and returns its logits `[N, V]`."""
         request = ForwardRequest(
-            session=SessionId(session), base=base, tokens=list(tokens), num_logits=num_logits
+            share=NOBODYS,
+            session=SessionId(session),
+            base=base,
+            tokens=list(tokens),
+            num_logits=num_logits,
         )
         received = self.handler.expect(request, context=[])
         self._engine.submit(request)

@@ -16,7 +16,7 @@ from tests.engine.harness import EngineHarness, GreedyHandler, Received
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest, LogitsHandler, LogitsOutput
+from cascade.engine.request import NOBODYS, ForwardRequest, LogitsHandler, LogitsOutput
 from cascade.engine.settings import EngineSettings
 from cascade.errors import ContextTooLong, Internal, InvalidRequest, Overloaded, Unavailable
 from cascade.types import SessionId
@@ -140,7 +140,7 @@ def test_release_drops_the_waiting_request_without_a_call(harness: EngineHarness
 def test_a_request_that_cannot_run_fails_alone(
     harness: EngineHarness, fields: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    wrong = ForwardRequest(session=SessionId("wrong"), **fields)  # pyright: ignore[reportArgumentType] - fields of the table
+    wrong = ForwardRequest(share=NOBODYS, session=SessionId("wrong"), **fields)  # pyright: ignore[reportArgumentType] - fields of the table
     received = harness.handler.expect(wrong, context=[])
     harness.engine.submit(wrong)
 
@@ -153,13 +153,37 @@ def test_a_request_that_cannot_run_fails_alone(
 
 def test_a_second_request_of_a_session_fails_while_the_first_runs(harness: EngineHarness) -> None:
     first = harness.submit("a", numbers(200), num_logits=1)
-    second = ForwardRequest(session=SessionId("a"), base=0, tokens=[5], num_logits=1)
+    second = ForwardRequest(share=NOBODYS, session=SessionId("a"), base=0, tokens=[5], num_logits=1)
     received = harness.handler.expect(second, context=[])
     harness.engine.submit(second)
 
     harness.run_until_done(first)
 
     assert isinstance(received.error, Internal)
+
+
+@pytest.mark.parametrize("length", [5, 64, 130, 200])
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_a_request_takes_over_what_is_left_of_a_prefill(
+    harness: EngineHarness, length: int, passes: int
+) -> None:
+    """The handler hears nothing of the prefill, unless that has ended before."""
+    prefill = harness.submit("a", numbers(length), num_logits=0)
+    for _ in range(passes):
+        if not prefill.ended:
+            harness.engine.step()
+    ended = prefill.ended
+    block = harness.submit("a", [5, 7], num_logits=2)
+    before = harness.engine.stats()
+
+    harness.run_until_done(block)
+
+    after = harness.engine.stats()
+    assert prefill.ended == ended == (passes * 64 >= length)
+    left = max(0, length - 64 * passes)
+    assert after.tokens - before.tokens == left + 2
+    assert after.passes - before.passes == -(-(left + 2) // 64)
+    assert harness.worst < 1e-4
 
 
 def test_one_session_too_many_is_overloaded(harness: EngineHarness) -> None:
@@ -255,7 +279,11 @@ def engine_of(
 
 def prompt_of(session: str, *, count: int = 1, num_logits: int = 1) -> ForwardRequest:
     return ForwardRequest(
-        session=SessionId(session), base=0, tokens=numbers(count), num_logits=num_logits
+        share=NOBODYS,
+        session=SessionId(session),
+        base=0,
+        tokens=numbers(count),
+        num_logits=num_logits,
     )
 
 
@@ -286,7 +314,9 @@ def test_sessions_from_many_threads_share_passes_and_stay_apart() -> None:
     handler = GreedyHandler(length=20)
     engine = Engine(adopt(model), handler=handler, settings=EngineSettings(cache_tokens=1024))
     requests = [
-        ForwardRequest(session=SessionId(str(index)), base=0, tokens=prompt, num_logits=1)
+        ForwardRequest(
+            share=NOBODYS, session=SessionId(str(index)), base=0, tokens=prompt, num_logits=1
+        )
         for index, prompt in enumerate(prompts)
     ]
     callers = [threading.Thread(target=engine.submit, args=(request,)) for request in requests]

@@ -13,7 +13,7 @@ from cascade.demo import DRAFTER
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import load
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.types import SessionId
 
@@ -34,7 +34,9 @@ def serve_mixed_prompts(rounds: list[int]) -> list[int]:
         sessions = [SessionId(f"{index} {number}") for number in range(16)]
         for session in sessions:
             prompt = chance.choices(range(5, 3000), k=chance.randrange(1, 600))
-            engine.submit(ForwardRequest(session=session, base=0, tokens=prompt, num_logits=1))
+            engine.submit(
+                ForwardRequest(share=NOBODYS, session=session, base=0, tokens=prompt, num_logits=1)
+            )
         for _ in sessions:
             assert handler.ended.acquire(timeout=60)
         for session in sessions:

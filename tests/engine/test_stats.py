@@ -7,7 +7,7 @@ from tests.support.clock import FakeClock
 
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.engine.stats import BusyMeter
 from cascade.types import SessionId
@@ -49,7 +49,9 @@ def test_waits_and_queued_tokens_are_summed() -> None:
     for session, count in (("a", 10), ("b", 60)):
         tokens = [3] * count
         engine.submit(
-            ForwardRequest(session=SessionId(session), base=0, tokens=tokens, num_logits=1)
+            ForwardRequest(
+                share=NOBODYS, session=SessionId(session), base=0, tokens=tokens, num_logits=1
+            )
         )
         clock.now_s += 2
 

@@ -21,7 +21,7 @@ from cascade.engine.backends.sharded import ShardedRunner, pack, unpack
 from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import Segment
 from cascade.engine.engine import Engine
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import StartupError, Unavailable, UnsupportedModel
 from cascade.types import SessionId
@@ -164,12 +164,14 @@ def test_the_end_of_one_process_ends_the_engine_and_fails_what_waits(
     engine = Engine(model, handler=handler, settings=settings)
     engine.start()
     running, later = SessionId("running"), SessionId("later")
-    engine.submit(ForwardRequest(session=running, base=0, tokens=[3, 4, 5], num_logits=1))
+    engine.submit(
+        ForwardRequest(share=NOBODYS, session=running, base=0, tokens=[3, 4, 5], num_logits=1)
+    )
     assert handler.begun.wait(60)
 
     workers[-1].kill()
     assert handler.ended.acquire(timeout=60)
-    engine.submit(ForwardRequest(session=later, base=0, tokens=[3], num_logits=1))
+    engine.submit(ForwardRequest(share=NOBODYS, session=later, base=0, tokens=[3], num_logits=1))
     assert handler.ended.acquire(timeout=60)
 
     assert isinstance(handler.errors[running], Unavailable)
@@ -282,7 +284,9 @@ def test_a_process_that_hangs_delays_neither_the_watchdog_nor_the_end(
     engine = Engine(model, handler=handler, settings=settings, clock=lambda: now_s[0])
     engine.start()
     session = SessionId("running")
-    engine.submit(ForwardRequest(session=session, base=0, tokens=[3, 4, 5], num_logits=1))
+    engine.submit(
+        ForwardRequest(share=NOBODYS, session=session, base=0, tokens=[3, 4, 5], num_logits=1)
+    )
     assert handler.begun.wait(60)
 
     psutil.Process(other.pid).suspend()

@@ -191,7 +191,7 @@ def opened(
     name = SessionId(f"overlap/{next(_names)}")
     stream = replica.open_stream(name, 1, lease=server.token)
     session = Session(id=name, prompt=PROMPT, policy=policy)
-    stream.send(Open(session=session, epoch=1, lease=server.token))
+    stream.send(Open(session=session, epoch=1, lease=server.token, message_follows=True))
     return Client(stream, pair, policy)
 
 
@@ -276,7 +276,7 @@ async def test_nothing_is_drafted_ahead_where_the_request_says_so(
     before = toy_stack.drafter.engine.stats().passes
     await client.ask(Round(count=3, ahead=0, accepted=9, token=None, waits=False))
     await toy_stack.router.score(PROMPT, top=0)
-    assert toy_stack.drafter.engine.stats().passes - before == 3 + 1  # and the prompt
+    assert toy_stack.drafter.engine.stats().passes - before == 3, "the prompt runs with the first"
     client.stream.close()
 
 
@@ -289,7 +289,7 @@ async def test_nothing_is_drafted_ahead_of_a_block_below_the_floor(
     first = await client.ask(round_)
     await toy_stack.router.score(PROMPT, top=0)
     assert first.block.length == 1
-    assert toy_stack.drafter.engine.stats().passes - before == 1 + 1  # and the prompt
+    assert toy_stack.drafter.engine.stats().passes - before == 1, "the prompt runs with it"
     client.stream.close()
 
 
@@ -372,7 +372,7 @@ async def test_no_branch_is_drafted_without_spare_capacity(
     await client.ask(replace(BRANCHED, branches=4))
     await toy_stack.router.score(PROMPT, top=0)
     after = toy_stack.drafter.engine.stats()
-    assert after.passes - before.passes == 3 + 1  # and the prompt
+    assert after.passes - before.passes == 3, "the prompt runs with the first"
     assert after.branches == 0
     client.stream.close()
 

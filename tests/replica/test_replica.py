@@ -39,6 +39,25 @@ async def test_open_of_a_single_token_needs_no_prefill() -> None:
     assert [one.tokens for one in client.replica.engine.waiting] == [(1,)]
 
 
+async def test_a_session_whose_message_follows_is_prefilled_with_it() -> None:
+    client = Client(FakeDrafter(), 3, prompt=(1, 2), message_follows=True)
+    assert client.replica.engine.waiting == []
+    client.send(propose(client, 3))
+    (request,) = client.replica.engine.waiting
+    assert (request.base, request.tokens, request.num_logits) == (0, (1, 2, 3), 1)
+    (reply,) = await client.run(2)
+    assert isinstance(reply, Proposal)
+    assert reply.block.tokens == (4, 5)
+
+
+async def test_a_message_is_served_though_the_prefill_still_waits() -> None:
+    client = Client(FakeDrafter(), 3, prompt=(1, 2))
+    client.send(propose(client, 3))
+    prefill, request = client.replica.engine.waiting
+    assert prefill.num_logits == 0
+    assert (request.base, request.tokens, request.num_logits) == (2, (3,), 1)
+
+
 async def test_a_proposal_follows_the_committed_tokens() -> None:
     client = Client(FakeDrafter(), 3)
     await client.run()
@@ -100,7 +119,8 @@ async def test_a_digest_that_matches_no_tokens_is_refused() -> None:
 
 async def test_a_queued_message_that_fails_refuses_its_session() -> None:
     client = Client(FakeDrafter())
-    client.send(propose(client, count=0))
+    client.send(propose(client))
+    client.send(propose(client, 4, sent=1, count=0))
     (refusal,) = await client.run()
     assert isinstance(refusal, Refusal)
     assert refusal.code == "INVALID_ARGUMENT"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade.engine.request import NOBODYS
 from cascade.protocol.messages import Judge, Propose, extend_digest
 from cascade.replica.session import ReplicaSession
 from cascade.types import DecodingParams, Session, SessionId
@@ -25,6 +26,7 @@ def new_session(tokens: list[int] | None = None) -> ReplicaSession:
         opened=Session(id=SessionId("s"), prompt=PROMPT, policy=DecodingParams()),
         epoch=1,
         lease="t",
+        share=NOBODYS,
         engine_id=SessionId("s/0"),
         tokens=tokens or [],
     )
@@ -90,13 +92,18 @@ def test_a_message_sent_again_is_a_repeat_of_the_one_served_or_queued_last() -> 
     )
 
 
-@given(st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), max_size=8))
+@given(
+    rounds=st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), max_size=8),
+    begun_with=TOKENS,
+    prefill=st.booleans(),
+)
 def test_the_engine_always_ends_with_committed_tokens_and_draft(
-    rounds: list[tuple[list[int], int, list[int]]],
+    rounds: list[tuple[list[int], int, list[int]]], begun_with: list[int], *, prefill: bool
 ) -> None:
     """Whatever is drafted, accepted or corrected, each forward request feeds the right tokens."""
-    session, cache = new_session(), Cache()
-    cache.run(session.prefill())
+    session, cache = new_session(begun_with), Cache()
+    if prefill:
+        cache.run(session.prefill())
     for draft, accepted, correction in rounds:
         request = session.forward_request(draft, num_logits=len(draft) + 1, task=None)
         cache.run(request)

@@ -49,7 +49,17 @@ async def test_the_first_message_opens_the_session_under_a_lease() -> None:
     opened, asked = tier.messages
     assert isinstance(opened, Open)
     assert (opened.epoch, opened.lease, asked.epoch) == (1, "token", 1)
+    assert opened.message_follows
     assert tier_session.address == "replica-0"
+
+
+async def test_a_session_opened_in_advance_has_no_message_that_follows_at_once() -> None:
+    tier = FakeTier(drafting(7, 8))
+    tier_session, _ = on(tier)
+    await tier_session.open(session())
+    (opened,) = tier.messages
+    assert isinstance(opened, Open)
+    assert not opened.message_follows
 
 
 async def test_only_tokens_that_the_replica_lacks_are_sent() -> None:

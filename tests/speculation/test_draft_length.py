@@ -311,6 +311,18 @@ def test_branches_hide_the_time_of_drafting_after_a_rejection() -> None:
     assert costs.round_s(rejected) < plain
 
 
+def test_a_drafters_pass_with_a_prefill_is_no_step() -> None:
+    costs = DraftLengthTuner().costs
+    before = costs.draft_step_s.value
+    judge = Timing(service_s=0.02, step_s=0.02, tokens=2, sessions=1)
+    prefill = Timing(service_s=0.5, step_s=0.5, tokens=30, sessions=1)
+    sample = RoundSample(
+        drafted=1, accepted=0, draft_s=0.5, judge_s=0.02, draft=prefill, judge=judge
+    )
+    costs.learn(sample, all_accepted=None)
+    assert costs.draft_step_s.value == before
+
+
 def test_forced_tokens_of_a_block_are_in_the_plan_up_to_the_budget() -> None:
     block = Block(tokens=(1, 2, 3, 4, 5, 6), forced=(True, False, True, True, False, True))
     lengths = {tokens: DraftPlan(tokens=tokens, reason="").within(block) for tokens in range(4)}

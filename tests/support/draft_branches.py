@@ -8,6 +8,7 @@ from tests.support.fake_engine import GREEDY
 
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
 from cascade.drafter.draft_tree import DraftSession
+from cascade.engine.request import NOBODYS
 from cascade.protocol.messages import Propose, extend_digest
 from cascade.speculation.confidence import Calibration, TokenConfidence
 from cascade.speculation.draft import DraftToken
@@ -48,6 +49,7 @@ def new_session(*tokens: int, policy: DecodingParams = GREEDY) -> DraftSession:
         opened=Session(id=SessionId("s"), prompt=PROMPT, policy=policy),
         epoch=1,
         lease="",
+        share=NOBODYS,
         engine_id=SessionId("s/0"),
         tokens=list(tokens),
     )

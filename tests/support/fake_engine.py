@@ -179,14 +179,15 @@ class Client:
         name: str = "s",
         prompt: tuple[int, ...] = (1, 2),
         policy: DecodingParams = GREEDY,
-        lease: str = TOKEN,
+        **opening: Any,
     ) -> None:
         self.replica = replica
         self.received: list[ServerMessage] = []
         self.connection = Connection(replica.kind)
         self.connection.on_send = self.received.append
         self.session = Session(id=SessionId(name), prompt=prompt, policy=policy, tokens=tokens)
-        replica.receive(self.connection, Open(session=self.session, epoch=1, lease=lease))
+        opening = {"lease": TOKEN, **opening}
+        replica.receive(self.connection, Open(session=self.session, epoch=1, **opening))
 
     def digest(self, *tokens: int) -> int:
         """Return the digest of the prompt and tokens after it."""

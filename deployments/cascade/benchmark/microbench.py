@@ -24,7 +24,7 @@ import torch
 from cascade.engine import threads
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import load
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.protocol.client import ReplicaClients
 from cascade.protocol.convert import encode_block
@@ -349,7 +349,9 @@ class StepBenchmark:
         for number, step in enumerate(steps):
             context = [(3 * position + number) % _TOKENS for position in range(context_tokens)]
             self._engine.submit(
-                ForwardRequest(session=step.session, base=0, tokens=context, num_logits=0)
+                ForwardRequest(
+                    share=NOBODYS, session=step.session, base=0, tokens=context, num_logits=0
+                )
             )
         self._engine.step()
         while self._engine.stats().waiting:
@@ -407,6 +409,7 @@ class StepBenchmark:
         drafted = task.block.tokens if isinstance(task, VerifyTask) else ()
         num_logits = rows_needed(self._policy, drafted) if drafted else 1
         return ForwardRequest(
+            share=NOBODYS,
             session=SessionId(str(number)),
             base=context_tokens - 1,
             tokens=(number % _TOKENS, *drafted[: num_logits - 1]),

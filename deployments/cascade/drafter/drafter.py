@@ -187,7 +187,7 @@ class Drafter(Replica[Propose]):
             return self._finish_texts(outputs, logits_NV)
         tasks: list[DraftBranch | DraftSession] = [output.request.task for output in outputs]
         branches = [task for task in tasks if isinstance(task, DraftBranch)]
-        results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
+        results = _prefilled(tasks)
         tokens = self._draft(branches, logits_NV, spare=spare)
         self._record_step_time()
         limit = self._branch_limit(len({id(branch.session) for branch in branches}))
@@ -215,7 +215,7 @@ class Drafter(Replica[Propose]):
         """Draft one token of every text."""
         tasks: list[TextDraft | DraftSession] = [output.request.task for output in outputs]
         texts = [task for task in tasks if isinstance(task, TextDraft)]
-        results = [Result(session=task) for task in tasks if isinstance(task, DraftSession)]
+        results = _prefilled(tasks)
         drawn = to_list(draw(logits_NV, [text.task() for text in texts])) if texts else []
         requests: list[ForwardRequest] = []
         for text, token in zip(texts, drawn, strict=True):
@@ -422,6 +422,10 @@ class Drafter(Replica[Propose]):
             cached_prompt_tokens=self.engine.cached_tokens(session.engine_id),
         )
         return Result(session=session, message=message, done=False)
+
+
+def _prefilled(tasks: Sequence[object]) -> list[Result]:
+    return [Result(session=task, done=False) for task in tasks if isinstance(task, DraftSession)]
 
 
 def _draft_session(branch: DraftBranch) -> DraftSession:

@@ -321,6 +321,11 @@ class Engine:
 
     def _accept(self, request: ForwardRequest) -> None:
         """Add a request's tokens to its sequence and queue it, or fail it."""
+        prefill = self._scheduler.find(request.session)
+        if prefill is not None and not prefill.request.num_logits:
+            self._scheduler.remove(request.session)
+        else:
+            prefill = None
         try:
             sequence = self._admit(request)
         except CascadeError as error:
@@ -329,7 +334,7 @@ class Engine:
         # Logits are not kept: their tokens run again even if they are cached.
         sequence.cached = min(sequence.cached, len(sequence.tokens) - request.num_logits)
         sequence.reused = min(sequence.reused, sequence.cached)
-        step = self._scheduler.add(request, sequence=sequence)
+        step = self._scheduler.add(request, sequence=sequence, prefill=prefill)
         self._begin_run(step)
         if step.finished:
             self._deliver([(step, 0)], self._empty_0V)

@@ -30,6 +30,9 @@ class ForwardRequest:
     The engine remembers the tokens of every session and recomputes what was evicted. A request with
     more uncached tokens than the step budget runs in chunks.
 
+    A session has one request at a time, but one that wants no logits only fills the cache: the next
+    one takes over what is left of it, and the handler hears of that one alone.
+
     A session whose first request names a `parent` is a branch of that session. It starts with a
     copy of the parent's first `base` tokens and their keys and values. A branch takes cache space
     from no session and may lose its own to any; its request fails when there is no space. Branches
@@ -44,7 +47,7 @@ class ForwardRequest:
     tokens: Sequence[int]
     num_logits: int  # return the logits of the last so many tokens; 0 only fills the cache
     task: Any = None  # for the logits handler
-    share: Share = NOBODYS
+    share: Share
     parent: SessionId | None = None  # read in the first request of a branch
     source: Sequence[int] = ()  # read in the first request of a session
     submitted_s: float | None = None  # set by the engine, until the first pass of the request

@@ -27,9 +27,6 @@ _MAX_BLOCK = 64  # tokens up to which a request is a block rather than a prefill
 _MAX_SKIPPED = 4  # passes without a token after which a step goes first
 _MIN_SHARE = 64  # tokens of a prefill below which a pass is not worth its overhead
 _CROWDED = 8  # a caller's prompts take one in so many tokens of a pass while there are others
-# Where a pass takes as long as its tokens, and there are several callers:
-_CROWDED_STEPS = 4  # blocks of each in a pass
-_ALTERNATE = 2  # passes in a row in which its blocks keep its prompts out
 _REMEMBERED = 64  # passes for which a caller counts as there
 
 
@@ -41,6 +38,7 @@ class ScheduledStep:
     sequence: CachedSequence
     number: int  # order of arrival
     run_end: int  # where the RoPE length of the next logits ends, `end` for most models
+    is_first: bool  # of its session
     began_long: bool = False  # arrived with more tokens than a block
     computed: int = 0  # logits that have been computed
     held: list[Tensor] = field(default_factory=list["Tensor"])  # until the block's others follow
@@ -86,7 +84,7 @@ class ScheduledStep:
     @property
     def is_prompt(self) -> bool:
         """Whether it begins a session, or is a prefill of one."""
-        return self.is_prefill or self.request.base == 0
+        return self.is_prefill or self.is_first
 
     @property
     def starved(self) -> bool:
@@ -108,9 +106,8 @@ class Scheduler:
     Args:
         budget: Tokens of a pass.
         linear: A pass takes as long as its tokens, so short ones cost little. While there are
-            several callers, a pass then takes few blocks of each or a smaller piece of its prompts,
-            seldom both, and blocks, too, wait for a pass that ends prompts of others, but not twice
-            in a row.
+            several callers, a pass then takes a smaller piece of the prompts of each, and blocks,
+            too, wait for a pass that ends prompts of others, but not twice in a row.
     """
 
     def __init__(self, *, budget: int, linear: bool = False) -> None:
@@ -138,17 +135,33 @@ class Scheduler:
         """Return the waiting step of `session`."""
         return None if session is None else self._steps.get(session)
 
-    def add(self, request: ForwardRequest, *, sequence: CachedSequence) -> ScheduledStep:
-        """Queue a request and return its step; the sequence already has the request's tokens."""
+    def add(
+        self,
+        request: ForwardRequest,
+        *,
+        sequence: CachedSequence,
+        prefill: ScheduledStep | None = None,
+    ) -> ScheduledStep:
+        """Queue a request and return its step.
+
+        Args:
+            request: The request.
+            sequence: Already has the tokens of the request.
+            prefill: A removed step of the sequence; what is left of it runs with this one.
+        """
         assert request.session not in self._steps, "a session has one step at a time"
-        self._number += 1
+        self._number += prefill is None
         step = ScheduledStep(
             request=request,
             sequence=sequence,
-            number=self._number,
+            number=self._number if prefill is None else prefill.number,
             run_end=len(sequence.tokens),
+            is_first=request.base == 0 or prefill is not None,
         )
         step.began_long = step.remaining > _MAX_BLOCK
+        if prefill is not None:
+            step.began_long |= prefill.began_long
+            step.skipped_passes = prefill.skipped_passes
         self._steps[request.session] = step
         return step
 
@@ -174,7 +187,6 @@ class Scheduler:
         steps = self._order()
         most = self._most_of_callers(steps)
         shares = _Shares(steps, most=most)
-        blocks = Counter[str]()  # in this pass, by caller
         ending = {step.caller for step in steps if _ends_prompt(step, most=most)}
         block_tokens = sum(step.remaining for step in steps if not step.is_prefill)
         for step in steps:
@@ -186,14 +198,13 @@ class Scheduler:
             else:
                 block_tokens -= step.remaining
             ends = _ends_prompt(step, most=most)
-            waits = not ends and self._yields(step, to=ending, blocks=blocks[step.caller])
+            waits = not ends and self._yields(step, to=ending)
             if waits or not self._chunk_size(step, budget=budget, share=share) or not reserve(step):
                 continue
             # Reserving may have dropped the step's own cached tokens.
             count = self._chunk_size(step, budget=budget, share=share)
             if count:
                 self._ran[step.caller, step.is_prefill] = self._plans
-                blocks[step.caller] += not step.is_prefill
                 chunks.append(StepChunk(step=step, count=count))
                 budget = max(0, budget - count)
                 shares.take(step, count)
@@ -220,20 +231,18 @@ class Scheduler:
 
         return sorted(self._steps.values(), key=key)
 
-    def _yields(self, step: ScheduledStep, *, to: set[str], blocks: int) -> bool:
-        """Whether a step is left out of this pass in favour of other callers.
+    def _yields(self, step: ScheduledStep, *, to: set[str]) -> bool:
+        """Whether a step leaves this pass to prompts of other callers.
 
         Args:
             step: Any but a prompt that ends in this pass.
             to: Callers with a prompt that ends in this pass.
-            blocks: How many blocks of the step's caller are in this pass already.
         """
-        since = self._plans - self._ran.get((step.caller, step.is_prefill), 0)
-        if to - {step.caller} and (step.is_prefill or self._linear):
-            return since <= (_MAX_SKIPPED if step.is_prefill else 1)
-        if not self._linear or len(self._callers) == 1:
+        if not to - {step.caller} or not (step.is_prefill or self._linear):
             return False
-        return since <= _ALTERNATE and blocks > 0 if step.is_prefill else blocks >= _CROWDED_STEPS
+        # However many steps of the caller wait: few of them are in each pass.
+        since = self._plans - self._ran.setdefault((step.caller, step.is_prefill), self._plans)
+        return since <= (_MAX_SKIPPED if step.is_prefill else 1)
 
     def _most_of_callers(self, steps: list[ScheduledStep]) -> dict[str, int]:
         """Return the most tokens of a pass that the prompts of each caller take."""

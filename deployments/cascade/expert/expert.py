@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import ForwardRequest, Share
 from cascade.protocol.grpc_status import refusal
 from cascade.protocol.messages import Judge, Judgement, Score, Scores, extend_digest
 from cascade.protocol.services import EXPERT
@@ -169,7 +169,7 @@ class Expert(Replica[Judge]):
                     if output.last:
                         self._loop.call_soon_threadsafe(self._end_scoring, scoring, scoring.scores)
                 case session:
-                    results.append(Result(session=session))
+                    results.append(Result(session=session, done=False))
         parts = [own_NV for _, own_NV in blocks]
         if sum(map(len, parts)) == len(logits_NV):
             parts = [logits_NV]
@@ -231,7 +231,12 @@ class Expert(Replica[Judge]):
             return
         self.engine.submit(
             ForwardRequest(
-                session=engine_id, base=0, tokens=tokens, num_logits=len(tokens), task=scoring
+                session=engine_id,
+                base=0,
+                tokens=tokens,
+                num_logits=len(tokens),
+                task=scoring,
+                share=Share(message.caller, message.weight),
             )
         )
 

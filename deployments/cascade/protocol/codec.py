@@ -142,6 +142,7 @@ def _encode_open(message: messages.Open, proto: tokens_pb2.Open) -> None:
     proto.encoder_ids.extend(message.session.source)
     proto.caller = message.caller
     proto.caller_weight = message.weight
+    proto.item_follows = message.message_follows
 
 
 def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
@@ -152,6 +153,7 @@ def _decode_open(proto: tokens_pb2.Open) -> messages.Open:
         traceparent=proto.traceparent,
         caller=proto.caller,
         weight=bounded(proto.caller_weight, "caller_weight") or 1,
+        message_follows=proto.item_follows,
     )
 
 
@@ -201,6 +203,8 @@ def _encode_score(message: messages.Score, proto: expert_pb2.Score) -> None:
     proto.lease = message.lease
     proto.token_ids.extend(message.tokens)
     proto.top_count = message.top
+    proto.caller = message.caller
+    proto.caller_weight = message.weight
 
 
 def _decode_score(proto: expert_pb2.Score) -> messages.Score:
@@ -211,6 +215,8 @@ def _decode_score(proto: expert_pb2.Score) -> messages.Score:
         lease=proto.lease,
         tokens=tuple(proto.token_ids),
         top=bounded(proto.top_count, "top_count"),
+        caller=proto.caller,
+        weight=bounded(proto.caller_weight, "caller_weight") or 1,
     )
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """Start or resume a session on this replica; `lease` is the token of the router's lease."""
+    """Start or resume a session on this replica; `lease` is the token of the router's lease.
+
+    If its first `message_follows` at once, the prefill waits for it, and both run in one pass.
+    """
 
     session: Session
     epoch: int
@@ -29,6 +32,7 @@ class Open:
     traceparent: str = ""  # W3C trace context; empty if the request is not traced
     caller: str = ""  # whose prompts share a pass with those of others
     weight: int = 1  # of the caller
+    message_follows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,8 @@ class Score:
     lease: str
     tokens: tuple[int, ...]
     top: int
+    caller: str = ""  # as in `Open`
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -337,6 +337,7 @@ class Replica(ABC, Generic[Message]):
             opened=opened,
             epoch=message.epoch,
             lease=message.lease,
+            message_follows=message.message_follows,
             share=Share(message.caller, message.weight),
             engine_id=SessionId(f"{opened.id}/{next(self._engine_ids)}"),
             tokens=list(opened.tokens),
@@ -374,17 +375,17 @@ class Replica(ABC, Generic[Message]):
             return
         session.busy = False
         self._begin(session)
-        if session.queued and not session.busy:
+        if session.queued:
             self._serve_queued(session)
 
     def _begin(self, session: ReplicaSession) -> None:
-        """Give a session its masks, and the engine its prompt."""
+        """Give a session its masks, and the engine its prompt if the first message may be long."""
         policy = session.opened.policy
         if policy.grammar is not None:
             mask = self._grammars.mask(policy.grammar, policy.stop_ids)
             session.masks = (*session.masks, mask)
-        if session.engine_length(session.tokens) > 1 or session.opened.source:
-            session.busy = True
+        has_prefill = session.engine_length(session.tokens) > 1 or session.opened.source
+        if has_prefill and not (session.message_follows or session.queued):
             self.engine.submit(session.prefill())
 
     def _serve(self, session: ReplicaSession, message: Propose | Judge) -> None:

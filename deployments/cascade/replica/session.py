@@ -6,13 +6,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cascade.engine.request import NOBODYS, ForwardRequest, Share
+from cascade.engine.request import ForwardRequest
 from cascade.protocol.messages import extend_digest
 from cascade.sampling.phases import SessionRules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cascade.engine.request import Share
     from cascade.protocol.messages import Judge, Propose
     from cascade.protocol.server import Connection
     from cascade.sampling.token_mask import TokenMask
@@ -30,16 +31,18 @@ class ReplicaSession:
     opened: Session  # as the router opened it
     epoch: int
     lease: str  # its token
+    share: Share  # of a pass
+    message_follows: bool = False  # its first message comes right after it was opened
     engine_id: SessionId  # the session's name in the engine, never reused
     tokens: list[int]  # committed, after the prompt
-    share: Share = NOBODYS  # of a pass
     masks: Sequence[TokenMask] = ()
     vocabulary: int = 0  # logits of a row
     rules: SessionRules = field(init=False)
     digest: int = field(init=False)  # of prompt and committed tokens
     engine_tokens: list[int] = field(init=False, default_factory=list[int])  # drafts included
     num_synced: int = field(init=False, default=0)  # engine_tokens[:n] == tokens[:n]
-    prefilled: bool = field(init=False, default=False)  # the engine has the whole prompt
+    begun: bool = field(init=False, default=False)  # the engine has the prompt but its last token
+    prefilled: bool = field(init=False, default=False)  # and that one too
     busy: bool = False
     closed: bool = False
     queued: deque[Propose | Judge] = field(init=False, default_factory=deque)  # while busy
@@ -117,26 +120,32 @@ class ReplicaSession:
             self.num_synced += 1
         # The last committed token may run again: its logits are the first that are needed.
         keep = min(self.num_synced, len(tokens) - 1) if self.prefilled else -1
-        self.prefilled = True
+        if keep >= 0:
+            base = self.engine_length(tokens[:keep])
+        else:
+            base = len(self.engine_prompt) - 1 if self.begun else 0
         new = (*tokens[max(keep, 0) :], *draft)
         held[max(keep, 0) :] = new
-        fed = tuple(self.to_engine(new))
+        source = () if self.begun else self.engine_source
+        self.begun = self.prefilled = True
         return ForwardRequest(
             session=self.engine_id,
-            base=self.engine_length(tokens[:keep]) if keep >= 0 else len(self.engine_prompt) - 1,
-            tokens=fed if keep >= 0 else (self.engine_prompt[-1], *fed),
+            base=base,
+            tokens=(*self.engine_prompt[base:], *self.to_engine(new)),
             num_logits=num_logits,
             task=task,
             share=self.share,
+            source=source,
         )
 
     def prefill(self) -> ForwardRequest:
         """Return the request that feeds all but the last known token, without logits.
 
+        The engine runs it with that of the first message, if that comes in time.
         Of an encoder-decoder it names the source, and feeds one token at least.
         """
         self.engine_tokens = list(self.tokens[:-1])
-        self.prefilled = bool(self.tokens)
+        self.begun, self.prefilled = True, bool(self.tokens)
         prompt = self.engine_prompt if self.tokens else self.engine_prompt[:-1]
         known = (*prompt, *self.to_engine(self.engine_tokens)) or self.engine_prompt
         return ForwardRequest(

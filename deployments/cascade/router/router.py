@@ -226,9 +226,11 @@ class Router:
         recorder = RoundRecorder(statistics, trace=request.trace)
         length = self._draft_length(request, plan)
         session, finish = replace(session, policy=plan.params), None
-        async with self._open_roles(request, plan, session, statistics, deadline_s) as roles:
-            drafter, verifier = roles
-            draft_plan = _next_plan(length, request, session)
+        draft_plan = _next_plan(length, request, session)
+        async with self._open_roles(request, plan, statistics) as (drafter, verifier, experts):
+            if draft_plan.tokens and plan.verify is VerifyWhen.ALWAYS:
+                async with _until(deadline_s):  # the prefill runs while the drafter drafts
+                    await experts.open(session)
             while finish is None:
                 alone = ALONE_TOKENS if draft_plan.tokens else draft_plan.expert_tokens
                 room = request.max_tokens - session.position
@@ -314,21 +316,15 @@ class Router:
         self,
         request: Request,
         plan: Plan,
-        session: Session,
         statistics: Statistics,
-        deadline_s: float,
-    ) -> AsyncGenerator[tuple[Drafter, Verifier]]:
-        """Make the drafter and the verifier of a plan, start the prefill, free both at the end."""
+    ) -> AsyncGenerator[tuple[Drafter, Verifier, TierSession]]:
+        """Make the drafter and the verifier of a plan, with its expert; free all at the end."""
         required = self._options.required_tier
         policy, caller = self._drafter_tier(request, plan), request.caller
         drafters = TierSession(self._drafters, statistics, policy=policy, caller=caller)
         experts = TierSession(self._experts, statistics, policy=required, caller=caller)
         try:
-            if plan.verify is VerifyWhen.ALWAYS or plan.drafter is DraftSource.REQUIRED:
-                needed = experts if plan.verify is VerifyWhen.ALWAYS else drafters
-                async with _until(deadline_s):
-                    await needed.open(session)
-            yield self._drafter(request, plan, drafters), _verifier(plan, experts)
+            yield self._drafter(request, plan, drafters), _verifier(plan, experts), experts
         except DeadlineExceeded as error:
             if not (_waits_for_drafter(request, plan) and drafters.missing):
                 raise

@@ -206,7 +206,7 @@ class TierSession:
 
     async def open(self, session: Session) -> None:
         """Open the session on a replica, which starts its prefill; retries as `ask` does."""
-        await self._retry(lambda: self._open(session))
+        await self._retry(lambda: self._open(session, message_follows=False))
 
     async def ask(
         self, session: Session, make: MessageFactory, *, pushed: bool = False
@@ -356,7 +356,7 @@ class TierSession:
         sent = pushed or self._sent_early is session
         self._sent_early = None
         if self._stream is None:
-            await self._open(session)
+            await self._open(session, message_follows=True)
             sent = False
         timeout_s = self._policy.reply_timeout_s
         while True:
@@ -375,7 +375,7 @@ class TierSession:
                 return reply
             self._known = reply.position
 
-    async def _open(self, session: Session) -> None:
+    async def _open(self, session: Session, *, message_follows: bool) -> None:
         stream, token = await self._connect(session.id)
         stream.send(
             Open(
@@ -385,6 +385,7 @@ class TierSession:
                 traceparent=traceparent(),
                 caller=self._caller.name,
                 weight=self._caller.weight,
+                message_follows=message_follows,
             )
         )
         self._known = session.position
@@ -394,7 +395,17 @@ class TierSession:
     ) -> tuple[TokenLogprob, ...]:
         stream, token = await self._connect(session_id)
         epoch = self._epoch
-        stream.send(Score(session_id=session_id, epoch=epoch, lease=token, tokens=tokens, top=top))
+        stream.send(
+            Score(
+                session_id=session_id,
+                epoch=epoch,
+                lease=token,
+                tokens=tokens,
+                top=top,
+                caller=self._caller.name,
+                weight=self._caller.weight,
+            )
+        )
         reply = await self._unless_silent(self._receive())
         assert isinstance(reply, Scores), "an expert replies to Score with Scores"
         return reply.logprobs

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MIN_SAMPLES = 6  # rounds after which a mean is more than the cold start
 MAX_TOKENS = 4096  # reported where one more token takes no time
 MAX_BLOCK = 33  # tokens of one session in a pass; more are a prefill
+_MAX_STEP = 2  # tokens of one session in a drafter's step; more are a prefill too
 _MAX_PASSES = 8.0  # per round; a round that took longer was stalled
 
 
@@ -218,7 +219,7 @@ class CostModel:
         judge, draft = sample.judge, sample.draft
         if 0 < judge.tokens <= MAX_BLOCK * judge.sessions and judge.step_s > 0:
             self._learn_judging(sample)
-        if sample.drafted and draft.step_s > 0:
+        if sample.drafted and draft.step_s > 0 and draft.tokens <= _MAX_STEP * draft.sessions:
             self.draft_step_s.learn(draft.step_s)
             in_advance = draft.service_s <= 0
             if not in_advance:

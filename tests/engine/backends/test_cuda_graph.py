@@ -27,7 +27,7 @@ from cascade.engine.backends.varlen import VarlenRunner
 from cascade.engine.batch import RaggedBatch, Segment
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings, Path
 from cascade.errors import UnsupportedModel
 from cascade.types import SessionId
@@ -350,7 +350,11 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     handler = GreedyHandler(length=30)
     engine = Engine(adopt(model), handler=handler, settings=CAPTURED)
     for one, prompt in prompts.items():
-        engine.submit(ForwardRequest(session=SessionId(one), base=0, tokens=prompt, num_logits=1))
+        engine.submit(
+            ForwardRequest(
+                share=NOBODYS, session=SessionId(one), base=0, tokens=prompt, num_logits=1
+            )
+        )
     engine.start()
     assert all(handler.ended.acquire(timeout=60) for _ in prompts)
     engine.stop()

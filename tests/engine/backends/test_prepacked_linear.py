@@ -20,7 +20,7 @@ from cascade.engine.backends.prepacked_linear import (
 )
 from cascade.engine.engine import Engine
 from cascade.engine.model_loader import adopt
-from cascade.engine.request import ForwardRequest
+from cascade.engine.request import NOBODYS, ForwardRequest
 from cascade.engine.settings import EngineSettings
 from cascade.types import SessionId
 
@@ -173,7 +173,7 @@ def logits_of(
 ) -> torch.Tensor:
     tokens = TOKENS[first : first + count]
     request = ForwardRequest(
-        session=SessionId(session), base=first, tokens=tokens, num_logits=count
+        share=NOBODYS, session=SessionId(session), base=first, tokens=tokens, num_logits=count
     )
     received = handler.expect(request, context=[])
     engine.submit(request)
@@ -204,7 +204,11 @@ def test_blocks_beside_others_have_the_same_bits_as_single_tokens(
     for start in range(20, 40, 5):
         for other in range(9):
             request = ForwardRequest(
-                session=SessionId(f"other {other}"), base=5, tokens=TOKENS[:6], num_logits=6
+                share=NOBODYS,
+                session=SessionId(f"other {other}"),
+                base=5,
+                tokens=TOKENS[:6],
+                num_logits=6,
             )
             handler.expect(request, context=[])
             engine.submit(request)
