@@ -464,7 +464,7 @@ actions = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rounds=st.lists(st.lists(actions, min_size=1, max_size=5), min_size=1, max_size=8))
 def test_any_interleaving_gives_the_plain_logits(
     shared: EngineHarness, rounds: list[list[Action]]

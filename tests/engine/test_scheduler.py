@@ -187,6 +187,22 @@ def test_a_step_without_cache_space_waits() -> None:
     assert first.skipped_passes == 1
 
 
+def test_a_block_that_loses_its_cache_to_an_earlier_step_of_the_pass_is_prefilled() -> None:
+    scheduler = Scheduler(budget=512)
+    first = add(scheduler, "first", Shape(5, 5))
+    evicted = add(scheduler, "evicted", Shape(300, 3))
+    evicted.sequence.cached, evicted.began_long = 297, False
+
+    def reserve(step: ScheduledStep) -> bool:
+        if step is first:
+            evicted.sequence.cached = 0
+        return True
+
+    chunks = scheduler.plan(reserve=reserve)
+
+    assert [(chunk.step, chunk.count) for chunk in chunks] == [(first, 5), (evicted, 300)]
+
+
 LARGE, SMALL = Share("large"), Share("small")
 
 

@@ -293,6 +293,8 @@ class _Shares:
     def next(self, step: ScheduledStep, *, budget: int) -> int:
         """Return the share of the next prefill, in the order of the plan."""
         caller = step.caller
+        # A block that lost its cache to a step before it in the plan has become a prefill.
+        self._waiting[caller] = max(1, self._waiting[caller])
         if caller not in self._left:
             whole = sum(self._weights[one] for one in self._waiting if one not in self._left)
             part = budget * self._weights[caller] // whole
