@@ -2,8 +2,8 @@
 
 Where a CPU has no instructions for bfloat16, torch's operators convert each number of the matrix
 once for every vector, or write a converted copy. The loop that `torch.compile` makes of
-`_product_of` converts a number once, in a register: a block of nine vectors then takes about twice
-as long as one, instead of three times. It needs a C++ compiler, and a few seconds for each of a few
+`_product_of` converts a number once, in a register: a block of six vectors then takes little longer
+than the memory needs for the matrix. It needs a C++ compiler, and a few seconds for each of a few
 kernels, which torch keeps on disk for the next start.
 """
 
@@ -40,9 +40,23 @@ def multiply(inputs_MK: Tensor, weight_NK: Tensor) -> Tensor:
         inputs_MK: The vectors, of any type.
         weight_NK: The matrix.
     """
-    count = len(inputs_MK)
+    count, size = len(inputs_MK), len(weight_NK)
     wide_MK = pad(inputs_MK.float(), (0, 0, 0, count % _STEP))
-    return _kernels()[len(wide_MK)](wide_MK, weight_NK)[:count]
+    products = _kernels()[len(wide_MK)](wide_MK, halves(weight_NK))[:count]
+    return products if size % 2 == 0 else without_repeated(products)
+
+
+def halves(weight_NK: Tensor) -> Tensor:
+    """Return both halves of a contiguous matrix, in place; a row in the middle belongs to both."""
+    count, size = weight_NK.shape
+    half = -(-count // 2)
+    return weight_NK.as_strided((2, half, size), ((count - half) * size, size, 1))
+
+
+def without_repeated(products_MN: Tensor) -> Tensor:
+    """Return products with `halves` of an odd number of rows, each once."""
+    half = products_MN.shape[1] // 2
+    return torch.cat([products_MN[:, :half], products_MN[:, half + 1 :]], dim=1)
 
 
 def pays(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
@@ -68,9 +82,11 @@ def pays(plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
 
 
 def _product_of(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def product(wide_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        wide_NK = weight_NK.float()
-        return torch.stack([(wide_NK * wide_MK[row]).sum(-1) for row in range(rows)])
+    def product(wide_MK: Tensor, halves_2NK: Tensor) -> Tensor:
+        # Two streams: a core that computes asks the memory for too little of one.
+        wide = [half_NK.float() for half_NK in halves_2NK.unbind()]
+        sums = [(half_NK * wide_MK[row]).sum(-1) for row in range(rows) for half_NK in wide]
+        return torch.cat(sums).view(rows, -1)
 
     # torch compiles one code object for a limited number of signatures only.
     code = product.__code__.replace(co_name=f"product_of_{rows}")
@@ -90,6 +106,7 @@ def _kernel(rows: int) -> Callable[..., Tensor]:
         options={
             "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum at once
             "cpp.dynamic_threads": True,
+            "cpp.max_horizontal_fusion_size": 2 * MAX_ROWS,  # all sums in one loop
             "compile_threads": 1,  # no processes of its own
         },
     )
