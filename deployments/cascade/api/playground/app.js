@@ -8,23 +8,31 @@ import { Curve } from "./curve.js";
 import { changed, columnOf, dialOf, isBounded, isRuled, MODES, PRESETS, RULES, titleOf, TOUR } from "./rules.js";
 
 const MOST = 4; // columns
+const REST_MS = 20; // from a drawing to the request for a frame of the next: two frames of most screens
 const TYPED_MS = 300; // without a key press, after which an API key counts as typed
 
-// The answers of all columns. What streams add is shown once per animation frame, for all together.
+// The answers of all columns. What streams add is drawn for all together, with a rest after each drawing:
+// if every frame brought something new, a browser that is late once would stay so.
 function useAnswers(count) {
   const [answers, show] = useState(() => Array.from({ length: count }, () => IDLE));
   const latest = useRef(answers);
   const waiting = useRef([]);
-  const frame = useRef(0);
+  const scheduled = useRef(false);
   const set = useCallback((next) => show((latest.current = next)), []);
+  const draw = useCallback(() => {
+    const next = [...latest.current];
+    for (const [at, made] of waiting.current.splice(0)) if (next[at]) next[at] = made(next[at]);
+    set(next);
+    setTimeout(() => {
+      scheduled.current = waiting.current.length > 0;
+      if (scheduled.current) requestAnimationFrame(draw);
+    }, REST_MS);
+  }, []);
   const put = useCallback((i, change) => {
     waiting.current.push([i, change]);
-    frame.current ||= requestAnimationFrame(() => {
-      frame.current = 0;
-      const next = [...latest.current];
-      for (const [at, made] of waiting.current.splice(0)) if (next[at]) next[at] = made(next[at]);
-      set(next);
-    });
+    if (scheduled.current) return;
+    scheduled.current = true;
+    requestAnimationFrame(draw);
   }, []);
   return [answers, set, put];
 }
