@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade.engine.backends import widened_linear
-from cascade.engine.backends.widened_linear import widened
+from cascade.engine.backends.widened_linear import WidenedLinear
 
 pytestmark = pytest.mark.usefixtures("most_rows")
 
@@ -20,7 +20,7 @@ def test_a_widened_layer_is_as_exact_as_bfloat16(
     offset = torch.randn(shape[0]).bfloat16() if bias else None
     inputs = torch.randn(rows, shape[1]).bfloat16()
 
-    result = widened(weight, offset)(inputs)
+    result = WidenedLinear(weight, offset)(inputs)
 
     exact = inputs.double() @ weight.double().t() + (0 if offset is None else offset.double())
     assert result.dtype == torch.bfloat16
@@ -29,7 +29,7 @@ def test_a_widened_layer_is_as_exact_as_bfloat16(
 
 def test_a_widened_layer_keeps_the_weight_itself() -> None:
     weight = torch.ones(4, 4).bfloat16()
-    apply = widened(weight)
+    apply = WidenedLinear(weight)
     weight.zero_()
     assert not apply(torch.ones(3, 4).bfloat16()).any()
 

@@ -18,9 +18,17 @@ import torch
 from torch.nn.functional import linear
 
 from cascade.engine.attention import AttentionParams, attend_folded, attend_groups
-from cascade.engine.backends import llama_weights, mask_probe, prepacked_linear
+from cascade.engine.backends import (
+    compiled_layer,
+    llama_weights,
+    mask_probe,
+    prepacked_linear,
+    widened_linear,
+)
 from cascade.engine.backends.base import Runner
+from cascade.engine.backends.compiled_layer import CompiledLayers
 from cascade.engine.backends.numpy_llama import MAX_KEYS, MAX_SESSIONS, NumpyLlama
+from cascade.engine.backends.widened_linear import WidenedLinear
 from cascade.engine.batch import SHORT_QUERIES, RaggedBatch
 from cascade.engine.kv_pool import StackedKVPool
 
@@ -67,9 +75,19 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
             if in_numpy
             else None
         )
-        self._weights = llama_weights.read(
-            model, partial(_linear, packed=packed, deterministic=deterministic), consume=consume
+        widened = packed and not deterministic and widened_linear.helps(next(model.parameters()))
+        compiled = widened and compiled_layer.helps(model)
+        make = (
+            partial(WidenedLinear, compiled=not compiled)
+            if widened
+            else partial(_linear, packed=packed, deterministic=deterministic)
         )
+        self._weights = llama_weights.read(model, make, consume=consume)
+        self._compiled = CompiledLayers(self._weights) if compiled else None
+        if self._compiled and not self._compiled.pay(self._after_attention):
+            self._compiled = None
+        # What the compiled layers compute is not rounded, so nothing else is.
+        self._dtype = torch.float32 if self._compiled else model.dtype
         self._params = [
             AttentionParams(scale=self._weights.scale, window=window)
             for _, window in sorted(windows.items())
@@ -106,30 +124,43 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
         share = weights.query_heads // weights.key_heads
         reader = _PoolReader(batch, self.pool, share=share)
         rotation_T1E = rotations_P1E.index_select(0, batch.positions_T)
-        hidden_TC = weights.embedding_VC.index_select(0, batch.ids_T)
+        hidden_TC = weights.embedding_VC.index_select(0, batch.ids_T).to(self._dtype)
+        few = len(hidden_TC) <= compiled_layer.MOST_ROWS
+        after_attention = self._compiled if self._compiled and few else self._after_attention
+        states_TX = weights.layers[0].qkv(weights.layers[0].attention_norm(hidden_TC))
         for index, layer in enumerate(weights.layers):
-            mixed_TX = self._attention(index, layer, hidden_TC, rotation_T1E, reader)
-            hidden_TC = layer.output(mixed_TX).add_(hidden_TC)
-            gate, up = layer.gate_up(layer.mlp_norm(hidden_TC)).chunk(2, dim=-1)
-            hidden_TC = layer.down(layer.activation(gate).mul_(up)).add_(hidden_TC)
-        if not batch.all_logits:
-            hidden_TC = hidden_TC.index_select(0, batch.logit_indices())
-        return weights.lm_head(weights.final_norm(hidden_TC))
+            mixed_TX = self._attention(index, layer, states_TX, rotation_T1E, reader)
+            if index == len(weights.layers) - 1 and not batch.all_logits:
+                wanted_N = batch.logit_indices()
+                mixed_TX = mixed_TX.index_select(0, wanted_N)
+                hidden_TC = hidden_TC.index_select(0, wanted_N)
+            hidden_TC, states_TX = after_attention(index, mixed_TX.to(self._dtype), hidden_TC)
+        return states_TX
+
+    def _after_attention(
+        self, index: int, mixed_TX: Tensor, hidden_TC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a layer's output, and what the next one's attention, or the head, reads of it."""
+        layer = self._weights.layers[index]
+        norm, read = self._weights.reader(index)
+        hidden_TC = layer.output(mixed_TX).add_(hidden_TC)
+        gate, up = layer.gate_up(layer.mlp_norm(hidden_TC)).chunk(2, dim=-1)
+        hidden_TC = layer.down(layer.activation(gate).mul_(up)).add_(hidden_TC)
+        return hidden_TC, read(norm(hidden_TC))
 
     def _attention(
         self,
         index: int,
         layer: Layer[Linear],
-        hidden_TC: Tensor,
+        qkv_TX: Tensor,
         rotation_T1E: Tensor,
         reader: _PoolReader,
     ) -> Tensor:
         """Store the layer's keys and values and return its attention, `[T, H * D]`."""
-        weights, tokens = self._weights, len(hidden_TC)
+        weights, tokens = self._weights, len(rotation_T1E)
         heads, rotated = weights.query_heads, weights.query_heads + weights.key_heads
         # Float32 as the pool is: see `StackedKVPool`.
-        qkv = layer.qkv(layer.attention_norm(hidden_TC)).float()
-        states_TXD = qkv.view(tokens, -1, weights.head_size)
+        states_TXD = qkv_TX.float().view(tokens, -1, weights.head_size)
         if layer.query_norm and layer.key_norm:
             states_TXD[:, :heads] = layer.query_norm(states_TXD[:, :heads])
             states_TXD[:, heads:rotated] = layer.key_norm(states_TXD[:, heads:rotated])
@@ -137,8 +168,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
         torch.view_as_complex(pairs_TXE2).mul_(rotation_T1E)
         stored = states_TXD[:, heads:].view(tokens, 2, -1, weights.head_size).permute(1, 2, 0, 3)
         self.pool.layers[index].index_copy_(2, reader.batch.slots_T, stored)
-        out_TX = reader.attend(states_TXD[:, :heads], layer=index, params=self._params[index])
-        return out_TX.to(hidden_TC.dtype)
+        return reader.attend(states_TXD[:, :heads], layer=index, params=self._params[index])
 
     def _rotation_table(self, positions: int) -> Tensor:
         """Return the rotations of at least so many positions, complex `[P, 1, E]`."""

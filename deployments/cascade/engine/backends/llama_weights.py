@@ -88,6 +88,12 @@ class Weights(Generic[LinearT]):
     head_size: int
     scale: float  # of the scores
 
+    def reader(self, index: int) -> tuple[Norm, LinearT]:
+        """Return what reads the hidden states of a layer: the next one's attention, or the head."""
+        if index + 1 == len(self.layers):
+            return self.final_norm, self.lm_head
+        return self.layers[index + 1].attention_norm, self.layers[index + 1].qkv
+
 
 def read(
     model: PreTrainedModel, make: MakeLinear[LinearT], *, consume: bool = False

@@ -158,7 +158,7 @@ def packed(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = 
         deterministic: Results do not depend on the batch.
     """
     if widened_linear.helps(weight) and not deterministic:
-        return widened_linear.widened(weight, bias)
+        return widened_linear.WidenedLinear(weight, bias)
     layout = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)  # noqa: SLF001 - as above
     kernel: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - as above
 

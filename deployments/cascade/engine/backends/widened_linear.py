@@ -10,15 +10,12 @@ fast as the memory.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cascade.engine.backends import compiled_linear
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _PART = 2**19  # weights, 2 MiB of float32: about a core's cache
 
@@ -37,28 +34,38 @@ def _in_hardware() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def widened(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return the linear layer of a `[out, in]` weight, which it keeps, for inputs `[N, in]`."""
-    matrix = weight.contiguous()
-    compiled = matrix.numel() >= compiled_linear.MIN_WEIGHTS and _compiled_pays()
+class WidenedLinear:
+    """The linear layer of a `[out, in]` weight, which it keeps, for inputs `[N, in]`.
 
-    def apply(inputs: Tensor) -> Tensor:
-        if len(inputs) == 1:
-            product = torch.mv(matrix, inputs[0])[None]
-            return product if bias is None else product + bias
-        few = compiled and 0 < len(inputs) <= compiled_linear.MAX_ROWS
-        product = (compiled_linear.multiply if few else _in_parts)(inputs, matrix)
-        return (product if bias is None else product.add_(bias)).to(inputs.dtype)
+    Args:
+        weight: The matrix.
+        bias: `[out]`.
+        compiled: Compile kernels for a few vectors, if they pay.
+    """
 
-    return apply
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, compiled: bool = True
+    ) -> None:
+        self.weight, self.bias = weight.contiguous(), bias
+        large = weight.numel() >= compiled_linear.MIN_WEIGHTS
+        self._compiled = compiled and large and _compiled_pays()
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the layer's outputs, of the inputs' type."""
+        if len(inputs) == 1 and inputs.dtype == self.weight.dtype:
+            product = torch.mv(self.weight, inputs[0])[None]
+            return product if self.bias is None else product + self.bias
+        few = self._compiled and 0 < len(inputs) <= compiled_linear.MAX_ROWS
+        product = (compiled_linear.multiply if few else in_parts)(inputs, self.weight)
+        return (product if self.bias is None else product.add_(self.bias)).to(inputs.dtype)
 
 
 @cache
 def _compiled_pays() -> bool:
-    return compiled_linear.pays(_in_parts)
+    return compiled_linear.pays(in_parts)
 
 
-def _in_parts(inputs: Tensor, matrix: Tensor) -> Tensor:
+def in_parts(inputs: Tensor, matrix: Tensor) -> Tensor:
     """Return the product in float32, part by part of the matrix."""
     wide = inputs.float()
     parts = matrix.split(max(1, _PART // matrix.shape[1]))
