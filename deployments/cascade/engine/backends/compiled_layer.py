@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 4, 6, 8, 12)  # that functions are compiled for; more run in several calls
 MOST_ROWS = 24  # with more, the matrices are better widened
+_QUARTERS_ROWS = 4  # up to which four streams of a matrix are faster than two
 
 
 class _Matrix(NamedTuple):
@@ -100,7 +101,10 @@ class CompiledLayers:
             mixed_TX: What its attention returned, in float32.
             hidden_TC: The hidden states before it, in float32.
         """
-        both = zip(mixed_TX.split(ROWS[-1]), hidden_TC.split(ROWS[-1]), strict=True)
+        count = len(hidden_TC)
+        fewest = -(-count // ROWS[-1])
+        size = next(rows for rows in ROWS if rows * fewest >= count)
+        both = zip(mixed_TX.split(size), hidden_TC.split(size), strict=True)
         parts = [self._chunk(index, *part) for part in both]
         if len(parts) > 1:
             hidden_TC, states_TX = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -138,10 +142,11 @@ def _function(rows: int, *shape: int) -> Callable[..., tuple[Tensor, Tensor]]:
         next_norm: tuple[Tensor, Tensor],
         reader: _Matrix,
     ) -> tuple[Tensor, Tensor]:
-        hidden_TC = hidden_TC + _apply(output, mixed_TX, rows=rows)
-        gated = _apply(gate_up, _normalised(hidden_TC, *mlp_norm), rows=rows)
+        split = 2 if rows <= _QUARTERS_ROWS else 1
+        hidden_TC = hidden_TC + _apply(output, mixed_TX, rows=rows, split=split)
+        gated = _apply(gate_up, _normalised(hidden_TC, *mlp_norm), rows=rows, split=split)
         gate, up = gated.chunk(2, dim=-1)
-        hidden_TC = hidden_TC + _apply(down, silu(gate) * up, rows=rows)
+        hidden_TC = hidden_TC + _apply(down, silu(gate) * up, rows=rows, split=split)
         return hidden_TC, _apply(reader, _normalised(hidden_TC, *next_norm), rows=rows)
 
     return torch.compile(
@@ -157,8 +162,10 @@ def _function(rows: int, *shape: int) -> Callable[..., tuple[Tensor, Tensor]]:
     )
 
 
-def _apply(matrix: _Matrix, inputs: Tensor, *, rows: int) -> Tensor:
-    result = products(inputs, (matrix.first_NK, matrix.second_NK), rows=rows)
+def _apply(matrix: _Matrix, inputs: Tensor, *, rows: int, split: int = 1) -> Tensor:
+    halves_NK = matrix.first_NK, matrix.second_NK
+    parts = [part_NK for half_NK in halves_NK for part_NK in half_NK.chunk(split)]
+    result = products(inputs, parts, rows=rows)
     return result if matrix.bias_N is None else result + matrix.bias_N
 
 

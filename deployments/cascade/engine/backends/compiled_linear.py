@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from cascade.engine.progress import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +52,18 @@ def multiply(inputs_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return joined(result, len(weight_NK))
 
 
-def products(wide_MK: Tensor, halves_NK: tuple[Tensor, Tensor], *, rows: int) -> Tensor:
-    """Return the products of vectors with both halves of a matrix, `[M, 2 * N]`, to be compiled.
+def products(wide_MK: Tensor, parts_NK: Sequence[Tensor], *, rows: int) -> Tensor:
+    """Return the products of vectors with a matrix in parts, `[M, parts * N]`, to be compiled.
 
-    Two, since a core that computes asks the memory for too little of one.
+    It reads all parts at once: a core that computes asks the memory for too little of one.
 
     Args:
         wide_MK: The vectors, in float32.
-        halves_NK: The halves.
+        parts_NK: The parts.
         rows: M.
     """
-    wide = [half_NK.float() for half_NK in halves_NK]
-    sums = [(half_NK * wide_MK[row]).sum(-1) for row in range(rows) for half_NK in wide]
+    wide = [part_NK.float() for part_NK in parts_NK]
+    sums = [(part_NK * wide_MK[row]).sum(-1) for row in range(rows) for part_NK in wide]
     return torch.cat(sums).view(rows, -1)
 
 
