@@ -9,7 +9,7 @@ from cascade.engine.backends.widened_linear import WidenedLinear
 pytestmark = pytest.mark.usefixtures("most_rows")
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 9, 40])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 9, 40, 64, 65])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(3, 8), (700, 1000), (33, 2**19 + 3)])
 def test_a_widened_layer_is_as_exact_as_bfloat16(

@@ -18,6 +18,7 @@ from torch import Tensor
 from cascade.engine.backends import compiled_linear
 
 _PART = 2**19  # weights, 2 MiB of float32: about a core's cache
+_FEW = 64  # vectors, of which a part is converted and multiplied on the same core
 
 
 def helps(weight: Tensor) -> bool:
@@ -67,6 +68,8 @@ def _compiled_pays() -> bool:
 
 def in_parts(inputs: Tensor, matrix: Tensor) -> Tensor:
     """Return the product in float32, part by part of the matrix."""
+    if len(inputs) <= _FEW:
+        return _by_core(inputs.float(), matrix)
     wide = inputs.float()
     parts = matrix.split(max(1, _PART // matrix.shape[1]))
     wide_part = torch.empty(parts[0].shape)
@@ -75,3 +78,19 @@ def in_parts(inputs: Tensor, matrix: Tensor) -> Tensor:
         for part in parts
     ]
     return torch.cat(products, dim=1)
+
+
+def _by_core(wide_MK: Tensor, matrix_NK: Tensor) -> Tensor:
+    """Return the product with few vectors: each core converts and multiplies a part of its own."""
+    cores, (count, size) = torch.get_num_threads(), matrix_NK.shape
+    rows = max(1, min(_PART // 2 // size, count // cores))  # of a part
+    step = cores * rows
+    wide_KM = wide_MK.t().contiguous()
+    inputs = wide_KM.expand(cores, -1, -1)
+    parts = torch.empty(cores, rows, size)
+    products = [
+        torch.bmm(parts.copy_(matrix_NK[start : start + step].view_as(parts)), inputs).flatten(0, 1)
+        for start in range(0, count - step + 1, step)
+    ]
+    rest_NK = matrix_NK[len(products) * step :]
+    return torch.cat([*products, rest_NK.float() @ wide_KM]).t().contiguous()
