@@ -45,7 +45,9 @@ def test_a_model_is_loaded_into_its_final_layout(
     synthetic_model.write(str(EXPERT), out=tmp_path, shape=shape, dtype=torch.bfloat16)
     chosen, weights, peak, after = figures(str(tmp_path), "--dtype", dtype, "--path", path)
     assert chosen == runner
-    assert weights <= after <= peak <= 1.15 * weights + 200
+    # Bfloat16 weights may stay mapped from their file, whose pages are not counted.
+    least = weights if dtype == "float32" else 0
+    assert least <= after <= peak <= 1.15 * weights + 200
 
 
 def test_an_unknown_path_is_named() -> None:
