@@ -379,7 +379,7 @@ class Replica(ABC, Generic[Message]):
             self._serve_queued(session)
 
     def _begin(self, session: ReplicaSession) -> None:
-        """Give a session its masks, and the engine its prompt if the first message may be long."""
+        """Give a session its masks, and the engine its prompt unless a message runs it at once."""
         policy = session.opened.policy
         if policy.grammar is not None:
             mask = self._grammars.mask(policy.grammar, policy.stop_ids)
