@@ -9,7 +9,7 @@ import torch
 from tests.engine.architectures import VOCABULARY, build
 from torch import nn
 
-from cascade.engine.backends import compiled_layer, compiled_linear
+from cascade.engine.backends import compiled_layer, compiled_linear, widened_linear
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
 from cascade.engine.batch import Segment
 
@@ -23,9 +23,10 @@ TOKENS = tuple(3 + 7 * index % 200 for index in range(40))
     autouse=True, params=[(1, 4), pytest.param(compiled_layer.ROWS, marks=pytest.mark.slow)]
 )
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
-    """Numbers of tokens that functions are compiled for, also for small models."""
+    """Numbers of tokens that functions are compiled for, also for small models, on any CPU."""
     monkeypatch.setattr(compiled_layer, "ROWS", request.param)
     monkeypatch.setattr(compiled_layer, "MOST_ROWS", 2 * request.param[-1])
+    monkeypatch.setattr(widened_linear, "_in_hardware", Mock(return_value=False))
     monkeypatch.setattr(compiled_linear, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(compiled_linear, "faster", Mock(return_value=True))
     return request.param
