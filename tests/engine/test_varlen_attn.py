@@ -47,10 +47,15 @@ def states(seed: int, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tens
 
 
 def by_hand(
-    segments: Sequence[Segment], query: Tensor, keys: Tensor, values: Tensor, window: int | None
+    segments: Sequence[Segment],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    params: AttentionParams,
 ) -> Tensor:
     """Compute each head of each token from the softmax over the keys that it sees."""
-    out = torch.empty_like(query)
+    window, cap, sinks = params.window, params.softcap, params.sinks_H
+    out = query.new_empty(*query.shape[:2], values.shape[-1])
     token = 0
     for segment in segments:
         for past in range(segment.past, segment.length):
@@ -58,21 +63,29 @@ def by_hand(
             seen = slice(segment.start + first, segment.start + past + 1)
             for head in range(HEADS):
                 own = head // (HEADS // KEY_HEADS)
-                scores = keys[own, seen] @ query[token, head] / math.sqrt(SIZE)
-                out[token, head] = scores.softmax(-1) @ values[own, seen]
+                scores = keys[own, seen] @ query[token, head] * params.scale
+                if cap is not None:
+                    scores = cap * torch.tanh(scores / cap)
+                sink = torch.empty(0) if sinks is None else sinks[head, None]
+                weights = torch.cat([scores, sink]).softmax(-1)[: len(scores)]
+                out[token, head] = weights @ values[own, seen]
             token += 1
     return out
 
 
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 3, HEADS)], ids=["", "sinks"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("segments", PASSES.values(), ids=PASSES)
 def test_every_way_gives_the_attention_of_the_formula(
-    segments: list[Segment], window: int | None, monkeypatch: pytest.MonkeyPatch
+    segments: list[Segment],
+    window: int | None,
+    sinks: Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     query, keys, values = states(1, segments)
     pool = keys, values
-    params = AttentionParams(scale=SIZE**-0.5, window=window)
-    expected = by_hand(segments, query, *pool, window=window)
+    params = AttentionParams(scale=SIZE**-0.5, window=window, sinks_H=sinks)
+    expected = by_hand(segments, query, *pool, params)
     batch = RaggedBatch(segments, device=CPU, num_slots=SLOTS)
     found = {
         "in place": varlen_attn.attend(batch.extents, query, *pool, params),
@@ -131,15 +144,18 @@ def test_torchs_kernel_takes_the_arguments(
         )
         batch = RaggedBatch(segments, device=device, num_slots=SLOTS)
         params = AttentionParams(scale=0.5, window=window)
-        assert varlen_attn.supported(batch, query, values, params)
-        out = varlen_attn.attend(
-            batch.extents, query, keys, values, params, deterministic=deterministic
-        )
-        assert (out.shape, out.dtype, out.device) == (query.shape, query.dtype, query.device)
+        sinks = torch.empty(HEADS, dtype=torch.bfloat16, device=device)
+        sunk = AttentionParams(scale=0.5, window=window, sinks_H=sinks)
+        for one in (params, sunk):
+            assert varlen_attn.supported(batch, query, values, one)
+            out = varlen_attn.attend(
+                batch.extents, query, keys, values, one, deterministic=deterministic
+            )
+            assert (out.shape, out.dtype, out.device) == (query.shape, query.dtype, query.device)
         capped = AttentionParams(scale=0.5, window=window, softcap=30.0)
         assert not varlen_attn.supported(batch, query, values, capped)
         assert not varlen_attn.supported(batch, query.float(), values, params)
-    (call,) = calls
+    call, _ = calls
     assert (call.arguments["max_q"], call.arguments["max_k"]) == (40, 67)
     assert call.arguments["window_size"] == (-1 if window is None else 63, 0)
     assert call.arguments.get("num_splits") == (1 if deterministic else None)

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import copy
 import gc
+import importlib.util
 import json
 import platform
 import sys
@@ -132,6 +133,7 @@ def device(scale: Scale, _: float) -> Iterator[Finding]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention_in_place": IN_PLACE,
+        "flashinfer": importlib.util.find_spec("flashinfer") is not None,
         "read_gb_per_s": round(read_bandwidth(scale) / 1e9, 1),
     }
     if scale.device.startswith("cuda"):

@@ -156,15 +156,20 @@ class RaggedBatch:
         """Where each session's queries and keys are."""
         keys = [segment.length for segment in self.segments]
         starts = [segment.start for segment in self.segments]
-        slots = [range(start, start + count) for start, count in zip(starts, keys, strict=True)]
         return Extents(
             query_offsets=self._tensor(self._offsets, torch.int32),
             key_starts=self._tensor([*starts, 0], torch.int32),
             key_counts=self._tensor(keys, torch.int32),
             max_queries=max(segment.count for segment in self.segments),
             max_keys=max(keys),
-            key_slots=None if IN_PLACE else self._tensor(list(chain.from_iterable(slots))),
+            key_slots=None if IN_PLACE else self.key_slots,
         )
+
+    @cached_property
+    def key_slots(self) -> Tensor:
+        """Return the slots of all sessions' keys in turn, int32."""
+        slots = [range(segment.start, segment.start + segment.length) for segment in self.segments]
+        return self._tensor(list(chain.from_iterable(slots)), torch.int32)
 
     def groups(self, window: int | None) -> list[Group]:
         """Return how a layer that sees `window` tokens back (None: all) reads the sessions."""

@@ -19,6 +19,7 @@ from cascade.engine.attention import AttentionParams, attend_groups
 from cascade.engine.backends import mask_probe
 from cascade.engine.backends.base import ModelRunner
 from cascade.engine.batch import RaggedBatch, Segment
+from cascade.engine.flashinfer_attn import FlashInferAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -51,6 +52,7 @@ class VarlenRunner(ModelRunner):
         super().__init__(model)
         self.windows = mask_probe.windows(model)
         self.deterministic = deterministic
+        self.flashinfer = FlashInferAttention(enabled=not deterministic)
         model.set_attn_implementation(_VARLEN)
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -133,6 +135,10 @@ def _attention(  # noqa: PLR0913 - the signature is transformers'
     if varlen_attn.supported(batch, query_THD, states[1], params):
         exact = runner.deterministic
         attend = partial(varlen_attn.attend, batch.extents, deterministic=exact)
+    elif isinstance(batch, RaggedBatch) and runner.flashinfer.supports(
+        query_THD, states[1], params
+    ):
+        attend = partial(runner.flashinfer.attend, batch)
     return attend(query_THD, *states, params)[None], None
 
 
