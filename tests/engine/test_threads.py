@@ -60,6 +60,7 @@ def test_the_environment_of_a_replica() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
         "LRU_CACHE_CAPACITY": "512",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     assert "OMP_NUM_THREADS" not in threads.environment()
 

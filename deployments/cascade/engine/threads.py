@@ -11,6 +11,10 @@ more threads in pools than its machine has cores, none of them waits actively, n
 a model is loaded, checked and warmed up by threads that end (`run_in_own_thread`), and only the
 engine's thread keeps a pool.
 
+Weights that are packed lie in anonymous memory, of which Linux gives huge pages only to who asks
+for them. glibc asks if its environment says so when the process starts; without them passes over
+large weights take longer, and not always equally long.
+
 Each pass allocates what the one before freed. If glibc returns blocks of megabytes to the system in
 between, every page of them faults, which can take longer than the work on them.
 
@@ -57,6 +61,7 @@ def environment(*, threads: int = 0, crowded: bool = False) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(_KEPT_KERNELS),
         "LRU_CACHE_CAPACITY": str(_KEPT_KERNELS),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # by madvise
     }
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
