@@ -13,6 +13,7 @@ import torch
 from tests.conftest import random_model, words
 from tests.engine.architectures import build
 from tests.support.quantised import KINDS, MORE, read
+from transformers import BitsAndBytesConfig
 
 from cascade.engine import quantisation
 from cascade.engine.backends.cpu_llama import CpuLlamaRunner
@@ -85,7 +86,7 @@ def test_other_architectures_are_exact_too(tmp_path: Folder, architecture: str, 
     folder = KINDS[name].make(tmp_path / "plain", tmp_path / "quantised")
     model = load(str(folder), device="cpu").model
 
-    torch.testing.assert_close(logits(model), logits(read(folder)))
+    torch.testing.assert_close(logits(model), logits(KINDS[name].reference(folder)))
     assert type(select_runner(model, settings=EngineSettings(cache_tokens=1024))) is VarlenRunner
 
 
@@ -163,6 +164,29 @@ def test_a_kernel_that_computes_something_else_is_refused(
     layer.forward = wrong
     with pytest.raises(UnsupportedModel, match=r"up_proj of .* differs from its dense weights by"):
         quantisation.check_layers(name, model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocksize", "fused"),
+    [
+        ({}, 64, False),
+        ({"bnb_4bit_compute_dtype": torch.bfloat16}, 64, True),
+        ({"bnb_4bit_compute_dtype": torch.bfloat16}, 4096, False),
+    ],
+)
+def test_four_bits_are_not_rounded_to_bfloat16_unasked(
+    checkpoints: Checkpoints, settings: dict[str, Any], blocksize: int, *, fused: bool
+) -> None:
+    """By the kernel that bitsandbytes takes on CPUs with such instructions."""
+    stated: Any = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    model = read(checkpoints.plain, quantization_config=stated)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight.quant_state.blocksize = blocksize
+    layer.support_avx512bf16_for_cpu = True
+
+    quantisation._keep_precision(model)  # pyright: ignore[reportPrivateUsage] - the kernel is not everywhere
+
+    assert layer.support_avx512bf16_for_cpu is fused
 
 
 def test_quantised_keys_and_values_are_refused(checkpoints: Checkpoints) -> None:

@@ -180,6 +180,14 @@ def _unpacked_torchao(folder: Path) -> Any:
     return model
 
 
+def _in_float32(folder: Path) -> Any:
+    model = read(folder)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a kernel that rounds to bfloat16
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - typed as a tensor or module
+    return model
+
+
 KINDS: dict[str, Kind] = {
     "torchao int8": Kind(write=_torchao(Int8WeightOnlyConfig()), reference=read),
     "torchao int4": Kind(
@@ -189,7 +197,8 @@ KINDS: dict[str, Kind] = {
         reference=read,
     ),
     "bitsandbytes 4-bit": Kind(
-        write=_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"), reference=read
+        write=_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        reference=_in_float32,
     ),
     "bitsandbytes 8-bit": Kind(
         write=_bitsandbytes(load_in_8bit=True),
@@ -239,7 +248,7 @@ MORE: dict[str, Kind] = {
         write=_bitsandbytes(
             load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True
         ),
-        reference=read,
+        reference=_in_float32,
     ),
     "compressed-tensors FP8 per token": Kind(
         write=partial(

@@ -47,6 +47,8 @@ _FOR_GPUS = {"fp8", "mxfp8", "mxfp4"}  # transformers has no CPU kernels, and ca
 _NEIGHBOUR, _DENSE = 1e-3, 0.05
 _LOUD = 3e4  # larger than any activation, and a float16
 
+_FUSED_ROWS = 32  # outputs that bitsandbytes' fused kernel for CPUs computes together
+
 
 def method(config: PreTrainedConfig) -> str | None:
     """Return the name of a checkpoint's quantisation, None if it has none."""
@@ -195,6 +197,7 @@ def check_layers(name: str, model: PreTrainedModel) -> None:
     """
     if getattr(model, "hf_quantizer", None) is None:
         return
+    _keep_precision(model)
     hooks = [
         module.register_forward_pre_hook(_Check(name, layer), with_kwargs=True)
         for layer, module in model.named_modules()
@@ -217,6 +220,23 @@ def check_layers(name: str, model: PreTrainedModel) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _keep_precision(model: PreTrainedModel) -> None:
+    """Let 4-bit layers of bitsandbytes compute in the type that they state.
+
+    Where a CPU multiplies bfloat16 numbers, bitsandbytes takes a kernel that rounds activations to
+    that type, whatever the layer's is, and that fails at matrices without whole blocks.
+    """
+    for module in model.modules():
+        fused: Any = "support_avx512bf16_for_cpu"
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+        if not hasattr(module, fused) or state is None:
+            continue
+        outputs, inputs = state.shape
+        whole = outputs % _FUSED_ROWS == 0 and inputs % state.blocksize == 0
+        if not whole or (getattr(module, "compute_dtype", None) or model.dtype) != torch.bfloat16:
+            setattr(module, fused, False)
 
 
 class _Check:
