@@ -128,7 +128,7 @@ async def _start(tier: str, scale: Scale, size: str, token: str, cleanup: AsyncE
     """Start the process of a tier and return its address."""
     command = [sys.executable, "-m", "tests.gpu.pair", tier, size, "--device", scale.device]
     process = await asyncio.create_subprocess_exec(
-        *command, "--token", token, stdout=asyncio.subprocess.PIPE
+        *command, f"--token={token}", stdout=asyncio.subprocess.PIPE
     )
     cleanup.callback(process.kill)
     assert process.stdout is not None, "piped"
