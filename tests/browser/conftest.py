@@ -41,8 +41,10 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture(scope="session")
 async def service() -> AsyncIterator[ServingContext]:
-    # Every round has a draft, however busy the machine is.
-    settings = Application.model_validate({"router": {"draft_deadline_s": 120}})
+    # Every round has a draft, however busy the machine is: automatic lengths may be 0.
+    settings = Application.model_validate(
+        {"router": {"draft_deadline_s": 120}, "defaults": {"draft_tokens": 5}}
+    )
     async with local_server(settings) as running:
         yield running.service
 
