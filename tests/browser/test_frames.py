@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.browser.replay import Replay
+from tests.browser.replay import Paced, Replay
 from tests.browser.test_playground import ask, done
 from tests.support.http_server import serve_http
 
 from cascade.api.http import create_app
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
     from tests.browser.test_playground import Opened
 
     from cascade.api.context import ServingContext
@@ -64,10 +65,14 @@ async def test_blocks_change_neither_lines_nor_what_is_copied(
         assert in_blocks == await page.evaluate(PLACES, {"together": True})
 
 
-@pytest.fixture
-async def watched(opened: Opened, service: ServingContext) -> dict[str, list[Any]]:
-    """What happened in the page while four answers came as fast as they could."""
-    app = create_app(replace(service, generator=Replay(service, tokens=TOKENS)))
+@pytest.fixture(params=[None, 60], ids=["at once", "60 events a second"])
+async def watched(
+    opened: Opened, service: ServingContext, request: pytest.FixtureRequest
+) -> dict[str, list[Any]]:
+    """What happened in the page while four answers came; paced, the first event is a role alone."""
+    app: ASGIApp = create_app(replace(service, generator=Replay(service, tokens=TOKENS)))
+    if request.param:
+        app = Paced(app, streams=COLUMNS, events_per_s=request.param)
     async with serve_http(app) as address, opened(address, script=WATCH) as page:
         for _ in range(COLUMNS - 2):
             await page.get_by_role("button", name="Compare with another").click()

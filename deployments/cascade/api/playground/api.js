@@ -54,7 +54,9 @@ export async function ask(kind, made, key, signal, on) {
     }
     const event = JSON.parse(data);
     if (event.error) throw new Error(event.error.message);
-    on({ ...read(event.choices[0]), usage: event.usage });
+    const [choice] = event.choices;
+    if (choice?.delta?.role) continue; // it shows nothing, and a drawing for it would keep the first token waiting
+    on({ ...read(choice), usage: event.usage });
   }
   if (!ended) throw new Error("The answer broke off: the server has ended the connection. Ask again.");
 }
