@@ -1,4 +1,4 @@
-"""Single tokens in numpy get the logits that torch gives them."""
+"""A few tokens in numpy get the logits that torch gives them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ TOKENS = tuple((7 * index + 3) % VOCABULARY for index in range(60))
 START, PROMPT = 128, 5
 
 
-def decode(model: PreTrainedModel, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode token by token; return the logits and the states in the pool."""
+def decode(
+    model: PreTrainedModel, *, packed: bool, tokens: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run so many tokens a pass; return the logits of the last ones and the states in the pool."""
     runner = CpuLlamaRunner(model, packed=packed)
     assert (runner.numpy_llama is not None) is packed
     runner.resize(num_slots=256)
@@ -32,18 +34,21 @@ def decode(model: PreTrainedModel, *, packed: bool) -> tuple[torch.Tensor, torch
         runner.forward([Segment(start=START, past=0, tokens=TOKENS[:PROMPT])])
         logits = [
             runner.forward(
-                [Segment(start=START, past=past, tokens=TOKENS[past:][:1], num_logits=1)]
+                [Segment(start=START, past=past, tokens=TOKENS[past:][:tokens], num_logits=1)]
             )
-            for past in range(PROMPT, len(TOKENS))
+            for past in range(PROMPT, len(TOKENS), tokens)
         ]
     return torch.cat(logits), runner.pool.states_L2JRD[..., START : START + len(TOKENS), :]
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("name", LLAMA_LIKE)
-def test_logits_and_states_are_those_of_torch(name: str) -> None:
+def test_logits_and_states_are_those_of_torch(name: str, tokens: int) -> None:
     model = build(name)
     for actual, expected in zip(
-        decode(model, packed=True), decode(model, packed=False), strict=True
+        decode(model, packed=True, tokens=tokens),
+        decode(model, packed=False, tokens=tokens),
+        strict=True,
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -92,7 +97,7 @@ def test_long_sessions_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert runner.numpy_llama is not None
     monkeypatch.setattr(runner.numpy_llama, "forward", count)
-    monkeypatch.setattr("cascade.engine.backends.cpu_llama.MAX_KEYS", 20)
+    monkeypatch.setattr(numpy_llama, "MAX_KEYS", 20)
     with torch.inference_mode():
         for past in (18, 19, 20, 21):
             runner.forward([Segment(start=0, past=past, tokens=(1,), num_logits=1)])

@@ -27,7 +27,7 @@ from cascade.engine.backends import (
 )
 from cascade.engine.backends.base import Runner
 from cascade.engine.backends.compiled_layer import CompiledLayers
-from cascade.engine.backends.numpy_llama import MAX_KEYS, MAX_SESSIONS, NumpyLlama
+from cascade.engine.backends.numpy_llama import NumpyLlama
 from cascade.engine.backends.widened_linear import WidenedLinear
 from cascade.engine.batch import SHORT_QUERIES, RaggedBatch
 from cascade.engine.kv_pool import StackedKVPool
@@ -107,12 +107,7 @@ class CpuLlamaRunner(Runner[StackedKVPool]):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Store the segments' states; return the requested logits `[N, V]`, in segment order."""
         rotations_P1E = self._rotation_table(max(one.positions.stop for one in segments))
-        if (
-            self.numpy_llama
-            and len(segments) <= MAX_SESSIONS
-            and all(one.count == one.num_logits == 1 for one in segments)
-            and all(one.length <= MAX_KEYS for one in segments)
-        ):
+        if self.numpy_llama and self.numpy_llama.pays(segments):
             return self.numpy_llama.forward(segments, pool=self.pool, rotations_P1E=rotations_P1E)
         batch = RaggedBatch(
             segments,

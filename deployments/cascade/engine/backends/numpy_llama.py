@@ -1,4 +1,4 @@
-"""Decode steps of one or a few sessions through a small Llama-like model on a CPU, in numpy.
+"""Passes of one or a few tokens through a small Llama-like model on a CPU, in numpy.
 
 It is a drafter's usual step, whose arithmetic takes less time than torch's overhead between
 operators. numpy has less overhead, and less code: a drafter whose core has just run a pass of the
@@ -20,7 +20,7 @@ import torch
 from cascade.engine.backends import llama_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     ArrayMap: TypeAlias = Callable[[Array], Array]
 
 MAX_SESSIONS = 4  # up to which one session after the other is faster than all together
+MAX_TOKENS = 4  # the same of tokens of a session, if their layers are small:
+MAX_REPEATED = 2**20  # weights of a layer, times the tokens that read them again
 MAX_KEYS = 2**13  # of a session; attention to more takes longer than torch's overhead, on one core
 MAX_WEIGHTS = 2**20  # of a matrix; for a larger one a second core pays off
 
 
 class NumpyLlama:
-    """A Llama-like model for one token at a time, over the pool of the `lean` path.
+    """A Llama-like model, one token after the other, over the pool of the `lean` path.
 
     It copies the matrices. `windows` are the tokens that each layer sees back; None for all.
     """
@@ -52,6 +54,8 @@ class NumpyLlama:
             for layer, window in zip(weights.layers, windows, strict=True)
         ]
         self._final_norm, self._lm_head = _norm(weights.final_norm), weights.lm_head
+        layer = next(iter(model.model.layers))
+        self._layer_weights = sum(one.numel() for one in layer.parameters())
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -60,30 +64,55 @@ class NumpyLlama:
         small = all(one.numel() <= MAX_WEIGHTS for one in model.parameters())
         return has_silu and small and model.dtype == torch.float32
 
+    def pays(self, segments: Sequence[Segment]) -> bool:
+        """Return whether segments have so few tokens and keys that numpy is faster than torch."""
+        tokens = sum(one.count for one in segments)
+        repeated = (tokens - 1) * self._layer_weights
+        return (
+            (
+                tokens == len(segments) <= MAX_SESSIONS
+                or (tokens <= MAX_TOKENS and repeated <= MAX_REPEATED)
+            )
+            and all(one.num_logits == 1 for one in segments)
+            and all(one.length <= MAX_KEYS for one in segments)
+        )
+
     # The engine looks for what is infinite or NaN in the logits.
     @np.errstate(over="ignore", invalid="ignore")
     def forward(
         self, segments: Sequence[Segment], *, pool: StackedKVPool, rotations_P1E: Tensor
     ) -> Tensor:
-        """Store the states of each segment's only token and return its logits `[N, V]`.
+        """Store the segments' states; return the requested logits `[N, V]`, in segment order.
 
         Args:
-            segments: Segments of one token.
+            segments: Segments of a few tokens.
             pool: The pool.
             rotations_P1E: The rotation of each position, complex.
         """
         states_L2JRD, rotations = pool.states_L2JRD.numpy(), rotations_P1E.numpy()
         logits = [
-            self._logits(one, states_L2JRD, rotations[one.positions.start]) for one in segments
+            logits_V
+            for segment in segments
+            for logits_V in self._logits(segment, states_L2JRD, rotations)
         ]
         return torch.from_numpy(logits[0][None] if len(logits) == 1 else np.stack(logits))
 
-    def _logits(self, segment: Segment, states_L2JRD: Array, rotation_1E: Array) -> Array:
-        states_L2JKD = states_L2JRD[..., segment.start : segment.start + segment.length, :]
-        hidden_C = self._embedding_VC[segment.tokens[0]]
-        for layer, states_2JKD in zip(self._layers, states_L2JKD, strict=True):
-            hidden_C = layer.forward(hidden_C, states_2JKD, rotation_1E)
-        return self._lm_head(self._final_norm(hidden_C))
+    def _logits(
+        self, segment: Segment, states_L2JRD: Array, rotations_P1E: Array
+    ) -> Iterator[Array]:
+        """Yield the requested logits of a segment's tokens, which run one after the other."""
+        keys = segment.start + segment.past
+        first_logit = segment.count - segment.num_logits
+        for index, (token, position) in enumerate(
+            zip(segment.tokens, segment.positions, strict=True)
+        ):
+            states_L2JKD = states_L2JRD[..., segment.start : keys + index + 1, :]
+            hidden_C = self._embedding_VC[token]
+            rotation_1E = rotations_P1E[position]
+            for layer, states_2JKD in zip(self._layers, states_L2JKD, strict=True):
+                hidden_C = layer.forward(hidden_C, states_2JKD, rotation_1E)
+            if index >= first_logit:
+                yield self._lm_head(self._final_norm(hidden_C))
 
 
 class _NumpyLayer:
