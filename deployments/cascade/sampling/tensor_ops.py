@@ -70,9 +70,11 @@ def argmax(values_NV: Tensor) -> Tensor:
     """
     if values_NV.device.type != "cpu":
         return widen(values_NV).argmax(dim=1)
+    if values_NV.dtype in {torch.float32, torch.float64}:
+        return torch.from_numpy(values_NV.numpy().argmax(axis=1))
     chunks = row_chunks(values_NV.shape, values_NV.device)
     parts = [widen(values_NV[rows]).numpy().argmax(axis=1) for rows in chunks]
-    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def upload(values: Any, device: torch.device, *, dtype: torch.dtype | None = None) -> Tensor:

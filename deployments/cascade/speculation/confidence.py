@@ -63,7 +63,7 @@ def token_confidences(
         ids_BK: The tokens of the scores; default: the vocabulary.
     """
     if logits_BV.device.type == "cpu" and scores_BK is None:
-        return _on_cpu(widen(logits_BV).numpy(), tokens_B)
+        return [*map(_on_cpu, widen(logits_BV).numpy(), tokens_B)]
     chosen_B1 = torch.tensor(tokens_B, device=logits_BV.device)[:, None]
     weights_BV = logits_BV.softmax(dim=1, dtype=torch.float32)
     probability_B1 = weights_BV.gather(1, chosen_B1)
@@ -83,20 +83,17 @@ def token_confidences(
     ]
 
 
-def _on_cpu(logits_BV: NDArray[np.floating[Any]], tokens_B: Sequence[int]) -> list[TokenConfidence]:
-    """Return what `token_confidences` does; numpy takes a fraction of the time of torch."""
-    weights_BV = np.exp(logits_BV - logits_BV.max(axis=1, keepdims=True))
-    row_B, chosen_B = np.arange(len(tokens_B)), np.asarray(tokens_B)
-    probability_B = weights_BV[row_B, chosen_B] / weights_BV.sum(axis=1)
-    weights_BV[row_B, chosen_B] = 0
-    runner_up_B = weights_BV.argmax(axis=1)
-    rest_B = weights_BV.sum(axis=1)
-    share_B = weights_BV[row_B, runner_up_B] / np.where(rest_B > 0, rest_B, 1)
-    found = zip(probability_B.tolist(), runner_up_B.tolist(), share_B.tolist(), strict=True)
-    return [
-        TokenConfidence(probability=probability, runner_up=token, runner_up_share=share)
-        for probability, token, share in found
-    ]
+def _on_cpu(logits_V: NDArray[np.floating[Any]], token: int) -> TokenConfidence:
+    """Return what a row says; numpy takes a fraction of the time of torch."""
+    weights_V = np.exp(logits_V - logits_V.max())
+    probability = weights_V[token] / weights_V.sum()
+    weights_V[token] = 0
+    runner_up, rest = weights_V.argmax(), weights_V.sum()
+    return TokenConfidence(
+        probability=float(probability),
+        runner_up=int(runner_up),
+        runner_up_share=float(weights_V[runner_up] / rest) if rest > 0 else 0.0,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

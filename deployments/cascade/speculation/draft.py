@@ -216,6 +216,8 @@ def _group_key(task: DraftTask) -> Hashable:
 
 def _groups(tasks: Sequence[DraftTask]) -> list[list[int]]:
     """Return the indices of tasks that are drafted in one batch, batch by batch."""
+    if len(tasks) == 1:
+        return [[0]]
     groups: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
         groups.setdefault(_group_key(task), []).append(i)
