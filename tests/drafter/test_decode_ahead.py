@@ -1,9 +1,10 @@
-"""Drafting without a read between passes sends what drafting token by token sends."""
+"""Drafting without a plan between passes sends what drafting token by token sends."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -52,15 +53,17 @@ PATHS = [Path.CAPTURED, Path.FLAT, Path.LEAN]
 COUNTS = (5, 5, 3)  # tokens of each session's block
 
 
-def drafter(path: Path, *, ahead: bool, device: str = "cpu") -> Drafter:
-    """Return a drafter whose engine a test steps, after a GPU's manner if `ahead`."""
+def drafter(path: Path, *, ahead: bool, reads_each: bool = False, device: str = "cpu") -> Drafter:
+    """Return a drafter whose engine a test steps; it reads each pass as on a CPU, or none."""
     tokenizer: Any = SimpleNamespace(size=VOCABULARY, tokens={})
     settings = EngineSettings(path=path, threads=1, cache_tokens=2048)
     options = ReplicaOptions(model="tiny", engine=settings)
     model = build("llama")
     nn.Module.to(model, device)
     found = Drafter(adopt(model), tokenizer, options, token=TOKEN)
-    found.engine.decodes_ahead = ahead
+    assert found.engine.decodes_ahead
+    assert found.engine.reads_each == (device == "cpu")
+    found.engine.decodes_ahead, found.engine.reads_each = ahead, reads_each
     return found
 
 
@@ -121,7 +124,7 @@ def passes(replica: Drafter) -> int:
 
 
 def counting(replica: Drafter) -> list[int]:
-    """Return a list that gets how many passes each run without a read had."""
+    """Return a list that gets how many passes each run without a plan between them had."""
     counts: list[int] = []
     decode_ahead = replica.engine.decode_ahead
 
@@ -134,9 +137,20 @@ def counting(replica: Drafter) -> list[int]:
     return counts
 
 
+either_manner = pytest.mark.parametrize("reads_each", [False, True], ids=["unread", "read"])
+
+
+def both(path: Path, *, reads_each: bool) -> list[Drafter]:
+    """Return a drafter that plans each pass, and one that does not."""
+    return [drafter(path, ahead=ahead, reads_each=reads_each) for ahead in (False, True)]
+
+
+@either_manner
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-async def test_blocks_are_those_drafted_token_by_token(policy: DecodingParams) -> None:
-    by_token, ahead = (drafter(Path.CAPTURED, ahead=ahead) for ahead in (False, True))
+async def test_blocks_are_those_drafted_token_by_token(
+    policy: DecodingParams, *, reads_each: bool
+) -> None:
+    by_token, ahead = both(Path.CAPTURED, reads_each=reads_each)
     expected, runs = await proposals(by_token, policy, ahead=1), counting(ahead)
     assert await proposals(ahead, policy, ahead=1) == expected
     assert max(runs) >= 2
@@ -147,16 +161,18 @@ async def test_blocks_are_those_drafted_token_by_token(policy: DecodingParams) -
         assert len(messages[0][-1]) in {0, count + extra}
 
 
+@either_manner
 @pytest.mark.parametrize("path", PATHS)
-async def test_every_path_runs_tokens_of_the_device(path: Path) -> None:
-    by_token, ahead = (drafter(path, ahead=ahead) for ahead in (False, True))
+async def test_every_path_runs_tokens_of_the_device(path: Path, *, reads_each: bool) -> None:
+    by_token, ahead = both(path, reads_each=reads_each)
     runs = counting(ahead)
     assert await proposals(ahead, SAMPLED, ahead=1) == await proposals(by_token, SAMPLED, ahead=1)
     assert max(runs) >= 2
 
 
-async def test_a_block_takes_one_step_of_the_engine() -> None:
-    replica = drafter(Path.CAPTURED, ahead=True)
+@either_manner
+async def test_a_block_takes_one_step_of_the_engine(*, reads_each: bool) -> None:
+    replica = drafter(Path.CAPTURED, ahead=True, reads_each=reads_each)
     client = Client(replica, name="a", prompt=(3, 4, 5), policy=GREEDY)  # pyright: ignore[reportArgumentType] - as above
     await finished(replica)
     before = passes(replica)
@@ -167,8 +183,9 @@ async def test_a_block_takes_one_step_of_the_engine() -> None:
     assert block.block.length == block.passes == passes(replica) - before == 5
 
 
+@either_manner
 async def test_blocks_that_end_early_and_side_branches_are_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, *, reads_each: bool
 ) -> None:
     """At a stop token, at a deferral, at low confidence; and drafts of other verdicts."""
     monkeypatch.setattr("cascade.drafter.drafter.MAX_BRANCH_OVERHEAD", 1e9)
@@ -177,16 +194,20 @@ async def test_blocks_that_end_early_and_side_branches_are_the_same(
     cases: list[tuple[DecodingParams, dict[str, Any]]] = [
         (replace(GREEDY, stop_ids=(greedy_tokens[2],)), {"ahead": 1}),
         (replace(SAMPLED, rule=Chow(alpha=0.5), bonus=Bonus.NONE), {"until_deferral": True}),
-        (SAMPLED, {"floor": 0.05, "ahead": 2}),
+        (SAMPLED, {"floor": 1e-6, "ahead": 2}),
         (SAMPLED, {"branches": 3, "ahead": 1}),
         (GREEDY, {"branches": 4, "floor": 0.01}),
     ]
     for policy, more in cases:
-        by_token, ahead = (drafter(Path.CAPTURED, ahead=ahead) for ahead in (False, True))
+        by_token, ahead = both(Path.CAPTURED, reads_each=reads_each)
         expected, runs = await proposals(by_token, policy, **more), counting(ahead)
         found = await proposals(ahead, policy, **more)
-        may_end = "floor" in more or "until_deferral" in more
-        assert (max(runs) == 2) == may_end, more
+        if reads_each:
+            tokens, expected_tokens = (one.engine.stats().tokens for one in (ahead, by_token))
+            assert tokens == expected_tokens, "none ran in vain"
+        else:
+            may_end = "floor" in more or "until_deferral" in more
+            assert (max(runs) == 2) == may_end, more
         for one, other in zip(found, expected, strict=True):
             assert sorted(one, key=repr) == sorted(other, key=repr), more
 
@@ -203,6 +224,42 @@ async def test_penalties_are_drafted_token_by_token(
     policy = replace(SAMPLED, sampling=sampling)
     by_token, ahead = (drafter(Path.CAPTURED, ahead=ahead) for ahead in (False, True))
     assert await proposals(ahead, policy) == await proposals(by_token, policy)
+    assert ahead.engine.decodes_ahead
+
+
+async def test_a_message_ends_a_run_that_is_read() -> None:
+    """A verdict that comes while blocks are drafted ahead of it waits for one pass."""
+    replica = drafter(Path.LEAN, ahead=True, reads_each=True)
+    client = Client(replica, name="a", prompt=(3, 4, 5), policy=GREEDY)  # pyright: ignore[reportArgumentType] - as above
+    await finished(replica)
+    decode, runs = replica.engine.runner.decode, counting(replica)
+
+    def with_verdict(segments: Any, ids_N: Tensor) -> Tensor:
+        if client.received or replica.engine.stats().passes > 5:
+            client.send(Propose(**client.after(7), count=2, tokens=(7,)))
+            replica.engine.runner.decode = decode
+        return decode(segments, ids_N)
+
+    replica.engine.runner.decode = with_verdict
+    client.send(Propose(**client.after(), count=5, ahead=1))
+    await finished(replica)
+    messages = [one for one in await client.take() if isinstance(one, Proposal)]
+    assert [(one.position, one.block.length) for one in messages] == [(0, 5), (1, 2)]
+    assert runs[:2] == [4, 1]
+
+
+async def test_invalid_logits_in_a_run_that_is_read_leave_the_session_as_it_was() -> None:
+    by_token, ahead = both(Path.LEAN, reads_each=True)
+    decode, calls = ahead.engine.runner.decode, 0
+
+    def invalid_once(segments: Any, ids_N: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return decode(segments, ids_N) * (math.nan if calls == 2 else 1)
+
+    ahead.engine.runner.decode = invalid_once
+    assert await proposals(ahead, SAMPLED) == await proposals(by_token, SAMPLED)
+    assert calls > 2
     assert ahead.engine.decodes_ahead
 
 

@@ -58,10 +58,16 @@ def test_logits_are_those_of_the_plain_forward_pass(path: Path) -> None:
     assert harness.worst < TOLERANCE
 
 
-def test_what_waits_is_not_delayed() -> None:
+@pytest.mark.parametrize("reads_each", [False, True])
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_what_waits_is_not_delayed(tokens: int, *, reads_each: bool) -> None:
+    """Unless passes are not read: a prefill then waits for all of them."""
     harness = opened(Path.FLAT)
-    waiting = harness.submit("c", [3, 4], num_logits=1)
-    assert ahead(harness, passes=4) == ([], [])
+    harness.engine.reads_each = reads_each
+    waiting = harness.submit("c", range(3, 3 + tokens), num_logits=1)
+    harness.engine._receive()  # pyright: ignore[reportPrivateUsage] - it is planned, not in the inbox
+    run, _ = ahead(harness, passes=4)
+    assert len(run) == (0 if reads_each or tokens == 2 else 4)
     harness.run_until_done(waiting)
     assert len(ahead(harness, passes=4)[0]) == 4
 

@@ -71,7 +71,7 @@ async def _blocks(
     drafter: Drafter, policy: DecodingParams, scale: Scale, *, sessions: int, ahead: bool
 ) -> tuple[float, list[tuple[int, ...]]]:
     """Return the median time of a block of all sessions, and the last blocks."""
-    drafter.engine.decodes_ahead = ahead
+    drafter.engine.decodes_ahead, drafter.engine.reads_each = ahead, False
     clients = [
         Client(
             drafter,  # pyright: ignore[reportArgumentType] - it serves messages as a fake one does

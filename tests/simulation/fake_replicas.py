@@ -100,6 +100,7 @@ class SimEngine:
     stalled_since_s: float = 0.0
     alive: bool = True
     decodes_ahead: bool = False
+    reads_each: bool = False
 
     def stall(self, *, for_s: float) -> None:
         """Run nothing for a while."""

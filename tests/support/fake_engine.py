@@ -50,6 +50,7 @@ class FakeEngine:
     limit_source: int = 0
     spare: float = 1.0
     decodes_ahead: bool = False
+    reads_each: bool = False
     alive: bool = True
     working_s: float = 0.0
     current_pass: ForwardPass = field(default_factory=ForwardPass)

@@ -137,19 +137,41 @@ class DraftBranch:
             with_confidence=may_fork or (self.may_stop_early and not guessing),
         )
 
-    @property
-    def passes_ahead(self) -> int:
-        """Return how many passes may run after the next logits before anything is read.
+    def passes_ahead(self, *, reads_each: bool) -> int:
+        """Return how many passes may follow the next logits before the engine plans again.
 
-        None after the block has ended at the latest; few where it may end before.
+        None after the block has ended at the latest. If they are not read one by one, no more than
+        the logits of a few take memory, and few run where the block may end before.
         """
         more = needs_probs_after_block(self.session.opened.policy)
         if self.guessing:  # then the block begins
             tokens_left = 1 + self.message.count + more
         else:
             tokens_left = self.block.count - self.block.length + more
+        if reads_each:
+            return tokens_left - 1
         may_end = self.may_stop_early or self.message.until_deferral
         return min(tokens_left - 1, _MAX_IN_VAIN if may_end else _MAX_AHEAD)
+
+    def ends_with(self, drafts: Sequence[DraftToken]) -> bool:
+        """Return whether these are the last drafts before something else has to be decided.
+
+        Args:
+            drafts: What was drafted from the next logits on; one of them may be the guess.
+        """
+        session, policy, last = self.session, self.session.opened.policy, drafts[-1]
+        if session.closed or session.queued or last.token in policy.stop_ids:
+            return True
+        inside = drafts[self.guessing :]
+        if not inside:
+            return False
+        if self.message.until_deferral and drafter_defers(policy, last):
+            return True
+        prob = 1.0 if self.guessing else self.block.acceptance_prob
+        for draft in inside if self.may_stop_early else ():
+            if draft.confidence is not None:
+                prob *= self.calibration.acceptance_prob(draft.confidence.probability)
+        return prob < self.message.floor
 
     def follow(self, message: Propose) -> bool:
         """Return whether a message requests a block of this branch, and drop those before it.

@@ -19,6 +19,7 @@ import torch
 from cascade.drafter.draft_branch import DraftBranch, PendingBlock
 from cascade.drafter.draft_tree import DraftSession, DraftTree
 from cascade.drafter.text_draft import TextDraft
+from cascade.engine.forward import invalid_rows
 from cascade.engine.model_pair import map_to_expert
 from cascade.engine.settings import VocabularyWay
 from cascade.errors import InvalidRequest
@@ -264,10 +265,7 @@ class Drafter(Replica[Propose]):
     def _draft(
         self, branches: Sequence[DraftBranch], logits_NV: Tensor, *, spare: float
     ) -> list[_DraftedToken]:
-        """Return the next token of each branch, and maybe those after it to the end of the block.
-
-        Those are run before any of them is read, and read together.
-        """
+        """Return the next token of each branch, and maybe those after it in its block."""
 
         def tasks(ahead: int) -> list[DraftTask]:
             return [one.task(spare_capacity=spare > 0, ahead=ahead) for one in branches]
@@ -275,20 +273,22 @@ class Drafter(Replica[Propose]):
         planned = [tasks(0)]
         drafts: Sequence[DraftToken] = ()
         fed: list[list[int]] = []
-        passes = min((one.passes_ahead for one in branches), default=0)
+        reads_each = self.engine.reads_each
+        passes = min((one.passes_ahead(reads_each=reads_each) for one in branches), default=0)
         passes = min(passes, _MAX_ROWS // max(1, len(branches)) - 1)
         current = self.engine.current_pass
         is_step = current.tokens <= 2 * current.sessions  # a prefill would count as its passes
         if passes > 0 and is_step and self.engine.decodes_ahead:
-            planned += [tasks(1 + number) for number in range(passes)]
-            if all(can_draw(task) for task in chain.from_iterable(planned)):
-                drafts, fed = self._draft_ahead(branches, logits_NV, planned)
+            follow = [tasks(1 + number) for number in range(passes)]
+            if all(can_draw(task) for task in chain(*planned, *follow)):
+                planned += follow
+                run = self._draft_each if reads_each else self._draft_ahead
+                drafts, fed = run(branches, logits_NV, planned)
         if fed:  # a pass counts its part of the time
             now_s = self.clock()
             began_s = now_s - (now_s - current.began_s) / (1 + len(fed))
             self.engine.current_pass = replace(current, began_s=began_s)
-        else:
-            drafts = self.draft(logits_NV, planned[0])
+        drafts = drafts or self.draft(logits_NV, planned[0])
         found: list[_DraftedToken] = []
         for index, branch in enumerate(branches):
             token: _DraftedToken | None = None
@@ -304,13 +304,55 @@ class Drafter(Replica[Propose]):
             found.append(token)
         return found
 
+    def _draft_each(
+        self,
+        branches: Sequence[DraftBranch],
+        logits_NV: Tensor,
+        planned: Sequence[Sequence[DraftTask]],
+    ) -> tuple[Sequence[DraftToken], list[list[int]]]:
+        """Draft the branches on, one pass after the other, until the block of one may end.
+
+        What lies between two passes of the engine would take longer than one of a small model.
+
+        Args:
+            branches: The branches.
+            logits_NV: Their logits.
+            planned: The tasks of these logits, and of those of each pass that may follow.
+
+        Returns:
+            The drafted tokens pass by pass, and those that have run after each but the last.
+        """
+        count = len(branches)
+        drafts = [*self.draft(logits_NV, planned[0])]
+
+        def following() -> Tensor | None:
+            if any(one.ends_with(drafts[index::count]) for index, one in enumerate(branches)):
+                return None
+            ids_N = torch.tensor([draft.token for draft in drafts[-count:]])
+            return ids_N if self._vocabulary is None else self._vocabulary.drafter_ids(ids_N)
+
+        def read(drawn_from_NV: Tensor, number: int) -> Tensor | None:
+            if invalid_rows(drawn_from_NV):
+                return None  # the engine then returns nothing
+            drafts.extend(self.draft(drawn_from_NV, planned[1 + number]))
+            return following()
+
+        ids_N = following()
+        if ids_N is None:
+            return drafts, []
+        sessions = [one.engine_id or one.session.engine_id for one in branches]
+        logits, fed = self.engine.decode_ahead(sessions, ids_N, read, passes=len(planned) - 1)
+        if len(drafts) == len(fed) * count:
+            read(logits[-1], len(fed) - 1)
+        return drafts[: (1 + len(fed)) * count], fed
+
     def _draft_ahead(
         self,
         branches: Sequence[DraftBranch],
         logits_NV: Tensor,
         planned: Sequence[Sequence[DraftTask]],
     ) -> tuple[Sequence[DraftToken], list[list[int]]]:
-        """Run the branches on, with tokens drawn on the device, and then draft them all.
+        """Run the branches on, with tokens drawn on the device and unread, then draft them all.
 
         Args:
             branches: The branches.

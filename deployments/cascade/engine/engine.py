@@ -118,8 +118,10 @@ class Engine:
         self.current_pass = ForwardPass()  # whose logits the handler has; for the engine's thread
         self._pass_began_s, self._pass_tokens = clock(), 0
         self._sharing: list[CachedSequence] = []  # the sequences in the current pass
-        # Tokens can be drawn from logits and run on the device, without a read between passes.
-        self.decodes_ahead = device.type == "cuda" and self._ranks is None
+        # Passes of one token can follow each other without a plan between them. Unless the handler
+        # reads each, tokens are drawn from logits and run without leaving the device.
+        self.decodes_ahead = device.type in {"cpu", "cuda"} and self._ranks is None
+        self.reads_each = device.type == "cpu"
         self._cycle_began_s: float | None = None  # None between cycles
         self._backlog = 0  # tokens that waited when the current cycle was planned
         self._counters = EngineCounters()
@@ -158,16 +160,17 @@ class Engine:
     def decode_ahead(
         self, sessions: Sequence[SessionId], ids_N: Tensor, draw: Draw, *, passes: int
     ) -> tuple[list[Tensor], list[list[int]]]:
-        """Run passes of one token per session; what they yield is read once, after the last.
+        """Run passes of one token per session, with no plan between them.
 
         Called by the handler in `finish`, for sessions whose logits it is given. Where another
-        block waits to run, or a cache range ends, the passes do; prefills wait for all of them. A
-        model whose RoPE frequencies depend on lengths runs none.
+        block waits to run, or a cache range ends, the passes do. On a GPU, where what they yield is
+        read once, after the last, prefills wait for all of them. A model whose RoPE frequencies
+        depend on lengths runs none.
 
         Args:
             sessions: The sessions.
             ids_N: The token of each that runs first, on the device.
-            draw: Returns the tokens that run next.
+            draw: Returns the tokens that run next, or None to end.
             passes: How many passes, at most.
 
         Returns:
@@ -175,7 +178,8 @@ class Engine:
         """
         sequences = [self._cache.find(session) for session in sessions]
         found = [one for one in sequences if one is not None]
-        if self._scheduler.has_blocks or len(found) < len(sequences):
+        waits = len(self._scheduler) if self.reads_each else self._scheduler.has_blocks
+        if waits or len(found) < len(sequences):
             return [], []
         logits, tokens = forward.decode_ahead(
             self.runner,

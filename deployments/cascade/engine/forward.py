@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from cascade.engine.backends.base import Runner
     from cascade.engine.kv_cache import CachedSequence
 
-# Returns tokens `[N]`, given the logits `[N, V]` of a pass and its number; nothing is read.
-Draw: TypeAlias = Callable[[Tensor, int], Tensor]
+# Returns tokens `[N]`, given the logits `[N, V]` of a pass and its number; None: none runs on.
+Draw: TypeAlias = Callable[[Tensor, int], Tensor | None]
 
 # Logits up to here leave room in a float32 for every bias, penalty and temperature that is allowed.
 _LARGEST_LOGIT = 1e30
@@ -50,7 +50,7 @@ def decode_ahead(  # noqa: PLR0913 - what a pass needs, and when to end
         runner: The model.
         sequences: All their tokens are cached; they get those that run, unless logits are invalid.
         ids_N: The token of each that runs first, on the device.
-        draw: Returns the tokens that run next.
+        draw: Returns the tokens that run next, or None to end.
         columns: Logits that are kept of each token, V.
         passes: How many, at most; fewer where a sequence has no slot for more.
         go_on: Whether another pass may run.
@@ -80,7 +80,10 @@ def decode_ahead(  # noqa: PLR0913 - what a pass needs, and when to end
     ids: list[Tensor] = []
     while len(logits) < passes and go_on():
         if logits:
-            ids_N = draw(logits[-1], len(logits) - 1)
+            drawn_N = draw(logits[-1], len(logits) - 1)
+            if drawn_N is None:
+                break
+            ids_N = drawn_N
         logits.append(runner.decode(segments, ids_N)[:, :columns])
         ids.append(ids_N)
         segments = [replace(one, past=one.past + 1) for one in segments]
