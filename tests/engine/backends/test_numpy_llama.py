@@ -86,8 +86,11 @@ def test_models_with_large_matrices_do_not_run_in_numpy(monkeypatch: pytest.Monk
     assert CpuLlamaRunner(build("llama")).numpy_llama is None
 
 
-def test_long_sessions_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = CpuLlamaRunner(build("llama"))
+def lengths_in_numpy(
+    model: PreTrainedModel, segments: Sequence[Segment], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Run segments pass by pass; return the lengths of those that run in numpy."""
+    runner = CpuLlamaRunner(model)
     runner.resize(num_slots=256)
     in_numpy = list[int]()
 
@@ -97,11 +100,38 @@ def test_long_sessions_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert runner.numpy_llama is not None
     monkeypatch.setattr(runner.numpy_llama, "forward", count)
-    monkeypatch.setattr(numpy_llama, "MAX_KEYS", 20)
     with torch.inference_mode():
-        for past in (18, 19, 20, 21):
-            runner.forward([Segment(start=0, past=past, tokens=(1,), num_logits=1)])
-    assert in_numpy == [19, 20]
+        for one in segments:
+            runner.forward([one])
+    return in_numpy
+
+
+def test_long_sessions_do_not_run_in_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_llama, "MAX_KEYS", 20)
+    segments = [Segment(start=0, past=past, tokens=(1,), num_logits=1) for past in (18, 19, 20, 21)]
+    assert lengths_in_numpy(build("llama"), segments, monkeypatch) == [19, 20]
+
+
+@pytest.mark.parametrize(("repeated", "longest"), [(0, 1), (1, 2), (3, 4), (9, 4)])
+def test_tokens_that_would_read_large_layers_again_do_not_run_in_numpy(
+    repeated: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+    layer = sum(one.numel() for one in model.model.layers[0].parameters())
+    monkeypatch.setattr(numpy_llama, "MAX_REPEATED", repeated * layer)
+    counts = range(1, 7)
+    segments = [Segment(start=0, past=0, tokens=TOKENS[:count], num_logits=1) for count in counts]
+    expected = [count for count in counts if count <= longest]
+    assert lengths_in_numpy(model, segments, monkeypatch) == expected
+
+
+def test_passes_with_several_logits_of_a_session_do_not_run_in_numpy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segments = [
+        Segment(start=0, past=0, tokens=TOKENS[:2], num_logits=logits) for logits in (0, 1, 2)
+    ]
+    assert lengths_in_numpy(build("llama"), segments, monkeypatch) == [2]
 
 
 def test_deterministic_runners_do_not_use_numpy() -> None:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     ArrayMap: TypeAlias = Callable[[Array], Array]
 
 MAX_SESSIONS = 4  # up to which one session after the other is faster than all together
-MAX_TOKENS = 4  # the same of tokens of a session, if their layers are small:
-MAX_REPEATED = 2**20  # weights of a layer, times the tokens that read them again
+MAX_TOKENS = 4  # of a pass, up to which one after the other is faster where layers are small:
+MAX_REPEATED = 2**20  # weights of a layer, times the tokens after the first, which read them again
 MAX_KEYS = 2**13  # of a session; attention to more takes longer than torch's overhead, on one core
 MAX_WEIGHTS = 2**20  # of a matrix; for a larger one a second core pays off
 
@@ -67,15 +67,9 @@ class NumpyLlama:
     def pays(self, segments: Sequence[Segment]) -> bool:
         """Return whether segments have so few tokens and keys that numpy is faster than torch."""
         tokens = sum(one.count for one in segments)
-        repeated = (tokens - 1) * self._layer_weights
-        return (
-            (
-                tokens == len(segments) <= MAX_SESSIONS
-                or (tokens <= MAX_TOKENS and repeated <= MAX_REPEATED)
-            )
-            and all(one.num_logits == 1 for one in segments)
-            and all(one.length <= MAX_KEYS for one in segments)
-        )
+        small = (tokens - 1) * self._layer_weights <= MAX_REPEATED
+        few = tokens == len(segments) <= MAX_SESSIONS or (small and tokens <= MAX_TOKENS)
+        return few and all(one.num_logits == 1 and one.length <= MAX_KEYS for one in segments)
 
     # The engine looks for what is infinite or NaN in the logits.
     @np.errstate(over="ignore", invalid="ignore")
