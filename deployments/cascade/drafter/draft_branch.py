@@ -140,8 +140,8 @@ class DraftBranch:
     def passes_ahead(self, *, reads_each: bool) -> int:
         """Return how many passes may follow the next logits before the engine plans again.
 
-        None after the block has ended at the latest. If they are not read one by one, no more than
-        the logits of a few take memory, and few run where the block may end before.
+        None after the block has ended at the latest. If they are not read one by one, few run where
+        the block may end before: those after its end are in vain.
         """
         more = needs_probs_after_block(self.session.opened.policy)
         if self.guessing:  # then the block begins
@@ -154,10 +154,10 @@ class DraftBranch:
         return min(tokens_left - 1, _MAX_IN_VAIN if may_end else _MAX_AHEAD)
 
     def ends_with(self, drafts: Sequence[DraftToken]) -> bool:
-        """Return whether these are the last drafts before something else has to be decided.
+        """Return whether the block ends with these drafts, or a message has come meanwhile.
 
         Args:
-            drafts: What was drafted from the next logits on; one of them may be the guess.
+            drafts: What was drafted from the next logits on; the first of them may be the guess.
         """
         session, policy, last = self.session, self.session.opened.policy, drafts[-1]
         if session.closed or session.queued or last.token in policy.stop_ids:

@@ -310,9 +310,9 @@ class Drafter(Replica[Propose]):
         logits_NV: Tensor,
         planned: Sequence[Sequence[DraftTask]],
     ) -> tuple[Sequence[DraftToken], list[list[int]]]:
-        """Draft the branches on, one pass after the other, until the block of one may end.
+        """Draft the branches on, reading each pass, until the block of one ends.
 
-        What lies between two passes of the engine would take longer than one of a small model.
+        To plan a pass takes as long as a pass of a small model.
 
         Args:
             branches: The branches.

@@ -118,8 +118,8 @@ class Engine:
         self.current_pass = ForwardPass()  # whose logits the handler has; for the engine's thread
         self._pass_began_s, self._pass_tokens = clock(), 0
         self._sharing: list[CachedSequence] = []  # the sequences in the current pass
-        # Passes of one token can follow each other without a plan between them. Unless the handler
-        # reads each, tokens are drawn from logits and run without leaving the device.
+        # Passes of one token can follow each other without a plan between them. On a CPU each is
+        # read; on a GPU tokens are drawn and run without leaving the device.
         self.decodes_ahead = device.type in {"cpu", "cuda"} and self._ranks is None
         self.reads_each = device.type == "cpu"
         self._cycle_began_s: float | None = None  # None between cycles
